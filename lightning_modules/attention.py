@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from app.method.batch import PackedRows
-
-AttentionMask = Tensor | BlockMask | dict[str, Any]
+from lightning_modules.pairwise_attention import PAIRWISE, PairRuns
 
 
 def dense_mask(rows: PackedRows, window: int | None = None) -> Tensor:
@@ -53,20 +52,29 @@ def flex_mask(rows: PackedRows, window: int | None = None) -> BlockMask:
     return create_block_mask(allowed, height, None, width, width, device=str(group.device))
 
 
-def attention_mask(rows: PackedRows, config: Any) -> AttentionMask:
-    """The mask that a Hugging Face decoder with this `config` takes for these rows.
+def attention_inputs(rows: PackedRows, config: Any) -> dict[str, Any]:
+    """What a Hugging Face decoder with this `config` is given beside tokens and positions, to see its own pair only.
 
-    `separate` rows are plain right-padded rows: a two-dimensional mask, and the model does the rest. A packed
-    row needs the block mask; transformers then leaves out the model's own sliding window, so it is put in here.
-    Eager attention adds whatever mask it is given: a boolean one would let every token see every other.
+    Made once for each kind of mask and kept with the rows: layers, policy and reference share it.
+    Pair by pair, attention takes the runs and no mask. `separate` rows are plain right-padded rows: a
+    two-dimensional mask, and the model does the rest. A packed row needs the block mask; transformers then leaves
+    out the model's own sliding window, so it is put in here. Eager attention adds whatever mask it is given: a
+    boolean one would let every token see every other.
     """
+    implementation = config._attn_implementation
+    if implementation == PAIRWISE:
+        return {"pair_runs": rows.remember(PAIRWISE, lambda: PairRuns.of(rows))}
     if rows.layout == "separate":
-        return (rows.group >= 0).long()
+        return {"attention_mask": (rows.group >= 0).long()}
     special: dict[str, Callable[..., Tensor | BlockMask]] = {"flex_attention": flex_mask, "eager": additive_mask}
-    build = special.get(config._attn_implementation, dense_mask)
+    build = special.get(implementation, dense_mask)
+
+    def mask(window: int | None = None) -> Any:
+        return rows.remember((build.__name__, window), lambda: build(rows, window))
+
     window = getattr(config, "sliding_window", None)
     if window is None or not getattr(config, "use_sliding_window", True):
-        return build(rows)
+        return {"attention_mask": mask()}
     if getattr(config, "layer_types", None):
-        return {"full_attention": build(rows), "sliding_attention": build(rows, window)}
-    return build(rows, window)
+        return {"attention_mask": {"full_attention": mask(), "sliding_attention": mask(window)}}
+    return {"attention_mask": mask(window)}

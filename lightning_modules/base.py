@@ -19,11 +19,14 @@ from torchmetrics import MeanMetric, Metric
 from app.errors import UserError
 from app.method.batch import Layout, OptimizerBatch, PackedRows
 from lightning_modules.layout_check import agreeing_layout
+from lightning_modules.pairwise_attention import PAIRWISE
 from lightning_modules.pretrained import load_model
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharding import gradient_sync, shard
 
 log = logging.getLogger(__name__)
+
+Attention = Literal["auto", "pairwise", "flex_attention", "sdpa", "eager"]
 
 
 class LanguageModelTraining(LightningModule):
@@ -37,8 +40,9 @@ class LanguageModelTraining(LightningModule):
         max_grad_norm: gradients are clipped to this norm over all ranks; none turns clipping off.
         layout: `packed` rows hold the prompt once; `separate` rows are plain padded ones. `auto` packs unless
             a check on the first batch shows that this model's log-probabilities do not survive it.
-        attention: a transformers attention implementation; `auto` is FlexAttention on CUDA, else what
-            transformers takes for the model: SDPA, or eager for a family that has no other.
+        attention: a transformers attention implementation; `auto` is FlexAttention on CUDA and `pairwise` (see
+            `pairwise_attention`) on CPU, and where the model has neither, or the check finds otherwise, what
+            transformers takes for it: SDPA, or eager for a family that has no other.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         trust_remote_code: run model code that comes from the Hub.
     """
@@ -53,7 +57,7 @@ class LanguageModelTraining(LightningModule):
         lr_scheduler: LRSchedulerCallable | None,
         max_grad_norm: float | None,
         layout: Literal["auto", "packed", "separate"],
-        attention: Literal["auto", "sdpa", "flex_attention", "eager"],
+        attention: Attention,
         gradient_checkpointing: bool,
         trust_remote_code: bool,
     ):
@@ -105,18 +109,31 @@ class LanguageModelTraining(LightningModule):
 
     def build_scorer(self) -> ResponseScorer:
         """Load the model that the configuration names, with a packed forward around it."""
-        model = load_model(
-            self.name,
-            self.architecture,
-            attention=None if self.attention == "auto" else self.attention,
-            trust_remote_code=self.trust_remote_code,
+        asked = None if self.attention in ("auto", "pairwise", "flex_attention") else self.attention
+        scorer = ResponseScorer(
+            load_model(
+                self.name, self.architecture, attention=asked, trust_remote_code=self.trust_remote_code
+            )
         )
-        if self.attention == "auto" and self.trainer.strategy.root_device.type == "cuda":
-            if model._supports_flex_attn:
-                model.set_attn_implementation("flex_attention")
-            else:
-                log.info("this model has no FlexAttention: packed rows use a dense mask, slower when long")
-        return ResponseScorer(model)
+        if self.attention in ("pairwise", "flex_attention"):
+            scorer.use_attention(self.attention)
+        elif self.attention == "auto":
+            scorer.use_attention(self.fastest_attention(scorer.model))
+        return scorer
+
+    def fastest_attention(self, model: Any) -> str:
+        """What to try first on this device; `layout_check` settles for the model's own where it does not hold."""
+        if self.trainer.strategy.root_device.type != "cuda":
+            return PAIRWISE if model._supports_attention_backend else model.config._attn_implementation
+        if model._supports_flex_attn:
+            return "flex_attention"
+        log.info("this model has no FlexAttention: packed rows use a dense mask, slower when long")
+        return str(model.config._attn_implementation)
+
+    @property
+    def scorers(self) -> tuple[ResponseScorer, ...]:
+        """Every model of the stage, the policy first."""
+        return (self.policy,)
 
     def keep_reference(self, fresh: ResponseScorer) -> None:
         """Called with the fresh model before it is sharded: a stage with a reference copies it here."""
@@ -151,12 +168,12 @@ class LanguageModelTraining(LightningModule):
         return self.match_ranks(batch.micro_batches(self.responses, self.layout, self.policy.balanced_row, pairs))
 
     def match_ranks(self, rows: list[PackedRows]) -> list[PackedRows]:
-        """`rows` with empty ones added, up to the largest number that any rank has.
+        """`rows` on this rank's device, with empty ones added up to the largest number that any rank has.
 
         The sharded forward and backward passes are collective: every rank must run as many.
         """
         most = int(self.reduce(torch.tensor(len(rows)), "max"))
-        return rows + [PackedRows.empty() for _ in range(most - len(rows))]
+        return [each.to(self.device) for each in (*rows, *(PackedRows.empty() for _ in range(most - len(rows))))]
 
     def score(
         self, scorer: Callable[[PackedRows], Tensor], micro_batches: Sequence[PackedRows], share: int
@@ -164,7 +181,6 @@ class LanguageModelTraining(LightningModule):
         """Summed log-probabilities [share, sides] float64 of the rank's pairs; zero for pairs not in the rows."""
         logps = torch.zeros(share, len(self.responses), dtype=torch.float64, device=self.device)
         for rows in micro_batches:
-            rows = rows.to(self.device)
             logps = logps.index_copy(0, rows.pairs, scorer(rows).view(-1, len(self.responses)))
         return logps
 

@@ -26,8 +26,9 @@ CHECKED_PAIRS = 4
 def agreeing_layout(module: LanguageModelTraining, batch: OptimizerBatch) -> Layout:
     """Score a few pairs packed, and in plain rows with the model's own head; return the layout to train with.
 
-    Raises UserError when `layout: packed` was asked for and does not hold, or when not even this project's
-    head agrees with the model's own on plain rows.
+    The attention is settled with it: pair by pair where that agrees, else the model's own.
+    Raises UserError when `layout: packed` or an attention that was asked for does not hold, or when not even this
+    project's head agrees with the model's own on plain rows.
     """
     tolerance = TOLERANCE[_compute_dtype(module)]
     pairs = list(range(min(CHECKED_PAIRS, len(batch.positions))))
@@ -37,28 +38,58 @@ def agreeing_layout(module: LanguageModelTraining, batch: OptimizerBatch) -> Lay
         return module.match_ranks(batch.micro_batches(module.responses, layout, math.inf, pairs))
 
     plain = laid_out("separate")
-    expected = _score(module, plain, whole_logits=True)
-    # a pair that is not finite says nothing about the model, and would spoil the row that it is packed into
-    pairs = [pair for pair in pairs if torch.isfinite(expected[pair]).all()]
-    if _largest_error(module, _score(module, plain), expected, plain) > tolerance:
+    with module.policy.with_own_attention():
+        expected = _score(module, plain, whole_logits=True)
+        # a pair that is not finite says nothing about the model, and would spoil the row that it is packed into
+        pairs = [pair for pair in pairs if torch.isfinite(expected[pair]).all()]
+        error = _largest_error(module, _score(module, plain), expected, plain)
+    if error > tolerance:
         raise UserError(
             f"model.name: the output head of {module.name or 'this architecture'} is not supported: "
             "its log-probabilities differ from those of transformers' own forward pass."
         )
-    if module.requested_layout == "separate":
-        return "separate"
-    try:
-        error = _largest_error(module, _score(module, laid_out("packed")), expected, plain)
-    except (TypeError, ValueError, RuntimeError) as refusal:  # a family with a mask format of its own
-        finding = f"this model does not take the mask of packed rows ({str(refusal).splitlines()[0]})"
+    findings: list[str] = []
+    for attention, layout in _candidates(module):
+        for scorer in module.scorers:
+            scorer.use_attention(attention)
+        if (attention, layout) == (module.policy.own_attention, "separate"):
+            break  # what the others are compared with
+        try:
+            error = _largest_error(module, _score(module, laid_out(layout)), expected, plain)
+        except (TypeError, ValueError, RuntimeError) as refusal:  # a family with a mask format of its own
+            findings.append(
+                f"this model does not take the mask of packed rows ({attention}: {str(refusal).splitlines()[0]})"
+            )
+        else:
+            if error <= tolerance:
+                break
+            findings.append(
+                f"packed rows change this model's log-probabilities by {error:.2g} nats per token ({attention})"
+            )
     else:
-        if error <= tolerance:
-            return "packed"
-        finding = f"packed rows change this model's log-probabilities by {error:.2g} nats per token"
-    if module.requested_layout == "packed":
-        raise UserError(f"model.layout: {finding}; set it to auto or separate.")
-    log.warning("model.layout auto: %s, so every response gets a row of its own (slower).", finding)
-    return "separate"
+        cure = "model.layout: {}; set it to auto or separate."
+        if module.requested_layout != "packed":
+            cure = "model.attention: {}; set it to auto."
+        raise UserError(cure.format(findings[-1]))
+    if findings and layout == "separate":
+        log.warning("model.layout auto: %s, so every response gets a row of its own (slower).", findings[-1])
+    elif findings:
+        log.info("%s, so the model's own attention is used, with a mask: slower on long rows.", findings[-1])
+    return layout
+
+
+def _candidates(module: LanguageModelTraining) -> list[tuple[str, Layout]]:
+    """Attention and layout in the order in which they are wanted."""
+    current, own = module.policy.attention, module.policy.own_attention
+    attentions = list(dict.fromkeys([current, own])) if module.attention == "auto" else [current]
+    wanted: dict[str, list[Layout]] = {"auto": ["packed", "separate"]}
+    layouts = wanted.get(module.requested_layout, [module.requested_layout])  # type: ignore[list-item]
+    return [
+        (attention, layout)
+        for layout in layouts
+        for attention in attentions
+        if (attention, layout) == (attentions[-1], "separate") or layout == "packed" or len(layouts) == 1
+    ]
 
 
 @torch.no_grad()

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from app.method.batch import OptimizerBatch, PackedRows
 from app.method.epsilon import perturbed_logits
-from lightning_modules.scorer import ResponseScorer, at_least_float32, response_sums, token_logps
+from lightning_modules.scorer import ResponseScorer, response_sums, token_logps
 from lightning_modules.sharding import gather_root
 
 if TYPE_CHECKING:
     from lightning_modules.preference_scoring import PreferenceScoring
+
+CHUNK_TOKENS = 512  # response tokens whose logits [chunk, V] exist at a time, of both models
 
 
 @torch.no_grad()
@@ -31,7 +33,6 @@ def perturbed_gaps(
     gaps = torch.zeros(len(epsilons), len(batch.pair_ids), dtype=torch.float64, device=module.device)
     positions = batch.positions.to(module.device)
     for rows in module.micro_batches(batch, here):
-        rows = rows.to(module.device)
         sums = perturbed_sums(module.policy, reference, rows, epsilons).view(len(epsilons), -1, 2)
         gaps[:, positions[rows.pairs]] = sums[..., 0] - sums[..., 1]
     return module.reduce(gaps, "sum").masked_fill(~eligible, torch.nan)
@@ -47,11 +48,10 @@ def perturbed_sums(
     hidden = [scorer(rows, hidden_only=True) for scorer in (policy, reference)]
     for scorer in (policy, reference):
         gather_root(scorer)
-    chunks = [part.split(policy.head_chunk_tokens) for part in (*hidden, rows.target_ids)]
+    chunks = [part.split(CHUNK_TOKENS) for part in (*hidden, rows.target_ids)]
     per_token: list[list[Tensor]] = [[] for _ in epsilons]
     for policy_hidden, reference_hidden, targets in zip(*chunks, strict=True):
-        logits = at_least_float32(policy.logits(policy_hidden))
-        fixed = at_least_float32(reference.logits(reference_hidden))
+        logits, fixed = policy.logits(policy_hidden), reference.logits(reference_hidden)
         for column, epsilon in zip(per_token, epsilons, strict=True):
             column.append(token_logps(perturbed_logits(logits, fixed, epsilon), targets))
     return torch.stack([response_sums(torch.cat(column), rows) for column in per_token])

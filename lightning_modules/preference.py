@@ -19,6 +19,7 @@ from app.method.logps import PairLogps
 from app.method.losses import PairLoss, SigmoidLoss, WithSFTTerm
 from app.method.metrics import pair_metrics
 from app.method.step import MissingStatistics, RewardGapHook, StepDecision
+from lightning_modules.base import Attention
 from lightning_modules.perturbed import perturbed_gaps
 from lightning_modules.preference_scoring import PreferenceScoring
 
@@ -56,7 +57,7 @@ class PreferenceOptimization(PreferenceScoring):
         max_grad_norm: float | None = 10.0,
         max_nonfinite_share: float = 0.1,
         layout: Literal["auto", "packed", "separate"] = "auto",
-        attention: Literal["auto", "sdpa", "flex_attention", "eager"] = "auto",
+        attention: Attention = "auto",
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ):
@@ -102,7 +103,7 @@ class PreferenceOptimization(PreferenceScoring):
         batch_loss = self.loss.for_batch(everyone)
 
         def losses(logps: PairLogps, pairs: Tensor) -> Tensor:
-            return decision.losses(batch_loss, logps.select(pairs.to(self.device)), batch.positions[pairs])
+            return decision.losses(batch_loss, logps.select(pairs.to(self.device)), batch.positions[pairs.cpu()])
 
         if logps.policy_chosen.requires_grad and decision.eligible.all():
             loss = self.backward_kept(losses(logps, self.local_kept(decision, batch)), decision, last=True)

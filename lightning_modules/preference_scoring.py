@@ -47,6 +47,10 @@ class PreferenceScoring(LanguageModelTraining):
             self.place(reference)
             self._reference = (reference.to(self.trainer.strategy.root_device),)
 
+    @property
+    def scorers(self) -> tuple[ResponseScorer, ...]:
+        return (self.policy, *self._reference)
+
     # --- measuring --------------------------------------------------------------------------------------
 
     def measure(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> PairLogps:
@@ -66,7 +70,7 @@ class PreferenceScoring(LanguageModelTraining):
                 reference = self.score(self._reference[0], micro_batches, share)
         tokens = torch.ones(share, 2, dtype=torch.int64, device=self.device)
         for rows in micro_batches:
-            tokens[rows.pairs] = rows.response_tokens.view(-1, 2).to(self.device)
+            tokens[rows.pairs] = rows.response_tokens.view(-1, 2)
         return PairLogps(
             policy_chosen=policy[:, 0],
             policy_rejected=policy[:, 1],

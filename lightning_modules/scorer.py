@@ -3,29 +3,64 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from app.errors import UserError
 from app.method.batch import PackedRows
-from lightning_modules.attention import attention_mask
+from lightning_modules.attention import attention_inputs
+from lightning_modules.head import LogitRule, at_least_float32, head_logits, head_logps
+from lightning_modules.pairwise_attention import PAIRWISE
 
 
 class ResponseScorer(nn.Module):
     """log π(y|x) for every response of a micro-batch: the root module that DDP and FSDP2 wrap.
 
     Backbone and head run in one `forward`, so a sharded head is gathered where it is used. The head sees only
-    the positions that predict response tokens, `head_chunk_tokens` at a time; with more than one chunk the
-    logits are recomputed in the backward pass, so that never more than one chunk [chunk, V] exists.
+    the positions that predict response tokens, and a slice of the vocabulary at a time (`head_logps`).
+
+    Args:
+        model: a causal language model of transformers. Raises UserError when its head is no linear layer.
+        slice_logits: most logits to hold at a time; none chooses by device.
     """
 
-    def __init__(self, model: Any, head_chunk_tokens: int = 2048):
+    def __init__(self, model: Any, slice_logits: int | None = None):
         super().__init__()
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise UserError(
+                f"model.name: its output head is a {type(head).__name__}, and only a linear layer is supported: "
+                "choose another model, or keep adapters off the head."
+            )
         self.model = model
-        self.head_chunk_tokens = head_chunk_tokens
+        self.slice_logits = slice_logits
+        # what the model does where pair by pair is not possible, and what the start-up check compares with
+        self.own_attention: str = model.config._attn_implementation
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation in use."""
+        return str(self.model.config._attn_implementation)
+
+    def use_attention(self, name: str) -> None:
+        """Choose the attention implementation, by its name in transformers."""
+        if name != self.attention:  # a family that has but one way warns when it is set
+            self.model.set_attn_implementation(name)
+
+    @contextmanager
+    def with_own_attention(self) -> Iterator[None]:
+        """Within the block, the model attends as transformers chose for it."""
+        current = self.attention
+        self.use_attention(self.own_attention)
+        try:
+            yield
+        finally:
+            self.use_attention(current)
 
     @property
     def balanced_row(self) -> float:
@@ -33,9 +68,9 @@ class ResponseScorer(nn.Module):
 
         A layer of width d takes about 24·d² operations a token, attention over a row of T tokens 4·d·T: equal
         at T = 6·d. On a CPU attention under a dense mask runs at about a third of the speed of a matrix product.
-        FlexAttention skips the blocks that the mask empties, so a longer row costs nothing.
+        Pair by pair, and where FlexAttention skips the blocks that the mask empties, a longer row costs nothing.
         """
-        if self.model.config._attn_implementation == "flex_attention":
+        if self.attention in (PAIRWISE, "flex_attention"):
             return math.inf
         return 2.0 * self.model.config.hidden_size
 
@@ -46,35 +81,29 @@ class ResponseScorer(nn.Module):
         large, the yardstick of the start-up check. `hidden_only` stops before the head and returns the outputs
         [N, width] that predict the response tokens.
         """
-        mask = attention_mask(rows, self.model.config)
-        inputs = {"input_ids": rows.input_ids, "attention_mask": mask, "position_ids": rows.position_ids}
+        inputs = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "use_cache": False}
+        inputs |= attention_inputs(rows, self.model.config)
         if whole_logits:
-            logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1)[rows.predict_index]
-            per_token = token_logps(logits, rows.target_ids)
-        else:
-            outputs = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-            hidden = outputs.flatten(0, 1)[rows.predict_index]
-            if hidden_only:
-                return hidden
-            per_token = self._head_logps(hidden, rows.target_ids)
+            logits = self.model(**inputs).logits.flatten(0, 1)[rows.predict_index]
+            return response_sums(token_logps(logits, rows.target_ids), rows)
+        outputs = self.model.base_model(**inputs).last_hidden_state
+        hidden = outputs.flatten(0, 1)[rows.predict_index]
+        if hidden_only:
+            return hidden
+        per_token = head_logps(hidden, *self._head(), rows.target_ids, self.logit_rule, self.slice_logits)
         return response_sums(per_token, rows)
 
-    def _head_logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Log-probabilities [N] of `targets` [N] under the outputs `hidden` [N, width]."""
-        if len(hidden) <= self.head_chunk_tokens:
-            return self._chunk_logps(hidden, targets)
-        chunks = zip(hidden.split(self.head_chunk_tokens), targets.split(self.head_chunk_tokens), strict=True)
-        return torch.cat([checkpoint(self._chunk_logps, *chunk, use_reentrant=False) for chunk in chunks])
-
-    def _chunk_logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return token_logps(self.logits(hidden), targets)
+    @property
+    def logit_rule(self) -> LogitRule:
+        return LogitRule.of(self.model.config)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head on outputs [N, width]: [N, V]. Outside of `forward`, call `sharding.gather_root` first."""
-        return _scale_logits(self._head(hidden), self.model.config)
+        return head_logits(hidden, *self._head(), self.logit_rule)
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        return self.model.get_output_embeddings()(hidden)
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        head = self.model.get_output_embeddings()
+        return head.weight, head.bias
 
 
 def response_sums(per_token: Tensor, rows: PackedRows) -> Tensor:
@@ -87,19 +116,3 @@ def response_sums(per_token: Tensor, rows: PackedRows) -> Tensor:
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probabilities [N] of `targets` [N] under `logits` [N, V], in float32, or float64 where the logits are."""
     return -F.cross_entropy(at_least_float32(logits), targets, reduction="none")
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    """`logits`, widened from half precision; float64 stays."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _scale_logits(logits: Tensor, config: Any) -> Tensor:
-    """What some families do to the logits after the head; the start-up check catches a family left out here."""
-    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
-        logits = logits * scale
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
-        logits = logits / divisor
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
-        logits = torch.tanh(logits / cap) * cap
-    return logits

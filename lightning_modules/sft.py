@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from app.method.batch import OptimizerBatch
-from lightning_modules.base import LanguageModelTraining, exact_mean
+from lightning_modules.base import Attention, LanguageModelTraining, exact_mean
 
 
 class SupervisedFineTuning(LanguageModelTraining):
@@ -29,7 +29,7 @@ class SupervisedFineTuning(LanguageModelTraining):
         lr_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
         layout: Literal["auto", "packed", "separate"] = "auto",
-        attention: Literal["auto", "sdpa", "flex_attention", "eager"] = "auto",
+        attention: Attention = "auto",
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ):

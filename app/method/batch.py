@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class PackedRows:
     response_tokens: Tensor  # [S] int64, number of tokens of each response
     pairs: Tensor  # [P] int64, the rows' pairs as indices into the rank's share
     layout: Layout = "packed"
+    _remembered: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def empty(cls) -> PackedRows:
@@ -41,13 +42,22 @@ class PackedRows:
         return cls(one, one, one, one, none, none, none, none, none)
 
     def to(self, device: torch.device | str) -> PackedRows:
-        """The same rows on `device`."""
+        """The same rows on `device`; nothing is remembered of them there yet."""
+        columns = {each.name: getattr(self, each.name) for each in fields(self)}
+        on_gpu = torch.device(device).type == "cuda"
         moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=True)
-            for field in fields(self)
-            if field.name != "layout"
+            # pinned, so that the copy to a GPU does not wait for the step that is running there
+            name: (column.pin_memory() if on_gpu else column).to(device, non_blocking=True)
+            for name, column in columns.items()
+            if isinstance(column, Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **moved, _remembered={})
+
+    def remember(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` makes of these rows, made on the first call: a mask serves many layers and two models."""
+        if name not in self._remembered:
+            self._remembered[name] = make()
+        return self._remembered[name]
 
 
 class OptimizerBatch(Protocol):

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_tiny_model
-from torch import Tensor
 
 from app.errors import UserError
+from lightning_modules.head import LogitRule
 from lightning_modules.scorer import ResponseScorer
 
 
@@ -61,12 +61,7 @@ def test_separate_rows_on_request(tiny_llama: str, tmp_path: Path) -> None:
 def test_a_head_that_the_project_does_not_know_is_refused(
     tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = ResponseScorer._head
-
-    def with_scale(self: ResponseScorer, hidden: Tensor) -> Tensor:
-        return 1.01 * original(self, hidden)
-
-    monkeypatch.setattr(ResponseScorer, "_head", with_scale)
+    monkeypatch.setattr(ResponseScorer, "logit_rule", LogitRule(scale=1.01))
     for layout in ("auto", "packed", "separate"):
         with pytest.raises(UserError, match=r"output head .* is not supported"):
             one_step(tmp_path, tiny_llama, layout)

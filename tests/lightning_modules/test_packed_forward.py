@@ -67,13 +67,23 @@ def score(scorer: ResponseScorer, pairs: list[TokenisedPair], layout: str, budge
     return sums
 
 
+def scorer_of(model: Any, attention: str) -> ResponseScorer:
+    scorer = ResponseScorer(model)
+    if attention == "pairwise":
+        scorer.use_attention(attention)
+    return scorer
+
+
+@pytest.mark.parametrize("attention", ["own", "pairwise"])
 @pytest.mark.parametrize("family", PACKABLE)
 @pytest.mark.parametrize(("layout", "budget"), [("packed", 1000), ("packed", 80), ("separate", 100)])
-def test_equal_to_plain_rows(family: str, layout: str, budget: int) -> None:
+def test_equal_to_plain_rows(family: str, layout: str, budget: int, attention: str) -> None:
+    if attention == "pairwise" and family in ("gemma2", "gptj"):
+        pytest.skip("attention pair by pair has no soft cap, and GPT-J an attention of its own")
     model, pairs = tiny_model(family), random_pairs()
     with torch.no_grad():
         expected = plain_sums(model, pairs)
-        seen = score(ResponseScorer(model), pairs, layout, budget)
+        seen = score(scorer_of(model, attention), pairs, layout, budget)
     assert float((seen - expected).abs().max()) < 1e-4
     assert float(expected.std()) > 1  # else a wrong mask could pass
 
@@ -82,24 +92,32 @@ def test_equal_to_plain_rows(family: str, layout: str, budget: int) -> None:
 def test_a_mask_that_lets_pairs_see_each_other_would_be_noticed(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def careless(rows: Any, config: Any) -> torch.Tensor:
-        return torch.ones(1, 1, rows.input_ids.shape[1], rows.input_ids.shape[1], dtype=torch.bool).tril()
+    def careless(rows: Any, config: Any) -> dict[str, torch.Tensor]:
+        width = rows.input_ids.shape[1]
+        return {"attention_mask": torch.ones(1, 1, width, width, dtype=torch.bool).tril()}
 
-    monkeypatch.setattr("lightning_modules.scorer.attention_mask", careless)
+    monkeypatch.setattr("lightning_modules.scorer.attention_inputs", careless)
     model, pairs = tiny_model(family), random_pairs()
     with torch.no_grad():
         apart = (score(ResponseScorer(model), pairs, "packed", 1000) - plain_sums(model, pairs)).abs().max()
     assert float(apart) > 0.1
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-@pytest.mark.parametrize("head_chunk_tokens", [1, 7, 2048])
-def test_gradients_equal_those_of_plain_rows(family: str, head_chunk_tokens: int) -> None:
+@pytest.mark.parametrize("attention", ["own", "pairwise"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral_window", "gemma2"])
+@pytest.mark.parametrize("slice_logits", [1, 100, 1500, None])
+def test_gradients_equal_those_of_plain_rows(
+    family: str, slice_logits: int | None, attention: str
+) -> None:
     pairs = random_pairs()
     plain, packed = tiny_model(family), tiny_model(family)
+    if attention == "pairwise":
+        if family == "gemma2":
+            pytest.skip("attention pair by pair has no soft cap")
+        packed.set_attn_implementation(attention)
     weight = torch.linspace(-1, 1, 2 * len(pairs), dtype=torch.float64).view(-1, 2)
     (plain_sums(plain, pairs) * weight).sum().backward()
-    (score(ResponseScorer(packed, head_chunk_tokens), pairs, "packed", 1000) * weight).sum().backward()
+    (score(ResponseScorer(packed, slice_logits), pairs, "packed", 1000) * weight).sum().backward()
     for (name, expected), seen in zip(plain.named_parameters(), packed.parameters(), strict=True):
         assert expected.grad is not None, name
         torch.testing.assert_close(seen.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)

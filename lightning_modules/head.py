@@ -1,0 +1,153 @@
+"""The language model head on response tokens alone: their log-probabilities, a slice of the vocabulary at a time."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Most logits that exist at a time, [N tokens, slice of the vocabulary]. On a CPU a slice should stay in the cache;
+# a GPU wants few large products.
+SLICE_LOGITS = {"cpu": 2**22, "cuda": 2**26}
+NARROWEST_SLICE = 512  # below this a matrix product is mostly overhead
+
+
+class LogitRule(NamedTuple):
+    """What some families do to the logits after the head; the start-up check catches a family left out here."""
+
+    scale: float = 1.0
+    cap: float | None = None  # logits become cap·tanh(logits/cap)
+
+    @classmethod
+    def of(cls, config: Any) -> LogitRule:
+        """Read from a Hugging Face configuration."""
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+        divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
+        return cls(scale / divisor, getattr(config, "final_logit_softcapping", None))  # Gemma 2
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """The rule on `logits` of any shape, in place."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.cap is not None:
+            logits.div_(self.cap).tanh_().mul_(self.cap)
+        return logits
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """`logits`, widened from half precision; float64 stays."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule) -> Tensor:
+    """Logits [N, V] in float32 (float64 where the weights are) of outputs `hidden` [N, width], without gradient."""
+    dtype = compute_dtype(weight)
+    logits = at_least_float32(hidden.to(dtype) @ weight.to(dtype).t())
+    if bias is not None:
+        logits += bias
+    return rule.apply_(logits)
+
+
+def head_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rule: LogitRule,
+    slice_logits: int | None = None,
+) -> Tensor:
+    """Log-probabilities [N] of `targets` [N], float32 (float64 where the weights are), with gradient.
+
+    Neither pass ever holds more than one slice of logits [N, slice]: the forward pass keeps a running
+    log-sum-exp, the backward pass computes the slices again. Sliced along the vocabulary rather than along the
+    tokens, because then every row of the weight's gradient [V, width] is written once. Tokens without a gradient
+    (those of dropped pairs) are left out of the backward pass.
+
+    Args:
+        hidden: outputs of the decoder that predict the targets, [N, width].
+        weight, bias: of the head, [V, width] and [V].
+        slice_logits: most logits to hold at a time; none chooses by device.
+    """
+    most = SLICE_LOGITS.get(hidden.device.type, SLICE_LOGITS["cuda"]) if slice_logits is None else slice_logits
+    narrowest = NARROWEST_SLICE if slice_logits is None else 1
+    width = min(len(weight), max(most // max(len(targets), 1), narrowest))
+    return _HeadLogps.apply(hidden.to(compute_dtype(weight)), weight, bias, targets, rule, width)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The type in which products with `weight` are taken: that of autocast where it is on."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+class _HeadLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        rule: LogitRule,
+        width: int,
+    ) -> Tensor:
+        sums: list[Tensor] = []  # log-sum-exp of each slice, [N] each
+        chosen = torch.zeros(len(targets), dtype=at_least_float32(hidden[:0]).dtype, device=hidden.device)
+        for start in range(0, len(weight), width):
+            logits = _slice(hidden, weight, bias, rule, start, width)
+            place, inside = _within(targets, start, logits)
+            chosen = torch.where(inside, logits.gather(1, place[:, None]).squeeze(1), chosen)
+            highest = logits.amax(1)
+            sums.append(logits.sub_(highest[:, None]).exp_().sum(1).log_().add_(highest))
+        normaliser = torch.logsumexp(torch.stack(sums), 0)
+        ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
+        ctx.rule, ctx.width = rule, width
+        return chosen - normaliser
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, normaliser = ctx.saved_tensors
+        wanted = torch.nonzero(gradient).squeeze(1)
+        d_hidden = torch.zeros_like(hidden, dtype=normaliser.dtype)
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        d_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
+        used, scale = hidden[wanted], gradient[wanted, None]
+        d_used = d_hidden[wanted]
+        for start in range(0, len(weight), ctx.width):
+            part = slice(start, start + ctx.width)
+            logits = _slice(used, weight, bias, ctx.rule, start, ctx.width)
+            slope = None if ctx.rule.cap is None else 1 - (logits / ctx.rule.cap).square_()
+            place, inside = _within(targets[wanted], start, logits)
+            # d logp/d logits = onehot(target) − softmax
+            d_logits = logits.sub_(normaliser[wanted, None]).exp_().mul_(-scale)
+            d_logits.scatter_add_(1, place[:, None], scale * inside[:, None])
+            if slope is not None:
+                d_logits.mul_(slope)
+            if ctx.rule.scale != 1.0:
+                d_logits.mul_(ctx.rule.scale)
+            if d_bias is not None:
+                d_bias[part] = d_logits.sum(0)
+            d_logits = d_logits.to(hidden.dtype)
+            if d_weight is not None:
+                d_weight[part] = d_logits.t() @ used
+            d_used += d_logits @ weight[part].to(hidden.dtype)
+        d_hidden[wanted] = d_used
+        return d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None
+
+
+def _slice(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule, start: int, width: int
+) -> Tensor:
+    """The logits of one slice of the vocabulary, [N, at most width], free to be changed in place."""
+    part = slice(start, start + width)
+    return head_logits(hidden, weight[part], None if bias is None else bias[part], rule)
+
+
+def _within(targets: Tensor, start: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in this slice each target stands, [N], and whether it does, [N]."""
+    place = targets - start
+    inside = (place >= 0) & (place < logits.shape[1])
+    return place.clamp(0, logits.shape[1] - 1), inside
