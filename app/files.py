@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -54,3 +56,20 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise FileExistsError(f"{target} exists already") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """A hash of a file's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_hash(folder: str | os.PathLike[str]) -> str:
+    """A hash of the names and bytes of the files in a folder, without those in its folders."""
+    files = sorted(path for path in Path(folder).iterdir() if path.is_file())
+    return hashlib.blake2b(
+        json.dumps([(path.name, file_hash(path)) for path in files]).encode(), digest_size=16
+    ).hexdigest()

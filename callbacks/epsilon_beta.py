@@ -45,6 +45,11 @@ class EpsilonBeta(Callback):
                 f"EpsilonBeta: {loss} has no reference whose logits perturb those of the policy: choose another "
                 "model.loss or remove the callback."
             )
+        if getattr(pl_module, "reference", "frozen") == "cached":
+            raise UserError(
+                "EpsilonBeta perturbs the reference's logits, and model.reference: cached keeps no model that has "
+                "any: set it to frozen."
+            )
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         assert decision.measure_perturbed is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,18 +100,37 @@ class PairDataModule(LightningDataModule):
     def loader(self, split: Split) -> OptimizerBatchLoader | list:
         if split not in self._tables:
             return []  # Lightning's way of saying that there is nothing to validate on
+        return self._loader(*self._tables[split], shuffle=split == "train")
+
+    def _loader(self, table: TokenisedTable, rows: np.ndarray, shuffle: bool) -> OptimizerBatchLoader:
         assert self.trainer is not None
-        table, rows = self._tables[split]
         return OptimizerBatchLoader(
             table,
             rows,
             batch_size=self.batch_size,
             micro_batch_tokens=self.micro_batch_tokens,
-            shuffle=split == "train",
+            shuffle=shuffle,
             seed=self.run_seed,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
         )
+
+    def batches_of(
+        self, wanted: Callable[[np.ndarray], np.ndarray], most: int | None = None
+    ) -> list[OptimizerBatchLoader]:
+        """Loaders, in file order, of the pairs of this stage whose keys [n] are `wanted` [n] bool, each pair once.
+
+        At most `most` pairs, all of them when None. The same batches on every rank, of which each sees its share.
+        """
+        loaders: list[OptimizerBatchLoader] = []
+        seen = np.zeros(0, np.int64)
+        for table, rows in self._tables.values():
+            keys, first = np.unique(table.keys(rows), return_index=True)
+            new = wanted(keys) & ~np.isin(keys, seen)
+            chosen = np.sort(rows[first[new]])[: None if most is None else most - len(seen)]
+            loaders.append(self._loader(table, chosen, shuffle=False))
+            seen = np.concatenate([seen, keys[new]])
+        return loaders
 
     def train_dataloader(self) -> OptimizerBatchLoader | list:
         return self.loader("train")

@@ -53,7 +53,7 @@ def flex_mask(rows: PackedRows, window: int | None = None) -> BlockMask:
 
 
 def attention_inputs(rows: PackedRows, config: Any) -> dict[str, Any]:
-    """What a Hugging Face decoder with this `config` is given beside tokens and positions, to see its own pair only.
+    """What a Hugging Face decoder with this `config` takes beside tokens and positions, to see its own pair only.
 
     Made once for each kind of mask and kept with the rows: layers, policy and reference share it.
     Pair by pair, attention takes the runs and no mask. `separate` rows are plain right-padded rows: a

@@ -106,14 +106,13 @@ class LanguageModelTraining(LightningModule):
         # from_pretrained returns eval mode, in which transformers silently skips gradient checkpointing
         self.policy.train()
         self.place(self.policy)
+        self.on_policy_ready()
 
     def build_scorer(self) -> ResponseScorer:
         """Load the model that the configuration names, with a packed forward around it."""
         asked = None if self.attention in ("auto", "pairwise", "flex_attention") else self.attention
         scorer = ResponseScorer(
-            load_model(
-                self.name, self.architecture, attention=asked, trust_remote_code=self.trust_remote_code
-            )
+            load_model(self.name, self.architecture, attention=asked, trust_remote_code=self.trust_remote_code)
         )
         if self.attention in ("pairwise", "flex_attention"):
             scorer.use_attention(self.attention)
@@ -137,6 +136,9 @@ class LanguageModelTraining(LightningModule):
 
     def keep_reference(self, fresh: ResponseScorer) -> None:
         """Called with the fresh model before it is sharded: a stage with a reference copies it here."""
+
+    def on_policy_ready(self) -> None:
+        """Called once the policy stands as it starts, sharded or not, and before any checkpoint is loaded."""
 
     def place(self, scorer: ResponseScorer) -> None:
         """Shard the scorer where the strategy has a device mesh (FSDP2), else leave it as it is."""

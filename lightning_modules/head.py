@@ -1,4 +1,4 @@
-"""The language model head on response tokens alone: their log-probabilities, a slice of the vocabulary at a time."""
+"""The head on response tokens alone: their log-probabilities, a slice of the vocabulary at a time."""
 
 from __future__ import annotations
 
@@ -138,9 +138,7 @@ class _HeadLogps(torch.autograd.Function):
         return d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None
 
 
-def _slice(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule, start: int, width: int
-) -> Tensor:
+def _slice(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule, start: int, width: int) -> Tensor:
     """The logits of one slice of the vocabulary, [N, at most width], free to be changed in place."""
     part = slice(start, start + width)
     return head_logits(hidden, weight[part], None if bias is None else bias[part], rule)

@@ -30,7 +30,7 @@ def agreeing_layout(module: LanguageModelTraining, batch: OptimizerBatch) -> Lay
     Raises UserError when `layout: packed` or an attention that was asked for does not hold, or when not even this
     project's head agrees with the model's own on plain rows.
     """
-    tolerance = TOLERANCE[_compute_dtype(module)]
+    tolerance = TOLERANCE[compute_dtype(module)]
     pairs = list(range(min(CHECKED_PAIRS, len(batch.positions))))
 
     def laid_out(layout: Layout) -> list[PackedRows]:
@@ -82,14 +82,11 @@ def _candidates(module: LanguageModelTraining) -> list[tuple[str, Layout]]:
     """Attention and layout in the order in which they are wanted."""
     current, own = module.policy.attention, module.policy.own_attention
     attentions = list(dict.fromkeys([current, own])) if module.attention == "auto" else [current]
-    wanted: dict[str, list[Layout]] = {"auto": ["packed", "separate"]}
-    layouts = wanted.get(module.requested_layout, [module.requested_layout])  # type: ignore[list-item]
-    return [
-        (attention, layout)
-        for layout in layouts
-        for attention in attentions
-        if (attention, layout) == (attentions[-1], "separate") or layout == "packed" or len(layouts) == 1
-    ]
+    packed: list[tuple[str, Layout]] = [(attention, "packed") for attention in attentions]
+    separate: list[tuple[str, Layout]] = [(attention, "separate") for attention in attentions]
+    if module.requested_layout == "auto":
+        return [*packed, separate[-1]]
+    return packed if module.requested_layout == "packed" else separate
 
 
 @torch.no_grad()
@@ -110,7 +107,8 @@ def _largest_error(
     return float(module.reduce(apart.masked_fill(~torch.isfinite(expected), 0).max(), "max"))
 
 
-def _compute_dtype(module: LanguageModelTraining) -> torch.dtype:
+def compute_dtype(module: LanguageModelTraining) -> torch.dtype:
+    """The type in which the module's forward passes run: what rounding they have."""
     mixed = "bf16" in str(module.trainer.precision)
     sharded_on_cuda = module.device_mesh is not None and module.device.type == "cuda"
     return torch.bfloat16 if mixed or sharded_on_cuda else torch.float32

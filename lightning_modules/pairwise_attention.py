@@ -46,9 +46,7 @@ class PairRuns:
     @property
     def split_sizes(self) -> list[int]:
         """Tokens of every piece: the prompt with the first response, then each other response."""
-        return [
-            size for prompt, responses in self.runs for size in (prompt + sum(responses[:1]), *responses[1:])
-        ]
+        return [size for prompt, responses in self.runs for size in (prompt + sum(responses[:1]), *responses[1:])]
 
     def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor | None:
         """Which of `keys` the last `queries` of them see, [queries, keys] additive; None where causal order does.

@@ -21,7 +21,7 @@ from app.method.metrics import pair_metrics
 from app.method.step import MissingStatistics, RewardGapHook, StepDecision
 from lightning_modules.base import Attention
 from lightning_modules.perturbed import perturbed_gaps
-from lightning_modules.preference_scoring import PreferenceScoring
+from lightning_modules.preference_scoring import PreferenceScoring, Reference
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,9 @@ class PreferenceOptimization(PreferenceScoring):
         name: folder or Hub id of the SFT model; the policy starts from it and the frozen reference is a copy.
         beta0: β0, the base β; evaluation always uses it.
         loss: per-pair loss of the log-probabilities and β.
+        reference: `frozen` keeps the reference as a second model; `cached` scores every pair once before training
+            and keeps the log-probabilities on disk for all runs from the same model, so that training takes the
+            memory and time of the policy alone.
         sft_weight: weight of −log π(y_w|x)/|y_w|, the likelihood of the chosen response, beside any loss.
         max_nonfinite_share: a step in which more than this share of pairs has no finite gap stops the run;
             up to it such pairs are left out, counted and named in the log.
@@ -51,6 +54,7 @@ class PreferenceOptimization(PreferenceScoring):
         name: str,
         beta0: float = 0.1,
         loss: PairLoss | None = None,
+        reference: Reference = "frozen",
         sft_weight: float = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-7, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -69,6 +73,7 @@ class PreferenceOptimization(PreferenceScoring):
         super().__init__(
             beta0,
             WithSFTTerm(loss, sft_weight) if sft_weight else loss,
+            reference,
             name,
             None,
             optimizer,

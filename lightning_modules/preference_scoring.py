@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torchmetrics import Metric
@@ -16,7 +16,10 @@ from app.method.losses import PairLoss
 from app.method.metrics import pair_metrics
 from lightning_modules.base import LanguageModelTraining, exact_mean
 from lightning_modules.contagion import measured_alone
+from lightning_modules.reference_cache import ReferenceCache, filled_reference_cache
 from lightning_modules.scorer import ResponseScorer
+
+Reference = Literal["frozen", "cached"]
 
 
 class PreferenceScoring(LanguageModelTraining):
@@ -25,27 +28,37 @@ class PreferenceScoring(LanguageModelTraining):
     Args:
         beta0: β0, at which evaluation takes rewards and loss.
         loss: per-pair loss of the log-probabilities and β.
+        reference: `frozen`, a second copy of the model, or `cached`, log-probabilities that are scored once with
+            the policy before it is trained, and kept on disk (see `reference_cache`).
         settings: those of `LanguageModelTraining`, in its order.
     """
 
     responses = ("chosen", "rejected")
 
-    def __init__(self, beta0: float, loss: PairLoss, *settings: Any):
+    def __init__(self, beta0: float, loss: PairLoss, reference: Reference, *settings: Any):
         super().__init__(*settings)
         if beta0 <= 0:
             raise UserError(f"model.beta0 must be positive, not {beta0}.")
         self.beta0 = beta0
         self.loss = loss
+        self.reference = reference
+        self._reference_cache: ReferenceCache | None = None
         # In a tuple, so that it is no submodule: a registered reference would enter checkpoints, break the
         # sharded resume and be switched to train mode.
         self._reference: tuple[ResponseScorer, ...] = ()
         self._evaluation: dict[str, Metric] = {}
 
     def keep_reference(self, fresh: ResponseScorer) -> None:
-        if self.loss.needs_reference:
+        if self.loss.needs_reference and self.reference == "frozen":
             reference = copy.deepcopy(fresh).eval().requires_grad_(False)
             self.place(reference)
             self._reference = (reference.to(self.trainer.strategy.root_device),)
+
+    def on_policy_ready(self) -> None:
+        if self.loss.needs_reference and self.reference == "cached":
+            # now, while the policy's weights are those of the reference: also when a checkpoint is loaded next
+            self.to(self.trainer.strategy.root_device)
+            self._reference_cache = filled_reference_cache(self)
 
     @property
     def scorers(self) -> tuple[ResponseScorer, ...]:
@@ -65,7 +78,9 @@ class PreferenceScoring(LanguageModelTraining):
         share = len(batch.positions)
         policy = self.score(self.policy, micro_batches, share)
         reference = None
-        if self._reference:
+        if self._reference_cache is not None:
+            reference = self._reference_cache.logps(batch.pair_keys.numpy()).to(self.device)
+        elif self._reference:
             with torch.no_grad():
                 reference = self.score(self._reference[0], micro_batches, share)
         tokens = torch.ones(share, 2, dtype=torch.int64, device=self.device)

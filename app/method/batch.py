@@ -45,7 +45,7 @@ class PackedRows:
         """The same rows on `device`; nothing is remembered of them there yet."""
         columns = {each.name: getattr(self, each.name) for each in fields(self)}
         on_gpu = torch.device(device).type == "cuda"
-        moved = {
+        moved: dict[str, Any] = {
             # pinned, so that the copy to a GPU does not wait for the step that is running there
             name: (column.pin_memory() if on_gpu else column).to(device, non_blocking=True)
             for name, column in columns.items()
@@ -65,6 +65,7 @@ class OptimizerBatch(Protocol):
 
     pair_ids: Sequence[str]  # [G], the global batch in its canonical order, equal on every rank
     positions: Tensor  # [B] int64, where this rank's pairs stand in the global batch
+    pair_keys: Tensor  # [B] int64, names this rank's pairs by their tokens: equal for equal pairs
     labels: Mapping[str, Sequence[object]]  # each [G], label columns that the data carries (`flipped`, …)
     tokens: int  # of the whole global batch, every prompt counted once
 

@@ -48,14 +48,16 @@ class TokenisedTable:
         self.label_names: list[str] = meta["label_names"]
         self._table = table
         self._prompts, self._chosen, self._rejected = (
-            table.column(name) for name in ("prompt", "chosen", "rejected")
+            _TokenColumn(table.column(name)) for name in ("prompt", "chosen", "rejected")
         )
         self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = (
-            _list_lengths(column) for column in (self._prompts, self._chosen, self._rejected)
+            column.lengths() for column in (self._prompts, self._chosen, self._rejected)
         )
         self.lengths: np.ndarray = self.prompt_lengths + self.chosen_lengths + self.rejected_lengths
         self.prompt_keys: np.ndarray = table.column("prompt_key").to_numpy()
-        self.has_rejected: bool = bool(len(table)) and self._rejected.null_count == 0
+        rejected = table.column("rejected")
+        self.has_rejected: bool = bool(len(table)) and rejected.null_count == 0
+        self._has_rejected: np.ndarray = rejected.is_valid().to_numpy()  # [N] bool
 
     def __len__(self) -> int:
         return len(self._table)
@@ -65,12 +67,12 @@ class TokenisedTable:
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         index = int(index) % len(self)
-        rejected = self._rejected[index]
-        return TokenisedPair(
-            _ids(self._prompts[index]),
-            _ids(self._chosen[index]),
-            _ids(rejected) if rejected.is_valid else None,
-        )
+        rejected = self._rejected[index] if self._has_rejected[index] else None
+        return TokenisedPair(self._prompts[index], self._chosen[index], rejected)
+
+    def keys(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """`TokenisedPair.key` of these pairs, [n] int64."""
+        return np.array([self[int(index)].key for index in indices], dtype=np.int64)
 
     def __reduce__(self) -> tuple[object, ...]:
         return open_table, (self.folder,)  # a loader's worker maps the same file
@@ -92,13 +94,23 @@ class TokenisedTable:
         return self._table.column(column).take(pa.array(np.asarray(indices, dtype=np.int64))).to_pylist()
 
 
-def _ids(value: pa.ListScalar) -> np.ndarray:
-    return value.values.to_numpy().astype(np.int64)
+class _TokenColumn:
+    """Token ids by row, read where they lie: offsets and values of every chunk as arrays, nothing copied."""
 
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._starts = np.cumsum([0, *map(len, column.chunks)])  # row where each chunk begins
+        self._offsets = [chunk.offsets.to_numpy() for chunk in column.chunks]
+        self._values = [chunk.values.to_numpy() for chunk in column.chunks]
 
-def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
-    lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
-    return np.concatenate(lengths).astype(np.int64) if lengths else np.zeros(0, np.int64)
+    def __getitem__(self, row: int) -> np.ndarray:
+        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
+        first, end = self._offsets[chunk][row - self._starts[chunk] :][:2]
+        return self._values[chunk][first:end].astype(np.int64)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row, [N] int64."""
+        lengths = [np.diff(offsets) for offsets in self._offsets]
+        return np.concatenate(lengths).astype(np.int64) if lengths else np.zeros(0, np.int64)
 
 
 def file_hash(path: Path) -> str:

@@ -41,9 +41,11 @@ class RankOwnRandomness(Callback):
         torch.rand(trainer.global_rank + 1)
 
 
-def train(model: str, folder: Path, pairs: int, tokens: int, **trainer: Any) -> dict[str, Tensor]:
+def train(
+    model: str, folder: Path, pairs: int, tokens: int, reference: str = "frozen", **trainer: Any
+) -> dict[str, Tensor]:
     """Train with β-DPO, keeping half; returns the whole final weights, on every rank."""
-    module = preference(model)
+    module = preference(model, reference=reference)
     callbacks = [*beta_dpo(keep_ratio=0.5), PairAudit(), RankOwnRandomness()]
     # validation with an odd number of pairs: ranks hold unequal shares
     settings = {"limit_val_batches": 1.0, **trainer}
@@ -80,10 +82,11 @@ if __name__ == "__main__":
         final = fine_tune(model, folder, devices=2, strategy=strategy(name))
         if torch.distributed.get_rank() == 0:
             torch.save(final, folder / f"{name}-sft.pt")
-    for scenario, (pairs, tokens) in SCENARIOS.items():
+    runs = [(scenario, *numbers, "frozen") for scenario, numbers in SCENARIOS.items()]
+    for scenario, pairs, tokens, reference in [*runs, ("cached", *SCENARIOS["many_passes"], "cached")]:
         for name in STRATEGIES:
             label = f"{name}-{scenario}"
-            final = train(model, folder / label, pairs, tokens, devices=2, strategy=strategy(name))
+            final = train(model, folder / label, pairs, tokens, reference, devices=2, strategy=strategy(name))
             if torch.distributed.get_rank() == 0:
                 torch.save(final, folder / f"{label}.pt")
     for micro_batches, tokens in EXACT.items():

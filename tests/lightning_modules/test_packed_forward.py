@@ -106,9 +106,7 @@ def test_a_mask_that_lets_pairs_see_each_other_would_be_noticed(
 @pytest.mark.parametrize("attention", ["own", "pairwise"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral_window", "gemma2"])
 @pytest.mark.parametrize("slice_logits", [1, 100, 1500, None])
-def test_gradients_equal_those_of_plain_rows(
-    family: str, slice_logits: int | None, attention: str
-) -> None:
+def test_gradients_equal_those_of_plain_rows(family: str, slice_logits: int | None, attention: str) -> None:
     pairs = random_pairs()
     plain, packed = tiny_model(family), tiny_model(family)
     if attention == "pairwise":

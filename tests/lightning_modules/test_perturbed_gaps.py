@@ -114,3 +114,8 @@ def test_no_reference_no_perturbation(tiny_llama: str, tmp_path: Path) -> None:
 def test_wrong_settings_are_refused_at_once(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match="EpsilonBeta: "):
         EpsilonBeta(**wrong)
+
+
+def test_a_cached_reference_has_no_logits_to_perturb(tiny_llama: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"EpsilonBeta perturbs the reference's logits.*set it to frozen"):
+        run(tmp_path, tiny_llama, EpsilonBeta(EPSILON), reference="cached")

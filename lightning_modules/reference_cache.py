@@ -1,0 +1,188 @@
+"""Log-probabilities under the reference, scored once and kept on disk for every later run from the same model."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoConfig
+
+from app.cache import cache_root, fingerprint
+from app.errors import UserError
+from app.files import atomic_file, folder_hash
+from app.method.batch import OptimizerBatch
+from lightning_modules.layout_check import TOLERANCE, compute_dtype
+
+if TYPE_CHECKING:
+    from lightning_modules.preference_scoring import PreferenceScoring
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # raise when what is stored, or how a pair is named, changes
+_ROW = np.dtype([("key", np.int64), ("chosen", np.float64), ("rejected", np.float64)])
+_BATCHES_PER_PART = 32  # what an interruption costs at most
+_CHECKED_PAIRS = 4
+_WAIT_SECONDS = 5.0  # for the lock, between the collectives that keep waiting ranks together
+
+
+class ReferenceCache:
+    """log π_ref(y_w|x) and log π_ref(y_l|x) by pair, in a folder of parts that are written whole or not at all.
+
+    A pair is named by a hash of its tokens (`OptimizerBatch.pair_keys`): tokenizer, truncation and template are in
+    it, and the same pair in another mixture of data is found again. A part is named by a hash of its content; one
+    that does not match is left out, with a warning, and its pairs are scored anew.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._rows = np.zeros(0, _ROW)  # sorted by key
+        self.load()
+
+    def load(self) -> None:
+        """Read every part that is in the folder now."""
+        parts = [rows for path in sorted(self.folder.glob("*.npy")) if (rows := _read_part(path)) is not None]
+        rows = np.concatenate([np.zeros(0, _ROW), *parts])
+        _, first = np.unique(rows["key"], return_index=True)
+        self._rows = rows[first]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def knows(self, keys: np.ndarray) -> np.ndarray:
+        """Which of the pairs `keys` [n] int64 are stored, [n] bool."""
+        place = np.searchsorted(self._rows["key"], keys)
+        return np.append(self._rows["key"], 0)[place] == keys if len(self) else np.zeros(len(keys), bool)
+
+    def logps(self, keys: np.ndarray) -> Tensor:
+        """Log-probabilities [n, 2] float64 of the pairs `keys` [n]. Raises KeyError when one is not stored."""
+        if not self.knows(keys).all():
+            raise KeyError(f"{int((~self.knows(keys)).sum())} pairs have no reference log-probabilities")
+        rows = self._rows[np.searchsorted(self._rows["key"], keys)]
+        return torch.from_numpy(np.stack([rows["chosen"], rows["rejected"]], 1))
+
+    def add(self, keys: np.ndarray, logps: np.ndarray) -> None:
+        """Store the log-probabilities [n, 2] of the pairs `keys` [n] as a part of their own."""
+        rows = np.zeros(len(keys), _ROW)
+        rows["key"], rows["chosen"], rows["rejected"] = keys, logps[:, 0], logps[:, 1]
+        with atomic_file(self.folder / f"{_content_hash(rows)}.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, rows)
+
+
+def _content_hash(rows: np.ndarray) -> str:
+    return hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest()
+
+
+def _read_part(path: Path) -> np.ndarray | None:
+    try:
+        rows = np.load(path, allow_pickle=False)
+        if rows.dtype == _ROW and _content_hash(rows) == path.stem:
+            return rows
+    except (OSError, ValueError, EOFError):
+        pass
+    log.warning("%s is damaged: the pairs in it are scored anew.", path)
+    return None
+
+
+def reference_fingerprint(name: str, dtype: torch.dtype) -> str:
+    """What decides a reference's log-probabilities beside the pair: weights by content, type computed in."""
+    if Path(name).is_dir():
+        model: object = folder_hash(name)
+    else:
+        model = [name, getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)]
+    return fingerprint({"version": VERSION, "model": model, "dtype": str(dtype)})
+
+
+def filled_reference_cache(module: PreferenceScoring) -> ReferenceCache:
+    """The cache of the module's model, every pair of the stage in it; called while the policy is the reference.
+
+    All ranks score together; one run scores while other runs from the same model wait. What is found is believed
+    only after a few pairs of it were scored again. Raises UserError when they differ, and when the folder cannot
+    be written or is not the same for all ranks.
+    """
+    trainer = module.trainer
+    own = reference_fingerprint(str(module.name), compute_dtype(module)) if trainer.is_global_zero else ""
+    folder = cache_root("references") / trainer.strategy.broadcast(own)
+    with torch.no_grad(), trainer.precision_plugin.forward_context(), _lock(module, folder):
+        cache = ReferenceCache(folder)
+        count = torch.tensor(float(len(cache)))
+        if module.reduce(count, "max") != module.reduce(count, "mean"):
+            raise UserError(
+                f"{folder} differs from rank to rank: set BETA_DPO_CACHE to a folder that all nodes share."
+            )
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        _check(module, cache, data.batches_of(cache.knows, _CHECKED_PAIRS))
+        _score(module, cache, data.batches_of(lambda keys: ~cache.knows(keys)))
+        trainer.strategy.barrier()
+        cache.load()
+    return cache
+
+
+@contextmanager
+def _lock(module: PreferenceScoring, folder: Path) -> Iterator[None]:
+    """Hold the folder's lock in rank 0; the other ranks wait with it, never longer than a collective may take."""
+    lock: FileLock | None = None
+    if module.trainer.is_global_zero:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{folder}.lock")
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another run scores the same reference into %s: waiting for it", folder)
+        except OSError as error:
+            raise UserError(
+                f"The cache folder {folder.parent} cannot be written ({error.strerror}): set BETA_DPO_CACHE."
+            ) from error
+    while module.reduce(torch.tensor(float(lock is not None and not lock.is_locked)), "max"):
+        if lock is not None:
+            with suppress(Timeout):
+                lock.acquire(timeout=_WAIT_SECONDS)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _score(module: PreferenceScoring, cache: ReferenceCache, loaders: Sequence[Collection[OptimizerBatch]]) -> None:
+    """Score the pairs of `loaders` with the policy as it is; every rank adds its own to the cache, by parts."""
+    total = sum(map(len, loaders))
+    if not total:
+        return
+    log.info("scoring the pairs under the reference, once for all runs from this model: %s", cache.folder)
+    scored: list[tuple[np.ndarray, np.ndarray]] = []
+    quiet = None if module.trainer.is_global_zero else True  # None: where nobody watches
+    batches = tqdm(chain.from_iterable(loaders), "reference", total, unit=" batches", disable=quiet)
+    for number, batch in enumerate(batches, 1):
+        logps = module.measure(batch, module.micro_batches(batch))
+        both = torch.stack([logps.policy_chosen, logps.policy_rejected], 1)
+        scored.append((batch.pair_keys.numpy(), both.cpu().numpy()))
+        if number % _BATCHES_PER_PART == 0 or number == total:
+            keys, values = (np.concatenate(column) for column in zip(*scored, strict=True))
+            if len(keys):
+                cache.add(keys, values)
+            scored.clear()
+
+
+def _check(module: PreferenceScoring, cache: ReferenceCache, loaders: Sequence[Collection[OptimizerBatch]]) -> None:
+    """Score the pairs of `loaders` again and compare. Raises UserError where the stored ones differ."""
+    for batch in chain.from_iterable(loaders):
+        logps = module.measure(batch, module.micro_batches(batch))
+        scored = torch.stack([logps.policy_chosen, logps.policy_rejected], 1)
+        tokens = torch.stack([logps.chosen_tokens, logps.rejected_tokens], 1)
+        apart = (scored - cache.logps(batch.pair_keys.numpy()).to(scored)).abs() / tokens
+        error = float(module.reduce(torch.cat([apart.flatten(), apart.new_zeros(1)]).max(), "max"))
+        if not error <= TOLERANCE[compute_dtype(module)]:
+            raise UserError(
+                f"model.reference: the log-probabilities in {cache.folder} are not those of {module.name} "
+                f"(apart by {error:.2g} nats per token): remove that folder and run again."
+            )

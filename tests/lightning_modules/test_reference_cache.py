@@ -1,0 +1,144 @@
+"""`model.reference: cached` trains like `frozen`, scores a pair once, and is not fooled by what it finds."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer, relative_difference, weights
+
+from app.cache import cache_root
+from app.errors import UserError
+from lightning_modules.reference_cache import ReferenceCache
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BETA_DPO_CACHE", str(tmp_path / "cache"))
+
+
+def run(
+    folder: Path, name: str, reference: str, tokens: int = 300, pairs: int = 40, steps: int = -1
+) -> tuple[Any, Any, Any]:
+    recorder = Recorder()
+    module = preference(name, reference=reference)
+    trainer = quiet_trainer(folder, [*beta_dpo(), recorder], limit_val_batches=1.0, max_steps=steps)
+    trainer.fit(module, controlled(pairs, micro_batch_tokens=tokens))
+    return module, recorder.decisions, trainer
+
+
+def parts() -> list[Path]:
+    return sorted(cache_root("references").glob("*/*.npy"))
+
+
+@pytest.mark.parametrize("tokens", [8192, 300])
+def test_trains_as_with_the_frozen_reference(tiny_llama: str, tmp_path: Path, tokens: int) -> None:
+    frozen, expected, first = run(tmp_path, tiny_llama, "frozen", tokens)
+    cached, seen, second = run(tmp_path, tiny_llama, "cached", tokens)
+    assert not cached._reference  # no second model
+    assert len(seen) == len(expected) == 4
+    for ours, theirs in zip(seen, expected, strict=True):
+        torch.testing.assert_close(ours.gaps, theirs.gaps, rtol=0, atol=2e-5)
+        assert torch.equal(ours.kept, theirs.kept)
+    assert relative_difference(weights(frozen), weights(cached)) < 1e-5
+    for name, value in first.callback_metrics.items():
+        if name.startswith("val/"):
+            torch.testing.assert_close(second.callback_metrics[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_runs_share_it_whatever_their_settings(
+    tiny_llama: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, tiny_llama, "cached")
+    before = parts()
+    with caplog.at_level(logging.INFO, logger="lightning_modules"):
+        module = preference(tiny_llama, reference="cached", beta0=0.3)
+        quiet_trainer(tmp_path, max_steps=1).fit(module, controlled(40, batch_size=8, micro_batch_tokens=115))
+        assert "scoring the pairs" not in caplog.text
+        assert parts() == before
+        # pairs that are new are scored, and only those
+        run(tmp_path, tiny_llama, "cached", pairs=60, steps=1)
+        assert "scoring the pairs" in caplog.text
+    (added,) = set(parts()) - set(before)
+    assert len(np.load(added)) == 20
+    # and another model is another reference
+    other = str(tmp_path / "other")
+    retrained, _, _ = run(tmp_path, tiny_llama, "frozen", steps=2)
+    retrained.policy.model.save_pretrained(other)
+    run(tmp_path, other, "cached", steps=1)
+    assert len({path.parent for path in parts()}) == 2
+
+
+def test_what_was_scored_before_an_interruption_stays(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_modules.reference_cache._BATCHES_PER_PART", 1)
+    added: list[int] = []
+    original = ReferenceCache.add
+
+    def interrupted(self: ReferenceCache, keys: np.ndarray, logps: np.ndarray) -> None:
+        if len(added) == 2:
+            added.append(0)
+            raise KeyboardInterrupt
+        original(self, keys, logps)
+        added.append(len(keys))
+
+    monkeypatch.setattr(ReferenceCache, "add", interrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(tmp_path, tiny_llama, "cached")
+    assert len(parts()) == 2
+    run(tmp_path, tiny_llama, "cached", steps=1)
+    assert added == [10, 10, 0, 10, 10, 7]
+
+
+def test_a_damaged_part_is_scored_anew(tiny_llama: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, expected, _ = run(tmp_path, tiny_llama, "cached")
+    (part,) = parts()
+    content = bytearray(part.read_bytes())
+    content[-3] ^= 1
+    part.write_bytes(content)
+    _, seen, _ = run(tmp_path, tiny_llama, "cached")
+    assert f"{part} is damaged" in caplog.text
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert torch.equal(ours.gaps, theirs.gaps)
+
+
+def test_log_probabilities_of_another_model_are_refused(tiny_llama: str, tmp_path: Path) -> None:
+    run(tmp_path, tiny_llama, "cached", steps=1)
+    (part,) = parts()
+    rows = np.load(part)
+    part.unlink()
+    ReferenceCache(part.parent).add(rows["key"], np.stack([rows["chosen"] - 1, rows["rejected"]], 1))
+    with pytest.raises(UserError, match=r"model.reference: the log-probabilities in .* remove that folder"):
+        run(tmp_path, tiny_llama, "cached", steps=1)
+
+
+def test_evaluation_of_a_checkpoint_keeps_the_first_weights_as_reference(tiny_llama: str, tmp_path: Path) -> None:
+    module, _, trainer = run(tmp_path, tiny_llama, "cached")
+    trainer.save_checkpoint(tmp_path / "trained.ckpt")
+    found = {}
+    for reference in ("frozen", "cached"):
+        fresh = quiet_trainer(tmp_path, limit_val_batches=1.0)
+        fresh.validate(
+            preference(tiny_llama, reference=reference), controlled(40), ckpt_path=tmp_path / "trained.ckpt"
+        )
+        found[reference] = dict(fresh.callback_metrics)
+    assert float(found["frozen"]["val/gap_mean"]) != 0
+    for name, value in found["frozen"].items():
+        torch.testing.assert_close(found["cached"][name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert module.reference == "cached"
+
+
+def test_a_pair_that_is_not_stored_is_an_error(tmp_path: Path) -> None:
+    cache = ReferenceCache(tmp_path)
+    assert not cache.knows(np.array([3, 4])).any()
+    cache.add(np.array([4, -7]), np.array([[-1.0, -2.0], [-3.0, -4.0]]))
+    cache.load()
+    assert cache.knows(np.array([-7, 3, 4, 2**62])).tolist() == [True, False, True, False]
+    assert cache.logps(np.array([4, -7, 4])).tolist() == [[-1, -2], [-3, -4], [-1, -2]]
+    with pytest.raises(KeyError, match="1 pairs"):
+        cache.logps(np.array([4, 3]))
