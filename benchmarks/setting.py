@@ -1,0 +1,144 @@
+"""What every contestant of a benchmark is given: one random model, the same pairs in the same order."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from datamodules.records import TokenisedPair
+from datamodules.table import load_table
+from datamodules.tokenisation import Tokenisation
+
+BETA = 0.1
+LEARNING_RATE = 1e-6
+MAX_LENGTH = 512
+TOKENISATION = Tokenisation(max_length=MAX_LENGTH)
+SYNTHETIC = "synthetic"
+SPLIT_BATCHES = 3  # how much larger the batch is where it is split into several micro-batches
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One benchmark: a Llama shape, data, and how much of it.
+
+    data: preference pairs as `data.path` takes them, or `synthetic`: random words with the lengths of
+        Anthropic-HH's pairs (in tokens: prompt 125, chosen 40, rejected 50 on average, widely spread).
+    tokenizer: folder of a tokenizer; not used for synthetic data, which brings one of `vocabulary` words.
+    """
+
+    hidden: int = 384
+    layers: int = 8
+    vocabulary: int = 49152
+    data: str = SYNTHETIC
+    tokenizer: str = "models/smollm2"
+    batch_size: int = 8
+    steps: int = 6  # measured, after one that is not counted
+    micro_batch_tokens: int = 8192
+    device: str = "cpu"  # float32; on `cuda` bf16 autocast over float32 weights
+    model: str = ""  # folder of the model and, beside it, the data, once `prepare` has made them
+
+    @property
+    def pairs(self) -> int:
+        """As many as any contestant takes."""
+        return SPLIT_BATCHES * self.batch_size * (self.steps + 1)
+
+    @classmethod
+    def read(cls, text: str) -> Setting:
+        return cls(**json.loads(text))
+
+    def write(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def prepare(setting: Setting, folder: str) -> Setting:
+    """Save the model and the pairs in `folder`."""
+    if setting.data == SYNTHETIC:
+        tokenizer: Any = word_tokenizer(setting.vocabulary)
+        rows = synthetic_pairs(setting)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(setting.tokenizer)
+        rows = first_pairs(setting, tokenizer)
+    path = Path(folder) / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=max(len(tokenizer), setting.vocabulary),
+        hidden_size=setting.hidden,
+        intermediate_size=4 * setting.hidden,
+        num_hidden_layers=setting.layers,
+        num_attention_heads=setting.hidden // 64,
+        num_key_value_heads=setting.hidden // 64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Setting(**{**asdict(setting), "model": folder, "data": str(path)})
+
+
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """One token a word: `w0`, `w1`, …"""
+    words = {"<eos>": 0, "<pad>": 1, **{f"w{number}": number for number in range(2, vocabulary)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+def synthetic_pairs(setting: Setting) -> list[dict[str, str]]:
+    """Random words; lengths are log-normal with the means above and the spread of Anthropic-HH."""
+    random = np.random.default_rng(0)
+
+    def text(mean: float, most: int) -> str:
+        spread = 0.75
+        length = int(random.lognormal(np.log(mean) - spread**2 / 2, spread))
+        return " ".join(f"w{word}" for word in random.integers(2, setting.vocabulary, min(max(length, 2), most)))
+
+    return [
+        {"prompt": text(125, 256), "chosen": text(40, 200), "rejected": text(50, 200)} for _ in range(setting.pairs)
+    ]
+
+
+def first_pairs(setting: Setting, tokenizer: Any) -> list[dict[str, str]]:
+    """The first pairs of the data, as the text of the tokens that are left after truncation."""
+    table = load_table(setting.data, tokenizer, TOKENISATION, on_bad_row="skip", need_rejected=True)
+    if len(table) < setting.pairs:
+        raise SystemExit(f"{setting.data} holds {len(table)} pairs, but {setting.pairs} are needed: lower --steps.")
+
+    def text(ids: np.ndarray | None) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    rows = (table[index] for index in range(setting.pairs))
+    return [{"prompt": text(p.prompt), "chosen": text(p.chosen), "rejected": text(p.rejected)} for p in rows]
+
+
+def pairs_of(setting: Setting) -> list[TokenisedPair]:
+    """The pairs of all steps, in order."""
+    tokenizer = AutoTokenizer.from_pretrained(setting.model)
+    table = load_table(setting.data, tokenizer, TOKENISATION, need_rejected=True)
+    return [table[index] for index in range(setting.batch_size * (setting.steps + 1))]
+
+
+def unavoidable_operations(setting: Setting) -> float:
+    """Floating-point operations of the measured steps that DPO with an online reference cannot do without.
+
+    Unique tokens through the trunk's matrices and response tokens through the head: once for the reference, three
+    times (forward, and backward twice) for the policy. Attention and everything element by element come on top.
+    """
+    pairs = pairs_of(setting)[setting.batch_size :]
+    model = AutoModelForCausalLM.from_pretrained(setting.model)
+    head = model.get_output_embeddings().weight.numel()
+    trunk = sum(p.numel() for p in model.base_model.layers.parameters() if p.ndim > 1)
+    tokens = sum(len(part) for pair in pairs for part in pair if part is not None)
+    responses = tokens - sum(len(pair.prompt) for pair in pairs)
+    return 4 * 2.0 * (trunk * tokens + head * responses)

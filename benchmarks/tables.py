@@ -1,0 +1,99 @@
+"""The tables of README and docs/benchmarks.md, written from docs/benchmarks.json: `python -m benchmarks.tables`.
+
+Each stands between `<!-- benchmark NAME -->` and `<!-- end -->`; a test checks that they are what the file says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from app.files import atomic_file
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "benchmarks.json"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+LABELS = {
+    "ours": "beta-dpo, plain DPO, online reference",
+    "ours-cached": "beta-dpo, β-DPO with ρ = 0.8, cached reference",
+    "ours-split": "beta-dpo, plain DPO, batch three times as large in several micro-batches",
+    "ours-split-cached": "beta-dpo, β-DPO, cached reference, the same batch and micro-batches",
+    "plain": "transformers, two padded rows a pair, response logits only",
+    "trl": "TRL's `DPOTrainer`, its defaults",
+}
+_PLACE = re.compile(r"(<!-- benchmark (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    entries = json.loads(RESULTS.read_text(encoding="utf-8"))
+    for page in PAGES:
+        text = filled(page.read_text(encoding="utf-8"), entries)
+        with atomic_file(page) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def filled(page: str, entries: dict[str, Any]) -> str:
+    """`page` with every marked place holding the table of its entry."""
+    return _PLACE.sub(lambda place: f"{place[1]}{comparison(entries[place[2]])}\n{place[3]}", page)
+
+
+def comparison(entry: dict[str, Any]) -> str:
+    """What an entry measured, as Markdown: medians, lowest and highest over the turns, ratios turn by turn."""
+    setting, turns, versions = entry["setting"], entry["turns"], entry["versions"]
+    lines = [
+        f"{entry['date']}, {entry['machine']}, torch {versions['torch']}, transformers {versions['transformers']}"
+        + (f", TRL {versions['trl']}" if versions["trl"] else "")
+        + f". Llama, {setting['layers']} layers, hidden {setting['hidden']}, vocabulary {setting['vocabulary']}; "
+        f"{setting['data']}, {setting['batch_size']} pairs a step, {setting['steps']} steps after one warm-up, "
+        f"{len(next(iter(turns.values())))} turns.",
+        "",
+        "| | pairs/s (lowest–highest) | peak memory | beta-dpo is faster by | and takes of its memory |",
+        "|---|---|---|---|---|",
+    ]
+    ours = turns.get("ours")
+    for name, results in turns.items():
+        if name not in LABELS:
+            continue
+        row = [
+            LABELS[name],
+            spread([result["pairs_per_second"] for result in results]),
+            f"{peak(results):.2f} GB",
+        ]
+        if ours is None or name == "ours":
+            row += ["", ""]
+        else:
+            pairs = zip(ours, results, strict=True)
+            row += [
+                spread([mine["pairs_per_second"] / other["pairs_per_second"] for mine, other in pairs]),
+                f"{peak(ours) / peak(results):.2f}",
+            ]
+        lines.append(f"| {' | '.join(row)} |")
+    if ours is not None and "gemm" in turns:
+        used = [
+            entry["unavoidable_operations"] / mine["seconds"] / gemm["operations_per_second"]
+            for mine, gemm in zip(ours, turns["gemm"], strict=True)
+        ]
+        rate = statistics.median(gemm["operations_per_second"] for gemm in turns["gemm"])
+        lines += [
+            "",
+            "Operations that the step cannot avoid: "
+            f"{entry['unavoidable_operations'] / setting['steps'] / 1e9:.0f} billion a step, done at "
+            f"{spread([100 * share for share in used])} % of the rate of this machine's matrix products in the "
+            f"same turns ({rate / 1e9:.0f} billion a second).",
+        ]
+    return "\n".join(lines)
+
+
+def peak(results: list[dict[str, float]]) -> float:
+    return max(result["peak_gb"] for result in results)
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+
+
+if __name__ == "__main__":
+    main()
