@@ -14,8 +14,8 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from app.errors import UserError
-from datamodules.records import Message, PreferencePair, TokenisedPair
-from datamodules.sources.hh import hh_messages, is_transcript_prompt
+from datamodules.records import PreferencePair, TokenisedPair
+from datamodules.sources.hh import prompt_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,16 +133,10 @@ def _prompt_text(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, templ
         if isinstance(pair.prompt, str):
             return pair.prompt
         raise UserError(f"The prompt of pair {pair.pair_id} is chat messages: set data.chat_template: true.")
-    if not isinstance(pair.prompt, str):
-        messages = pair.prompt
-    elif is_transcript_prompt(pair.prompt):
-        try:
-            messages = hh_messages(pair.prompt)
-        except ValueError:
-            return _Dropped("HH turns do not alternate, as a chat needs")
-    else:
-        messages = (Message("user", pair.prompt),)
-    turns = [message._asdict() for message in messages]
+    try:
+        turns = [message._asdict() for message in prompt_messages(pair.prompt)]
+    except ValueError:
+        return _Dropped("HH turns do not alternate, as a chat needs")
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     except TemplateError:

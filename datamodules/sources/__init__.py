@@ -1,7 +1,7 @@
 """Where preference pairs come from: local files and the Hugging Face Hub, in the usual formats."""
 
 from datamodules.sources.formats import RowFormat, RowReading
-from datamodules.sources.hh import hh_messages, is_transcript_prompt
+from datamodules.sources.hh import hh_messages, is_transcript_prompt, prompt_messages
 from datamodules.sources.pku_saferlhf import PreferredBy
 from datamodules.sources.reader import OnBadRow, PairReader, Source, SourceAddress, open_source, read_pairs
 from datamodules.sources.report import BadRow, LeftOut, RowReport
@@ -20,5 +20,6 @@ __all__ = [
     "hh_messages",
     "is_transcript_prompt",
     "open_source",
+    "prompt_messages",
     "read_pairs",
 ]
