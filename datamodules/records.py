@@ -24,7 +24,8 @@ class PreferencePair:
     """One prompt and its two responses, as text.
 
     `rejected` is None for a demonstration (supervised fine-tuning). `labels` holds the scalar columns that the
-    data carries besides.
+    data carries besides. `rejected_ends` is False for a sampled response that ran into its length limit, and so has
+    no end.
     """
 
     pair_id: str
@@ -32,6 +33,7 @@ class PreferencePair:
     chosen: str
     rejected: str | None
     labels: dict[str, object] = field(default_factory=dict)
+    rejected_ends: bool = True
 
 
 class TokenisedPair(NamedTuple):

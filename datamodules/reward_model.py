@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from app.errors import UserError
@@ -29,11 +30,12 @@ class RewardModel:
         name: folder or Hub id of a model with a single output.
         batch_size: texts per forward pass; one where the tokenizer's padding token is also its end of text.
         device: where it runs; none takes CUDA where there is one.
+        max_length: a limit in tokens below the model's own.
 
     Raises UserError when the model cannot be loaded or has several outputs.
     """
 
-    def __init__(self, name: str, batch_size: int = 32, device: str | None = None):
+    def __init__(self, name: str, batch_size: int = 32, device: str | None = None, max_length: int | None = None):
         self.name = name
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
@@ -51,19 +53,20 @@ class RewardModel:
         self.batch_size = 1 if pad is None or pad == self.tokenizer.eos_token_id else batch_size
         model.config.pad_token_id = None if self.batch_size == 1 else pad
         positions = getattr(model.config, "max_position_embeddings", UNLIMITED)
-        self.limit = min(self.tokenizer.model_max_length, positions)
+        self.limit = min(self.tokenizer.model_max_length, positions, max_length or UNLIMITED)
         self.truncated = 0
 
     def rewards(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Iterator[float]:
         """The reward of each response to its prompt, in order, as soon as its batch is done."""
         texts = zip(prompts, responses, strict=True)
         while batch := list(islice(texts, self.batch_size)):
-            yield from self._batch_rewards(batch)
+            yield from self.batch_rewards(batch)
         if self.truncated:
             log.warning("%s: %d texts cut to their last %d tokens", self.name, self.truncated, self.limit)
 
     @torch.no_grad()
-    def _batch_rewards(self, texts: Sequence[tuple[Prompt, str]]) -> list[float]:
+    def batch_rewards(self, texts: Sequence[tuple[Prompt, str]]) -> list[float]:
+        """The rewards of at most `batch_size` prompts and responses, in one forward pass."""
         encoded = [self._encode(prompt, response) for prompt, response in texts]
         if len(encoded) == 1:
             inputs = {name: torch.tensor([column]) for name, column in encoded[0].items()}
@@ -74,9 +77,7 @@ class RewardModel:
 
     def _encode(self, prompt: Prompt, response: str) -> dict[str, list[int]]:
         if self.tokenizer.chat_template:
-            turns = self._turns(prompt)
-            turns.append({"role": "assistant", "content": response.strip()})
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            text = self._chat(prompt, response)
             arguments: tuple[Any, ...] = (text,)
             options: dict[str, Any] = {"add_special_tokens": False}  # the template has put them
         elif isinstance(prompt, str):
@@ -90,10 +91,19 @@ class RewardModel:
         cut = "only_first" if len(arguments) == 2 else True
         return dict(self.tokenizer(*arguments, **options, truncation=cut, max_length=self.limit))
 
-    def _turns(self, prompt: Prompt) -> list[dict[str, str]]:
+    def takes(self, prompt: Prompt) -> bool:
+        """Whether the prompt can be put into the chat template, if there is one."""
         try:
-            return [message._asdict() for message in prompt_messages(prompt)]
-        except ValueError as error:
+            return not self.tokenizer.chat_template or bool(self._chat(prompt, "yes"))
+        except UserError:
+            return False
+
+    def _chat(self, prompt: Prompt, response: str) -> str:
+        try:
+            turns = [message._asdict() for message in prompt_messages(prompt)]
+            turns.append({"role": "assistant", "content": response.strip()})
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        except (ValueError, TemplateError) as error:
             raise UserError(
                 f"{self.name} takes dialogues, and a prompt is none ({error}): leave it out."
             ) from error
