@@ -68,6 +68,7 @@ class RewardModel:
     def batch_rewards(self, texts: Sequence[tuple[Prompt, str]]) -> list[float]:
         """The rewards of at most `batch_size` prompts and responses, in one forward pass."""
         encoded = [self._encode(prompt, response) for prompt, response in texts]
+        inputs: Any
         if len(encoded) == 1:
             inputs = {name: torch.tensor([column]) for name, column in encoded[0].items()}
         else:

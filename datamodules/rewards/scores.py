@@ -52,7 +52,7 @@ class RewardScoring:
             raise UserError("data.reward_model: batch_size and max_length must be at least 1.")
 
     def fingerprint(self) -> dict[str, object]:
-        """What decides a text's reward: weights, configuration and tokenizer by content, and where texts are cut."""
+        """What decides a reward: weights, configuration and tokenizer by content, and where texts are cut."""
         if Path(self.name).is_dir():
             return {"model": folder_hash(self.name), "max_length": self.max_length}
         try:
