@@ -127,7 +127,8 @@ def sample_parts(
     if done:
         print(f"{parts.folder}: going on behind {done} of {len(batches)} batches")
         restore_generator(json.loads(parts.path(done - 1).read_text(encoding="utf-8"))["generator"], device)
-    with tqdm(desc="sampling", unit=" samples", total=sum(len(batch.items) for batch in batches)) as progress:
+    total = sum(len(batch.items) for batch in batches)
+    with tqdm(desc="sampling", unit=" samples", total=total, disable=None) as progress:
         progress.update(sum(len(batch.items) for batch in batches[:done]))
         for number, batch in enumerate(batches[done:], done):
             warm = {"temperature": batch.temperature, "top_k": 0} if batch.temperature > 0 else {"top_p": None}
