@@ -49,9 +49,7 @@ class RewardedTable:
 
     def labels(self, indices: Sequence[int] | np.ndarray) -> dict[str, list[object]]:
         places = pa.array(self._places[np.asarray(indices, dtype=np.int64)])
-        scored = {
-            name: column.take(places).to_pylist() for name, column in zip(COLUMNS, self._rewards, strict=True)
-        }
+        scored = {name: self._rewards.column(name).take(places).to_pylist() for name in COLUMNS}
         return make_room(self.table.labels(indices), COLUMNS) | scored
 
 
