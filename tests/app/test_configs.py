@@ -109,6 +109,15 @@ def test_wrong_options_get_one_sentence(capsys: pytest.CaptureFixture[str]) -> N
         assert named in shown
         assert shown.startswith("beta-dpo: ")
         assert "\n" not in shown
+    # what a part of the run says when it is built
+    gap_mixture = ["--data.gap_mixture.samples=s.jsonl", "--data.gap_mixture.share=2"]
+    for words, named in ((["--data.batch_size=0"], "data.batch_size must be"), (gap_mixture, "share must lie in")):
+        with pytest.raises(SystemExit) as stop:
+            main([*quickstart, *words])
+        assert stop.value.code == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("beta-dpo: data.")
+        assert named in last
     with pytest.raises(SystemExit):
         main(["frobnicate"])
     assert "frobnicate" in capsys.readouterr().err
