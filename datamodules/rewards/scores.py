@@ -16,9 +16,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
+from app.cache import fingerprint, locked_entry
 from app.errors import UserError
 from app.files import Parts, atomic_file, atomic_folder, file_hash, folder_hash
-from datamodules.cache import fingerprint, locked_entry
 from datamodules.records import PreferencePair
 from datamodules.reward_model import RewardModel
 from datamodules.sources import PairStream

@@ -40,6 +40,9 @@ class RewardedTable:
     def __getitem__(self, index: int) -> TokenisedPair:
         return self.table[index]
 
+    def keys(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        return self.table.keys(indices)
+
     @property
     def id_column(self) -> pa.ChunkedArray:
         return self.table.id_column

@@ -11,10 +11,10 @@ import torch
 from tiny_runs import Recorder, controlled, preference, quiet_trainer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from app.cache import cache_root
 from app.errors import UserError
 from callbacks import BetaScheduler, ExplicitRewardGap, PairFilter, RewardGapStatistics
 from datamodules.base import describe
-from datamodules.cache import cache_root
 from datamodules.controlled_task import build_tokenizer, preference_pairs
 from datamodules.preference_data import PreferenceData
 from datamodules.reward_model import RewardModel
