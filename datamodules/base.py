@@ -16,11 +16,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from app.errors import UserError
+from datamodules.describe import describe
 from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
 from datamodules.loader import Exchange, OptimizerBatchLoader
 from datamodules.rewards import RewardedTable, RewardScoring, reward_scores, rows_with_reward
 from datamodules.sources import PairStream
-from datamodules.table import JoinedTables, PairTable, TokenisedTable, cached_table
+from datamodules.table import PairTable, cached_table
 from datamodules.tokenisation import Tokenisation
 
 Split = Literal["train", "validation", "test", "predict"]
@@ -222,30 +223,3 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 def reached(table: PairTable, rows: np.ndarray) -> np.ndarray:
     """All rows that a loader over `rows` may serve."""
     return table.reachable(rows) if isinstance(table, GapMixedTable) else rows
-
-
-def describe(table: PairTable, rows: np.ndarray) -> list[str]:
-    """What is in these rows of a table, and what reading and tokenising left out, in one line a table."""
-    if isinstance(table, GapMixedTable):
-        own, replaced = table.parts
-        samples = [f"samples: {line}" for line in describe(replaced.table, np.arange(len(replaced.table)))]
-        return [*describe(own.table, rows), *samples, table.note]
-    if isinstance(table, JoinedTables):
-        counts = np.bincount(table.part_of(rows), minlength=len(table.parts)).tolist()
-        sources = [
-            f"{part.labels.get('source')}: {count} of its {line}"
-            for part, count in zip(table.parts, counts, strict=True)
-            for line in describe(part.table, np.arange(len(part.table)))
-        ]
-        return [f"{len(rows)} pairs of {len(sources)} sources", *sources]
-    if isinstance(table, RewardedTable):
-        (line,) = describe(table.table, rows)
-        left_out = int((~table.scored).sum())
-        return [line + f"; {left_out} left out, the reward model's chat template refuses them" * bool(left_out)]
-    assert isinstance(table, TokenisedTable)
-    counts_by_reason = [
-        f"{count} {reason}" + (f" (first: {', '.join(table.examples[reason])})" if reason in table.examples else "")
-        for reason, count in table.report.items()
-        if reason not in ("pairs", "rows")
-    ]
-    return ["; ".join([f"{len(rows)} pairs", f"{table.report['rows']} rows read", *counts_by_reason])]

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer
 from tiny_tokenizers import byte_tokenizer
 
 from app.errors import UserError
+from datamodules.controlled_task import preference_pairs
 from datamodules.gap_mixture import GapMixedTable, GapMixture
 from datamodules.loader import OptimizerBatchLoader, PreferenceBatch
 from datamodules.preference_data import PreferenceData
@@ -176,6 +178,28 @@ def test_validation_pairs_keep_their_responses(pairs: Path) -> None:
     assert not isinstance(table, GapMixedTable)
     train_table, train = data.open_table("train")  # type: ignore[misc]
     assert not set(table.prompt_keys[rows]) & set(train_table.prompt_keys[train_table.exchange(train, 1, 0)])
+
+
+@pytest.mark.parametrize("unit", ["pair", "batch"])
+def test_training_sees_the_samples_with_either_reference(unit: str, tiny_llama: str, tmp_path: Path) -> None:
+    samples = tmp_path / "samples.jsonl"
+    rows = [
+        {"prompt": pair.prompt, "response": " well the cat has .", "finished": True}
+        for pair in preference_pairs(30, seed=9)
+    ]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    audits = []
+    for reference in ("frozen", "cached"):
+        mixture = GapMixture(str(samples), 0.5, unit=unit)  # type: ignore[arg-type]
+        recorder = Recorder()
+        trainer = quiet_trainer(tmp_path, [*beta_dpo(), recorder])
+        trainer.fit(preference(tiny_llama, lr=0.05, reference=reference), controlled(30, gap_mixture=mixture))
+        audits.append(recorder.decisions)
+    seen = [was for decision in audits[0] for was in decision.labels["replaced"]]
+    assert {False, True} == set(seen)
+    for frozen, cached in zip(*audits, strict=True):
+        assert frozen.labels == cached.labels
+        assert frozen.gaps.tolist() == pytest.approx(cached.gaps.tolist(), abs=1e-4)
 
 
 def test_wrong_settings_and_files_are_refused(pairs: Path) -> None:
