@@ -130,7 +130,8 @@ class GapMixedTable(JoinedTables):
         partner = np.where(places < 0, np.arange(len(own)), len(own) + places.astype(np.int64))  # [N]
         drawn = np.ones(len(own), dtype=bool)
         if mixture.unit == "pair":
-            drawn[rows] = [mixture.draws_pair(id) for id in own.pair_ids(rows)]
+            for some in np.array_split(rows, len(rows) // 4096 + 1):  # their ids are not held all at once
+                drawn[some] = [mixture.draws_pair(id) for id in own.pair_ids(some)]
         missing = rows[drawn[rows] & (places[rows] < 0)] if mixture.share else rows[:0]
         if len(missing) and mixture.on_missing == "error":
             raise UserError(
