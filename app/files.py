@@ -7,9 +7,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from app.errors import UserError
 
 
 @contextmanager
@@ -73,3 +75,45 @@ def folder_hash(folder: str | os.PathLike[str]) -> str:
     return hashlib.blake2b(
         json.dumps([(path.name, file_hash(path)) for path in files]).encode(), digest_size=16
     ).hexdigest()
+
+
+class Parts:
+    """Work in numbered parts, kept in a folder until it is whole: what was killed goes on where it stopped.
+
+    Parts are written in order, each by `atomic_file`, so that those that exist are whole. `job` says what decides
+    their content, in JSON values; a folder that holds parts of another job is refused with a UserError.
+    """
+
+    def __init__(self, folder: Path, job: Mapping[str, object]) -> None:
+        self.folder = folder
+        described = json.loads(json.dumps(job))
+        record = folder / "job.json"
+        if record.exists():
+            before = json.loads(record.read_text(encoding="utf-8"))
+            other = sorted(name for name in before.keys() | job.keys() if before.get(name) != described.get(name))
+            if other:
+                raise UserError(
+                    f"{folder} holds the beginning of other work ({', '.join(other)} differed): finish that with "
+                    "its own settings, write to another place, or remove the folder."
+                )
+        else:
+            with atomic_file(record) as temporary:
+                temporary.write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+    def __len__(self) -> int:
+        """How many parts are done."""
+        done = 0
+        while self.path(done).exists():
+            done += 1
+        return done
+
+    def path(self, number: int) -> Path:
+        """The file of part `number`, from 0."""
+        return self.folder / f"{number:06d}"
+
+    def __iter__(self) -> Iterator[Path]:
+        return (self.path(number) for number in range(len(self)))
+
+    def remove(self) -> None:
+        """Forget the parts, once their content has its final place."""
+        shutil.rmtree(self.folder)

@@ -62,8 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _refuse(str(error))
     except ArgumentError as error:
-        _refuse(f"{_innermost(str(error))} See `beta-dpo {command} --help`.")
+        _refuse(_said_by_a_part(error) or f"{_innermost(str(error))} See `beta-dpo {command} --help`.")
     except (RuntimeError, ValueError) as error:
+        if sentence := _said_by_a_part(error):
+            _refuse(sentence)
         if "loading state_dict" not in str(error) and "loaded state dict" not in str(error):
             raise
         _refuse("--ckpt_path: the checkpoint is of another model or optimizer than the configuration names.")
@@ -95,6 +97,14 @@ def _leave(sentence: str, status: int) -> NoReturn:
 
 def _refuse(sentence: str) -> NoReturn:
     _leave(sentence, 2)
+
+
+def _said_by_a_part(error: BaseException) -> str | None:
+    """The sentence of a UserError that jsonargparse met while it built the parts of a run, and wrapped."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__
+    return None if cause is None else str(cause)
 
 
 def _innermost(message: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +16,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from app.errors import UserError
-from datamodules.loader import OptimizerBatchLoader
-from datamodules.table import TokenisedTable
+from datamodules.describe import describe
+from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
+from datamodules.loader import Exchange, OptimizerBatchLoader
+from datamodules.rewards import RewardedTable, RewardScoring, reward_scores, rows_with_reward
+from datamodules.sources import PairStream
+from datamodules.table import PairTable, cached_table
+from datamodules.tokenisation import Tokenisation
 
 Split = Literal["train", "validation", "test", "predict"]
 # which splits a Lightning stage reads
@@ -36,9 +41,20 @@ class PairDataModule(LightningDataModule):
         batch_size: pairs per optimizer step, over all ranks.
         micro_batch_tokens: most tokens, padding included, that one forward pass of a rank takes.
         seed: of the order of the pairs; none takes the run's `seed_everything`.
+        gap_mixture: replaces a share of the rejected responses that are trained on by samples.
+        reward_model: scores the pairs that are trained on; the rewards are labels, for `ExplicitRewardGap`.
     """
 
-    def __init__(self, batch_size: int, micro_batch_tokens: int, seed: int | None):
+    tokenisation = Tokenisation()
+
+    def __init__(
+        self,
+        batch_size: int,
+        micro_batch_tokens: int,
+        seed: int | None,
+        gap_mixture: GapMixture | None,
+        reward_model: RewardScoring | None,
+    ):
         super().__init__()
         for name, value in (("batch_size", batch_size), ("micro_batch_tokens", micro_batch_tokens)):
             if value < 1:
@@ -46,7 +62,9 @@ class PairDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed
-        self._tables: dict[Split, tuple[TokenisedTable, np.ndarray]] = {}
+        self.gap_mixture = gap_mixture
+        self.reward_model = reward_model
+        self._tables: dict[Split, tuple[PairTable, np.ndarray]] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @abstractmethod
@@ -54,8 +72,40 @@ class PairDataModule(LightningDataModule):
         """The tokenizer of this data."""
 
     @abstractmethod
-    def open_table(self, split: Split) -> tuple[TokenisedTable, np.ndarray] | None:
+    def streams(self, split: Split) -> Sequence[PairStream] | None:
+        """The pairs that a split is taken from, source by source; None where there is no such split."""
+
+    def join(self, streams: Sequence[PairStream], tables: Sequence[PairTable]) -> PairTable:
+        """The tables of these streams as one."""
+        (table,) = tables
+        return table
+
+    def rows_of(self, table: PairTable, split: Split) -> np.ndarray:
+        """The rows of the joined table that belong to the split."""
+        return np.arange(len(table))
+
+    def open_table(self, split: Split) -> tuple[PairTable, np.ndarray] | None:
         """The table of a split (from the cache once it is built) and the rows of it that belong to the split."""
+        streams = self.streams(split)
+        if streams is None:
+            return None
+        trained_on = split == "train" and self.need_rejected
+        tables = [self.open_stream(stream, trained_on) for stream in streams]
+        table = self.join(streams, tables)
+        rows = rows_with_reward(tables, self.rows_of(table, split))
+        if self.gap_mixture is None or not self.need_rejected or split not in ("train", "predict"):
+            return table, rows
+        samples = [replaced_stream(stream, self.gap_mixture.samples) for stream in streams]
+        replaced = self.join(samples, [self.open_stream(stream, trained_on) for stream in samples])
+        return GapMixedTable(table, replaced, self.gap_mixture, rows), rows
+
+    def open_stream(self, stream: PairStream, trained_on: bool) -> PairTable:
+        """The table of one stream, with the rewards of its pairs where they are trained on."""
+        table = cached_table(stream, self.tokenizer, self.tokenisation)
+        if self.reward_model is None or not trained_on:
+            return table
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        return RewardedTable(table, reward_scores(stream, self.reward_model, device))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -88,8 +138,9 @@ class PairDataModule(LightningDataModule):
                 continue
             self._tables[split] = opened
             table, rows = opened
-            rank_zero_info(f"{split}: {len(rows)} pairs; {describe(table)}")
-            longest = int(table.lengths[rows].max())
+            for line in describe(table, rows):
+                rank_zero_info(f"{split}: {line}")
+            longest = int(table.lengths[reached(table, rows)].max())
             # in separate rows a pair takes twice the longer one: never more than twice the packed length
             if 2 * longest > self.micro_batch_tokens:
                 raise UserError(
@@ -100,9 +151,13 @@ class PairDataModule(LightningDataModule):
     def loader(self, split: Split) -> OptimizerBatchLoader | list:
         if split not in self._tables:
             return []  # Lightning's way of saying that there is nothing to validate on
-        return self._loader(*self._tables[split], shuffle=split == "train")
+        table, rows = self._tables[split]
+        exchange = table.exchange if isinstance(table, GapMixedTable) else None
+        return self._loader(table, rows, split == "train", exchange)
 
-    def _loader(self, table: TokenisedTable, rows: np.ndarray, shuffle: bool) -> OptimizerBatchLoader:
+    def _loader(
+        self, table: PairTable, rows: np.ndarray, shuffle: bool, exchange: Exchange | None = None
+    ) -> OptimizerBatchLoader:
         assert self.trainer is not None
         return OptimizerBatchLoader(
             table,
@@ -113,6 +168,7 @@ class PairDataModule(LightningDataModule):
             seed=self.run_seed,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
+            exchange=exchange,
         )
 
     def batches_of(
@@ -124,7 +180,8 @@ class PairDataModule(LightningDataModule):
         """
         loaders: list[OptimizerBatchLoader] = []
         seen = np.zeros(0, np.int64)
-        for table, rows in self._tables.values():
+        for table, served in self._tables.values():
+            rows = reached(table, served)
             keys, first = np.unique(table.keys(rows), return_index=True)
             new = wanted(keys) & ~np.isin(keys, seen)
             chosen = np.sort(rows[first[new]])[: None if most is None else most - len(seen)]
@@ -163,15 +220,6 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("*.*"))}
 
 
-def describe(table: TokenisedTable) -> str:
-    """What reading and tokenising did to the rows, in one line."""
-    counts = [
-        f"{count} {reason}" + (f" (first: {', '.join(table.examples[reason])})" if reason in table.examples else "")
-        for reason, count in table.report.items()
-        if reason not in ("pairs", "rows")
-    ]
-    return f"{table.report['rows']} rows read" + "".join(f"; {text}" for text in counts)
-
-
-def every_row(table: TokenisedTable) -> np.ndarray:
-    return np.arange(len(table))
+def reached(table: PairTable, rows: np.ndarray) -> np.ndarray:
+    """All rows that a loader over `rows` may serve."""
+    return table.reachable(rows) if isinstance(table, GapMixedTable) else rows

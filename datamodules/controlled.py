@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Literal
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from app.errors import UserError
-from datamodules.base import PairDataModule, Split, every_row
+from datamodules.base import PairDataModule, Split
 from datamodules.controlled_task import Gap, build_tokenizer, demonstrations, preference_pairs
-from datamodules.table import TokenisedTable, cached_table
-from datamodules.tokenisation import Tokenisation
+from datamodules.gap_mixture import GapMixture
+from datamodules.rewards import RewardScoring
+from datamodules.sources import PairStream
 
 # raise it when the generator's output changes, so that no cached table of an older one is used
 GENERATOR_VERSION = 1
@@ -48,8 +48,10 @@ class ControlledTask(PairDataModule):
         batch_size: int = 64,
         micro_batch_tokens: int = 8192,
         seed: int | None = None,
+        gap_mixture: GapMixture | None = None,
+        reward_model: RewardScoring | None = None,
     ):
-        super().__init__(batch_size, micro_batch_tokens, seed)
+        super().__init__(batch_size, micro_batch_tokens, seed, gap_mixture, reward_model)
         self.stage = stage
         self.counts: dict[Split, int] = {
             "train": pairs,
@@ -67,7 +69,7 @@ class ControlledTask(PairDataModule):
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return build_tokenizer()
 
-    def open_table(self, split: Split) -> tuple[TokenisedTable, np.ndarray]:
+    def streams(self, split: Split) -> list[PairStream]:
         training = split in ("train", "predict")
         settings: dict[str, object] = {
             "count": self.counts[split],
@@ -88,5 +90,4 @@ class ControlledTask(PairDataModule):
         else:
             generate = partial(demonstrations, **settings)  # type: ignore[arg-type]
         source = {"generator": f"controlled task {GENERATOR_VERSION}", "stage": self.stage, **settings}
-        table = cached_table(source, generate, self.tokenizer, Tokenisation())
-        return table, every_row(table)
+        return [PairStream("controlled task", source, generate)]

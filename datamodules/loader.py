@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,10 @@ from app.errors import UserError
 from app.method.batch import Layout, PackedRows
 from datamodules.packing import pack
 from datamodules.records import TokenisedPair
-from datamodules.table import TokenisedTable
+from datamodules.table import PairTable
+
+# (rows of a batch, epoch, number of the batch in it) → the rows that it is made of instead
+Exchange = Callable[[np.ndarray, int, int], np.ndarray]
 
 
 def balanced_shares(tokens: Sequence[int], world_size: int) -> list[list[int]]:
@@ -78,7 +81,7 @@ class OptimizerBatchLoader:
 
     def __init__(
         self,
-        table: TokenisedTable,
+        table: PairTable,
         indices: np.ndarray,
         *,
         batch_size: int,
@@ -87,6 +90,7 @@ class OptimizerBatchLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        exchange: Exchange | None = None,
     ):
         self.table = table
         self.indices = indices  # [n] rows of the table that this loader serves
@@ -96,6 +100,7 @@ class OptimizerBatchLoader:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.exchange = exchange
         self.epoch = 0
         self.batches_served = 0  # of this epoch
 
@@ -110,9 +115,10 @@ class OptimizerBatchLoader:
             self.batches_served = 0
         order = self._order()
         while self.batches_served < len(self):
-            start = self.batches_served * self.batch_size
+            number = self.batches_served
             self.batches_served += 1
-            yield self._batch(order[start : start + self.batch_size])
+            rows = order[number * self.batch_size : (number + 1) * self.batch_size]
+            yield self._batch(rows if self.exchange is None else self.exchange(rows, self.epoch, number))
 
     def _order(self) -> np.ndarray:
         if not self.shuffle:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from app.errors import UserError
-from datamodules.base import PairDataModule, Split, every_row
-from datamodules.sources import OnBadRow, PreferredBy, RowFormat, RowReading, SourceAddress
-from datamodules.table import TokenisedTable, load_table, split_by_prompt
+from datamodules.base import PairDataModule, Split
+from datamodules.gap_mixture import GapMixture
+from datamodules.mixing import WeightedSource, check_sources, drawn_rows
+from datamodules.rewards import RewardScoring
+from datamodules.sources import OnBadRow, PairStream, PreferredBy, RowFormat, pair_stream
+from datamodules.table import JoinedTables, PairTable, Part, split_by_prompt
 from datamodules.tokenisation import Tokenisation
 
 
@@ -19,7 +24,8 @@ class PreferenceData(PairDataModule):
     """Pairs from `.jsonl`, `.jsonl.gz`, `.parquet` or a Hub id: strings, chat messages or HH transcripts.
 
     Args:
-        path: the training pairs; `predict` scores all of them.
+        path: the training pairs; `predict` scores all of them. A list mixes several sources, each with the fields
+            of `WeightedSource`; what is given there (splits, subset, format, …) is then not given here.
         validation_path: pairs for validation; none takes `validation_split` or `validation_share` of `path`.
         test_path: pairs for `test`; none takes `test_split` of `path`.
         split, validation_split, test_split: splits of a Hub id.
@@ -43,7 +49,7 @@ class PreferenceData(PairDataModule):
 
     def __init__(
         self,
-        path: str,
+        path: str | list[WeightedSource],
         validation_path: str | None = None,
         test_path: str | None = None,
         split: str = "train",
@@ -64,23 +70,37 @@ class PreferenceData(PairDataModule):
         batch_size: int = 64,
         micro_batch_tokens: int = 8192,
         seed: int | None = None,
+        gap_mixture: GapMixture | None = None,
+        reward_model: RewardScoring | None = None,
     ):
-        super().__init__(batch_size, micro_batch_tokens, seed)
+        super().__init__(batch_size, micro_batch_tokens, seed, gap_mixture, reward_model)
         if not 0 <= validation_share < 1:
             raise UserError(f"data.validation_share must lie in [0, 1), not {validation_share}.")
         self.validation_share = validation_share
-        RowReading(format, min_score_ratio=min_score_ratio, preferred_by=preferred_by)  # refuses before a download
-        train = SourceAddress(path, split, subset, revision)
-        self.sources: dict[Split, SourceAddress | None] = {
-            "train": train,
-            "predict": train,
-            "validation": _held_out_source(validation_path, validation_split, train),
-            "test": _held_out_source(test_path, test_split, train),
+        single: dict[str, Any] = {
+            "split": split,
+            "validation_split": validation_split,
+            "test_split": test_split,
+            "subset": subset,
+            "revision": revision,
+            "format": format,
+            "min_score_ratio": min_score_ratio,
+            "preferred_by": preferred_by,
         }
+        self.mixed = not isinstance(path, str)
+        self.sources = [WeightedSource(path, **single)] if isinstance(path, str) else path
+        if self.mixed:
+            check_sources(self.sources)
+            for name, value in single.items():
+                if value != getattr(WeightedSource, name):
+                    raise UserError(
+                        f"data.{name} is {value!r}, but data.path lists several sources: give each its own, and "
+                        f"set data.{name}: {json.dumps(getattr(WeightedSource, name))}."
+                    )
+        for source in self.sources:
+            source.reading()  # refuses before a download
+        self.paths: dict[Split, str | None] = {"validation": validation_path, "test": test_path}
         self.tokenizer_name = tokenizer
-        self.format: RowFormat = format
-        self.min_score_ratio = min_score_ratio
-        self.preferred_by: PreferredBy = preferred_by
         self.on_bad_row: OnBadRow = on_bad_row
         self.tokenisation = Tokenisation(
             max_length=max_length,
@@ -103,35 +123,57 @@ class PreferenceData(PairDataModule):
                 f"data.tokenizer: no tokenizer at {name!r} ({str(error).strip().splitlines()[0]})."
             ) from error
 
-    def open_table(self, split: Split) -> tuple[TokenisedTable, np.ndarray] | None:
-        held_out = self.validation_share > 0 and self.sources["validation"] is None
-        source = self.sources["train" if held_out and split == "validation" else split]
-        if source is None:
-            if split == "test":
-                raise UserError("There are no test pairs: give data.test_path, or data.test_split of a Hub id.")
-            return None
-        table = load_table(
-            source.path,
-            self.tokenizer,
-            self.tokenisation,
-            split=source.split,
-            subset=source.subset,
-            revision=source.revision,
-            format=self.format,
-            on_bad_row=self.on_bad_row,
-            need_rejected=self.need_rejected,
-            min_score_ratio=self.min_score_ratio,
-            preferred_by=self.preferred_by,
+    @property
+    def held_out(self) -> bool:
+        """Whether the validation pairs are a share of the prompts of the training pairs' sources."""
+        named = self.paths["validation"] or any(source.validation_split for source in self.sources)
+        return self.validation_share > 0 and not named
+
+    def sources_of(self, split: Split) -> list[tuple[WeightedSource, str]]:
+        """Where the pairs of a split come from: sources, each with the name of one of its splits."""
+        if split in ("train", "predict") or (split == "validation" and self.held_out):
+            return [(source, source.split) for source in self.sources]
+        attribute = f"{split}_split"
+        path = self.paths[split]
+        if path is not None and self.mixed:
+            return [(WeightedSource(path), "train")]
+        if path is not None:
+            (source,) = self.sources
+            alike = replace(source, path=path, subset=None, revision=None)
+            return [(alike, getattr(source, attribute) or "train")]
+        return [(source, name) for source in self.sources if (name := getattr(source, attribute)) is not None]
+
+    def streams(self, split: Split) -> list[PairStream] | None:
+        sources = self.sources_of(split)
+        if not sources and split == "test":
+            raise UserError("There are no test pairs: give data.test_path, or data.test_split of a Hub id.")
+        streams = []
+        for source, name in sources:
+            stream = pair_stream(source.address(name), source.reading(self.need_rejected), self.on_bad_row)
+            streams.append(replace(stream, name=source.label))
+        return streams or None
+
+    def join(self, streams: Sequence[PairStream], tables: Sequence[PairTable]) -> PairTable:
+        if not self.mixed:
+            return super().join(streams, tables)
+        return JoinedTables(
+            [
+                Part(table, {"source": stream.name}, id_prefix=f"{stream.name}/")
+                for stream, table in zip(streams, tables, strict=True)
+            ]
         )
-        if not held_out or split not in ("train", "validation"):
-            return table, every_row(table)
-        # the split must not move with the run's seed: a pair held out once is held out in every run
-        train, validation = split_by_prompt(table.prompt_keys, self.validation_share, seed=0)
-        return table, train if split == "train" else validation
 
-
-def _held_out_source(path: str | None, split: str | None, train: SourceAddress) -> SourceAddress | None:
-    """Another path, or another split of the training pairs' source."""
-    if path is not None:
-        return SourceAddress(path, split or "train")
-    return replace(train, split=split) if split is not None else None
+    def rows_of(self, table: PairTable, split: Split) -> np.ndarray:
+        rows = np.arange(len(table))
+        if self.held_out and split in ("train", "validation"):
+            # the split must not move with the run's seed: a pair held out once is held out in every run
+            sides = split_by_prompt(table.prompt_keys, self.validation_share, seed=0)
+            rows = sides[split == "validation"]
+        if split == "predict" or not isinstance(table, JoinedTables):
+            return rows
+        weight = {source.label: source.weight for source in self.sources}
+        names = [str(part.labels["source"]) for part in table.parts]
+        weights = [found for name in names if (found := weight.get(name)) is not None]
+        if len(weights) < len(names):  # a source without a weight gives all its pairs
+            return rows
+        return drawn_rows(table.part_of(rows), rows, weights, names)

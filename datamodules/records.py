@@ -16,19 +16,24 @@ class Message(NamedTuple):
     content: str
 
 
+Prompt = str | tuple[Message, ...]  # plain text, or a dialogue that ends with a user's turn
+
+
 @dataclass(frozen=True)
 class PreferencePair:
     """One prompt and its two responses, as text.
 
-    `prompt` is plain text, or the messages of a dialogue that ends with a user's turn. `rejected` is None for
-    a demonstration (supervised fine-tuning). `labels` holds the scalar columns that the data carries besides.
+    `rejected` is None for a demonstration (supervised fine-tuning). `labels` holds the scalar columns that the
+    data carries besides. `rejected_ends` is False for a sampled response that ran into its length limit, and so has
+    no end.
     """
 
     pair_id: str
-    prompt: str | tuple[Message, ...]
+    prompt: Prompt
     chosen: str
     rejected: str | None
     labels: dict[str, object] = field(default_factory=dict)
+    rejected_ends: bool = True
 
 
 class TokenisedPair(NamedTuple):

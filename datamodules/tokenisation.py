@@ -14,8 +14,8 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from app.errors import UserError
-from datamodules.records import Message, PreferencePair, TokenisedPair
-from datamodules.sources.hh import hh_messages, is_transcript_prompt
+from datamodules.records import PreferencePair, TokenisedPair
+from datamodules.sources.hh import prompt_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,9 +61,9 @@ def tokenise_pairs(
 
     For each pair: its tokens and what was cut ("prompt truncated", …), or None and the one reason why it
     was dropped. A prompt has the tokenizer's own leading special tokens, BOS never doubled, and no EOS
-    appended. A response ends with EOS once, unless it was cut: then it has none, for the model must not learn
-    to stop there. Raises UserError when the tokenizer lacks an EOS or a chat template that is asked for, or
-    when the prompt is chat messages and `settings.chat_template` is off.
+    appended. A response ends with EOS once, unless it was cut, here or when it was sampled: then it has none,
+    for the model must not learn to stop there. Raises UserError when the tokenizer lacks an EOS or a chat
+    template that is asked for, or when the prompt is chat messages and `settings.chat_template` is off.
     """
     prompts = _tokenise_prompts(pairs, tokenizer, settings)
     responses = [text for pair in pairs for text in (pair.chosen, pair.rejected or "")]
@@ -78,7 +78,8 @@ def tokenise_pairs(
                 raise prompt
             sides = [_finish_response(response_ids[2 * index], "chosen", tokenizer)]
             if pair.rejected is not None:
-                sides.append(_finish_response(response_ids[2 * index + 1], "rejected", tokenizer))
+                rejected = _finish_response(response_ids[2 * index + 1], "rejected", tokenizer)
+                sides.append(rejected if pair.rejected_ends else rejected[:-1])
             results.append(_truncate(prompt, sides, settings))
         except _Dropped as dropped:
             results.append((None, [str(dropped)]))
@@ -133,16 +134,10 @@ def _prompt_text(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, templ
         if isinstance(pair.prompt, str):
             return pair.prompt
         raise UserError(f"The prompt of pair {pair.pair_id} is chat messages: set data.chat_template: true.")
-    if not isinstance(pair.prompt, str):
-        messages = pair.prompt
-    elif is_transcript_prompt(pair.prompt):
-        try:
-            messages = hh_messages(pair.prompt)
-        except ValueError:
-            return _Dropped("HH turns do not alternate, as a chat needs")
-    else:
-        messages = (Message("user", pair.prompt),)
-    turns = [message._asdict() for message in messages]
+    try:
+        turns = [message._asdict() for message in prompt_messages(pair.prompt)]
+    except ValueError:
+        return _Dropped("HH turns do not alternate, as a chat needs")
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     except TemplateError:
@@ -201,7 +196,10 @@ def _cut_prompt(prompt: _Prompt, settings: Tokenisation) -> list[int]:
     if settings.prompt_truncation == "keep_start":
         return prompt.ids[:limit]
     head = prompt.ids[: min(prompt.leading, limit)]
-    return head + prompt.ids[len(prompt.ids) - (limit - len(head)) :]
+    tail = prompt.ids[len(prompt.ids) - (limit - len(head)) :]
+    while head and tail and tail[0] == head[-1]:  # a user's text may spell the BOS that now would stand twice
+        del tail[0]
+    return head + tail
 
 
 def _truncate(

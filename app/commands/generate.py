@@ -2,147 +2,207 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.progress import track
-from transformers import AutoTokenizer
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from app.errors import UserError
-from app.files import atomic_file
+from app.files import Parts, atomic_file, folder_hash
+from app.sampling import generator_state, restore_generator, sample, score
 from datamodules.controlled_task import prompts as controlled_prompts
-from datamodules.packing import pack
-from datamodules.records import PreferencePair, TokenisedPair
+from datamodules.records import PreferencePair
 from datamodules.sources import read_pairs
 from datamodules.tokenisation import Tokenisation, tokenise_prompts
 from lightning_modules.pretrained import load_model
-from lightning_modules.scorer import ResponseScorer
 
 
 def generate(
     model: str,
     out: str,
     prompts: str = "controlled",
-    count: int = 1024,
+    split: str = "train",
+    subset: str | None = None,
+    count: int | None = 1024,
     seed: int = 0,
-    temperature: float = 1.0,
+    temperature: float | list[float] = 1.0,
     top_p: float = 1.0,
     max_new_tokens: int = 32,
+    max_prompt_length: int = 256,
     batch_size: int = 128,
     chat_template: bool = False,
     reference: str | None = None,
 ) -> None:
-    """Sample one response per prompt from MODEL and write them to OUT, one JSON object per line.
+    """Sample a response to each prompt from MODEL and write them to OUT, one JSON object per line.
+
+    The same command goes on where one that was stopped left off, to the same bytes: until OUT is complete, what is
+    done stands in the folder OUT.parts.
 
     Args:
-        model: folder or Hub id of the model to sample from.
+        model: folder or Hub id of the model to sample from; on CUDA where there is one.
         out: the .jsonl file to write; it appears only when complete.
-        prompts: `controlled` for held-out prompts of the controlled task, or a file of preference pairs.
-        count: number of prompts; the first ones of a file.
+        prompts: `controlled` for held-out prompts of the controlled task, or a file, dataset folder or Hub id of
+            preference pairs.
+        split: of a Hub id or dataset folder.
+        subset: of a Hub id or dataset folder, as data.subset.
+        count: number of prompts; the first ones of a file; null takes all of them.
         seed: of the sampling, and of the controlled task's prompts.
-        temperature: 0 takes the likeliest token each time.
+        temperature: 0 takes the likeliest token each time; a list samples once at each.
         top_p: nucleus of the sampling.
         max_new_tokens: longest response, EOS included.
+        max_prompt_length: of a longer prompt the last tokens are taken.
         batch_size: prompts per generation call.
         chat_template: put prompts into the tokenizer's chat template.
         reference: a model under which the samples are scored too; the mean of logp − reference_logp is the KL.
     """
+    temperatures = [float(one) for one in (temperature if isinstance(temperature, list) else [temperature])]
     if not out.endswith(".jsonl"):
         raise UserError(f"out must end in .jsonl, not {out!r}.")
-    if temperature < 0 or not 0 < top_p <= 1 or min(count, max_new_tokens, batch_size) < 1:
-        raise UserError("temperature must not be negative, top_p in (0, 1], and the counts at least 1.")
-    policy = load_model(model)
-    policy.eval()
+    if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
+        raise UserError("temperature must be a number that is not negative, or a list of different ones.")
+    counts = (max_new_tokens, max_prompt_length, batch_size, 1 if count is None else count)
+    if not 0 < top_p <= 1 or min(counts) < 1:
+        raise UserError("top_p must lie in (0, 1], and the counts must be at least 1.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = [model] if reference is None else [model, reference]
+    models = [load_model(name).eval().to(device) for name in names]
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    items = read_prompts(prompts, count, seed)
-    settings = Tokenisation(chat_template=chat_template)
-    encoded = [ids for ids in tokenise_prompts(items, tokenizer, settings) if ids is not None]
-    if len(encoded) < len(items):
-        raise UserError(f"{len(items) - len(encoded)} prompts of {prompts} cannot be tokenised: take them out.")
-
-    torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
-    if temperature > 0:
-        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    responses: list[np.ndarray] = []
-    starts = range(0, len(encoded), batch_size)
-    for start in track(starts, description="sampling"):
-        responses += sample(policy, tokenizer, encoded[start : start + batch_size], sampling)
-
-    columns = {"logp": score(policy, encoded, responses, batch_size)}
-    if reference is not None:
-        columns["reference_logp"] = score(load_model(reference).eval(), encoded, responses, batch_size)
+    items = read_prompts(prompts, split, subset, count, seed)
+    settings = Tokenisation(max_prompt_length + max_new_tokens, max_prompt_length, chat_template=chat_template)
+    encoded = encode_prompts(items, tokenizer, settings, prompts)
+    batches = [
+        Batch(warmth, items[start : start + batch_size], encoded[start : start + batch_size])
+        for warmth in temperatures
+        for start in range(0, len(items), batch_size)
+    ]
+    job = {
+        "models": [model_content(name, loaded) for name, loaded in zip(names, models, strict=True)],
+        "prompts": prompts_hash(items, encoded),
+        "seed": seed,
+        "temperature": temperatures,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "device": device.type,  # another kind draws other numbers
+    }
+    parts = Parts(Path(f"{out}.parts"), job)
+    sample_parts(batches, parts, models, tokenizer, seed, {"top_p": top_p, "max_new_tokens": max_new_tokens})
     with atomic_file(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for index, (item, response) in enumerate(zip(items, responses, strict=True)):
-            row = {
-                "prompt_id": item.pair_id,
-                "prompt": item.prompt,
-                "response": tokenizer.decode(response, skip_special_tokens=True),
-                "tokens": len(response),
-                "finished": bool(response[-1] == tokenizer.eos_token_id),
-                **{name: column[index] for name, column in columns.items()},
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    print(f"{len(responses)} samples of {model}: {out}")
+        for path in parts:
+            file.writelines(json.loads(path.read_text(encoding="utf-8"))["lines"])
+    parts.remove()
+    print(f"{len(items) * len(temperatures)} samples of {model}: {out}")
 
 
-def read_prompts(prompts: str, count: int, seed: int) -> list[PreferencePair]:
+class Batch(NamedTuple):
+    """What one generation call answers."""
+
+    temperature: float
+    items: Sequence[PreferencePair]
+    prompts: Sequence[np.ndarray]
+
+
+def sample_parts(
+    batches: Sequence[Batch],
+    parts: Parts,
+    models: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    settings: dict[str, Any],
+) -> None:
+    """Write the batches that are not done yet, each with the state of the generator behind it.
+
+    `models`: the one to sample from, and the reference if there is one.
+    """
+    done, device = len(parts), models[0].device
+    torch.manual_seed(seed)
+    if done:
+        print(f"{parts.folder}: going on behind {done} of {len(batches)} batches")
+        restore_generator(json.loads(parts.path(done - 1).read_text(encoding="utf-8"))["generator"], device)
+    total = sum(len(batch.items) for batch in batches)
+    with tqdm(desc="sampling", unit=" samples", total=total, disable=None) as progress:
+        progress.update(sum(len(batch.items) for batch in batches[:done]))
+        for number, batch in enumerate(batches[done:], done):
+            warm = {"temperature": batch.temperature, "top_k": 0} if batch.temperature > 0 else {"top_p": None}
+            sampling = {**settings, "do_sample": batch.temperature > 0, **warm}
+            responses = sample(models[0], tokenizer, batch.prompts, sampling)
+            logps = [score(model, batch.prompts, responses) for model in models]
+            part = {"lines": list(sample_lines(batch, responses, logps, tokenizer))}
+            with atomic_file(parts.path(number)) as temporary:
+                text = json.dumps(part | {"generator": generator_state(device)})
+                temporary.write_text(text, encoding="utf-8")
+            progress.update(len(batch.items))
+
+
+def sample_lines(
+    batch: Batch, responses: Sequence[np.ndarray], logps: Sequence[Sequence[float]], tokenizer: Any
+) -> Iterator[str]:
+    """The lines of the sample file for one batch."""
+    for index, (item, response) in enumerate(zip(batch.items, responses, strict=True)):
+        row = {
+            "prompt_id": item.pair_id,
+            "prompt": item.prompt,
+            "response": tokenizer.decode(response, skip_special_tokens=True),
+            "temperature": batch.temperature,
+            "tokens": len(response),
+            "finished": bool(response[-1] == tokenizer.eos_token_id),
+            **{name: column[index] for name, column in zip(("logp", "reference_logp"), logps, strict=False)},
+        }
+        yield json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def model_content(name: str, model: Any) -> str:
+    """What stands for a model's weights: a hash of its folder, or the commit of its Hub id."""
+    return folder_hash(name) if Path(name).is_dir() else f"{name}@{model.config._commit_hash}"
+
+
+def prompts_hash(items: Sequence[PreferencePair], encoded: Sequence[np.ndarray]) -> str:
+    """A hash of the prompts' ids and tokens."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item, ids in zip(items, encoded, strict=True):
+        digest.update(json.dumps([item.pair_id, ids.tolist()]).encode())
+    return digest.hexdigest()
+
+
+def encode_prompts(
+    items: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, settings: Tokenisation, prompts: str
+) -> list[np.ndarray]:
+    """The tokens of the prompts, those that are too long cut and told of. Raises UserError when one has none."""
+    found = [ids for ids in tokenise_prompts(items, tokenizer, settings) if ids is not None]
+    if len(found) < len(items):
+        raise UserError(f"{len(items) - len(found)} prompts of {prompts} cannot be tokenised: take them out.")
+    whole = tokenise_prompts(items, tokenizer, replace(settings, max_length=2**31, max_prompt_length=2**30))
+    cut = sum(len(ids) < len(all) for ids, all in zip(found, whole, strict=True) if all is not None)
+    if cut:
+        print(f"{prompts}: {cut} prompts cut to their last {settings.max_prompt_length} tokens")
+    return found
+
+
+def read_prompts(
+    prompts: str, split: str, subset: str | None, count: int | None, seed: int
+) -> list[PreferencePair]:
     """The prompts to answer; only `pair_id` and `prompt` of the records are used."""
     if prompts == "controlled":
+        if count is None:
+            raise UserError("count: the controlled task has no end of prompts; give a number.")
         return [
             PreferencePair(f"held-out-{seed}-{number:06d}", text, "", None)
             for number, text in enumerate(controlled_prompts(count, seed))
         ]
-    if not Path(prompts).exists():
-        raise UserError(f"prompts: there is no file {prompts!r} (or give `controlled`).")
-    reader = read_pairs(prompts, on_bad_row="skip")
-    items = list(islice(reader, count))
-    if reader.report.skipped or len(items) < count:
-        print(f"{prompts}: {len(items)} prompts of the {count} asked for; {reader.report.summary()}")
+    reader = read_pairs(prompts, split=split, subset=subset, on_bad_row="skip")
+    items = [PreferencePair(pair.pair_id, pair.prompt, "", None) for pair in islice(reader, count)]
+    if reader.report.skipped or (count is not None and len(items) < count):
+        asked = "all" if count is None else f"the {count}"
+        print(f"{prompts}: {len(items)} prompts of {asked} asked for; {reader.report.summary()}")
     return items
-
-
-@torch.no_grad()
-def sample(model: Any, tokenizer: Any, prompts: Sequence[np.ndarray], sampling: dict[str, Any]) -> list[np.ndarray]:
-    """One response per prompt, EOS included where it was reached."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), tokenizer.eos_token_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # generation continues the right end, so padding stands on the left
-        ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
-        mask[row, width - len(prompt) :] = 1
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-        **sampling,
-    )
-    return [_up_to_eos(row, tokenizer.eos_token_id) for row in output[:, width:].numpy()]
-
-
-def _up_to_eos(ids: np.ndarray, eos: int) -> np.ndarray:
-    ends = np.flatnonzero(ids == eos)
-    return ids[: ends[0] + 1] if len(ends) else ids
-
-
-@torch.no_grad()
-def score(
-    model: Any, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], batch_size: int
-) -> list[float]:
-    """log π(y|x) of every response, EOS included, at temperature 1."""
-    scorer = ResponseScorer(model)
-    pairs = [TokenisedPair(prompt, response, None) for prompt, response in zip(prompts, responses, strict=True)]
-    budget = batch_size * max(len(pair.prompt) + len(pair.chosen) for pair in pairs)
-    logps = torch.zeros(len(pairs), dtype=torch.float64)
-    for rows in pack(pairs, range(len(pairs)), ("chosen",), "separate", budget, scorer.balanced_row):
-        logps[rows.pairs] = scorer(rows)
-    return logps.tolist()
 
 
 def read_samples(path: str) -> Iterator[dict[str, Any]]:

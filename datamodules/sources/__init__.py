@@ -1,16 +1,19 @@
 """Where preference pairs come from: local files and the Hugging Face Hub, in the usual formats."""
 
 from datamodules.sources.formats import RowFormat, RowReading
-from datamodules.sources.hh import hh_messages, is_transcript_prompt
+from datamodules.sources.hh import hh_messages, is_transcript_prompt, prompt_messages
 from datamodules.sources.pku_saferlhf import PreferredBy
+from datamodules.sources.prompts import prompt_key
 from datamodules.sources.reader import OnBadRow, PairReader, Source, SourceAddress, open_source, read_pairs
 from datamodules.sources.report import BadRow, LeftOut, RowReport
+from datamodules.sources.stream import PairStream, pair_stream
 
 __all__ = [
     "BadRow",
     "LeftOut",
     "OnBadRow",
     "PairReader",
+    "PairStream",
     "PreferredBy",
     "RowFormat",
     "RowReading",
@@ -20,5 +23,8 @@ __all__ = [
     "hh_messages",
     "is_transcript_prompt",
     "open_source",
+    "pair_stream",
+    "prompt_key",
+    "prompt_messages",
     "read_pairs",
 ]

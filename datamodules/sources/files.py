@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from app.errors import UserError
+from app.files import file_hash
 from datamodules.sources.report import BadRow
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -31,11 +31,7 @@ class LocalFile:
 
     def fingerprint(self) -> str:
         """A hash of the file's bytes."""
-        digest = hashlib.blake2b(digest_size=16)
-        with open(self.path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        return file_hash(self.path)
 
     def rows(self) -> Iterator[tuple[int, object]]:
         """Pairs (line or row number from 1, the row's value), the value a BadRow where it cannot be read."""

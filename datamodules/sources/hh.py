@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from datamodules.records import Message
+from datamodules.records import Message, Prompt
 from datamodules.sources.report import BadRow
 from datamodules.sources.values import text
 
@@ -66,3 +66,13 @@ def hh_messages(prompt: str) -> tuple[Message, ...]:
     if not messages or messages[-1].role != "user":
         raise ValueError("the HH prompt does not end with a Human turn")
     return messages
+
+
+def prompt_messages(prompt: Prompt) -> tuple[Message, ...]:
+    """Any prompt as messages: those it has, the turns of an HH prompt, or one user's turn.
+
+    Raises ValueError where the turns of an HH prompt do not alternate.
+    """
+    if not isinstance(prompt, str):
+        return prompt
+    return hh_messages(prompt) if is_transcript_prompt(prompt) else (Message("user", prompt),)

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
-from app.errors import UserError
-from datamodules.records import PreferencePair
-from datamodules.sources import (
-    OnBadRow,
-    PairReader,
-    PreferredBy,
-    RowFormat,
-    RowReading,
-    SourceAddress,
-    open_source,
-)
+from app.cache import fingerprint, locked_entry
+from datamodules.sources import OnBadRow, PairStream, PreferredBy, RowFormat, RowReading, SourceAddress, pair_stream
 from datamodules.table.stored import TABLE_VERSION, DamagedTable, TokenisedTable, open_table
 from datamodules.table.writer import build_table
 from datamodules.tokenisation import Tokenisation, tokenizer_fingerprint
@@ -35,11 +20,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def cache_root() -> Path:
-    """The folder of all cached tables: the environment variable BETA_DPO_CACHE, or ~/.cache/beta-dpo."""
-    return Path(os.environ.get("BETA_DPO_CACHE") or "~/.cache/beta-dpo").expanduser() / "tables"
-
-
 def table_fingerprint(
     source: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, settings: Tokenisation
 ) -> str:
@@ -48,42 +28,24 @@ def table_fingerprint(
     `source` describes where the pairs come from in JSON values: content hash, format, seed of a generator, ….
     """
     parts = [TABLE_VERSION, dict(source), tokenizer_fingerprint(tokenizer), asdict(settings)]
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return fingerprint(parts)
 
 
-def cached_table(
-    source: Mapping[str, object],
-    pairs: Callable[[], Iterable[PreferencePair]],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Tokenisation,
-) -> TokenisedTable:
-    """Open the table of `source` from the cache, or build it from `pairs()` first.
+def cached_table(stream: PairStream, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation) -> TokenisedTable:
+    """Open the table of `stream` from the cache, or build it first.
 
     Processes that want the same table wait for the one that builds it. A damaged table is built anew, with a
     warning. Raises UserError when the cache folder cannot be written.
     """
-    root = cache_root()
-    folder = root / table_fingerprint(source, tokenizer, settings)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{folder}.lock")
-        lock.acquire()
-    except OSError as error:
-        raise UserError(
-            f"The cache folder {root} cannot be written ({error.strerror or error}): set BETA_DPO_CACHE."
-        ) from error
-    try:
+    with locked_entry("tables", table_fingerprint(stream.description, tokenizer, settings)) as folder:
         if folder.exists():
             try:
                 return open_table(folder)
             except DamagedTable as damage:
                 log.warning("The cached table is damaged and is built anew: %s", damage)
                 shutil.rmtree(folder)
-        stream = pairs()
-        report = stream.report if isinstance(stream, PairReader) else None
-        return build_table(stream, tokenizer, settings, folder, report)
-    finally:
-        lock.release()
+        pairs = stream.read()
+        return build_table(pairs, tokenizer, settings, folder, getattr(pairs, "report", None))
 
 
 def load_table(
@@ -105,11 +67,5 @@ def load_table(
     See `read_pairs` for the arguments and for what raises UserError.
     """
     reading = RowReading(format, need_rejected, min_score_ratio, preferred_by)
-    source = open_source(SourceAddress(path, split, subset, revision))
-    description = {
-        "name": source.name,  # stands in the pair ids
-        "content": source.fingerprint(),
-        "on_bad_row": on_bad_row,
-        **asdict(reading),
-    }
-    return cached_table(description, lambda: PairReader(source, reading, on_bad_row), tokenizer, settings)
+    stream = pair_stream(SourceAddress(path, split, subset, revision), reading, on_bad_row)
+    return cached_table(stream, tokenizer, settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from app.files import file_hash
 from datamodules.records import TokenisedPair
+from datamodules.table.labels import as_text, kept_as_text
 
-TABLE_VERSION = 1  # raise when reading, tokenising or the layout below changes what a table holds
+TABLE_VERSION = 2  # raise when reading, tokenising or the layout below changes what a table holds
 _TOKENS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     [
@@ -35,17 +36,16 @@ class TokenisedTable:
     """N tokenised pairs, read-only, in a folder of `pairs.arrow` and `table.json`. Open by `open_table`.
 
     Attributes: `prompt_lengths`, `chosen_lengths`, `rejected_lengths` (0 for a demonstration) and their sum
-    `lengths`, each [N] int64 in tokens; `prompt_keys` [N] int64, equal for equal prompts; `label_names`;
-    `has_rejected`, whether every pair has a rejected response; `report`, counts by what happened to the rows,
-    and `examples`, the first few places for each kind of loss.
+    `lengths`, each [N] int64 in tokens; `prompt_keys` [N] int64, equal for equal prompts; `label_kinds`, the
+    types of the values by label; `has_rejected`, whether every pair has a rejected response; `report`, counts
+    by what happened to the rows, and `examples`, the first few places for each kind of loss.
     """
 
     def __init__(self, folder: Path, table: pa.Table, meta: dict[str, Any]) -> None:
         self.folder = folder
         self.report: dict[str, int] = meta["report"]
         self.examples: dict[str, list[str]] = meta["examples"]
-        self._text_labels: set[str] = set(meta["text_labels"])
-        self.label_names: list[str] = meta["label_names"]
+        self.label_kinds: dict[str, list[str]] = meta["label_kinds"]
         self._table = table
         self._prompts, self._chosen, self._rejected = (
             _TokenColumn(table.column(name)) for name in ("prompt", "chosen", "rejected")
@@ -77,18 +77,23 @@ class TokenisedTable:
     def __reduce__(self) -> tuple[object, ...]:
         return open_table, (self.folder,)  # a loader's worker maps the same file
 
+    @property
+    def id_column(self) -> pa.ChunkedArray:
+        """The ids of all pairs, in the mapped file."""
+        return self._table.column("pair_id")
+
     def pair_ids(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         """The ids of these pairs."""
         return self._take("pair_id", indices)
 
     def labels(self, indices: Sequence[int] | np.ndarray) -> dict[str, list[object]]:
         """Each label's values for these pairs: None where a row lacks it, text where types are mixed."""
-        rows = [json.loads(text) for text in self._take("labels", indices)] if self.label_names else []
-        return {name: [self._label(row, name) for row in rows] for name in self.label_names}
-
-    def _label(self, row: dict[str, object], name: str) -> object:
-        value = row.get(name)
-        return str(value) if name in self._text_labels and value is not None else value
+        rows = [json.loads(text) for text in self._take("labels", indices)] if self.label_kinds else []
+        columns = {name: [row.get(name) for row in rows] for name in self.label_kinds}
+        for name, kinds in self.label_kinds.items():
+            if kept_as_text(kinds):
+                columns[name] = [as_text(value) for value in columns[name]]
+        return columns
 
     def _take(self, column: str, indices: Sequence[int] | np.ndarray) -> list[Any]:
         return self._table.column(column).take(pa.array(np.asarray(indices, dtype=np.int64))).to_pylist()
@@ -111,15 +116,6 @@ class _TokenColumn:
         """Tokens of every row, [N] int64."""
         lengths = [np.diff(offsets) for offsets in self._offsets]
         return np.concatenate(lengths).astype(np.int64) if lengths else np.zeros(0, np.int64)
-
-
-def file_hash(path: Path) -> str:
-    """A hash of a file's bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def open_table(folder: Path) -> TokenisedTable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,22 +13,17 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from app.errors import UserError
-from app.files import atomic_folder
+from app.files import atomic_folder, file_hash
 from datamodules.records import PreferencePair
-from datamodules.sources import RowReport
-from datamodules.table.stored import SCHEMA, TABLE_VERSION, TokenisedTable, file_hash, open_table
+from datamodules.sources import RowReport, prompt_key
+from datamodules.table.labels import label_kind
+from datamodules.table.stored import SCHEMA, TABLE_VERSION, TokenisedTable, open_table
 from datamodules.tokenisation import Tokenisation, tokenise_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PAIRS_PER_BATCH = 1024
-
-
-def prompt_key(pair: PreferencePair) -> int:
-    """A signed 64-bit hash of the prompt's text or messages."""
-    digest = hashlib.blake2b(json.dumps(pair.prompt).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def build_table(
@@ -60,10 +54,10 @@ def build_table(
                     for note in notes:
                         losses.skip(note if tokens else f"dropped: {note}", pair.pair_id)
                     if tokens:
-                        key = prompt_key(pair)
+                        key = prompt_key(pair.prompt)
                         rows.append((pair.pair_id, json.dumps(pair.labels), key, *tokens))
                         for name, value in pair.labels.items():
-                            label_kinds.setdefault(name, set()).add(_label_kind(value))
+                            label_kinds.setdefault(name, set()).add(label_kind(value))
                 columns = list(zip(*rows, strict=True)) or [()] * len(SCHEMA)
                 arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
                 writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
@@ -84,8 +78,7 @@ def build_table(
             "checksum": file_hash(part / "pairs.arrow"),
             "report": counts + losses.skipped,
             "examples": examples,
-            "label_names": list(label_kinds),
-            "text_labels": [name for name, kinds in label_kinds.items() if not _one_column_type(kinds)],
+            "label_kinds": {name: sorted(kinds) for name, kinds in label_kinds.items()},
         }
         (part / "table.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return open_table(folder)
@@ -95,15 +88,3 @@ def _batches(pairs: Iterable[PreferencePair]) -> Iterator[list[PreferencePair]]:
     remaining = iter(pairs)
     while batch := list(islice(remaining, _PAIRS_PER_BATCH)):
         yield batch
-
-
-def _label_kind(value: object) -> str:
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return "big integer"
-    return type(value).__name__
-
-
-def _one_column_type(kinds: set[str]) -> bool:
-    """Whether values of these kinds fit one Arrow column."""
-    present = kinds - {"NoneType"}
-    return present <= {"int", "float"} or (len(present) == 1 and "big integer" not in present)

@@ -1,4 +1,4 @@
-"""Every shipped configuration parses and builds its model, data and callbacks, and README's commands are real."""
+"""Every shipped configuration parses and builds its model, data and callbacks; documented commands are real."""
 
 from __future__ import annotations
 
@@ -67,15 +67,17 @@ def test_the_papers_recipe_takes_another_model_by_name(capsys: pytest.CaptureFix
     assert config["data"]["init_args"]["max_length"] == 512
 
 
-def readme_commands() -> Iterator[list[str]]:
-    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL):
-        for line in block.splitlines():
-            if line.startswith("beta-dpo "):
-                yield shlex.split(line, comments=True)[1:]
+def documented_commands() -> Iterator[list[str]]:
+    for name in ("README.md", "docs/data.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+            for line in block.replace("\\\n", "").splitlines():
+                if line.startswith("beta-dpo "):
+                    yield shlex.split(line, comments=True)[1:]
 
 
-@pytest.mark.parametrize("arguments", list(readme_commands()), ids=" ".join)
-def test_commands_in_the_readme_parse(
+@pytest.mark.parametrize("arguments", list(documented_commands()), ids=" ".join)
+def test_commands_in_readme_and_docs_parse(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -109,6 +111,15 @@ def test_wrong_options_get_one_sentence(capsys: pytest.CaptureFixture[str]) -> N
         assert named in shown
         assert shown.startswith("beta-dpo: ")
         assert "\n" not in shown
+    # what a part of the run says when it is built
+    gap_mixture = ["--data.gap_mixture.samples=s.jsonl", "--data.gap_mixture.share=2"]
+    for words, named in ((["--data.batch_size=0"], "data.batch_size must be"), (gap_mixture, "share must lie in")):
+        with pytest.raises(SystemExit) as stop:
+            main([*quickstart, *words])
+        assert stop.value.code == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("beta-dpo: data.")
+        assert named in last
     with pytest.raises(SystemExit):
         main(["frobnicate"])
     assert "frobnicate" in capsys.readouterr().err

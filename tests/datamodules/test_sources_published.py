@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -167,19 +168,34 @@ def test_news_articles_are_left_out_of_tldr_and_counted(tmp_path: Path) -> None:
     assert reader.report.skipped == {"summary of a news article, no TL;DR post": 1}
 
 
-def test_a_subset_is_a_folder_or_a_declared_configuration(tmp_path: Path) -> None:
-    folders = tmp_path / "hh-rlhf"  # as Anthropic/hh-rlhf: a folder for each subset
-    for subset in ("harmless-base", "helpful-base"):
+def test_all_subsets_of_hh_or_one_of_them(tmp_path: Path) -> None:
+    folders = tmp_path / "hh-rlhf"  # as Anthropic/hh-rlhf: a folder for each subset, and one of another kind
+    subsets = ["harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"]
+    for subset in subsets:
         for split in ("train", "test"):
             turn = f"\n\nHuman: {subset} {split}\n\nAssistant:"
-            write(folders / subset / f"{split}.jsonl", {"chosen": f"{turn} a", "rejected": f"{turn} b"})
-    assert len(list(read_pairs(str(folders), format="hh"))) == 2
+            write_gzip(folders / subset / f"{split}.jsonl.gz", {"chosen": f"{turn} a", "rejected": f"{turn} b"})
+    attempts = folders / "red-team-attempts" / "red_team_attempts.jsonl.gz"
+    write_gzip(attempts, {"transcript": "\n\nHuman: a\n\nAssistant: b", "rating": 4})
+    for split in ("train", "test"):
+        pairs = list(read_pairs(str(folders), format="hh", split=split))
+        assert sorted(pair.prompt for pair in pairs) == [
+            f"\n\nHuman: {name} {split}\n\nAssistant:" for name in subsets
+        ]
     (pair,) = read_pairs(str(folders), format="hh", subset="helpful-base", split="test")
     assert (pair.pair_id, pair.prompt) == (
         "hh-rlhf/helpful-base:1",
         "\n\nHuman: helpful-base test\n\nAssistant:",
     )
 
+
+def write_gzip(path: Path, *rows: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def test_a_subset_is_a_declared_configuration(tmp_path: Path) -> None:
     declared = tmp_path / "PKU-SafeRLHF"  # its card declares configurations, named unlike the folders
     write(declared / "data/Alpaca-7B/train.jsonl", PKU)
     write(declared / "data/Alpaca2-7B/train.jsonl", {**PKU, "prompt": "How do keys work?"})

@@ -17,9 +17,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tiny_tokenizers import TEMPLATE, byte_tokenizer
 
+from app.cache import cache_root
 from app.errors import UserError
 from datamodules.records import Message, PreferencePair
-from datamodules.table import build_table, cache_root, cached_table, load_table, open_table, split_by_prompt
+from datamodules.sources import PairStream
+from datamodules.table import build_table, cached_table, load_table, open_table, split_by_prompt
 from datamodules.table.stored import DamagedTable
 from datamodules.tokenisation import Tokenisation, tokenise_pair
 
@@ -30,7 +32,7 @@ SETTINGS = Tokenisation(max_length=24, max_prompt_length=12)
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("BETA_DPO_CACHE", str(tmp_path / "cache"))
-    return cache_root()
+    return cache_root("tables")
 
 
 def pairs(count: int) -> Iterator[PreferencePair]:
@@ -68,7 +70,7 @@ def test_a_table_returns_what_tokenise_pair_gives(tmp_path: Path) -> None:
     assert table.pair_ids([3, 2000, 3]) == ["id3", "id2000", "id3"]
     assert table.pair_ids(np.array([], dtype=np.int64)) == []
     assert table.labels([0, 1]) == {"flipped": [True, False], "grade": [None, 1]}
-    assert table.label_names == ["flipped", "grade"]
+    assert table.label_kinds == {"flipped": ["bool"], "grade": ["int"]}
     assert len(np.unique(table.prompt_keys)) == count // 2
     assert table.prompt_keys[0] == table.prompt_keys[1]
     with pytest.raises(IndexError):
@@ -164,8 +166,9 @@ def test_a_generated_source_is_cached_without_generating_again() -> None:
         calls.append(1)
         return pairs(3)
 
+    stream = PairStream("cats", {"task": "cats", "seed": 1}, generate)
     for _ in range(2):
-        assert len(cached_table({"task": "cats", "seed": 1}, generate, byte_tokenizer(), SETTINGS)) == 3
+        assert len(cached_table(stream, byte_tokenizer(), SETTINGS)) == 3
     assert len(calls) == 1
 
 

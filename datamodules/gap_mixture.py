@@ -1,0 +1,159 @@
+"""Gap mixtures: a share of the rejected responses replaced by samples, whose gap to the chosen one is wider."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import pyarrow.compute as pc
+
+from app.errors import UserError
+from app.files import file_hash
+from datamodules.records import PreferencePair
+from datamodules.sources import PairStream, RowReport, prompt_key
+from datamodules.sources.samples import Sample, SampleFile
+from datamodules.table import JoinedTables, PairTable, Part
+
+
+@dataclass(frozen=True)
+class GapMixture:
+    """Which rejected responses are replaced by samples, say of the SFT model (`data.gap_mixture`).
+
+    The draw depends on `seed` alone, not on the run's seed, and is nested: the pairs that share 0.1 replaces are
+    among those of share 0.2. The label `replaced` says which pairs were.
+
+    Args:
+        samples: the file that `beta-dpo generate` wrote for the prompts of the training pairs.
+        share: of the pairs that get a sample for their rejected response.
+        unit: `pair` draws each pair by itself, once for all epochs; `batch` draws whole optimizer batches.
+        on_missing: what a pair that was drawn and has no usable sample does: stop the run (`error`), or `keep`
+            its own response, counted.
+        seed: of the draw.
+    """
+
+    samples: str
+    share: float
+    unit: Literal["pair", "batch"] = "pair"
+    on_missing: Literal["error", "keep"] = "error"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise UserError(f"data.gap_mixture.share must lie in [0, 1], not {self.share}.")
+        if self.seed < 0:
+            raise UserError(f"data.gap_mixture.seed must not be negative, not {self.seed}.")
+
+    def draws_pair(self, pair_id: str) -> bool:
+        """Whether this pair is replaced, where the unit is the pair."""
+        digest = hashlib.blake2b(f"{self.seed}:{pair_id}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") < self.share * 2**64
+
+    def draws_batch(self, epoch: int, number: int) -> bool:
+        """Whether this optimizer batch is replaced, where the unit is the batch."""
+        return bool(np.random.default_rng([self.seed, epoch, number]).random() < self.share)
+
+
+class ReplacedPairs(Iterator[PreferencePair]):
+    """The pairs that a sample can be found for, with the sample for their rejected response.
+
+    Labels whose name speaks of the rejected response (`rejected_reward`, `score_rejected`) no longer hold, and
+    become None. `report` counts the pairs, and why some have no usable sample.
+    """
+
+    def __init__(self, pairs: Iterable[PreferencePair], samples: SampleFile) -> None:
+        self.report = RowReport()
+        self._pairs = self._read(pairs, samples)
+
+    def __next__(self) -> PreferencePair:
+        return next(self._pairs)
+
+    def _read(self, pairs: Iterable[PreferencePair], samples: SampleFile) -> Iterator[PreferencePair]:
+        turns: Counter[int] = Counter()
+        for pair in pairs:
+            self.report.rows += 1
+            key = prompt_key(pair.prompt)
+            sample = samples.of_prompt(pair.prompt, turns[key])
+            turns[key] += 1
+            if sample is None:
+                self.report.skip("no sample for the prompt", pair.pair_id)
+                continue
+            if reason := _unusable(sample, pair):
+                self.report.skip(reason, pair.pair_id)
+                continue
+            self.report.pairs += 1
+            labels = {name: None if "rejected" in name else value for name, value in pair.labels.items()}
+            yield replace(pair, rejected=sample.response, labels=labels, rejected_ends=sample.finished)
+        if not self.report.pairs:
+            raise UserError(
+                f"data.gap_mixture: {samples.path} has no usable sample for any training pair "
+                f"({self.report.summary()}): run `beta-dpo generate` on the prompts of these pairs."
+            )
+
+
+def _unusable(sample: Sample, pair: PreferencePair) -> str:
+    """Why `sample` cannot be a rejected response of the pair; empty where it can."""
+    if not sample.response.strip():
+        return "the sample is empty"
+    return "the sample is the chosen response" if sample.response.strip() == pair.chosen.strip() else ""
+
+
+def replaced_stream(stream: PairStream, samples: str) -> PairStream:
+    """`stream` with the rejected responses taken from the file `samples`."""
+    try:
+        content = file_hash(samples)
+    except OSError as error:
+        raise UserError(
+            f"data.gap_mixture.samples: {samples} cannot be read ({error.strerror}): `beta-dpo generate` writes it."
+        ) from error
+    return PairStream(
+        stream.name,
+        {"pairs": dict(stream.description), "rejected": content},
+        lambda: ReplacedPairs(stream.read(), SampleFile(samples)),
+    )
+
+
+class GapMixedTable(JoinedTables):
+    """N pairs with their own rejected responses, then those of them that have a sample, with the sample.
+
+    Rows that a loader is given are those of the first N; `exchange` takes, batch by batch, the others' place.
+    """
+
+    def __init__(self, own: PairTable, replaced: PairTable, mixture: GapMixture, rows: np.ndarray) -> None:
+        """`rows`: those that are trained on. Raises UserError when one of them lacks a sample that it needs."""
+        super().__init__([Part(own, {"replaced": False}), Part(replaced, {"replaced": True})])
+        self.mixture = mixture
+        places = pc.index_in(own.id_column, value_set=replaced.id_column.combine_chunks()).fill_null(-1).to_numpy()
+        partner = np.where(places < 0, np.arange(len(own)), len(own) + places.astype(np.int64))  # [N]
+        drawn = np.ones(len(own), dtype=bool)
+        if mixture.unit == "pair":
+            for some in np.array_split(rows, len(rows) // 4096 + 1):  # their ids are not held all at once
+                drawn[some] = [mixture.draws_pair(id) for id in own.pair_ids(some)]
+        missing = rows[drawn[rows] & (places[rows] < 0)] if mixture.share else rows[:0]
+        if len(missing) and mixture.on_missing == "error":
+            raise UserError(
+                f"data.gap_mixture: {len(missing)} pairs that are to be replaced have no usable sample in "
+                f"{mixture.samples} (first: {', '.join(own.pair_ids(missing[:3]))}): sample for their prompts, or "
+                "set data.gap_mixture.on_missing: keep."
+            )
+        # [N], the row that takes a row's place: itself where nothing is replaced
+        self._partner = np.where(drawn, partner, np.arange(len(own)))
+        told = f"in a share {mixture.share:g} of the batches, all"
+        if mixture.unit == "pair":
+            told = f"{int((self._partner[rows] != rows).sum())} of {len(rows)}"
+        self.note = f"gap mixture: {told} rejected responses replaced by samples of {mixture.samples}"
+        if len(missing):
+            self.note += f"; {len(missing)} without a usable sample kept theirs"
+
+    def exchange(self, rows: np.ndarray, epoch: int, number: int) -> np.ndarray:
+        """The rows that batch `number` of `epoch` is made of instead of `rows`."""
+        if self.mixture.unit == "batch" and not self.mixture.draws_batch(epoch, number):
+            return rows
+        return self._partner[rows]
+
+    def reachable(self, rows: np.ndarray) -> np.ndarray:
+        """All rows that `exchange` can give for these."""
+        return np.union1d(rows, self._partner[rows])

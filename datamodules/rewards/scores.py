@@ -1,0 +1,140 @@
+"""Rewards on disk: scored once per machine for a model and its pairs, in parts that survive a kill."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoConfig
+
+from app.cache import fingerprint, locked_entry
+from app.errors import UserError
+from app.files import Parts, atomic_file, atomic_folder, file_hash, folder_hash
+from datamodules.records import PreferencePair
+from datamodules.reward_model import RewardModel
+from datamodules.sources import PairStream
+
+log = logging.getLogger(__name__)
+
+REWARDS_VERSION = 1  # raise when scoring or the layout below changes
+COLUMNS = ("chosen_reward", "rejected_reward")
+_PAIRS_PER_PART = 256
+_SCHEMA = pa.schema([("pair_id", pa.string()), *((name, pa.float64()) for name in COLUMNS)])
+Rewards = tuple[float | None, float | None]  # of the chosen and the rejected response
+
+
+@dataclass(frozen=True)
+class RewardScoring:
+    """The reward model that scores the pairs that are trained on (`data.reward_model`).
+
+    Args:
+        name: folder or Hub id of a sequence classifier with one output. It is given prompt and response in its
+            tokenizer's chat template, or as a pair of texts where there is none.
+        batch_size: texts per forward pass.
+        max_length: most tokens of a text, which then loses its front, counted; none is the model's own limit.
+    """
+
+    name: str
+    batch_size: int = 32
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.max_length is not None and self.max_length < 1):
+            raise UserError("data.reward_model: batch_size and max_length must be at least 1.")
+
+    def fingerprint(self) -> dict[str, object]:
+        """What decides a reward: weights, configuration and tokenizer by content, and where texts are cut."""
+        if Path(self.name).is_dir():
+            return {"model": folder_hash(self.name), "max_length": self.max_length}
+        try:
+            commit = AutoConfig.from_pretrained(self.name, trust_remote_code=False)._commit_hash
+        except (OSError, ValueError) as error:
+            raise UserError(f"There is no reward model at {self.name!r}: {str(error).splitlines()[0]}") from error
+        return {"model": [self.name, commit], "max_length": self.max_length}
+
+
+def reward_scores(stream: PairStream, scoring: RewardScoring, device: torch.device) -> pa.Table:
+    """The rewards of all pairs of `stream`, `pair_id, chosen_reward, rejected_reward`, mapped into memory.
+
+    Null for a pair whose prompt the model's chat template refuses. From the cache, or scored first: one process
+    scores while the others that want the same wait. A damaged entry is scored anew, with a warning. Raises
+    UserError for what is wrong with the model or the data.
+    """
+    job = {"version": REWARDS_VERSION, "data": dict(stream.description), **scoring.fingerprint()}
+    with locked_entry("rewards", fingerprint(job)) as folder:
+        if folder.exists():
+            try:
+                return _open(folder)
+            except (OSError, ValueError, KeyError, pa.ArrowException) as damage:
+                log.warning("The cached rewards are damaged and are scored anew: %s", damage)
+                shutil.rmtree(folder)
+        parts = Parts(folder.with_suffix(".parts"), job)
+        _score_parts(stream, scoring, device, parts)
+        with atomic_folder(folder) as temporary:
+            _join(parts, temporary)
+        parts.remove()
+        return _open(folder)
+
+
+def _score_parts(stream: PairStream, scoring: RewardScoring, device: torch.device, parts: Parts) -> None:
+    """Score the pairs behind those of the parts that are done."""
+    done = len(parts)
+    log.info("scoring %s with %s%s", stream.name, scoring.name, f", from part {done} on" if done else "")
+    model = RewardModel(scoring.name, scoring.batch_size, str(device), scoring.max_length)
+    pairs = iter(stream.read())
+    scored = sum(1 for _ in islice(pairs, done * _PAIRS_PER_PART))
+    with tqdm(desc="scoring", unit=" pairs", initial=scored, disable=None) as progress:
+        while batch := list(islice(pairs, _PAIRS_PER_PART)):
+            rows = [(pair.pair_id, *both) for pair, both in zip(batch, _rewards(model, batch), strict=True)]
+            with atomic_file(parts.path(done)) as temporary:
+                temporary.write_text(json.dumps(rows), encoding="utf-8")
+            done += 1
+            progress.update(len(batch))
+    if model.truncated:
+        log.warning("%s: %d texts cut to their last %d tokens", model.name, model.truncated, model.limit)
+
+
+def _rewards(model: RewardModel, pairs: Sequence[PreferencePair]) -> list[Rewards]:
+    """The rewards of each pair; raises UserError for one that is no finite number."""
+    taken = [pair for pair in pairs if model.takes(pair.prompt)]
+    texts = [(pair.prompt, response or "") for pair in taken for response in (pair.chosen, pair.rejected)]
+    found = [0.0] * len(texts)
+    # neighbours of one length leave little padding
+    order = sorted(range(len(texts)), key=lambda index: (len(str(texts[index])), index))
+    for start in range(0, len(order), model.batch_size):
+        batch = order[start : start + model.batch_size]
+        for index, reward in zip(batch, model.batch_rewards([texts[i] for i in batch]), strict=True):
+            if not math.isfinite(reward):
+                raise UserError(
+                    f"{model.name} gives pair {taken[index // 2].pair_id} the reward {reward}: leave it out."
+                )
+            found[index] = reward
+    both: Iterator[Rewards] = iter(zip(found[::2], found[1::2], strict=True))
+    ids = {pair.pair_id for pair in taken}
+    return [next(both) if pair.pair_id in ids else (None, None) for pair in pairs]
+
+
+def _join(parts: Parts, folder: Path) -> None:
+    with pa.OSFile(str(folder / "rewards.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        for path in parts:
+            columns = zip(*json.loads(path.read_text(encoding="utf-8")), strict=True)
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
+            writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
+    meta = {"checksum": file_hash(folder / "rewards.arrow")}
+    (folder / "rewards.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _open(folder: Path) -> pa.Table:
+    meta = json.loads((folder / "rewards.json").read_text(encoding="utf-8"))
+    if meta["checksum"] != file_hash(folder / "rewards.arrow"):
+        raise ValueError(f"{folder}/rewards.arrow does not match its checksum")
+    return pa.ipc.open_file(pa.memory_map(str(folder / "rewards.arrow"))).read_all()

@@ -1,0 +1,114 @@
+"""What a loader asks of pairs, and pairs of several tables as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from datamodules.records import TokenisedPair
+from datamodules.table.labels import as_text, kept_as_text, label_kind, make_room
+
+
+class PairTable(Protocol):
+    """N tokenised pairs: `TokenisedTable`, or a view of several that copies nothing."""
+
+    lengths: np.ndarray  # [N] int64, tokens of a pair, its prompt once
+    prompt_keys: np.ndarray  # [N] int64, equal for equal prompts
+    label_kinds: dict[str, list[str]]  # types of the values, by label
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> TokenisedPair: ...
+
+    def keys(self, indices: Sequence[int] | np.ndarray) -> np.ndarray: ...
+
+    @property
+    def id_column(self) -> pa.ChunkedArray: ...
+
+    def pair_ids(self, indices: Sequence[int] | np.ndarray) -> list[str]: ...
+
+    def labels(self, indices: Sequence[int] | np.ndarray) -> dict[str, list[object]]: ...
+
+
+class Part(NamedTuple):
+    """A table that is joined to others, the labels that all its pairs get, and what is put before their ids."""
+
+    table: PairTable
+    labels: Mapping[str, object]
+    id_prefix: str = ""
+
+
+class JoinedTables:
+    """Tables one behind the other, as a `PairTable`.
+
+    A pair has the labels of its part beside its own; of two columns of one name, that of the data is called
+    `<name>_in_data`.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
+        self.starts = np.cumsum([0, *(len(part.table) for part in parts)])  # [parts + 1]
+        self.lengths: np.ndarray = np.concatenate([part.table.lengths for part in parts])
+        self.prompt_keys: np.ndarray = np.concatenate([part.table.prompt_keys for part in parts])
+        kinds: dict[str, set[str]] = {}
+        for part in parts:
+            for name, found in make_room(part.table.label_kinds, part.labels).items():
+                kinds.setdefault(name, set()).update(found)
+            for name, value in part.labels.items():
+                kinds.setdefault(name, set()).add(label_kind(value))
+        self.label_kinds: dict[str, list[str]] = {name: sorted(found) for name, found in kinds.items()}
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> TokenisedPair:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        index = int(index) % len(self)
+        number = self.part_of(np.array([index]))[0]
+        return self.parts[number].table[index - int(self.starts[number])]
+
+    def keys(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        return np.array([self[int(index)].key for index in indices], dtype=np.int64)
+
+    def part_of(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The numbers of the parts where these pairs stand, [n] int64."""
+        return np.searchsorted(self.starts, np.asarray(indices, dtype=np.int64), side="right") - 1
+
+    @property
+    def id_column(self) -> pa.ChunkedArray:
+        columns = [pc.binary_join_element_wise(part.id_prefix, part.table.id_column, "") for part in self.parts]
+        return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
+
+    def pair_ids(self, indices: Sequence[int] | np.ndarray) -> list[str]:
+        ids = [""] * len(indices)
+        for part, places, rows in self._by_part(indices):
+            for place, id in zip(places, part.table.pair_ids(rows), strict=True):
+                ids[place] = part.id_prefix + id
+        return ids
+
+    def labels(self, indices: Sequence[int] | np.ndarray) -> dict[str, list[object]]:
+        columns: dict[str, list[object]] = {name: [None] * len(indices) for name in self.label_kinds}
+        for part, places, rows in self._by_part(indices):
+            own = make_room(part.table.labels(rows), part.labels)
+            given = {name: [value] * len(rows) for name, value in part.labels.items()}
+            for name, values in (own | given).items():
+                for place, value in zip(places, values, strict=True):
+                    columns[name][place] = value
+        for name, kinds in self.label_kinds.items():
+            if kept_as_text(kinds):
+                columns[name] = [as_text(value) for value in columns[name]]
+        return columns
+
+    def _by_part(self, indices: Sequence[int] | np.ndarray) -> list[tuple[Part, list[int], np.ndarray]]:
+        """Of every part that has any of these pairs: their places among `indices`, and their rows in its table."""
+        found = np.asarray(indices, dtype=np.int64)
+        numbers = self.part_of(found)
+        return [
+            (self.parts[n], (places := np.flatnonzero(numbers == n)).tolist(), found[places] - self.starts[n])
+            for n in np.unique(numbers).tolist()
+        ]

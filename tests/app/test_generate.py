@@ -1,0 +1,133 @@
+"""`beta-dpo generate`: a killed run goes on to the same bytes, at every temperature, and says what it left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_runs import LIMIT_SECONDS, ROOT, command
+
+from app.commands.generate import generate
+from app.errors import UserError
+from app.files import Parts
+from datamodules.controlled_task import preference_pairs
+
+OPTIONS = ["--count", "40", "--batch_size", "4", "--temperature", "[0.7, 1.0]", "--top_p", "0.9"]
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def stop_at(patch: pytest.MonkeyPatch, call: int) -> None:
+    """Let Ctrl-C come while batch `call`, from 0, is scored."""
+    module = sys.modules["app.commands.generate"]  # the package has a function of that name
+    calls = iter(range(call))
+
+    def score(*arguments: Any) -> list[float]:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return scored(*arguments)
+
+    scored = module.score
+    patch.setattr(module, "score", score)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(name: str) -> None:
+        generate(tiny_llama, str(tmp_path / name), count=10, batch_size=4, temperature=[0.7, 1.0], top_p=0.9)
+
+    run("whole.jsonl")
+    for call in (4, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at(patch, call)
+            with pytest.raises(KeyboardInterrupt):
+                run("out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+    run("out.jsonl")
+    assert "going on behind 5 of 6 batches" in capsys.readouterr().out
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bytes(tiny_llama: str, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "app.main", "generate", tiny_llama, "out.jsonl", *OPTIONS]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(line, cwd=tmp_path, env=variables, stderr=subprocess.DEVNULL)
+    third = tmp_path / "out.jsonl.parts" / "000002"
+    started = time.monotonic()
+    while not third.exists() and run.poll() is None:
+        assert time.monotonic() - started < LIMIT_SECONDS
+        time.sleep(0.01)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    if run.returncode == 0:
+        pytest.skip("the run was over before it could be killed")
+    assert not (tmp_path / "out.jsonl").exists()
+    done = len(Parts(tmp_path / "out.jsonl.parts", json.loads((third.parent / "job.json").read_text())))
+    assert 3 <= done < 20
+    shown = command(tmp_path, "generate", tiny_llama, "out.jsonl", *OPTIONS)
+    assert shown.returncode == 0, shown.stderr
+    assert f"going on behind {done} of 20 batches" in shown.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl"]
+    generate(tiny_llama, str(tmp_path / "whole.jsonl"), count=40, batch_size=4, temperature=[0.7, 1.0], top_p=0.9)
+    assert (tmp_path / "whole.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+
+
+def test_each_temperature_answers_every_prompt(tiny_llama: str, tmp_path: Path) -> None:
+    generate(tiny_llama, str(tmp_path / "a.jsonl"), count=5, batch_size=2, temperature=[0, 1.5])
+    rows = read(tmp_path / "a.jsonl")
+    assert [row["temperature"] for row in rows] == [0.0] * 5 + [1.5] * 5
+    assert [row["prompt_id"] for row in rows[:5]] == [row["prompt_id"] for row in rows[5:]]
+    generate(tiny_llama, str(tmp_path / "b.jsonl"), count=5, batch_size=5, temperature=0.0, seed=0)
+    assert [row["response"] for row in read(tmp_path / "b.jsonl")] == [row["response"] for row in rows[:5]]
+
+
+def test_parts_of_other_samples_are_refused_and_left(tiny_llama: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "a.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 0)
+        with pytest.raises(KeyboardInterrupt):
+            generate(tiny_llama, out, count=3)
+    with pytest.raises(UserError, match=r"a\.jsonl\.parts holds the beginning of other work \(temperature, top_p"):
+        generate(tiny_llama, out, count=3, temperature=0.5, top_p=0.5)
+    generate(tiny_llama, out, count=3)
+    assert len(read(tmp_path / "a.jsonl")) == 3
+
+
+def test_long_prompts_are_cut_as_in_training_and_told(
+    tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [
+        {"prompt": pair.prompt, "chosen": " yes .", "rejected": " no ."} for pair in preference_pairs(3, seed=0)
+    ]
+    pairs[1]["prompt"] = "\n\nHuman: the cat\n\nAssistant:"
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    generate(
+        tiny_llama,
+        str(tmp_path / "out.jsonl"),
+        prompts=str(tmp_path / "pairs.jsonl"),
+        count=None,
+        max_prompt_length=12,
+        max_new_tokens=3,
+    )
+    assert "2 prompts cut to their last 12 tokens" in capsys.readouterr().out
+    assert [row["prompt"] for row in read(tmp_path / "out.jsonl")] == [pair["prompt"] for pair in pairs]
+
+
+def test_endless_prompts_need_a_number(tiny_llama: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no end of prompts"):
+        generate(tiny_llama, str(tmp_path / "a.jsonl"), count=None)
+    for wrong in ([], [0.5, 0.5], [-1.0]):
+        with pytest.raises(UserError, match="temperature must be"):
+            generate(tiny_llama, str(tmp_path / "a.jsonl"), temperature=wrong)
