@@ -14,6 +14,7 @@ CONFIG := configs/quickstart.yaml
 FIT :=
 GENERATE :=
 JUDGE :=
+RIVAL = $(RUN)/sft-samples.jsonl
 ARMS := dpo dynamic_beta filter_only beta_dpo instance_level random_filter weight_matched
 
 .PHONY: install quickstart arm arms pipeline pipeline-smollm2 smollm2 parity lint test test-slow
@@ -56,10 +57,10 @@ $(RUN)/%/samples.jsonl: | $(RUN)/sft-model
 	@echo "$*: $(RUN)/$*.log"
 	@$(MAKE) --no-print-directory arm ARM=$* > $(RUN)/$*.log 2>&1 || { tail -n 20 $(RUN)/$*.log; exit 1; }
 
-# all arms, two at a time, and their win rates over the SFT model
+# all arms, two at a time, and their win rates over RIVAL: the SFT model, or the chosen responses of pairs
 arms:
 	@$(MAKE) --no-print-directory --jobs 2 $(RUN)/sft-samples.jsonl $(ARMS:%=$(RUN)/%/samples.jsonl)
-	$(BIN)/beta-dpo judge $(ARMS:%=$(RUN)/%/samples.jsonl) $(RUN)/sft-samples.jsonl $(JUDGE) > $(RUN)/win-rates.txt
+	$(BIN)/beta-dpo judge $(ARMS:%=$(RUN)/%/samples.jsonl) $(RIVAL) $(JUDGE) > $(RUN)/win-rates.txt
 	@cat $(RUN)/win-rates.txt
 
 pipeline: export OMP_NUM_THREADS = 1
@@ -71,7 +72,7 @@ SERVE := models/smollm2 --port 8765 --device cpu --dtype float32
 pipeline-smollm2: smollm2
 	@test -r "$(HH)" || { echo "give the path of Anthropic-HH pairs: make $@ HH=pairs.jsonl.gz"; exit 2; }
 	@HF_HUB_OFFLINE=1 $(BIN)/transformers serve $(SERVE) > runs/judge-server.log 2>&1 & server=$$!; \
-	trap 'kill '$$server EXIT; $(MAKE) --no-print-directory arms RUN=runs/pipeline-smollm2/seed-$(SEED) ARMS="dpo beta_dpo" \
+	trap 'kill '$$server EXIT; $(MAKE) --no-print-directory arms RUN=runs/pipeline-smollm2/seed-$(SEED) ARMS="dpo beta_dpo" RIVAL=$(HH) \
 		SFT_CONFIG=configs/smollm2_hh_sft.yaml CONFIG=configs/smollm2_hh.yaml \
 		FIT="--data.path $(HH) --trainer.max_steps 4 --trainer.limit_val_batches 1" \
 		GENERATE="--prompts $(HH) --count 8 --chat_template true --batch_size 8" \
