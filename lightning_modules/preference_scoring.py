@@ -16,6 +16,7 @@ from app.method.losses import PairLoss
 from app.method.metrics import pair_metrics
 from lightning_modules.base import LanguageModelTraining, exact_mean
 from lightning_modules.contagion import measured_alone
+from lightning_modules.lora import AdapterOff
 from lightning_modules.reference_cache import ReferenceCache, filled_reference_cache
 from lightning_modules.scorer import ResponseScorer
 
@@ -45,11 +46,15 @@ class PreferenceScoring(LanguageModelTraining):
         self._reference_cache: ReferenceCache | None = None
         # In a tuple, so that it is no submodule: a registered reference would enter checkpoints, break the
         # sharded resume and be switched to train mode.
-        self._reference: tuple[ResponseScorer, ...] = ()
+        self._reference: tuple[ResponseScorer | AdapterOff, ...] = ()
         self._evaluation: dict[str, Metric] = {}
 
     def keep_reference(self, fresh: ResponseScorer) -> None:
-        if self.loss.needs_reference and self.reference == "frozen":
+        if not self.loss.needs_reference or self.reference != "frozen":
+            return
+        if self.lora is not None:
+            self._reference = (AdapterOff(fresh),)
+        else:
             reference = copy.deepcopy(fresh).eval().requires_grad_(False)
             self.place(reference)
             self._reference = (reference.to(self.trainer.strategy.root_device),)
@@ -62,7 +67,7 @@ class PreferenceScoring(LanguageModelTraining):
 
     @property
     def scorers(self) -> tuple[ResponseScorer, ...]:
-        return (self.policy, *self._reference)
+        return (self.policy, *(one for one in self._reference if isinstance(one, ResponseScorer)))
 
     # --- measuring --------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from app.method.batch import OptimizerBatch
 from lightning_modules.base import Attention, LanguageModelTraining, exact_mean
+from lightning_modules.lora import Lora
 
 
 class SupervisedFineTuning(LanguageModelTraining):
@@ -32,6 +33,7 @@ class SupervisedFineTuning(LanguageModelTraining):
         attention: Attention = "auto",
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
+        lora: Lora | None = None,
     ):
         super().__init__(
             name,
@@ -43,6 +45,7 @@ class SupervisedFineTuning(LanguageModelTraining):
             attention,
             gradient_checkpointing,
             trust_remote_code,
+            lora,
         )
         self._validation = exact_mean()
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from app.method.step import StepDecision
 from callbacks import BetaScheduler, PairFilter, RewardGapStatistics
@@ -73,6 +73,18 @@ def save_tiny_model(family: str, folder: Path, **settings: Any) -> str:
     """The same on disk, with the controlled task's tokenizer beside it."""
     tiny_model(family, **settings).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def save_reward_model(folder: Path, outputs: int = 1, template: str | None = None) -> str:
+    """A random Llama with a classifier on it, and the controlled task's tokenizer with a chat template."""
+    description = {**_COMMON, "num_labels": outputs, "max_position_embeddings": 64, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("llama", **description))
+    model.save_pretrained(folder)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 

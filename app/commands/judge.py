@@ -2,59 +2,147 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from app.commands.generate import read_samples
 from app.errors import UserError
-from app.intervals import Estimate, bootstrap_mean, win_scores
-from datamodules.controlled_task import is_well_formed, true_reward
+from app.intervals import Estimate, bootstrap_mean
+from app.judges import Answer, Judge
+from app.judges.answers import aligned
+from app.judges.endpoint import Endpoint, EndpointJudge
+from app.judges.rewards import LearnedReward, TrueReward
+from app.judges.verdicts import VerdictFile
+from datamodules.controlled_task import is_well_formed
+
+By = Literal["true_reward", "reward_model", "endpoint"]
+HOW_TO_ASK = Endpoint()
 
 
-def judge(ours: str, theirs: str) -> None:
-    """Compare the answers in OURS with those in THEIRS by the controlled task's true reward.
+def judge(
+    answers: list[str],
+    by: By = "true_reward",
+    model: str | None = None,
+    verdicts: str = "runs/verdicts.jsonl",
+    endpoint: Endpoint = HOW_TO_ASK,
+) -> None:
+    """Print how often each file of ANSWERS beats the last one, with 95 % bootstrap intervals over prompts.
 
     Args:
-        ours: samples written by `beta-dpo generate`.
-        theirs: samples of another model for the same prompts.
+        answers: samples written by `beta-dpo generate`; the last may be the file of preference pairs that the
+            prompts are from: its chosen responses are then the rivals.
+        by: `true_reward` of the controlled task, a `reward_model` (Hugging Face sequence classification), or an
+            `endpoint` that speaks OpenAI's chat completions and is shown every pair in both orders.
+        model: folder or Hub id of the reward model; name of the model at the endpoint.
+        verdicts: .jsonl file that keeps what a reward model or endpoint said; nothing in it is asked again.
+        endpoint: how a language model is asked.
     """
-    table = Table(title=f"{ours} against {theirs}")
-    for column in ("", "ours", "theirs"):
-        table.add_column(column)
-    rows, rivals = aligned(ours, theirs)
-    mine, other = summary(rows), summary(rivals)
-    for name in mine:
-        table.add_row(name, str(mine[name]), str(other.get(name, "")))
-    table.add_row("win rate (ties half)", str(win_rate(rows, rivals)), "")
-    Console().print(table)
+    if len(answers) < 2:
+        raise UserError("answers: give at least two files, the last of which is the rival of the others.")
+    *contenders, rival = answers
+    names = distinct_names(answers)
+    compared = [aligned(path, rival) for path in contenders]
+    with chosen_judge(by, model, verdicts, endpoint) as judge:
+        rows = [
+            table_row(names[path], at, *part, judge)
+            for path, (rows, rivals) in zip(contenders, compared, strict=True)
+            for at, part in by_temperature(rows, rivals)
+        ]
+        rows.append({"answers": f"{names[rival]} (rival)"} | described(compared[0][1], judge))
+        notes = judge.notes()
+    table = Table(title=f"wins over {names[rival]} by {model or by}, mean [95 % interval]; a tie is half a win")
+    for name in (columns := list(dict.fromkeys(name for row in rows for name in row))):
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(row.get(name, "") for name in columns))
+    # in a file nothing limits the width; cells of a table that is cut to 80 columns are hard to read
+    Console(width=None if os.isatty(1) else 200).print(table)
+    for note in notes:
+        print(note)
 
 
-def aligned(ours: str, theirs: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Both sample files, prompt by prompt. Raises UserError unless they answer the same prompts."""
-    rows, rivals = list(read_samples(ours)), {row["prompt_id"]: row for row in read_samples(theirs)}
-    if not rows or {row["prompt_id"] for row in rows} != set(rivals):
-        raise UserError(f"{ours} and {theirs} answer different prompts: sample both with the same seed and count.")
-    return rows, [rivals[row["prompt_id"]] for row in rows]
+@contextmanager
+def chosen_judge(by: By, model: str | None, verdicts: str, endpoint: Endpoint) -> Iterator[Judge]:
+    """The judge that the arguments name. Raises UserError when they do not fit together."""
+    if by == "true_reward":
+        if model is not None:
+            raise UserError("model has no part in the true reward: give --by reward_model or --by endpoint.")
+        yield TrueReward()
+        return
+    if model is None:
+        raise UserError(f"--by {by} needs --model, {'its name' if by == 'endpoint' else 'a folder or Hub id'}.")
+    with VerdictFile.opened(verdicts) as file:
+        yield LearnedReward(model, file) if by == "reward_model" else EndpointJudge(model, endpoint, file)
 
 
-def rewards(rows: list[dict[str, Any]]) -> np.ndarray:
-    """True reward of every answer, [n]."""
-    return np.array([true_reward(row["prompt"], row["response"]) for row in rows])
+def by_temperature(
+    rows: list[Answer], rivals: list[Answer]
+) -> Iterator[tuple[float | None, tuple[list[Answer], list[Answer]]]]:
+    """The comparisons of each temperature of `rows`, lowest first; None where samples do not tell theirs."""
+    temperatures = {row.get("temperature") for row in rows}
+    for wanted in sorted(temperatures, key=lambda t: -1.0 if t is None else t):
+        here = [index for index, row in enumerate(rows) if row.get("temperature") == wanted]
+        yield wanted, ([rows[index] for index in here], [rivals[index] for index in here])
 
 
-def win_rate(rows: list[dict[str, Any]], rivals: list[dict[str, Any]]) -> Estimate:
-    """P(better) + ½ P(tie), resampled by prompt."""
-    return bootstrap_mean(win_scores(rewards(rows), rewards(rivals)))
+def table_row(
+    name: str, temperature: float | None, rows: list[Answer], rivals: list[Answer], judge: Judge
+) -> dict[str, str]:
+    """Column → text for one model at one temperature."""
+    scores = judge.scores(rows, rivals)
+    at = {} if temperature is None else {"temperature": f"{temperature:g}"}
+    won, lost = int((scores > 0.5).sum()), int((scores < 0.5).sum())
+    return {
+        "answers": name,
+        **at,
+        "win rate": str(mean_by_prompt(rows, scores)),
+        "won/tied/lost": f"{won}/{len(scores) - won - lost}/{lost}",
+        **described(rows, judge),
+    }
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Estimate]:
-    """What there is to say of one model's samples by themselves."""
+def described(rows: list[Answer], judge: Judge) -> dict[str, str]:
+    """Length of the answers, the judge's own figures, and the KL where the samples carry it."""
+    figures = {"words": float(np.mean([len(row["response"].split()) for row in rows]))} | judge.describe(rows)
+    if all("reference_logp" in row for row in rows):
+        figures["KL"] = float(np.mean([row["logp"] - row["reference_logp"] for row in rows]))
+    return {name: f"{figure:.3g}" if name == "words" else f"{figure:.3f}" for name, figure in figures.items()}
+
+
+def mean_by_prompt(rows: Sequence[Answer], scores: np.ndarray) -> Estimate:
+    """The mean score; prompts are resampled, each with all of its answers."""
+    prompts: dict[str, list[float]] = {}
+    for row, score in zip(rows, scores, strict=True):
+        prompts.setdefault(row["prompt_id"], []).append(score)
+    return bootstrap_mean(np.array([np.mean(of_prompt) for of_prompt in prompts.values()]))
+
+
+def distinct_names(paths: Sequence[str]) -> dict[str, str]:
+    """A short name for each file: `dpo` for `runs/dpo/samples.jsonl` beside `runs/beta_dpo/samples.jsonl`."""
+    folder = Path(os.path.commonpath([Path(path).absolute().parent for path in paths]))
+    names = {path: Path(path).absolute().relative_to(folder).with_suffix("") for path in paths}
+    nested = [name for name in names.values() if len(name.parts) > 1]
+    if len({name.name for name in nested}) == 1:  # the same file in several folders: the folders tell them apart
+        names = {path: name.parent if name in nested else name for path, name in names.items()}
+    return {path: str(name) for path, name in names.items()}
+
+
+def win_rate(rows: list[Answer], rivals: list[Answer]) -> Estimate:
+    """P(better) + ½ P(tie) by the controlled task's true reward, resampled by prompt."""
+    return mean_by_prompt(rows, TrueReward().scores(rows, rivals))
+
+
+def summary(rows: list[Answer]) -> dict[str, Estimate]:
+    """What there is to say of one model's samples on the controlled task by themselves."""
     malformed = [not is_well_formed(row["prompt"], row["response"]) for row in rows]
     found = {
-        "mean true reward": bootstrap_mean(rewards(rows)),
+        "mean true reward": bootstrap_mean(TrueReward().rewards(rows)),
         "malformed share": bootstrap_mean(np.array(malformed)),
         "tokens": bootstrap_mean(np.array([row["tokens"] for row in rows])),
     }

@@ -63,14 +63,15 @@ def test_judge_scores_a_file_against_itself_as_even(samples: Path, capsys: pytes
     rows, rivals = aligned(str(samples), str(samples))
     assert win_rate(rows, rivals).mean == 0.5
     assert summary(rows)["KL to the reference"].mean == pytest.approx(0, abs=1e-6)
-    judge(str(samples), str(samples))
-    assert "win rate" in capsys.readouterr().out
+    judge([str(samples), str(samples)])
+    assert "0.500 [0.500, 0.500]" in capsys.readouterr().out
 
 
 def test_judge_sees_the_better_answers() -> None:
     pairs = preference_pairs(20, seed=0, flip_rate=0.0)
-    better = [{"prompt": pair.prompt, "response": pair.chosen} for pair in pairs]
-    worse = [{"prompt": pair.prompt, "response": pair.rejected} for pair in pairs]
+    same = [{"prompt_id": pair.pair_id, "prompt": pair.prompt} for pair in pairs]
+    better = [row | {"response": pair.chosen} for row, pair in zip(same, pairs, strict=True)]
+    worse = [row | {"response": pair.rejected} for row, pair in zip(same, pairs, strict=True)]
     assert win_rate(better, worse).mean == 1.0
     assert win_rate(worse, better).mean == 0.0
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import save_tiny_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+from tiny_runs import save_reward_model, save_tiny_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from app.errors import UserError
-from datamodules.controlled_task import build_tokenizer, preference_pairs
+from datamodules.controlled_task import preference_pairs
 from datamodules.records import Message
 from datamodules.reward_model import RewardModel
 
@@ -18,27 +18,6 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'] == 'user' and 'Human : ' or 'Assistant : ' }}"
     "{{ m['content'] }} {% endfor %}"
 )
-
-
-def save_reward_model(folder: Path, outputs: int = 1, template: str | None = None) -> str:
-    """A random Llama with a classifier on it, over the tokens of the controlled task."""
-    config = LlamaConfig(
-        vocab_size=116,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        num_labels=outputs,
-        initializer_range=0.3,
-    )
-    torch.manual_seed(0)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @torch.no_grad()

@@ -83,18 +83,25 @@ def test_sequences_of_steps(golden: dict[str, Any]) -> None:
     assert steps_seen > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "loss", "beta"),
-    [
-        ("sigmoid", SigmoidLoss(), None),
-        ("cdpo_eps_0_1", SigmoidLoss(label_smoothing=0.1), None),
-        ("robust_eps_0_1", RobustLoss(label_smoothing=0.1), None),
-        ("hinge", HingeLoss(), None),
-        ("ipo", IPOLoss(), None),
-        ("ipo_length_normalised", LengthNormalisedIPOLoss(), None),
-        ("simpo_beta_2_gamma_1", SimPOLoss(gamma=1.0), 2.0),
-    ],
-)
+LOSSES: list[tuple[str, PairLoss, float | None]] = [
+    ("sigmoid", SigmoidLoss(), None),
+    ("cdpo_eps_0_1", SigmoidLoss(label_smoothing=0.1), None),
+    ("robust_eps_0_1", RobustLoss(label_smoothing=0.1), None),
+    ("hinge", HingeLoss(), None),
+    ("ipo", IPOLoss(), None),
+    ("ipo_length_normalised", LengthNormalisedIPOLoss(), None),
+    ("simpo_beta_2_gamma_1", SimPOLoss(gamma=1.0), 2.0),
+]
+
+
+def test_no_number_goes_unchecked(golden: dict[str, Any]) -> None:
+    assert golden.keys() == {"note", "sequences", "losses", "epsilon_dpo", "selection_law", "k_rule"}
+    inputs = {"beta", "gap", "chosen_tokens", "rejected_tokens"}
+    inputs |= {f"{model}_{side}" for model in ("policy", "reference") for side in ("chosen", "rejected")}
+    assert golden["losses"].keys() - inputs == {name for name, _, _ in LOSSES}
+
+
+@pytest.mark.parametrize(("name", "loss", "beta"), LOSSES)
 def test_losses(golden: dict[str, Any], name: str, loss: PairLoss, beta: float | None) -> None:
     numbers = golden["losses"]
     pairs = PairLogps(

@@ -1,0 +1,91 @@
+"""The answers that are compared: sample files, or the chosen responses of preference pairs, prompt by prompt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from app.errors import UserError
+from app.judges import Answer
+from app.samples import read_samples
+from datamodules.records import Message, Prompt
+from datamodules.sources import is_transcript_prompt, prompt_messages, read_pairs
+
+
+def aligned(ours: str, theirs: str) -> tuple[list[Answer], list[Answer]]:
+    """The answers of both files, prompt by prompt.
+
+    `theirs` may hold preference pairs, whose chosen responses are then the rivals. Where `theirs` has answers at
+    one temperature only, they meet those of `ours` at every temperature. Raises UserError unless both files
+    answer the same prompts (pairs: unless all prompts of `ours` are among theirs).
+    """
+    rows, everyone = sampled_answers(ours), rival_answers(theirs)
+    alone = len({rival.get("temperature") for rival in everyone}) == 1
+
+    def meeting(row: Answer) -> tuple[Any, ...]:
+        return (row["prompt_id"],) if alone else (row["prompt_id"], row.get("temperature"))
+
+    rivals: dict[tuple[Any, ...], Answer] = {}
+    for rival in everyone:
+        if meeting(rival) in rivals:
+            raise UserError(f"{theirs} answers the prompt {rival['prompt_id']!r} twice: which one is the rival?")
+        rivals[meeting(rival)] = rival
+    met = {meeting(row) for row in rows}
+    same = met == rivals.keys() if holds_samples(theirs) else met <= rivals.keys()
+    if not same or any(rivals[meeting(row)]["prompt"] != row["prompt"] for row in rows):
+        raise UserError(
+            f"{ours} and {theirs} answer different prompts: sample both for the same prompts, with the same seed, "
+            "count and temperatures."
+        )
+    return rows, [rivals[meeting(row)] for row in rows]
+
+
+def sampled_answers(path: str) -> list[Answer]:
+    """The rows of a sample file. Raises UserError where it has none or one that is no sample."""
+    rows = [row | {"prompt": as_prompt(row["prompt"])} for row in read_samples(path)]
+    if not rows:
+        raise UserError(f"{path} holds no answer.")
+    return rows
+
+
+def rival_answers(path: str) -> list[Answer]:
+    """Samples, or the chosen responses of the preference pairs at `path`, a file or Hub id.
+
+    Rows of pairs that cannot be read are left out, counted and told of.
+    """
+    if holds_samples(path):
+        return sampled_answers(path)
+    reader = read_pairs(path, on_bad_row="skip")
+    rows = [{"prompt_id": pair.pair_id, "prompt": pair.prompt, "response": pair.chosen} for pair in reader]
+    if reader.report.skipped:
+        print(f"{path}: {reader.report.summary()}")
+    return rows
+
+
+def holds_samples(path: str) -> bool:
+    """Whether `path` is a file of samples rather than of preference pairs."""
+    if not path.endswith(".jsonl") or not Path(path).is_file():
+        return False
+    with open(path, encoding="utf-8") as file:
+        try:
+            first = json.loads(file.readline())
+        except ValueError:
+            return True  # reading it will tell what is wrong
+    return isinstance(first, dict) and "chosen" not in first
+
+
+def as_prompt(prompt: Any) -> Prompt:
+    """A prompt as it stands in a sample file: text, or a list of turns."""
+    return prompt if isinstance(prompt, str) else tuple(Message(*turn) for turn in prompt)
+
+
+def dialogue_text(prompt: Prompt) -> str:
+    """A prompt for a reader: plain text as it is, the turns of a dialogue each under its speaker."""
+    if isinstance(prompt, str) and not is_transcript_prompt(prompt):
+        return prompt.strip()
+    try:
+        turns = prompt_messages(prompt)
+    except ValueError:  # turns that do not alternate
+        return str(prompt).strip()
+    return "\n\n".join(f"{turn.role.capitalize()}: {turn.content.strip()}" for turn in turns)

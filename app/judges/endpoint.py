@@ -1,0 +1,203 @@
+"""A language model as judge, behind any server that speaks OpenAI's chat completions."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.progress import Progress
+
+from app.errors import UserError
+from app.judges import Answer
+from app.judges.answers import dialogue_text
+from app.judges.verdicts import VerdictFile, verdict_key
+
+PLACES = {"prompt", "first", "second"}
+SCORES = {"first": 1.0, "tie": 0.5, "second": 0.0, None: 0.5}  # of the answer that is shown first
+_VERDICT = re.compile(r"verdict\W*\b(A|B|tie)\b", re.IGNORECASE)
+_ALONE = re.compile(r"\W*(A|B|tie)\W*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """How a language model is asked.
+
+    Args:
+        url: base address of the server, up to /v1; null is OpenAI's own.
+        instructions: text file with the places $prompt, $first and $second; see configs/judge.
+        temperature: of the judge; null leaves it to the server.
+        max_tokens: longest reply.
+        parallel: questions under way at a time.
+        retries: attempts after the first where the server is unreachable, busy or failing; the pause between
+            them doubles from half a second up to eight, or is what the server asks for.
+        timeout: seconds to wait for a reply.
+    """
+
+    url: str | None = None
+    instructions: str = "configs/judge/dialogue.txt"
+    temperature: float | None = 0.0
+    max_tokens: int = 512
+    parallel: int = 8
+    retries: int = 6
+    timeout: float = 120.0
+
+    def __post_init__(self) -> None:
+        if min(self.max_tokens, self.parallel) < 1 or self.retries < 0 or self.timeout <= 0:
+            raise UserError("endpoint: max_tokens and parallel must be at least 1, retries 0, timeout positive.")
+
+
+class Question(NamedTuple):
+    """One order of a pair as it is put to the judge."""
+
+    key: str
+    text: str
+
+
+class EndpointJudge:
+    """Shows every pair in both orders; its score is the mean of the two verdicts.
+
+    A reply without a readable verdict counts as a tie and is told of. Equal answers are a tie, unasked.
+    """
+
+    def __init__(self, model: str, settings: Endpoint, verdicts: VerdictFile):
+        self.model = model
+        self.settings = settings
+        self.verdicts = verdicts
+        self.template = read_instructions(settings.instructions)
+        self.api_key = api_key(settings.url)
+        self._seen: list[tuple[str | None, str | None]] = []
+
+    def scores(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> np.ndarray:
+        """[n], after asking what the verdict file does not hold. Raises UserError when the server fails."""
+        asked = [self._both_orders(row, rival) for row, rival in zip(ours, theirs, strict=True)]
+        self._ask([question for pair in asked for question in pair])
+        scores = np.full(len(asked), 0.5)
+        for index, pair in enumerate(asked):
+            if pair:
+                forth, back = (self.verdicts[question.key]["verdict"] for question in pair)
+                self._seen.append((forth, back))
+                scores[index] = (SCORES[forth] + 1.0 - SCORES[back]) / 2
+        return scores
+
+    def describe(self, answers: Sequence[Answer]) -> dict[str, float]:
+        return {}
+
+    def notes(self) -> list[str]:
+        """How far the verdicts can be trusted."""
+        n = len(self._seen)
+        if not n:
+            return ["All answers are equal to their rivals: nothing was asked."]
+        changed = sum(SCORES[forth] + SCORES[back] != 1.0 for forth, back in self._seen)
+        first = np.mean([SCORES[verdict] for pair in self._seen for verdict in pair])
+        unread = sum(verdict is None for pair in self._seen for verdict in pair)
+        return [
+            f"{self.model} saw {n} pairs of different answers in both orders: the order changed the verdict on "
+            f"{changed}; the answer shown first won {first:.3f} of all.",
+            f"{unread} of {2 * n} replies hold no verdict and count as ties.",
+        ]
+
+    # --- asking ---------------------------------------------------------------------------------------------
+
+    def _both_orders(self, row: Answer, rival: Answer) -> list[Question]:
+        ours, theirs = row["response"].strip(), rival["response"].strip()
+        if ours == theirs:
+            return []
+        prompt = dialogue_text(row["prompt"])
+        return [self._question(prompt, ours, theirs), self._question(prompt, theirs, ours)]
+
+    def _question(self, prompt: str, first: str, second: str) -> Question:
+        text = self.template.substitute(prompt=prompt, first=first, second=second)
+        return Question(verdict_key(self.model, self.settings.temperature, self.settings.max_tokens, text), text)
+
+    def _ask(self, questions: Sequence[Question]) -> None:
+        new = {question.key: question for question in questions if question.key not in self.verdicts}
+        if not new:
+            return
+        openai = import_openai()
+        client = openai.OpenAI(
+            base_url=self.settings.url,
+            api_key=self.api_key,
+            max_retries=self.settings.retries,
+            timeout=self.settings.timeout,
+        )
+
+        def ask(question: Question) -> None:
+            reply = self._reply(client, question.text)
+            self.verdicts.add(question.key, model=self.model, verdict=parse_verdict(reply), reply=reply)
+
+        with ThreadPoolExecutor(self.settings.parallel) as pool, Progress(transient=True) as progress:
+            bar = progress.add_task("asking", total=len(new))
+            futures = [pool.submit(ask, question) for question in new.values()]
+            try:
+                for future in futures:
+                    future.result()
+                    progress.advance(bar)
+            except openai.OpenAIError as error:
+                pool.shutdown(cancel_futures=True)  # before the verdicts are counted
+                raise self._failure(error) from error
+            finally:
+                pool.shutdown(cancel_futures=True)  # what is under way is waited for, and kept
+
+    def _reply(self, client: Any, text: str) -> str:
+        options = {} if self.settings.temperature is None else {"temperature": self.settings.temperature}
+        answer = client.chat.completions.create(
+            model=self.model,
+            messages=[{"role": "user", "content": text}],
+            max_completion_tokens=self.settings.max_tokens,
+            **options,
+        )
+        return answer.choices[0].message.content or ""
+
+    def _failure(self, error: Exception) -> UserError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if os.environ.get("OPENAI_API_KEY"):
+            reason = reason.replace(self.api_key, "…")
+        where, kept = self.settings.url or "The endpoint", len(self.verdicts)
+        return UserError(
+            f"{where} gave no reply ({reason.rstrip('.')}): {self.verdicts.path} keeps {kept} verdicts, and "
+            "the same command goes on from there."
+        )
+
+
+def parse_verdict(reply: str) -> str | None:
+    """ "first", "second" or "tie": the last `Verdict: …` of a reply, or all that it says; else None."""
+    found = _VERDICT.findall(reply) or [match[1] for match in [_ALONE.fullmatch(reply)] if match]
+    return {"a": "first", "b": "second", "tie": "tie"}[found[-1].lower()] if found else None
+
+
+def read_instructions(path: str) -> Template:
+    """The judge's question. Raises UserError unless it has its places and no other."""
+    try:
+        template = Template(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"endpoint.instructions: {path} cannot be read: {error.strerror}.") from error
+    if not template.is_valid() or set(template.get_identifiers()) != PLACES:
+        raise UserError(
+            f"{path} must hold the places $prompt, $first and $second and no other; a dollar sign is $$."
+        )
+    return template
+
+
+def api_key(url: str | None) -> str:
+    """The key in OPENAI_API_KEY, which is never written; a server of one's own may need none."""
+    key = os.environ.get("OPENAI_API_KEY")
+    if not key and url is None:
+        raise UserError(
+            "Set the environment variable OPENAI_API_KEY, or --endpoint.url to a server that needs no key."
+        )
+    return key or "none"
+
+
+def import_openai() -> Any:
+    try:
+        import openai
+    except ImportError as error:
+        raise UserError("Asking an endpoint needs one more package: pip install 'beta-dpo[judge]'.") from error
+    return openai

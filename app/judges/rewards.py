@@ -1,0 +1,67 @@
+"""Judges that grade each answer by itself: the better one has the higher reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich.progress import track
+
+from app.intervals import win_scores
+from app.judges import Answer
+from app.judges.verdicts import VerdictFile, verdict_key
+from datamodules.controlled_task import is_well_formed, true_reward
+from datamodules.reward_model import RewardModel
+
+
+class TrueReward:
+    """The exact reward of the controlled task."""
+
+    def scores(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> np.ndarray:
+        return win_scores(self.rewards(ours), self.rewards(theirs))
+
+    def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
+        """[n], 0 to 4.5. Raises UserError for prompts of anything but the controlled task."""
+        return np.array([true_reward(str(row["prompt"]), row["response"]) for row in answers])
+
+    def describe(self, answers: Sequence[Answer]) -> dict[str, float]:
+        malformed = [not is_well_formed(str(row["prompt"]), row["response"]) for row in answers]
+        return {"true reward": float(self.rewards(answers).mean()), "malformed": float(np.mean(malformed))}
+
+    def notes(self) -> list[str]:
+        return []
+
+
+class LearnedReward:
+    """A reward model from a folder or the Hub; what it has scored stands in the verdict file."""
+
+    def __init__(self, name: str, verdicts: VerdictFile):
+        self.name = name
+        self.verdicts = verdicts
+
+    def scores(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> np.ndarray:
+        self._score([*ours, *theirs])
+        return win_scores(self.rewards(ours), self.rewards(theirs))
+
+    def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
+        """[n], of answers that `scores` has seen."""
+        return np.array([self.verdicts[self._key(row)]["reward"] for row in answers])
+
+    def describe(self, answers: Sequence[Answer]) -> dict[str, float]:
+        return {"reward": float(self.rewards(answers).mean())}
+
+    def notes(self) -> list[str]:
+        return []
+
+    def _key(self, row: Answer) -> str:
+        return verdict_key(self.name, row["prompt"], row["response"])
+
+    def _score(self, answers: Sequence[Answer]) -> None:
+        new = {key: row for row in answers if (key := self._key(row)) not in self.verdicts}
+        if not new:
+            return
+        rewards = RewardModel(self.name).rewards(
+            [row["prompt"] for row in new.values()], [row["response"] for row in new.values()]
+        )
+        for key, reward in zip(new, track(rewards, "scoring", total=len(new), transient=True), strict=True):
+            self.verdicts.add(key, model=self.name, reward=reward)

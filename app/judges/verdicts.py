@@ -1,0 +1,78 @@
+"""Verdicts on disk: one line each, written the moment it is given, so that none is asked for twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from app.errors import UserError
+
+
+def verdict_key(*decisive: Any) -> str:
+    """A hash of everything that decides a verdict: who is asked, how, and what about."""
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+class VerdictFile:
+    """A growing .jsonl file of verdicts by key; use within `opened`, which keeps other processes out."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = Lock()
+        self._known: dict[str, dict[str, Any]] = {}
+        self._read()
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 closed by `opened`
+
+    @classmethod
+    @contextmanager
+    def opened(cls, path: str) -> Iterator[VerdictFile]:
+        """The file at `path`, created when missing. Raises UserError when it is damaged or in use."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(f"{path}.lock", timeout=0):
+                verdicts = cls(Path(path))
+                try:
+                    yield verdicts
+                finally:
+                    verdicts._file.close()
+        except Timeout as error:
+            raise UserError(f"{path} is in use by another `beta-dpo judge`: wait, or name another file.") from error
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self._known[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._known
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, key: str, **fields: Any) -> None:
+        """Record a verdict; it is on the disk when this returns. Safe to call from several threads."""
+        with self._lock:
+            self._known[key] = fields
+            self._file.write(json.dumps({"key": key, **fields}, ensure_ascii=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _read(self) -> None:
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]  # a line that was cut short by a kill is asked again
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                fields = json.loads(line)
+                self._known[fields.pop("key")] = fields
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise UserError(f"{self.path}:{number} is not a verdict: mend or remove the line.") from error
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))

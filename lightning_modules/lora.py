@@ -1,0 +1,88 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through `peft`: only they train; without them it is the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from app.errors import UserError
+from app.method.batch import PackedRows
+
+if TYPE_CHECKING:
+    from lightning_modules.scorer import ResponseScorer
+
+
+@dataclass
+class Lora:
+    """W·x + (lora_alpha/r)·B·A·x in the chosen linear layers, B = 0 at the start. The names are those of `peft`.
+
+    Args:
+        r: rank of A and B.
+        lora_alpha: scale of the adapter, before it is divided by r.
+        target_modules: `all-linear` but the output head, or the names of the layers' last parts (`q_proj`, …).
+        use_rslora: divide by √r instead of r.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32.0
+    target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.lora_alpha <= 0:
+            raise UserError(
+                f"model.lora: r must be at least 1 and lora_alpha positive, not {self.r} and {self.lora_alpha}."
+            )
+
+    def peft_config(self, base: str | None = None) -> Any:
+        """The `peft.LoraConfig` for adapters of the model `base`: no dropout, no biases.
+
+        Raises UserError when peft is not installed.
+        """
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise UserError("model.lora needs one more package: pip install 'beta-dpo[lora]'.") from error
+        fixed: dict[str, Any] = {
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+        }
+        return LoraConfig(**asdict(self), **fixed)
+
+
+def add_lora(model: Any, lora: Lora) -> None:
+    """Put adapters into `model`, in place; all other weights are frozen. Raises UserError when no layer fits."""
+    try:
+        model.add_adapter(lora.peft_config())
+    except ValueError as error:
+        raise UserError(f"model.lora: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """Within the block, the model computes what it did before `add_lora`, to the bit."""
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+class AdapterOff:
+    """The reference of a policy with adapters: the policy's own weights without them. No second model."""
+
+    def __init__(self, policy: ResponseScorer):
+        self.policy = policy
+
+    def __call__(self, rows: PackedRows, **options: Any) -> Tensor:
+        with without_adapters(self.policy.model):
+            return self.policy(rows, **options)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.policy.logits(hidden)  # the head has no adapter

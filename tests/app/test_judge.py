@@ -1,0 +1,248 @@
+"""What is compared with what, what a verdict is, what is kept of it, and what the command prints."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_runs import save_reward_model
+
+from app.commands.judge import by_temperature, distinct_names, judge, mean_by_prompt
+from app.errors import UserError
+from app.judges.answers import aligned, dialogue_text
+from app.judges.endpoint import Endpoint, EndpointJudge, parse_verdict, read_instructions
+from app.judges.rewards import LearnedReward
+from app.judges.verdicts import VerdictFile, verdict_key
+from datamodules.controlled_task import preference_pairs
+from datamodules.records import Message
+from datamodules.reward_model import RewardModel
+
+ROOT = Path(__file__).parents[2]
+PAIRS = preference_pairs(6, seed=0, flip_rate=0.0)
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def samples(side: str, **fields: object) -> list[dict]:
+    return [
+        {"prompt_id": pair.pair_id, "prompt": pair.prompt, "response": getattr(pair, side), **fields}
+        for pair in PAIRS
+    ]
+
+
+# --- what meets what ---------------------------------------------------------------------------------------
+
+
+def test_every_temperature_meets_its_own_or_the_only_one(tmp_path: Path) -> None:
+    hot, cold = samples("rejected", temperature=1.0), samples("chosen", temperature=0.0)
+    both = write(tmp_path / "both.jsonl", hot + cold)
+    rows, rivals = aligned(both, write(tmp_path / "other.jsonl", cold + hot))
+    assert (
+        [row["temperature"] for row in rows] == [rival["temperature"] for rival in rivals] == [1.0] * 6 + [0.0] * 6
+    )
+    rows, rivals = aligned(both, write(tmp_path / "one.jsonl", cold))
+    assert [rival["temperature"] for rival in rivals] == [0.0] * 12
+    assert [row["prompt_id"] for row in rows] == [rival["prompt_id"] for rival in rivals]
+    parts = dict(by_temperature(rows, rivals))
+    assert list(parts) == [0.0, 1.0]
+    assert [row["response"] for row in parts[1.0][0]] == [row["response"] for row in hot]
+    with pytest.raises(UserError, match="different prompts"):
+        aligned(write(tmp_path / "warm.jsonl", samples("chosen", temperature=0.5)), both)
+
+
+def test_the_chosen_responses_of_pairs_can_be_the_rivals(tmp_path: Path) -> None:
+    pairs = [{"pair_id": p.pair_id, "prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in PAIRS]
+    ours = write(tmp_path / "ours.jsonl", samples("rejected")[:4])  # not all prompts of the pairs
+    plain = write(tmp_path / "pairs.jsonl", pairs)
+    packed = tmp_path / "pairs.jsonl.gz"
+    packed.write_bytes(gzip.compress(Path(plain).read_bytes()))
+    for path in (plain, str(packed)):
+        _, rivals = aligned(ours, path)
+        assert [rival["response"] for rival in rivals] == [pair.chosen for pair in PAIRS[:4]]
+    with pytest.raises(UserError, match="different prompts"):
+        aligned(ours, write(tmp_path / "few.jsonl", pairs[:3]))
+    pairs[0]["prompt"], pairs[1]["prompt"] = pairs[1]["prompt"], pairs[0]["prompt"]
+    with pytest.raises(UserError, match="different prompts"):  # the same ids do not make the same prompts
+        aligned(ours, write(tmp_path / "swapped.jsonl", pairs))
+    with pytest.raises(UserError, match="twice"):
+        aligned(ours, write(tmp_path / "twice.jsonl", samples("chosen") + samples("rejected")))
+
+
+def test_a_dialogue_is_written_out(tmp_path: Path) -> None:
+    turns = (Message("user", "Why?"), Message("assistant", "Because."), Message("user", "Really?"))
+    written = "User: Why?\n\nAssistant: Because.\n\nUser: Really?"
+    assert dialogue_text(turns) == written
+    assert dialogue_text("\n\nHuman: Why?\n\nAssistant: Because.\n\nHuman: Really?\n\nAssistant:") == written
+    assert dialogue_text(" Summarise this. ") == "Summarise this."
+    # a sample file holds turns as lists
+    rows = [{"prompt_id": "a", "prompt": turns, "response": "Yes."}]
+    (ours, *_), _ = aligned(write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows))
+    assert dialogue_text(ours["prompt"]) == written
+
+
+# --- verdicts ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ("A is shorter, B is right.\nVerdict: B", "second"),
+        ("**Verdict: A**", "first"),
+        ("Verdict: **tie**.", "tie"),
+        ("My first verdict: A. No, on reflection.\nVerdict: B", "second"),
+        ("B", "second"),
+        (" (a) ", "first"),
+        ("A: The sky is blue.", None),
+        ("Verdict: Both are fine", None),
+        ("", None),
+    ],
+)
+def test_a_verdict_is_read_or_it_is_none(reply: str, said: str | None) -> None:
+    assert parse_verdict(reply) == said
+
+
+def test_shipped_instructions_show_both_answers_and_ask_for_what_is_read() -> None:
+    shipped = sorted((ROOT / "configs/judge").glob("*.txt"))
+    assert {path.stem for path in shipped} == {"dialogue", "summary"}
+    for path in shipped:
+        text = read_instructions(str(path)).substitute(prompt="<P>", first="<F> costs $5", second="<S>")
+        assert text.index("<P>") < text.index("<F> costs $5") < text.index("<S>")
+        lines = text.strip().splitlines()[-3:]
+        assert [parse_verdict(line) for line in lines] == ["first", "second", "tie"]
+
+
+@pytest.mark.parametrize("text", ["$prompt $first", "$prompt $first $second $third", "$prompt $first $second 5$ "])
+def test_instructions_without_their_places_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text(text)
+    with pytest.raises(UserError, match=r"mine\.txt must hold"):
+        read_instructions(str(tmp_path / "mine.txt"))
+
+
+def test_verdicts_stay_when_the_file_is_opened_again(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "verdicts.jsonl"
+    with VerdictFile.opened(str(path)) as verdicts:
+        verdicts.add("k1", verdict="tie", reply="é\nVerdict: tie")
+        with pytest.raises(UserError, match="in use"), VerdictFile.opened(str(path)):
+            pass
+    with open(path, "ab") as file:
+        file.write('{"key": "k2", "reply": "é'.encode()[:-1])  # cut within a letter
+    with VerdictFile.opened(str(path)) as verdicts:
+        assert len(verdicts) == 1
+        assert verdicts["k1"] == {"verdict": "tie", "reply": "é\nVerdict: tie"}
+        verdicts.add("k2", verdict="first")
+    with VerdictFile.opened(str(path)) as verdicts:
+        assert "k2" in verdicts
+    path.write_text('{"no": "key"}\n')
+    with pytest.raises(UserError, match=r"verdicts\.jsonl:1"), VerdictFile.opened(str(path)):
+        pass
+
+
+def test_whatever_decides_a_verdict_changes_its_key() -> None:
+    keys = [
+        verdict_key(*parts) for parts in (("m", 0, "q"), ("n", 0, "q"), ("m", 1, "q"), ("m", 0, "r"), ("m", "0q"))
+    ]
+    assert len(set(keys)) == 5
+
+
+def test_an_endpoint_needs_a_key_or_an_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.chdir(ROOT)
+    with (
+        VerdictFile.opened(str(tmp_path / "v.jsonl")) as verdicts,
+        pytest.raises(UserError, match="OPENAI_API_KEY"),
+    ):
+        EndpointJudge("some-model", Endpoint(), verdicts)
+    with pytest.raises(UserError, match="parallel"):
+        Endpoint(parallel=0)
+
+
+# --- rewards -----------------------------------------------------------------------------------------------
+
+
+def test_a_reward_model_judges_and_scores_no_answer_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_reward_model(tmp_path / "rm")
+    ours, theirs = samples("chosen"), samples("rejected")
+    learned = RewardModel(model)
+    rewards = [
+        list(learned.rewards([p.prompt for p in PAIRS], [row["response"] for row in side]))
+        for side in (ours, theirs)
+    ]
+    wanted = (np.sign(np.subtract(*rewards)) + 1) / 2
+    path = str(tmp_path / "v.jsonl")
+    with VerdictFile.opened(path) as verdicts:
+        first = LearnedReward(model, verdicts)
+        assert first.scores(ours, theirs).tolist() == wanted.tolist()
+        assert first.describe(ours)["reward"] == pytest.approx(np.mean(rewards[0]), abs=1e-5)
+        assert len(verdicts) == 12
+    monkeypatch.setattr(RewardModel, "rewards", None)  # whoever scores again fails
+    files = [write(tmp_path / "ours.jsonl", ours), write(tmp_path / "theirs.jsonl", theirs)]
+    judge(files, by="reward_model", model=model, verdicts=path)
+    assert f"{wanted.mean():.3f} [" in capsys.readouterr().out
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_a_row_for_each_file_and_temperature(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = write(
+        tmp_path / "good" / "samples.jsonl", samples("chosen", temperature=0.5, logp=-1.0, reference_logp=-2.0)
+    )
+    mixed = samples("rejected", temperature=0.0) + samples("chosen", temperature=1.0)
+    mixed = write(tmp_path / "mixed" / "samples.jsonl", mixed)
+    rival = write(tmp_path / "sft-samples.jsonl", samples("rejected", temperature=1.0))
+    judge([good, mixed, rival])
+    shown = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines() if "│" in line]
+    won, even = "1.000 [1.000, 1.000]", "0.500 [0.500, 0.500]"
+    assert [row[:4] for row in cells] == [
+        ["good", "0.5", won, "6/0/0"],
+        ["mixed", "0", even, "0/6/0"],
+        ["mixed", "1", won, "6/0/0"],
+        ["sft-samples (rival)", "", "", ""],
+    ]
+    assert cells[0][-1] == "1.000"  # KL
+    words = np.mean([len(pair.chosen.split()) for pair in PAIRS])
+    assert f"{words:.3g}" in cells[0]
+
+
+def test_names_tell_files_apart() -> None:
+    assert list(distinct_names(["r/dpo/samples.jsonl", "r/beta/samples.jsonl", "r/sft.jsonl"]).values()) == [
+        "dpo",
+        "beta",
+        "sft",
+    ]
+    assert list(distinct_names(["/x/a.jsonl", "/x/b.jsonl"]).values()) == ["a", "b"]
+    assert list(distinct_names(["x/a.jsonl", "y/b.jsonl"]).values()) == ["x/a", "y/b"]
+
+
+def test_prompts_are_what_is_resampled() -> None:
+    rows = [{"prompt_id": str(number % 50)} for number in range(400)]
+    scores = np.array([float(number % 50 < 25) for number in range(400)])  # all answers to a prompt alike
+    estimate = mean_by_prompt(rows, scores)
+    assert estimate.mean == 0.5
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(50), rel=0.1)
+
+
+def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", samples("chosen"))
+    other = write(tmp_path / "b.jsonl", [{"prompt_id": "1", "prompt": "Why?", "response": "So."}])
+    for arguments, reason in [
+        (([file],), "at least two"),
+        (([file, file], "endpoint"), "--model"),
+        (([file, file], "true_reward", "m"), "no part"),
+        (([other, other],), "controlled task"),
+        (([write(tmp_path / "empty.jsonl", []), file],), "no answer"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            judge(*arguments)  # type: ignore[arg-type]

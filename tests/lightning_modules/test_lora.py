@@ -1,0 +1,166 @@
+"""LoRA: the reference is the policy without adapters, the base never moves, resume and export are exact."""
+
+from __future__ import annotations
+
+import copy
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer, relative_difference, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from app.commands.export import export
+from app.errors import UserError
+from callbacks import EpsilonBeta, RunCheckpoint
+from lightning_modules import PreferenceOptimization, SupervisedFineTuning
+from lightning_modules.lora import Lora, without_adapters
+
+pytestmark = pytest.mark.skipif(find_spec("peft") is None, reason="the extra lora is not installed")
+SETTINGS = Lora(r=4, lora_alpha=8.0)
+
+
+def train(folder: Path, model: str, steps: int, callbacks: list | None = None, **settings: Any) -> Any:
+    """β-DPO with adapters on the controlled task; returns module, decisions and trainer."""
+    torch.manual_seed(0)  # of A's start
+    module = preference(model, **({"lora": SETTINGS} | settings))
+    recorder = Recorder()
+    parts = [*(beta_dpo() if callbacks is None else callbacks), recorder]
+    trainer = quiet_trainer(folder, parts, max_steps=steps)
+    trainer.fit(module, controlled(40, batch_size=10, micro_batch_tokens=300))
+    return module, recorder.decisions, trainer
+
+
+def test_only_adapters_move_and_the_first_gaps_are_exactly_zero(tiny_llama: str, tmp_path: Path) -> None:
+    module, decisions, _ = train(tmp_path, tiny_llama, 4)
+    assert (decisions[0].gaps == 0).all()
+    assert decisions[-1].gaps.abs().max() > 1e-3
+    before = dict(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).named_parameters())
+    for name, tensor in module.policy.model.named_parameters():
+        plain = name.replace(".base_layer", "")
+        assert ("lora_" in name) == tensor.requires_grad
+        if plain in before:
+            assert torch.equal(tensor, before[plain]), name
+        elif "lora_B" in name:
+            assert tensor.abs().max() > 0, name
+    assert len(module.scorers) == 1
+
+
+def test_without_adapters_it_is_the_model_that_it_was(tiny_llama: str, tmp_path: Path) -> None:
+    module, _, _ = train(tmp_path, tiny_llama, 2)
+    before = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    ids = torch.arange(10, 30)[None]
+    with torch.no_grad(), module.policy.with_own_attention():
+        changed = module.policy.model(input_ids=ids).logits
+        with without_adapters(module.policy.model):
+            assert torch.equal(module.policy.model(input_ids=ids).logits, before(input_ids=ids).logits)
+        assert torch.equal(module.policy.model(input_ids=ids).logits, changed)
+    assert not torch.equal(changed, before(input_ids=ids).logits)
+
+
+def test_a_step_is_that_of_a_separate_frozen_reference(tiny_llama: str, tmp_path: Path) -> None:
+    ours, decisions, _ = train(tmp_path / "ours", tiny_llama, 4)
+
+    class TwoModels(PreferenceOptimization):
+        """The same adapters beside a second model as reference."""
+
+        def keep_reference(self, fresh: Any) -> None:
+            self._reference = (copy.deepcopy(fresh).eval().requires_grad_(False),)
+
+    module = TwoModels(tiny_llama, lora=SETTINGS, optimizer=ours.make_optimizer, max_grad_norm=0.5)
+    recorder = Recorder()
+    torch.manual_seed(0)
+    quiet_trainer(tmp_path / "two", [*beta_dpo(), recorder], max_steps=4).fit(
+        module, controlled(40, batch_size=10, micro_batch_tokens=300)
+    )
+    for one, other in zip(decisions, recorder.decisions, strict=True):
+        torch.testing.assert_close(one.gaps, other.gaps, rtol=0, atol=1e-5)
+        assert torch.equal(one.kept, other.kept)
+    assert relative_difference(weights(ours), weights(module)) < 1e-6
+
+
+def test_epsilon_dpo_perturbs_against_the_adapter_off_reference(tiny_llama: str, tmp_path: Path) -> None:
+    _, decisions, _ = train(tmp_path, tiny_llama, 3, [EpsilonBeta()])
+    assert {round(beta, 6) for beta in decisions[0].beta.tolist()} == {0.1}
+    assert len(set(decisions[-1].beta.tolist())) > 1
+
+
+def test_evaluation_reads_the_same_reference(tiny_llama: str, tmp_path: Path) -> None:
+    module = preference(tiny_llama, lora=SETTINGS)
+    trainer = quiet_trainer(tmp_path, limit_val_batches=1.0)
+    (before,) = trainer.validate(module, controlled(10), verbose=False)
+    assert before["val/gap_mean"] == 0.0
+    trainer.fit(module, controlled(10))
+    (after,) = trainer.validate(module, controlled(10), verbose=False)
+    assert after["val/gap_mean"] != 0.0
+
+
+def test_a_cached_reference_goes_with_adapters(tiny_llama: str, tmp_path: Path) -> None:
+    _, frozen, _ = train(tmp_path / "frozen", tiny_llama, 3)
+    module, cached, _ = train(tmp_path / "cached", tiny_llama, 3, reference="cached")
+    assert module._reference == ()
+    for one, other in zip(frozen, cached, strict=True):
+        torch.testing.assert_close(one.gaps, other.gaps, rtol=0, atol=1e-4)
+
+
+def run(folder: Path, model: str, steps: int, checkpoint: Path | None = None) -> Trainer:
+    torch.manual_seed(0)
+    callbacks = [*beta_dpo(), RunCheckpoint(every_n_steps=1, dirpath=str(folder / "checkpoints"))]
+    trainer = quiet_trainer(folder, callbacks, max_steps=steps, enable_checkpointing=True)
+    trainer.fit(preference(model, lora=SETTINGS), controlled(60), ckpt_path=checkpoint, weights_only=True)
+    return trainer
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_and_exports_it(tiny_llama: str, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", tiny_llama, 5).lightning_module
+    run(tmp_path / "part", tiny_llama, 2)
+    last = tmp_path / "part" / "checkpoints" / "last.ckpt"
+    resumed = run(tmp_path / "part", tiny_llama, 5, last).lightning_module
+    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+    ids = torch.arange(10, 30)[None]
+    with torch.no_grad(), resumed.policy.with_own_attention():
+        wanted = resumed.policy.model(input_ids=ids).logits
+        merged, adapter = tmp_path / "merged", tmp_path / "adapter"
+        export(str(last), str(merged))
+        export(str(last), str(adapter), adapter=True)
+        model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+        assert type(model).__name__ == "LlamaForCausalLM"
+        assert not any("lora" in name for name in model.state_dict())
+        torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
+        from peft import PeftModel
+
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+        assert not torch.allclose(base(input_ids=ids).logits, wanted, atol=1e-2)
+        loaded = PeftModel.from_pretrained(base, adapter)
+        torch.testing.assert_close(loaded(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert loaded.peft_config["default"].base_model_name_or_path == tiny_llama
+    assert AutoTokenizer.from_pretrained(adapter).eos_token == AutoTokenizer.from_pretrained(tiny_llama).eos_token
+    sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (adapter, merged)]
+    assert sizes[0] < sizes[1]
+
+
+def test_supervised_fine_tuning_takes_adapters_too(tiny_llama: str, tmp_path: Path) -> None:
+    module = SupervisedFineTuning(tiny_llama, lora=Lora(r=2, target_modules=["q_proj", "v_proj"]))
+    quiet_trainer(tmp_path, max_steps=2).fit(module, controlled(20, stage="demonstrations"))
+    trained = {name.split(".")[-4] for name, p in module.policy.named_parameters() if p.requires_grad}
+    assert trained == {"q_proj", "v_proj"}
+
+
+def test_what_cannot_work_is_refused(tiny_llama: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.lora: .*nowhere"):
+        train(tmp_path, tiny_llama, 1, lora=Lora(target_modules=["nowhere"]))
+    with pytest.raises(UserError, match="head"):
+        train(tmp_path, tiny_llama, 1, lora=Lora(target_modules=["lm_head"]))
+    with pytest.raises(UserError, match="r must be"):
+        Lora(r=0)
+    plain = quiet_trainer(
+        tmp_path / "plain", [RunCheckpoint(dirpath=str(tmp_path))], max_steps=1, enable_checkpointing=True
+    )
+    plain.fit(preference(tiny_llama), controlled(10))
+    with pytest.raises(UserError, match="--adapter"):
+        export(str(tmp_path / "last.ckpt"), str(tmp_path / "out"), adapter=True)
