@@ -29,6 +29,9 @@ TRAINER_COMMANDS = {
 
 GO_ON = "The same command with --ckpt_path last goes on from the last checkpoint."
 
+# what gloo says on the ranks that are left
+RANK_LOST = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer")
+
 # lines of a jsonargparse error that list what was tried instead of what is wrong
 NOISE = (
     "Does not validate",
@@ -64,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ArgumentError as error:
         _refuse(f"{_innermost(str(error))} See `beta-dpo {command} --help`.")
     except (RuntimeError, ValueError) as error:
+        if any(sign in str(error) for sign in RANK_LOST):
+            _leave(f"another rank has ended, or does not answer: its own messages tell more. {GO_ON}", 1)
         if "loading state_dict" not in str(error) and "loaded state dict" not in str(error):
             raise
         _refuse("--ckpt_path: the checkpoint is of another model or optimizer than the configuration names.")

@@ -106,8 +106,8 @@ class Cluster:
             wait_until(lambda: not self.run("squeue", "-h", "-t", "R,CG"), 40)
         for name in self._namespaces:
             self.lose_node(name)
-        for name in ("slurmctld", "munge"):
-            with contextlib.suppress(OSError):
+        for name in (*(f"slurmd-{node}" for node in NODES), "slurmctld", "munge"):
+            with contextlib.suppress(OSError, ValueError):  # no such file, none in it, or no such process
                 os.kill(int((self.folder / f"{name}.pid").read_text()), signal.SIGKILL)
         shutil.rmtree(self.folder)
 
@@ -139,7 +139,7 @@ class Cluster:
         inside = f"mount --bind {self.folder}/hosts /etc/hosts && hostname {name} && exec slurmd -N {name}"
         self.run("unshare", "--uts", "--mount", "--propagation", "private", "bash", "-c", inside)
         file = self.folder / f"slurmd-{name}.pid"
-        wait_until(file.exists, 10)
+        wait_until(lambda: file.exists() and file.read_text().strip(), 30)
         self._namespaces[name] = os.readlink(f"/proc/{int(file.read_text())}/ns/uts")
 
     def lose_node(self, name: str) -> None:
