@@ -10,11 +10,13 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import CheckpointIO
 from transformers.utils.logging import disable_progress_bar
 
 from app.resume import settle_checkpoint
 from app.seed import settled_seed
+from app.slurm import check_processes, slurm_environment
 from callbacks import ScoreWriter
 from lightning_modules.checkpoint import SafeCheckpointIO
 
@@ -52,7 +54,12 @@ class BetaDPOCLI(LightningCLI):
         plugins = list(given) if isinstance(given, (list, tuple)) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(SafeCheckpointIO())
-        return super().instantiate_trainer(plugins=plugins, **kwargs)
+        environment = slurm_environment()
+        if environment is not None and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            plugins.append(environment)
+        trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
+        check_processes(trainer)
+        return trainer
 
     def before_fit(self) -> None:
         options = self.config_init[self.subcommand]

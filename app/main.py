@@ -30,6 +30,9 @@ TRAINER_COMMANDS = {
 GO_ON = "The same command with --ckpt_path last goes on from the last checkpoint."
 AGAIN = "Give the same command again; what it says it keeps is not done twice."
 
+# what gloo says on the ranks that are left
+RANK_LOST = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer")
+
 # lines of a jsonargparse error that list what was tried instead of what is wrong
 NOISE = (
     "Does not validate",
@@ -67,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (RuntimeError, ValueError) as error:
         if sentence := _said_by_a_part(error):
             _refuse(sentence)
+        if any(sign in str(error) for sign in RANK_LOST):
+            _leave(f"another rank has ended, or does not answer: its own messages tell more. {GO_ON}", 1)
         if "loading state_dict" not in str(error) and "loaded state dict" not in str(error):
             raise
         _refuse("--ckpt_path: the checkpoint is of another model or optimizer than the configuration names.")

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: noted when they come, obeyed when the step under way is finished and saved."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: noted when they come, obeyed when the step under way is finished and saved."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ class Interrupted(Exception):
 
 
 class SignalWatch:
-    """While it is on, SIGTERM and SIGINT only leave their number in `received`; a second SIGINT breaks off.
+    """While it is on, these signals only leave their number in `received`; a second SIGINT breaks off.
 
+    SIGUSR1 is what SLURM sends, when asked to (`--signal`), some time before a job's time limit.
     Lightning's own handler for SIGTERM calls a collective from within the handler, at whatever point of a step
     each rank happens to be; this one leaves it to its owner to settle with the other ranks at the step's end.
     """
@@ -32,7 +33,7 @@ class SignalWatch:
         if self._previous or threading.current_thread() is not threading.main_thread():
             return  # Python lets only the main thread handle signals
         self.received = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._note)
 
     def stop(self) -> None:

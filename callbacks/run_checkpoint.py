@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
@@ -21,10 +21,10 @@ class RunCheckpoint(ModelCheckpoint):
     """Lightning's `ModelCheckpoint` by steps, in an order that survives a kill at any moment.
 
     The new checkpoint is written, then the link `last.ckpt` moves to it in one rename, then the old one is
-    deleted. At SIGTERM or Ctrl-C the step is finished and saved, and `Interrupted` ends the run; so is the last
-    step of the run, whatever its number. A step that is refused before it changed anything (`StepRefused`) ends
-    the run with a checkpoint of the step before it. Nothing is saved when a step fails in any other way: the
-    statistics would be one batch ahead of the weights, or half of the weights ahead of the others.
+    deleted. At SIGTERM, SIGUSR1 or Ctrl-C the step is finished and saved, and `Interrupted` ends the run; so is
+    the last step of the run, whatever its number. A step that is refused before it changed anything
+    (`StepRefused`) ends the run with a checkpoint of the step before it. Nothing is saved when a step fails in any
+    other way: the statistics would be one batch ahead of the weights, or half of the weights ahead of the others.
 
     Args:
         every_n_steps: optimizer steps between checkpoints; none saves at the end only.
@@ -113,9 +113,12 @@ class RunCheckpoint(ModelCheckpoint):
         self.stop_if_told(trainer)
 
     def note_signal(self, trainer: Trainer) -> None:
-        """Agree with the other ranks whether any of them was told to stop."""
-        if trainer.strategy.reduce_boolean_decision(self._signals.received is not None, all=False):
-            self._stopped_by = self._signals.received or signal.SIGTERM
+        """Agree with the other ranks whether any of them was told to stop, and by which signal.
+
+        All report the same one: a batch script tells by the exit status what to do next. SIGTERM outranks SIGUSR1.
+        """
+        own = torch.tensor(self._signals.received or 0, device=trainer.strategy.root_device)
+        self._stopped_by = int(trainer.strategy.reduce(own, reduce_op="max")) or None
 
     def stop_if_told(self, trainer: Trainer) -> None:
         if self._stopped_by is not None:

@@ -15,10 +15,11 @@ from app.method.step import StepDecision
 
 
 class InjectedFault(Callback):
-    """FAULT is `kind@step`. Kinds: `nonfinite`, no pair of the step has finite
-    log-probabilities; `raise` and `signal NAME` midway in the step; `kill STEPS`, by SIGKILL so many
-    steps' time after this step, or the first one after a resume beyond it, began; `validation NAME` midway in the
-    validation after so many steps; `write BYTES`, death when so much of the checkpoint then due is written."""
+    """FAULT is `kind@step`. Kinds: `slow SECONDS`, this step and all later ones take so much longer; `nonfinite`,
+    no pair of the step has finite log-probabilities; `raise` and `signal NAME` midway in the step; `kill STEPS`,
+    by SIGKILL so many steps' time after this step, or the first one after a resume beyond it, began; `validation
+    NAME` midway in the validation after so many steps; `write BYTES`, death when so much of the checkpoint then due
+    is written."""
 
     def __init__(self) -> None:
         self.kind, _, when = os.environ.get("FAULT", "").partition("@")
@@ -26,6 +27,8 @@ class InjectedFault(Callback):
         self.began = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.kind.startswith("slow") and trainer.global_step >= self.when:
+            time.sleep(float(self.kind.split()[1]))
         if self.kind == "nonfinite" and trainer.global_step == self.when:
             pl_module.policy.register_forward_hook(lambda scorer, rows, logps: logps * float("nan"))
         before, self.began = self.began, time.monotonic()

@@ -38,7 +38,7 @@ def assert_loadable(run: Path) -> None:
     assert len(list(link.parent.glob("step=*.ckpt"))) <= 2  # the newest, and one that a kill kept from deletion
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])
 def test_a_signal_costs_no_step(name: str, status: int, whole: Path, tiny_llama: str, tmp_path: Path) -> None:
     write_config(tmp_path, tiny_llama)
     stopped = fit(tmp_path, f"signal {name}@6")

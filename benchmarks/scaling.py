@@ -1,0 +1,226 @@
+"""What ranks exchange in a step, and how a run starts on several ranks: DDP on gloo, all ranks on this machine.
+
+    python -m benchmarks.scaling steps --ranks 1 2 --pairs 64 256 1024
+    python -m benchmarks.scaling startup --ranks 1 2 --data hh_harmless_base_test.jsonl.gz
+
+`steps` trains a small random model with β-DPO on the controlled task. Bytes are those that the kernel counts on the
+process's own TCP connections (Linux's TCP_INFO), so the framing of gloo and all barriers are in them; the exchange
+of the gaps is counted apart. `startup` repeats the lines of a file until there are enough of them, and times
+`prepare_data` and `setup` on every rank, first with an empty cache, then with the table in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import itertools
+import json
+import os
+import resource
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from app.cli import be_quiet
+from app.method.batch import OptimizerBatch
+from app.method.logps import PairLogps
+from callbacks import BetaScheduler, PairFilter, RewardGapStatistics
+from datamodules import ControlledTask, PreferenceData
+from datamodules.controlled_task import build_tokenizer
+from lightning_modules import PreferenceOptimization
+
+WARM_UP = 3  # steps that are not counted
+BYTES_ACKED = 120  # where it stands in Linux's struct tcp_info
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["steps", "startup"])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--pairs", type=int, nargs="+", default=[64, 256, 1024], help="per step, over all ranks")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps")
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--data", help="of startup: .jsonl or .jsonl.gz")
+    parser.add_argument("--tokenizer", default="models/smollm2", help="of startup (make smollm2)")
+    parser.add_argument("--rows", type=int, default=160_000, help="of startup")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)  # of one run, whose ranks leave their figures there
+    options = parser.parse_args()
+    if options.folder:
+        train(options)
+        return
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the start")
+    with tempfile.TemporaryDirectory() as folder:
+        (compare_steps if options.what == "steps" else compare_starts)(options, Path(folder))
+
+
+def compare_steps(options: argparse.Namespace, folder: Path) -> None:
+    save_model(folder / "model", build_tokenizer(), options.hidden)
+    print(f"{'ranks':>5} {'pairs':>6} {'s/step':>7} {'sent per rank':>14} {'gaps':>8} {'gaps per pair':>14}")
+    for pairs, ranks in itertools.product(options.pairs, options.ranks):
+        figures = run(options, folder, ranks, pairs)
+        seconds, sent, gaps = (max(rank[name] for rank in figures) for name in ("seconds", "sent", "gaps"))
+        print(f"{ranks:>5} {pairs:>6} {seconds:>7.3f} {sent:>14,.0f} {gaps:>8,.0f} {gaps / pairs:>14.1f}")
+    print(f"{figures[0]['parameters']:,} parameters: {4 * figures[0]['parameters']:,} bytes of float32 gradients")
+
+
+def compare_starts(options: argparse.Namespace, folder: Path) -> None:
+    if not options.data:
+        sys.exit("startup needs --data")
+    save_model(folder / "model", AutoTokenizer.from_pretrained(options.tokenizer), options.hidden)
+    with (gzip.open if options.data.endswith(".gz") else open)(options.data, "rt", encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    options.data = str(folder / "pairs.jsonl")
+    Path(options.data).write_text("\n".join(itertools.islice(itertools.cycle(lines), options.rows)), "utf-8")
+    print(f"{options.rows:,} rows, {os.path.getsize(options.data) / 1e6:.0f} MB")
+    print(f"{'ranks':>5} {'cache':>6} {'rank':>5} {'prepare, s':>15} {'setup, s':>8} {'step 1, s':>13} {'GB':>8}")
+    for ranks in options.ranks:
+        for cache in ("empty", "full"):
+            for rank, figures in enumerate(run(options, folder, ranks, 64, str(folder / f"cache-{ranks}"))):
+                row = f"{ranks:>5} {cache:>6} {rank:>5} {figures.get('prepare_data', '-'):>15}"
+                print(f"{row} {figures['setup']:>8} {figures['first_step']:>13} {figures['peak']:>8.2f}")
+
+
+def save_model(folder: Path, tokenizer: Any, hidden: int) -> None:
+    """A random Llama of two layers."""
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": 2}
+    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), num_attention_heads=4, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def run(options: argparse.Namespace, folder: Path, ranks: int, pairs: int, cache: str = "") -> list[dict]:
+    """The figures of each rank of one run."""
+    words = ["--ranks", ranks, "--pairs", pairs, "--steps", options.steps if options.what == "steps" else 1]
+    words += ["--data", options.data] if options.data else []
+    command = [sys.executable, "-m", "benchmarks.scaling", options.what, *map(str, words), "--folder", str(folder)]
+    variables = {
+        "OMP_NUM_THREADS": "1",
+        "BETA_DPO_CACHE": cache or str(folder / "cache"),
+        "BEGAN": str(time.time()),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
+    if done.returncode:
+        sys.exit(f"{ranks} ranks failed:\n{done.stderr[-3000:]}")
+    return [json.loads((folder / f"rank-{rank}.json").read_text("utf-8")) for rank in range(ranks)]
+
+
+# --- one rank of one run ------------------------------------------------------------------------------------
+
+
+def train(options: argparse.Namespace) -> None:
+    be_quiet()
+    ranks, pairs = options.ranks[0], options.pairs[0]
+    steps = options.steps + WARM_UP if options.what == "steps" else 1
+    module = CountedGather(f"{options.folder}/model", optimizer=partial(torch.optim.SGD, lr=0.1))
+    if options.what == "steps":
+        data: Any = ControlledTask(pairs=pairs * steps, batch_size=pairs, seed=1)
+    else:
+        data = TimedData(options.data, on_bad_row="skip", batch_size=pairs, seed=1)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto",
+        max_steps=steps,
+        limit_val_batches=0,
+        callbacks=[RewardGapStatistics(), PairFilter(seed=1), BetaScheduler(), Meter()],
+        **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+    )
+    trainer.fit(module, data)
+    figures = module.figures | getattr(data, "figures", {})
+    Path(options.folder, f"rank-{trainer.global_rank}.json").write_text(json.dumps(figures), "utf-8")
+
+
+def sent_bytes() -> int:
+    """What others have acknowledged to have from this process, over all its TCP connections."""
+    total = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            if os.readlink(entry).startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                total += struct.unpack_from("Q", info, BYTES_ACKED)[0]
+        except OSError:  # closed meanwhile, or no TCP connection
+            continue
+    return total
+
+
+class CountedGather(PreferenceOptimization):
+    """Counts what the one exchange of the gaps of all pairs sends."""
+
+    gathered = 0
+
+    def gather(self, logps: PairLogps, batch: OptimizerBatch) -> PairLogps:
+        before = sent_bytes()
+        everyone = super().gather(logps, batch)
+        self.gathered += sent_bytes() - before
+        return everyone
+
+
+class Meter(Callback):
+    """Leaves in `module.figures` the time and the bytes of a step, the first ones not counted."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step == WARM_UP:
+            self.seconds.clear()
+            self.sent, module.gathered = sent_bytes(), 0
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.began)
+        if trainer.global_step == 1:
+            module.figures = {
+                "first_step": round(time.time() - float(os.environ["BEGAN"]), 1),
+                "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+            }
+
+    def on_train_end(self, trainer: Trainer, module: Any) -> None:
+        if trainer.global_step > WARM_UP:
+            module.figures |= {
+                "seconds": statistics.median(self.seconds),
+                "sent": (sent_bytes() - self.sent) / len(self.seconds),
+                "gaps": module.gathered / len(self.seconds),
+                "parameters": sum(parameter.numel() for parameter in module.policy.parameters()),
+            }
+
+
+class TimedData(PreferenceData):
+    """Times what Lightning asks of it before the first step."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.figures: dict[str, float] = {}
+
+    def prepare_data(self) -> None:
+        with self.timed("prepare_data"):
+            super().prepare_data()
+
+    def setup(self, stage: str) -> None:
+        with self.timed("setup"):
+            super().setup(stage)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.figures[name] = round(time.perf_counter() - began, 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Every recipe of docs/recipes.md is a command that parses to what its name promises."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+from recipes import Recipe, recipes
+from test_configs import METHOD, RECORDS, ROOT, callbacks_of, printed
+
+ALL = recipes()
+SOURCES = {"HH": "Anthropic/hh-rlhf", "TL;DR": "openai/summarize_from_feedback"}
+SOURCES["UltraFeedback"] = "HuggingFaceH4/ultrafeedback_binarized"
+LAYOUTS = {"1": (1, "1"), "4": (1, "4"), "8": (1, "8"), "2 × 8": (2, "8")}
+# every model, data set and layout is in a quarter of them, the rest is for the slow tests
+CASES = [
+    pytest.param(recipe, id=recipe.name, marks=() if (number + number // 4) % 4 == 0 else pytest.mark.slow)
+    for number, recipe in enumerate(ALL)
+]
+
+
+def test_the_page_has_them_all() -> None:
+    assert Counter(recipe.where for recipe in ALL) == dict.fromkeys(LAYOUTS, 16)
+    assert Counter(recipe.what.split(" on ")[0] for recipe in ALL) == {
+        **dict.fromkeys(("Pythia-410M", "Pythia-1.4B", "Pythia-2.8B"), 16),
+        **dict.fromkeys(("Llama-3-8B-Instruct", "Mistral-7B-Instruct"), 8),
+    }
+
+
+@pytest.mark.parametrize("recipe", CASES)
+def test_a_recipe_parses(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config = printed(list(recipe.arguments), capsys)
+    model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+    name, source = re.split(" on |, ", recipe.what)[:2]
+    if recipe.what.endswith("SFT"):
+        assert config["model"]["class_path"] == "lightning_modules.SupervisedFineTuning"
+        assert callbacks_of(config) == ["RunCheckpoint"]
+    else:
+        assert config["model"]["class_path"] == "lightning_modules.PreferenceOptimization"
+        assert callbacks_of(config) == METHOD["beta_dpo"] + RECORDS
+    assert trainer["callbacks"][-1]["init_args"]["every_n_steps"] > 0
+    # pythia_410m of runs/pythia_410m_hh_sft, Meta-Llama-3-8B-Instruct, …
+    family, size = name.lower().split("-")[0], re.search(r"[\d.]+[MB]", name)[0].lower()
+    assert family in model["name"].lower()
+    assert size in model["name"].lower()
+    assert data["path"] == SOURCES[source]
+    assert data["batch_size"] == (64 if name in ("Pythia-1.4B", "Pythia-2.8B") else 128)
+    assert (trainer["num_nodes"], str(trainer["devices"])) == LAYOUTS[recipe.where]
+    if "SimPO" in recipe.what:
+        assert (model["beta0"], model["loss"]["init_args"]["gamma"]) == (2.5, 1.375 if "Llama" in name else 0.25)
+
+
+def test_the_fine_tuned_model_is_what_training_starts_from() -> None:
+    """`export`, as the page has it, puts the model where the second stage looks for it."""
+    folders = {recipe.arguments[recipe.arguments.index("--trainer.logger.name") + 1] for recipe in ALL}
+    for recipe in ALL:
+        if "--model.name" in recipe.arguments:
+            start = recipe.arguments[recipe.arguments.index("--model.name") + 1]
+            assert re.fullmatch("runs/(.*_sft)/model", start)[1] in folders

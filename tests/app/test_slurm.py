@@ -1,0 +1,90 @@
+"""What SLURM says is taken as it is, or refused in one sentence, before any process waits for another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from tiny_runs import quiet_trainer
+
+from app.errors import UserError
+from app.slurm import check_processes, slurm_environment
+
+# as Slurm 22.05 sets them: in a batch script of two tasks on two nodes, and in each task that srun starts there
+BATCH = {
+    "SLURM_JOB_ID": "4440",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_NNODES": "2",
+    "SLURM_NTASKS": "2",
+    "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
+STEP = BATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+ONE = {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
+
+
+def use(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], *without: str) -> None:
+    for name, value in variables.items():
+        if name not in without:
+            monkeypatch.setenv(name, value)
+
+
+def test_tasks_of_srun_are_ranks_and_lightning_requeues_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, STEP)
+    environment = slurm_environment()
+    assert isinstance(environment, SLURMEnvironment)
+    assert not environment.auto_requeue
+    assert environment.world_size() == 2
+
+
+def test_what_is_no_business_of_slurm_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert slurm_environment() is None
+    # one process in an allocation; torchrun within a step
+    use(monkeypatch, BATCH | {"SLURM_JOB_NAME": "interactive"})
+    assert slurm_environment() is None
+    use(monkeypatch, STEP | {"SLURM_JOB_NAME": "bash"} | ONE)
+    assert slurm_environment() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    use(monkeypatch, STEP)
+    assert slurm_environment() is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "without", "cure"),
+    [
+        (STEP | {"SLURM_JOB_NAME": "bash"}, (), "another --job-name"),
+        (STEP | {"SLURM_JOB_NAME": "interactive"}, (), "another --job-name"),
+        (BATCH, (), "put srun before the command"),
+        (STEP, ("SLURM_NTASKS_PER_NODE",), "use --ntasks-per-node"),
+    ],
+)
+def test_tasks_that_lightning_would_misread_are_refused(
+    variables: dict[str, str], without: tuple[str, ...], cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, variables, *without)
+    with pytest.raises(UserError, match=cure):
+        slurm_environment()
+
+
+@pytest.mark.parametrize(("layout", "fits"), [("1", True), ("1(x2)", False), ("2", False), ("2,1", False)])
+def test_other_tasks_than_the_trainer_expects_are_refused(
+    layout: str, fits: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use(monkeypatch, STEP | {"SLURM_STEP_TASKS_PER_NODE": layout})
+    trainer = quiet_trainer(tmp_path, plugins=[SLURMEnvironment(auto_requeue=False)])
+    if fits:
+        check_processes(trainer)
+    else:
+        with pytest.raises(UserError, match=r"give both the values of --ntasks-per-node and --nodes"):
+            check_processes(trainer)
+
+
+def test_nodes_that_nothing_starts_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, num_nodes=2)
+    with pytest.raises(UserError, match="put srun or torchrun"):
+        check_processes(trainer)
+    monkeypatch.setenv("NODE_RANK", "0")
+    check_processes(trainer)
