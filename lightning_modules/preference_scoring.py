@@ -51,8 +51,7 @@ class PreferenceScoring(LanguageModelTraining):
     def keep_reference(self, fresh: ResponseScorer) -> None:
         if self.loss.needs_reference and self.reference == "frozen":
             reference = copy.deepcopy(fresh).eval().requires_grad_(False)
-            self.place(reference)
-            self._reference = (reference.to(self.trainer.strategy.root_device),)
+            self._reference = (self.place(reference, frozen=True),)
 
     def on_policy_ready(self) -> None:
         if self.loss.needs_reference and self.reference == "cached":
