@@ -7,42 +7,61 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from app.errors import UserError
 from app.files import atomic_folder
-from lightning_modules.checkpoint import read_checkpoint
+from app.model_card import model_card
+from lightning_modules.checkpoint import read_for_export
+from lightning_modules.pretrained import bare_model
 
 POLICY_PREFIX = "policy.model."
 
 
 def export(checkpoint: str, out: str) -> None:
-    """Write the policy of CHECKPOINT to the folder OUT as safetensors, with tokenizer and generation config.
+    """Write the policy of CHECKPOINT to the folder OUT: safetensors, tokenizer, generation config, model card.
 
     Args:
-        checkpoint: a file written by `beta-dpo fit`.
+        checkpoint: a file, or a folder of shards, written by `beta-dpo fit`.
         out: the folder to create; it appears only when complete.
     """
     if Path(out).exists():
         raise UserError(f"{out} exists already: choose another folder, or remove it first.")
-    state = read_checkpoint(Path(checkpoint))
+    state = read_for_export(Path(checkpoint))
     settings = json.loads(state["model_config"])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = bare_model(config, dtype=torch.float32)
     model.load_state_dict(policy_weights(state), assign=True)
     model.tie_weights()
     with atomic_folder(out) as folder:
         for name, text in tokenizer_files(state, checkpoint).items():
             (folder / name).write_text(text, encoding="utf-8")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model.generation_config = GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        model.generation_config = generation_config(json.loads(state.get("generation_config", "{}")), tokenizer)
         model.save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(state, checkpoint), encoding="utf-8")
     print(f"exported {checkpoint} to {out}")
+
+
+def generation_config(settings: dict[str, Any], tokenizer: Any) -> GenerationConfig:
+    """The start model's, with the tokenizer's special tokens: training ends every response with its EOS.
+
+    Further tokens at which the start model stops stay (chat models have several).
+    """
+    given = settings.get("eos_token_id")
+    stops = dict.fromkeys([tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])])
+    ends = [token for token in stops if token is not None]
+    tokens = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = GenerationConfig(**settings | tokens)
+    try:
+        config.validate(strict=True)
+    except ValueError:  # published ones often set a temperature but no sampling, which transformers does not save
+        config.do_sample = True
+    return config
 
 
 def policy_weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
