@@ -9,12 +9,13 @@ import warnings
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import CheckpointIO
 from transformers.utils.logging import disable_progress_bar
 
 from app.resume import settle_checkpoint
+from app.run_record import RunRecord
 from app.seed import settled_seed
 from app.slurm import check_processes, slurm_environment
 from callbacks import ScoreWriter
@@ -68,24 +69,27 @@ class BetaDPOCLI(LightningCLI):
     before_validate = before_test = before_predict = before_fit
 
 
-def run_trainer_command(arguments: list[str]) -> None:
-    """Parse and run `fit`, `validate`, `test` or `predict`, the first of the arguments."""
+def lightning_options(arguments: list[str]) -> dict[str, Any]:
+    """How LightningCLI is set up to parse `arguments`, of which the first is the subcommand."""
     command = arguments[0]
-    BetaDPOCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
+    return {
+        "subclass_mode_model": True,
+        "subclass_mode_data": True,
         # one name for each command: a test must not write over the record of the training
-        save_config_kwargs={
+        "save_config_kwargs": {
             "overwrite": True,
             "config_filename": "config.yaml" if command == "fit" else f"config-{command}.yaml",
         },
-        save_config_callback=SaveConfigCallback,
-        auto_configure_optimizers=False,
-        parser_kwargs={"exit_on_error": False, command: {"exit_on_error": False}},
-        args=arguments,
-    )
+        "save_config_callback": RunRecord,
+        "auto_configure_optimizers": False,
+        "parser_kwargs": {"exit_on_error": False, command: {"exit_on_error": False}},
+        "args": arguments,
+    }
+
+
+def run_trainer_command(arguments: list[str]) -> None:
+    """Parse and run `fit`, `validate`, `test` or `predict`, the first of the arguments."""
+    BetaDPOCLI(LightningModule, LightningDataModule, **lightning_options(arguments))
 
 
 def be_quiet() -> None:

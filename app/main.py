@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from app.cli import be_quiet, run_trainer_command
 from app.commands import COMMANDS
 from app.errors import UserError
+from app.planning import run_plan
 from callbacks.interruption import Interrupted
 
 TRAINER_COMMANDS = {
@@ -25,6 +26,7 @@ TRAINER_COMMANDS = {
     "validate": "evaluate on the validation pairs, at fixed β0 and without filter",
     "test": "the same on the test pairs",
     "predict": "score every pair of data.path and write scores.parquet",
+    "plan": "memory of a `fit` per device, and the largest micro-batch that fits",
 }
 
 GO_ON = "The same command with --ckpt_path last goes on from the last checkpoint."
@@ -55,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     be_quiet()
     try:
-        if command in TRAINER_COMMANDS:
+        if command == "plan":
+            run_plan(arguments)
+        elif command in TRAINER_COMMANDS:
             run_trainer_command(arguments)
         elif command in COMMANDS:
             function = COMMANDS[command]

@@ -2,5 +2,6 @@
 
 from lightning_modules.preference import PreferenceOptimization
 from lightning_modules.sft import SupervisedFineTuning
+from lightning_modules.strategy import ShardedStrategy
 
-__all__ = ["PreferenceOptimization", "SupervisedFineTuning"]
+__all__ = ["PreferenceOptimization", "ShardedStrategy", "SupervisedFineTuning"]

@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
 
@@ -24,7 +23,9 @@ from lightning_modules.lora import Lora, add_lora
 from lightning_modules.pairwise_attention import PAIRWISE
 from lightning_modules.pretrained import load_model
 from lightning_modules.scorer import ResponseScorer
-from lightning_modules.sharding import gradient_sync, shard
+from lightning_modules.sharding import gradient_sync
+from lightning_modules.strategy import ShardedStrategy, refuse_unsuitable
+from lightning_modules.weight_reading import read_weights, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,12 @@ class LanguageModelTraining(LightningModule):
         if "16-true" in str(self.trainer.precision) or str(self.trainer.precision).startswith("16"):
             raise UserError(
                 f"trainer.precision {self.trainer.precision} loses log-probabilities (overflow, or rotary "
-                "positions in half precision): use bf16-mixed, or 32-true with a bf16 FSDP strategy."
+                "positions in half precision): use bf16-mixed, or 32-true with ShardedStrategy in bfloat16."
+            )
+        refuse_unsuitable(self.trainer.strategy, str(self.trainer.precision))
+        if self.lora is not None and isinstance(self.trainer.strategy, ShardedStrategy):
+            raise UserError(
+                "model.lora has not been made to work with ShardedStrategy: use configs/strategy/ddp.yaml."
             )
         return []
 
@@ -107,6 +113,8 @@ class LanguageModelTraining(LightningModule):
         self.policy = self.trainer.precision_plugin.convert_module(self.build_scorer())  # type: ignore[assignment]
         self.keep_reference(self.policy)
         if self.gradient_checkpointing:
+            if not self.policy.model.supports_gradient_checkpointing:
+                raise UserError("model.gradient_checkpointing: transformers offers none for this model.")
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         # from_pretrained returns eval mode, in which transformers silently skips gradient checkpointing
         self.policy.train()
@@ -116,7 +124,13 @@ class LanguageModelTraining(LightningModule):
     def build_scorer(self) -> ResponseScorer:
         """Load the model that the configuration names, with a packed forward around it."""
         asked = None if self.attention in ("auto", "pairwise", "flex_attention") else self.attention
-        model = load_model(self.name, self.architecture, attention=asked, trust_remote_code=self.trust_remote_code)
+        model = load_model(
+            self.name,
+            self.architecture,
+            attention=asked,
+            trust_remote_code=self.trust_remote_code,
+            meta_above=getattr(self.trainer.strategy, "meta_init_above", math.inf),
+        )
         if self.lora is not None:
             add_lora(model, self.lora)
         scorer = ResponseScorer(model)
@@ -146,13 +160,28 @@ class LanguageModelTraining(LightningModule):
     def on_policy_ready(self) -> None:
         """Called once the policy stands as it starts, sharded or not, and before any checkpoint is loaded."""
 
-    def place(self, scorer: ResponseScorer) -> None:
-        """Shard the scorer where the strategy has a device mesh (FSDP2), else leave it as it is."""
-        if self.device_mesh is not None:
-            mixed = MixedPrecisionPolicy()
-            if self.trainer.strategy.root_device.type == "cuda":
-                mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            shard(scorer, self.device_mesh["data_parallel"], mixed)
+    def place(self, scorer: ResponseScorer, frozen: bool = False) -> ResponseScorer:
+        """Shard the scorer under `ShardedStrategy`, reading its weights now if they were left out; returns it.
+
+        Any other strategy moves the policy itself; a `frozen` scorer, which it does not know, moves here.
+        """
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, ShardedStrategy):
+            return scorer.to(strategy.root_device) if frozen else scorer
+        strategy.place(scorer, frozen)
+        if any(parameter.is_meta for parameter in scorer.parameters()):
+            assert self.name is not None
+            offloaded = frozen and strategy.offload_reference
+            read_weights(scorer.model, weight_files(self.name), "cpu" if offloaded else strategy.root_device)
+        return scorer
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the forward pass."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy):
+            return strategy.compute_dtype
+        return torch.bfloat16 if "bf16" in str(self.trainer.precision) else torch.float32
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
@@ -164,6 +193,7 @@ class LanguageModelTraining(LightningModule):
         # enough to rebuild the model without the run's configuration: `beta-dpo export` reads it
         checkpoint["model_config"] = self.policy.model.config.to_json_string(use_diff=False)
         checkpoint["lora"] = None if self.lora is None else {"base": self.name, **asdict(self.lora)}
+        checkpoint["generation_config"] = self.policy.model.generation_config.to_json_string()
 
     # --- one optimizer step -----------------------------------------------------------------------------
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from app.errors import UserError
@@ -52,13 +55,38 @@ def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
     Raises UserError when it is missing, damaged, holds code, or was not written by this project.
     """
     if path.is_dir():
-        raise UserError(f"{path} is a folder of shards: only the sharded strategy that wrote it can read it.")
+        raise UserError(
+            f"{path} is a folder of shards: only ShardedStrategy (configs/strategy/fsdp.yaml) resumes it."
+        )
     if not path.is_file():
         raise UserError(f"{path} is not a checkpoint file: give the path of a .ckpt that `beta-dpo fit` wrote.")
     state = _load(path, path, mmap=mmap)
     if not isinstance(state, dict) or not {"model_config", "state_dict", "loops"} <= state.keys():
         raise UserError(f"{path} was not written by beta-dpo: it holds no model configuration or no weights.")
     return state
+
+
+def read_for_export(path: Path) -> dict[str, Any]:
+    """What is saved in `path`, file or folder of shards, without the state of optimizers.
+
+    Of a folder, `state_dict` is read into memory, one model in all; of a file, it is mapped. Raises UserError
+    like `read_checkpoint`.
+    """
+    if not path.is_dir():
+        return read_checkpoint(path)
+    check_checkpoint(path)
+    reader = FileSystemReader(path)
+    weights = {
+        name: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for name, stored in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith("state_dict.") and isinstance(stored, TensorStorageMetadata)
+    }
+    try:
+        dcp.load(weights, storage_reader=reader, no_dist=True)
+    except (Exception, CheckpointException) as error:  # a shard that is cut or missing; torch's is no Exception
+        raise _refusal(path) from error
+    state = {name.removeprefix("state_dict."): tensor for name, tensor in weights.items()}
+    return _load(path, path / _LIGHTNING_METADATA) | {"state_dict": state}
 
 
 def check_checkpoint(path: Path) -> None:

@@ -30,7 +30,7 @@ def agreeing_layout(module: LanguageModelTraining, batch: OptimizerBatch) -> Lay
     Raises UserError when `layout: packed` or an attention that was asked for does not hold, or when not even this
     project's head agrees with the model's own on plain rows.
     """
-    tolerance = TOLERANCE[compute_dtype(module)]
+    tolerance = TOLERANCE[module.compute_dtype]
     pairs = list(range(min(CHECKED_PAIRS, len(batch.positions))))
 
     def laid_out(layout: Layout) -> list[PackedRows]:
@@ -101,14 +101,7 @@ def _largest_error(
     """Largest difference per response token of finite scores over all ranks, so that every rank decides alike."""
     tokens = torch.ones_like(expected)
     for micro_batch in rows:
-        lengths = micro_batch.response_tokens.view(len(micro_batch.pairs), -1)
+        lengths = micro_batch.response_tokens.view(-1, tokens.shape[1])  # of an empty one as well
         tokens = tokens.index_copy(0, micro_batch.pairs, lengths.double())
     apart = ((seen - expected).abs() / tokens).nan_to_num(nan=math.inf)
     return float(module.reduce(apart.masked_fill(~torch.isfinite(expected), 0).max(), "max"))
-
-
-def compute_dtype(module: LanguageModelTraining) -> torch.dtype:
-    """The type in which the module's forward passes run: what rounding they have."""
-    mixed = "bf16" in str(module.trainer.precision)
-    sharded_on_cuda = module.device_mesh is not None and module.device.type == "cuda"
-    return torch.bfloat16 if mixed or sharded_on_cuda else torch.float32

@@ -56,8 +56,7 @@ class PreferenceScoring(LanguageModelTraining):
             self._reference = (AdapterOff(fresh),)
         else:
             reference = copy.deepcopy(fresh).eval().requires_grad_(False)
-            self.place(reference)
-            self._reference = (reference.to(self.trainer.strategy.root_device),)
+            self._reference = (self.place(reference, frozen=True),)
 
     def on_policy_ready(self) -> None:
         if self.loss.needs_reference and self.reference == "cached":

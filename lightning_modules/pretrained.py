@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from app.errors import UserError
 
@@ -57,28 +61,62 @@ def load_model(
     *,
     attention: str | None = None,
     trust_remote_code: bool = False,
+    meta_above: float = math.inf,
 ) -> Any:
     """A float32 `transformers` causal language model.
 
     From `architecture` the weights are random, drawn from the global generator (Lightning seeds it).
-    `attention` None leaves the choice to transformers.
+    `attention` None leaves the choice to transformers. A model that has a `name` and more than `meta_above`
+    parameters comes without weights: its parameters are on the meta device, for `read_weights` to fill.
     Raises UserError when the model cannot be found or read.
     """
     config = load_config(name, architecture, trust_remote_code)
-    options = {"attn_implementation": attention, "dtype": torch.float32}
+    options = {"attn_implementation": attention, "dtype": torch.float32, "trust_remote_code": trust_remote_code}
     if name is None:
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
+        model = AutoModelForCausalLM.from_config(config, **options)
+    elif math.isfinite(meta_above) and parameter_count(bare := bare_model(config, **options)) > meta_above:
+        model = bare
+        with suppress(OSError):  # many models have none
+            model.generation_config = GenerationConfig.from_pretrained(name)
     else:
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                name, config=config, trust_remote_code=trust_remote_code, **options
-            )
+            model = AutoModelForCausalLM.from_pretrained(name, config=config, **options)
         except (OSError, ValueError, RuntimeError, UnpicklingError, SafetensorError) as error:
             raise UserError(f"model.name: cannot load {name!r}: {_reason(error)}") from error
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
+
+
+def bare_model(config: Any, **options: Any) -> Any:
+    """The model of `config` with parameters on the meta device and buffers, such as rotary frequencies, real.
+
+    The model's own constructor computes the buffers: those that no checkpoint holds are right.
+    """
+    with parameters_on_meta():
+        return AutoModelForCausalLM.from_config(config, **options)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Within the block, every parameter that a module registers keeps its shape and type and loses its memory."""
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta:
+            return None  # as it is: tied weights stay one parameter
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _reason(error: Exception) -> str:

@@ -21,7 +21,7 @@ from app.cache import cache_root, fingerprint
 from app.errors import UserError
 from app.files import atomic_file, folder_hash
 from app.method.batch import OptimizerBatch
-from lightning_modules.layout_check import TOLERANCE, compute_dtype
+from lightning_modules.layout_check import TOLERANCE
 
 if TYPE_CHECKING:
     from lightning_modules.preference_scoring import PreferenceScoring
@@ -110,7 +110,7 @@ def filled_reference_cache(module: PreferenceScoring) -> ReferenceCache:
     be written or is not the same for all ranks.
     """
     trainer = module.trainer
-    own = reference_fingerprint(str(module.name), compute_dtype(module)) if trainer.is_global_zero else ""
+    own = reference_fingerprint(str(module.name), module.compute_dtype) if trainer.is_global_zero else ""
     folder = cache_root("references") / trainer.strategy.broadcast(own)
     with torch.no_grad(), trainer.precision_plugin.forward_context(), _lock(module, folder):
         cache = ReferenceCache(folder)
@@ -181,7 +181,7 @@ def _check(module: PreferenceScoring, cache: ReferenceCache, loaders: Sequence[C
         tokens = torch.stack([logps.chosen_tokens, logps.rejected_tokens], 1)
         apart = (scored - cache.logps(batch.pair_keys.numpy()).to(scored)).abs() / tokens
         error = float(module.reduce(torch.cat([apart.flatten(), apart.new_zeros(1)]).max(), "max"))
-        if not error <= TOLERANCE[compute_dtype(module)]:
+        if not error <= TOLERANCE[module.compute_dtype]:
             raise UserError(
                 f"model.reference: the log-probabilities in {cache.folder} are not those of {module.name} "
                 f"(apart by {error:.2g} nats per token): remove that folder and run again."

@@ -1,4 +1,4 @@
-"""Parallelism: FSDP2 sharding of a scorer, and gradient synchronisation on the last micro-batch only."""
+"""Parallelism: FSDP2 sharding of a scorer, and when gradients are exchanged."""
 
 from __future__ import annotations
 
@@ -8,21 +8,46 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from app.errors import UserError
 
 
 def transformer_blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder's list of layers: the largest `ModuleList` by parameters, found rather than named."""
+    """The decoder's list of layers: the largest `ModuleList` by parameters, found rather than named.
+
+    Raises UserError when the model has none.
+    """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise UserError("trainer.strategy: this model has no list of layers to shard by; use ddp or one device.")
     return max(lists, key=lambda blocks: sum(parameter.numel() for parameter in blocks.parameters()))
 
 
-def shard(scorer: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    """Apply FSDP2 in place: one group per transformer block, the rest (embeddings, head) with the root."""
-    for block in transformer_blocks(scorer):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(scorer, mesh=mesh, mp_policy=policy)
+def shard(
+    scorer: nn.Module,
+    mesh: DeviceMesh,
+    precision: MixedPrecisionPolicy,
+    reshard_after_forward: bool = True,
+    reshard_root: bool = False,
+    prefetch_blocks: int = 0,
+    offload: OffloadPolicy | None = None,
+) -> None:
+    """Apply FSDP2 in place: one group per transformer block, the rest (embeddings, head) with the root.
+
+    `mesh` has one dimension, or two: replicas, then shards. `prefetch_blocks` blocks ahead of the running one
+    are gathered meanwhile. Tied embeddings stay one tensor, as both their modules lie with the root.
+    """
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload or OffloadPolicy()}
+    blocks = [
+        fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
+        for block in transformer_blocks(scorer)
+    ]
+    fully_shard(scorer, reshard_after_forward=True if reshard_root else None, **options)
+    for number, block in enumerate(blocks if prefetch_blocks else []):
+        block.set_modules_to_forward_prefetch(blocks[number + 1 : number + 1 + prefetch_blocks])
+        block.set_modules_to_backward_prefetch(blocks[max(0, number - prefetch_blocks) : number][::-1])
 
 
 def gather_root(scorer: nn.Module) -> None:
@@ -36,9 +61,14 @@ def gather_root(scorer: nn.Module) -> None:
 
 @contextmanager
 def gradient_sync(strategy: Any, policy: nn.Module, last: bool) -> Iterator[None]:
-    """Within the block, gradients are reduced across ranks only when this is the `last` micro-batch."""
+    """Within the block, gradients are reduced across ranks only when this is the `last` micro-batch.
+
+    Under FSDP2 earlier micro-batches are reduced too, to shards, unless the strategy says to accumulate whole
+    gradients: they would cost what sharding saves. Replicas of a sharded model wait for the last one.
+    """
     if isinstance(policy, FSDPModule):
-        policy.set_requires_gradient_sync(last)
+        policy.set_requires_gradient_sync(last or not strategy.accumulate_whole_gradients)
+        policy.set_requires_all_reduce(last)
         yield
     elif isinstance(strategy.model, DistributedDataParallel) and not last:
         with strategy.model.no_sync():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from command_runs import command, write_config
 from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from app.commands.export import export
 from app.errors import UserError
@@ -52,6 +56,7 @@ def test_round_trip(family: str, settings: dict[str, Any], tmp_path: Path) -> No
     assert model.generation_config.pad_token_id == data.tokenizer.pad_token_id
 
     table, rows = data.open_table("train")
+    module.policy.use_attention(module.policy.own_attention)  # plain rows, not the packed ones of training
     policy = module.policy.model.eval()
     moved = 0.0
     with torch.no_grad():
@@ -61,6 +66,46 @@ def test_round_trip(family: str, settings: dict[str, Any], tmp_path: Path) -> No
             torch.testing.assert_close(exported, plain_logps(policy, pair.prompt, pair.chosen), rtol=0, atol=1e-5)
             moved = max(moved, float((exported - plain_logps(start, pair.prompt, pair.chosen)).abs().max()))
     assert moved > 1e-3
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a short run by the command, whose start model stops at two tokens and samples."""
+    folder = tmp_path_factory.mktemp("run")
+    shutil.copytree(tiny_llama, folder / "start")
+    settings = {"eos_token_id": [5, 7], "temperature": 0.6, "do_sample": False}
+    (folder / "start" / "generation_config.json").write_text(json.dumps(settings))
+    write_config(folder, "start", validation_pairs=3)
+    done = command(folder, "fit", "--config", "config.yaml", "--trainer.max_steps", "3")
+    assert done.returncode == 0, done.stderr
+    done = command(folder, "export", "runs/run/checkpoints/last.ckpt", "model")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_card_tells_data_method_and_metrics(run_folder: Path) -> None:
+    card = (run_folder / "model" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["beta-dpo"]}
+    assert "(3 optimizer steps)" in card
+    for line in (
+        "`lightning_modules.PreferenceOptimization`, from `start`; the seed is 1.",
+        "| beta0 | 0.1 |",
+        "`datamodules.ControlledTask`.",
+        "| pairs | 43 |",
+        "| callbacks.BetaScheduler | {alpha: 0.6, ",
+    ):
+        assert line in card, line
+    state = torch.load(run_folder / "runs/run/checkpoints/last.ckpt", weights_only=True)
+    for name in ("beta/used", "gap/running_mean", "filter/kept_fraction", "train/loss", "val/reward_accuracy"):
+        assert f"| {name} | {state['metrics'][name]:.6g} |" in card, name
+
+
+def test_generation_stops_where_start_model_and_training_stop(run_folder: Path) -> None:
+    exported = GenerationConfig.from_pretrained(run_folder / "model")
+    assert exported.eos_token_id == [2, 5, 7]  # the tokenizer's first
+    # transformers saves no temperature without sampling
+    assert (exported.temperature, exported.do_sample) == (0.6, True)
 
 
 def test_an_existing_folder_is_left_alone(tiny_llama: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_runs import STEPS, assert_same_run, audit_of, command, fit, write_config
+from command_runs import ROOT, STEPS, assert_same_run, audit_of, command, fit, write_config
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 RUN = Path("runs") / "run"
@@ -138,10 +138,14 @@ def test_numbered_folders_go_on_in_the_newest(whole: Path, tiny_llama: str, tmp_
     assert audit_of(tmp_path / RUN / "version_0")["step"].to_pylist()[-1] == 1
 
 
-SHARDED = ("--trainer.devices", "2", "--trainer.max_steps", "10")
-SHARDED += ("--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy")
-SHARDED += ("--trainer.strategy.data_parallel_size", "2", "--trainer.strategy.tensor_parallel_size", "1")
-SHARDED += ("--trainer.strategy.process_group_backend", "gloo")
+SHARDED = (
+    "--config",
+    str(ROOT / "configs/strategy/fsdp.yaml"),
+    "--trainer.devices",
+    "2",
+    "--trainer.max_steps",
+    "10",
+)
 
 
 @pytest.mark.slow

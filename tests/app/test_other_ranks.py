@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from command_runs import audit_of, fit, write_config
+from command_runs import ROOT, audit_of, fit, write_config
 from test_interruptions import sharded_weights
 from tiny_runs import relative_difference
 
@@ -19,14 +19,7 @@ COMMON += ("--model.optimizer.lr", "0.2", "--model.optimizer.momentum", "0.5", "
 
 
 def sharded(ranks: int) -> tuple[str, ...]:
-    given = {
-        "devices": str(ranks),
-        "strategy": "lightning.pytorch.strategies.ModelParallelStrategy",
-        "strategy.data_parallel_size": str(ranks),
-        "strategy.tensor_parallel_size": "1",
-        "strategy.process_group_backend": "gloo",
-    }
-    return tuple(word for name, value in given.items() for word in (f"--trainer.{name}", value))
+    return ("--config", str(ROOT / "configs/strategy/fsdp.yaml"), "--trainer.devices", str(ranks))
 
 
 PLACES = {

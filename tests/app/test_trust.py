@@ -21,7 +21,7 @@ from tiny_runs import save_tiny_model
 from app.errors import UserError
 from app.main import main
 from datamodules.controlled_task import build_tokenizer
-from lightning_modules.checkpoint import check_checkpoint
+from lightning_modules.checkpoint import check_checkpoint, read_for_export
 from lightning_modules.pretrained import load_model
 
 RUN = Path("runs") / "run"
@@ -197,8 +197,9 @@ def cut_index(folder: Path, mark: Path) -> None:
 @pytest.mark.parametrize("make", [index_with_code, shard_with_code, metadata_with_code, lost_index, cut_index])
 def test_bad_shards_are_refused(make: Callable[[Path, Path], None], tmp_path: Path) -> None:
     make(tmp_path / "bad", tmp_path / "mark")
-    with pytest.raises(UserError, match="bad is damaged or not a checkpoint of beta-dpo"):
-        check_checkpoint(tmp_path / "bad")
+    for read in (check_checkpoint, read_for_export):
+        with pytest.raises(UserError, match="bad is damaged or not a checkpoint of beta-dpo"):
+            read(tmp_path / "bad")
     assert not (tmp_path / "mark").exists()
 
 

@@ -17,12 +17,12 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import torch  # noqa: E402
 from lightning.pytorch import Callback  # noqa: E402
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy  # noqa: E402
+from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
 from tiny_runs import beta_dpo, controlled, preference, quiet_trainer, weights  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from callbacks import PairAudit  # noqa: E402
-from lightning_modules import SupervisedFineTuning  # noqa: E402
+from lightning_modules import ShardedStrategy, SupervisedFineTuning  # noqa: E402
 
 # pairs, micro_batch_tokens: the last batch holds two pairs, of which one rank keeps none, in a single pass; or
 # one pair, of which one rank has none at all, in several micro-batches
@@ -69,10 +69,10 @@ def fine_tune(model: str, folder: Path, **trainer: Any) -> dict[str, Tensor]:
     return final | {"val/loss": run.callback_metrics["val/loss"]}
 
 
-def strategy(name: str) -> DDPStrategy | ModelParallelStrategy:
+def strategy(name: str) -> DDPStrategy | ShardedStrategy:
     if name == "ddp":
         return DDPStrategy(process_group_backend="gloo")
-    return ModelParallelStrategy(tensor_parallel_size=1, data_parallel_size=2, process_group_backend="gloo")
+    return ShardedStrategy(process_group_backend="gloo")
 
 
 if __name__ == "__main__":
@@ -90,7 +90,7 @@ if __name__ == "__main__":
             if torch.distributed.get_rank() == 0:
                 torch.save(final, folder / f"{label}.pt")
     for micro_batches, tokens in EXACT.items():
-        label = f"ddp-exact-{micro_batches}"  # Lightning has no float64 for ModelParallelStrategy
+        label = f"ddp-exact-{micro_batches}"  # Lightning has no float64 for FSDP2
         final = train_exactly(exact_model, folder / label, tokens, devices=2, strategy=strategy("ddp"))
         if torch.distributed.get_rank() == 0:
             torch.save(final, folder / f"{label}.pt")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from distributed_run import EXACT, SCENARIOS, STRATEGIES, fine_tune, train, train_exactly
+from rank_runs import run_ranks
 from tiny_runs import relative_difference, save_tiny_model
 from torch import Tensor
-
-LIMIT_SECONDS = 400  # generous: only to end a deadlock
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +24,8 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
 def two_ranks(tiny_llama: str, tiny_gpt2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All scenarios under both strategies, in one pair of processes."""
     folder = tmp_path_factory.mktemp("two-ranks")
-    port = str(free_port())
-    ranks = []
-    for rank in range(2):
-        place = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        with open(folder / f"rank{rank}.log", "w") as log:
-            script = str(Path(__file__).with_name("distributed_run.py"))
-            command = [sys.executable, script, tiny_llama, tiny_gpt2, str(folder)]
-            ranks.append(subprocess.Popen(command, env=os.environ | place, stdout=log, stderr=log))
-    try:
-        codes = [rank.wait(LIMIT_SECONDS) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0, 0], "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
+    script = Path(__file__).with_name("distributed_run.py")
+    run_ranks(script, tiny_llama, tiny_gpt2, str(folder), logs=folder)
     return folder
 
 

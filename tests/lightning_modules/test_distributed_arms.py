@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,29 +10,15 @@ import pytest
 import torch
 from distributed_arms import train_arm
 from distributed_run import SCENARIOS, STRATEGIES
+from rank_runs import run_ranks
 from tiny_runs import relative_difference
-
-LIMIT_SECONDS = 400  # generous: only to end a deadlock
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two-ranks-arms")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, str(Path(__file__).with_name("distributed_arms.py")), tiny_llama, str(folder)]
-    ranks = []
-    for rank in range(2):
-        place = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        with open(folder / f"rank{rank}.log", "w") as log:
-            ranks.append(subprocess.Popen(command, env=os.environ | place, stdout=log, stderr=log))
-    try:
-        codes = [rank.wait(LIMIT_SECONDS) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0, 0], "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
+    script = Path(__file__).with_name("distributed_arms.py")
+    run_ranks(script, tiny_llama, str(folder), logs=folder)
     return folder
 
 

@@ -1,0 +1,66 @@
+"""The README.md of an exported model: where it comes from, how it was trained, what it reached."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# of the trainer's settings, those that say what was trained; the others say where and how it was watched
+TRAINER_SETTINGS = ("max_epochs", "max_steps", "precision", "num_nodes", "devices", "strategy")
+UNRECORDED = "Not recorded: the checkpoint was not written by the `beta-dpo` command."
+
+
+def model_card(state: dict[str, Any], checkpoint: str) -> str:
+    """The card of a `checkpoint` with this `state`: data, method, β settings and final metrics, as recorded."""
+    config = yaml.safe_load(state["config"]) if "config" in state else None
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["beta-dpo"]}
+    base = _arguments(config["model"]).get("name") if config else None
+    if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
+        head["base_model"] = base  # a Hub id; the Hub refuses anything else here
+    lines = ["---", yaml.safe_dump(head).strip(), "---", "", "# Model card", ""]
+    lines += [
+        f"Trained by beta-dpo {version('beta-dpo')} ({state['global_step']} optimizer steps) and exported from "
+        f"`{checkpoint}`; weights in float32.",
+        "",
+    ]
+    if config is None:
+        return "\n".join([*lines, UNRECORDED, ""])
+    model, data, trainer = config["model"], config["data"], config["trainer"]
+    started = f"`{base}`" if base else "random weights"
+    lines += ["## Method", "", f"`{_name(model)}`, from {started}; the seed is {config['seed_everything']}.", ""]
+    lines += _table("setting", [row for row in _arguments(model).items() if row[0] not in ("name", "architecture")])
+    lines += ["β, filter and records are callbacks, in this order; without any the β of every step is `beta0`.", ""]
+    callbacks = trainer["callbacks"] or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    lines += _table("callback", [(_name(part), _arguments(part)) for part in callbacks])
+    lines += ["## Data", "", f"`{_name(data)}`.", ""]
+    lines += _table("setting", list(_arguments(data).items()))
+    lines += ["## Hardware and length", ""]
+    lines += _table("setting", [(name, trainer[name]) for name in TRAINER_SETTINGS])
+    lines += ["## Final metrics", "", "The newest value of each at the time of the checkpoint.", ""]
+    lines += _table("metric", [(name, f"{value:.6g}") for name, value in sorted(state["metrics"].items())])
+    return "\n".join(lines)
+
+
+def _name(part: dict[str, Any]) -> str:
+    return part["class_path"]
+
+
+def _arguments(part: dict[str, Any]) -> dict[str, Any]:
+    return part.get("init_args") or {}
+
+
+def _table(title: str, rows: list[tuple[str, Any]]) -> list[str]:
+    """A table of two columns; nested values in one line of YAML."""
+    if not rows:
+        return ["None.", ""]
+    lines = [f"| {title} | value |", "|---|---|"]
+    for name, value in rows:
+        text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6)
+        text = text.removesuffix("...\n").strip().replace("\n", " ").replace("|", "\\|")
+        lines.append(f"| {name} | {text} |")
+    return [*lines, ""]

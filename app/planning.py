@@ -1,0 +1,154 @@
+"""`beta-dpo plan`: the memory of a run per device, without weights, data or the devices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import DDPStrategy
+from transformers import AutoConfig
+
+from app.cli import BetaDPOCLI, lightning_options
+from app.errors import UserError
+from lightning_modules.activations import activations
+from lightning_modules.base import LanguageModelTraining
+from lightning_modules.memory import MemoryPlan, Setup, Sizes
+from lightning_modules.pretrained import bare_model, load_config
+from lightning_modules.strategy import ShardedStrategy
+
+SHAPES = Path(__file__).parents[1] / "configs" / "shapes"  # <owner>/<name>.json, as config.json on the Hub
+RESERVED = 0.1  # share of a device left to CUDA, to buffers of communication and to fragments
+
+
+class PlanCLI(BetaDPOCLI):
+    """Reads what `fit` reads, and builds stage and data but no Trainer, which would look for the devices."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        text = "Memory of one device in GB (10⁹ bytes): the largest data.micro_batch_tokens that fits is printed."
+        parser.add_argument("--memory_gb", type=float | None, default=None, help=text)
+        text = "Devices per node, where trainer.devices is auto."
+        parser.add_argument("--devices_per_node", type=int | None, default=None, help=text)
+        text = "Shape of the model where model.name is not here: a config.json, or a name under configs/shapes."
+        parser.add_argument("--shape", type=str | None, default=None, help=text)
+
+    def instantiate_classes(self) -> None:
+        self.config_init = self.parser.instantiate_classes(self.config)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
+def run_plan(arguments: list[str]) -> None:
+    """Parse the options of `fit` and a few more, and print the plan."""
+    cli = PlanCLI(LightningModule, LightningDataModule, **lightning_options(["fit", *arguments[1:]]))
+    options = cli.config_init["fit"]
+    module: LanguageModelTraining = options["model"]
+    config = model_config(module, options["shape"])
+    plan, devices = memory_plan(module, config, options)
+    print("\n".join(report(plan, devices, options["data"].micro_batch_tokens, options["memory_gb"])))
+
+
+def model_config(module: LanguageModelTraining, shape: str | None) -> Any:
+    """The configuration of the model, from its own place or from a file of its shape."""
+    if shape is None and (module.name is None or Path(module.name).is_dir()):
+        return load_config(module.name, module.architecture, module.trust_remote_code)
+    for candidate in (Path(shape or ""), SHAPES / f"{shape or module.name}.json"):
+        if candidate.is_file():
+            settings = json.loads(candidate.read_text(encoding="utf-8"))
+            return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    if shape is not None:
+        known = ", ".join(sorted(path.relative_to(SHAPES).as_posix()[:-5] for path in SHAPES.rglob("*.json")))
+        raise UserError(f"--shape: {shape} is no file, and not among the known shapes: {known}.")
+    try:
+        return load_config(module.name, None, module.trust_remote_code)
+    except UserError as error:
+        raise UserError(
+            f"{error} Give its shape by --shape, for example --shape EleutherAI/pythia-2.8b."
+        ) from error
+
+
+def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tuple[MemoryPlan, str]:
+    """The plan, and in words what it is for."""
+    trainer = options["trainer"]
+    on_cpu = trainer["accelerator"] == "cpu"
+    per_node = devices_per_node(trainer["devices"], options["devices_per_node"], on_cpu)
+    nodes = int(trainer["num_nodes"])
+    ranks = per_node * nodes
+    strategy, precision = trainer["strategy"], str(trainer["precision"] or "32-true")
+    sharded = isinstance(strategy, ShardedStrategy)
+    if not sharded and not isinstance(strategy, DDPStrategy) and strategy not in ("auto", "ddp"):
+        raise UserError("plan: it knows the strategies of configs/strategy/ alone: single, ddp, fsdp, hsdp.")
+    if precision not in ("32-true", "32", "bf16-mixed") or (sharded and precision == "bf16-mixed"):
+        raise UserError(f"plan: trainer.precision {precision} does not go with this strategy (docs/clusters.md).")
+    half = "bf16" in precision
+    if sharded:
+        half = strategy.requested_dtype == "bfloat16" or (strategy.requested_dtype == "auto" and not on_cpu)
+    needs_reference = getattr(getattr(module, "loss", None), "needs_reference", False)
+    setup = Setup(
+        device="cpu" if on_cpu else "cuda",
+        kind="sharded" if sharded else "ddp" if ranks > 1 else "single",
+        shards=strategy.shards(nodes, ranks) if sharded else 1,
+        compute_bytes=2 if half else 4,
+        autocast=half and not sharded,
+        reference=needs_reference and getattr(module, "reference", "frozen") == "frozen",
+        offload_reference=sharded and strategy.offload_reference,
+        checkpointed=module.gradient_checkpointing,
+        optimizer_state=optimizer_state(module.make_optimizer),
+        foreach_step=not on_cpu,
+        reshard=not sharded or strategy.reshard_after_forward,
+        prefetch=strategy.prefetch_blocks if sharded else 0,
+        accumulate_whole=sharded and strategy.accumulate_whole_gradients,
+    )
+    dtype = torch.bfloat16 if half and sharded else torch.float32
+    sizes = Sizes.of(bare_model(config, dtype=torch.float32))
+    kept = activations(config, dtype, setup.autocast)
+    plan = MemoryPlan(sizes, setup, kept)
+    device = "CPU processes" if on_cpu else "GPUs"
+    words = f"{sizes.all:,} parameters on {nodes} × {per_node} {device}, {setup.kind}"
+    return plan, words + (f" in {setup.shards} shards" if sharded else "")
+
+
+def devices_per_node(devices: Any, given: int | None, on_cpu: bool) -> int:
+    """What `trainer.devices` means. Raises UserError for `auto`, which depends on the node."""
+    if given is not None:
+        return given
+    if isinstance(devices, list):
+        return len(devices)
+    if str(devices).isdigit():
+        return int(devices)
+    if on_cpu:
+        return 1
+    raise UserError("trainer.devices is auto: give --devices_per_node.")
+
+
+def optimizer_state(make_optimizer: Any) -> float:
+    """Numbers of state per parameter, seen on one step of a small matrix."""
+    weight = torch.nn.Parameter(torch.zeros(256, 256))
+    optimizer = make_optimizer([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    held = sum(value.numel() for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor))
+    return round(held / weight.numel(), 2)
+
+
+def report(plan: MemoryPlan, words: str, tokens: int, memory_gb: float | None) -> list[str]:
+    """The plan in lines."""
+    moment, held = plan.peak(tokens)
+    lines = [words, f"data.micro_batch_tokens {tokens}: the peak is {moment}; per device, in GB:", ""]
+    lines += [f"  {name:<28}{size / 1e9:>9.2f}" for name, size in held.items() if size]
+    lines += [f"  {'sum':<28}{sum(held.values()) / 1e9:>9.2f}", ""]
+    if memory_gb is not None:
+        limit = int(memory_gb * 1e9 * (1 - RESERVED))
+        largest = plan.largest_budget(limit)
+        if largest:
+            lines.append(
+                f"fits {memory_gb:g} GB, of which {RESERVED:.0%} are left free: data.micro_batch_tokens {largest}"
+            )
+        else:
+            lines.append(f"does not fit {memory_gb:g} GB with any micro-batch: shard over more devices.")
+    return lines

@@ -1,0 +1,142 @@
+"""Memory of a training step per device, from the shapes of a model: what `beta-dpo plan` adds up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from lightning_modules.activations import Activations
+from lightning_modules.head import NARROWEST_SLICE, SLICE_LOGITS
+from lightning_modules.sharding import transformer_blocks
+
+WEIGHT = 4  # bytes of a master weight, of a gradient and of each number of optimizer state: float32
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters."""
+
+    all: int
+    block: int  # of the largest transformer block
+    root: int  # outside of the blocks: embeddings, head, final norm
+    head: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Sizes:
+        blocks = [sum(p.numel() for p in block.parameters()) for block in transformer_blocks(model)]
+        every = sum(p.numel() for p in model.parameters())
+        head = model.get_output_embeddings().weight  # type: ignore[operator]
+        return cls(every, max(blocks), every - sum(blocks), head.numel(), head.shape[0])
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How the model is trained, as far as memory goes."""
+
+    kind: Literal["single", "ddp", "sharded"]
+    device: Literal["cpu", "cuda"] = "cuda"
+    shards: int = 1  # ranks that share one copy of the model
+    compute_bytes: int = 4  # of a number in the forward pass
+    autocast: bool = False
+    reference: bool = True
+    offload_reference: bool = False
+    checkpointed: bool = False
+    optimizer_state: float = 2.0  # numbers per parameter
+    foreach_step: bool = True  # the optimizer works on all parameters at once
+    reshard: bool = True
+    prefetch: int = 1
+    accumulate_whole: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes per device. A step has several moments that may be its peak; each is a table of what is held then."""
+
+    sizes: Sizes
+    setup: Setup
+    activations: Activations
+    resident: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        sizes, setup = self.sizes, self.setup
+        share = WEIGHT * sizes.all // setup.shards
+        resident = {"parameters": share, "optimizer state": int(share * setup.optimizer_state)}
+        if setup.reference and not (setup.kind == "sharded" and setup.offload_reference):
+            stored = setup.compute_bytes if setup.kind == "sharded" else WEIGHT
+            resident["reference"] = stored * sizes.all // setup.shards
+        if setup.autocast:
+            resident["bfloat16 copies of autocast"] = 2 * sizes.all
+        object.__setattr__(self, "resident", resident)
+
+    def logits(self, tokens: int) -> int:
+        """The head's working memory for `tokens` response tokens: one slice of logits and of their gradient."""
+        slice_logits = max(SLICE_LOGITS[self.setup.device], NARROWEST_SLICE * tokens)
+        return min(slice_logits, tokens * self.sizes.vocabulary) * (4 + self.setup.compute_bytes)
+
+    def moments(self, tokens: int) -> dict[str, dict[str, int]]:
+        """What is held at each candidate for the peak, with micro-batches of `tokens` tokens."""
+        sizes, setup = self.sizes, self.setup
+        sharded = setup.kind == "sharded"
+        compute = setup.compute_bytes
+        share = WEIGHT * sizes.all // setup.shards
+        gradients = share + (WEIGHT * sizes.all if setup.kind == "ddp" else 0)  # DDP: and its buckets
+        if sharded and setup.accumulate_whole:
+            gradients += WEIGHT * sizes.all
+        root = compute * sizes.root if sharded else 0
+        block = compute * sizes.block if sharded else 0
+        # the running block, those fetched ahead of it, and the buffer that one arrives in
+        blocks = block * (2 + setup.prefetch) if setup.reshard else compute * (sizes.all - sizes.root) + block
+        blocks *= sharded
+        kept = int(self.activations.kept(setup.checkpointed) * tokens)
+        # gradients of the activations of the block at work
+        working = int(self.activations.largest_block * tokens / 2)
+        head_gradient = (compute if sharded else WEIGHT) * sizes.head
+        forward = {"gathered weights": root + blocks, "activations": kept, "logits": self.logits(tokens)}
+        if setup.reference and sharded:
+            forward["gathered weights"] += root + blocks
+        backward = {
+            "gradients": gradients,
+            "gathered weights": root + blocks,
+            "gradients not yet reduced": head_gradient + (block + WEIGHT * sizes.block) * sharded,
+            "activations": kept + working,
+        }
+        head = {
+            "gradients": gradients,
+            "gathered weights": root,
+            "gradients not yet reduced": head_gradient,
+            "activations": kept,
+            "logits": self.logits(tokens),
+        }
+        end = {
+            "gradients": gradients,
+            "gathered weights": root,
+            "gradients not yet reduced": root + WEIGHT * sizes.root * sharded,
+        }
+        update = {"gradients": share, "optimizer's working memory": share * setup.foreach_step}
+        return {
+            "the forward pass": self.resident | forward,
+            "the head": self.resident | head,
+            "the backward pass": self.resident | backward,
+            "the end of the backward pass": self.resident | end,
+            "the optimizer step": self.resident | update,
+        }
+
+    def peak(self, tokens: int) -> tuple[str, dict[str, int]]:
+        """The moment that needs most, and what is held then."""
+        return max(self.moments(tokens).items(), key=lambda moment: sum(moment[1].values()))
+
+    def largest_budget(self, limit: int, step: int = 256) -> int:
+        """The largest multiple of `step` tokens whose peak stays within `limit` bytes; 0 when none does."""
+        low, high = 0, 1
+        while sum(self.peak(high * step)[1].values()) <= limit:
+            low, high = high, high * 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            if sum(self.peak(middle * step)[1].values()) <= limit:
+                low = middle
+            else:
+                high = middle
+        return low * step

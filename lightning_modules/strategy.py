@@ -1,0 +1,136 @@
+"""The strategy of large models: FSDP2 over all ranks, or within groups of ranks that are replicas (HSDP)."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Literal
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+from app.errors import UserError
+from lightning_modules.sharding import shard
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2: weights, gradients and optimizer state are split over the ranks; so is the frozen reference.
+
+    The device mesh follows from the number of ranks. Weights, gradients after reduction and optimizer state are
+    float32 whatever `compute_dtype` says; use it with `trainer.precision: 32-true`. Checkpoints are folders, to
+    which every rank writes its part (torch.distributed.checkpoint).
+
+    Args:
+        replicas: copies of the model. 1 is FSDP2 over all ranks; `nodes` or a number is HSDP: each copy is
+            sharded over neighbouring ranks, and gradients are averaged over the copies.
+        compute_dtype: of the weights as they are gathered, and so of the forward and the backward pass, and of
+            the stored reference; `auto` is bfloat16 on CUDA and float32 elsewhere.
+        reshard_after_forward: give a block's gathered weights up after its forward pass and gather them again
+            for the backward pass; false saves communication and costs the memory of the whole gathered model.
+        prefetch_blocks: how many blocks ahead of the running one are gathered; 0 leaves it to FSDP2.
+        offload_reference: keep the shards of the reference in the host's memory and copy them when they are used.
+        accumulate_whole_gradients: exchange gradients on the last micro-batch of a step only. Every rank then
+            holds the float32 gradient of the whole model meanwhile. Without it, replicas still exchange theirs
+            on the last micro-batch only.
+        meta_init_above: models of more parameters are never whole on any rank: each reads its shards from the
+            safetensors files.
+        tensor_parallel_size: only 1.
+        process_group_backend: of torch.distributed; none takes NCCL on CUDA and gloo on CPUs.
+        timeout: after which a collective that a rank does not join ends the run.
+    """
+
+    def __init__(
+        self,
+        replicas: int | Literal["nodes"] = 1,
+        compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+        reshard_after_forward: bool = True,
+        prefetch_blocks: int = 1,
+        offload_reference: bool = False,
+        accumulate_whole_gradients: bool = False,
+        meta_init_above: float = 1e9,
+        tensor_parallel_size: int = 1,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ):
+        if tensor_parallel_size != 1:
+            raise UserError(
+                "trainer.strategy: tensor_parallel_size must be 1: splitting single layers is not supported; "
+                "shard over more ranks instead, and lower data.micro_batch_tokens where activations do not fit."
+            )
+        if replicas != "nodes" and replicas < 1:
+            raise UserError(f"trainer.strategy: replicas must be at least 1, or nodes, not {replicas}.")
+        if prefetch_blocks < 0:
+            raise UserError(f"trainer.strategy: prefetch_blocks must not be negative, as {prefetch_blocks} is.")
+        super().__init__(tensor_parallel_size=1, process_group_backend=process_group_backend, timeout=timeout)
+        self.replicas = replicas
+        self.requested_dtype = compute_dtype
+        self.reshard_after_forward = reshard_after_forward
+        self.prefetch_blocks = prefetch_blocks
+        self.offload_reference = offload_reference
+        self.accumulate_whole_gradients = accumulate_whole_gradients
+        self.meta_init_above = meta_init_above
+        self._sharding_mesh: DeviceMesh | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What `compute_dtype: auto` means on this device."""
+        if self.requested_dtype == "auto":
+            return torch.bfloat16 if self.root_device.type == "cuda" else torch.float32
+        return getattr(torch, self.requested_dtype)
+
+    def shards(self, nodes: int, ranks: int) -> int:
+        """Ranks that share a copy of the model. Raises UserError when they do not make copies of equal size."""
+        replicas = nodes if self.replicas == "nodes" else self.replicas
+        if ranks % replicas:
+            raise UserError(f"trainer.strategy: {ranks} ranks do not make {replicas} replicas of equal size.")
+        return ranks // replicas
+
+    def setup_environment(self) -> None:
+        """Start the processes and lay out their mesh. Raises UserError like `shards`."""
+        ranks = self.num_nodes * self.num_processes
+        shards = self.shards(self.num_nodes, ranks)
+        self._data_parallel_size = ranks
+        super().setup_environment()
+        if shards == ranks:
+            self._sharding_mesh = self.device_mesh["data_parallel"]
+        else:  # neighbouring ranks, which share a node, share a replica
+            shape, names = (ranks // shards, shards), ("replicate", "shard")
+            self._sharding_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+
+    def place(self, scorer: nn.Module, frozen: bool) -> None:
+        """Shard `scorer` in place; a `frozen` one is stored in the compute type, and offloaded if asked for."""
+        assert self._sharding_mesh is not None
+        if frozen:
+            for parameter in scorer.parameters():  # buffers stay: rotary positions need their float32
+                parameter.data = parameter.data.to(self.compute_dtype)
+        shard(
+            scorer,
+            self._sharding_mesh,
+            MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=torch.float32),
+            reshard_after_forward=self.reshard_after_forward,
+            # FSDP2 keeps the root gathered for a backward pass, which a frozen model never has
+            reshard_root=frozen,
+            prefetch_blocks=self.prefetch_blocks,
+            offload=CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+            if frozen and self.offload_reference
+            else None,
+        )
+
+
+def refuse_unsuitable(strategy: Strategy, precision: str) -> None:
+    """Raises UserError for Lightning's own FSDP2 strategy, and for a precision that ours does not take."""
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    if not isinstance(strategy, ShardedStrategy):
+        raise UserError(
+            "trainer.strategy: use lightning_modules.ShardedStrategy (configs/strategy/fsdp.yaml) "
+            "in place of Lightning's ModelParallelStrategy."
+        )
+    if precision != "32-true":
+        raise UserError(
+            f"trainer.precision {precision}: set 32-true with ShardedStrategy, whose own compute_dtype "
+            "is the type of the forward pass; the weights themselves stay float32."
+        )

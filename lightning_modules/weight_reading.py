@@ -1,0 +1,103 @@
+"""Filling a sharded model from safetensors files: every rank reads its own rows of each tensor, and no more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from app.errors import UserError
+
+
+def weight_files(name: str) -> dict[str, Path]:
+    """Tensor name → the safetensors file that holds it, for a folder or Hub id.
+
+    Raises UserError when there is no such file, or a damaged one.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+        except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            raise UserError(f"model.name: the weights of {name!r} cannot be fetched from the Hub.") from error
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                files.update(dict.fromkeys(file.keys(), path))
+        except SafetensorError as error:
+            raise UserError(f"model.name: {path} is damaged: {error}.") from error
+    if not files:
+        raise UserError(
+            f"model.name: {name!r} has no safetensors files, which a model above trainer.strategy's "
+            "meta_init_above is read from: convert it by save_pretrained, or raise that number."
+        )
+    return files
+
+
+def read_weights(model: Any, files: dict[str, Path], device: torch.device | str = "cpu") -> None:
+    """Fill a Hugging Face model whose parameters are on the meta device, sharded or not, in place.
+
+    Every tensor takes the type that its parameter has, on `device`. At no time does this rank hold more than
+    its shards and its part of one tensor more. Raises UserError when one is missing or has another shape.
+    """
+    state = model.state_dict(keep_vars=True)
+    stored = _stored_names(model, state, files)
+    # by identity of the parameter: tied ones are read once and stay one
+    sources = {id(tensor): stored[name] for name, tensor in state.items() if name in stored}
+    read: dict[int, Tensor] = {}
+    for name, tensor in state.items():
+        if id(tensor) not in sources:
+            raise UserError(
+                f"model.name: the files hold no tensor {name}, or one that must be computed from others: save the "
+                "model once more by transformers (from_pretrained, then save_pretrained), or raise meta_init_above."
+            )
+        if id(tensor) not in read:
+            source = sources[id(tensor)]
+            read[id(tensor)] = _read(files[source], source, tensor, device)
+    model.load_state_dict({name: read[id(tensor)] for name, tensor in state.items()}, assign=True)
+
+
+def _stored_names(model: Any, state: dict[str, Tensor], files: dict[str, Path]) -> dict[str, str]:
+    """Name in the model → name in the files, by transformers' table of the names that families once had."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    names = {}
+    for stored in files:
+        name, conversion = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+        if conversion is None:
+            names[name] = stored
+    return names
+
+
+def _read(path: Path, name: str, like: Tensor, device: torch.device | str) -> Tensor:
+    """The rows of a stored tensor that belong to this rank, laid out and typed as `like`."""
+    shape, start = tuple(like.shape), (0,) * like.ndim
+    if isinstance(like, DTensor):
+        shape, start = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    # opened for each tensor: closing it gives the mapped pages back
+    with safe_open(path, "pt") as file:
+        stored = file.get_slice(name)
+        if tuple(stored.get_shape()) != tuple(like.shape):
+            raise UserError(
+                f"model.name: tensor {name} in {path} has shape {stored.get_shape()}, "
+                f"but the model's configuration asks for {list(like.shape)}."
+            )
+        here = tuple(slice(begin, begin + size) for begin, size in zip(start, shape, strict=True))
+        # a rank beyond the last row has none, and a scalar no dimension to cut
+        local = stored[here] if 0 not in shape and shape else torch.zeros(shape) if shape else file.get_tensor(name)
+        local = local.to(device, like.dtype, copy=True)
+    if isinstance(like, DTensor):
+        # as FSDP2 makes its own: `from_local` would move the shards of an offloaded model to the mesh's device
+        local = DTensor(local, like._spec, requires_grad=False)
+    return nn.Parameter(local, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else local

@@ -1,0 +1,208 @@
+"""What `beta-dpo plan` foretells is what a run takes; an export takes one model."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_runs import ROOT, command, write_config
+from tiny_runs import save_tiny_model
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from app.main import main
+from app.planning import model_config
+from lightning_modules import PreferenceOptimization
+from lightning_modules.memory import Sizes
+from lightning_modules.pretrained import bare_model
+
+# 48 million parameters, a third of them in embeddings and head: the interpreter's own memory does not hide them
+BIG = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 16000}
+RUN = ("--config", "config.yaml", "--config", str(ROOT / "configs/strategy/fsdp.yaml"), "--trainer.max_steps", "2")
+RUN += ("--trainer.devices", "2", "--trainer.num_sanity_val_steps", "0", "--trainer.limit_val_batches", "0")
+# what is freed goes back to the system, so that the peak is of what is held and not of what malloc keeps
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+
+
+def planned(text: str) -> dict[str, float]:
+    """The table of a plan, in bytes."""
+    return {name.strip(): float(size) * 1e9 for name, size in re.findall(r"^  (\S.*?) +([\d.]+)$", text, re.M)}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two ranks that measured itself."""
+    folder = tmp_path_factory.mktemp("measured")
+    model = save_tiny_model("llama", folder / "model", **BIG)
+    write_config(folder, model, pairs=80, batch_size=40, micro_batch_tokens=512)
+    probe = ("--trainer.callbacks+", "memory_probe.MemoryProbe")
+    done = command(folder, "fit", *RUN, *probe, **ALLOCATOR)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_the_peak_of_two_sharded_ranks_is_as_planned(measured: Path) -> None:
+    done = command(measured, "plan", *RUN)
+    assert done.returncode == 0, done.stderr
+    plan = planned(done.stdout)
+    assert plan["parameters"] == pytest.approx(4 * 48e6 / 2, rel=0.06)
+    for rank in range(2):
+        seen = json.loads((measured / f"memory-{rank}.json").read_text())
+        assert seen["peak"] - seen["baseline"] == pytest.approx(plan["sum"], rel=0.2), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_an_export_holds_one_model(form: str, measured: Path, tmp_path: Path) -> None:
+    shards = (measured / "runs/run/checkpoints/last.ckpt").resolve()
+    checkpoint = shards
+    if form == "file":  # weights and optimizer in one, as a single process would write them
+        checkpoint = tmp_path / "whole.ckpt"
+        dcp_to_torch_save(shards, checkpoint)
+        parts = torch.load(checkpoint, weights_only=True)
+        torch.save(torch.load(shards / "meta.pt", weights_only=True) | parts, checkpoint)
+        assert checkpoint.stat().st_size > 3 * 4 * 47e6
+    script = """
+import sys
+import memory_probe
+from app.commands.export import export
+from tiny_runs import tiny_model
+tiny_model("llama")  # what transformers loads when it is first used
+before = memory_probe.memory_status("VmRSS")
+memory_probe.forget_peak()
+export(*sys.argv[1:])
+print(memory_probe.memory_status("VmHWM") - before)
+"""
+    line = [sys.executable, "-c", script, str(checkpoint), str(tmp_path / "out")]
+    places = f"{ROOT}:{ROOT / 'tests'}"
+    done = subprocess.run(
+        line, env={"PYTHONPATH": places, **ALLOCATOR}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    weights = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert weights > 4 * 47e6
+    assert int(done.stdout.splitlines()[-1]) < 1.15 * weights
+
+
+def plan_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, dict[str, float]]:
+    main(["plan", *arguments])
+    text = capsys.readouterr().out
+    return text, planned(text)
+
+
+SMALL = "EleutherAI/pythia-410m"
+HH = ("--config", str(ROOT / "configs/hh_pythia.yaml"), "--devices_per_node", "8")
+
+
+# published sizes: EleutherAI/pythia's README, and the parameter counts that the Hub shows
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [
+        ("EleutherAI/pythia-410m", 405_334_016),
+        ("EleutherAI/pythia-1.4b", 1_414_647_808),
+        ("EleutherAI/pythia-2.8b", 2_775_208_960),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248),
+        ("mistralai/Mistral-7B-Instruct-v0.2", 7_241_732_096),
+    ],
+)
+def test_known_shapes_have_their_published_size(shape: str, parameters: int) -> None:
+    config = model_config(PreferenceOptimization(name=shape), None)
+    assert Sizes.of(bare_model(config, dtype=torch.float32)).all == parameters
+
+
+def test_a_plan_names_what_is_held(capsys: pytest.CaptureFixture[str]) -> None:
+    fsdp = ("--config", str(ROOT / "configs/strategy/fsdp.yaml"))
+    text, plan = plan_of(capsys, *HH, *fsdp, "--shape", SMALL, "--memory_gb", "80")
+    assert text.startswith("405,334,016 parameters on 1 × 8 GPUs, sharded in 8 shards")
+    assert plan["parameters"] == pytest.approx(4 * 405_334_016 / 8, abs=6e6)
+    assert plan["optimizer state"] == pytest.approx(plan["parameters"], abs=1e7)  # RMSprop: one number
+    assert plan["reference"] == pytest.approx(plan["parameters"] / 2, abs=1e7)  # bfloat16
+    assert plan["sum"] == pytest.approx(sum(plan.values()) - plan["sum"], abs=5e7)
+    assert "fits 80 GB" in text
+
+
+@pytest.mark.slow
+def test_strategies_hold_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+    model = (*HH, "--shape", SMALL)
+    size = 4 * 405_334_016
+    _, ddp = plan_of(capsys, *model)
+    assert ddp["parameters"] == pytest.approx(size, rel=2e-2)
+    assert ddp["reference"] == pytest.approx(size, rel=2e-2)
+    assert ddp["gradients"] == pytest.approx(2 * size, rel=1e-2)  # and buckets
+    sharded = {"class_path": "lightning_modules.ShardedStrategy", "init_args": {"replicas": "nodes"}}
+    strategy = ("--trainer.strategy", json.dumps(sharded), "--trainer.precision", "32-true")
+    text, hsdp = plan_of(capsys, *model, *strategy, "--trainer.num_nodes", "2")
+    assert "2 × 8 GPUs, sharded in 8 shards" in text
+    assert hsdp["parameters"] == pytest.approx(size / 8, rel=5e-2)
+    _, offloaded = plan_of(capsys, *model, *strategy, "--trainer.strategy.offload_reference", "true")
+    assert "reference" not in offloaded
+    _, whole = plan_of(capsys, *model, *strategy, "--trainer.strategy.accumulate_whole_gradients", "true")
+    assert whole["gradients"] == pytest.approx(hsdp["gradients"] + size, rel=1e-2)
+
+
+def test_checkpointing_and_memory_move_the_largest_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    model = (*HH, "--shape", SMALL, "--config", str(ROOT / "configs/strategy/fsdp.yaml"))
+
+    def largest(*options: str) -> int:
+        text, _ = plan_of(capsys, *model, *options)
+        found = re.search(r"micro_batch_tokens (\d+)$", text.strip())
+        assert found, text
+        return int(found[1])
+
+    plain = ("--model.gradient_checkpointing", "false")
+    most = largest("--memory_gb", "40")
+    assert most < largest("--memory_gb", "80")
+    assert largest("--memory_gb", "40", *plain) < most / 4
+    for tokens, fits in ((most, True), (most + 512, False)):
+        _, plan = plan_of(capsys, *model, "--data.micro_batch_tokens", str(tokens))
+        assert (plan["sum"] < 36e9 + 1e7) == fits
+    text, _ = plan_of(capsys, *model, "--memory_gb", "1")
+    assert "does not fit 1 GB with any micro-batch: shard over more devices." in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--trainer.strategy", "deepspeed", "--shape", SMALL), "knows the strategies of configs/strategy/ alone"),
+        (("--trainer.precision", "64-true", "--shape", SMALL), "64-true does not go with this strategy"),
+        (("--shape", "nobody/nothing"), "nobody/nothing is no file, and not among the known shapes: EleutherAI/"),
+        (("--model.name", "runs/nowhere/model"), "Give its shape by --shape"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", *HH, *arguments])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan", *HH[:2], "--shape", "EleutherAI/pythia-410m"])
+    assert "trainer.devices is auto: give --devices_per_node." in capsys.readouterr().err
+
+
+SIZES = {"Pythia-410M": "EleutherAI/pythia-410m", "Pythia-1.4B": "EleutherAI/pythia-1.4b"}
+SIZES |= {"Pythia-2.8B": "EleutherAI/pythia-2.8b", "Llama-3-8B-Instruct": "meta-llama/Meta-Llama-3-8B-Instruct"}
+SIZES |= {"Mistral-7B-Instruct": "mistralai/Mistral-7B-Instruct-v0.2"}
+
+
+@pytest.mark.slow
+def test_every_recipe_has_a_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row of docs/recipes.md on one of the places to train, in turn, so that both lists are gone through."""
+    recipes = pytest.importorskip("recipes").recipes()
+    monkeypatch.chdir(ROOT)
+    places = len({recipe.where for recipe in recipes})
+    for number, recipe in enumerate(recipes):
+        if (number + number // places) % places:
+            continue
+        shape = SIZES[recipe.what.split(" on ")[0]]
+        # the model of the first stage is not there yet
+        text, plan = plan_of(capsys, *recipe.arguments[1:], "--shape", shape, "--memory_gb", "80")
+        assert plan["sum"] > plan["parameters"] > 0.1e9, recipe.name
+        assert "80 GB" in text, recipe.name
+        assert ("reference" in plan) == ("β-DPO" in recipe.what), recipe.name

@@ -1,0 +1,39 @@
+"""A callback that measures what one step of a run takes in memory, for runs of the real command."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+def memory_status(field: str) -> int:
+    """Of this process, in bytes: `VmRSS` now, `VmHWM` the most since the last `forget_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+class MemoryProbe(Callback):
+    """Leaves the memory before the model is built and the peak of the second step in `memory-<rank>.json`."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        gc.collect()
+        self.baseline = memory_status("VmRSS")
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 1:
+            forget_peak()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            seen = {"baseline": self.baseline, "peak": memory_status("VmHWM")}
+            Path(f"memory-{trainer.global_rank}.json").write_text(json.dumps(seen))
