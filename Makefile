@@ -58,4 +58,5 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: install
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
 	$(BIN)/python -m pytest -m slow

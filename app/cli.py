@@ -9,11 +9,12 @@ import warnings
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from transformers.utils.logging import disable_progress_bar
 
 from app.resume import settle_checkpoint
+from app.run_record import RunRecord
 from app.seed import settled_seed
 from callbacks import ScoreWriter
 from lightning_modules.checkpoint import SafeCheckpointIO
@@ -73,8 +74,9 @@ def run_trainer_command(arguments: list[str]) -> None:
         save_config_kwargs={
             "overwrite": True,
             "config_filename": "config.yaml" if command == "fit" else f"config-{command}.yaml",
+            "command": arguments,
         },
-        save_config_callback=SaveConfigCallback,
+        save_config_callback=RunRecord,
         auto_configure_optimizers=False,
         parser_kwargs={"exit_on_error": False, command: {"exit_on_error": False}},
         args=arguments,

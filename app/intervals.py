@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -31,3 +32,13 @@ def bootstrap_mean(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> 
 def win_scores(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """1 where our answer to a prompt has the higher reward, ½ for a tie, else 0."""
     return (1 + np.sign(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float))) / 2
+
+
+def wilson(share: float, count: int) -> Estimate:
+    """A share of `count` independent items with its 95 % Wilson interval. Raises ValueError if there is none."""
+    if count < 1:
+        raise ValueError("no values to take the mean of")
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return Estimate(share, max(middle - half, 0.0), min(middle + half, 1.0))

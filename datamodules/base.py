@@ -132,6 +132,19 @@ class PairDataModule(LightningDataModule):
             seen = np.concatenate([seen, keys[new]])
         return loaders
 
+    def pair_texts(self, pair_ids: list[str]) -> dict[str, dict[str, str]]:
+        """`prompt`, `chosen` and `rejected` of training pairs as text, without special tokens, by pair id."""
+        table, _ = self._tables["train"]
+        texts: dict[str, dict[str, str]] = {}
+        for pair_id, row in zip(pair_ids, table.find(pair_ids), strict=True):
+            sides = table[row]._asdict().items()
+            texts[pair_id] = {
+                side: str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+                for side, ids in sides
+                if ids is not None
+            }
+        return texts
+
     def train_dataloader(self) -> OptimizerBatchLoader | list:
         return self.loader("train")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from datamodules.records import TokenisedPair
 
@@ -80,6 +81,13 @@ class TokenisedTable:
     def pair_ids(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         """The ids of these pairs."""
         return self._take("pair_id", indices)
+
+    def find(self, pair_ids: Sequence[str]) -> list[int]:
+        """Where the pairs of these ids stand. Raises KeyError for an id that is not in the table."""
+        found = pc.index_in(pa.array(pair_ids, pa.string()), value_set=self._table.column("pair_id")).to_pylist()
+        if None in found:
+            raise KeyError(pair_ids[found.index(None)])
+        return found
 
     def labels(self, indices: Sequence[int] | np.ndarray) -> dict[str, list[object]]:
         """Each label's values for these pairs: None where a row lacks it, text where types are mixed."""

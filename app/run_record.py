@@ -1,0 +1,26 @@
+"""What a run leaves behind about itself: its whole configuration, and the commands that were given."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+
+COMMANDS_FILE = "commands.txt"
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes config.yaml, and adds the command to `commands.txt`, one line per start: a resumed run has several."""
+
+    def __init__(self, *settings: Any, command: Sequence[str], **more: Any):
+        super().__init__(*settings, **more)
+        self.command = command
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called by Lightning on the first rank, once config.yaml is written."""
+        with open(Path(trainer.log_dir or trainer.default_root_dir) / COMMANDS_FILE, "a", encoding="utf-8") as file:
+            file.write(shlex.join(["beta-dpo", *self.command]) + "\n")
