@@ -1,4 +1,4 @@
-# make quickstart   set up, train SFT → β-DPO and plain DPO on the controlled task, table and figure
+# make quickstart   set up, train SFT → β-DPO and plain DPO on the controlled task, table and page
 # make parity       the losses against TRL, the β-DPO step against NumPy and plain PyTorch: a table (docs/parity.md)
 # make test         set up, lint, type check, all tests but the slow ones
 PYTHON ?= python3
@@ -26,7 +26,7 @@ quickstart: install
 	@echo "plain DPO, for comparison, runs beside on the other core: $(RUN)/dpo.log"
 	@$(MAKE) --no-print-directory arm ARM=dpo > $(RUN)/dpo.log 2>&1 & beside=$$!; \
 		$(MAKE) --no-print-directory arm ARM=beta_dpo && wait $$beside
-	$(BIN)/beta-dpo report $(RUN)/beta_dpo $(RUN)/dpo --baseline $(RUN)/sft-samples.jsonl --out $(RUN)/report.png
+	$(BIN)/beta-dpo report $(RUN)/beta_dpo $(RUN)/dpo --baseline $(RUN)/sft-samples.jsonl --out $(RUN)/report.html
 	@echo "curves of β, gaps and rewards: $(BIN)/tensorboard --logdir $(RUN)   (then open http://localhost:6006)"
 
 # one arm of the quickstart, ARM=beta_dpo or any other file of configs/method: train from the SFT model, export, sample

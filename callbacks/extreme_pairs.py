@@ -9,6 +9,7 @@ from typing import NamedTuple
 from app.method.step import StepDecision
 
 LONGEST_TEXT = 240  # characters of a response that are shown
+MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in "&\\`*_[]<>|#"}
 
 
 class MeasuredPair(NamedTuple):
@@ -71,6 +72,4 @@ def shown(text: str) -> str:
     text = " ".join(text.split())
     if len(text) > LONGEST_TEXT:
         text = f"{text[:LONGEST_TEXT].rstrip()} …"
-    for mark in "\\`*_[]<>|#":
-        text = text.replace(mark, f"&#{ord(mark)};")
-    return text
+    return text.translate(MARKUP)

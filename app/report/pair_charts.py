@@ -76,10 +76,11 @@ def gaps(audit: pd.DataFrame, first: float, last: float, only: str | None = None
 
 def densities(by_run: dict[str, list[Group]], anchor: str, title: str, text: str) -> Chart | None:
     """One panel a run, all on the same axes; None where there is no group with a spread."""
-    by_run = {
-        name: [group for group in groups if group.gaps.std() > 1e-9] for name, groups in by_run.items() if groups
+    spread = {
+        name: [group for group in groups if len(group.gaps) > 1 and group.gaps.std() > 1e-9]
+        for name, groups in by_run.items()
     }
-    by_run = {name: groups for name, groups in by_run.items() if groups}
+    by_run = {name: groups for name, groups in spread.items() if groups}
     if not by_run:
         return None
     everyone = np.concatenate([group.gaps for groups in by_run.values() for group in groups])

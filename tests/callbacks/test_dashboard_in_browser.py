@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 TEXTS = """
 const texts = [];
 const walk = (node) => {
-  if (node.nodeType === Node.TEXT_NODE) { if (node.textContent.trim()) texts.push(node.textContent.trim()); return; }
+  const text = node.nodeType === Node.TEXT_NODE ? node.textContent.trim() : "";
+  if (text) texts.push(text);
   if (["STYLE", "SCRIPT"].includes(node.nodeName)) return;
   if (node.shadowRoot) walk(node.shadowRoot);
   node.childNodes.forEach(walk);
