@@ -32,6 +32,8 @@ def report(runs: list[str], baseline: str | None = None, out: str = "report.png"
         raise UserError(f"out must end in .html or .png, not {out!r}.")
     if not runs:
         raise UserError("runs: give the log folder of at least one run.")
+    if baseline is not None and not Path(baseline).is_file():
+        raise UserError(f"baseline: there is no file {baseline!r}; `beta-dpo generate` writes samples.")
     folders = [Path(folder) for folder in runs]
     read = [read_run(folder, name) for folder, name in zip(folders, unique_names(folders), strict=True)]
     if out.endswith(".png") and read[0].audit is None:

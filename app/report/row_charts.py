@@ -44,7 +44,7 @@ def rows_panel(
         return None
     height = ABOVE + ROW * len(rows) + BELOW
     ends = [value for row in rows for value in row.estimate] + ([] if mark is None else [mark])
-    x = svg.Scale(*svg.span(ends, 0.08, low, high), 12, svg.RIGHT - 6)
+    x = svg.Scale(*svg.span(ends, 0.08, low, high), 24, svg.RIGHT - 18)
     base = ABOVE + ROW * len(rows)
     parts = []
     for value, text in zip(x.ticks(), svg.numbers(x.ticks()), strict=True):

@@ -132,8 +132,11 @@ def test_with_an_audit_alone(tmp_path: Path) -> None:
 
 
 def test_wanted_samples_that_are_missing(two_runs: Path, tmp_path: Path) -> None:
-    out = str(tmp_path / "page.html")
-    report([str(two_runs / "b/version_0")], baseline=str(tmp_path / "sft.jsonl"), out=out)
+    out, sft = str(tmp_path / "page.html"), tmp_path / "sft.jsonl"
+    with pytest.raises(UserError, match=r"there is no file .*sft\.jsonl"):
+        report([str(two_runs / "b/version_0")], baseline=str(sft), out=out)
+    sft.write_text("")
+    report([str(two_runs / "b/version_0")], baseline=str(sft), out=out)
     assert "has no samples.jsonl in its folder" in Page(tmp_path / "page.html").text
 
 
