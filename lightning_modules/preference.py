@@ -22,8 +22,6 @@ from app.method.step import MissingStatistics, RewardGapHook, StepDecision
 from lightning_modules.base import Attention
 from lightning_modules.preference_scoring import PreferenceScoring, Reference
 from lightning_modules.side_by_side import perturbed_gaps, reference_kl
-from lightning_modules.preference_scoring import PreferenceScoring
-from lightning_modules.side_by_side import perturbed_gaps, reference_kl
 
 log = logging.getLogger(__name__)
 
