@@ -64,8 +64,8 @@ def missing(runs: Sequence[Run], sampled: bool) -> list[str]:
         logged = "train/loss" in run.curves
         lacks = {
             "has no audit, so nothing is said of single pairs: add callbacks.PairAudit.": run.audit is None,
-            "has no TensorBoard events, so rewards, drift and speed are not shown: set trainer.logger to a "
-            "TensorBoardLogger.": not logged,
+            "has no TensorBoard events and no metrics.csv, so rewards, drift and speed are not shown: set "
+            "trainer.logger.": not logged,
             "was not evaluated on held-out pairs: give the data validation pairs.": (
                 logged and "val/reward_accuracy" not in run.curves
             ),

@@ -80,8 +80,8 @@ def read_run(folder: Path, name: str) -> Run:
     curves, audit = read_curves(folder), read_audit(folder)
     if not curves and audit is None:
         raise UserError(
-            f"{folder} is not the log folder of a run: it holds neither TensorBoard events nor audit/*.parquet "
-            "(callbacks.PairAudit)."
+            f"{folder} is not the log folder of a run: it holds neither TensorBoard events, metrics.csv nor "
+            "audit/*.parquet (callbacks.PairAudit)."
         )
     if audit is not None:
         curves = curves_of_audit(audit) | curves
@@ -90,9 +90,12 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """All scalars in the TensorBoard events of a folder; a step that was taken twice counts as the last time."""
+    """All scalars in the TensorBoard events of a folder, else in the metrics.csv of Lightning's CSVLogger.
+
+    A step that was taken twice counts as the last time.
+    """
     if not any(folder.glob("events.out.tfevents.*")):
-        return {}
+        return read_csv(folder / "metrics.csv")
     accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     accumulator.Reload()
     curves = {}
@@ -101,6 +104,18 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         steps = sorted(points)
         curves[tag] = Curve(np.array(steps), np.array([points[step] for step in steps], dtype=float))
     return curves
+
+
+def read_csv(file: Path) -> dict[str, Curve]:
+    """The columns that have a "/" in their name, by step; none where there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        table = pd.read_csv(file).groupby("step").last()
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{file} is not what CSVLogger writes: {str(error).splitlines()[0]}.") from error
+    columns = {tag: table[tag].dropna() for tag in table.columns if "/" in tag}
+    return {tag: Curve(column.index.to_numpy(), column.to_numpy(float)) for tag, column in columns.items()}
 
 
 def read_audit(folder: Path) -> pd.DataFrame | None:

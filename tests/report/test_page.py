@@ -152,7 +152,7 @@ def test_what_cannot_be_a_report(two_runs: Path, tmp_path: Path) -> None:
         report([run], out="x.pdf")
     with pytest.raises(UserError, match="the same folder is given twice"):
         report([run, f"{run}/../version_0"], out=str(tmp_path / "x.html"))
-    with pytest.raises(UserError, match="neither TensorBoard events nor audit"):
+    with pytest.raises(UserError, match=r"neither TensorBoard events, metrics\.csv nor audit"):
         report([str(tmp_path)], out=str(tmp_path / "x.html"))
     broken = write_run(tmp_path / "broken", None, scalars_of())
     with pytest.raises(UserError, match=r"has no audit/\*\.parquet"):
@@ -165,6 +165,18 @@ def test_what_cannot_be_a_report(two_runs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="audit cannot be read"):
         report([str(broken)], out=str(tmp_path / "x.html"))
     assert not list(tmp_path.glob("x.*"))
+
+
+def test_a_run_with_a_csv_logger(tmp_path: Path) -> None:
+    table = "step,beta/used,epoch,val/loss\n0,0.1,0,\n1,0.2,0,\n1,,0,0.6\n"
+    run = read_run(write_run(tmp_path / "run", None, {}, metrics_csv=table), "run")
+    assert {tag: curve.values.tolist() for tag, curve in run.curves.items()} == {
+        "beta/used": [0.1, 0.2],
+        "val/loss": [0.6],
+    }
+    (tmp_path / "run" / "metrics.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"metrics\.csv is not what CSVLogger writes"):
+        read_run(tmp_path / "run", "run")
 
 
 def test_names_tell_runs_apart() -> None:
