@@ -44,7 +44,7 @@ class StepDecision:
     # (1+ε)·logits_θ − ε·logits_ref for each ε given: [len(ε), G]; NaN for pairs that are not eligible.
     measure_perturbed: Callable[[Sequence[float]], Tensor] | None = None
     # Measures, likewise, KL(π‖π_ref) summed over the tokens of the chosen and of the rejected response: [2, G]
-    # float64, NaN for pairs that are not eligible. None where the loss has no reference.
+    # float64, NaN for pairs that are not eligible. None where no reference model is at hand (or none is needed).
     measure_kl: Callable[[], Tensor] | None = None
 
     @classmethod
