@@ -8,6 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 
+MOST_DRAWS = 4_000_000  # held in memory at a time
+
+
 class Estimate(NamedTuple):
     """A mean and its 95 % percentile bootstrap interval."""
 
@@ -24,8 +27,12 @@ def bootstrap_mean(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> 
     values = np.asarray(values, dtype=float)
     if not len(values):
         raise ValueError("no values to take the mean of")
-    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
+    random = np.random.default_rng(seed)
+    # some resamples at a time: the audit of a long run has millions of pairs
+    at_once = max(MOST_DRAWS // len(values), 1)
+    sizes = [min(at_once, resamples - done) for done in range(0, resamples, at_once)]
+    means = [values[random.integers(len(values), size=(size, len(values)))].mean(axis=1) for size in sizes]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return Estimate(float(values.mean()), float(low), float(high))
 
 
