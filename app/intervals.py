@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-
 MOST_DRAWS = 4_000_000  # held in memory at a time
 
 

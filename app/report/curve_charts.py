@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -13,6 +14,16 @@ from app.report.run import Curve, Run
 
 STEP = "optimizer step"
 BETA_RULES = {"beta/base": "β0", "beta/floor": "floor", "beta/ceiling": "ceiling"}
+
+
+class Drawn(NamedTuple):
+    """One curve of a panel, thinned, and its running mean."""
+
+    name: str
+    style: str
+    weight: str
+    curve: Curve
+    mean: Curve
 
 
 def beta_chart(runs: Sequence[Run]) -> Chart | None:
@@ -134,7 +145,13 @@ def curves_panel(
     None without any curve.
     """
     drawn = [
-        (f"{run.name}, {tag.rsplit('_', 1)[-1]}" if len(tags) > 1 else run.name, number, place, thinned(curve))
+        Drawn(
+            f"{run.name}, {tag.rsplit('_', 1)[-1]}" if len(tags) > 1 else run.name,
+            style_of(number),
+            " thin" if place else "",
+            thinned(curve),
+            smoothed(thinned(curve)),
+        )
         for number, run in enumerate(runs)
         for place, tag in enumerate(tags)
         if (curve := run.curve(tag)) is not None
@@ -144,25 +161,19 @@ def curves_panel(
     dotted = [
         (number, curve) for number, run in enumerate(runs) if points and (curve := run.curve(points)) is not None
     ]
-    means = [smoothed(curve) for *_, curve in drawn]
-    values = np.concatenate(
-        [(curve if raw else mean).values for (*_, curve), mean in zip(drawn, means, strict=True)]
-    )
-    x = svg.horizontal(np.concatenate([curve.steps for *_, curve in drawn]), margin=0.0)
-    y = svg.vertical([*values, *(value for _, curve in dotted for value in curve.values)], low=low, high=high)
+    shown = [one.curve if raw else one.mean for one in drawn] + [curve for _, curve in dotted]
+    x = svg.horizontal(np.concatenate([one.curve.steps for one in drawn]), margin=0.0)
+    y = svg.vertical(np.concatenate([curve.values for curve in shown]), low=low, high=high)
     parts = [svg.axes(x, y, STEP, y_title), svg.rule(0.0, "zero", y=y)]
-    for (_, number, _, curve), _ in zip(drawn, means, strict=True):
-        if raw:
-            parts.append(svg.line(x, y, curve.steps, curve.values, f"{style_of(number)} raw"))
-    for (_, number, place, _), mean in zip(drawn, means, strict=True):
-        parts.append(svg.line(x, y, mean.steps, mean.values, f"{style_of(number)}{' thin' if place else ''}"))
+    parts += [svg.line(x, y, *one.curve, f"{one.style} raw") for one in drawn if raw]
+    parts += [svg.line(x, y, *one.mean, f"{one.style}{one.weight}") for one in drawn]
     for number, curve in dotted:
         inside = np.clip(curve.steps, x.low, x.high)  # the last validation comes after the last step
         parts.append(svg.dots(x, y, inside, curve.values, f"{style_of(number)} ringed", radius=4))
     parts += rules_across(runs, rules or {}, y)
-    ends = ", ".join(f"{name} ends at {mean.values[-1]:.3g}" for (name, *_), mean in zip(drawn, means, strict=True))
-    named = [(name, curve) for name, _, _, curve in drawn]
-    return Panel(title, svg.drawing(f"{y_title} over the run: {ends}", *parts), readout(x, "step", named))
+    ends = ", ".join(f"{one.name} ends at {one.mean.values[-1]:.3g}" for one in drawn)
+    label = f"{y_title} over the run: {ends}"
+    return Panel(title, svg.drawing(label, *parts), readout(x, "step", [(one.name, one.curve) for one in drawn]))
 
 
 def rules_across(runs: Sequence[Run], rules: Mapping[str, str], y: svg.Scale) -> list[Markup]:

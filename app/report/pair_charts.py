@@ -89,12 +89,11 @@ def densities(by_run: dict[str, list[Group]], anchor: str, title: str, text: str
     curves = {name: [density(group.gaps, at) for group in groups] for name, groups in by_run.items()}
     x = svg.horizontal(at, margin=0.0)
     # a young policy has its gaps in one high peak around 0, beside which nothing else could be seen
-    tallest = max(
-        float(curve.max())
-        for name, groups in by_run.items()
-        for group, curve in zip(groups, curves[name], strict=True)
-        if group.style != "early"
-    )
+    peaks = {group.style: 0.0 for groups in by_run.values() for group in groups}
+    for name, groups in by_run.items():
+        for group, curve in zip(groups, curves[name], strict=True):
+            peaks[group.style] = max(peaks[group.style], float(curve.max()))
+    tallest = max([peak for style, peak in peaks.items() if style != "early"] or peaks.values())
     y = svg.vertical([], low=0.0, high=1.3 * tallest)
     panels = []
     for name, groups in by_run.items():
