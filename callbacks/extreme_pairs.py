@@ -52,18 +52,15 @@ class ExtremePairs:
 
 def as_markdown(pairs: Sequence[MeasuredPair], texts: Mapping[str, Mapping[str, str]]) -> str:
     """A Markdown table of `pairs`, with prompt, chosen and rejected text where `texts` knows the pair id."""
-    lines = ["| gap h | step | kept | pair | prompt | chosen | rejected |", "|---|---|---|---|---|---|---|"]
+    # few columns: TensorBoard breaks the words of narrow ones
+    lines = ["| pair | prompt | chosen | rejected |", "|---|---|---|---|"]
     for pair in pairs:
         labels = "".join(f"; {name}: {value}" for name, value in pair.labels.items() if value is not None)
+        fate = "kept" if pair.kept else "dropped"
         text = texts.get(pair.pair_id, {})
-        cells = [
-            f"{pair.gap:.3f}",
-            str(pair.step),
-            "yes" if pair.kept else "no",
-            shown(f"{pair.pair_id}{labels}"),
-            *(shown(text.get(side, "–")) for side in ("prompt", "chosen", "rejected")),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        sides = [shown(text.get(side, "–")) for side in ("prompt", "chosen", "rejected")]
+        told = f"**h = {pair.gap:.3f}**, {fate} at step {pair.step}; {shown(f'{pair.pair_id}{labels}')}"
+        lines.append(f"| {' | '.join([told, *sides])} |")
     return "\n".join(lines)
 
 

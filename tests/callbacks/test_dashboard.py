@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_runs import controlled, preference, quiet_trainer
@@ -141,12 +143,12 @@ def test_the_most_extreme_pairs_are_shown_with_their_texts(board: EventAccumulat
     (highest,) = board.Tensors("pairs/highest gaps/text_summary")
     tables = [event.tensor_proto.string_val[0].decode().splitlines()[2:] for event in (lowest, highest)]
     assert [len(table) for table in tables] == [5, 5]
-    gaps = [[float(row.split("|")[1]) for row in table] for table in tables]
+    gaps = [[float(re.findall(r"h = (\S+)\*\*", row)[0]) for row in table] for table in tables]
     assert gaps[0] == sorted(gaps[0])
     assert gaps[1] == sorted(gaps[1], reverse=True)
     assert gaps[0][-1] < 0 < gaps[1][-1]
     for row in tables[0]:
-        prompt, chosen, rejected = (cell.strip() for cell in row.split("|")[5:8])
+        prompt, chosen, rejected = (cell.strip() for cell in row.split("|")[2:5])
         assert len({prompt, chosen, rejected, "–"}) == 4
         assert "flipped: " in row
 
@@ -160,14 +162,17 @@ def test_the_kl_is_logged_at_its_own_steps(board: EventAccumulator) -> None:
 
 
 def test_text_cannot_break_the_table() -> None:
-    pair = MeasuredPair(-1.5, 3, "a|b", True, {"kind": "x", "grade": None})
+    pair = MeasuredPair(-1.5, 3, "a|b", True, {"kind_x": "x", "grade": None})
     texts = {"a|b": {"prompt": "one\n| two |", "chosen": "<script>*x*", "rejected": "long " * 100}}
     *_, row = as_markdown([pair], texts).splitlines()
-    assert row.count("|") == 8
-    assert "<" not in row
-    assert "&#60;script&#62;&#42;x&#42;" in row
+    assert row.startswith("| **h = -1.500**, kept at step 3; ")
     assert "…" in row
     assert "grade" not in row
+    seen = markdown_to_safe_html(as_markdown([pair], texts))  # as TensorBoard shows it
+    cells = [html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", seen)]
+    assert len(cells) == 4
+    assert cells[0].endswith("; a|b; kind_x: x")
+    assert cells[1:3] == ["one | two |", "<script>*x*"]
 
 
 def test_settings_come_from_the_record_of_the_run() -> None:
