@@ -61,13 +61,16 @@ def missing(runs: Sequence[Run], sampled: bool) -> list[str]:
     """What the runs did not leave behind, and how to have it next time."""
     told = []
     for run in runs:
-        logged = "train/loss" in run.curves
+        logged, gaps = "train/loss" in run.curves, "gap/mean" in run.curves
         lacks = {
-            "has no audit, so nothing is said of single pairs: add callbacks.PairAudit.": run.audit is None,
+            "logged no reward gaps: is it a run of preference optimisation?": not gaps,
+            "has no audit, so nothing is said of single pairs: add callbacks.PairAudit.": (
+                gaps and run.audit is None
+            ),
             "has no TensorBoard events and no metrics.csv, so rewards, drift and speed are not shown: set "
             "trainer.logger.": not logged,
             "was not evaluated on held-out pairs: give the data validation pairs.": (
-                logged and "val/reward_accuracy" not in run.curves
+                logged and gaps and "val/reward_accuracy" not in run.curves
             ),
             "has no config.yaml: it was not started by beta-dpo fit.": not run.config_text,
             f"has no {SAMPLES} in its folder, so there is no win rate: export it and use beta-dpo generate.": (

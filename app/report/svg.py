@@ -82,7 +82,7 @@ def numbers(values: Sequence[float]) -> list[str]:
     """`values` as text, all with the fewest decimals that tell them apart; thousands as k."""
     largest = max((abs(value) for value in values), default=0.0)
     if largest >= 10_000:
-        return [f"{value / 1000:g}k" for value in values]
+        return [f"{value / 1000:g}k" if value else "0" for value in values]
     for decimals in range(5):
         texts = [f"{value + 0.0:.{decimals}f}" for value in values]
         if all(abs(float(text) - value) < 1e-9 + 1e-6 * largest for text, value in zip(texts, values, strict=True)):

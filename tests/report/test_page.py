@@ -140,6 +140,12 @@ def test_wanted_samples_that_are_missing(two_runs: Path, tmp_path: Path) -> None
     assert "has no samples.jsonl in its folder" in Page(tmp_path / "page.html").text
 
 
+def test_a_run_without_gaps(tmp_path: Path) -> None:
+    page = draw(tmp_path, write_run(tmp_path / "sft", None, {"train/loss": [1.0, 0.5], "val/loss": [0.6]}))
+    assert "sft logged no reward gaps" in page.text
+    assert "was not evaluated" not in page.text
+
+
 def test_a_run_of_one_step(tmp_path: Path) -> None:
     page = draw(tmp_path, write_run(tmp_path / "run", audit_of(steps=1), scalars_of(steps=1)))
     assert {"beta", "speed"} <= set(page.anchors)
@@ -226,5 +232,5 @@ def test_a_density_integrates_to_one() -> None:
 def test_ticks_are_round_and_within() -> None:
     assert Scale(-0.03, 1.04, 0, 1).ticks() == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
     assert numbers([-0.5, 0.0, 0.5]) == ["−0.5", "0.0", "0.5"]
-    assert numbers([0, 5000, 10_000]) == ["0k", "5k", "10k"]
+    assert numbers([0, 5000, 10_000]) == ["0", "5k", "10k"]
     assert Scale(2, 4, 100, 0)(2.5) == 75
