@@ -1,4 +1,4 @@
-# make quickstart   set up, train SFT → β-DPO and plain DPO on the controlled task, table and figure
+# make quickstart   set up, train SFT → β-DPO and plain DPO on the controlled task, table and page
 # make parity       the losses against TRL, the β-DPO step against NumPy and plain PyTorch: a table (docs/parity.md)
 # make pipeline     SFT, every arm of the paper, samples, one table of win rates; what is done is not done again
 # make pipeline-smollm2 HH=pairs.jsonl.gz   the same stages with a real model on real pairs, a few steps each
@@ -34,7 +34,7 @@ quickstart: install
 	@echo "plain DPO, for comparison, runs beside on the other core: $(RUN)/dpo.log"
 	@$(MAKE) --no-print-directory arm ARM=dpo > $(RUN)/dpo.log 2>&1 & beside=$$!; \
 		$(MAKE) --no-print-directory arm ARM=beta_dpo && wait $$beside
-	$(BIN)/beta-dpo report $(RUN)/beta_dpo $(RUN)/dpo --baseline $(RUN)/sft-samples.jsonl --out $(RUN)/report.png
+	$(BIN)/beta-dpo report $(RUN)/beta_dpo $(RUN)/dpo --baseline $(RUN)/sft-samples.jsonl --out $(RUN)/report.html
 	@echo "curves of β, gaps and rewards: $(BIN)/tensorboard --logdir $(RUN)   (then open http://localhost:6006)"
 
 # one arm, ARM=beta_dpo or any other file of configs/method: train from the SFT model, export, sample
@@ -100,4 +100,5 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: install
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
 	$(BIN)/python -m pytest -m slow

@@ -79,6 +79,7 @@ def lightning_options(arguments: list[str]) -> dict[str, Any]:
         "save_config_kwargs": {
             "overwrite": True,
             "config_filename": "config.yaml" if command == "fit" else f"config-{command}.yaml",
+            "command": arguments,
         },
         "save_config_callback": RunRecord,
         "auto_configure_optimizers": False,

@@ -59,6 +59,8 @@ class BetaScheduler(Callback):
         clamped = int((beta != wanted)[decision.kept].sum())
         self.clamped_steps += clamped > 0
         pl_module.log("beta/clamped", clamped / max(decision.kept_count, 1))
+        for name, bound in self.bounds.named().items():
+            pl_module.log(f"beta/{name}", bound)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.clamped_steps and trainer.is_global_zero:

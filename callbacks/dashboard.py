@@ -1,66 +1,145 @@
-"""TensorBoard: one chart that puts β and the gap together, and histograms of gaps kept and dropped."""
+"""TensorBoard: charts with a guide, histograms of gaps, the most extreme pairs, and the settings of the run."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from app.errors import UserError
 from app.method.step import StepDecision
+from callbacks.dashboard_layout import GUIDE, guide, layout
+from callbacks.extreme_pairs import ExtremePairs, as_markdown
+from callbacks.hyperparameters import settings_of, summaries
 
-LAYOUT = {
-    "beta-dpo": {
-        "β and its base": ["Multiline", ["beta/used", "beta/base"]],
-        "β against the gap": ["Multiline", ["beta/used", "gap/mean", "gap/running_mean"]],
-        "gap of the batch": [
-            "Multiline",
-            ["gap/mean", "gap/kept_mean", "gap/running_mean", "gap/running_std"],
-        ],
-        "kept": ["Multiline", ["filter/kept_fraction", "beta/clamped"]],
-        "rewards at β0": [
-            "Multiline",
-            ["train/reward_chosen", "train/reward_rejected", "train/reward_margin"],
-        ],
-    }
-}
+
+@runtime_checkable
+class KnowsTexts(Protocol):
+    """A DataModule that can show its training pairs."""
+
+    def pair_texts(self, pair_ids: list[str]) -> dict[str, dict[str, str]]:
+        """`prompt`, `chosen` and `rejected` of training pairs, by pair id."""
+        ...
 
 
 class BetaDashboard(Callback):
-    """Lays out the scalars that module and callbacks log, and adds histograms of the gaps.
+    """Lays out the scalars that module and callbacks log, and adds what scalars cannot show.
+
+    The charts stand in TensorBoard's "custom scalars" tab, what they mean and what to do when they look wrong in
+    its "text" tab. Settings and final figures of a run that kept its config.yaml stand in the "HParams" tab. The
+    KL to the reference goes to every logger, as `train/kl_chosen` and `train/kl_rejected`.
 
     Args:
         histogram_every_n_steps: steps between histograms of `gap/kept` and `gap/dropped`.
+        kl_every_n_steps: steps between measurements of the KL, each of which takes one more forward pass of policy
+            and reference; 0 measures none.
+        pairs_every_n_steps: steps between lists of the pairs with the most extreme gaps.
+        pairs: how many pairs such a list shows of either end.
     """
 
-    def __init__(self, histogram_every_n_steps: int = 10):
-        if histogram_every_n_steps < 1:
-            raise UserError("BetaDashboard: histogram_every_n_steps must be at least 1.")
+    def __init__(
+        self,
+        histogram_every_n_steps: int = 10,
+        kl_every_n_steps: int = 20,
+        pairs_every_n_steps: int = 100,
+        pairs: int = 5,
+    ):
+        for name, value in (
+            ("histogram_every_n_steps", histogram_every_n_steps),
+            ("pairs_every_n_steps", pairs_every_n_steps),
+            ("pairs", pairs),
+        ):
+            if value < 1:
+                raise UserError(f"BetaDashboard: {name} must be at least 1, not {value}.")
+        if kl_every_n_steps < 0:
+            raise UserError(f"BetaDashboard: kl_every_n_steps must not be negative, not {kl_every_n_steps}.")
         self.histogram_every_n_steps = histogram_every_n_steps
+        self.kl_every_n_steps = kl_every_n_steps
+        self.pairs_every_n_steps = pairs_every_n_steps
+        self.extreme = ExtremePairs(pairs)
         self._decision: StepDecision | None = None
+        self._kl: Tensor | None = None
+        self._laid_out = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        writer = tensorboard_writer(trainer)
-        if writer is not None:
-            writer.add_custom_scalars(LAYOUT)
+        self._laid_out = False
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         # the callbacks after this one may still change what is kept: draw when the step is over
         self._decision = decision
+        due = self.kl_every_n_steps and decision.step % self.kl_every_n_steps == 0
+        # a measurement of all ranks together, and of the policy before its step, as every other curve
+        self._kl = decision.measure_kl() if due and decision.measure_kl and trainer.loggers else None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         decision, self._decision = self._decision, None
-        writer = tensorboard_writer(trainer)
-        if decision is None or writer is None or decision.step % self.histogram_every_n_steps:
+        if decision is None:
             return
-        gaps: dict[str, torch.Tensor] = {
-            "gap/kept": decision.gaps[decision.kept],
-            "gap/dropped": decision.gaps[decision.eligible & ~decision.kept],
-        }
-        for name, values in gaps.items():
-            if len(values):
-                writer.add_histogram(name, values, decision.step)
+        curves = self._log_kl(trainer, decision)
+        writer = tensorboard_writer(trainer)
+        if writer is None:
+            return
+        if not self._laid_out:  # the first step has told which curves this run has
+            lay_out(writer, {*trainer.callback_metrics, *curves}, decision.step)
+            self._laid_out = True
+        if decision.step % self.histogram_every_n_steps == 0:
+            add_histograms(writer, decision)
+        self.extreme.add(decision)
+        if (decision.step + 1) % self.pairs_every_n_steps == 0:
+            self._list_extreme_pairs(trainer, writer, decision.step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        writer = tensorboard_writer(trainer)
+        if writer is None:
+            return
+        self._list_extreme_pairs(trainer, writer, trainer.global_step)
+        config = Path(trainer.log_dir or "") / "config.yaml"
+        if config.is_file():
+            for summary in summaries(settings_of(yaml.safe_load(config.read_text(encoding="utf-8")))):
+                writer._get_file_writer().add_summary(summary)  # as torch writes hparams itself
+        writer.flush()
+
+    def _log_kl(self, trainer: Trainer, decision: StepDecision) -> dict[str, float]:
+        """To the loggers themselves: `self.log` would draw a measurement again at every step up to the next."""
+        if self._kl is None:
+            return {}
+        chosen, rejected = self._kl[:, decision.eligible].mean(dim=1).tolist()
+        curves = {"train/kl_chosen": chosen, "train/kl_rejected": rejected}
+        for logger in trainer.loggers:
+            logger.log_metrics(curves, step=decision.step)
+        return curves
+
+    def _list_extreme_pairs(self, trainer: Trainer, writer: SummaryWriter, step: int) -> None:
+        lists = dict(zip(("lowest", "highest"), self.extreme.empty(), strict=True))
+        data = getattr(trainer, "datamodule", None)
+        for name, pairs in lists.items():
+            if pairs:
+                texts = data.pair_texts([pair.pair_id for pair in pairs]) if isinstance(data, KnowsTexts) else {}
+                writer.add_text(f"pairs/{name} gaps", as_markdown(pairs, texts), step)
+
+
+def lay_out(writer: SummaryWriter, tags: set[str], step: int) -> None:
+    """The charts that have a curve among `tags`, and the guide to them."""
+    writer.add_custom_scalars(layout(tags))
+    for number, (name, text) in enumerate(guide(tags).items(), 1):
+        writer.add_text(f"{GUIDE}/{number} {name}", text, step)
+
+
+def add_histograms(writer: SummaryWriter, decision: StepDecision) -> None:
+    """`gap/kept` and `gap/dropped`, where there are such pairs."""
+    gaps: dict[str, torch.Tensor] = {
+        "gap/kept": decision.gaps[decision.kept],
+        "gap/dropped": decision.gaps[decision.eligible & ~decision.kept],
+    }
+    for name, values in gaps.items():
+        if len(values):
+            writer.add_histogram(name, values, decision.step)
 
 
 def tensorboard_writer(trainer: Trainer) -> SummaryWriter | None:

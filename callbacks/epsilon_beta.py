@@ -62,6 +62,8 @@ class EpsilonBeta(Callback):
         following = wanted.new_tensor(next_epsilon_beta(current, self.epsilon, steps[decision.eligible]))
         self.beta = float(self.bounds.clamp(following))
         pl_module.log("beta/clamped", clamped / max(decision.kept_count, 1))
+        for name, bound in self.bounds.named().items():
+            pl_module.log(f"beta/{name}", bound)
         pl_module.log("beta/mean_step", steps[decision.eligible].double().mean())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -41,8 +41,13 @@ class RewardGapStatistics(Callback):
         if self.gap_scale == "beta0":
             decision.discrepancy = decision.beta0 * decision.discrepancy
         decision.moments = self.running.update(decision.discrepancy[decision.eligible])
-        pl_module.log("gap/running_mean", decision.moments.mean)
-        pl_module.log("gap/running_std", decision.moments.std or 0.0)
+        mean, std = decision.moments.mean, decision.moments.std or 0.0
+        pl_module.log("gap/running_mean", mean)
+        pl_module.log("gap/running_std", std)
+        # for one chart of the batch against its band, all three in the units of M
+        pl_module.log("band/batch_mean", decision.discrepancy[decision.eligible].mean())
+        pl_module.log("band/lower", mean - std)
+        pl_module.log("band/upper", mean + std)
 
     def state_dict(self) -> dict[str, Any]:
         return self.running.state_dict()

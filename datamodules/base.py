@@ -21,7 +21,7 @@ from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
 from datamodules.loader import Exchange, OptimizerBatchLoader
 from datamodules.rewards import RewardedTable, RewardScoring, reward_scores, rows_with_reward
 from datamodules.sources import PairStream
-from datamodules.table import PairTable, cached_table
+from datamodules.table import PairTable, cached_table, find
 from datamodules.tokenisation import Tokenisation
 
 Split = Literal["train", "validation", "test", "predict"]
@@ -188,6 +188,19 @@ class PairDataModule(LightningDataModule):
             loaders.append(self._loader(table, chosen, shuffle=False))
             seen = np.concatenate([seen, keys[new]])
         return loaders
+
+    def pair_texts(self, pair_ids: list[str]) -> dict[str, dict[str, str]]:
+        """`prompt`, `chosen` and `rejected` of training pairs as text, without special tokens, by pair id."""
+        table, _ = self._tables["train"]
+        texts: dict[str, dict[str, str]] = {}
+        for pair_id, row in zip(pair_ids, find(table, pair_ids), strict=True):
+            sides = table[row]._asdict().items()
+            texts[pair_id] = {
+                side: str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+                for side, ids in sides
+                if ids is not None
+            }
+        return texts
 
     def train_dataloader(self) -> OptimizerBatchLoader | list:
         return self.loader("train")

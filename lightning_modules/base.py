@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric, Metric, SumMetric
 
 from app.errors import UserError
 from app.method.batch import Layout, OptimizerBatch, PackedRows
@@ -256,3 +256,8 @@ class LanguageModelTraining(LightningModule):
 def exact_mean() -> Metric:
     """A weighted mean in float64 that counts every pair once, over uneven batches and all ranks."""
     return MeanMetric().set_dtype(torch.float64)
+
+
+def exact_sum() -> Metric:
+    """A sum in float64 over all batches and ranks."""
+    return SumMetric().set_dtype(torch.float64)

@@ -21,8 +21,8 @@ from app.method.metrics import pair_metrics
 from app.method.step import MissingStatistics, RewardGapHook, StepDecision
 from lightning_modules.base import Attention
 from lightning_modules.lora import Lora
-from lightning_modules.perturbed import perturbed_gaps
 from lightning_modules.preference_scoring import PreferenceScoring, Reference
+from lightning_modules.side_by_side import perturbed_gaps, reference_kl
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +138,8 @@ class PreferenceOptimization(PreferenceScoring):
             labels=batch.labels,
         )
         decision.measure_perturbed = partial(perturbed_gaps, self, batch, decision.eligible)
+        if self._reference:  # a cached one has no distributions to compare
+            decision.measure_kl = partial(reference_kl, self, batch, decision.eligible)
         self.report_nonfinite(decision)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RewardGapHook):

@@ -1,162 +1,76 @@
-"""`beta-dpo report`: what a run did, as a short table and a figure."""
+"""`beta-dpo report`: what runs did, as a short table, a page or a figure."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import matplotlib
-import numpy as np
-import pandas as pd
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app.commands.judge import aligned, summary, win_rate
 from app.errors import UserError
 from app.files import atomic_file
-from app.intervals import bootstrap_mean
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-SAMPLES = "samples.jsonl"
-
-
-class Run(NamedTuple):
-    """What a training run left in its log folder."""
-
-    name: str
-    folder: Path
-    scalars: dict[str, tuple[np.ndarray, np.ndarray]]  # tag → (steps, values)
-    audit: pd.DataFrame  # one row per pair and step
+from app.report.figure import draw
+from app.report.page import by_row, page
+from app.report.run import SAMPLES, Run, read_run, unique_names
+from app.report.table import numbers_of
 
 
 def report(runs: list[str], baseline: str | None = None, out: str = "report.png") -> None:
-    """Print a table that compares RUNS and draw a figure of what β, the gaps and the filter did.
+    """Print a table that compares RUNS and write a page (.html) or a figure (.png) of what β, gaps and filter did.
+
+    The page compares all runs: findings in words, charts, the command and configuration of each. It is one file
+    that needs no network, and says what a run did not leave behind.
 
     Args:
-        runs: log folders of runs that had `PairAudit` and a TensorBoard logger; the figure shows the first.
+        runs: log folders of runs; the figure shows the first, which needs `PairAudit`.
         baseline: samples of the SFT model; samples of a run are looked for in its folder as samples.jsonl.
-        out: the .png file to write.
+        out: the .html or .png file to write; it appears only when complete.
     """
-    if not out.endswith(".png"):
-        raise UserError(f"out must end in .png, not {out!r}.")
-    read = [read_run(Path(folder)) for folder in runs]
-    if not read:
+    if not out.endswith((".html", ".png")):
+        raise UserError(f"out must end in .html or .png, not {out!r}.")
+    if not runs:
         raise UserError("runs: give the log folder of at least one run.")
-    columns = [describe(run, baseline) for run in read]
+    if baseline is not None and not Path(baseline).is_file():
+        raise UserError(f"baseline: there is no file {baseline!r}; `beta-dpo generate` writes samples.")
+    folders = [Path(folder) for folder in runs]
+    read = [read_run(folder, name) for folder, name in zip(folders, unique_names(folders), strict=True)]
+    if out.endswith(".png") and read[0].audit is None:
+        raise UserError(
+            f"{runs[0]} has no audit/*.parquet (callbacks.PairAudit) to draw: write a page, --out x.html."
+        )
+    if baseline is not None:
+        for run in read:
+            add_samples(run, baseline)
+        for rival in read[1:]:
+            add_rival(read[0], rival)
     table = Table(title="mean [95 % interval]")
-    table.add_column("")
-    for run in read:
-        table.add_column(run.name)
-    for name in dict.fromkeys(name for column in columns for name in column):
-        table.add_row(name, *(column.get(name, "–") for column in columns))
+    for column in ("", *(run.name for run in read)):
+        table.add_column(column)
+    for name, cells in by_row([numbers_of(run) for run in read]):
+        table.add_row(name, *cells)
     Console().print(table)
     with atomic_file(out) as temporary:
-        figure = draw(read[0])
-        figure.savefig(temporary, format="png", dpi=120)
-        plt.close(figure)
-    print(f"figure: {out}")
+        if out.endswith(".html"):
+            temporary.write_text(page(read, sampled=baseline is not None), encoding="utf-8")
+        else:
+            figure = draw(read[0])
+            figure.savefig(temporary, format="png", dpi=120)
+            plt.close(figure)
+    print(f"{'page' if out.endswith('.html') else 'figure'}: {out}")
 
 
-def read_run(folder: Path) -> Run:
-    """Scalars and audit of a run. Raises UserError when either is missing."""
-    events = sorted(folder.glob("events.out.tfevents.*"))
-    audit = sorted((folder / "audit").glob("*.parquet"))
-    if not events or not audit:
-        raise UserError(
-            f"{folder} is not the log folder of a finished run: it needs TensorBoard events and audit/*.parquet "
-            "(callbacks.PairAudit)."
-        )
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    scalars = {}
-    for tag in accumulator.Tags()["scalars"]:
-        points = accumulator.Scalars(tag)
-        scalars[tag] = (np.array([p.step for p in points]), np.array([p.value for p in points]))
-    return Run(folder.name, folder, scalars, pd.concat([pd.read_parquet(file) for file in audit]))
-
-
-def describe(run: Run, baseline: str | None) -> dict[str, str]:
-    """The rows of the table for one run, name → text."""
-    column: dict[str, str] = {}
-
-    def last(tag: str, name: str) -> None:
-        if tag in run.scalars:
-            column[name] = f"{run.scalars[tag][1][-1]:.3f}"
-
-    last("val/reference_accuracy", "held-out pairs ranked right by the SFT model")
-    last("val/policy_accuracy", "held-out pairs ranked right by the policy")
-    last("val/reward_accuracy", "held-out reward accuracy (0.5 before)")
+def add_samples(run: Run, baseline: str) -> None:
+    """Judge the samples in the run's folder, if there are any, against those of the SFT model."""
     samples = run.folder / SAMPLES
-    if baseline is not None and samples.exists():
+    if samples.exists():
         rows, rivals = aligned(str(samples), baseline)
-        before = summary(rivals)
-        for name, estimate in summary(rows).items():
-            column[f"samples: {name}"] = str(estimate) + (
-                f" (SFT {before[name].mean:.3f})" if name in before else ""
-            )
-        column["samples: win rate over SFT"] = str(win_rate(rows, rivals))
-    steps = run.audit.groupby("step")
-    beta = steps.beta.first()
-    column["β: first, lowest, highest, last"] = ", ".join(
-        f"{value:.3f}" for value in (beta.iloc[0], beta.min(), beta.max(), beta.iloc[-1])
-    )
-    if run.audit.running_mean.notna().any():
-        mean, std = steps.running_mean.first().iloc[-1], steps.running_std.first().iloc[-1]
-        column["running mean M0 and σ at the end"] = f"{mean:.3f}, {std:.3f}"
-    kept = steps.kept.sum()
-    column["pairs kept a step: fewest, most"] = f"{kept.min()}, {kept.max()}"
-    late = run.audit.gap[run.audit.step > run.audit.step.max() / 2]
-    column["reward accuracy of training pairs, second half"] = f"{((1 + np.sign(late)) / 2).mean():.3f}"
-    if "flipped" in run.audit:
-        for flipped, name in ((True, "flipped"), (False, "clean")):
-            dropped = ~run.audit.kept[run.audit.flipped == flipped]
-            if len(dropped):
-                column[f"share of {name} pairs dropped"] = str(bootstrap_mean(dropped.to_numpy()))
-    return column
+        run.samples = summary(rows) | {"win rate": win_rate(rows, rivals)}
+        run.baseline = summary(rivals)
 
 
-def draw(run: Run) -> Any:
-    """Four panels: β, the gap against its running band, gaps kept and dropped, held-in accuracy."""
-    audit = run.audit
-    steps = audit.groupby("step")
-    figure, panels = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    beta, gap, histogram, accuracy = panels.flat
-
-    beta.plot(steps.beta.first(), color="tab:blue", label="β used")
-    if "beta/base" in run.scalars:
-        beta.axhline(run.scalars["beta/base"][1][-1], color="gray", linestyle="--", label="β0")
-    beta.set(title="β follows the gap of the kept pairs", xlabel="step", ylabel="β")
-
-    gap.plot(steps.gap.mean(), color="tab:orange", label="batch mean of the gap h")
-    mean, std = steps.running_mean.first(), steps.running_std.first()
-    if mean.notna().any():
-        gap.plot(mean, color="black", label="running mean M0")
-        gap.fill_between(mean.index, mean - std, mean + std, color="black", alpha=0.12, label="M0 ± σ")
-    gap.set(title="reward gap", xlabel="step", ylabel="nats")
-
-    late = audit[audit.step >= audit.step.max() / 2]
-    low, high = np.quantile(late.gap, [0.001, 0.999])
-    bins = np.linspace(float(low), float(high), 50)
-    groups = [("kept", late[late.kept], "tab:blue"), ("dropped", late[~late.kept], "tab:red")]
-    for name, part, color in groups:
-        if len(part):
-            histogram.hist(part.gap, bins=bins, density=True, alpha=0.5, color=color, label=name)
-    if "flipped" in late and late.flipped.any():
-        flipped = late[late.flipped.astype(bool)]
-        histogram.hist(flipped.gap, bins=bins, density=True, histtype="step", color="black", label="flipped label")
-    histogram.set(title="gaps in the second half of the run", xlabel="h in nats", ylabel="density")
-
-    accuracy.plot(
-        steps.gap.apply(lambda h: ((1 + np.sign(h)) / 2).mean()), color="tab:green", label="training pairs"
-    )
-    if "val/reward_accuracy" in run.scalars:
-        at, value = run.scalars["val/reward_accuracy"]
-        accuracy.plot(at, value, "k*", markersize=10, label="clean held-out pairs")
-    accuracy.set(title="reward accuracy (a tie counts half)", xlabel="step", ylim=(0, 1))
-    for panel in panels.flat:
-        panel.legend(fontsize=8)
-        panel.grid(alpha=0.3)
-    return figure
+def add_rival(run: Run, rival: Run) -> None:
+    """Judge the samples of `run`, prompt by prompt, against those of another run, where both were sampled."""
+    if run.samples and rival.samples:
+        run.rivals[rival.name] = win_rate(*aligned(str(run.folder / SAMPLES), str(rival.folder / SAMPLES)))

@@ -35,6 +35,10 @@ class BetaBounds:
         if self.maximum is not None and not self.minimum <= self.maximum < math.inf:
             raise ValueError(f"the largest β must be finite and at least {self.minimum}, got {self.maximum}")
 
+    def named(self) -> dict[str, float]:
+        """The bounds that there are, as `floor` and `ceiling`."""
+        return {"floor": self.minimum} | ({} if self.maximum is None else {"ceiling": self.maximum})
+
     def clamp(self, beta: Tensor) -> Tensor:
         """`beta` of any shape, moved into the interval."""
         return beta.clamp(min=self.minimum, max=self.maximum)

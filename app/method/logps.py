@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -64,6 +65,12 @@ class PairLogps:
             chosen_tokens=torch.cat([part.chosen_tokens for part in parts]),
             rejected_tokens=torch.cat([part.rejected_tokens for part in parts]),
         )
+
+
+def token_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """KL(π‖π_ref) of the next-token distributions behind two sets of logits [N, V]: [N], in nats."""
+    ours, fixed = (torch.log_softmax(part, dim=-1) for part in (logits, reference_logits))
+    return F.kl_div(fixed, ours, reduction="none", log_target=True).sum(dim=-1)  # torch's order: the policy second
 
 
 def _present(reference: Tensor | None) -> Tensor:

@@ -22,6 +22,8 @@ def pair_metrics(logps: PairLogps, loss: PairLoss, beta: Tensor) -> dict[str, Te
         assert logps.reference_chosen is not None
         assert logps.reference_rejected is not None
         ranked["reference_accuracy"] = _ranked_right(logps.reference_chosen, logps.reference_rejected)
+        # displacement: how far the probability of each response has moved away from the reference's, in nats
+        ranked["log_ratio_chosen"], ranked["log_ratio_rejected"] = chosen, rejected
     else:
         chosen = logps.policy_chosen / logps.chosen_tokens
         rejected = logps.policy_rejected / logps.rejected_tokens

@@ -43,6 +43,9 @@ class StepDecision:
     # Measures, on demand and on every rank at once, log π(y_w|x) − log π(y_l|x) under logits
     # (1+ε)·logits_θ − ε·logits_ref for each ε given: [len(ε), G]; NaN for pairs that are not eligible.
     measure_perturbed: Callable[[Sequence[float]], Tensor] | None = None
+    # Measures, likewise, KL(π‖π_ref) summed over the tokens of the chosen and of the rejected response: [2, G]
+    # float64, NaN for pairs that are not eligible. None where no reference model is at hand (or none is needed).
+    measure_kl: Callable[[], Tensor] | None = None
 
     @classmethod
     def start(

@@ -34,6 +34,14 @@ class PairTable(Protocol):
     def labels(self, indices: Sequence[int] | np.ndarray) -> dict[str, list[object]]: ...
 
 
+def find(table: PairTable, pair_ids: Sequence[str]) -> list[int]:
+    """Where the pairs of these ids stand. Raises KeyError for an id that is not in the table."""
+    found = pc.index_in(pa.array(pair_ids, pa.string()), value_set=table.id_column).to_pylist()
+    if None in found:
+        raise KeyError(pair_ids[found.index(None)])
+    return found
+
+
 class Part(NamedTuple):
     """A table that is joined to others, the labels that all its pairs get, and what is put before their ids."""
 

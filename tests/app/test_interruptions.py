@@ -50,6 +50,8 @@ def test_a_signal_costs_no_step(name: str, status: int, whole: Path, tiny_llama:
     assert "Traceback" not in stopped.stderr
     assert audit_of(tmp_path / RUN)["step"].to_pylist()[-1] == 6
     assert fit(tmp_path).returncode == 0
+    command = "beta-dpo fit --config config.yaml --ckpt_path last\n"
+    assert (tmp_path / RUN / "commands.txt").read_text(encoding="utf-8") == 2 * command
     assert_same_run(whole / RUN, tmp_path / RUN)
     assert [file.name for file in sorted((tmp_path / RUN / "checkpoints").iterdir())] == [
         "last.ckpt",

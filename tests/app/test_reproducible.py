@@ -94,6 +94,9 @@ def test_an_evaluation_leaves_the_record_of_the_training(seeded: Path) -> None:
     assert (seeded / RUN / "config.yaml").read_bytes() == before
     record = yaml.safe_load((seeded / RUN / "config-test.yaml").read_text(encoding="utf-8"))
     assert record["seed_everything"] == 8
+    # the commands stand one below the other, each as it was given
+    *_, last = (seeded / RUN / "commands.txt").read_text(encoding="utf-8").splitlines()
+    assert last == "beta-dpo test --config config.yaml --seed_everything 8"
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from app.commands.generate import generate
 from app.commands.judge import aligned, judge, summary, win_rate
 from app.commands.report import report
 from app.errors import UserError
-from app.intervals import bootstrap_mean, win_scores
+from app.intervals import bootstrap_mean, wilson, win_scores
 from datamodules.controlled_task import preference_pairs
 
 
@@ -151,3 +151,18 @@ def test_prompts_that_are_left_out_are_counted(
     assert "1 prompts of the 3 asked for" in shown
     assert "pairs.jsonl:2" in shown
     assert len(read(tmp_path / "out.jsonl")) == 1
+
+
+def test_resampling_in_parts_changes_no_digit(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(1).normal(size=501)
+    whole = bootstrap_mean(values)
+    monkeypatch.setattr("app.intervals.MOST_DRAWS", 7 * 501 + 5)
+    assert bootstrap_mean(values) == whole
+
+
+def test_the_interval_of_a_share() -> None:
+    # Wilson's interval for 8 of 10, by hand: (0.8 + z²/20 ± z·√(0.016 + z²/400)) / (1 + z²/10), z = 1.96
+    assert wilson(0.8, 10) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
+    assert wilson(1.0, 5).high == 1.0
+    with pytest.raises(ValueError, match="no values"):
+        wilson(0.5, 0)

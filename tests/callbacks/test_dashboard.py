@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,16 @@ import yaml
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_runs import controlled, preference, quiet_trainer
 
 from app.errors import UserError
 from callbacks import BetaDashboard
+from callbacks.dashboard_layout import CHARTS, layout
+from callbacks.extreme_pairs import MeasuredPair, as_markdown
+from callbacks.hyperparameters import SETTINGS, settings_of, summaries
 
 TAGS = {
     *(f"beta/{name}" for name in ("used", "base", "clamped")),
@@ -52,6 +59,7 @@ def board(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> EventAcc
     for callback in callbacks:
         if isinstance(callback, BetaDashboard):
             callback.histogram_every_n_steps = 1
+            callback.kl_every_n_steps = 2
     logger = TensorBoardLogger(str(folder), name="", version="run")
     trainer = quiet_trainer(
         folder,
@@ -96,12 +104,90 @@ def test_histograms_of_kept_and_dropped_gaps(board: EventAccumulator) -> None:
     assert [event.histogram_value.num for event in dropped] == [2.0] * STEPS
 
 
-def test_one_chart_puts_beta_and_the_gap_together(board: EventAccumulator) -> None:
+def test_every_chart_of_the_layout_has_its_curves(board: EventAccumulator) -> None:
     (event,) = board.Tensors("custom_scalars__config__")
-    layout = Layout.FromString(event.tensor_proto.string_val[0])
-    charts = [set(chart.multiline.tag) for category in layout.category for chart in category.chart]
+    written = Layout.FromString(event.tensor_proto.string_val[0])
+    assert [category.title for category in written.category] == ["β", "rewards", "drift", "speed"]
+    scalars = board.Tags()["scalars"]
+    for category in written.category:
+        assert [chart.title for chart in category.chart] == [chart.title for chart in CHARTS[category.title]]
+        for chart in category.chart:
+            bands = [tag for band in chart.margin.series for tag in (band.value, band.lower, band.upper)]
+            for tag in bands or chart.multiline.tag:
+                matching = [scalar for scalar in scalars if re.match(tag, scalar)]  # as TensorBoard does
+                assert len(matching) == (tag != "beta/ceiling$"), (chart.title, tag)
+    charts = [set(chart.tags) for chart in CHARTS["β"]]
     assert any({"beta/used", "gap/mean"} <= tags for tags in charts)
-    assert set().union(*charts) <= TAGS  # no chart asks for a curve that does not exist
+
+
+def test_a_run_without_statistics_leaves_whole_charts_out() -> None:
+    plain = {"beta/used", "beta/base", "gap/mean", "filter/kept_fraction", "train/loss"}
+    of_dpo, of_all = layout(plain), layout({tag for charts in CHARTS.values() for c in charts for tag in c.tags})
+    assert "effective sample size of the filter, in pairs" not in of_dpo["β"]
+    assert of_dpo.keys() == {"β", "rewards"}
+    # TensorBoard merges the layouts of runs and shows a chart twice that is not the same in both
+    for name, charts in of_dpo.items():
+        assert charts.items() <= of_all[name].items()
+
+
+def test_every_chart_says_what_to_do(board: EventAccumulator) -> None:
+    for number, (name, charts) in enumerate(CHARTS.items(), 1):
+        (event,) = board.Tensors(f"how to read/{number} {name}/text_summary")
+        text = event.tensor_proto.string_val[0].decode()
+        for chart in charts:
+            assert f"| **{chart.title}** | {chart.shows} | {chart.when_wrong} |" in text
+
+
+def test_the_most_extreme_pairs_are_shown_with_their_texts(board: EventAccumulator) -> None:
+    (lowest,) = board.Tensors("pairs/lowest gaps/text_summary")
+    (highest,) = board.Tensors("pairs/highest gaps/text_summary")
+    tables = [event.tensor_proto.string_val[0].decode().splitlines()[2:] for event in (lowest, highest)]
+    assert [len(table) for table in tables] == [5, 5]
+    gaps = [[float(re.findall(r"h = (\S+)\*\*", row)[0]) for row in table] for table in tables]
+    assert gaps[0] == sorted(gaps[0])
+    assert gaps[1] == sorted(gaps[1], reverse=True)
+    assert gaps[0][-1] < 0 < gaps[1][-1]
+    for row in tables[0]:
+        prompt, chosen, rejected = (cell.strip() for cell in row.split("|")[2:5])
+        assert len({prompt, chosen, rejected, "–"}) == 4
+        assert "flipped: " in row
+
+
+def test_the_kl_is_logged_at_its_own_steps(board: EventAccumulator) -> None:
+    for side in ("chosen", "rejected"):
+        events = board.Scalars(f"train/kl_{side}")
+        assert [event.step for event in events] == [0, 2]
+        assert events[0].value == 0  # policy and reference are one
+        assert events[1].value > 1e-4
+
+
+def test_text_cannot_break_the_table() -> None:
+    pair = MeasuredPair(-1.5, 3, "a|b", True, {"kind_x": "x", "grade": None})
+    texts = {"a|b": {"prompt": "one\n| two |", "chosen": "<script>*x*", "rejected": "long " * 100}}
+    *_, row = as_markdown([pair], texts).splitlines()
+    assert row.startswith("| **h = -1.500**, kept at step 3; ")
+    assert "…" in row
+    assert "grade" not in row
+    seen = markdown_to_safe_html(as_markdown([pair], texts))  # as TensorBoard shows it
+    cells = [html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", seen)]
+    assert len(cells) == 4
+    assert cells[0].endswith("; a|b; kind_x: x")
+    assert cells[1:3] == ["one | two |", "<script>*x*"]
+
+
+def test_settings_come_from_the_record_of_the_run() -> None:
+    config = yaml.safe_load((Path(__file__).parents[2] / "configs/quickstart.yaml").read_text(encoding="utf-8"))
+    found = settings_of(config)
+    wanted = {"α": 0.6, "ρ": 0.8, "β0": 0.1, "learning rate": 2.2e-5, "optimizer": "Adam", "seed": 1}
+    assert found.items() >= wanted.items()
+    assert found["loss"] == "SigmoidLoss"
+    assert "ε" not in found
+    assert settings_of({}) == {"loss": "SigmoidLoss"}
+    columns, start, _ = summaries(found)
+    experiment = HParamsPluginData.FromString(columns.value[0].metadata.plugin_data.content).experiment
+    assert [info.name for info in experiment.hparam_infos] == list(SETTINGS)
+    session = HParamsPluginData.FromString(start.value[0].metadata.plugin_data.content).session_start_info
+    assert dict(session.hparams).keys() == found.keys()
 
 
 def test_runs_without_tensorboard(tiny_llama: str, tmp_path: Path) -> None:
@@ -111,3 +197,5 @@ def test_runs_without_tensorboard(tiny_llama: str, tmp_path: Path) -> None:
 def test_the_interval_is_checked() -> None:
     with pytest.raises(UserError, match="histogram_every_n_steps must be at least 1"):
         BetaDashboard(0)
+    with pytest.raises(UserError, match="kl_every_n_steps must not be negative"):
+        BetaDashboard(kl_every_n_steps=-1)

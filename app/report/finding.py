@@ -1,0 +1,18 @@
+"""One thing that is worth telling about a run."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Level = Literal["act", "watch", "good"]  # something to change, something to know, something that went well
+
+
+class Finding(NamedTuple):
+    """One sentence with its evidence, and what to do about it."""
+
+    run: str
+    level: Level
+    sentence: str
+    evidence: str
+    advice: str
+    chart: str  # anchor of the chart that shows it

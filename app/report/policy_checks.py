@@ -1,0 +1,166 @@
+"""What is worth telling about the policy and its training. Pure functions of a `Run`: a finding, or None."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from app.intervals import bootstrap_mean
+from app.report.finding import Finding, Level
+from app.report.run import Run
+
+SATURATED = 0.98  # accuracy of pairs not yet trained on
+OVERFITTED = 0.1  # accuracy of training pairs above that of held-out pairs
+SLOWER = 0.75  # throughput at the end, as a share of that at the start
+
+
+def chosen_probability_falls(run: Run) -> Finding | None:
+    """Displacement: the chosen response loses against the reference, by more than the margin gains."""
+    chosen, rejected = run.curve("train/log_ratio_chosen"), run.curve("train/log_ratio_rejected")
+    if chosen is None or rejected is None or len(chosen.part(0.75, 1)) < 2:
+        return None
+    up, down = bootstrap_mean(chosen.part(0.75, 1)), float(rejected.part(0.75, 1).mean())
+    evidence = f"last quarter, log π − log π_ref in nats: chosen {up}, rejected {down:.3f}"
+    if up.low > 0:
+        return Finding(
+            run.name,
+            "good",
+            f"Chosen responses gained {up.mean:.2f} nats of log-probability.",
+            evidence,
+            "",
+            "drift",
+        )
+    if up.high >= 0 or down >= 0:
+        return None
+    serious = -up.mean > up.mean - down
+    return Finding(
+        run.name,
+        "act" if serious else "watch",
+        f"Chosen responses lost {-up.mean:.2f} nats of log-probability"
+        + (", more than the margin gained." if serious else ", rejected ones more."),
+        evidence,
+        "Only the difference is trained, so both may sink and probability leaks elsewhere: raise model.beta0, "
+        "lower the learning rate, or add model.sft_weight.",
+        "drift",
+    )
+
+
+def accuracy_is_saturated(run: Run) -> Finding | None:
+    """Training pairs ranked right before their own step."""
+    accuracy = run.curve("train/reward_accuracy")
+    if accuracy is None or not len(accuracy.part(0.75, 1)):
+        return None
+    late = float(accuracy.part(0.75, 1).mean())
+    if late < SATURATED:
+        return None
+    return Finding(
+        run.name,
+        "watch",
+        f"{late:.1%} of training pairs are ranked right before they are trained on.",
+        f"mean over the last quarter; saturated from {SATURATED:.0%}",
+        "Little is left to learn from these pairs: stop earlier, or find harder ones.",
+        "accuracy",
+    )
+
+
+def overfitting(run: Run) -> Finding | None:
+    """Training accuracy far above held-out accuracy."""
+    training, held_out = run.curve("train/reward_accuracy"), run.last("val/reward_accuracy")
+    if training is None or held_out is None or not len(training.part(0.75, 1)):
+        return None
+    late = float(training.part(0.75, 1).mean())
+    if late - held_out < OVERFITTED:
+        return None
+    return Finding(
+        run.name,
+        "act",
+        f"Training pairs are ranked right {late - held_out:.0%} more often than held-out ones.",
+        f"last quarter {late:.3f}, held-out {held_out:.3f}",
+        "The run memorises: fewer epochs, a lower learning rate, or a higher model.beta0.",
+        "accuracy",
+    )
+
+
+def against_the_baseline(run: Run) -> Finding | None:
+    """Win rate over the SFT model's samples."""
+    rate = run.samples.get("win rate")
+    if rate is None:
+        return None
+    level: Level = "good" if rate.low > 0.5 else "act" if rate.high < 0.5 else "watch"
+    sentence, advice = {
+        "good": (f"Its answers beat the SFT model's in {rate.mean:.0%} of prompts.", ""),
+        "act": (
+            f"Its answers lose to the SFT model's: win rate {rate.mean:.0%}.",
+            "Look at the samples; a higher model.beta0 or a lower learning rate stays closer to the SFT model.",
+        ),
+        "watch": (
+            f"Its answers cannot be told from the SFT model's: win rate {rate.mean:.0%}.",
+            "The interval holds 50 %: sample more prompts (generate --count), or train longer.",
+        ),
+    }[level]
+    return Finding(run.name, level, sentence, f"win rate {rate} [95 % interval], ties half", advice, "quality")
+
+
+def against_other_runs(run: Run) -> Finding | None:
+    """Win rate over the samples of the other runs, prompt by prompt."""
+    if not run.rivals:
+        return None
+    told = {
+        name: "beat" if rate.low > 0.5 else "lose to" if rate.high < 0.5 else "cannot be told from"
+        for name, rate in run.rivals.items()
+    }
+    return Finding(
+        run.name,
+        "good" if set(told.values()) == {"beat"} else "watch",
+        f"Its answers {', '.join(f'{verb} those of {name}' for name, verb in told.items())}.",
+        "win rate [95 % interval]: " + ", ".join(f"{name} {rate}" for name, rate in run.rivals.items()),
+        "The intervals are over prompts: repeat with other seeds before preferring an arm.",
+        "quality",
+    )
+
+
+def more_malformed_answers(run: Run) -> Finding | None:
+    """Samples that are no sentence of the task, against the SFT model's."""
+    ours, theirs = run.samples.get("malformed share"), run.baseline.get("malformed share")
+    if ours is None or theirs is None or ours.low <= theirs.high:
+        return None
+    return Finding(
+        run.name,
+        "watch",
+        f"{ours.mean:.1%} of its answers are malformed, {theirs.mean:.1%} of the SFT model's.",
+        f"{ours} against {theirs}",
+        "Probability has leaked to broken answers: a higher model.beta0, or model.sft_weight.",
+        "quality",
+    )
+
+
+def slower_at_the_end(run: Run) -> Finding | None:
+    """Throughput of the last quarter against the first; the first steps warm up."""
+    speed = run.curve("train/tokens_per_second")
+    if speed is None or len(speed.values) < 20:
+        return None
+    first, last = float(np.median(speed.part(0.05, 0.3))), float(np.median(speed.part(0.75, 1)))
+    if last >= SLOWER * first:
+        return None
+    return Finding(
+        run.name,
+        "watch",
+        f"The run ended at {last / first:.0%} of the speed at which it began.",
+        f"median {first:,.0f} tokens per second early, {last:,.0f} late",
+        "Look for other programs on the machine, or for heat.",
+        "speed",
+    )
+
+
+def pairs_without_a_gap(run: Run) -> Finding | None:
+    """Pairs left out because their gap was not finite."""
+    count = run.last("train/nonfinite_pairs")
+    if not count:
+        return None
+    return Finding(
+        run.name,
+        "act",
+        f"{count:.0f} times a pair had no finite gap and was left out.",
+        "counted over the whole run; the log names the pairs",
+        "Lower the learning rate, or use trainer.precision 32-true.",
+        "accuracy",
+    )

@@ -1,0 +1,109 @@
+"""The settings and final figures by which TensorBoard's HParams tab compares the runs of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.tensorboard import summary as torch_summary
+
+Value = str | float | bool
+
+# title in the tab → where the run's config.yaml has it
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "α": ("callbacks", "BetaScheduler", "alpha"),
+    "ρ": ("callbacks", "PairFilter", "keep_ratio"),
+    "β0": ("model", "beta0"),
+    "learning rate": ("model", "optimizer", "init_args", "lr"),
+    "loss": ("model", "loss", "class_path"),
+    "filter": ("callbacks", "PairFilter", "by"),
+    "level of β": ("callbacks", "BetaScheduler", "level"),
+    "momentum": ("callbacks", "RewardGapStatistics", "momentum"),
+    "gap scale": ("callbacks", "RewardGapStatistics", "gap_scale"),
+    "ε": ("callbacks", "EpsilonBeta", "epsilon"),
+    "α of the margin": ("callbacks", "AdaptiveMargin", "alpha"),
+    "sft weight": ("model", "sft_weight"),
+    "optimizer": ("model", "optimizer", "class_path"),
+    "max grad norm": ("model", "max_grad_norm"),
+    "model": ("model", "name"),
+    "data": ("data", "path"),
+    "batch size": ("data", "batch_size"),
+    "steps": ("trainer", "max_steps"),
+    "epochs": ("trainer", "max_epochs"),
+    "seed": ("seed",),
+}
+TEXTS = {"loss", "filter", "level of β", "gap scale", "optimizer", "model", "data"}
+SHOWN = {"α", "ρ", "β0", "learning rate", "loss"}  # the five columns that the tab has room for before it is asked
+# the tab takes the last value that a run has logged; the first five are shown at once
+METRICS = (
+    "val/reward_accuracy",
+    "val/policy_accuracy",
+    "val/loss",
+    "train/kl_chosen",
+    "beta/used",
+    "val/reward_margin",
+    "val/log_ratio_chosen",
+    "train/reward_accuracy",
+    "beta/clamped",
+    "train/pairs_per_second",
+)
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Value]:
+    """The `SETTINGS` that the configuration of a run (config.yaml as read) has a value for."""
+    places = {
+        "model": arguments(config.get("model")),
+        "data": arguments(config.get("data")),
+        "trainer": config.get("trainer") or {},
+        "callbacks": {
+            last_word(entry.get("class_path")): arguments(entry)
+            for entry in (config.get("trainer") or {}).get("callbacks") or []
+        },
+        "seed": config.get("seed_everything"),
+    }
+    found: dict[str, Value] = {}
+    for title, path in SETTINGS.items():
+        value: Any = places
+        for part in path:
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, (str, int, float)):
+            found[title] = last_word(value) if path[-1] == "class_path" else value
+    found.setdefault("loss", "SigmoidLoss")  # what the model takes where none is named
+    return found
+
+
+def arguments(entry: Any) -> Mapping[str, Any]:
+    """The `init_args` of a `class_path` entry; empty where there are none."""
+    return (entry.get("init_args") if isinstance(entry, Mapping) else None) or {}
+
+
+def last_word(class_path: Any) -> str:
+    return str(class_path).rsplit(".", 1)[-1]
+
+
+def summaries(settings: Mapping[str, Value]) -> tuple[Summary, ...]:
+    """What a finished run writes into its events to stand in the HParams tab.
+
+    The tab takes its columns from one run alone, so every run names all settings, its own or not.
+    """
+    columns = api_pb2.Experiment(
+        hparam_infos=[
+            # the tab puts those that differ between runs first
+            api_pb2.HParamInfo(name=title, type=data_type(title), differs=title in SHOWN)
+            for title in SETTINGS
+        ],
+        metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in METRICS],
+    )
+    content = HParamsPluginData(experiment=columns, version=metadata.PLUGIN_DATA_VERSION).SerializeToString()
+    described = SummaryMetadata(
+        plugin_data=SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=content)
+    )
+    _, start, end = torch_summary.hparams(dict(settings), {})
+    return Summary(value=[Summary.Value(tag=metadata.EXPERIMENT_TAG, metadata=described)]), start, end
+
+
+def data_type(title: str) -> int:
+    return api_pb2.DATA_TYPE_STRING if title in TEXTS else api_pb2.DATA_TYPE_FLOAT64

@@ -1,0 +1,90 @@
+"""What needs the logits of policy and reference at once: gaps under perturbation (ε-DPO), and the KL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from app.method.batch import OptimizerBatch, PackedRows
+from app.method.epsilon import perturbed_logits
+from app.method.logps import token_kl
+from lightning_modules.lora import AdapterOff
+from lightning_modules.scorer import ResponseScorer, response_sums, token_logps
+from lightning_modules.sharding import gather_root
+
+if TYPE_CHECKING:
+    from lightning_modules.preference_scoring import PreferenceScoring
+
+CHUNK_TOKENS = 512  # response tokens whose logits [chunk, V] exist at a time, of both models
+# logits [n, V] of the policy, of the reference, targets [n] → K numbers per response token, [K, n]
+Comparison = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def perturbed_gaps(
+    module: PreferenceScoring, batch: OptimizerBatch, eligible: Tensor, epsilons: Sequence[float]
+) -> Tensor:
+    """log π(y_w|x) − log π(y_l|x) under (1+ε)·logits_θ − ε·logits_ref, [len(epsilons), G] float64 on the CPU.
+
+    Pairs that are not `eligible` get NaN. Costs what `response_table` costs.
+    """
+
+    def perturbed(logits: Tensor, fixed: Tensor, targets: Tensor) -> Tensor:
+        return torch.stack([token_logps(perturbed_logits(logits, fixed, one), targets) for one in epsilons])
+
+    table = response_table(module, batch, eligible, perturbed, len(epsilons))
+    return table[..., 0] - table[..., 1]
+
+
+def reference_kl(module: PreferenceScoring, batch: OptimizerBatch, eligible: Tensor) -> Tensor:
+    """KL(π‖π_ref) summed over the tokens of the chosen and of the rejected responses, [2, G] float64 on the CPU.
+
+    At every position of a response the whole next-token distributions are compared, so each is exact and not
+    sampled; the prefixes are the data's (TDPO's sequential KL, arXiv 2404.11999, in the direction of RLHF's
+    penalty). Pairs that are not `eligible` get NaN. Costs what `response_table` costs.
+    """
+
+    def kl(logits: Tensor, fixed: Tensor, targets: Tensor) -> Tensor:
+        return token_kl(logits, fixed)[None]
+
+    return response_table(module, batch, eligible, kl, 1)[0].T
+
+
+@torch.no_grad()
+def response_table(
+    module: PreferenceScoring, batch: OptimizerBatch, eligible: Tensor, compare: Comparison, size: int
+) -> Tensor:
+    """`compare`, whose K is `size`, summed over each response of the global batch: [K, G, 2] float64 on the CPU.
+
+    Pairs that are not `eligible` [G] are left out of the rows, which they would spoil, and get NaN. Costs one
+    forward pass of policy and reference more; called on every rank at once.
+    """
+    (reference,) = module._reference
+    here = torch.nonzero(eligible[batch.positions]).flatten().tolist()
+    table = torch.zeros(size, len(batch.pair_ids), 2, dtype=torch.float64, device=module.device)
+    positions = batch.positions.to(module.device)
+    for rows in module.micro_batches(batch, here):
+        sums = compared_sums(module.policy, reference, rows, compare, size)
+        table[:, positions[rows.pairs]] = sums.view(size, -1, 2)
+    return module.reduce(table, "sum").masked_fill(~eligible[:, None], torch.nan)
+
+
+def compared_sums(
+    policy: ResponseScorer, reference: ResponseScorer | AdapterOff, rows: PackedRows, compare: Comparison, size: int
+) -> Tensor:
+    """`compare` summed over each of the S responses: [K, S] float64.
+
+    Never more than one chunk of logits [chunk, V] of either model exists at a time.
+    """
+    hidden = [scorer(rows, hidden_only=True) for scorer in (policy, reference)]
+    for scorer in (policy, reference):
+        if isinstance(scorer, ResponseScorer):  # without a second model the policy's root is all there is
+            gather_root(scorer)
+    chunks = [part.split(CHUNK_TOKENS) for part in (*hidden, rows.target_ids)]
+    per_token = [
+        compare(policy.logits(ours), reference.logits(fixed), targets)
+        for ours, fixed, targets in zip(*chunks, strict=True)
+    ]
+    return torch.stack([response_sums(column, rows) for column in torch.cat(per_token, dim=1)])

@@ -1,0 +1,236 @@
+"""The page from runs on disk: whole, or with this or that missing; self-contained, and every text escaped."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_runs import STEPS, audit_of, scalars_of, write_run
+
+from app.commands.report import report
+from app.errors import UserError
+from app.report.chart import MOST_POINTS, smoothed, thinned
+from app.report.page import flat
+from app.report.pair_charts import density
+from app.report.run import Curve, read_run, unique_names
+from app.report.svg import Scale, numbers
+
+CONFIG = "model: {init_args: {beta0: 0.1}}\ntrainer: {callbacks: [{class_path: callbacks.%s}]}\n"
+COMMANDS = "beta-dpo fit --config a.yaml\nbeta-dpo test --config a.yaml\nbeta-dpo fit --ckpt_path last\n"
+
+
+class Page(HTMLParser):
+    """What a browser would see of a page: tags with attributes, ids, and the text."""
+
+    VOID = ("meta", "link", "line", "circle", "path", "polygon", "input", "br")
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(file.read_text(encoding="utf-8"))
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += f" {data}"
+
+    @property
+    def anchors(self) -> list[str]:
+        return [attributes["id"] or "" for _, attributes in self.tags if "id" in attributes]
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two whole runs, `a/version_0` with filter and dynamic β and `b/version_0` without."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, dynamic in (("a", True), ("b", False)):
+        write_run(
+            folder / name / "version_0",
+            audit_of(filtered=dynamic),
+            scalars_of(dynamic=dynamic),
+            config_yaml=CONFIG % ("PairFilter" if dynamic else "PairAudit"),
+            commands_txt=COMMANDS,
+        )
+    return folder
+
+
+def draw(tmp_path: Path, *runs: Path) -> Page:
+    report([str(run) for run in runs], out=str(tmp_path / "page.html"))
+    return Page(tmp_path / "page.html")
+
+
+def test_a_whole_page(two_runs: Path, tmp_path: Path) -> None:
+    page = draw(tmp_path, two_runs / "a/version_0", two_runs / "b/version_0")
+    wanted = ["findings", "numbers", "quality", "beta", "response", "band", "density", "kept", "accuracy", "filter"]
+    assert [anchor for anchor in page.anchors if anchor != "scheme"] == [*wanted, "drift", "speed", "settings"]
+    assert "a/version_0" in page.text
+    assert page.text.count("beta-dpo fit --config a.yaml") == 2
+    assert "beta-dpo test" not in page.text
+    links = [attributes["href"] or "" for tag, attributes in page.tags if tag == "a"]
+    assert {link.removeprefix("#") for link in links} <= set(page.anchors)
+    for tag, attributes in page.tags:
+        if tag == "svg" and "aria-hidden" not in attributes:
+            assert attributes["aria-label"]
+        if tag == "figure" and "data-readout" in attributes:
+            assert attributes["tabindex"] == "0"
+            data = json.loads(attributes["data-readout"] or "")
+            assert all(len(series["at"]) == len(series["values"]) for series in data["series"])
+
+
+def test_nothing_is_fetched_and_no_text_is_markup(two_runs: Path, tmp_path: Path) -> None:
+    page = draw(tmp_path, two_runs / "a/version_0")
+    source = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert set(re.findall(r"https?://[^\s\"'<]+", source)) == {
+        "http://www.w3.org/2000/svg"
+    }  # a name, not an address
+    assert "default-src 'none'" in source
+    for tag, attributes in page.tags:
+        assert "src" not in attributes
+        assert attributes.get("href", "#").startswith("#") or attributes["href"] == "data:,", tag
+    assert "&lt;b&gt;broken" in source  # a label of the data
+    assert "<b>broken" not in source
+
+
+def test_the_same_runs_give_the_same_page(two_runs: Path, tmp_path: Path) -> None:
+    draw(tmp_path, two_runs / "a/version_0")
+    first = (tmp_path / "page.html").read_bytes()
+    draw(tmp_path, two_runs / "a/version_0")
+    assert (tmp_path / "page.html").read_bytes() == first
+
+
+def test_without_an_audit(tmp_path: Path) -> None:
+    page = draw(tmp_path, write_run(tmp_path / "run", None, scalars_of()))
+    assert "run has no audit" in page.text
+    assert "has no config.yaml" in page.text
+    assert "The command was not recorded" in page.text
+    assert "No samples of an SFT model were given" in page.text
+    assert {"beta", "band", "response", "drift", "speed"} <= set(page.anchors)
+    assert not {"density", "kept", "filter"} & set(page.anchors)
+
+
+def test_with_an_audit_alone(tmp_path: Path) -> None:
+    page = draw(tmp_path, write_run(tmp_path / "run", audit_of(), {}))
+    assert "run has no TensorBoard events" in page.text
+    assert {"beta", "band", "response", "density", "kept", "filter", "accuracy"} <= set(page.anchors)
+    assert not {"drift", "speed", "quality"} & set(page.anchors)
+
+
+def test_wanted_samples_that_are_missing(two_runs: Path, tmp_path: Path) -> None:
+    out, sft = str(tmp_path / "page.html"), tmp_path / "sft.jsonl"
+    with pytest.raises(UserError, match=r"there is no file .*sft\.jsonl"):
+        report([str(two_runs / "b/version_0")], baseline=str(sft), out=out)
+    sft.write_text("")
+    report([str(two_runs / "b/version_0")], baseline=str(sft), out=out)
+    assert "has no samples.jsonl in its folder" in Page(tmp_path / "page.html").text
+
+
+def test_a_run_without_gaps(tmp_path: Path) -> None:
+    page = draw(tmp_path, write_run(tmp_path / "sft", None, {"train/loss": [1.0, 0.5], "val/loss": [0.6]}))
+    assert "sft logged no reward gaps" in page.text
+    assert "was not evaluated" not in page.text
+
+
+def test_a_run_of_one_step(tmp_path: Path) -> None:
+    page = draw(tmp_path, write_run(tmp_path / "run", audit_of(steps=1), scalars_of(steps=1)))
+    assert {"beta", "speed"} <= set(page.anchors)
+    assert "density" not in page.anchors  # every gap is 0
+
+
+def test_what_cannot_be_a_report(two_runs: Path, tmp_path: Path) -> None:
+    run = str(two_runs / "a/version_0")
+    with pytest.raises(UserError, match=r"out must end in \.html or \.png"):
+        report([run], out="x.pdf")
+    with pytest.raises(UserError, match="the same folder is given twice"):
+        report([run, f"{run}/../version_0"], out=str(tmp_path / "x.html"))
+    with pytest.raises(UserError, match=r"neither TensorBoard events, metrics\.csv nor audit"):
+        report([str(tmp_path)], out=str(tmp_path / "x.html"))
+    broken = write_run(tmp_path / "broken", None, scalars_of())
+    with pytest.raises(UserError, match=r"has no audit/\*\.parquet"):
+        report([str(broken)], out=str(tmp_path / "x.png"))
+    (broken / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"config\.yaml is not YAML"):
+        report([str(broken)], out=str(tmp_path / "x.html"))
+    (broken / "audit").mkdir()
+    (broken / "audit" / "steps.parquet").write_text("no parquet")
+    with pytest.raises(UserError, match="audit cannot be read"):
+        report([str(broken)], out=str(tmp_path / "x.html"))
+    assert not list(tmp_path.glob("x.*"))
+
+
+def test_a_run_with_a_csv_logger(tmp_path: Path) -> None:
+    table = "step,beta/used,epoch,val/loss\n0,0.1,0,\n1,0.2,0,\n1,,0,0.6\n"
+    run = read_run(write_run(tmp_path / "run", None, {}, metrics_csv=table), "run")
+    assert {tag: curve.values.tolist() for tag, curve in run.curves.items()} == {
+        "beta/used": [0.1, 0.2],
+        "val/loss": [0.6],
+    }
+    (tmp_path / "run" / "metrics.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"metrics\.csv is not what CSVLogger writes"):
+        read_run(tmp_path / "run", "run")
+
+
+def test_names_tell_runs_apart() -> None:
+    assert unique_names([Path("/r/a/version_0"), Path("/r/b/version_0")]) == ["a/version_0", "b/version_0"]
+    assert unique_names([Path("/r/a"), Path("/r/b")]) == ["a", "b"]
+
+
+def test_curves_of_the_audit_are_those_that_were_logged(two_runs: Path) -> None:
+    run = read_run(two_runs / "a/version_0", "a")
+    audit = read_run(write_run(two_runs / "only", audit_of(), {}), "only")
+    rows = audit_of()
+    first = rows[(rows.step == 7) & rows.kept]
+    for tag, value in (("beta/used", first.beta.mean()), ("gap/kept_mean", first.gap.mean())):
+        curve = audit.curve(tag)
+        assert curve is not None
+        assert curve.values[7] == pytest.approx(value)
+    assert run.steps == audit.steps == STEPS
+
+
+def test_settings_that_differ() -> None:
+    config = {
+        "a": {"init_args": {"b": 1, "c": None}},
+        "trainer": {"callbacks": [{"class_path": "x.Y", "init_args": {"d": 2, "e": None}}, {"class_path": "Z"}]},
+    }
+    assert flat(config) == {"a.b": "1", "a.c": "None", "Y": "d 2", "Z": "yes"}
+
+
+def test_long_curves_are_averaged_not_cut() -> None:
+    curve = Curve(np.arange(10_000), np.sin(np.arange(10_000)))
+    drawn = thinned(curve)
+    assert len(drawn.values) == MOST_POINTS
+    assert drawn.values[3] == pytest.approx(curve.values[75:100].mean())
+    assert drawn.steps[3] == pytest.approx(87)
+    holes = smoothed(Curve(np.arange(100), np.where(np.arange(100) % 2, np.nan, 1.0)))
+    assert holes.values == pytest.approx(np.ones(100))
+
+
+def test_a_density_integrates_to_one() -> None:
+    values = np.random.default_rng(0).normal(1.0, 2.0, 20_000)
+    at = np.linspace(-12, 14, 800)
+    found = density(values, at)
+    assert np.trapezoid(found, at) == pytest.approx(1, abs=1e-3)
+    exact = np.exp(-(((at - 1) / 2) ** 2) / 2) / (2 * np.sqrt(2 * np.pi))
+    assert np.abs(found - exact).max() < 0.06 * exact.max()
+
+
+def test_ticks_are_round_and_within() -> None:
+    assert Scale(-0.03, 1.04, 0, 1).ticks() == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
+    assert numbers([-0.5, 0.0, 0.5]) == ["−0.5", "0.0", "0.5"]
+    assert numbers([0, 5000, 10_000]) == ["0", "5k", "10k"]
+    assert Scale(2, 4, 100, 0)(2.5) == 75
