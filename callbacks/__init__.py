@@ -5,6 +5,7 @@ from callbacks.beta_scheduler import BetaScheduler
 from callbacks.dashboard import BetaDashboard
 from callbacks.epsilon_beta import EpsilonBeta
 from callbacks.explicit_reward_gap import ExplicitRewardGap
+from callbacks.health_monitor import HealthMonitor
 from callbacks.pair_audit import PairAudit
 from callbacks.pair_filter import PairFilter
 from callbacks.reward_gap_statistics import RewardGapStatistics
@@ -17,6 +18,7 @@ __all__ = [
     "BetaScheduler",
     "EpsilonBeta",
     "ExplicitRewardGap",
+    "HealthMonitor",
     "PairAudit",
     "PairFilter",
     "RewardGapStatistics",

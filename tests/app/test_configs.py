@@ -24,7 +24,7 @@ METHOD = {
     "filter_only": ["RewardGapStatistics", "PairFilter"],
     "dpo": [],
 }
-RECORDS = ["PairAudit", "BetaDashboard", "RunCheckpoint"]
+RECORDS = ["PairAudit", "BetaDashboard", "HealthMonitor", "RunCheckpoint"]
 
 
 def printed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
@@ -45,7 +45,7 @@ def test_complete_configurations_parse(path: Path, capsys: pytest.CaptureFixture
     config = printed(["fit", "--config", str(path)], capsys)
     if "sft" in path.stem:
         assert config["model"]["class_path"] == "lightning_modules.SupervisedFineTuning"
-        assert callbacks_of(config) == ["RunCheckpoint"]
+        assert callbacks_of(config) == ["HealthMonitor", "RunCheckpoint"]
     else:
         assert config["model"]["class_path"] == "lightning_modules.PreferenceOptimization"
         assert callbacks_of(config) == METHOD["beta_dpo"] + RECORDS
