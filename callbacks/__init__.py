@@ -8,9 +8,11 @@ from callbacks.explicit_reward_gap import ExplicitRewardGap
 from callbacks.health_monitor import HealthMonitor
 from callbacks.pair_audit import PairAudit
 from callbacks.pair_filter import PairFilter
+from callbacks.policy_samples import PolicySamples
 from callbacks.reward_gap_statistics import RewardGapStatistics
 from callbacks.run_checkpoint import RunCheckpoint
 from callbacks.score_writer import ScoreWriter
+from callbacks.text_progress import TextProgress
 
 __all__ = [
     "AdaptiveMargin",
@@ -21,7 +23,9 @@ __all__ = [
     "HealthMonitor",
     "PairAudit",
     "PairFilter",
+    "PolicySamples",
     "RewardGapStatistics",
     "RunCheckpoint",
     "ScoreWriter",
+    "TextProgress",
 ]
