@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from app.cli import be_quiet, run_trainer_command
 from app.commands import COMMANDS
 from app.errors import UserError
+from app.mistakes import plain_sentence
 from callbacks.interruption import Interrupted
 
 TRAINER_COMMANDS = {
@@ -26,8 +27,6 @@ TRAINER_COMMANDS = {
     "test": "the same on the test pairs",
     "predict": "score every pair of data.path and write scores.parquet",
 }
-
-GO_ON = "The same command with --ckpt_path last goes on from the last checkpoint."
 
 # lines of a jsonargparse error that list what was tried instead of what is wrong
 NOISE = (
@@ -63,20 +62,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(str(error))
     except ArgumentError as error:
         _refuse(f"{_innermost(str(error))} See `beta-dpo {command} --help`.")
-    except (RuntimeError, ValueError) as error:
-        if "loading state_dict" not in str(error) and "loaded state dict" not in str(error):
-            raise
-        _refuse("--ckpt_path: the checkpoint is of another model or optimizer than the configuration names.")
     except Interrupted as stop:
         _leave(f"{stop}: the same command with --ckpt_path last goes on from there.", stop.exit_status)
     except SIGTERMException:
-        _leave(f"stopped by SIGTERM. {GO_ON}", 143)
+        _leave(f"stopped by SIGTERM.{go_on(command)}", 143)
     except KeyboardInterrupt:
-        _leave(f"stopped by Ctrl-C. {GO_ON}", 130)
+        _leave(f"stopped by Ctrl-C.{go_on(command)}", 130)
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's answer to Ctrl-C, with status 1
-            _leave(f"stopped by Ctrl-C. {GO_ON}", 130)
+            _leave(f"stopped by Ctrl-C.{go_on(command)}", 130)
         raise
+    except Exception as error:
+        told = plain_sentence(error)
+        if told is None:
+            raise
+        _refuse(told)
+
+
+def go_on(command: str) -> str:
+    """What to do after an interruption, where there is something to do."""
+    goes_on = " The same command with --ckpt_path last goes on from the last checkpoint."
+    return goes_on if command == "fit" else " Nothing was written; start it again."
 
 
 def _leading_words_as_list(function: Callable[..., None], words: list[str]) -> list[str]:
