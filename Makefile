@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 SEED := 1
 
-.PHONY: install quickstart arm smollm2 parity lint test test-slow
+.PHONY: install quickstart arm smollm2 parity docs lint test test-slow
 
 install: $(VENV)/.installed
 
@@ -48,6 +48,10 @@ parity: export OMP_NUM_THREADS = 1
 parity: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trl]'
 	$(BIN)/python -m benchmarks.parity
+
+# figures and docs/api.md, from the code
+docs: install
+	$(BIN)/python docs/build.py
 
 lint: install
 	$(BIN)/ruff check .
