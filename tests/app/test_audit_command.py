@@ -14,19 +14,21 @@ from app.main import main
 from app.run_folder import PairTexts
 from datamodules.controlled_task import preference_pairs
 
-RUN = "runs/run"
+RUN = "runs/csv"
 TESTS = Path(__file__).parents[1]
 
 
 def train(folder: Path, model: str, monkeypatch: pytest.MonkeyPatch, **data: object) -> None:
-    """Ten steps with 20 pairs an epoch, without the callback for injected faults."""
+    """Ten steps, logged as CSV, without the callback for injected faults."""
     folder.mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(folder)
     write_config(folder, model, **data)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["trainer"]["callbacks"] = [c for c in config["trainer"]["callbacks"] if "Fault" not in c["class_path"]]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    main(["fit", "--config", "config.yaml", "--trainer.max_steps", "10", "--trainer.limit_val_batches", "0"])
+    logger = str(TESTS.parent / "configs/logger/csv.yaml")
+    options = ["--trainer.max_steps", "10", "--trainer.limit_val_batches", "0"]
+    main(["fit", "--config", "config.yaml", "--config", logger, *options])
 
 
 def refused(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
@@ -43,6 +45,7 @@ def test_flipped_pairs_are_listed_with_the_texts_that_were_trained_on(
     tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     train(tmp_path, tiny_llama, monkeypatch, pairs=20, flip_rate=0.3)
+    assert pd.read_csv(f"{RUN}/metrics.csv")["beta/used"].notna().any()
     capfd.readouterr()
     main(["audit", RUN, "--count", "8"])
     shown = capfd.readouterr().out
