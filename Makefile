@@ -17,7 +17,7 @@ JUDGE :=
 RIVAL = $(RUN)/sft-samples.jsonl
 ARMS := dpo dynamic_beta filter_only beta_dpo instance_level random_filter weight_matched
 
-.PHONY: install quickstart arm arms pipeline pipeline-smollm2 smollm2 parity lint test test-slow
+.PHONY: install quickstart arm arms pipeline pipeline-smollm2 smollm2 parity docs bench lint test test-slow
 
 install: $(VENV)/.installed
 
@@ -90,6 +90,10 @@ parity: export OMP_NUM_THREADS = 1
 parity: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trl]'
 	$(BIN)/python -m benchmarks.parity
+
+# figures and docs/api.md, from the code
+docs: install
+	$(BIN)/python docs/build.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -8,17 +8,22 @@ import sys
 import warnings
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils.logging import disable_progress_bar
 
+from app.errors import UserError
+from app.mistakes import first_line
 from app.resume import settle_checkpoint
 from app.run_record import RunRecord
 from app.seed import settled_seed
 from app.slurm import check_processes, slurm_environment
-from callbacks import ScoreWriter
+from callbacks import ScoreWriter, TextProgress
 from lightning_modules.checkpoint import SafeCheckpointIO
 
 
@@ -51,14 +56,27 @@ class BetaDPOCLI(LightningCLI):
         """Nothing: Lightning would let hyperparameters in a checkpoint override the command line."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        given = self._get(self.config_init, "trainer").get("plugins") or []
-        plugins = list(given) if isinstance(given, (list, tuple)) else [given]
+        options = self._get(self.config_init, "trainer")
+        plugins = as_list(options.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(SafeCheckpointIO())
         environment = slurm_environment()
         if environment is not None and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
             plugins.append(environment)
-        trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
+        callbacks = as_list(options.get("callbacks"))
+        if options.get("enable_progress_bar") is not False and not any(
+            isinstance(c, ProgressBar) for c in callbacks
+        ):
+            callbacks.append(RichProgressBar() if sys.stdout.isatty() else TextProgress())
+        try:
+            trainer = super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            if "gpu backend" in str(error):
+                raise UserError(
+                    f"trainer.accelerator: torch {torch.__version__} finds no GPU on this machine: use "
+                    "--trainer.accelerator cpu, or install the build of torch for your GPU."
+                ) from error
+            raise UserError(f"trainer: {first_line(error)} See `beta-dpo {self.subcommand} --help`.") from error
         check_processes(trainer)
         return trainer
 
@@ -67,6 +85,11 @@ class BetaDPOCLI(LightningCLI):
         options.ckpt_path = settle_checkpoint(self.trainer, options.ckpt_path, self.subcommand == "fit")
 
     before_validate = before_test = before_predict = before_fit
+
+
+def as_list(given: Any) -> list[Any]:
+    """What Lightning takes as one object, several or none, as a list."""
+    return list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
 
 
 def lightning_options(arguments: list[str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from app.cli import be_quiet, run_trainer_command
 from app.commands import COMMANDS
 from app.errors import UserError
+from app.mistakes import causes, plain_sentence
 from app.planning import run_plan
 from callbacks.interruption import Interrupted
 
@@ -70,25 +71,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _refuse(str(error))
     except ArgumentError as error:
-        _refuse(_said_by_a_part(error) or f"{_innermost(str(error))} See `beta-dpo {command} --help`.")
-    except (RuntimeError, ValueError) as error:
-        if sentence := _said_by_a_part(error):
-            _refuse(sentence)
-        if any(sign in str(error) for sign in RANK_LOST):
-            _leave(f"another rank has ended, or does not answer: its own messages tell more. {GO_ON}", 1)
-        if "loading state_dict" not in str(error) and "loaded state dict" not in str(error):
-            raise
-        _refuse("--ckpt_path: the checkpoint is of another model or optimizer than the configuration names.")
+        said = next((str(cause) for cause in causes(error) if isinstance(cause, UserError)), None)
+        _refuse(said or f"{_innermost(str(error))} See `beta-dpo {command} --help`.")
     except Interrupted as stop:
         _leave(f"{stop}: the same command with --ckpt_path last goes on from there.", stop.exit_status)
     except SIGTERMException:
-        _leave(f"stopped by SIGTERM. {GO_ON}", 143)
+        _leave(f"stopped by SIGTERM. {go_on(command)}", 143)
     except KeyboardInterrupt:
-        _leave(f"stopped by Ctrl-C. {GO_ON if command in TRAINER_COMMANDS else AGAIN}", 130)
+        _leave(f"stopped by Ctrl-C. {go_on(command)}", 130)
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's answer to Ctrl-C, with status 1
-            _leave(f"stopped by Ctrl-C. {GO_ON}", 130)
+            _leave(f"stopped by Ctrl-C. {go_on(command)}", 130)
         raise
+    except Exception as error:
+        if any(sign in str(error) for sign in RANK_LOST):
+            _leave(f"another rank has ended, or does not answer: its own messages tell more. {GO_ON}", 1)
+        told = plain_sentence(error)
+        if told is None:
+            raise
+        _refuse(told)
+
+
+def go_on(command: str) -> str:
+    """What to do after an interruption."""
+    return GO_ON if command == "fit" else AGAIN
 
 
 def _leading_words_as_list(function: Callable[..., None], words: list[str]) -> list[str]:
@@ -107,14 +113,6 @@ def _leave(sentence: str, status: int) -> NoReturn:
 
 def _refuse(sentence: str) -> NoReturn:
     _leave(sentence, 2)
-
-
-def _said_by_a_part(error: BaseException) -> str | None:
-    """The sentence of a UserError that jsonargparse met while it built the parts of a run, and wrapped."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__cause__
-    return None if cause is None else str(cause)
 
 
 def _innermost(message: str) -> str:

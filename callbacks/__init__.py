@@ -5,11 +5,14 @@ from callbacks.beta_scheduler import BetaScheduler
 from callbacks.dashboard import BetaDashboard
 from callbacks.epsilon_beta import EpsilonBeta
 from callbacks.explicit_reward_gap import ExplicitRewardGap
+from callbacks.health_monitor import HealthMonitor
 from callbacks.pair_audit import PairAudit
 from callbacks.pair_filter import PairFilter
+from callbacks.policy_samples import PolicySamples
 from callbacks.reward_gap_statistics import RewardGapStatistics
 from callbacks.run_checkpoint import RunCheckpoint
 from callbacks.score_writer import ScoreWriter
+from callbacks.text_progress import TextProgress
 
 __all__ = [
     "AdaptiveMargin",
@@ -17,9 +20,12 @@ __all__ = [
     "BetaScheduler",
     "EpsilonBeta",
     "ExplicitRewardGap",
+    "HealthMonitor",
     "PairAudit",
     "PairFilter",
+    "PolicySamples",
     "RewardGapStatistics",
     "RunCheckpoint",
     "ScoreWriter",
+    "TextProgress",
 ]

@@ -40,7 +40,13 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with atomic_file(path) as temporary:
-            torch.save(checkpoint, temporary)
+            try:
+                torch.save(checkpoint, temporary)
+            except RuntimeError as error:  # torch's writer does not tell the system's reason
+                raise UserError(
+                    f"{path} could not be written, most likely for want of space: free some and start again with "
+                    "--ckpt_path last; the checkpoint before it is whole."
+                ) from error
 
     def load_checkpoint(
         self, path: Any, map_location: Callable | None = None, weights_only: bool | None = None

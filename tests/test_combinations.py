@@ -177,6 +177,7 @@ def table(outcomes: dict[Combination, str]) -> str:
         "pair again with NumPy. Names are those of the overlays in `configs/loss`, `configs/filter` and",
         "`configs/schedule`:",
         "",
+        "<!-- not run: needs the SFT model of the quickstart; tests/test_combinations.py trains it -->",
         "```bash",
         "beta-dpo fit --config configs/quickstart.yaml --config configs/reward/implicit.yaml \\",
         "  --config configs/filter/head.yaml --config configs/schedule/instance_level.yaml \\",

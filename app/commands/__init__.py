@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from app.commands.audit import audit
 from app.commands.convert import convert
 from app.commands.export import export
 from app.commands.generate import generate
@@ -12,6 +13,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "judge": judge,
     "report": report,
+    "audit": audit,
     "export": export,
     "convert": convert,
 }

@@ -1,0 +1,93 @@
+"""`beta-dpo audit`: the pairs of a run that are likely mislabelled, and the outliers, with their texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from app.errors import UserError
+from app.files import atomic_file
+from app.intervals import bootstrap_mean
+from app.run_folder import PairTexts, read_audit
+from app.suspects import hits, pair_histories
+
+LABEL = "flipped"
+
+
+def audit(run: str, out: str = "suspects.jsonl", count: int = 100) -> None:
+    """List the likely mislabelled pairs and the outliers of RUN, and write them with their texts to OUT.
+
+    Where the data carries a column `flipped`, precision and recall of the list are printed beside two baselines:
+    the difference in length of the two responses, and a list drawn at random.
+
+    Args:
+        run: log folder of a run that had `PairAudit`.
+        out: the .jsonl or .csv file to write; it appears only when complete.
+        count: most pairs to list of each kind; the most suspicious come first.
+    """
+    if not out.endswith((".jsonl", ".csv")):
+        raise UserError(f"out must end in .jsonl or .csv, not {out!r}.")
+    if count < 1:
+        raise UserError(f"count must be at least 1, not {count}.")
+    rows = read_audit(Path(run))
+    histories = pair_histories(rows)
+    pairs = PairTexts(Path(run))
+    print(how_often_seen(histories))
+    lists = [suspects(histories, kind, count) for kind in ("mislabelled", "outlier")]
+    listed = pd.concat(lists, ignore_index=True)
+    texts = pd.DataFrame([pairs.texts(pair_id) for pair_id in listed.pair_id])
+    with atomic_file(out) as temporary:
+        write(pd.concat([listed, texts], axis="columns"), temporary, out)
+    print(f"{len(lists[0])} likely mislabelled pairs and {len(lists[1])} outliers: {out}")
+    if not len(lists[0]):
+        print("No pair looks mislabelled: the mean gap never rose above 0, so nothing had been learned yet.")
+    if LABEL in rows:
+        wrong = rows.groupby("pair_id", sort=False)[LABEL].first().to_numpy().astype(bool)
+        if wrong.any():
+            extra = np.array(pairs.extra_tokens_of_rejected(histories.pair_id.tolist()))
+            Console().print(comparison(histories.mislabelled.to_numpy(), extra, wrong, min(count, len(wrong))))
+
+
+def how_often_seen(histories: pd.DataFrame) -> str:
+    """What the scores rest on, in one line."""
+    seen, dropped = histories.times_seen, histories.times_dropped
+    often = f"{seen.min()}" if seen.min() == seen.max() else f"{seen.min()} to {seen.max()}"
+    once = "; one look at a pair is weak evidence, above all early in the run" if seen.max() == 1 else ""
+    share = dropped.sum() / seen.sum()
+    return f"{len(histories)} pairs, each seen {often} time(s), dropped {share:.1%} of the times{once}."
+
+
+def suspects(histories: pd.DataFrame, kind: str, count: int) -> pd.DataFrame:
+    """The `count` pairs with the highest score of this kind, those without any suspicion left out."""
+    ranked = histories.sort_values(kind, ascending=False, kind="stable").head(count)
+    ranked = ranked[ranked[kind] > 0]
+    return ranked.assign(listed_as=kind)[["listed_as", *histories.columns]]
+
+
+def write(listed: pd.DataFrame, file: Path, name: str) -> None:
+    if name.endswith(".csv"):
+        listed.to_csv(file, index=False)
+    else:
+        listed.to_json(file, orient="records", lines=True, force_ascii=False)
+
+
+def comparison(scores: np.ndarray, extra_tokens: np.ndarray, wrong: np.ndarray, count: int) -> Table:
+    """Precision and recall of the wrong labels for lists of `count` pairs and of as many as are wrong.
+
+    The length baseline ranks by |y_l| − |y_w| and is given the better of its two directions, which a user could
+    not know; a random list is as good as the share of wrong labels.
+    """
+    total = int(wrong.sum())
+    table = Table(title=f"finding the {total} flipped of {len(wrong)} pairs [95 % interval]")
+    for column in ("list", "pairs", "precision", "recall"):
+        table.add_column(column)
+    for size in dict.fromkeys((count, total)):
+        by_length = max((hits(sign * extra_tokens, wrong, size) for sign in (1, -1)), key=np.mean)
+        for name, found in (("audit", hits(scores, wrong, size)), ("length", by_length)):
+            table.add_row(name, str(size), str(bootstrap_mean(found)), f"{found.sum() / total:.3f}")
+        table.add_row("random (expected)", str(size), f"{wrong.mean():.3f}", f"{size / len(wrong):.3f}")
+    return table

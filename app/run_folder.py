@@ -1,0 +1,96 @@
+"""What can be had again from the log folder of a run: its audit, its configuration, the pairs it was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import seed_everything
+
+from app.errors import UserError
+from datamodules.base import PairDataModule, reached
+from datamodules.table import PairTable
+
+
+def read_audit(folder: Path) -> pd.DataFrame:
+    """All rows that `PairAudit` wrote, one per pair and step. Raises UserError when there are none."""
+    files = sorted((folder / "audit").glob("*.parquet"))
+    if not files:
+        raise UserError(f"{folder} holds no audit/*.parquet: give the log folder of a run that had PairAudit.")
+    try:
+        return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{folder}/audit cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration that the run recorded. Raises UserError when it is missing or no configuration of `fit`."""
+    file = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}; give the log folder of a run.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(config, dict) or not {"model", "data"} <= config.keys():
+        raise UserError(f"{file} has no model and data: it is not the record of `beta-dpo fit`.")
+    return config
+
+
+class PairTexts:
+    """The training pairs of a run as text, by pair id, decoded from its table of tokens.
+
+    The data is opened as the run's config.yaml describes it, so relative paths are taken from the current folder,
+    and a table that is no longer cached is built anew. A prompt that was cut is cut here too.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.data = training_data(read_config(folder))
+        opened = self.data.open_table("train")
+        assert opened is not None
+        self.table: PairTable = opened[0]
+        rows = reached(*opened)
+        self.rows = dict(zip(self.table.pair_ids(rows), rows.tolist(), strict=True))
+
+    def row(self, pair_id: str) -> int:
+        """The pair's place in the table. Raises UserError when the data has no such pair (any more)."""
+        if pair_id not in self.rows:
+            raise UserError(
+                f"The run's data has no pair {pair_id}: it has changed since the run, or a relative data.path "
+                "was meant from another folder."
+            )
+        return self.rows[pair_id]
+
+    def texts(self, pair_id: str) -> dict[str, str]:
+        """`prompt`, `chosen` and `rejected` as they were trained on, special tokens shown, but for BOS and EOS."""
+        tokenizer, pair = self.data.tokenizer, self.table[self.row(pair_id)]
+        ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        sides = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        return {
+            name: str(tokenizer.decode([token for token in ids.tolist() if token not in ends])).strip()
+            for name, ids in sides.items()
+            if ids is not None
+        }
+
+    def extra_tokens_of_rejected(self, pair_ids: list[str]) -> list[int]:
+        """|y_l| − |y_w| of these pairs, in tokens."""
+        rows = [self.row(pair_id) for pair_id in pair_ids]
+        pairs = [self.table[row] for row in rows]
+        return [(0 if pair.rejected is None else len(pair.rejected)) - len(pair.chosen) for pair in pairs]
+
+
+def training_data(config: dict[str, Any]) -> PairDataModule:
+    """The DataModule that a recorded configuration describes, with the model's tokenizer where none is named."""
+    recorded = config["data"]
+    settings = {"class_path": recorded["class_path"], "init_args": dict(recorded.get("init_args") or {})}
+    # generated data depends on the seed of the run
+    seed_everything(config.get("seed_everything") or 0, verbose=False)
+    if settings["init_args"].get("tokenizer", "") is None:
+        settings["init_args"]["tokenizer"] = config["model"]["init_args"].get("name")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(PairDataModule, "data")
+    return parser.instantiate_classes(parser.parse_object({"data": settings})).data

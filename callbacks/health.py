@@ -1,0 +1,120 @@
+"""When a run looks ill: conditions on the last steps, each a pure function of what those steps measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median, stdev
+from typing import Any
+
+Window = Mapping[str, Sequence[float]]  # a measurement's values at the last steps, oldest first
+
+
+def beta_at_bounds(clamped: Sequence[float], most: float = 0.1) -> bool:
+    """Whether β met a bound for more than the share `most` of the kept pairs."""
+    return fmean(clamped) > most
+
+
+def sample_size_collapsed(effective: Sequence[float], pairs: Sequence[float], least: float = 0.3) -> bool:
+    """Whether the filter's weights are worth less than the share `least` of the pairs.
+
+    Normal gaps give √3/2 = 0.87 of them: E[w]²/E[w²] for w = exp(−z²/2).
+    """
+    return sum(effective) < least * sum(pairs)
+
+
+def chosen_falls_with_rejected(chosen: Sequence[float], rejected: Sequence[float]) -> bool:
+    """Whether the mean log-ratios of both sides are negative and the chosen one fell by more than the margin grew.
+
+    In symbols c < 0, r < 0 and −c > c − r, for rewards at β0 (any β0: it cancels); c must lie two standard errors
+    below 0, because every step brings other pairs.
+    """
+    c, r = fmean(chosen), fmean(rejected)
+    error = stdev(chosen) / math.sqrt(len(chosen)) if len(chosen) > 1 else math.inf
+    return c < -2 * error and r < 0 and -c > c - r
+
+
+def accuracy_saturated(accuracy: Sequence[float], most: float = 0.98) -> bool:
+    """Whether nearly every training pair is ranked right before the policy has been trained on it."""
+    return fmean(accuracy) > most
+
+
+def nonfinite_pairs(total: Sequence[float]) -> bool:
+    """Whether the running `total` of pairs without a finite gap has grown."""
+    return total[-1] > total[0]
+
+
+def throughput_lost(tokens_per_second: Sequence[float], best: float, share: float = 0.5) -> bool:
+    """Whether the median falls below a `share` of the `best` median seen so far."""
+    return median(tokens_per_second) < share * best
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A way of being ill: what it looks at, how it is recognised, and what to do about it."""
+
+    name: str  # in the log and, with hyphens, as the heading in docs/health.md
+    needs: Sequence[str]  # measurements without which it is not looked for
+    holds: Callable[..., bool]  # of the values of `needs`, in that order
+    advice: str
+    whole_window: bool = True  # else it is looked for from the second step on
+
+    @property
+    def link(self) -> str:
+        return f"docs/health.md#{self.name.replace(' ', '-')}"
+
+
+CONDITIONS = (
+    Condition(
+        "β at its bounds",
+        ("beta/clamped",),
+        beta_at_bounds,
+        "the gaps are wide for this α: lower BetaScheduler.alpha, or use configs/schedule/z_normalised.yaml",
+    ),
+    Condition(
+        "effective sample size collapsed",
+        ("filter/effective_sample_size", "pairs"),
+        sample_size_collapsed,
+        "a few pairs carry nearly all the filter's weight: look at the gaps for outliers (beta-dpo audit)",
+    ),
+    Condition(
+        "chosen falls with rejected",
+        # the last is logged where there is a reference: only then is the reward a log-ratio
+        ("train/reward_chosen", "train/reward_rejected", "train/reference_accuracy"),
+        lambda chosen, rejected, _: chosen_falls_with_rejected(chosen, rejected),
+        "the chosen responses lose more likelihood than the margin gains: lower the learning rate, raise β0, "
+        "or add configs/loss/sft_term.yaml",
+    ),
+    Condition(
+        "accuracy saturated",
+        ("train/reward_accuracy",),
+        accuracy_saturated,
+        "there is little left to learn from these pairs: stop, or compare with val/reward_accuracy before going on",
+    ),
+    Condition(
+        "pairs without a finite gap",
+        ("train/nonfinite_pairs",),
+        nonfinite_pairs,
+        "they are left out: lower the learning rate, use trainer.precision 32-true, or look at those named above",
+        whole_window=False,
+    ),
+    Condition(
+        "throughput lost",
+        ("tokens_per_second", "best_tokens_per_second"),
+        lambda seen, best: throughput_lost(seen, best[-1]),
+        "steps take more than twice as long as they did: look for other programs on the machine, or a slow disk",
+    ),
+)
+
+
+def conditions_that_hold(window: Window, length: int) -> set[str]:
+    """The names of the conditions that hold on the last `length` steps, or on fewer where one allows that."""
+    found = set()
+    for condition in CONDITIONS:
+        values: list[Any] = [window[name] for name in condition.needs if name in window]
+        steps = min((len(column) for column in values), default=0)
+        enough = steps >= length or (steps > 1 and not condition.whole_window)
+        if len(values) == len(condition.needs) and enough and condition.holds(*values):
+            found.add(condition.name)
+    return found

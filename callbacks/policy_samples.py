@@ -1,0 +1,92 @@
+"""What the policy says now: a few sampled answers at every validation, as text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+
+from app.errors import UserError
+from app.files import atomic_file
+
+
+class PolicySamples(Callback):
+    """Writes `<log dir>/samples/step-*.jsonl`: answers to the first prompts of the validation pairs.
+
+    The first rank samples from its own copy of the policy, one prompt at a time, while the others wait; sharded
+    policies (FSDP2) have no whole copy and are refused: use `beta-dpo generate` on an exported checkpoint there.
+    Neither weights nor the generators that training draws from are touched.
+
+    Args:
+        prompts: number of prompts.
+        max_new_tokens: longest answer.
+        seed: of the sampling, the same at every validation, so that differences come from the policy.
+    """
+
+    def __init__(self, prompts: int = 4, max_new_tokens: int = 64, seed: int = 0):
+        if min(prompts, max_new_tokens) < 1:
+            raise UserError("PolicySamples: prompts and max_new_tokens must be at least 1.")
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        self._prompts: list[Any] = []  # token ids of the validation's first batch
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise UserError(
+                "PolicySamples cannot sample from a sharded policy: take it out of trainer.callbacks, and use "
+                "`beta-dpo generate` on an exported checkpoint."
+            )
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: object
+    ) -> None:
+        if batch_idx == 0:
+            self._prompts = [pair.prompt for pair in batch.share[: self.prompts]]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # every rank must ask for the log folder, because Lightning broadcasts it
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        with atomic_file(folder / f"step-{trainer.global_step:08d}.jsonl") as temporary:
+            rows = [
+                {"prompt": tokenizer.decode(prompt), "response": tokenizer.decode(answer, skip_special_tokens=True)}
+                for prompt, answer in zip(self._prompts, self.sample(pl_module, tokenizer), strict=True)
+            ]
+            temporary.write_text(
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+            )
+
+    @torch.no_grad()
+    def sample(self, pl_module: LightningModule, tokenizer: Any) -> list[Tensor]:
+        """One answer [n] to each prompt, at temperature 1."""
+        policy: Any = pl_module.policy
+        model, training = policy.model, policy.training
+        policy.eval()  # with gradient checkpointing, train mode would switch the key-value cache off
+        answers = []
+        devices = [pl_module.device] if pl_module.device.type == "cuda" else []
+        # that of the training step knows packed rows only
+        with policy.with_own_attention(), torch.random.fork_rng(devices):
+            torch.manual_seed(self.seed)
+            for prompt in self._prompts:
+                ids = torch.as_tensor(prompt, device=pl_module.device)[None]
+                output = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=True,
+                    top_k=0,
+                    max_new_tokens=self.max_new_tokens,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.eos_token_id,
+                )
+                answers.append(output[0, ids.shape[1] :].cpu())
+        policy.train(training)
+        return answers

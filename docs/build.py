@@ -1,0 +1,154 @@
+"""`make docs`: the figures of docs/method.md and docs/choosing.md, and docs/api.md, from the code itself.
+
+python docs/build.py
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+import callbacks
+import datamodules
+import lightning_modules
+from app.commands import COMMANDS
+from app.method import losses
+from app.method.beta import BetaBounds, batch_beta
+from app.method.moments import RunningMoments
+from app.method.selection import gaussian_log_weights, gumbel_top_k, selection_noise
+
+HERE = Path(__file__).parent
+BETA0, PAIRS, KEPT = 0.1, 64, 51  # the batch of the paper's recipe at ρ = 0.8
+
+
+def panel(title: str, x: str, y: str) -> tuple[Any, Any]:
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def steps_of(std: float, alpha: float, steps: int, mean: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """β [steps] and the share of draws in which each z-score was kept, for normal gaps that do not move."""
+    draws = torch.Generator().manual_seed(0)
+    running, betas, kept_z, all_z = RunningMoments(), [], [], []
+    for step in range(steps):
+        gaps = mean + std * torch.randn(PAIRS, generator=draws, dtype=torch.float64)
+        moments = running.update(gaps)
+        kept = gumbel_top_k(gaussian_log_weights(gaps, moments), KEPT, selection_noise(0, step, PAIRS))
+        betas.append(BetaBounds().clamp(batch_beta(BETA0, alpha, gaps[kept], moments)))
+        kept_z.append(moments.z_scores(gaps)[kept])
+        all_z.append(moments.z_scores(gaps))
+    edges = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    share = torch.histogram(torch.cat(kept_z), edges).hist / torch.histogram(torch.cat(all_z), edges).hist
+    return torch.stack(betas), torch.stack([(edges[1:] + edges[:-1]) / 2, share])
+
+
+def draw_filter() -> Any:
+    figure, axes = panel("who is kept (ρ = 0.8, 64 pairs)", "(M − M0)/σ", "probability")
+    z, share = steps_of(1.0, 0.0, 4000)[1]
+    axes.plot(z, torch.exp(-(z**2) / 2), "--", color="gray", label="selection weight exp(−z²/2)")
+    axes.plot(z, share, color="tab:blue", label="share that is kept, of normal gaps")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def draw_beta() -> Any:
+    figure, axes = panel("β of a batch (β0 = 0.1)", "mean M of the kept pairs − M0, in nats", "β")
+    deviation = torch.linspace(-4, 4, 200, dtype=torch.float64)
+    moments = RunningMoments().current()
+    for alpha in (0.2, 0.6, 2.0):
+        beta = torch.stack([batch_beta(BETA0, alpha, d[None], moments) for d in deviation])
+        axes.plot(deviation, BetaBounds().clamp(beta), label=f"α = {alpha}")
+    axes.axhline(BETA0, color="gray", linestyle="--", linewidth=0.8)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def draw_floor() -> Any:
+    figure, axes = panel("how often β meets its floor", "standard deviation of the gaps, in nats", "share of steps")
+    stds = [0.5, 1, 2, 3, 4, 6, 8, 10]
+    for alpha in (0.2, 0.6, 2.0):
+        axes.plot(stds, [floor_share(std, alpha) for std in stds], marker="o", markersize=3, label=f"α = {alpha}")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def floor_share(std: float, alpha: float) -> float:
+    """Share of 2000 steps with β at its floor, for normal gaps of this standard deviation."""
+    beta = steps_of(std, alpha, 2000)[0]
+    return float((beta <= BetaBounds().minimum).double().mean())
+
+
+def draw_lag() -> Any:
+    figure, axes = panel("the running mean lags behind a growing gap", "step", "nats")
+    running, means = RunningMoments(), []
+    growing = [0.02 * step for step in range(100)]
+    for gap in growing:
+        means.append(running.update(torch.tensor([gap, gap], dtype=torch.float64)).mean)
+    axes.plot(growing, color="tab:orange", label="mean gap of the batch, +0.02 a step")
+    axes.plot(means, color="black", label="M0, m = 0.9")
+    axes.legend(fontsize=8)
+    return figure
+
+
+FIGURES = {"filter": draw_filter, "beta": draw_beta, "floor": draw_floor, "lag": draw_lag}
+
+
+def entry(name: str, thing: Any) -> str:
+    """One item of the reference: its call and its docstring."""
+    # a default that is a function prints as an address
+    call = re.sub(r"<function .*? at 0x\w+>", "…", str(inspect.signature(thing))).replace(" -> None", "")
+    body = inspect.cleandoc(inspect.getdoc(thing) or "")
+    return f"### {name}\n\n```python\n{name}{call}\n```\n\n```text\n{body}\n```\n"
+
+
+def api() -> str:
+    """The text of docs/api.md: what a configuration can name, and the commands."""
+    groups: dict[str, dict[str, Any]] = {
+        "Training stages": {
+            f"lightning_modules.{n}": getattr(lightning_modules, n) for n in lightning_modules.__all__
+        },
+        "Data": {f"datamodules.{n}": getattr(datamodules, n) for n in datamodules.__all__},
+        "Callbacks": {f"callbacks.{n}": getattr(callbacks, n) for n in callbacks.__all__},
+        "Losses": {f"app.method.losses.{c.__name__}": c for c in shipped_losses()},
+        "Commands": {f"beta-dpo {name}": function for name, function in COMMANDS.items()},
+    }
+    head = (
+        "# Reference\n\nWritten by `make docs` from the code. Every class here can be named by `class_path` in a "
+        "configuration, with its arguments under `init_args`.\n"
+    )
+    parts = [
+        f"\n## {title}\n\n" + "\n".join(entry(*item) for item in group.items()) for title, group in groups.items()
+    ]
+    return head + "".join(parts)
+
+
+def shipped_losses() -> list[type]:
+    found = [c for _, c in inspect.getmembers(losses, inspect.isclass) if issubclass(c, losses.PairLoss)]
+    return [c for c in found if c is not losses.PairLoss and c.__module__ == losses.__name__]
+
+
+def main() -> None:
+    (HERE / "figures").mkdir(exist_ok=True)
+    for name, draw in FIGURES.items():
+        # no date or version inside: the same code gives the same file
+        draw().savefig(HERE / "figures" / f"{name}.png", dpi=100, metadata={"Software": None})
+    (HERE / "api.md").write_text(api(), encoding="utf-8")
+    for alpha in (0.2, 0.6, 2.0):
+        shares = {std: round(floor_share(std, alpha), 3) for std in (1, 2, 4, 10)}
+        print(f"α = {alpha}: share of steps with β at its floor by standard deviation of the gaps {shares}")
+    z, share = steps_of(1.0, 0.0, 4000)[1]
+    told = {round(float(a), 2): round(float(b), 2) for a, b in zip(z, share, strict=True) if not math.isnan(b)}
+    print(f"share kept by z: {told}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""`beta-dpo audit` on real runs: whose pairs it lists, with which texts, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from command_runs import write_config
+
+from app.main import main
+from app.run_folder import PairTexts
+from datamodules.controlled_task import preference_pairs
+
+RUN = "runs/csv"
+TESTS = Path(__file__).parents[1]
+
+
+def train(folder: Path, model: str, monkeypatch: pytest.MonkeyPatch, **data: object) -> None:
+    """Ten steps, logged as CSV, without the callback for injected faults."""
+    folder.mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(folder)
+    write_config(folder, model, **data)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["trainer"]["callbacks"] = [c for c in config["trainer"]["callbacks"] if "Fault" not in c["class_path"]]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    logger = str(TESTS.parent / "configs/logger/csv.yaml")
+    options = ["--trainer.max_steps", "10", "--trainer.limit_val_batches", "0"]
+    main(["fit", "--config", "config.yaml", "--config", logger, *options])
+
+
+def refused(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    said = capfd.readouterr().err
+    assert stop.value.code == 2, said
+    assert len(said.splitlines()) == 1
+    return said
+
+
+def test_flipped_pairs_are_listed_with_the_texts_that_were_trained_on(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, tiny_llama, monkeypatch, pairs=20, flip_rate=0.3)
+    assert pd.read_csv(f"{RUN}/metrics.csv")["beta/used"].notna().any()
+    capfd.readouterr()
+    main(["audit", RUN, "--count", "8"])
+    shown = capfd.readouterr().out
+    assert "20 pairs, each seen 5 time(s), dropped 40.0% of the times." in shown
+    rows = [json.loads(line) for line in Path("suspects.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = {pair.pair_id: pair for pair in preference_pairs(20, seed=3, flip_rate=0.3)}
+    flipped = sum(bool(pair.labels["flipped"]) for pair in texts.values())
+    assert f"finding the {flipped} flipped of 20 pairs" in shown
+    for name in ("audit", "length", "random"):
+        assert name in shown
+    for row in rows:
+        pair = texts[row["pair_id"]]
+        assert (row["prompt"], row["chosen"], row["rejected"]) == (
+            str(pair.prompt).strip(),
+            pair.chosen.strip(),
+            str(pair.rejected).strip(),
+        )
+    for kind in ("mislabelled", "outlier"):
+        scores = [row[kind] for row in rows if row["listed_as"] == kind]
+        assert scores == sorted(scores, reverse=True)
+        assert 0 < len(scores) <= 8
+
+    assert "count must be at least 1" in refused(["audit", RUN, "--count", "0"], capfd)
+    assert "out must end in .jsonl or .csv" in refused(["audit", RUN, "--out", "a.txt"], capfd)
+    assert "runs holds no audit/*.parquet" in refused(["audit", "runs"], capfd)
+    (Path(RUN) / "audit" / "half.parquet").write_bytes(b"PAR1")
+    assert f"{RUN}/audit cannot be read" in refused(["audit", RUN], capfd)
+    assert Path("suspects.jsonl").read_text(encoding="utf-8").count("\n") == len(rows)
+
+
+def test_pairs_of_a_file_as_csv(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "work").mkdir()
+    words = ("fox", "owl", "cat", "dog", "cow", "hen", "pig", "bat", "rat", "elk", "bee", "ant")
+    pairs = [{"prompt": f" tell me of the {w}", "chosen": f" the {w}", "rejected": " the tiger"} for w in words]
+    data = tmp_path / "work" / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    train(tmp_path / "work", tiny_llama, monkeypatch, path="pairs.jsonl", batch_size=5)
+    capfd.readouterr()
+    main(["audit", RUN, "--count", "3", "--out", "out/suspects.csv"])
+    assert "finding" not in capfd.readouterr().out  # the truth is not known
+    listed = pd.read_csv("out/suspects.csv")
+    assert listed.prompt.str.startswith("tell me").all()
+    assert set(listed.rejected) == {"the tiger"}
+    assert listed.pair_id.str.startswith("pairs.jsonl:").all()
+    assert len(listed) <= 6
+
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs[:3]))
+    assert "The run's data has no pair pairs.jsonl:" in refused(["audit", RUN], capfd)
+    data.unlink()
+    assert "pairs.jsonl" in refused(["audit", RUN, "--count", "3"], capfd)
+    config = Path(RUN) / "config.yaml"
+    config.write_text("[1, 2]")
+    assert "has no model and data" in refused(["audit", RUN, "--count", "3"], capfd)
+    config.unlink()
+    assert "config.yaml cannot be read: No such file" in refused(["audit", RUN, "--count", "3"], capfd)
+
+
+def test_texts_need_no_tokenizer_of_their_own(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pairs.jsonl").write_text(
+        '{"prompt": " tell me", "chosen": " the fox x", "rejected": " the tiger"}\n'
+    )
+    config = {
+        "seed_everything": 0,
+        "model": {"class_path": "lightning_modules.PreferenceOptimization", "init_args": {"name": tiny_llama}},
+        "data": {
+            "class_path": "datamodules.PreferenceData",
+            "init_args": {"path": str(tmp_path / "pairs.jsonl"), "tokenizer": None},
+        },
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    pairs = PairTexts(tmp_path)
+    (pair_id,) = pairs.rows
+    assert pairs.texts(pair_id) == {"prompt": "tell me", "chosen": "the fox<unk>", "rejected": "the tiger"}
+    assert pairs.extra_tokens_of_rejected([pair_id]) == [-1]

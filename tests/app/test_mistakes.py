@@ -1,0 +1,233 @@
+"""What a user sees after a mistake: one sentence that names it, and status 2; a defect keeps its traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from command_runs import command, write_config
+
+from app.main import go_on, main
+from app.mistakes import plain_sentence
+
+RUN = Path("runs") / "run"
+
+
+@pytest.fixture
+def told(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must be refused; returns its one sentence."""
+
+    def run(*arguments: str) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        shown = capfd.readouterr().err
+        assert stop.value.code == 2, shown
+        assert "Traceback" not in shown
+        sentences = [line for line in shown.splitlines() if line.startswith("beta-dpo: ")]
+        assert len(sentences) == 1
+        assert sentences[0] == shown.splitlines()[-1]
+        return sentences[0].removeprefix("beta-dpo: ")
+
+    return run
+
+
+@pytest.fixture
+def run_config(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`config.yaml` of a short run in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path, tiny_llama)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--trainer.accelerator=gp", "trainer: You selected an invalid accelerator name: `accelerator='gp'`"),
+        ("--trainer.devices=x", "trainer: `devices` selected with `CPUAccelerator` should be an int > 0."),
+        ("--trainer.devices=0", "trainer: `Trainer(devices='0')` value is not a valid input using cpu"),
+        ("--trainer.strategy=foo", "trainer: You selected an invalid strategy name: `strategy='foo'`"),
+        ("--trainer.max_steps=-7", "trainer: `max_steps` must be a non-negative integer or -1"),
+        ("--trainer.max_steps=many", "trainer.max_steps"),
+        ("--trainer.limit_train_batches=1.5", "trainer: You have passed invalid value 1.5 for limit_train_batches"),
+        ("--trainer.precision=8", "trainer.precision"),
+        ("--trainer.callbacks+=callbacks.Nope", "module 'callbacks' has no attribute 'Nope'"),
+        ("--trainer.callbacks+=nowhere.Nope", "No module named 'nowhere'"),
+        ("--model.class_path=lightning_modules.Nope", "has no attribute 'Nope'"),
+        ("--model.beta0=-1", "model.beta0 must be positive, not -1.0"),
+        ("--data.batch_size=0", "data.batch_size must be at least 1, not 0"),
+        ("--config=broken.yaml", "Problems parsing config"),
+        ("--ckpt_path=none.ckpt", "there is no checkpoint none.ckpt"),
+    ],
+)
+def test_wrong_fields_of_a_run(option: str, sentence: str, run_config: Path, told: Callable[..., str]) -> None:
+    (run_config / "broken.yaml").write_text("model: [")
+    assert sentence in told("fit", "--config", "config.yaml", option)
+    assert not (run_config / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(run_config: Path, told: Callable[..., str]) -> None:
+    sentence = told("fit", "--config", "config.yaml", "--trainer.accelerator", "gpu")
+    assert sentence.startswith(f"trainer.accelerator: torch {torch.__version__} finds no GPU on this machine")
+    assert "--trainer.accelerator cpu" in sentence
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+def test_an_extra_that_is_not_installed(run_config: Path, told: Callable[..., str]) -> None:
+    (run_config / "wandb.yaml").write_text(
+        "trainer: {logger: {class_path: lightning.pytorch.loggers.WandbLogger, init_args: {}}}\n"
+    )
+    sentence = told("fit", "--config", "config.yaml", "--config", "wandb.yaml")
+    assert sentence.startswith("A package is missing, install it first: Requirement 'wandb")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["export", "none.ckpt", "out"], "none.ckpt is not a checkpoint file"),
+        (["export", ".", "out"], ". is a folder of shards"),
+        (["export", "none.ckpt"], "the following arguments are required: out"),
+        (["export", "a", "b", "c"], "unrecognized arguments: c"),
+        (["generate", "MODEL", "out.jsonl", "--count", "abc"], 'Parser key "count"'),
+        (["generate", "MODEL", "out.jsonl", "--prompts", "none.jsonl"], "prompts: there is no file 'none.jsonl'"),
+        (["generate", "MODEL", "a file/out.jsonl", "--count", "2"], "a file: File exists; check the paths"),
+        (["judge", "none.jsonl", "none.jsonl"], "none.jsonl cannot be read: No such file"),
+        (["judge", ".", "."], ". cannot be read: Is a directory"),
+        (["judge", "a file", "a file"], "a file:1 is not a sample"),
+        (["report"], "the following arguments are required: runs"),
+        (["report", "none"], "none is not the log folder of a finished run"),
+        (["audit"], "the following arguments are required: run"),
+        (["audit", "none"], "none holds no audit/*.parquet"),
+        (["convert", "none.gguf", "out"], "There is no file none.gguf"),
+        (["convert", "no_such_package", "out"], "no_such_package is neither a .gguf file nor an installed package"),
+        (["frobnicate"], "There is no command 'frobnicate'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_arguments_of_the_small_commands(
+    arguments: list[str],
+    sentence: str,
+    tiny_llama: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    told: Callable[..., str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").write_text("{}\n")
+    assert sentence in told(*[tiny_llama if word == "MODEL" else word for word in arguments])
+    assert [path.name for path in tmp_path.iterdir()] == ["a file"]
+
+
+# --- the disk ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A file system of 400 kB, which a run fills; only root may mount one."""
+    folder = Path(tempfile.mkdtemp(prefix="small-disk-"))
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        folder.rmdir()
+        pytest.skip("no permission to mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+    folder.rmdir()
+
+
+@pytest.mark.slow
+def test_no_space_left(small_disk: Path, run_config: Path) -> None:
+    options = ["--trainer.logger.init_args.save_dir", str(small_disk), "--trainer.max_steps", "12"]
+    stopped = command(run_config, "fit", "--config", "config.yaml", *options)
+    assert stopped.returncode == 2, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    said = stopped.stderr.splitlines()[-1]
+    assert said.startswith("beta-dpo: ")
+    assert "space" in said
+    assert "free some" in said
+    # nothing half-written under a final name
+    for checkpoint in (small_disk / "run" / "checkpoints").glob("step=*.ckpt"):
+        torch.load(checkpoint, weights_only=True)
+
+
+def test_samples_that_do_not_fit_the_disk(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(["generate", tiny_llama, "out.jsonl", "--count", "64"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert stop.value.code == 2
+    assert "there is no space left: free some" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_may_not_be_written(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
+) -> None:
+    if os.geteuid() == 0:
+        mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("root writes everywhere, and no read-only file system can be mounted")
+    else:
+        tmp_path.chmod(0o500)
+    try:
+        sentence = told("generate", tiny_llama, str(tmp_path / "out.jsonl"), "--count", "2")
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", str(tmp_path)], check=True)
+        else:
+            tmp_path.chmod(0o700)
+    assert "may not be read or written here" in sentence
+    assert str(tmp_path) in sentence
+
+
+# --- the translation itself ----------------------------------------------------------------------------------
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    for defect in (RuntimeError("shapes differ"), ValueError("x"), KeyError("y"), OSError("no errno")):
+        assert plain_sentence(defect) is None
+
+
+def test_the_cause_is_found_behind_what_was_raised_from_it() -> None:
+    wrapped = ValueError("a wrapper")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device", "x.bin")
+    assert plain_sentence(wrapped) == (
+        "x.bin could not be written, there is no space left: free some, or write to another disk."
+    )
+
+
+def test_only_fit_has_something_to_go_on_from() -> None:
+    assert "--ckpt_path last" in go_on("fit")
+    assert "--ckpt_path" not in go_on("generate")
+
+
+def test_ctrl_c_in_a_small_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupted(path: str) -> None:
+        raise KeyboardInterrupt
+
+    # by the module's name: the package has a function of the same name
+    monkeypatch.setattr(sys.modules["app.commands.judge"], "read_samples", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["judge", "a.jsonl", "b.jsonl"])
+    assert stop.value.code == 130
+    assert (
+        capsys.readouterr().err
+        == "beta-dpo: stopped by Ctrl-C. Give the same command again; what it says it keeps is not done twice.\n"
+    )

@@ -1,0 +1,167 @@
+"""What counts as ill, when the log says so, and that watching a run does not change it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import beta_dpo, controlled, preference, quiet_trainer, same_bits, weights
+
+from app.errors import StepRefused, UserError
+from app.method.selection import effective_sample_size
+from callbacks import BetaScheduler, HealthMonitor, PairFilter, RewardGapStatistics, RunCheckpoint
+from callbacks.health import (
+    CONDITIONS,
+    accuracy_saturated,
+    beta_at_bounds,
+    chosen_falls_with_rejected,
+    conditions_that_hold,
+    nonfinite_pairs,
+    sample_size_collapsed,
+    throughput_lost,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_beta_at_bounds_in_more_than_a_tenth_of_the_pairs() -> None:
+    assert not beta_at_bounds([0.0] * 9 + [1.0])
+    assert beta_at_bounds([0.0] * 8 + [1.0] * 2)
+
+
+def test_normal_gaps_are_no_collapse_and_one_outlier_is() -> None:
+    gaps = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    normal = effective_sample_size(-(gaps**2) / 2)
+    assert normal / 4000 == pytest.approx(math.sqrt(3) / 2, abs=0.02)  # as the docstring says
+    assert not sample_size_collapsed([normal], [4000.0])
+    one = effective_sample_size(torch.tensor([0.0] + [-30.0] * 63))
+    assert sample_size_collapsed([one], [64.0])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "ill"),
+    [
+        ([-2.0, -2.1, -1.9], [-2.5, -2.5, -2.5], True),  # the margin grew by 0.5, the chosen fell by 2
+        ([-2.0, -2.1, -1.9], [-9.0, -9.0, -9.0], False),  # the margin grew by more than the chosen fell
+        ([2.0, 2.1, 1.9], [1.5, 1.5, 1.5], False),  # both rise
+        ([-0.2, 0.3, -0.2], [-0.1, -0.1, -0.1], False),  # within the noise
+        ([-2.0], [-2.5], False),  # one step has no standard error
+    ],
+)
+def test_chosen_falls_with_rejected(chosen: list[float], rejected: list[float], ill: bool) -> None:
+    assert chosen_falls_with_rejected(chosen, rejected) == ill
+    # β0 cancels
+    assert chosen_falls_with_rejected([c * 0.01 for c in chosen], [r * 0.01 for r in rejected]) == ill
+
+
+def test_the_other_conditions() -> None:
+    assert accuracy_saturated([1.0, 0.97, 1.0])
+    assert not accuracy_saturated([1.0, 0.9, 1.0])
+    assert nonfinite_pairs([3.0, 3.0, 4.0])
+    assert not nonfinite_pairs([3.0, 3.0, 3.0])
+    # a median: one long validation is no loss
+    assert not throughput_lost([100.0, 1.0, 100.0], best=110.0)
+    assert throughput_lost([50.0, 40.0, 100.0], best=110.0)
+
+
+def test_conditions_need_a_whole_window_and_what_they_look_at() -> None:
+    assert conditions_that_hold({"beta/clamped": [1.0] * 4}, length=5) == set()
+    assert conditions_that_hold({"beta/clamped": [1.0] * 5}, length=5) == {"β at its bounds"}
+    of_how_many = {"filter/effective_sample_size": [1.0] * 5}
+    assert conditions_that_hold(of_how_many, length=5) == set()
+    assert conditions_that_hold(of_how_many | {"pairs": [9.0] * 5}, 5) == {"effective sample size collapsed"}
+    assert conditions_that_hold({"train/nonfinite_pairs": [0.0, 1.0]}, 5) == {"pairs without a finite gap"}
+    # without a reference the rewards are no log-ratios
+    rewards = {"train/reward_chosen": [-2.0, -2.1], "train/reward_rejected": [-2.5, -2.5]}
+    assert conditions_that_hold(rewards, 2) == set()
+    rewards["train/reference_accuracy"] = [0.5, 0.5]
+    assert conditions_that_hold(rewards, 2) == {"chosen falls with rejected"}
+
+
+def test_one_line_at_the_start_and_one_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "callbacks")
+    monitor = HealthMonitor(window=3)
+    clamped = [0, 0, 1, 1, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+    for step, value in enumerate(clamped, 1):
+        monitor.observe(step, {"beta/clamped": float(value)})
+        if step == 5:  # a resumed run knows what has started
+            state, monitor = monitor.state_dict(), HealthMonitor(window=3)
+            monitor.load_state_dict(state)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert lines[0].startswith("step 3: β at its bounds: the gaps are wide for this α: lower BetaScheduler.alpha")
+    assert lines[0].endswith("(docs/health.md#β-at-its-bounds)")
+    # the last window that holds a clamped step ends at step 9, and three more are needed
+    assert lines[1] == "step 12: no longer: β at its bounds (since step 3)"
+
+
+def test_lost_throughput_is_measured_on_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("callbacks.health_monitor.time.perf_counter", lambda: now[0])
+    monitor = HealthMonitor(window=2)
+    held = []
+    for step, seconds in enumerate([9, 1, 1, 1, 1, 3, 3, 1, 1, 1], 1):
+        now[0] += seconds
+        monitor.observe(step, monitor.speed(tokens=100))
+        held.append("throughput lost" in conditions_that_hold(monitor._values, 2))
+    # the first step of a process is not measured; a window of two slow ones is below half of the best
+    assert held == [False] * 6 + [True] + [False] * 3
+    assert "tokens_per_second" not in monitor.state_dict()["values"]
+
+
+def test_wrong_settings_are_refused() -> None:
+    with pytest.raises(UserError, match="window must be at least 2"):
+        HealthMonitor(window=1)
+    with pytest.raises(UserError, match="stop_on 'beta' is none of 'β at its bounds', "):
+        HealthMonitor(stop_on=["beta"])
+
+
+def test_every_condition_has_its_section_in_the_docs() -> None:
+    headings = re.findall(r"^#+ (.*)$", (ROOT / "docs" / "health.md").read_text(encoding="utf-8"), re.MULTILINE)
+    for condition in CONDITIONS:
+        assert condition.name in headings
+        assert condition.link == f"docs/health.md#{condition.name.replace(' ', '-')}"
+
+
+def strong_beta() -> list:
+    """A β that meets its floor at once: α so large that any fall of the gap is too much."""
+    return [RewardGapStatistics(), PairFilter(0.6, seed=11), BetaScheduler(alpha=1e4, minimum=0.05, maximum=0.15)]
+
+
+def test_a_run_is_watched_stopped_and_goes_on_unchanged(
+    tiny_llama: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "callbacks")
+    settings = {"max_steps": 6, "max_epochs": 9, "enable_checkpointing": True}
+
+    def fit(folder: str, *monitors: HealthMonitor, **resume: str) -> dict:
+        module = preference(tiny_llama)
+        checkpoints = RunCheckpoint(dirpath=str(tmp_path / folder))
+        trainer = quiet_trainer(tmp_path, [*monitors, *strong_beta(), checkpoints], **settings)
+        trainer.fit(module, controlled(43), **resume)
+        return weights(module)
+
+    unwatched = fit("unwatched")
+    assert same_bits(fit("watched", HealthMonitor(window=3)), unwatched)
+    assert any("β at its bounds" in line for line in caplog.messages)
+
+    with pytest.raises(StepRefused, match=r"after step [3-5]: β at its bounds .* go on with --ckpt_path last"):
+        fit("stopped", HealthMonitor(window=3, stop_on=["β at its bounds"]))
+    last = tmp_path / "stopped" / "last.ckpt"
+    assert 3 <= torch.load(last, weights_only=True)["global_step"] <= 5
+    resumed = fit("stopped", HealthMonitor(window=3), ckpt_path=str(last))
+    assert same_bits(resumed, unwatched)
+
+
+def test_nothing_is_said_of_a_healthy_run(
+    tiny_llama: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "callbacks")
+    trainer = quiet_trainer(tmp_path, [HealthMonitor(window=2), *beta_dpo()], max_steps=4)
+    trainer.fit(preference(tiny_llama, lr=1e-4), controlled(43))
+    assert trainer.callback_metrics["train/loss"] > 0
+    assert not [line for line in caplog.messages if "throughput" not in line and "docs/health.md" in line]

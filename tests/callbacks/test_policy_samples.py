@@ -1,0 +1,48 @@
+"""Samples during training change nothing of it and follow the policy; without a whole policy they are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.strategies import ModelParallelStrategy
+from tiny_runs import beta_dpo, controlled, preference, quiet_trainer, same_bits, weights
+
+from app.errors import UserError
+from callbacks import PolicySamples
+
+
+def fit(folder: Path, model: str, *callbacks: PolicySamples) -> dict:
+    settings = {"max_steps": 4, "val_check_interval": 2, "limit_val_batches": 1, "num_sanity_val_steps": 1}
+    module = preference(model)
+    quiet_trainer(folder, [*beta_dpo(), *callbacks], **settings).fit(module, controlled(43))
+    assert module.policy.training
+    return weights(module)
+
+
+def test_samples_follow_the_policy_and_change_nothing(tiny_llama: str, tmp_path: Path) -> None:
+    watched = fit(tmp_path, tiny_llama, PolicySamples(prompts=3, max_new_tokens=12))
+    assert same_bits(fit(tmp_path / "unwatched", tiny_llama), watched)
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [file.name for file in files] == ["step-00000002.jsonl", "step-00000004.jsonl"]  # not the sanity check
+    first, second = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    assert [row["prompt"] for row in first] == [row["prompt"] for row in second]
+    assert len(first) == 3
+    assert all(row["prompt"].endswith("Assistant:") for row in first)
+    assert [row["response"] for row in first] != [row["response"] for row in second]
+    again = fit(tmp_path / "again", tiny_llama, PolicySamples(prompts=3, max_new_tokens=12))
+    assert same_bits(again, watched)
+    assert (tmp_path / "again" / "samples" / "step-00000004.jsonl").read_text() == files[1].read_text()
+
+
+def test_a_sharded_policy_is_refused(tiny_llama: str, tmp_path: Path) -> None:
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1, process_group_backend="gloo")
+    trainer = quiet_trainer(tmp_path, [PolicySamples()], strategy=strategy)
+    with pytest.raises(UserError, match="cannot sample from a sharded policy"):
+        PolicySamples().setup(trainer, preference(tiny_llama), "fit")
+
+
+def test_wrong_settings_are_refused() -> None:
+    with pytest.raises(UserError, match="at least 1"):
+        PolicySamples(prompts=0)
