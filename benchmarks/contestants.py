@@ -191,7 +191,9 @@ def train_trl(setting: Setting) -> dict[str, float]:
             model=AutoModelForCausalLM.from_pretrained(setting.model),
             args=DPOConfig(
                 output_dir=folder,
-                per_device_train_batch_size=setting.batch_size,
+                # padded rows of a large batch do not fit a GPU at once
+                per_device_train_batch_size=min(setting.batch_size, 8),
+                gradient_accumulation_steps=max(setting.batch_size // 8, 1),
                 max_steps=setting.steps + 1,
                 max_length=MAX_LENGTH,
                 learning_rate=LEARNING_RATE,

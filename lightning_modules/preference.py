@@ -23,6 +23,7 @@ from lightning_modules.base import Attention
 from lightning_modules.lora import Lora
 from lightning_modules.preference_scoring import PreferenceScoring, Reference
 from lightning_modules.side_by_side import perturbed_gaps, reference_kl
+from lightning_modules.utilisation import peak_operations, step_operations
 
 log = logging.getLogger(__name__)
 
@@ -195,6 +196,11 @@ class PreferenceOptimization(PreferenceScoring):
         at_used = pair_metrics(seen, self.loss, decision.beta[pairs])
         kept = torch.nonzero(decision.kept).flatten()
         loss = decision.losses(batch_loss, everyone.select(kept), kept).mean()
+        responses = int(everyone.chosen_tokens.sum() + everyone.rejected_tokens.sum())
+        operations = step_operations(
+            self.policy.model, batch.tokens, responses, decision.kept_fraction, bool(self._reference)
+        )
+        rate = operations / seconds / self.trainer.world_size
         shown: dict[str, Tensor | float] = {
             "train/loss": loss,
             "beta/used": decision.beta_used,
@@ -213,5 +219,9 @@ class PreferenceOptimization(PreferenceScoring):
                 "train/grad_norm": grad_norm,
                 "train/tokens_per_second": batch.tokens / seconds,
                 "train/nonfinite_pairs": float(self.nonfinite_pairs),
+                "train/tera_operations_per_second": rate / 1e12,  # of each device
             }
         )
+        peak = peak_operations(self.device, self.compute_dtype)
+        if peak is not None:
+            self.log("train/mfu", rate / peak)

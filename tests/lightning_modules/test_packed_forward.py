@@ -121,6 +121,59 @@ def test_gradients_equal_those_of_plain_rows(family: str, slice_logits: int | No
         torch.testing.assert_close(seen.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's kernels need CUDA")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral_window"])
+def test_flex_attention_on_cuda_equals_plain_rows(family: str) -> None:
+    pairs = [pair for seed in range(8) for pair in random_pairs(seed)]
+    weight = torch.linspace(-1, 1, 2 * len(pairs), dtype=torch.float64).view(-1, 2).cuda()
+    sizes = {"hidden_size": 128, "head_dim": 32, "num_key_value_heads": 4}  # kernels want heads of 16 and more
+    plain, packed = (tiny_model(family, **sizes).cuda() for _ in range(2))
+    expected = torch.stack(
+        [
+            torch.stack([plain_logps_on(plain, p.prompt, side) for side in (p.chosen, p.rejected)])
+            for p in pairs
+            if p.rejected is not None
+        ]
+    )
+    scorer = ResponseScorer(packed)
+    scorer.use_attention("flex_attention")
+    seen = torch.zeros_like(expected)
+    for rows in pack(pairs, range(len(pairs)), SIDES, "packed", 4096, math.inf):
+        rows = rows.to("cuda")
+        seen = seen.index_copy(0, rows.pairs, scorer(rows).view(-1, 2))
+    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-3)
+    (expected * weight).sum().backward()
+    (seen * weight).sum().backward()
+    for (name, one), other in zip(plain.named_parameters(), packed.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def plain_logps_on(model: Any, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
+    """Summed log-probability of a response by one plain row, where the model is."""
+    ids = torch.from_numpy(np.concatenate([prompt, response])).to(model.device)
+    logps = torch.log_softmax(model(input_ids=ids[None]).logits.float(), dim=-1)[0, len(prompt) - 1 : -1]
+    return logps.gather(-1, ids[len(prompt) :, None]).double().sum()
+
+
+@pytest.mark.parametrize("attention", ["own", "pairwise"])
+def test_bf16_autocast_stays_within_a_hundredth(attention: str) -> None:
+    model, pairs = tiny_model("llama"), random_pairs()
+    weight = torch.linspace(-1, 1, 2 * len(pairs), dtype=torch.float64).view(-1, 2)
+    scorer = scorer_of(model, attention)
+    gradients = []
+    for bf16 in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            sums = score(scorer, pairs, "packed", 1000)
+        (sums * weight).sum().backward()
+        flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+        gradients.append((sums.detach(), flat))
+    (exact, exact_gradient), (rounded, rounded_gradient) = gradients
+    assert float((rounded - exact).norm() / exact.norm()) < 1e-2
+    # the gradient of a random two-layer model is a sum that mostly cancels
+    assert float((rounded_gradient - exact_gradient).norm() / exact_gradient.norm()) < 5e-2
+
+
 def test_padding_that_equals_eos_is_no_matter() -> None:
     # plain rows padded with the EOS id, in one batch: the project's mask and not the id tells padding
     model, pairs = tiny_model("llama"), random_pairs()

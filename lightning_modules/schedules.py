@@ -1,0 +1,32 @@
+"""Learning-rate schedules that torch has no class for: a configuration names classes, by `class_path`."""
+
+from __future__ import annotations
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from app.errors import UserError
+
+
+class WarmupCosine(LambdaLR):
+    """Linearly up to the optimizer's lr over `warmup_steps`, then down to 0 along half a cosine at `total_steps`.
+
+    The schedule of SimPO's authors (`lr_scheduler_type: cosine` of transformers). Raises UserError unless
+    0 ≤ `warmup_steps` < `total_steps`.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int):
+        if not 0 <= warmup_steps < total_steps:
+            raise UserError(
+                f"WarmupCosine: warmup_steps {warmup_steps} must lie in [0, total_steps {total_steps})."
+            )
+
+        def factor(step: int) -> float:
+            if step < warmup_steps:
+                return step / warmup_steps
+            done = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
+            return 0.5 * (1 + math.cos(math.pi * done))
+
+        super().__init__(optimizer, factor)

@@ -1,0 +1,33 @@
+"""The learning rate by step, beside transformers' own schedule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup
+
+from app.errors import UserError
+from lightning_modules.schedules import WarmupCosine
+
+
+def rates(make: object) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    schedule = make(optimizer)  # type: ignore[operator]
+    found = []
+    for _ in range(11):
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_equals_the_schedule_of_transformers(warmup: int) -> None:
+    expected = rates(lambda optimizer: get_cosine_schedule_with_warmup(optimizer, warmup, 10))
+    assert rates(lambda optimizer: WarmupCosine(optimizer, warmup, 10)) == pytest.approx(expected)
+    assert expected[warmup] == pytest.approx(0.3)
+
+
+def test_a_warm_up_without_an_end_is_refused() -> None:
+    with pytest.raises(UserError, match=r"WarmupCosine: warmup_steps 10 must lie in"):
+        rates(lambda optimizer: WarmupCosine(optimizer, 10, 10))

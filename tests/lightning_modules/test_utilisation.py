@@ -1,0 +1,40 @@
+"""Operations are counted as torch counts them, matrix product by matrix product."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_packed_forward import SIDES, random_pairs
+from tiny_runs import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from datamodules.packing import pack
+from lightning_modules.scorer import ResponseScorer
+from lightning_modules.utilisation import forward_operations, peak_operations, step_operations
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_forward_pass_is_counted_but_for_its_attention(tied: bool) -> None:
+    model, pairs = tiny_model("llama", tie_word_embeddings=tied), random_pairs()
+    scorer = ResponseScorer(model)
+    (rows,) = pack(pairs, range(len(pairs)), SIDES, "packed", 1000, math.inf)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        scorer(rows)
+    counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+    products = sum(count for name, count in counts.items() if "mm" in name)
+    # the rotary angles are a product too, of one frequency per half head and token
+    angles = products - forward_operations(model, rows.input_ids.numel(), len(rows.target_ids))
+    assert 0 <= angles < 0.01 * products
+
+
+def test_a_step_counts_what_it_cannot_avoid() -> None:
+    model = tiny_model("llama")
+    once = forward_operations(model, 100, 30)
+    assert step_operations(model, 100, 30, 1.0, online_reference=True) == 4 * once
+    assert step_operations(model, 100, 30, 0.5, online_reference=False) == 2 * once
+
+
+def test_the_peak_of_a_cpu_is_not_known() -> None:
+    assert peak_operations(torch.device("cpu"), torch.float32) is None
