@@ -92,6 +92,16 @@ parity: install
 	$(BIN)/python -m benchmarks.parity
 
 # figures and docs/api.md, from the code
+# this project beside a plain transformers step and TRL, on idle cores; DATA is a path or Hub id of pairs (then `make
+# smollm2` first, for the tokenizer), and README and docs/benchmarks.md get the tables
+DATA := synthetic
+bench: install
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trl]'
+	$(BIN)/python -m benchmarks.throughput --data $(DATA) --name small --out docs/benchmarks.json
+	$(BIN)/python -m benchmarks.throughput --data $(DATA) --name deep --hidden 512 --layers 12 --steps 4 \
+		--contestants ours plain gemm --out docs/benchmarks.json
+	$(BIN)/python -m benchmarks.tables
+
 docs: install
 	$(BIN)/python docs/build.py
 

@@ -38,7 +38,7 @@ def test_a_recipe_parses(
     name, source = re.split(" on |, ", recipe.what)[:2]
     if recipe.what.endswith("SFT"):
         assert config["model"]["class_path"] == "lightning_modules.SupervisedFineTuning"
-        assert callbacks_of(config) == ["RunCheckpoint"]
+        assert callbacks_of(config) == ["HealthMonitor", "RunCheckpoint"]
     else:
         assert config["model"]["class_path"] == "lightning_modules.PreferenceOptimization"
         assert callbacks_of(config) == METHOD["beta_dpo"] + RECORDS
