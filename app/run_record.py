@@ -23,9 +23,14 @@ class RunRecord(SaveConfigCallback):
         super().__init__(*settings, **more)
         self.command = command
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # on every rank: Lightning asks the others for the folder, and `save_config` is called on the first alone
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir)
+        super().setup(trainer, pl_module, stage)
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called by Lightning on the first rank, once config.yaml is written."""
-        with open(Path(trainer.log_dir or trainer.default_root_dir) / COMMANDS_FILE, "a", encoding="utf-8") as file:
+        with open(self.folder / COMMANDS_FILE, "a", encoding="utf-8") as file:
             file.write(shlex.join(["beta-dpo", *self.command]) + "\n")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

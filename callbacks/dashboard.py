@@ -95,11 +95,12 @@ class BetaDashboard(Callback):
             self._list_extreme_pairs(trainer, writer, decision.step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(trainer.log_dir or "")  # every rank must ask, because Lightning broadcasts it
         writer = tensorboard_writer(trainer)
         if writer is None:
             return
         self._list_extreme_pairs(trainer, writer, trainer.global_step)
-        config = Path(trainer.log_dir or "") / "config.yaml"
+        config = folder / "config.yaml"
         if config.is_file():
             for summary in summaries(settings_of(yaml.safe_load(config.read_text(encoding="utf-8")))):
                 writer._get_file_writer().add_summary(summary)  # as torch writes hparams itself

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from command_runs import ROOT, audit_of, fit, write_config
+from command_runs import ROOT, audit_of, command, fit, write_config
 from test_interruptions import sharded_weights
 from tiny_runs import relative_difference
 
@@ -72,3 +72,19 @@ def test_a_run_goes_on_with_another_number_of_ranks(
         np.testing.assert_allclose(seen[column], expected[column], rtol=1e-5, atol=1e-5, err_msg=column)
     assert len(set(expected["beta"].to_pylist())) == 10
     assert relative_difference(whole[1], weights_of(tmp_path)) < 1e-5
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_shipped_configuration_runs_on_two_ranks(strategy: str, tiny_llama: str, tmp_path: Path) -> None:
+    # with every callback that it names: one that asks for a collective on one rank alone would wait for ever
+    configs = ("configs/quickstart.yaml", f"configs/strategy/{strategy}.yaml")
+    options = [word for path in configs for word in ("--config", str(ROOT / path))]
+    sizes = {"pairs": 40, "validation_pairs": 8, "batch_size": 10}
+    options += [word for name, size in sizes.items() for word in (f"--data.{name}", str(size))]
+    place = ("--trainer.devices", "2", "--trainer.logger.save_dir", "runs", "--model.name", tiny_llama)
+    done = command(tmp_path, "fit", *options, *place)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "beta_dpo"
+    assert audit_of(run)["step"].to_pylist()[-1] == 3
+    assert (run / "commands.txt").read_text(encoding="utf-8").count("beta-dpo fit") == 1
+    assert (run / "checkpoints" / "last.ckpt").exists()
