@@ -27,7 +27,7 @@ class LocalFile:
         self.path = path
         self.name = path.name
         if not path.is_file():
-            raise UserError(f"There is no file {path}: check data.path.")
+            raise UserError(f"There is no file {path}: check the path that you gave.")
 
     def fingerprint(self) -> str:
         """A hash of the file's bytes."""
@@ -82,7 +82,9 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, object]]:
         # no choice to skip: a failed checksum says that earlier rows may be wrong too, not which
         raise UserError(f"{path} is damaged gzip ({error}): its rows cannot be trusted; fetch it again.") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): check data.path.") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}): check the path that you gave."
+        ) from error
 
 
 def _open_bytes(path: Path) -> IO[bytes]:

@@ -66,7 +66,7 @@ def open_source(address: SourceAddress) -> Source:
     if local.is_dir():
         return HubDataset(str(local), address.split, address.subset)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
-        raise UserError(f"There is no file or folder {path!r}: check data.path.")
+        raise UserError(f"There is no file or folder {path!r}: check the path that you gave.")
     return HubDataset(path, address.split, address.subset, address.revision)
 
 

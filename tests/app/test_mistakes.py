@@ -95,17 +95,23 @@ def test_an_extra_that_is_not_installed(run_config: Path, told: Callable[..., st
     ("arguments", "sentence"),
     [
         (["export", "none.ckpt", "out"], "none.ckpt is not a checkpoint file"),
-        (["export", ".", "out"], ". is a folder of shards"),
+        (["export", ".", "out"], ". is damaged or not a checkpoint of beta-dpo: its index is missing"),
         (["export", "none.ckpt"], "the following arguments are required: out"),
         (["export", "a", "b", "c"], "unrecognized arguments: c"),
         (["generate", "MODEL", "out.jsonl", "--count", "abc"], 'Parser key "count"'),
-        (["generate", "MODEL", "out.jsonl", "--prompts", "none.jsonl"], "prompts: there is no file 'none.jsonl'"),
-        (["generate", "MODEL", "a file/out.jsonl", "--count", "2"], "a file: File exists; check the paths"),
+        (
+            ["generate", "MODEL", "out.jsonl", "--prompts", "none.jsonl"],
+            "There is no file none.jsonl: check the path",
+        ),
+        (
+            ["generate", "MODEL", "a file/out.jsonl", "--count", "2"],
+            "a file/out.jsonl.parts: Not a directory; check the paths",
+        ),
         (["judge", "none.jsonl", "none.jsonl"], "none.jsonl cannot be read: No such file"),
         (["judge", ".", "."], ". cannot be read: Is a directory"),
         (["judge", "a file", "a file"], "a file:1 is not a sample"),
         (["report"], "the following arguments are required: runs"),
-        (["report", "none"], "none is not the log folder of a finished run"),
+        (["report", "none"], "none is not the log folder of a run"),
         (["audit"], "the following arguments are required: run"),
         (["audit", "none"], "none holds no audit/*.parquet"),
         (["convert", "none.gguf", "out"], "There is no file none.gguf"),
@@ -172,7 +178,9 @@ def test_samples_that_do_not_fit_the_disk(
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert stop.value.code == 2
     assert "there is no space left: free some" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    # the batches that did fit, for the next try; no half of a file
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl.parts"]
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_a_place_that_may_not_be_written(
@@ -219,11 +227,11 @@ def test_only_fit_has_something_to_go_on_from() -> None:
 def test_ctrl_c_in_a_small_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def interrupted(path: str) -> None:
+    def interrupted(*paths: str) -> None:
         raise KeyboardInterrupt
 
     # by the module's name: the package has a function of the same name
-    monkeypatch.setattr(sys.modules["app.commands.judge"], "read_samples", interrupted)
+    monkeypatch.setattr(sys.modules["app.commands.judge"], "aligned", interrupted)
     with pytest.raises(SystemExit) as stop:
         main(["judge", "a.jsonl", "b.jsonl"])
     assert stop.value.code == 130
