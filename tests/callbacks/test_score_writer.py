@@ -38,6 +38,7 @@ def test_scores_equal_a_direct_computation(tiny_llama: str, tmp_path: Path) -> N
 
     table, rows = data.open_table("predict")
     assert scores["pair_id"].to_pylist() == table.pair_ids(rows)
+    module.policy.use_attention(module.policy.own_attention)  # plain rows, not the packed ones of training
     policy, reference = module.policy.model.eval(), AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     for row, score in zip(rows, scores.to_pylist(), strict=True):
         pair = table[int(row)]

@@ -55,6 +55,7 @@ def test_runs_share_it_whatever_their_settings(
 ) -> None:
     run(tmp_path, tiny_llama, "cached")
     before = parts()
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="lightning_modules"):
         module = preference(tiny_llama, reference="cached", beta0=0.3)
         quiet_trainer(tmp_path, max_steps=1).fit(module, controlled(40, batch_size=8, micro_batch_tokens=115))
