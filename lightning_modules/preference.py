@@ -58,7 +58,7 @@ class PreferenceOptimization(PreferenceScoring):
         loss: PairLoss | None = None,
         reference: Reference = "frozen",
         sft_weight: float = 0.0,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-7, weight_decay=0.0, fused=True),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-7, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 10.0,
         max_nonfinite_share: float = 0.1,

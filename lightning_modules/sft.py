@@ -26,7 +26,7 @@ class SupervisedFineTuning(LanguageModelTraining):
         self,
         name: str | None = None,
         architecture: dict[str, Any] | None = None,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0, fused=True),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
         layout: Literal["auto", "packed", "separate"] = "auto",
