@@ -252,5 +252,17 @@ CONTESTANTS: dict[str, Callable[[Setting], dict[str, float]]] = {
     "gemm": matrix_products,
 }
 
+
+def profile(name: str, setting: Setting) -> None:
+    """Print where the time of all steps goes, by torch operation."""
+    with torch.profiler.profile() as recorded:
+        CONTESTANTS[name](setting)
+    print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60))
+
+
 if __name__ == "__main__":
-    print(json.dumps(CONTESTANTS[sys.argv[1]](Setting.read(sys.argv[2]))))
+    name, setting = sys.argv[1], Setting.read(sys.argv[2])
+    if sys.argv[3:] == ["--profile"]:
+        profile(name, setting)
+    else:
+        print(json.dumps(CONTESTANTS[name](setting)))

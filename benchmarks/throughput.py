@@ -41,10 +41,17 @@ def main() -> None:
             parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
+    parser.add_argument(
+        "--profile", choices=list(CONTESTANTS), help="one contestant by torch operation, and no turns"
+    )
     parser.add_argument("--name", default="benchmark", help="of this entry in --out")
     parser.add_argument("--out", help="JSON file that the entry is added to")
     options = vars(parser.parse_args())
     repeats, contestants, name, out = (options.pop(key) for key in ("repeats", "contestants", "name", "out"))
+    if profiled := options.pop("profile"):
+        with tempfile.TemporaryDirectory() as folder:
+            print(output_of(profiled, prepare(Setting(**options), folder), folder, "--profile"))
+        return
     entry = measure(Setting(**options), contestants, repeats)
     print(comparison(entry))
     if out:
@@ -77,13 +84,18 @@ def measure(setting: Setting, contestants: list[str], repeats: int) -> dict[str,
 
 
 def run(name: str, setting: Setting, folder: str) -> dict[str, float]:
-    """One turn, in a process of its own with a cache of its own."""
-    command = [sys.executable, "-m", "benchmarks.contestants", name, setting.write()]
+    """One turn."""
+    return dict(json.loads(output_of(name, setting, folder).splitlines()[-1]))
+
+
+def output_of(name: str, setting: Setting, folder: str, *options: str) -> str:
+    """What a contestant prints, in a process of its own with a cache of its own."""
+    command = [sys.executable, "-m", "benchmarks.contestants", name, setting.write(), *options]
     environment = {**os.environ, "BETA_DPO_CACHE": f"{folder}/cache"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    return done.stdout.strip()
 
 
 def machine(device: str) -> str:
