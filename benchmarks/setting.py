@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from datamodules.records import TokenisedPair
 from datamodules.table import load_table
 from datamodules.tokenisation import Tokenisation
+from lightning_modules.utilisation import step_operations
 
 BETA = 0.1
 LEARNING_RATE = 1e-6
@@ -136,9 +137,7 @@ def unavoidable_operations(setting: Setting) -> float:
     times (forward, and backward twice) for the policy. Attention and everything element by element come on top.
     """
     pairs = pairs_of(setting)[setting.batch_size :]
-    model = AutoModelForCausalLM.from_pretrained(setting.model)
-    head = model.get_output_embeddings().weight.numel()
-    trunk = sum(p.numel() for p in model.base_model.layers.parameters() if p.ndim > 1)
     tokens = sum(len(part) for pair in pairs for part in pair if part is not None)
     responses = tokens - sum(len(pair.prompt) for pair in pairs)
-    return 4 * 2.0 * (trunk * tokens + head * responses)
+    model = AutoModelForCausalLM.from_pretrained(setting.model)
+    return step_operations(model, tokens, responses, kept_fraction=1.0, online_reference=True)

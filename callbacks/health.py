@@ -8,15 +8,20 @@ from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Any
 
+# what is too much or too little, by rule of thumb; `beta-dpo report` judges by the same
+BOUND_SHARE = 0.1  # of the kept pairs whose β met a bound
+SMALL_SAMPLE = 0.3  # effective share of the batch under the filter's weights; 0.87 for normal gaps
+SATURATED = 0.98  # accuracy of pairs not yet trained on
+
 Window = Mapping[str, Sequence[float]]  # a measurement's values at the last steps, oldest first
 
 
-def beta_at_bounds(clamped: Sequence[float], most: float = 0.1) -> bool:
+def beta_at_bounds(clamped: Sequence[float], most: float = BOUND_SHARE) -> bool:
     """Whether β met a bound for more than the share `most` of the kept pairs."""
     return fmean(clamped) > most
 
 
-def sample_size_collapsed(effective: Sequence[float], pairs: Sequence[float], least: float = 0.3) -> bool:
+def sample_size_collapsed(effective: Sequence[float], pairs: Sequence[float], least: float = SMALL_SAMPLE) -> bool:
     """Whether the filter's weights are worth less than the share `least` of the pairs.
 
     Normal gaps give √3/2 = 0.87 of them: E[w]²/E[w²] for w = exp(−z²/2).
@@ -35,7 +40,7 @@ def chosen_falls_with_rejected(chosen: Sequence[float], rejected: Sequence[float
     return c < -2 * error and r < 0 and -c > c - r
 
 
-def accuracy_saturated(accuracy: Sequence[float], most: float = 0.98) -> bool:
+def accuracy_saturated(accuracy: Sequence[float], most: float = SATURATED) -> bool:
     """Whether nearly every training pair is ranked right before the policy has been trained on it."""
     return fmean(accuracy) > most
 

@@ -51,10 +51,14 @@ class PreferenceBatch:
         self.share = share
         self.positions = torch.tensor(positions, dtype=torch.int64)
         self.pair_ids = pair_ids
-        self.pair_keys = torch.tensor([pair.key for pair in share], dtype=torch.int64)
         self.labels = labels
         self.tokens = tokens
         self.micro_batch_tokens = micro_batch_tokens
+
+    @property
+    def pair_keys(self) -> torch.Tensor:
+        """Keys [B] int64 of this rank's pairs."""
+        return torch.tensor([pair.key for pair in self.share], dtype=torch.int64)
 
     def micro_batches(
         self,

@@ -177,11 +177,14 @@ class LanguageModelTraining(LightningModule):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of the forward pass."""
+        """Of the forward pass: what rounding it has."""
         strategy = self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):
             return strategy.compute_dtype
-        return torch.bfloat16 if "bf16" in str(self.trainer.precision) else torch.float32
+        precision = str(self.trainer.precision)
+        if precision.startswith("64"):
+            return torch.float64
+        return torch.bfloat16 if "bf16" in precision else torch.float32
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
@@ -224,7 +227,7 @@ class LanguageModelTraining(LightningModule):
         return logps
 
     def backward_micro_batch(self, loss: Tensor, last: bool) -> None:
-        """Accumulate gradients; ranks exchange them on the `last` micro-batch of the step only."""
+        """Accumulate gradients; `gradient_sync` says what ranks exchange before the `last` micro-batch of a step."""
         with gradient_sync(self.trainer.strategy, self.policy, last):
             self.manual_backward(loss)
 

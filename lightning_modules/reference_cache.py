@@ -15,7 +15,6 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig
 
 from app.cache import cache_root, fingerprint
 from app.errors import UserError
@@ -93,13 +92,12 @@ def _read_part(path: Path) -> np.ndarray | None:
     return None
 
 
-def reference_fingerprint(name: str, dtype: torch.dtype) -> str:
+def reference_fingerprint(module: PreferenceScoring) -> str:
     """What decides a reference's log-probabilities beside the pair: weights by content, type computed in."""
-    if Path(name).is_dir():
-        model: object = folder_hash(name)
-    else:
-        model = [name, getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)]
-    return fingerprint({"version": VERSION, "model": model, "dtype": str(dtype)})
+    name = str(module.name)
+    commit = getattr(module.policy.model.config, "_commit_hash", None)
+    model = folder_hash(name) if Path(name).is_dir() else [name, commit]
+    return fingerprint({"version": VERSION, "model": model, "dtype": str(module.compute_dtype)})
 
 
 def filled_reference_cache(module: PreferenceScoring) -> ReferenceCache:
@@ -110,7 +108,7 @@ def filled_reference_cache(module: PreferenceScoring) -> ReferenceCache:
     be written or is not the same for all ranks.
     """
     trainer = module.trainer
-    own = reference_fingerprint(str(module.name), module.compute_dtype) if trainer.is_global_zero else ""
+    own = reference_fingerprint(module) if trainer.is_global_zero else ""
     folder = cache_root("references") / trainer.strategy.broadcast(own)
     with torch.no_grad(), trainer.precision_plugin.forward_context(), _lock(module, folder):
         cache = ReferenceCache(folder)

@@ -23,7 +23,8 @@ def step_operations(
     model: Any, tokens: int, response_tokens: int, kept_fraction: float, online_reference: bool
 ) -> float:
     """Those of one step of preference optimisation: a forward pass of the policy on all pairs, and of an online
-    reference; a backward pass, which takes two, on the kept ones.
+    reference; a backward pass, which takes two, on the kept ones (with adapters less: weights that stay have no
+    gradient).
     """
     return forward_operations(model, tokens, response_tokens) * (1 + online_reference + 2 * kept_fraction)
 

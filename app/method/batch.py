@@ -65,9 +65,13 @@ class OptimizerBatch(Protocol):
 
     pair_ids: Sequence[str]  # [G], the global batch in its canonical order, equal on every rank
     positions: Tensor  # [B] int64, where this rank's pairs stand in the global batch
-    pair_keys: Tensor  # [B] int64, names this rank's pairs by their tokens: equal for equal pairs
     labels: Mapping[str, Sequence[object]]  # each [G], label columns that the data carries (`flipped`, …)
     tokens: int  # of the whole global batch, every prompt counted once
+
+    @property
+    def pair_keys(self) -> Tensor:
+        """Names [B] int64 of this rank's pairs by their tokens: equal for equal pairs."""
+        ...
 
     def micro_batches(
         self,

@@ -7,9 +7,9 @@ import numpy as np
 from app.intervals import wilson
 from app.report.finding import Finding
 from app.report.run import Run
+from callbacks.health import BOUND_SHARE, SMALL_SAMPLE
 
-SOME_STEPS, MANY_STEPS = 0.01, 0.1  # shares of steps with β at a bound that are worth a word, or a change
-SMALL_SAMPLE = 0.3  # effective share of the batch under the filter's weights; 0.87 for normal gaps
+SOME_STEPS = 0.01  # share of steps with β at a bound that is worth a word
 WIDE_SWING = 0.5  # mean change of β from step to step, as a share of β0
 
 
@@ -23,7 +23,7 @@ def beta_at_its_floor(run: Run) -> Finding | None:
         return None
     return Finding(
         run.name,
-        "act" if share >= MANY_STEPS else "watch",
+        "act" if share >= BOUND_SHARE else "watch",
         f"β sat at its floor of {floor:g} in {share:.0%} of steps.",
         f"{round(share * len(beta.values))} of {len(beta.values)} steps",
         "The gaps are wide for this α: lower BetaScheduler.alpha, or set z_normalised: true, which measures them "
@@ -42,7 +42,7 @@ def beta_at_its_ceiling(run: Run) -> Finding | None:
         return None
     return Finding(
         run.name,
-        "act" if share >= MANY_STEPS else "watch",
+        "act" if share >= BOUND_SHARE else "watch",
         f"β sat at its ceiling of {ceiling:g} in {share:.0%} of steps.",
         f"{round(share * len(beta.values))} of {len(beta.values)} steps",
         "Raise BetaScheduler.maximum if β may go there, or lower BetaScheduler.alpha.",

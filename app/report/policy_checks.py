@@ -7,8 +7,8 @@ import numpy as np
 from app.intervals import bootstrap_mean
 from app.report.finding import Finding, Level
 from app.report.run import Run
+from callbacks.health import SATURATED
 
-SATURATED = 0.98  # accuracy of pairs not yet trained on
 OVERFITTED = 0.1  # accuracy of training pairs above that of held-out pairs
 SLOWER = 0.75  # throughput at the end, as a share of that at the start
 

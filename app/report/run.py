@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from app import run_folder
 from app.errors import UserError
 from app.intervals import Estimate
 from app.run_record import COMMANDS_FILE
@@ -119,12 +119,8 @@ def read_csv(file: Path) -> dict[str, Curve]:
 
 
 def read_audit(folder: Path) -> pd.DataFrame | None:
-    """All rows of the audit. Raises UserError when a file of it is damaged."""
-    files = sorted((folder / "audit").glob("*.parquet"))
-    try:
-        return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True) if files else None
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{folder}/audit cannot be read: {str(error).splitlines()[0]}") from error
+    """All rows of the audit, if there is one. Raises UserError when a file of it is damaged."""
+    return run_folder.read_audit(folder) if any((folder / "audit").glob("*.parquet")) else None
 
 
 def curves_of_audit(audit: pd.DataFrame) -> dict[str, Curve]:

@@ -74,6 +74,13 @@ def test_runs_share_it_whatever_their_settings(
     assert len({path.parent for path in parts()}) == 2
 
 
+def test_another_type_is_another_reference(tiny_llama: str, tmp_path: Path) -> None:
+    for precision in ("32-true", "64-true"):
+        module = preference(tiny_llama, reference="cached")
+        quiet_trainer(tmp_path, max_steps=1, precision=precision).fit(module, controlled(10))
+    assert len({path.parent for path in parts()}) == 2
+
+
 def test_what_was_scored_before_an_interruption_stays(
     tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
