@@ -227,7 +227,7 @@ class LanguageModelTraining(LightningModule):
         return logps
 
     def backward_micro_batch(self, loss: Tensor, last: bool) -> None:
-        """Accumulate gradients; `gradient_sync` says what ranks exchange before the `last` micro-batch of a step."""
+        """Accumulate gradients; `gradient_sync` says what ranks exchange before the `last` one of a step."""
         with gradient_sync(self.trainer.strategy, self.policy, last):
             self.manual_backward(loss)
 
