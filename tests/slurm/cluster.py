@@ -124,11 +124,11 @@ class Cluster:
         words = self.run("scontrol", "-o", "show", "job", number).split()
         return dict(word.partition("=")[::2] for word in words)
 
-    def wait_for(self, number: str, state: str, seconds: float) -> dict[str, str]:
-        """The job once it is in this state. Raises TimeoutError, also where it has ended in another one."""
-        wait_until(lambda: self.job(number)["JobState"] in (state, *ENDS), seconds, lambda: str(self.job(number)))
+    def wait_for(self, number: str, *states: str, seconds: float) -> dict[str, str]:
+        """The job once it is in one of these states. Raises TimeoutError, also where it has ended in another one."""
+        wait_until(lambda: self.job(number)["JobState"] in (*states, *ENDS), seconds, lambda: str(self.job(number)))
         job = self.job(number)
-        if job["JobState"] != state:
+        if job["JobState"] not in states:
             raise TimeoutError(f"the job has ended otherwise: {job}")
         return job
 

@@ -54,9 +54,9 @@ class Job:
             lambda: last.exists() and int(last.resolve().stem.partition("=")[2]) >= step, PATIENCE, lambda: self.log
         )
 
-    def wait_for(self, state: str, seconds: float = PATIENCE) -> dict[str, str]:
+    def wait_for(self, *states: str, seconds: float = PATIENCE) -> dict[str, str]:
         try:
-            return self.cluster.wait_for(self.number, state, seconds)
+            return self.cluster.wait_for(self.number, *states, seconds=seconds)
         except TimeoutError as error:
             raise AssertionError(f"{error}\n{self.log}") from error
 
@@ -98,7 +98,7 @@ def test_requeued_and_told_to_stop(cluster: Cluster, whole: Path, tiny_llama: st
 def test_the_time_limit_is_no_end(cluster: Cluster, whole: Path, tiny_llama: str, tmp_path: Path) -> None:
     # Slurm looks at its clock every half minute, and may send the signal up to a minute early
     job = Job(cluster, tmp_path, tiny_llama, "--time=2", "--signal=USR1@60", step_seconds=2.5)
-    assert int(job.wait_for("COMPLETED", 300)["Restarts"]) > 0
+    assert int(job.wait_for("COMPLETED", seconds=300)["Restarts"]) > 0
     assert "beta-dpo: stopped by SIGUSR1 after step" in job.log
     assert "train.sbatch: saved; the job is requeued" in job.log
     assert_same_run(whole, job.run)
@@ -110,21 +110,24 @@ def test_lost_ranks_and_nodes(cluster: Cluster, whole: Path, tiny_llama: str, tm
 
     job.reach(4)
     os.kill(cluster.rank("node2"), signal.SIGKILL)
-    job.wait_for("FAILED", 30)
+    job.wait_for("FAILED", seconds=30)
     assert job.log.count(cure) == 1
     cluster.run("scontrol", "requeue", job.number)
 
     job.reach(8)
     os.kill(cluster.rank("node2"), signal.SIGSTOP)
-    job.wait_for("FAILED", TIMEOUT + 40)
+    job.wait_for("FAILED", seconds=TIMEOUT + 40)
     assert job.log.count(cure) == 2
     cluster.run("scontrol", "requeue", job.number)
 
     job.reach(14)
     cluster.lose_node("node2")
-    job.wait_for("PENDING", 90)  # by Slurm itself, once it has given the node up
-    assert "Node failure on node2" in job.log
+    # Slurm requeues the job once it has given the node up, if srun has not noticed before and left
+    left = job.wait_for("PENDING", "FAILED", seconds=90)["JobState"]
     cluster.start_node("node2")
+    if left == "FAILED":
+        assert job.log.count(cure) == 3
+        cluster.run("scontrol", "requeue", job.number)
     assert job.wait_for("COMPLETED")["Restarts"] == "3"
     assert job.log.count("beta-dpo: another rank has ended, or does not answer") == 3
     assert "Traceback" not in job.log
@@ -136,7 +139,7 @@ def test_a_sweep_is_an_array(cluster: Cluster, tiny_llama: str, tmp_path: Path) 
     grid = {"BETA0S": "0.1", "ALPHAS": "0.3", "KEEPS": "0.5 1.0"}
     job = Job(cluster, tmp_path, tiny_llama, "--array=0-2", "--nodes=1", step_seconds=0, **grid)
     for task, state in enumerate(["COMPLETED", "COMPLETED", "FAILED"]):
-        cluster.wait_for(f"{job.number}_{task}", state, PATIENCE)
+        cluster.wait_for(f"{job.number}_{task}", state, seconds=PATIENCE)
     assert "train.sbatch: task 2, but the sweep has 2 points: --array=0-1." in job.log
     assert job.log.count("scoring the pairs under the reference, once for all runs from this model") == 1
     for keep in (0.5, 1.0):
@@ -167,7 +170,7 @@ def test_what_lightning_would_misread_is_refused(cluster: Cluster, tiny_llama: s
         (tmp_path / "script").write_text(script)
         place = ("--nodes=2", f"--chdir={tmp_path}", f"--output={tmp_path}/log")
         number = cluster.run("sbatch", "--parsable", *place, *options, f"{tmp_path}/script", environment=PLACES)
-        cluster.wait_for(number.strip(), "COMPLETED", PATIENCE)
+        cluster.wait_for(number.strip(), "COMPLETED", seconds=PATIENCE)
         log = (tmp_path / "log").read_text()
         assert log.count("status 2") == len(lines), log
         assert all(sentence in log for sentence in lines.values()), log
