@@ -5,6 +5,7 @@ from callbacks.beta_scheduler import BetaScheduler
 from callbacks.dashboard import BetaDashboard
 from callbacks.epsilon_beta import EpsilonBeta
 from callbacks.explicit_reward_gap import ExplicitRewardGap
+from callbacks.flip_weights import FlipWeights
 from callbacks.health_monitor import HealthMonitor
 from callbacks.pair_audit import PairAudit
 from callbacks.pair_filter import PairFilter
@@ -20,6 +21,7 @@ __all__ = [
     "BetaScheduler",
     "EpsilonBeta",
     "ExplicitRewardGap",
+    "FlipWeights",
     "HealthMonitor",
     "PairAudit",
     "PairFilter",

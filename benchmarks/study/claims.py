@@ -1,0 +1,181 @@
+"""The claims that the study looks at, each with its comparisons (docs/study/plan.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+
+from benchmarks.study.analysis import Difference, Rows, Verdict, better, robust
+from benchmarks.study.plan import ARMS, STATIC, chosen
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against another, by both primary measures."""
+
+    label: str
+    end: Difference
+    within: Difference
+
+    @property
+    def verdict(self) -> Verdict:
+        return better(self.end, self.within)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is claimed, what was compared, and by which rule it is judged."""
+
+    name: str  # of its figure
+    title: str
+    source: str  # who says so, and what
+    comparisons: Sequence[Comparison]
+    rule: Literal["each", "robust"] = "each"
+    remark: str = ""
+
+    def verdicts(self) -> dict[str, Verdict]:
+        """By comparison, or one for all."""
+        if self.rule == "robust":
+            return {"all": robust([one for each in self.comparisons for one in (each.end, each.within)])}
+        return {each.label: each.verdict for each in self.comparisons}
+
+
+def compare(rows: Rows, label: str, ours: pd.DataFrame, theirs: pd.DataFrame, comparisons: int = 1) -> Comparison:
+    end, within, _ = rows.both(ours, theirs, comparisons)
+    return Comparison(label, end, within)
+
+
+def all_claims(rows: Rows) -> list[Claim]:
+    """The claims, in the order of the document."""
+    best = chosen("dpo")[0]
+    static = rows.cell("dpo", beta0=best)
+    return [
+        best_beta_by_gap(rows),
+        Claim(
+            "arms",
+            "β-DPO beats tuned DPO; so does another arm",
+            f"The paper's main result. Each arm with its tuned settings, less the best static β ({best:g}); intervals are "
+            f"95 % for all {len(ARMS)} together (Bonferroni).",
+            [compare(rows, arm, rows.cell(arm), static, len(ARMS)) for arm in ARMS],
+        ),
+        Claim(
+            "instance",
+            "One β per batch is better than one per pair",
+            "The paper finds instance-level β unstable, batch-level β better on mixed gaps.",
+            [
+                compare(
+                    rows,
+                    "dynamic_beta − instance_level",
+                    rows.cell("dynamic_beta"),
+                    rows.cell("instance_level"),
+                )
+            ],
+        ),
+        Claim(
+            "filter",
+            "The Gaussian filter helps, and not because it drops pairs",
+            "The paper reports gains of filtering, without a random filter beside it.",
+            [
+                compare(rows, "filter_only − best static β", rows.cell("filter_only"), static),
+                compare(rows, "beta_dpo − random_filter", rows.cell("beta_dpo"), rows.cell("random_filter")),
+            ],
+        ),
+        Claim(
+            "weight",
+            "It is β that helps, not the size of the step",
+            "In the weight-matched control β stays β0 and the loss is multiplied by β/β0: what dynamic β does to the size "
+            "of the gradient without what it does to the shape of the loss.",
+            [compare(rows, "beta_dpo − weight_matched", rows.cell("beta_dpo"), rows.cell("weight_matched"))],
+        ),
+        Claim(
+            "losses",
+            "It carries over to IPO and SimPO",
+            "The paper reports gains for both. SimPO has no reference; its KL is to the SFT model all the same.",
+            [
+                compare(rows, loss.upper(), rows.cell("beta_dpo", loss=loss), rows.cell("dpo", loss=loss))
+                for loss in ("ipo", "simpo")
+            ],
+        ),
+        alpha_and_rho(rows),
+        Claim(
+            "flips",
+            "β-DPO against flipped labels",
+            f"The paper speaks of outliers; here labels are flipped. β-DPO less the best static β ({best:g}) at three rates.",
+            [
+                compare(
+                    rows,
+                    f"flip rate {flips:g}",
+                    rows.cell("beta_dpo", flips=flips),
+                    rows.cell("dpo", flips=flips, beta0=best),
+                )
+                for flips in (0.0, 0.15, 0.3)
+            ],
+        ),
+        Claim(
+            "own",
+            "Flip weights, an arm of our own",
+            "Not in the paper ([flip-weights.md](flip-weights.md)): it should beat the best static β and β-DPO on mixed data with flips.",
+            [
+                compare(
+                    rows,
+                    f"less {name}, flip rate {flips:g}",
+                    rows.cell("flip_weights", flips=flips),
+                    rows.cell(arm, flips=flips, beta0=beta0),
+                )
+                for flips in (0.0, 0.15, 0.3)
+                for name, arm, beta0 in (("best static β", "dpo", best), ("beta_dpo", "beta_dpo", None))
+            ],
+        ),
+    ]
+
+
+def best_beta_by_gap(rows: Rows) -> Claim:
+    """The interaction: what a large β gains over a small one on high-gap data, less what it gains on low-gap data."""
+    gains = {
+        data: rows.cell("dpo", data, beta0=1.0)[["reward", "within"]]
+        - rows.cell("dpo", data, beta0=0.1)[["reward", "within"]]
+        for data in ("low", "mixed", "high")
+    }
+    pairs = (("high − low", "high", "low"), ("high − mixed", "high", "mixed"), ("mixed − low", "mixed", "low"))
+    return Claim(
+        "gap",
+        "The best β grows with the gap of the data",
+        "The paper's Figure 1: low-gap data wants a small β, high-gap data a large one. Compared is what β = 1 gains over "
+        "β = .1 on one kind of data with what it gains on another.",
+        [compare(rows, label, gains[high], gains[low]) for label, high, low in pairs],
+        remark=" ".join(_best_by_data(rows, figure, told) for figure, told in MEASURES.items()),
+    )
+
+
+MEASURES = {"reward": "at the end of training", "within": "within the KL budget"}
+
+
+def _best_by_data(rows: Rows, figure: str, told: str) -> str:
+    best = {}
+    for data in ("low", "mixed", "high"):
+        means = {beta: rows.cell("dpo", data, beta0=beta)[figure].mean() for beta in STATIC}
+        best[data] = max(means, key=means.__getitem__)
+    return f"Highest mean {told}: " + ", ".join(f"β = {beta:g} on {data}" for data, beta in best.items()) + "."
+
+
+def alpha_and_rho(rows: Rows) -> Claim:
+    default, others = rows.cell("beta_dpo"), ((0.2, 0.8), (2.0, 0.8), (0.6, 0.5))
+    return Claim(
+        "robust",
+        "β-DPO is robust to α and ρ",
+        "The paper sweeps α from .2 to 2 and filters from 0 to 40 %. Each setting less the default (α = .6, ρ = .8).",
+        [
+            compare(
+                rows,
+                f"α = {alpha:g}, ρ = {keep:g}",
+                rows.cell("beta_dpo", alpha=alpha, keep=keep),
+                default,
+                len(others),
+            )
+            for alpha, keep in others
+        ],
+        rule="robust",
+    )

@@ -1,0 +1,93 @@
+"""The figures of docs/study.md, as SVG that comes out the same, byte by byte, from the same table."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.study.analysis import Difference, Rows, path_of
+from benchmarks.study.claims import Claim
+from benchmarks.study.plan import ARMS, STATIC, chosen
+
+SOLID = {"dpo": "tab:gray", "beta_dpo": "tab:blue", "flip_weights": "tab:red"}
+
+
+def svg(figure: Figure) -> str:
+    """Its text, without a date and with names that do not change from run to run."""
+    with matplotlib.rc_context({"svg.hashsalt": "study", "svg.fonttype": "path"}):
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    lines = (line.rstrip() for line in text.getvalue().splitlines())
+    # without the last digits, in which another machine's arithmetic may differ
+    return (
+        "\n".join(re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", line) for line in lines) + "\n"
+    )
+
+
+def panels(count: int, height: float = 3.4) -> tuple[Figure, Sequence[Any]]:
+    figure = Figure(figsize=(4.6 * count, height), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for each in axes:
+        each.grid(alpha=0.3)
+    return figure, axes
+
+
+def forest(claim: Claim) -> Figure:
+    """Every comparison of a claim by both measures: mean and interval, zero being no difference."""
+    figure, axes = panels(2, 1.3 + 0.28 * len(claim.comparisons))
+    for axis, measure, title in zip(axes, ("end", "within"), ("at the end", "within the KL budget"), strict=True):
+        for place, comparison in enumerate(reversed(claim.comparisons)):
+            one: Difference = getattr(comparison, measure)
+            colour = "tab:green" if one.above else "tab:red" if one.below else "tab:gray"
+            axis.plot([one.low, one.high], [place, place], color=colour)
+            axis.plot(one.mean, place, "o", color=colour)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(claim.comparisons)))
+        axis.set_yticklabels([each.label for each in reversed(claim.comparisons)] if axis is axes[0] else [])
+        axis.set_ylim(-0.6, len(claim.comparisons) - 0.4)
+        axis.set(xlabel="difference in mean true reward", title=title)
+    return figure
+
+
+def beta_by_gap(rows: Rows) -> Figure:
+    """Reward against static β, by data; a dot is a seed."""
+    figure, axes = panels(2)
+    for axis, measure, title in zip(
+        axes, ("reward", "within"), ("at the end", "within the KL budget"), strict=True
+    ):
+        for data, colour in (("low", "tab:green"), ("mixed", "tab:orange"), ("high", "tab:purple")):
+            cells = [rows.cell("dpo", data, beta0=beta)[measure] for beta in STATIC]
+            axis.plot(STATIC, [cell.mean() for cell in cells], color=colour, label=data)
+            for beta, cell in zip(STATIC, cells, strict=True):
+                axis.plot(np.full(len(cell), beta), cell, ".", color=colour, alpha=0.4)
+        axis.set_xscale("log")
+        axis.set_xticks(STATIC, [f"{beta:g}" for beta in STATIC])
+        axis.set(xlabel="β", ylabel="mean true reward", title=title)
+    axes[0].legend(title="gap", fontsize=8)
+    return figure
+
+
+def frontier(rows: Rows) -> Figure:
+    """Reward against KL over the checkpoints, means over seeds, of every arm on mixed data, flip rate .15."""
+    figure, (axis,) = panels(1, 4.6)
+    figure.set_figwidth(7.5)
+    for arm, beta0 in [*(("dpo", beta) for beta in STATIC), *((arm, None) for arm in ARMS)]:
+        cell = rows.cell(arm, beta0=beta0)
+        path = np.mean([path_of(row) for _, row in cell.iterrows()], axis=0)
+        label = f"static β = {beta0:g}" if beta0 else f"{arm}, β0 = {chosen(arm)[0]:g}"
+        style = (
+            {"color": SOLID[arm], "linewidth": 2.2 if beta0 in (None, chosen("dpo")[0]) else 1}
+            if arm in SOLID
+            else {}
+        )
+        axis.plot(*path.T, "o-" if arm in SOLID else "s--", markersize=3, label=label, **style)
+    axis.set_xscale("symlog", linthresh=1.0)
+    axis.set(xlabel="KL to the SFT model, nats (linear to 1, then logarithmic)", ylabel="mean true reward")
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure

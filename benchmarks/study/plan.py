@@ -1,0 +1,106 @@
+"""Which runs the study is made of; docs/study/plan.md says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from benchmarks.study.runs import StudyRun
+from benchmarks.study.table import read_results
+
+DEVELOPMENT_SEED = 3
+MAIN_SEEDS = tuple(range(21, 28))
+SIDE_SEEDS = MAIN_SEEDS[:5]
+
+STATIC = (0.03, 0.1, 0.3, 1.0)
+BASES = (0.1, 0.3, 1.0)  # β0 of the arms that are not static
+RATES = (2.4e-4, 3.6e-4)
+TUNED = (
+    *("beta_dpo", "dynamic_beta", "filter_only", "instance_level", "constant_m0", "head_filter", "tail_filter"),
+    *("alpha_dpo", "epsilon_dpo", "flip_weights"),
+)
+CONTROLS = ("random_filter", "weight_matched")  # at β-DPO's own settings, because they are controls of it
+ARMS = (*TUNED, *CONTROLS)
+OTHER_LOSSES = {"ipo": BASES, "simpo": (1.0, 3.0, 10.0)}  # loss → the β0 to choose from
+
+
+def exploration() -> Iterator[StudyRun]:
+    """What was looked at before and beside the grid of `development`; no setting is chosen by it."""
+    yield StudyRun(DEVELOPMENT_SEED, "mixed", 0.15, "beta_dpo", 0.1, 6e-5)
+    for rate in (6e-5, 1.2e-4):
+        for beta in STATIC:
+            yield StudyRun(DEVELOPMENT_SEED, "mixed", 0.15, "dpo", beta, rate)
+    for arm in ("dpo", "flip_weights"):
+        for beta in (0.3, 1.0):
+            yield StudyRun(DEVELOPMENT_SEED, "mixed", 0.15, arm, beta, 4.8e-4)
+        for rate in RATES:
+            yield StudyRun(DEVELOPMENT_SEED, "mixed", 0.15, arm, 2.0, rate)
+            for beta in (0.3, 1.0, 2.0):
+                yield StudyRun(4, "mixed", 0.15, arm, beta, rate)
+    for beta in BASES:
+        for rate in RATES:
+            yield StudyRun(DEVELOPMENT_SEED, "mixed", 0.15, "flip_weights_tail", beta, rate)
+
+
+def development() -> Iterator[StudyRun]:
+    """The runs that β0 and the learning rate of every arm are chosen by."""
+    for arm in ("dpo", *TUNED):
+        for beta0 in STATIC if arm == "dpo" else BASES:
+            for rate in RATES:
+                yield StudyRun(DEVELOPMENT_SEED, "mixed", 0.15, arm, beta0, rate)
+    for loss, bases in OTHER_LOSSES.items():
+        for arm in ("dpo", "beta_dpo"):
+            for beta0 in bases:
+                yield StudyRun(DEVELOPMENT_SEED, "mixed", 0.15, arm, beta0, RATES[0], loss)
+
+
+def chosen(arm: str, loss: str = "sigmoid", beta0: float | None = None) -> tuple[float, float]:
+    """β0 (if not given) and learning rate of an arm: those of the development run with the highest reward.
+
+    Raises LookupError while a run of the development is missing.
+    """
+    arm = "beta_dpo" if arm in CONTROLS else arm
+    table = read_results()
+    rows = table[(table.phase == "development") & (table.arm == arm) & (table.loss == loss)]
+    wanted = [
+        run
+        for run in development()
+        if run.arm == arm and run.loss == loss and (beta0 is None or run.beta0 == beta0)
+    ]
+    rows = rows[rows.beta0.isin({run.beta0 for run in wanted})]
+    if len(rows) < len(wanted):
+        raise LookupError(f"{len(wanted) - len(rows)} development runs of {arm} ({loss}) have no row yet")
+    best = rows.loc[rows.reward.idxmax()]
+    return float(best.beta0), float(best.learning_rate)
+
+
+def confirmation() -> Iterator[StudyRun]:
+    """The runs that the verdicts rest on. Raises LookupError while the development is not complete."""
+
+    def run(seed: int, arm: str, data: str = "mixed", flips: float = 0.15, loss: str = "sigmoid") -> StudyRun:
+        return StudyRun(seed, data, flips, arm, *chosen(arm, loss), loss)
+
+    def static(seed: int, beta: float, data: str = "mixed", flips: float = 0.15) -> StudyRun:
+        return StudyRun(seed, data, flips, "dpo", beta, chosen("dpo", beta0=beta)[1])
+
+    for seed in MAIN_SEEDS:
+        yield from (static(seed, beta) for beta in STATIC)
+        yield from (run(seed, arm) for arm in ARMS)
+    for seed in SIDE_SEEDS:
+        for data in ("low", "high"):
+            yield from (static(seed, beta, data) for beta in STATIC)
+            yield from (run(seed, arm, data) for arm in ("beta_dpo", "flip_weights"))
+        for flips in (0.0, 0.3):
+            yield from (static(seed, beta, flips=flips) for beta in dict.fromkeys((chosen("dpo")[0], 1.0)))
+            yield from (run(seed, arm, flips=flips) for arm in ("beta_dpo", "flip_weights"))
+        for loss in OTHER_LOSSES:
+            yield from (run(seed, arm, loss=loss) for arm in ("dpo", "beta_dpo"))
+        beta0, rate = chosen("beta_dpo")
+        for alpha, keep in ((0.2, 0.8), (2.0, 0.8), (0.6, 0.5)):
+            yield StudyRun(seed, "mixed", 0.15, "beta_dpo", beta0, rate, alpha=alpha, keep_ratio=keep)
+
+
+PHASES: dict[str, Callable[[], Iterator[StudyRun]]] = {
+    "exploration": exploration,
+    "development": development,
+    "confirmation": confirmation,
+}

@@ -1,0 +1,55 @@
+"""The table of the study: one row per finished run, in docs/study/results.csv."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+from filelock import FileLock
+
+from app.files import atomic_file
+from benchmarks.study.runs import STEPS, StudyRun
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "study" / "results.csv"
+
+SETTINGS = ("seed", "data", "flip_rate", "loss", "arm", "beta0", "learning_rate", "alpha", "keep_ratio")
+BY_STEP = tuple(f"{figure}_{step}" for step in STEPS[:-1] for figure in ("reward", "kl", "malformed"))
+FIGURES = (
+    *("accuracy", "reward", "win_rate", "malformed", "kl", *BY_STEP),
+    *("log_ratio_chosen", "log_ratio_rejected", "dropped_flipped", "dropped_clean"),
+    *("clamped", "beta_low", "beta_high", "sft_reward", "sft_malformed", "seconds"),
+)
+COLUMNS = ("phase", *SETTINGS, *FIGURES)
+
+
+def read_results(path: Path = RESULTS) -> pd.DataFrame:
+    """The rows that there are."""
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(COLUMNS))
+
+
+def append_result(row: Mapping[str, object], path: Path = RESULTS) -> None:
+    """Put a row in its place: a run has one row, and the file is whole at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        before = read_results(path)
+        # through text, as the file has it: a new row must not look different when it is read again
+        fresh = pd.DataFrame([row], columns=list(COLUMNS))
+        table = fresh if before.empty else pd.concat([before, fresh])
+        table = table.drop_duplicates(["phase", *SETTINGS], keep="last")
+        table = table.sort_values(["phase", *SETTINGS], kind="stable")
+        with atomic_file(path) as temporary:
+            table.to_csv(temporary, index=False, float_format="%.6g")
+
+
+def row_of(run: StudyRun, phase: str, table: pd.DataFrame) -> pd.Series | None:
+    """The row of a run, if it has one."""
+    same = table.phase == phase
+    for name, value in run.settings().items():
+        same &= table[name] == value
+    return table[same].iloc[-1] if bool(same.any()) else None
+
+
+def is_done(run: StudyRun, phase: str, table: pd.DataFrame) -> bool:
+    """Whether the table has the row of a run."""
+    return row_of(run, phase, table) is not None
