@@ -2,6 +2,7 @@
 # make parity       the losses against TRL, the β-DPO step against NumPy and plain PyTorch: a table (docs/parity.md)
 # make pipeline     SFT, every arm of the paper, samples, one table of win rates; what is done is not done again
 # make pipeline-smollm2 HH=pairs.jsonl.gz   the same stages with a real model on real pairs, a few steps each
+# make study        every run of docs/study.md that has no row yet (hours), then the page
 # make test         set up, lint, type check, all tests but the slow ones
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +18,7 @@ JUDGE :=
 RIVAL = $(RUN)/sft-samples.jsonl
 ARMS := dpo dynamic_beta filter_only beta_dpo instance_level random_filter weight_matched
 
-.PHONY: install quickstart arm arms pipeline pipeline-smollm2 smollm2 parity docs bench lint test test-slow
+.PHONY: install quickstart arm arms pipeline pipeline-smollm2 smollm2 parity docs bench study lint test test-slow
 
 install: $(VENV)/.installed
 
@@ -91,7 +92,6 @@ parity: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trl]'
 	$(BIN)/python -m benchmarks.parity
 
-# figures and docs/api.md, from the code
 # this project beside a plain transformers step and TRL, on idle cores; DATA is a path or Hub id of pairs (then `make
 # smollm2` first, for the tokenizer), and README and docs/benchmarks.md get the tables
 DATA := synthetic
@@ -103,8 +103,15 @@ bench: install
 		--contestants ours plain gemm --out docs/benchmarks.json
 	$(BIN)/python -m benchmarks.throughput --data $(DATA) --name split --steps 2 \
 		--contestants ours-split ours-split-cached --out docs/benchmarks.json
+	$(BIN)/python -m benchmarks.cost --out docs/benchmarks.json
 	$(BIN)/python -m benchmarks.tables
 
+# what docs/study/plan.md names and docs/study/results.csv has no row of, then docs/study.md; goes on after an interruption
+study: export OMP_NUM_THREADS = 1
+study: install
+	$(BIN)/python -m benchmarks.study
+
+# figures and docs/api.md, from the code
 docs: install
 	$(BIN)/python docs/build.py
 

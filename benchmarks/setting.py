@@ -29,8 +29,9 @@ SPLIT_BATCHES = 3  # how much larger the batch is where it is split into several
 class Setting:
     """One benchmark: a Llama shape, data, and how much of it.
 
-    data: preference pairs as `data.path` takes them, or `synthetic`: random words with the lengths of
+    data: preference pairs as `data.path` takes them, or `synthetic`: random words, by default with the lengths of
         Anthropic-HH's pairs (in tokens: prompt 125, chosen 40, rejected 50 on average, widely spread).
+    spread: of synthetic lengths, as the deviation of their logarithm; 0 makes them all equal.
     tokenizer: folder of a tokenizer; not used for synthetic data, which brings one of `vocabulary` words.
     """
 
@@ -38,6 +39,10 @@ class Setting:
     layers: int = 8
     vocabulary: int = 49152
     data: str = SYNTHETIC
+    prompt_tokens: int = 125
+    chosen_tokens: int = 40
+    rejected_tokens: int = 50
+    spread: float = 0.75
     tokenizer: str = "models/smollm2"
     batch_size: int = 8
     steps: int = 6  # measured, after one that is not counted
@@ -97,16 +102,21 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def synthetic_pairs(setting: Setting) -> list[dict[str, str]]:
-    """Random words; lengths are log-normal with the means above and the spread of Anthropic-HH."""
+    """Random words; lengths are log-normal with the means and the spread of the setting."""
     random = np.random.default_rng(0)
 
     def text(mean: float, most: int) -> str:
-        spread = 0.75
-        length = int(random.lognormal(np.log(mean) - spread**2 / 2, spread))
+        length = round(random.lognormal(np.log(mean) - setting.spread**2 / 2, setting.spread))
         return " ".join(f"w{word}" for word in random.integers(2, setting.vocabulary, min(max(length, 2), most)))
 
     return [
-        {"prompt": text(125, 256), "chosen": text(40, 200), "rejected": text(50, 200)} for _ in range(setting.pairs)
+        {
+            "prompt": text(setting.prompt_tokens, 256),
+            # the tokeniser adds the end of the response, which counts as a token
+            "chosen": text(setting.chosen_tokens - 1, 200),
+            "rejected": text(setting.rejected_tokens - 1, 200),
+        }
+        for _ in range(setting.pairs)
     ]
 
 

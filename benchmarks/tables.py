@@ -37,7 +37,31 @@ def main() -> None:
 
 def filled(page: str, entries: dict[str, Any]) -> str:
     """`page` with every marked place holding the table of its entry."""
-    return _PLACE.sub(lambda place: f"{place[1]}{comparison(entries[place[2]])}\n{place[3]}", page)
+
+    def table(name: str) -> str:
+        return costs(entries[name]) if name == "cost" else comparison(entries[name])
+
+    return _PLACE.sub(lambda place: f"{place[1]}{table(place[2])}\n{place[3]}", page)
+
+
+def costs(entry: dict[str, Any]) -> str:
+    """What a pair costs where one property is varied at a time, as Markdown."""
+    setting, versions = entry["setting"], entry["versions"]
+    lines = [
+        f"{entry['date']}, {entry['machine']}, torch {versions['torch']}, transformers {versions['transformers']}."
+        f" Llama, {setting['layers']} layers, hidden {setting['hidden']}, vocabulary {setting['vocabulary']}; "
+        f"random words, {setting['steps']} steps after one warm-up, {entry['repeats']} turns.",
+        "",
+        "| | beta-dpo, ms a pair | plain step, ms a pair | beta-dpo is faster by | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for name, point in entry["points"].items():
+        ours, plain, (middle, low, high) = point["ours"], point["plain"], point["ratio"]
+        lines.append(
+            f"| {name} | {ours['ms_per_pair']:.0f} | {plain['ms_per_pair']:.0f} "
+            f"| {middle:.2f} ({low:.2f}–{high:.2f}) | {ours['peak_gb']:.2f} and {plain['peak_gb']:.2f} GB |"
+        )
+    return "\n".join(lines)
 
 
 def comparison(entry: dict[str, Any]) -> str:

@@ -90,7 +90,7 @@ def list_runs(tasks: list[Task]) -> None:
 
 
 def show_commands(run: StudyRun) -> None:
-    """The commands of a run, to be given in the folder of the project; the first three serve all runs of its seed."""
+    """The commands of a run, for the folder of the project; the first three serve all runs of its seed."""
     for command in [*sft_commands(run.seed), *run.commands()]:
         print("OMP_NUM_THREADS=1 beta-dpo", shlex.join(command))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -33,7 +34,7 @@ def reward_within(path: Sequence[tuple[float, float]], budget: float = KL_BUDGET
     KL in mid-training costs nothing by itself.
     """
     best = path[0][1]
-    for (kl0, reward0), (kl1, reward1) in zip(path, path[1:], strict=False):
+    for (kl0, reward0), (kl1, reward1) in itertools.pairwise(path):
         if kl1 <= budget:
             best = max(best, reward1)
         if min(kl0, kl1) < budget < max(kl0, kl1):

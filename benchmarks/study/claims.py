@@ -57,8 +57,8 @@ def all_claims(rows: Rows) -> list[Claim]:
         Claim(
             "arms",
             "β-DPO beats tuned DPO; so does another arm",
-            f"The paper's main result. Each arm with its tuned settings, less the best static β ({best:g}); intervals are "
-            f"95 % for all {len(ARMS)} together (Bonferroni).",
+            f"The paper's main result. Each arm with its tuned settings, less the best static β ({best:g}); "
+            f"intervals are 95 % for all {len(ARMS)} together (Bonferroni).",
             [compare(rows, arm, rows.cell(arm), static, len(ARMS)) for arm in ARMS],
         ),
         Claim(
@@ -86,8 +86,8 @@ def all_claims(rows: Rows) -> list[Claim]:
         Claim(
             "weight",
             "It is β that helps, not the size of the step",
-            "In the weight-matched control β stays β0 and the loss is multiplied by β/β0: what dynamic β does to the size "
-            "of the gradient without what it does to the shape of the loss.",
+            "In the weight-matched control β stays β0 and the loss is multiplied by β/β0: what dynamic β does to "
+            "the size of the gradient without what it does to the shape of the loss.",
             [compare(rows, "beta_dpo − weight_matched", rows.cell("beta_dpo"), rows.cell("weight_matched"))],
         ),
         Claim(
@@ -103,7 +103,8 @@ def all_claims(rows: Rows) -> list[Claim]:
         Claim(
             "flips",
             "β-DPO against flipped labels",
-            f"The paper speaks of outliers; here labels are flipped. β-DPO less the best static β ({best:g}) at three rates.",
+            f"The paper speaks of outliers; here labels are flipped. β-DPO less the best static β ({best:g}) at "
+            "three rates.",
             [
                 compare(
                     rows,
@@ -117,7 +118,8 @@ def all_claims(rows: Rows) -> list[Claim]:
         Claim(
             "own",
             "Flip weights, an arm of our own",
-            "Not in the paper ([flip-weights.md](flip-weights.md)): it should beat the best static β and β-DPO on mixed data with flips.",
+            "Not in the paper ([flip-weights.md](flip-weights.md)): it was to beat the best static β and β-DPO on "
+            "mixed data with flips.",
             [
                 compare(
                     rows,
@@ -133,7 +135,7 @@ def all_claims(rows: Rows) -> list[Claim]:
 
 
 def best_beta_by_gap(rows: Rows) -> Claim:
-    """The interaction: what a large β gains over a small one on high-gap data, less what it gains on low-gap data."""
+    """The interaction: what a large β gains over a small one on one kind of data, less what it gains on another."""
     gains = {
         data: rows.cell("dpo", data, beta0=1.0)[["reward", "within"]]
         - rows.cell("dpo", data, beta0=0.1)[["reward", "within"]]
@@ -143,8 +145,8 @@ def best_beta_by_gap(rows: Rows) -> Claim:
     return Claim(
         "gap",
         "The best β grows with the gap of the data",
-        "The paper's Figure 1: low-gap data wants a small β, high-gap data a large one. Compared is what β = 1 gains over "
-        "β = .1 on one kind of data with what it gains on another.",
+        "The paper's Figure 1: low-gap data wants a small β, high-gap data a large one. Compared is what β = 1 "
+        "gains over β = .1 on one kind of data with what it gains on another.",
         [compare(rows, label, gains[high], gains[low]) for label, high, low in pairs],
         remark=" ".join(_best_by_data(rows, figure, told) for figure, told in MEASURES.items()),
     )
@@ -166,7 +168,7 @@ def alpha_and_rho(rows: Rows) -> Claim:
     return Claim(
         "robust",
         "β-DPO is robust to α and ρ",
-        "The paper sweeps α from .2 to 2 and filters from 0 to 40 %. Each setting less the default (α = .6, ρ = .8).",
+        "The paper sweeps α from .2 to 2 and filters from 0 to 40 %. Each less the default (α = .6, ρ = .8).",
         [
             compare(
                 rows,

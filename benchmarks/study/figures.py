@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.study.analysis import Difference, Rows, path_of
-from benchmarks.study.claims import Claim
+from benchmarks.study.claims import MEASURES, Claim
 from benchmarks.study.plan import ARMS, STATIC, chosen
 
 SOLID = {"dpo": "tab:gray", "beta_dpo": "tab:blue", "flip_weights": "tab:red"}
@@ -23,11 +23,9 @@ def svg(figure: Figure) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "study", "svg.fonttype": "path"}):
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    lines = (line.rstrip() for line in text.getvalue().splitlines())
-    # without the last digits, in which another machine's arithmetic may differ
-    return (
-        "\n".join(re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", line) for line in lines) + "\n"
-    )
+    # without the last digits, in which another machine's arithmetic may differ, and without spaces at the ends
+    short = re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", text.getvalue())
+    return "".join(line.rstrip() + "\n" for line in short.splitlines())
 
 
 def panels(count: int, height: float = 3.4) -> tuple[Figure, Sequence[Any]]:
@@ -58,9 +56,7 @@ def forest(claim: Claim) -> Figure:
 def beta_by_gap(rows: Rows) -> Figure:
     """Reward against static β, by data; a dot is a seed."""
     figure, axes = panels(2)
-    for axis, measure, title in zip(
-        axes, ("reward", "within"), ("at the end", "within the KL budget"), strict=True
-    ):
+    for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
         for data, colour in (("low", "tab:green"), ("mixed", "tab:orange"), ("high", "tab:purple")):
             cells = [rows.cell("dpo", data, beta0=beta)[measure] for beta in STATIC]
             axis.plot(STATIC, [cell.mean() for cell in cells], color=colour, label=data)
@@ -81,12 +77,9 @@ def frontier(rows: Rows) -> Figure:
         cell = rows.cell(arm, beta0=beta0)
         path = np.mean([path_of(row) for _, row in cell.iterrows()], axis=0)
         label = f"static β = {beta0:g}" if beta0 else f"{arm}, β0 = {chosen(arm)[0]:g}"
-        style = (
-            {"color": SOLID[arm], "linewidth": 2.2 if beta0 in (None, chosen("dpo")[0]) else 1}
-            if arm in SOLID
-            else {}
-        )
-        axis.plot(*path.T, "o-" if arm in SOLID else "s--", markersize=3, label=label, **style)
+        width = 2.2 if arm in SOLID and beta0 in (None, chosen("dpo")[0]) else 1.0
+        line = {"color": SOLID[arm], "linestyle": "-"} if arm in SOLID else {"linestyle": "--"}
+        axis.plot(*path.T, marker="o", markersize=3, linewidth=width, label=label, **line)
     axis.set_xscale("symlog", linthresh=1.0)
     axis.set(xlabel="KL to the SFT model, nats (linear to 1, then logarithmic)", ylabel="mean true reward")
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -30,8 +30,8 @@ def documents(table: pd.DataFrame) -> dict[str, str]:
 
 
 def text(table: pd.DataFrame, rows: Rows, claims: Iterable[Claim]) -> str:
-    head = (DOCS / "study" / "head.md").read_text(encoding="utf-8")
-    tail = (DOCS / "study" / "tail.md").read_text(encoding="utf-8")
+    # what is written by hand, around what is written from the table
+    head, tail = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("head.md", "tail.md"))
     claims = list(claims)
     parts = [
         head.format(

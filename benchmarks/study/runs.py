@@ -23,14 +23,14 @@ GAPS: Mapping[str, tuple[str, float]] = MappingProxyType(
     }
 )
 
-# arms made of parts, so that α and ρ can be set; the others are files of configs/method, but for one that was dropped
+# arms made of parts, so that α and ρ can be set; the others are files of configs/method
 PARTS = ("beta_dpo",)
-DROPPED = ("flip_weights_tail",)
+DROPPED = ("flip_weights_tail",)  # tried, not kept: a file of configs/study
 
 
 @dataclass(frozen=True, order=True)
 class StudyRun:
-    """A cell of the design at one seed. `alpha` and `keep_ratio` matter to β-DPO alone, and are its defaults else."""
+    """A cell of the design at one seed. `alpha` and `keep_ratio` vary for β-DPO alone."""
 
     seed: int
     data: str  # a key of GAPS

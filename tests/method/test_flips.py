@@ -1,4 +1,4 @@
-"""The probability that a label is flipped, against Bayes' rule written out, simulation and the limits it must keep."""
+"""The probability that a label is flipped: Bayes' rule written out, simulation, and the limits it must keep."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ class Cluster:
         return dict(word.partition("=")[::2] for word in words)
 
     def wait_for(self, number: str, *states: str, seconds: float) -> dict[str, str]:
-        """The job once it is in one of these states. Raises TimeoutError, also where it has ended in another one."""
+        """The job once it is in one of these states. Raises TimeoutError, also where it ended in another."""
         wait_until(lambda: self.job(number)["JobState"] in (*states, *ENDS), seconds, lambda: str(self.job(number)))
         job = self.job(number)
         if job["JobState"] not in states:
