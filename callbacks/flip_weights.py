@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.errors import UserError
@@ -19,30 +17,17 @@ class FlipWeights(Callback):
 
     Args:
         flip_rate: ε, the share of flipped labels to expect; 0 leaves every pair's weight at 1.
-        memory: share of the past in a running estimate of ε that starts from `flip_rate`, the mean p of every
-            batch being the present; none keeps ε.
     """
 
-    def __init__(self, flip_rate: float = 0.15, memory: float | None = None):
+    def __init__(self, flip_rate: float = 0.15):
         if not 0 <= flip_rate < 0.5:
             raise UserError(f"FlipWeights: flip_rate is a share of pairs, in [0, 0.5), not {flip_rate}.")
-        if memory is not None and not 0 <= memory < 1:
-            raise UserError(f"FlipWeights: memory must lie in [0, 1), or be null, not {memory}.")
-        self.memory = memory
         self.flip_rate = flip_rate
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         moments = decision.require_moments("FlipWeights")
         probability = flip_probability(decision.discrepancy, moments, self.flip_rate)
         decision.loss_weight = decision.loss_weight * flip_weights(probability, decision.kept)
-        expected = float(probability[decision.eligible].mean()) if bool(decision.eligible.any()) else self.flip_rate
-        if self.memory is not None:
-            self.flip_rate = min(self.memory * self.flip_rate + (1 - self.memory) * expected, 0.49)
-        pl_module.log("filter/flipped_expected", expected)
-        pl_module.log("filter/weightless", (probability[decision.kept] >= 0.5).double().mean())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"flip_rate": self.flip_rate}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.flip_rate = state_dict["flip_rate"]
+        if decision.kept_count:
+            pl_module.log("filter/flipped_expected", probability[decision.kept].mean())
+            pl_module.log("filter/weightless", (probability[decision.kept] >= 0.5).double().mean())

@@ -65,14 +65,7 @@ def all_claims(rows: Rows) -> list[Claim]:
             "instance",
             "One β per batch is better than one per pair",
             "The paper finds instance-level β unstable, batch-level β better on mixed gaps.",
-            [
-                compare(
-                    rows,
-                    "dynamic_beta − instance_level",
-                    rows.cell("dynamic_beta"),
-                    rows.cell("instance_level"),
-                )
-            ],
+            [compare(rows, "beta_dpo − instance_level", rows.cell("beta_dpo"), rows.cell("instance_level"))],
         ),
         Claim(
             "filter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from benchmarks.study.plan import PHASES, chosen
 from benchmarks.study.report import DOCS, anchor, documents
 from benchmarks.study.runs import STEPS, StudyRun
 from benchmarks.study.table import COLUMNS, append_result, is_done, read_results, row_of
+from benchmarks.study.work import make_row, measured
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,3 +131,22 @@ def test_a_row_survives_the_file(tmp_path: Path) -> None:
     for _, each in table.head(3).iterrows():
         append_result(each.to_dict(), path)
     pd.testing.assert_frame_equal(read_results(path), table.head(3))
+
+
+@pytest.mark.slow
+def test_the_printed_commands_make_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process for each command, as a reader gives them, against what `make study` does in one process."""
+    run = StudyRun(3, "mixed", 0.15, "beta_dpo", 0.3, 2.4e-4)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    line = [sys.executable, "-m", "benchmarks.study", "--show"]
+    number = next(i for i, other in enumerate(of for runs in PHASES.values() for of in runs()) if other == run)
+    shown = subprocess.run([*line, str(number)], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    places = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    for command in shown.splitlines():
+        done = subprocess.run(["bash", "-c", command], env=places, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    by_commands = measured(run)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    row = make_row(run, "development")
+    assert {name: row[name] for name in by_commands} == pytest.approx(by_commands, rel=1e-6, nan_ok=True)
