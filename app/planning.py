@@ -17,8 +17,9 @@ from app.errors import UserError
 from lightning_modules.activations import activations
 from lightning_modules.base import LanguageModelTraining
 from lightning_modules.memory import MemoryPlan, Setup, Sizes
-from lightning_modules.pretrained import bare_model, load_config
+from lightning_modules.pretrained import bare_model, load_config, parameter_count
 from lightning_modules.strategy import ShardedStrategy
+from lightning_modules.tensor_parallel import keep_local_part
 
 SHAPES = Path(__file__).parents[1] / "configs" / "shapes"  # <owner>/<name>.json, as config.json on the Hub
 RESERVED = 0.1  # share of a device left to CUDA, to buffers of communication and to fragments
@@ -82,7 +83,9 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
     strategy, precision = trainer["strategy"], str(trainer["precision"] or "32-true")
     sharded = isinstance(strategy, ShardedStrategy)
     if not sharded and not isinstance(strategy, DDPStrategy) and strategy not in ("auto", "ddp"):
-        raise UserError("plan: it knows the strategies of configs/strategy/ alone: single, ddp, fsdp, hsdp.")
+        raise UserError(
+            "plan: it knows the strategies of configs/strategy/ alone: single, ddp and ShardedStrategy."
+        )
     if precision not in ("32-true", "32", "bf16-mixed") or (sharded and precision == "bf16-mixed"):
         raise UserError(f"plan: trainer.precision {precision} does not go with this strategy (docs/clusters.md).")
     half = "bf16" in precision
@@ -105,12 +108,15 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
         accumulate_whole=sharded and strategy.accumulate_whole_gradients,
     )
     dtype = torch.bfloat16 if half and sharded else torch.float32
-    sizes = Sizes.of(bare_model(config, dtype=torch.float32))
-    kept = activations(config, dtype, setup.autocast)
-    plan = MemoryPlan(sizes, setup, kept)
+    split = strategy.tensor_parallel_size if sharded else 1
+    model = bare_model(config, dtype=torch.float32)
+    parameters = parameter_count(model)
+    keep_local_part(model, split)
+    plan = MemoryPlan(Sizes.of(model), setup, activations(config, dtype, setup.autocast, split))
     device = "CPU processes" if on_cpu else "GPUs"
-    words = f"{sizes.all:,} parameters on {nodes} × {per_node} {device}, {setup.kind}"
-    return plan, words + (f" in {setup.shards} shards" if sharded else "")
+    words = f"{parameters:,} parameters on {nodes} × {per_node} {device}, {setup.kind}"
+    words += f" in {setup.shards} shards" if sharded else ""
+    return plan, words + (f" of {split} ranks each (tensor parallelism)" if split > 1 else "")
 
 
 def devices_per_node(devices: Any, given: int | None, on_cpu: bool) -> int:

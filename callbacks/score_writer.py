@@ -50,8 +50,10 @@ class ScoreWriter(Callback):
         trainer.strategy.barrier("scores")
         if trainer.is_global_zero:
             parts = [self.path.with_suffix(f".rank{rank}.part") for rank in range(trainer.world_size)]
-            with atomic_file(self.path) as temporary:
-                pq.write_table(pa.concat_tables([pq.read_table(one) for one in parts]), temporary)
+            sampling = trainer.distributed_sampler_kwargs
+            alike = 1 if sampling is None else trainer.world_size // sampling["num_replicas"]
+            with atomic_file(self.path) as temporary:  # neighbours under tensor parallelism have the same pairs
+                pq.write_table(pa.concat_tables([pq.read_table(one) for one in parts[::alike]]), temporary)
             for one in parts:
                 one.unlink()
             print(f"scores of {pq.read_metadata(self.path).num_rows} pairs: {self.path}")

@@ -159,6 +159,8 @@ class PairDataModule(LightningDataModule):
         self, table: PairTable, rows: np.ndarray, shuffle: bool, exchange: Exchange | None = None
     ) -> OptimizerBatchLoader:
         assert self.trainer is not None
+        # the strategy knows which ranks get the same share: those of one tensor-parallel group
+        place = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         return OptimizerBatchLoader(
             table,
             rows,
@@ -166,8 +168,8 @@ class PairDataModule(LightningDataModule):
             micro_batch_tokens=self.micro_batch_tokens,
             shuffle=shuffle,
             seed=self.run_seed,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            rank=place["rank"],
+            world_size=place["num_replicas"],
             exchange=exchange,
         )
 

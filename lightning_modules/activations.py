@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from app.errors import UserError
 from lightning_modules.sharding import transformer_blocks
+from lightning_modules.tensor_parallel import LOCAL, keep_local_part
 
 SHORT_ROW = 16  # tokens; so short that a mask, which FlexAttention does not have, weighs nothing
 
@@ -34,15 +35,16 @@ class Activations:
         return self.outside + self.block_input + self.all_blocks
 
 
-def activations(config: Any, dtype: torch.dtype, autocast: bool) -> Activations:
+def activations(config: Any, dtype: torch.dtype, autocast: bool, split: int = 1) -> Activations:
     """Of the decoder below the head, by running it once on fake tensors.
 
     `dtype` is that of the weights as the forward pass sees them; `autocast` takes products in bfloat16 all the
-    same. Attention counts as an implementation that stores no scores (FlexAttention, SDPA).
+    same. Where `split` ranks share every layer (`tensor_parallel`), it is what one of them keeps. Attention counts
+    as an implementation that stores no scores (FlexAttention, SDPA).
     Raises UserError for a model that does not run without data.
     """
     try:
-        few, many = (_kept(config, dtype, autocast, rows) for rows in (1, 9))
+        few, many = (_kept(config, dtype, autocast, split, rows) for rows in (1, 9))
     except Exception as error:  # code of any family, on tensors without data
         raise UserError(
             f"plan: a model of type {config.model_type} cannot be measured without weights: "
@@ -54,10 +56,11 @@ def activations(config: Any, dtype: torch.dtype, autocast: bool) -> Activations:
     return Activations(sum(blocks), max(blocks), outside, width, len(blocks))
 
 
-def _kept(config: Any, dtype: torch.dtype, autocast: bool, rows: int) -> list[int]:
+def _kept(config: Any, dtype: torch.dtype, autocast: bool, split: int, rows: int) -> list[int]:
     """Bytes kept outside of the blocks, then by each block, in the order in which they first appear."""
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        keep_local_part(model, split, LOCAL)
         blocks = transformer_blocks(model)
         counted = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         kept = [0] * (len(blocks) + 1)

@@ -23,7 +23,7 @@ from lightning_modules.lora import Lora, add_lora
 from lightning_modules.pairwise_attention import PAIRWISE
 from lightning_modules.pretrained import load_model
 from lightning_modules.scorer import ResponseScorer
-from lightning_modules.sharding import gradient_sync
+from lightning_modules.sharding import clip_gradients, gradient_sync
 from lightning_modules.strategy import ShardedStrategy, refuse_unsuitable
 from lightning_modules.weight_reading import read_weights, weight_files
 
@@ -238,8 +238,7 @@ class LanguageModelTraining(LightningModule):
         """
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm or math.inf)
-        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        grad_norm = clip_gradients(self.policy.parameters(), self.max_grad_norm or math.inf)
         if not math.isfinite(grad_norm):
             raise UserError(
                 f"The gradient norm is {grad_norm} at step {self.trainer.global_step}: the weights were left as "
@@ -251,8 +250,16 @@ class LanguageModelTraining(LightningModule):
             schedule.step()
         return grad_norm
 
+    @property
+    def data_parallel_size(self) -> int:
+        """Shares of a batch: the number of ranks, or of tensor-parallel groups, whose ranks have the same share."""
+        sampling = self.trainer.distributed_sampler_kwargs
+        return 1 if sampling is None else int(sampling["num_replicas"])
+
     def reduce(self, value: Tensor, how: str) -> Tensor:
-        """`value` reduced over all ranks (`sum`, `mean` or `max`), on the CPU."""
+        """`value` reduced over all ranks (`sum`, `mean` or `max`), on the CPU; in a sum every share counts once."""
+        if how == "sum" and self.trainer.global_rank % (self.trainer.world_size // self.data_parallel_size):
+            value = torch.zeros_like(value)  # a neighbour adds the same
         return self.trainer.strategy.reduce(value.to(self.device), reduce_op=how).cpu()
 
 
@@ -261,6 +268,6 @@ def exact_mean() -> Metric:
     return MeanMetric().set_dtype(torch.float64)
 
 
-def exact_sum() -> Metric:
-    """A sum in float64 over all batches and ranks."""
-    return SumMetric().set_dtype(torch.float64)
+def exact_count() -> Metric:
+    """A sum in float64 over all batches, of what every rank knows of the whole batch."""
+    return SumMetric(sync_on_compute=False).set_dtype(torch.float64)

@@ -16,7 +16,7 @@ WEIGHT = 4  # bytes of a master weight, of a gradient and of each number of opti
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters."""
+    """Numbers of parameters of a model, or under tensor parallelism of the part of it that one rank works with."""
 
     all: int
     block: int  # of the largest transformer block

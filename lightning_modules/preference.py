@@ -153,9 +153,9 @@ class PreferenceOptimization(PreferenceScoring):
     def backward_kept(self, losses: Tensor, decision: StepDecision, last: bool) -> Tensor:
         """Back-propagate these kept pairs' part of (1/|K|) Σ_{i∈K} loss_i; returns this part, detached.
 
-        DDP and FSDP2 average gradients over ranks, hence the factor: the sum over all ranks is what is meant.
+        DDP and FSDP2 average gradients over the shares of the batch, hence the factor: their sum is what is meant.
         """
-        loss = losses.sum() * (self.trainer.world_size / decision.kept_count)
+        loss = losses.sum() * (self.data_parallel_size / decision.kept_count)
         self.backward_micro_batch(loss, last)
         return loss.detach()
 

@@ -14,7 +14,7 @@ from app.method.batch import OptimizerBatch, PackedRows
 from app.method.logps import PairLogps
 from app.method.losses import PairLoss
 from app.method.metrics import pair_metrics
-from lightning_modules.base import LanguageModelTraining, exact_mean, exact_sum
+from lightning_modules.base import LanguageModelTraining, exact_count, exact_mean
 from lightning_modules.contagion import measured_alone
 from lightning_modules.lora import AdapterOff
 from lightning_modules.reference_cache import ReferenceCache, filled_reference_cache
@@ -139,7 +139,7 @@ class PreferenceScoring(LanguageModelTraining):
                 self._evaluation[name] = exact_mean().to(self.device)
             self._evaluation[name].update(column)
         # how many pairs the means stand for, without which nobody can tell how sure they are
-        self._evaluation.setdefault("pairs", exact_sum().to(self.device)).update(float(len(batch.positions)))
+        self._evaluation.setdefault("pairs", exact_count().to(self.device)).update(float(len(batch.pair_ids)))
 
     def log_evaluation(self, stage: str) -> None:
         self.log_dict({f"{stage}/{name}": metric.compute() for name, metric in self._evaluation.items()})

@@ -56,8 +56,8 @@ class SupervisedFineTuning(LanguageModelTraining):
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, rows in enumerate(micro_batches):
             logps = self.score(self.policy, [rows], len(batch.positions))
-            # ranks average their gradients, and the mean is over the tokens of all ranks
-            part = -logps.sum() * (self.trainer.world_size / float(tokens))
+            # gradients are averaged over the shares of the batch, and the mean is over the tokens of all
+            part = -logps.sum() * (self.data_parallel_size / float(tokens))
             self.backward_micro_batch(part, last=number == len(micro_batches) - 1)
             loss += part.detach()
         grad_norm = self.update()

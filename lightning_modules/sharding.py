@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from app.errors import UserError
 
@@ -75,3 +78,24 @@ def gradient_sync(strategy: Any, policy: nn.Module, last: bool) -> Iterator[None
             yield
     else:
         yield
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Clip the norm of all gradients together to `max_norm`; returns what it was.
+
+    torch's `clip_grad_norm_` refuses parameters on several meshes, and under tensor parallelism those that are
+    split lie on another than those that are not.
+    """
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
+    norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups.values()]
+    total = get_total_norm([_whole(norm) for norm in norms])
+    for group in groups.values():
+        clip_grads_with_norm_(group, max_norm, total)
+    return float(total)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""The strategy of large models: FSDP2 over all ranks, or within groups of ranks that are replicas (HSDP)."""
+"""The strategy of large models: FSDP2 over all ranks or within replicas (HSDP), and tensor parallelism below it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Literal
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from app.errors import UserError
+from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharding import shard
+from lightning_modules.tensor_parallel import SUMMED, split_layers
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -37,7 +38,8 @@ class ShardedStrategy(ModelParallelStrategy):
             on the last micro-batch only.
         meta_init_above: models of more parameters are never whole on any rank: each reads its shards from the
             safetensors files.
-        tensor_parallel_size: only 1.
+        tensor_parallel_size: neighbouring ranks that split every layer of a block between them, by the plan that
+            transformers has for the model; they work on the same pairs. Embeddings and head are whole on each.
         process_group_backend: of torch.distributed; none takes NCCL on CUDA and gloo on CPUs.
         timeout: after which a collective that a rank does not join ends the run.
     """
@@ -55,16 +57,20 @@ class ShardedStrategy(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ):
-        if tensor_parallel_size != 1:
+        if tensor_parallel_size < 1:
             raise UserError(
-                "trainer.strategy: tensor_parallel_size must be 1: splitting single layers is not supported; "
-                "shard over more ranks instead, and lower data.micro_batch_tokens where activations do not fit."
+                f"trainer.strategy: tensor_parallel_size must be at least 1, not {tensor_parallel_size}."
             )
         if replicas != "nodes" and replicas < 1:
             raise UserError(f"trainer.strategy: replicas must be at least 1, or nodes, not {replicas}.")
         if prefetch_blocks < 0:
             raise UserError(f"trainer.strategy: prefetch_blocks must not be negative, as {prefetch_blocks} is.")
-        super().__init__(tensor_parallel_size=1, process_group_backend=process_group_backend, timeout=timeout)
+        super().__init__(
+            tensor_parallel_size=tensor_parallel_size,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.tensor_parallel_size = tensor_parallel_size
         self.replicas = replicas
         self.requested_dtype = compute_dtype
         self.reshard_after_forward = reshard_after_forward
@@ -73,6 +79,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.accumulate_whole_gradients = accumulate_whole_gradients
         self.meta_init_above = meta_init_above
         self._sharding_mesh: DeviceMesh | None = None
+        self._tensor_mesh: DeviceMesh | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -82,30 +89,51 @@ class ShardedStrategy(ModelParallelStrategy):
         return getattr(torch, self.requested_dtype)
 
     def shards(self, nodes: int, ranks: int) -> int:
-        """Ranks that share a copy of the model. Raises UserError when they do not make copies of equal size."""
-        replicas = nodes if self.replicas == "nodes" else self.replicas
-        if ranks % replicas:
-            raise UserError(f"trainer.strategy: {ranks} ranks do not make {replicas} replicas of equal size.")
-        return ranks // replicas
+        """Shards of a copy of the model, each on one rank or, split further, on `tensor_parallel_size` ranks.
+
+        Raises UserError when the ranks do not make tensor-parallel groups, or those no copies, of equal size.
+        """
+        replicas, split = nodes if self.replicas == "nodes" else self.replicas, self.tensor_parallel_size
+        if ranks % split:
+            raise UserError(f"trainer.strategy: tensor_parallel_size {split} does not divide the {ranks} ranks.")
+        if ranks // split % replicas:
+            groups = f"{ranks // split} groups of {split} ranks" if split > 1 else f"{ranks} ranks"
+            raise UserError(f"trainer.strategy: {groups} do not make {replicas} replicas of equal size.")
+        return ranks // split // replicas
 
     def setup_environment(self) -> None:
         """Start the processes and lay out their mesh. Raises UserError like `shards`."""
         ranks = self.num_nodes * self.num_processes
         shards = self.shards(self.num_nodes, ranks)
-        self._data_parallel_size = ranks
+        split = self.tensor_parallel_size
+        self._data_parallel_size = ranks // split
         super().setup_environment()
-        if shards == ranks:
-            self._sharding_mesh = self.device_mesh["data_parallel"]
+        if shards == self._data_parallel_size:
+            mesh, shared = self.device_mesh, self.device_mesh["data_parallel"]
         else:  # neighbouring ranks, which share a node, share a replica
-            shape, names = (ranks // shards, shards), ("replicate", "shard")
-            self._sharding_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+            shape, names = (ranks // split // shards, shards, split), ("replicate", "shard", "tensor_parallel")
+            mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+            shared = mesh["replicate", "shard"]
+        self._sharding_mesh, self._tensor_mesh = shared, mesh["tensor_parallel"]
 
-    def place(self, scorer: nn.Module, frozen: bool) -> None:
-        """Shard `scorer` in place; a `frozen` one is stored in the compute type, and offloaded if asked for."""
+    def place(self, scorer: ResponseScorer, frozen: bool) -> None:
+        """Shard `scorer` in place; a `frozen` one is stored in the compute type, and offloaded if asked for.
+
+        Raises UserError when the model cannot be split over `tensor_parallel_size` ranks.
+        """
         assert self._sharding_mesh is not None
+        assert self._tensor_mesh is not None
         if frozen:
             for parameter in scorer.parameters():  # buffers stay: rotary positions need their float32
                 parameter.data = parameter.data.to(self.compute_dtype)
+        if self.tensor_parallel_size > 1:
+            plan = split_layers(scorer.model, self._tensor_mesh)
+            if self.accumulate_whole_gradients and SUMMED in plan.values():
+                # transformers sums such gradients in place after every backward pass, so those before it again
+                raise UserError(
+                    "trainer.strategy: accumulate_whole_gradients does not go with tensor_parallel_size above 1 "
+                    f"for {scorer.model.config.model_type} models: set it to false."
+                )
         shard(
             scorer,
             self._sharding_mesh,

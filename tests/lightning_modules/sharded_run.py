@@ -70,7 +70,8 @@ def counted(data: Any, module: Any, forwards: list[int]) -> Any:
 
     def counting() -> Any:
         block = transformer_blocks(module.policy)[0]
-        block.self_attn.q_proj.register_forward_hook(lambda *_: forwards.append(1))
+        layer = next(one for one in block.modules() if isinstance(one, torch.nn.Linear))
+        layer.register_forward_hook(lambda *_: forwards.append(1))
         return loader()
 
     data.train_dataloader = counting

@@ -216,7 +216,7 @@ def test_what_cannot_work_is_refused(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size must be 1"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1"),
         ({"replicas": 0}, "replicas must be at least 1"),
         ({"prefetch_blocks": -1}, "prefetch_blocks must not be negative"),
     ],
