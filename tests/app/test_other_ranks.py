@@ -27,6 +27,7 @@ PLACES = {
     "two replicas": ("--trainer.devices", "2", "--trainer.strategy", "ddp"),
     "one shard": sharded(1),
     "two shards": sharded(2),
+    "two halves of shards": (*sharded(2), "--trainer.strategy.tensor_parallel_size", "2"),
 }
 
 
@@ -54,6 +55,9 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
         ("two replicas", "one process"),
         ("one shard", "two shards"),
         ("two shards", "one shard"),
+        ("two halves of shards", "two halves of shards"),
+        ("two halves of shards", "two shards"),
+        ("one shard", "two halves of shards"),
     ],
 )
 def test_a_run_goes_on_with_another_number_of_ranks(
@@ -74,7 +78,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     assert relative_difference(whole[1], weights_of(tmp_path)) < 1e-5
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("fsdp_tp", marks=pytest.mark.slow)])
 def test_the_shipped_configuration_runs_on_two_ranks(strategy: str, tiny_llama: str, tmp_path: Path) -> None:
     # with every callback that it names: one that asks for a collective on one rank alone would wait for ever
     configs = ("configs/quickstart.yaml", f"configs/strategy/{strategy}.yaml")

@@ -145,6 +145,20 @@ def test_strategies_hold_what_they_say(capsys: pytest.CaptureFixture[str]) -> No
     assert whole["gradients"] == pytest.approx(hsdp["gradients"] + size, rel=1e-2)
 
 
+def test_a_layer_that_is_split_takes_its_part(capsys: pytest.CaptureFixture[str]) -> None:
+    fsdp, split = (("--config", str(ROOT / f"configs/strategy/{name}.yaml")) for name in ("fsdp", "fsdp_tp"))
+    _, whole = plan_of(capsys, *HH, *fsdp, "--shape", SMALL)
+    text, halves = plan_of(capsys, *HH, *split, "--shape", SMALL)
+    assert "405,334,016 parameters on 1 × 8 GPUs, sharded in 4 shards of 2 ranks each" in text
+    # embeddings and head are in four shards where they were in eight, halves of all else still in eight
+    assert halves["parameters"] == pytest.approx(whole["parameters"] + 4 * 103e6 / 8, rel=0.01)
+    assert halves["activations"] < 0.9 * whole["activations"]
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", *HH, *split, "--shape", SMALL, "--trainer.strategy.tensor_parallel_size", "3"])
+    assert stop.value.code == 2
+    assert "tensor_parallel_size 3 does not divide the 8 ranks" in capsys.readouterr().err
+
+
 def test_checkpointing_and_memory_move_the_largest_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
     model = (*HH, "--shape", SMALL, "--config", str(ROOT / "configs/strategy/fsdp.yaml"))
 
