@@ -55,7 +55,6 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
         ("two replicas", "one process"),
         ("one shard", "two shards"),
         ("two shards", "one shard"),
-        ("two halves of shards", "two halves of shards"),
         ("two halves of shards", "two shards"),
         ("one shard", "two halves of shards"),
     ],

@@ -36,23 +36,38 @@ def planned(text: str) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two ranks that measured itself."""
-    folder = tmp_path_factory.mktemp("measured")
+    return measure(tmp_path_factory.mktemp("measured"))
+
+
+def measure(folder: Path, *options: str) -> Path:
+    """Two steps of two ranks, under the options of `RUN` and these, leave their memory in `folder`; returns it."""
     model = save_tiny_model("llama", folder / "model", **BIG)
     write_config(folder, model, pairs=80, batch_size=40, micro_batch_tokens=512)
     probe = ("--trainer.callbacks+", "memory_probe.MemoryProbe")
-    done = command(folder, "fit", *RUN, *probe, **ALLOCATOR)
+    done = command(folder, "fit", *RUN, *options, *probe, **ALLOCATOR)
     assert done.returncode == 0, done.stderr
     return folder
 
 
 @pytest.mark.slow
 def test_the_peak_of_two_sharded_ranks_is_as_planned(measured: Path) -> None:
-    done = command(measured, "plan", *RUN)
+    assert_as_planned(measured, 4 * 48e6 / 2)
+
+
+@pytest.mark.slow
+def test_the_peak_of_two_ranks_that_split_layers_is_as_planned(tmp_path: Path) -> None:
+    split = ("--trainer.strategy.tensor_parallel_size", "2")
+    assert_as_planned(measure(tmp_path, *split), 4 * (48e6 + 16.4e6) / 2, *split)  # embeddings and head are whole
+
+
+def assert_as_planned(folder: Path, parameters: float, *options: str) -> None:
+    """The peak that was measured in `folder` is that of the plan, which counts so many bytes of parameters."""
+    done = command(folder, "plan", *RUN, *options)
     assert done.returncode == 0, done.stderr
     plan = planned(done.stdout)
-    assert plan["parameters"] == pytest.approx(4 * 48e6 / 2, rel=0.06)
+    assert plan["parameters"] == pytest.approx(parameters, rel=0.06)
     for rank in range(2):
-        seen = json.loads((measured / f"memory-{rank}.json").read_text())
+        seen = json.loads((folder / f"memory-{rank}.json").read_text())
         assert seen["peak"] - seen["baseline"] == pytest.approx(plan["sum"], rel=0.2), done.stdout
 
 
