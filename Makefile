@@ -18,7 +18,7 @@ JUDGE :=
 RIVAL = $(RUN)/sft-samples.jsonl
 ARMS := dpo dynamic_beta filter_only beta_dpo instance_level random_filter weight_matched
 
-.PHONY: install quickstart arm arms pipeline pipeline-smollm2 smollm2 parity docs bench study lint test test-slow
+.PHONY: install quickstart arm arms pipeline pipeline-smollm2 smollm2 parity docs bench study study-smollm2 lint test test-slow
 
 install: $(VENV)/.installed
 
@@ -110,6 +110,12 @@ bench: install
 study: export OMP_NUM_THREADS = 1
 study: install
 	$(BIN)/python -m benchmarks.study
+
+# the page's illustration with a real model: HH is a file of Anthropic-HH pairs
+study-smollm2: export OMP_NUM_THREADS = 1
+study-smollm2: smollm2
+	$(BIN)/python -m benchmarks.study.smollm2 $(HH)
+	$(BIN)/python -m benchmarks.study.report
 
 # figures and docs/api.md, from the code
 docs: install

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from app.files import atomic_file
+from benchmarks.study import smollm2
 from benchmarks.study.analysis import COLLAPSED, KL_BUDGET, Rows
 from benchmarks.study.claims import Claim, all_claims
 from benchmarks.study.figures import beta_by_gap, forest, frontier, svg
@@ -48,6 +49,7 @@ def text(table: pd.DataFrame, rows: Rows, claims: Iterable[Claim]) -> str:
         arms_table(rows),
         "![reward against KL](study/frontier.svg)",
         *(section(claim) for claim in claims),
+        smollm2.section(pd.read_csv(smollm2.TABLE)),
         tail.rstrip(),
     ]
     return "\n\n".join(parts) + "\n"
