@@ -116,7 +116,7 @@ def all_claims(rows: Rows) -> list[Claim]:
             [
                 compare(
                     rows,
-                    f"less {name}, flip rate {flips:g}",
+                    f"flip rate {flips:g}: − {name}",
                     rows.cell("flip_weights", flips=flips),
                     rows.cell(arm, flips=flips, beta0=beta0),
                 )
