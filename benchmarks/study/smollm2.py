@@ -24,7 +24,7 @@ from benchmarks.study.work import do, last, quietly
 TABLE = RESULTS.with_name("smollm2.csv")
 ARMS = ("dpo", "beta_dpo")
 SEEDS = (1, 2)
-STEPS = 8
+STEPS = 6
 
 
 def command(arm: str, seed: int, data: str) -> Command:
@@ -32,6 +32,7 @@ def command(arm: str, seed: int, data: str) -> Command:
     return [
         *("fit", "--config", "configs/smollm2_hh.yaml", "--config", f"configs/method/{arm}.yaml"),
         *("--data.path", data, "--seed_everything", str(seed), "--trainer.max_steps", str(STEPS)),
+        *("--trainer.val_check_interval", str(STEPS)),
         *("--trainer.logger.init_args.save_dir", str(FOLDER), "--trainer.logger.init_args.name", name(arm, seed)),
         *("--trainer.logger.init_args.version", ""),
     ]

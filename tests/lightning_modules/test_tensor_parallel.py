@@ -56,13 +56,13 @@ def assert_one_process_agrees(family: str, models: Path, seen: Path, alone: Path
     assert relative_difference(expected["weights"], result["weights"]) < 1e-5
 
 
-def assert_same_audit(seen: Path, alone: Path) -> None:
+def assert_same_audit(seen: Path, alone: Path, first_gap: float = 0.0) -> None:
     audit, expected = pq.read_table(seen / "audit"), pq.read_table(alone / "audit")
     for column in ("step", "pair_id", "kept"):
         assert audit[column].to_pylist() == expected[column].to_pylist(), column
     for column, tolerance in {"gap": 1e-5, "beta": 1e-6, "running_mean": 2e-6, "running_std": 2e-6}.items():
         np.testing.assert_allclose(audit[column], expected[column], rtol=0, atol=tolerance, err_msg=column)
-    assert np.abs(audit["gap"].to_numpy()[:10]).max() == 0  # policy and reference are one at the first step
+    assert np.abs(audit["gap"].to_numpy()[:10]).max() <= first_gap  # policy and reference are one at first
     assert np.abs(audit["gap"].to_numpy()).max() > 0.1
 
 
@@ -83,7 +83,8 @@ def test_evaluation_fine_tuning_and_a_cached_reference_agree(models: Path, two_r
         "cached": train(llama, tmp_path / "cached", *SCENARIOS["many_passes"], "cached"),
         "sft": fine_tune(llama, tmp_path),
     }
-    assert_same_audit(two_ranks / "cached", tmp_path / "cached")
+    # another run may have scored the reference, on ranks that add up in another order
+    assert_same_audit(two_ranks / "cached", tmp_path / "cached", first_gap=1e-5)
     for name, expected in alone.items():
         seen = torch.load(two_ranks / f"{name}.pt")
         metrics = {metric for metric in expected if metric.startswith("val/")}
