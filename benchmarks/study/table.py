@@ -33,7 +33,6 @@ def append_result(row: Mapping[str, object], path: Path = RESULTS) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         before = read_results(path)
-        # through text, as the file has it: a new row must not look different when it is read again
         fresh = pd.DataFrame([row], columns=list(COLUMNS))
         table = fresh if before.empty else pd.concat([before, fresh])
         table = table.drop_duplicates(["phase", *SETTINGS], keep="last")
