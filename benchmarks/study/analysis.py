@@ -133,10 +133,3 @@ class Rows:
         seeds = ours.index.intersection(theirs.index)
         values = ours.loc[seeds, figure].to_numpy(float) - theirs.loc[seeds, figure].to_numpy(float)
         return Difference.of(values, comparisons)
-
-    def both(
-        self, ours: pd.DataFrame, theirs: pd.DataFrame, comparisons: int = 1
-    ) -> tuple[Difference, Difference, Verdict]:
-        """The differences of the two primary measures, and what they say."""
-        end, within = (self.difference(ours, theirs, figure, comparisons) for figure in ("reward", "within"))
-        return end, within, better(end, within)

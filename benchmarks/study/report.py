@@ -12,7 +12,7 @@ import pandas as pd
 
 from app.files import atomic_file
 from benchmarks.study import smollm2
-from benchmarks.study.analysis import COLLAPSED, KL_BUDGET, Rows
+from benchmarks.study.analysis import COLLAPSED, KL_BUDGET, Difference, Rows
 from benchmarks.study.claims import Claim, all_claims
 from benchmarks.study.figures import beta_by_gap, forest, frontier, svg
 from benchmarks.study.plan import ARMS, CONTROLS, MAIN_SEEDS, PHASES, SIDE_SEEDS, STATIC, chosen
@@ -114,7 +114,7 @@ def section(claim: Claim) -> str:
     verdicts = claim.verdicts()
     for each in claim.comparisons:
         verdict = verdicts[each.label] if claim.rule == "each" else ""
-        lines.append(f"| {each.label} | {each.end} | {each.within} | {verdict} |")
+        lines.append(f"| {each.label} | {shown(each.end)} | {shown(each.within)} | {verdict} |")
     seeds = sorted({each.end.seeds for each in claim.comparisons})
     parts = [f"## {claim.title}", claim.source, "\n".join(lines), f"![{claim.title}](study/{claim.name}.svg)"]
     if claim.name == "gap":
@@ -123,6 +123,11 @@ def section(claim: Claim) -> str:
     if claim.rule == "robust":
         told += f" All within the bounds? **{verdicts['all'].capitalize()}.**"
     return "\n\n".join([*parts, f"{told} {claim.remark}".rstrip()])
+
+
+def shown(one: Difference) -> str:
+    low, high = one.bootstrap
+    return f"{one} ({low:+.2f}, {high:+.2f})"
 
 
 def main() -> None:

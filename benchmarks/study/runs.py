@@ -17,7 +17,6 @@ Command = list[str]
 GAPS: Mapping[str, tuple[str, float]] = MappingProxyType(
     {
         "low": ("adjacent", 0.0),
-        "low+20": ("mixed", 0.2),
         "mixed": ("mixed", 0.5),
         "high": ("extreme", 1.0),
     }

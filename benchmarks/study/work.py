@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -11,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from app.commands.judge import summary, win_rate
 from app.main import main
 from app.report.run import read_run
+from app.samples import read_samples
 from benchmarks.study.runs import FOLDER, STEPS, Command, StudyRun, sft_commands, sft_folder
-from datamodules.controlled_task import is_well_formed, true_reward
 
 
 def make_sft_model(seed: int) -> None:
@@ -69,23 +68,24 @@ def quietly(log: Path) -> Iterator[None]:
 def measured(run: StudyRun) -> dict[str, float]:
     """The figures of a finished run."""
     read = read_run(run.folder, run.name)
-    rivals = rewards(samples := read_samples(sft_folder(run.seed) / "samples.jsonl"))
+    rivals = list(read_samples(str(sft_folder(run.seed) / "samples.jsonl")))
+    sft = summary(rivals)
     found: dict[str, float] = {
-        "sft_reward": float(rivals.mean()),
-        "sft_malformed": malformed(samples),
+        "sft_reward": sft["mean true reward"].mean,
+        "sft_malformed": sft["malformed share"].mean,
         "accuracy": last(read, "val/reward_accuracy"),
         "log_ratio_chosen": last(read, "val/log_ratio_chosen"),
         "log_ratio_rejected": last(read, "val/log_ratio_rejected"),
     }
     for step in STEPS:
-        rows = read_samples(run.samples(step))
-        end = "" if step == STEPS[-1] else f"_{step}"
+        answers = list(read_samples(str(run.samples(step))))
+        told, end = summary(answers), "" if step == STEPS[-1] else f"_{step}"
         found |= {
-            f"reward{end}": float((earned := rewards(rows)).mean()),
-            f"malformed{end}": malformed(rows),
-            f"kl{end}": float(np.mean([row["logp"] - row["reference_logp"] for row in rows])),
+            f"reward{end}": told["mean true reward"].mean,
+            f"malformed{end}": told["malformed share"].mean,
+            f"kl{end}": told["KL to the reference"].mean,
         }
-    found["win_rate"] = float(((1 + np.sign(earned - rivals)) / 2).mean())
+    found["win_rate"] = win_rate(answers, rivals).mean
     beta, clamped = read.curves["beta/used"].values, read.curve("beta/clamped")
     found |= {
         "beta_low": float(beta.min()),
@@ -103,16 +103,3 @@ def measured(run: StudyRun) -> dict[str, float]:
 def last(read: Any, tag: str) -> float:
     value = read.last(tag)
     return float("nan") if value is None else value
-
-
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def rewards(rows: Sequence[dict[str, Any]]) -> np.ndarray:
-    """The true reward of every answer."""
-    return np.array([true_reward(row["prompt"], row["response"]) for row in rows])
-
-
-def malformed(rows: Sequence[dict[str, Any]]) -> float:
-    return float(np.mean([not is_well_formed(row["prompt"], row["response"]) for row in rows]))
