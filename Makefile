@@ -97,8 +97,8 @@ parity: install
 DATA := synthetic
 bench: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trl]'
-	$(BIN)/python -m benchmarks.throughput --data $(DATA) --name small \
-		--contestants ours ours-cached plain trl gemm --out docs/benchmarks.json
+	$(BIN)/python -m benchmarks.throughput --data $(DATA) --name small --steps 4 \
+		--contestants ours ours-compiled ours-cached plain trl gemm --out docs/benchmarks.json
 	$(BIN)/python -m benchmarks.throughput --data $(DATA) --name deep --hidden 512 --layers 12 --steps 4 \
 		--contestants ours plain gemm --out docs/benchmarks.json
 	$(BIN)/python -m benchmarks.throughput --data $(DATA) --name split --steps 2 \

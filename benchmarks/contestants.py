@@ -68,7 +68,9 @@ class Clock(Callback):
             self.stopped = now(self.setting)
 
 
-def train_ours(setting: Setting, beta_dpo: bool, reference: str) -> dict[str, float]:
+def train_ours(
+    setting: Setting, beta_dpo: bool = False, reference: str = "frozen", compiled: bool = False
+) -> dict[str, float]:
     """`PreferenceOptimization` in a Lightning Trainer, as a user runs it."""
     clock = Clock(setting)
     method = [RewardGapStatistics(), PairFilter(keep_ratio=0.8), BetaScheduler()] if beta_dpo else []
@@ -89,6 +91,7 @@ def train_ours(setting: Setting, beta_dpo: bool, reference: str) -> dict[str, fl
         reference=reference,  # type: ignore[arg-type]
         optimizer=lambda p: torch.optim.AdamW(p, lr=LEARNING_RATE, weight_decay=0.0, fused=True),
         max_grad_norm=1.0,
+        compile_layers=compiled,
     )
     data = FileOrder(
         setting.data,
@@ -243,9 +246,10 @@ def split(setting: Setting) -> Setting:
 
 
 CONTESTANTS: dict[str, Callable[[Setting], dict[str, float]]] = {
-    "ours": lambda setting: train_ours(setting, False, "frozen"),
+    "ours": train_ours,
+    "ours-compiled": lambda setting: train_ours(setting, compiled=True),
     "ours-cached": lambda setting: train_ours(setting, True, "cached"),
-    "ours-split": lambda setting: train_ours(split(setting), False, "frozen"),
+    "ours-split": lambda setting: train_ours(split(setting)),
     "ours-split-cached": lambda setting: train_ours(split(setting), True, "cached"),
     "plain": train_plain,
     "trl": train_trl,

@@ -32,7 +32,7 @@ step fsdp 90 beta-dpo fit --config configs/quickstart.yaml --config configs/stra
 step fsdp_export 60 beta-dpo export "$OUT/fsdp/checkpoints/last.ckpt" "$OUT/fsdp-model"
 # a Llama of 1.4 billion parameters, 64 pairs a step, 16k tokens a micro-batch, bf16, against TRL
 step throughput 300 python -m benchmarks.throughput --device cuda --hidden 2048 --layers 24 --vocabulary 32000 \
-    --batch-size 64 --micro-batch-tokens 16384 --steps 4 --repeats 1 --contestants ours trl gemm \
+    --batch-size 64 --micro-batch-tokens 16384 --steps 4 --repeats 1 --contestants ours ours-compiled trl gemm \
     --name gpu --out "$OUT/benchmarks.json"
 tail -n 12 "$OUT/throughput.log"
 exit $failed

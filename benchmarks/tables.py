@@ -18,6 +18,7 @@ RESULTS = ROOT / "docs" / "benchmarks.json"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 LABELS = {
     "ours": "beta-dpo, plain DPO, online reference",
+    "ours-compiled": "beta-dpo, the same with `model.compile_layers`",
     "ours-cached": "beta-dpo, β-DPO with ρ = 0.8, cached reference",
     "ours-split": "beta-dpo, plain DPO, batch three times as large in several micro-batches",
     "ours-split-cached": "beta-dpo, β-DPO, cached reference, the same batch and micro-batches",

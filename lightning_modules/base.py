@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from shutil import which
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,7 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 
 from app.errors import UserError
 from app.method.batch import Layout, OptimizerBatch, PackedRows
+from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.layout_check import agreeing_layout
 from lightning_modules.lora import Lora, add_lora
 from lightning_modules.pairwise_attention import PAIRWISE
@@ -47,6 +50,8 @@ class LanguageModelTraining(LightningModule):
             `pairwise_attention`) on CPU, and where the model has neither, or the check finds otherwise, what
             transformers takes for it: SDPA, or eager for a family that has no other.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        compile_layers: fuse what the layers do between their matrix products by `torch.compile`, which takes some
+            of the time and memory of a step away and costs the start of the run up to a minute.
         trust_remote_code: run model code that comes from the Hub.
         lora: train low-rank adapters of these settings, and nothing else.
     """
@@ -63,6 +68,7 @@ class LanguageModelTraining(LightningModule):
         layout: Literal["auto", "packed", "separate"],
         attention: Attention,
         gradient_checkpointing: bool,
+        compile_layers: bool,
         trust_remote_code: bool,
         lora: Lora | None,
     ):
@@ -79,6 +85,7 @@ class LanguageModelTraining(LightningModule):
         self.layout: Layout | None = None  # known after the check on the first batch
         self.attention = attention
         self.gradient_checkpointing = gradient_checkpointing
+        self.compile_layers = compile_layers
         self.trust_remote_code = trust_remote_code
         self.lora = lora
         self.policy: ResponseScorer
@@ -99,6 +106,8 @@ class LanguageModelTraining(LightningModule):
                 f"trainer.precision {self.trainer.precision} loses log-probabilities (overflow, or rotary "
                 "positions in half precision): use bf16-mixed, or 32-true with ShardedStrategy in bfloat16."
             )
+        if self.compile_layers and not which(os.environ.get("CXX", "g++")):
+            raise UserError("model.compile_layers needs a C++ compiler: install g++, or name one by CXX.")
         refuse_unsuitable(self.trainer.strategy, str(self.trainer.precision))
         if self.lora is not None and isinstance(self.trainer.strategy, ShardedStrategy):
             raise UserError(
@@ -109,6 +118,8 @@ class LanguageModelTraining(LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "policy"):  # Lightning calls this hook again when fit follows validate
             return
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         # here rather than when Lightning does it: the reference is copied from it, and sharding fixes the type
         self.policy = self.trainer.precision_plugin.convert_module(self.build_scorer())  # type: ignore[assignment]
         self.keep_reference(self.policy)
@@ -165,6 +176,8 @@ class LanguageModelTraining(LightningModule):
 
         Any other strategy moves the policy itself; a `frozen` scorer, which it does not know, moves here.
         """
+        if self.compile_layers:
+            scorer.compile_layers()
         strategy = self.trainer.strategy
         if not isinstance(strategy, ShardedStrategy):
             return scorer.to(strategy.root_device) if frozen else scorer

@@ -64,6 +64,7 @@ class PairRuns:
         return mask
 
 
+@torch.compiler.disable  # a loop over the pairs of this batch: nothing to compile once for all
 def pairwise_attention(
     module: torch.nn.Module,
     query: Tensor,

@@ -65,6 +65,7 @@ class PreferenceOptimization(PreferenceScoring):
         layout: Literal["auto", "packed", "separate"] = "auto",
         attention: Attention = "auto",
         gradient_checkpointing: bool = False,
+        compile_layers: bool = False,
         trust_remote_code: bool = False,
         lora: Lora | None = None,
     ):
@@ -85,6 +86,7 @@ class PreferenceOptimization(PreferenceScoring):
             layout,
             attention,
             gradient_checkpointing,
+            compile_layers,
             trust_remote_code,
             lora,
         )

@@ -16,6 +16,7 @@ from app.method.batch import PackedRows
 from lightning_modules.attention import attention_inputs
 from lightning_modules.head import LogitRule, at_least_float32, head_logits, head_logps
 from lightning_modules.pairwise_attention import PAIRWISE
+from lightning_modules.sharding import transformer_blocks
 
 
 class ResponseScorer(nn.Module):
@@ -61,6 +62,11 @@ class ResponseScorer(nn.Module):
             yield
         finally:
             self.use_attention(current)
+
+    def compile_layers(self) -> None:
+        """Have `torch.compile` fuse the transformer blocks, once for every length of rows."""
+        for block in transformer_blocks(self.model):
+            block.compile(dynamic=True)
 
     @property
     def balanced_row(self) -> float:

@@ -32,6 +32,7 @@ class SupervisedFineTuning(LanguageModelTraining):
         layout: Literal["auto", "packed", "separate"] = "auto",
         attention: Attention = "auto",
         gradient_checkpointing: bool = False,
+        compile_layers: bool = False,
         trust_remote_code: bool = False,
         lora: Lora | None = None,
     ):
@@ -44,6 +45,7 @@ class SupervisedFineTuning(LanguageModelTraining):
             layout,
             attention,
             gradient_checkpointing,
+            compile_layers,
             trust_remote_code,
             lora,
         )

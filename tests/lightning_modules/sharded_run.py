@@ -8,8 +8,10 @@ Four ranks train the variant `replicas` alone: two copies in two shards each.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
@@ -41,6 +43,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bfloat16": ({"compute_dtype": "bfloat16", "meta_init_above": 0}, {}),
     "bfloat16_eager": ({"compute_dtype": "bfloat16", "offload_reference": True}, {}),
 }
+if which(os.environ.get("CXX", "g++")):
+    VARIANTS["compiled"] = ({}, {"compile_layers": True})
 PAIRS, TOKENS = 21, 115  # several micro-batches; of the last batch one rank has no pair
 
 

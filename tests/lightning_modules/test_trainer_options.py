@@ -40,6 +40,12 @@ def test_settings_of_the_stage(settings: dict[str, Any], field: str) -> None:
         preference("anywhere", **settings)
 
 
+def test_layers_cannot_be_compiled_without_a_compiler(tiny_llama: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"model\.compile_layers needs a C\+\+ compiler"):
+        quiet_trainer(tmp_path).fit(preference(tiny_llama, compile_layers=True), controlled(4))
+
+
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.name: no model at .*nowhere"):
         quiet_trainer(tmp_path).fit(preference(str(tmp_path / "nowhere")), controlled(4))
