@@ -101,10 +101,10 @@ def robust(differences: Sequence[Difference]) -> Verdict:
 
 
 class Rows:
-    """The confirmation rows, by cell."""
+    """The rows of a phase, by cell."""
 
-    def __init__(self, table: pd.DataFrame) -> None:
-        self.table = with_best(table[table.phase == "confirmation"])
+    def __init__(self, table: pd.DataFrame, phase: str = "confirmation") -> None:
+        self.table = with_best(table[table.phase == phase])
 
     def cell(
         self,

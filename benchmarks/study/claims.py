@@ -9,7 +9,8 @@ from typing import Literal
 import pandas as pd
 
 from benchmarks.study.analysis import Difference, Rows, Verdict, better, robust
-from benchmarks.study.plan import ARMS, STATIC, chosen
+from benchmarks.study.plan import ARMS, MIXTURES, STATIC, chosen
+from benchmarks.study.runs import GAPS
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,78 @@ def all_claims(rows: Rows) -> list[Claim]:
             ],
         ),
     ]
+
+
+def extension_claims(rows: Rows) -> list[Claim]:
+    """What the rows of the phase `extension` say."""
+    best = chosen("dpo")[0]
+    return [
+        mixtures(rows, best),
+        Claim(
+            "crossing",
+            "β-DPO against flipped labels, by gap",
+            "The same as above where all pairs have low or all have high gaps: β-DPO less the best static β "
+            f"({best:g}), and less its control, a random filter. Intervals are 95 % for the four cells together "
+            "(Bonferroni).",
+            [
+                compare(
+                    rows, f"{data}, flip rate {flips:g}: − {name}", rows.cell("beta_dpo", data, flips), theirs, 4
+                )
+                for data in ("low", "high")
+                for flips in (0.0, 0.3)
+                for name, theirs in (
+                    ("best static β", rows.cell("dpo", data, flips, beta0=best)),
+                    ("random_filter", rows.cell("random_filter", data, flips)),
+                )
+            ],
+        ),
+        Claim(
+            "explicit",
+            "It works with explicit rewards",
+            "The paper takes the gap of a reward model for M. Here M is that of the true rewards, the best reward "
+            "model that there can be: of a flipped pair it is negative. β0 and the rate are those of β-DPO.",
+            [
+                compare(rows, f"explicit − {name}", rows.cell("explicit_reward"), theirs)
+                for name, theirs in (
+                    ("implicit", rows.cell("beta_dpo")),
+                    ("best static β", rows.cell("dpo", beta0=best)),
+                )
+            ],
+        ),
+    ]
+
+
+def mixtures(rows: Rows, best: float) -> Claim:
+    """By seed, the means over all shares of high-gap pairs, and every share by itself."""
+
+    def pooled(arm: str, beta0: float | None = None) -> pd.DataFrame:
+        cells = [rows.cell(arm, data, beta0=beta0)[list(MEASURES)] for data in MIXTURES]
+        return sum(cells[1:], cells[0]) / len(cells)
+
+    rivals = (("best static β", "dpo", best), ("instance_level", "instance_level", None))
+    comparisons = [
+        compare(rows, f"all shares: β-DPO − {name}", pooled("beta_dpo"), pooled(arm, beta0))
+        for name, arm, beta0 in rivals
+    ]
+    for data in MIXTURES:
+        share = f"{GAPS[data][1]:.0%} high"
+        comparisons += [
+            compare(
+                rows,
+                f"{share}: β-DPO − {name}",
+                rows.cell("beta_dpo", data),
+                rows.cell(arm, data, beta0=beta0),
+                len(MIXTURES),
+            )
+            for name, arm, beta0 in rivals
+        ]
+    return Claim(
+        "mixtures",
+        "On mixtures of gaps, β-DPO beats DPO and instance-level β",
+        f"The paper mixes 10 to 40 % high-gap pairs into low-gap ones. β-DPO less the best static β ({best:g}) and "
+        "less instance-level β: the mean over the four shares at 95 %, each share at 95 % for the four together.",
+        comparisons,
+    )
 
 
 def best_beta_by_gap(rows: Rows) -> Claim:

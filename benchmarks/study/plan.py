@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 from benchmarks.study.runs import StudyRun
@@ -10,6 +11,7 @@ from benchmarks.study.table import read_results
 DEVELOPMENT_SEED = 3
 MAIN_SEEDS = tuple(range(21, 28))
 SIDE_SEEDS = MAIN_SEEDS[:5]
+EXTENSION_SEEDS = tuple(range(31, 36))
 
 STATIC = (0.03, 0.1, 0.3, 1.0)
 BASES = (0.1, 0.3, 1.0)  # β0 of the arms that are not static
@@ -20,6 +22,7 @@ TUNED = (
 )
 CONTROLS = ("random_filter", "weight_matched")  # at β-DPO's own settings, because they are controls of it
 ARMS = (*TUNED, *CONTROLS)
+MIXTURES = ("high10", "high20", "high30", "high40")
 OTHER_LOSSES = {"ipo": BASES, "simpo": (1.0, 3.0, 10.0)}  # loss → the β0 to choose from
 
 
@@ -58,7 +61,7 @@ def chosen(arm: str, loss: str = "sigmoid", beta0: float | None = None) -> tuple
 
     Raises LookupError while a run of the development is missing.
     """
-    arm = "beta_dpo" if arm in CONTROLS else arm
+    arm = "beta_dpo" if arm in (*CONTROLS, "explicit_reward") else arm
     table = read_results()
     rows = table[(table.phase == "development") & (table.arm == arm) & (table.loss == loss)]
     wanted = [
@@ -73,34 +76,52 @@ def chosen(arm: str, loss: str = "sigmoid", beta0: float | None = None) -> tuple
     return float(best.beta0), float(best.learning_rate)
 
 
+def tuned(seed: int, arm: str, data: str = "mixed", flips: float = 0.15, loss: str = "sigmoid") -> StudyRun:
+    """A run of an arm with its own settings. Raises LookupError while the development is not complete."""
+    return StudyRun(seed, data, flips, arm, *chosen(arm, loss), loss)
+
+
+def static(seed: int, beta: float, data: str = "mixed", flips: float = 0.15) -> StudyRun:
+    """Plain DPO at a given β. Raises LookupError while the development is not complete."""
+    return StudyRun(seed, data, flips, "dpo", beta, chosen("dpo", beta0=beta)[1])
+
+
 def confirmation() -> Iterator[StudyRun]:
-    """The runs that the verdicts rest on. Raises LookupError while the development is not complete."""
-
-    def run(seed: int, arm: str, data: str = "mixed", flips: float = 0.15, loss: str = "sigmoid") -> StudyRun:
-        return StudyRun(seed, data, flips, arm, *chosen(arm, loss), loss)
-
-    def static(seed: int, beta: float, data: str = "mixed", flips: float = 0.15) -> StudyRun:
-        return StudyRun(seed, data, flips, "dpo", beta, chosen("dpo", beta0=beta)[1])
-
+    """The runs that the verdicts rest on."""
     for seed in MAIN_SEEDS:
         yield from (static(seed, beta) for beta in STATIC)
-        yield from (run(seed, arm) for arm in ARMS)
+        yield from (tuned(seed, arm) for arm in ARMS)
     for seed in SIDE_SEEDS:
         for data in ("low", "high"):
             yield from (static(seed, beta, data) for beta in STATIC)
-            yield from (run(seed, arm, data) for arm in ("beta_dpo", "flip_weights"))
+            yield from (tuned(seed, arm, data) for arm in ("beta_dpo", "flip_weights"))
         for flips in (0.0, 0.3):
             yield from (static(seed, beta, flips=flips) for beta in dict.fromkeys((chosen("dpo")[0], 1.0)))
-            yield from (run(seed, arm, flips=flips) for arm in ("beta_dpo", "flip_weights"))
+            yield from (tuned(seed, arm, flips=flips) for arm in ("beta_dpo", "flip_weights"))
         for loss in OTHER_LOSSES:
-            yield from (run(seed, arm, loss=loss) for arm in ("dpo", "beta_dpo"))
+            yield from (tuned(seed, arm, loss=loss) for arm in ("dpo", "beta_dpo"))
         beta0, rate = chosen("beta_dpo")
         for alpha, keep in ((0.2, 0.8), (2.0, 0.8), (0.6, 0.5)):
             yield StudyRun(seed, "mixed", 0.15, "beta_dpo", beta0, rate, alpha=alpha, keep_ratio=keep)
+
+
+def extension() -> Iterator[StudyRun]:
+    """What the confirmation left out, on seeds of its own: mixtures, flips by gap, explicit rewards."""
+    best = chosen("dpo")[0]
+    for seed in EXTENSION_SEEDS:
+        for data in MIXTURES:
+            yield static(seed, best, data)
+            yield from (tuned(seed, arm, data) for arm in ("beta_dpo", "instance_level"))
+        for data, flips in itertools.product(("low", "high"), (0.0, 0.3)):
+            yield static(seed, best, data, flips)
+            yield tuned(seed, "beta_dpo", data, flips)
+        yield static(seed, best)
+        yield from (tuned(seed, arm) for arm in ("beta_dpo", "explicit_reward"))
 
 
 PHASES: dict[str, Callable[[], Iterator[StudyRun]]] = {
     "exploration": exploration,
     "development": development,
     "confirmation": confirmation,
+    "extension": extension,
 }

@@ -13,7 +13,7 @@ import pandas as pd
 from app.files import atomic_file
 from benchmarks.study import smollm2
 from benchmarks.study.analysis import COLLAPSED, KL_BUDGET, Difference, Rows
-from benchmarks.study.claims import Claim, all_claims
+from benchmarks.study.claims import Claim, all_claims, extension_claims
 from benchmarks.study.figures import beta_by_gap, forest, frontier, svg
 from benchmarks.study.plan import ARMS, CONTROLS, MAIN_SEEDS, PHASES, SIDE_SEEDS, STATIC, chosen
 from benchmarks.study.table import read_results
@@ -24,7 +24,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 def documents(table: pd.DataFrame) -> dict[str, str]:
     """Path below docs → text."""
     rows = Rows(table)
-    claims = all_claims(rows)
+    claims = all_claims(rows) + extension_claims(Rows(table, "extension"))
     figures = {f"study/{claim.name}.svg": svg(forest(claim)) for claim in claims}
     figures |= {"study/beta-by-gap.svg": svg(beta_by_gap(rows)), "study/frontier.svg": svg(frontier(rows))}
     return {"study.md": text(table, rows, claims), **figures}
