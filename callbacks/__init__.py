@@ -10,6 +10,7 @@ from callbacks.health_monitor import HealthMonitor
 from callbacks.pair_audit import PairAudit
 from callbacks.pair_filter import PairFilter
 from callbacks.policy_samples import PolicySamples
+from callbacks.reference_weights import ReferenceWeights
 from callbacks.reward_gap_statistics import RewardGapStatistics
 from callbacks.run_checkpoint import RunCheckpoint
 from callbacks.score_writer import ScoreWriter
@@ -26,6 +27,7 @@ __all__ = [
     "PairAudit",
     "PairFilter",
     "PolicySamples",
+    "ReferenceWeights",
     "RewardGapStatistics",
     "RunCheckpoint",
     "ScoreWriter",

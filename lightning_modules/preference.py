@@ -140,6 +140,7 @@ class PreferenceOptimization(PreferenceScoring):
             beta0=self.beta0,
             labels=batch.labels,
         )
+        decision.reference_margin = everyone.reference_margin
         decision.measure_perturbed = partial(perturbed_gaps, self, batch, decision.eligible)
         if self._reference:  # a cached one has no distributions to compare
             decision.measure_kl = partial(reference_kl, self, batch, decision.eligible)

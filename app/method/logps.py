@@ -37,6 +37,13 @@ class PairLogps:
         return self.chosen_log_ratio - self.rejected_log_ratio
 
     @property
+    def reference_margin(self) -> Tensor | None:
+        """log π_ref(y_w|x)/|y_w| − log π_ref(y_l|x)/|y_l| [B], nats per token; None without a reference."""
+        if self.reference_chosen is None or self.reference_rejected is None:
+            return None
+        return self.reference_chosen / self.chosen_tokens - self.reference_rejected / self.rejected_tokens
+
+    @property
     def normalised_gap(self) -> Tensor:
         """log π(y_w|x)/|y_w| − log π(y_l|x)/|y_l| [B], nats per token; needs no reference."""
         return self.policy_chosen / self.chosen_tokens - self.policy_rejected / self.rejected_tokens

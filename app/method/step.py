@@ -36,6 +36,8 @@ class StepDecision:
     kept: Tensor  # [G] bool, K: the pairs trained on; starts as the eligible ones
     beta: Tensor  # [G] float64, starts as β0 everywhere
     loss_weight: Tensor  # [G] float64, what each pair's loss is multiplied by; starts as 1
+    # [G] float64, nats per token, by how much the reference prefers the chosen response; None without a reference
+    reference_margin: Tensor | None = None
     margin: Tensor | None = None  # [G] float64, subtracted from the logits β·h; for losses that take one
     moments: Moments | None = None  # M0 and σ, this batch already taken in
     log_weights: Tensor | None = None  # [G] float64, of the selection, unnormalised

@@ -12,6 +12,7 @@ DEVELOPMENT_SEED = 3
 MAIN_SEEDS = tuple(range(21, 28))
 SIDE_SEEDS = MAIN_SEEDS[:5]
 EXTENSION_SEEDS = tuple(range(31, 36))
+OWN_SEEDS = tuple(range(31, 38))
 
 STATIC = (0.03, 0.1, 0.3, 1.0)
 BASES = (0.1, 0.3, 1.0)  # β0 of the arms that are not static
@@ -22,6 +23,7 @@ TUNED = (
 )
 CONTROLS = ("random_filter", "weight_matched")  # at β-DPO's own settings, because they are controls of it
 ARMS = (*TUNED, *CONTROLS)
+LATER = ("reference_weights",)  # found after the confirmation, judged on the seeds of the extension
 MIXTURES = ("high10", "high20", "high30", "high40")
 OTHER_LOSSES = {"ipo": BASES, "simpo": (1.0, 3.0, 10.0)}  # loss → the β0 to choose from
 
@@ -46,7 +48,7 @@ def exploration() -> Iterator[StudyRun]:
 
 def development() -> Iterator[StudyRun]:
     """The runs that β0 and the learning rate of every arm are chosen by."""
-    for arm in ("dpo", *TUNED):
+    for arm in ("dpo", *TUNED, *LATER):
         for beta0 in STATIC if arm == "dpo" else BASES:
             for rate in RATES:
                 yield StudyRun(DEVELOPMENT_SEED, "mixed", 0.15, arm, beta0, rate)
@@ -106,8 +108,11 @@ def confirmation() -> Iterator[StudyRun]:
 
 
 def extension() -> Iterator[StudyRun]:
-    """What the confirmation left out, on seeds of its own: mixtures, flips by gap, explicit rewards."""
+    """What the confirmation left out, on seeds of its own: mixtures, flips by gap, explicit rewards, a new arm."""
     best = chosen("dpo")[0]
+    for seed, flips in itertools.product(OWN_SEEDS, (0.0, 0.15, 0.3)):
+        yield static(seed, best, flips=flips)
+        yield from (tuned(seed, arm, flips=flips) for arm in ("beta_dpo", *LATER))
     for seed in EXTENSION_SEEDS:
         for data in MIXTURES:
             yield static(seed, best, data)
@@ -115,8 +120,7 @@ def extension() -> Iterator[StudyRun]:
         for data, flips in itertools.product(("low", "high"), (0.0, 0.3)):
             yield static(seed, best, data, flips)
             yield tuned(seed, "beta_dpo", data, flips)
-        yield static(seed, best)
-        yield from (tuned(seed, arm) for arm in ("beta_dpo", "explicit_reward"))
+        yield tuned(seed, "explicit_reward")
 
 
 PHASES: dict[str, Callable[[], Iterator[StudyRun]]] = {

@@ -1,0 +1,58 @@
+"""Pairs whose label the reference doubts count less; nothing is drawn and nothing dropped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from app.errors import UserError
+from app.method.flips import flip_weights
+from app.method.reference_flips import ReferenceFlips, fitted
+from app.method.step import StepDecision
+
+
+class ReferenceWeights(Callback):
+    """Multiplies every pair's loss by max(0, 1 − 2p), p being the probability that its label is flipped.
+
+    p follows from the reference's log-probabilities of the two responses, and the share of flipped labels is
+    estimated from the recent ones (`app.method.reference_flips`). Needs a loss with a reference. Not in the paper:
+    docs/reference-weights.md derives it, docs/study.md says what it is worth.
+
+    Args:
+        window: steps whose margins the estimate is made from.
+    """
+
+    def __init__(self, window: int = 16):
+        if window < 1:
+            raise UserError(f"ReferenceWeights: window is a number of steps, at least 1, not {window}.")
+        self.window = window
+        self._margins: list[Tensor] = []  # of the last steps, [G] each
+        self._flips: ReferenceFlips | None = None
+
+    def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
+        if decision.reference_margin is None:
+            raise UserError(
+                "ReferenceWeights needs a reference: choose a loss that has one, or remove the callback."
+            )
+        self._margins = [*self._margins, decision.reference_margin[decision.eligible]][-self.window :]
+        self._flips = fitted(torch.cat(self._margins), self._flips)
+        if self._flips is None:  # no pair with a margin yet
+            return
+        probability = self._flips.probability(decision.reference_margin)
+        decision.loss_weight = decision.loss_weight * flip_weights(probability, decision.kept)
+        pl_module.log("filter/flip_rate", self._flips.rate)
+        pl_module.log("filter/reference_slope", self._flips.slope)
+        if decision.kept_count:
+            pl_module.log("filter/flipped_expected", probability[decision.kept].mean())
+            pl_module.log("filter/weightless", (probability[decision.kept] >= 0.5).double().mean())
+
+    def state_dict(self) -> dict[str, Any]:
+        flips = self._flips
+        return {"margins": self._margins, "flips": None if flips is None else (flips.rate, flips.slope)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._margins = state_dict["margins"]
+        self._flips = None if state_dict["flips"] is None else ReferenceFlips(*state_dict["flips"])
