@@ -12,7 +12,7 @@ DEVELOPMENT_SEED = 3
 MAIN_SEEDS = tuple(range(21, 28))
 SIDE_SEEDS = MAIN_SEEDS[:5]
 EXTENSION_SEEDS = tuple(range(31, 36))
-OWN_SEEDS = tuple(range(31, 38))
+OWN_SEEDS = tuple(range(41, 48))
 
 STATIC = (0.03, 0.1, 0.3, 1.0)
 BASES = (0.1, 0.3, 1.0)  # β0 of the arms that are not static
@@ -23,7 +23,9 @@ TUNED = (
 )
 CONTROLS = ("random_filter", "weight_matched")  # at β-DPO's own settings, because they are controls of it
 ARMS = (*TUNED, *CONTROLS)
-LATER = ("reference_weights",)  # found after the confirmation, judged on the seeds of the extension
+LATER = ("reference_weights",)  # found after the confirmation
+# arms that take the settings of another, so that nothing but the arm differs
+SETTINGS_OF = {**dict.fromkeys((*CONTROLS, "explicit_reward"), "beta_dpo"), **dict.fromkeys(LATER, "dpo")}
 MIXTURES = ("high10", "high20", "high30", "high40")
 OTHER_LOSSES = {"ipo": BASES, "simpo": (1.0, 3.0, 10.0)}  # loss → the β0 to choose from
 
@@ -44,6 +46,12 @@ def exploration() -> Iterator[StudyRun]:
     for beta in BASES:
         for rate in RATES:
             yield StudyRun(DEVELOPMENT_SEED, "mixed", 0.15, "flip_weights_tail", beta, rate)
+    # the second arm of our own as the rule for all arms would have it, and what stood beside it
+    for seed, flips in ((31, 0.0), (31, 0.15), (31, 0.3), (32, 0.0), (32, 0.15), (32, 0.3), (33, 0.0)):
+        yield StudyRun(seed, "mixed", flips, "reference_weights", 0.1, 3.6e-4)
+        if flips != 0.15:  # at .15 they are runs of the extension
+            yield StudyRun(seed, "mixed", flips, "dpo", 0.3, 3.6e-4)
+            yield StudyRun(seed, "mixed", flips, "beta_dpo", 0.3, 2.4e-4)
 
 
 def development() -> Iterator[StudyRun]:
@@ -63,7 +71,7 @@ def chosen(arm: str, loss: str = "sigmoid", beta0: float | None = None) -> tuple
 
     Raises LookupError while a run of the development is missing.
     """
-    arm = "beta_dpo" if arm in (*CONTROLS, "explicit_reward") else arm
+    arm = SETTINGS_OF.get(arm, arm)
     table = read_results()
     rows = table[(table.phase == "development") & (table.arm == arm) & (table.loss == loss)]
     wanted = [
@@ -117,10 +125,11 @@ def extension() -> Iterator[StudyRun]:
         for data in MIXTURES:
             yield static(seed, best, data)
             yield from (tuned(seed, arm, data) for arm in ("beta_dpo", "instance_level"))
-        for data, flips in itertools.product(("low", "high"), (0.0, 0.3)):
-            yield static(seed, best, data, flips)
-            yield tuned(seed, "beta_dpo", data, flips)
-        yield tuned(seed, "explicit_reward")
+        for data in ("low", "high"):
+            yield static(seed, best, data, 0.3)
+            yield tuned(seed, "beta_dpo", data, 0.3)
+        yield static(seed, best)
+        yield from (tuned(seed, arm) for arm in ("beta_dpo", "explicit_reward"))
 
 
 PHASES: dict[str, Callable[[], Iterator[StudyRun]]] = {

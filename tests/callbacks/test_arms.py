@@ -15,7 +15,15 @@ from app.errors import UserError
 from app.method.losses import IPOLoss, KTOPairLoss, SigmoidLoss, SimPOLoss
 from app.method.moments import Moments
 from app.method.step import StepDecision
-from callbacks import AdaptiveMargin, BetaScheduler, ExplicitRewardGap, FlipWeights, PairFilter, RewardGapStatistics
+from callbacks import (
+    AdaptiveMargin,
+    BetaScheduler,
+    ExplicitRewardGap,
+    FlipWeights,
+    PairFilter,
+    ReferenceWeights,
+    RewardGapStatistics,
+)
 
 
 class Log:
@@ -96,6 +104,52 @@ def test_flip_weights_of_a_rate_of_zero_are_plain_dpo(tiny_llama: str, tmp_path:
     assert 0 < seen["filter/flipped_expected"] < 1
     assert not same_bits(weights(plain), weights(other))
     assert all(float(one.loss_weight.mean()) == pytest.approx(1.0) for one in decisions)
+
+
+def doubted(step: int, flipped: int) -> StepDecision:
+    """Forty pairs whose reference is sure of all of them, and at odds with the labels of the first `flipped`."""
+    decision = start(*[0.0] * 40, math.nan)
+    sizes = torch.linspace(0.1, 2.0, 40, dtype=torch.float64).roll(step)
+    signs = torch.ones(40).index_fill_(0, torch.arange(flipped), -1.0)
+    decision.reference_margin = torch.cat([sizes * signs, torch.tensor([math.nan])])
+    return decision
+
+
+def test_pairs_whose_label_the_reference_doubts_lose_their_weight() -> None:
+    callback = ReferenceWeights()
+    for step in range(4):
+        decision, seen = decided(doubted(step, 8), callback)
+    weights = decision.loss_weight[:40]
+    assert seen["filter/flip_rate"] == pytest.approx(0.2, abs=0.03)
+    assert float(weights[:8].sum()) < 0.05 * float(weights.sum())
+    assert float(weights.mean()) == pytest.approx(1.0)
+    assert decision.kept.tolist() == [True] * 40 + [False]
+    assert decision.beta.tolist() == pytest.approx([0.1] * 41)
+    with pytest.raises(UserError, match="needs a reference"):
+        decided(start(1.0, 2.0), ReferenceWeights())
+    with pytest.raises(UserError, match="window"):
+        ReferenceWeights(window=0)
+
+
+def test_the_reference_of_the_last_steps_counts_also_after_a_resume() -> None:
+    before, after, short = ReferenceWeights(), ReferenceWeights(), ReferenceWeights(window=1)
+    for step in range(3):
+        decided(doubted(step, 8), before)
+        decided(doubted(step, 8), short)
+    after.load_state_dict(before.state_dict())
+    on, resumed, forgotten = (decided(doubted(3, 0), each)[0].loss_weight for each in (before, after, short))
+    assert on.tolist() == resumed.tolist()
+    assert on.tolist() != forgotten.tolist()
+
+
+def test_weights_by_the_reference_do_not_depend_on_how_a_step_is_cut(tiny_llama: str, tmp_path: Path) -> None:
+    whole, decisions, _ = run(tmp_path / "whole", tiny_llama, RewardGapStatistics(), ReferenceWeights())
+    cut, others, _ = run(tmp_path / "cut", tiny_llama, RewardGapStatistics(), ReferenceWeights(), tokens=128)
+    for one, other in zip(decisions, others, strict=True):
+        assert one.loss_weight.tolist() == pytest.approx(other.loss_weight.tolist(), abs=1e-4)
+        assert float(one.loss_weight.std()) > 0.0
+    with pytest.raises(UserError, match="needs a reference"):
+        run(tmp_path / "simpo", tiny_llama, ReferenceWeights(), loss=SimPOLoss())
 
 
 def test_a_constant_m0_needs_no_statistics() -> None:
