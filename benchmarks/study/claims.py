@@ -114,17 +114,23 @@ def all_claims(rows: Rows) -> list[Claim]:
             "Flip weights, an arm of our own",
             "Not in the paper ([flip-weights.md](flip-weights.md)): it was to beat the best static β and β-DPO on "
             "mixed data with flips.",
-            [
-                compare(
-                    rows,
-                    f"flip rate {flips:g}: − {name}",
-                    rows.cell("flip_weights", flips=flips),
-                    rows.cell(arm, flips=flips, beta0=beta0),
-                )
-                for flips in (0.0, 0.15, 0.3)
-                for name, arm, beta0 in (("best static β", "dpo", best), ("beta_dpo", "beta_dpo", None))
-            ],
+            by_flip_rate(rows, "flip_weights", best),
         ),
+    ]
+
+
+FLIP_RATES = (0.0, 0.15, 0.3)
+
+
+def by_flip_rate(rows: Rows, arm: str, best: float) -> list[Comparison]:
+    """An arm on mixed data less the best static β and less β-DPO."""
+    return [
+        compare(rows, f"flip rate {flips:g}: − {name}", rows.cell(arm, flips=flips), theirs)
+        for flips in FLIP_RATES
+        for name, theirs in (
+            ("best static β", rows.cell("dpo", flips=flips, beta0=best)),
+            ("beta_dpo", rows.cell("beta_dpo", flips=flips)),
+        )
     ]
 
 
@@ -161,6 +167,14 @@ def extension_claims(rows: Rows) -> list[Claim]:
                     ("best static β", rows.cell("dpo", beta0=best)),
                 )
             ],
+        ),
+        Claim(
+            "reference",
+            "Reference weights, a second arm of our own",
+            "Not in the paper ([reference-weights.md](reference-weights.md)): pairs count less by the probability, "
+            "estimated from the reference's margins, that their label is flipped. β and the rate are those of the best "
+            "static β.",
+            by_flip_rate(rows, "reference_weights", best),
         ),
     ]
 

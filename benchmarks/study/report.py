@@ -13,9 +13,19 @@ import pandas as pd
 from app.files import atomic_file
 from benchmarks.study import smollm2
 from benchmarks.study.analysis import COLLAPSED, KL_BUDGET, Difference, Rows
-from benchmarks.study.claims import Claim, all_claims, extension_claims
+from benchmarks.study.claims import FLIP_RATES, Claim, all_claims, extension_claims
 from benchmarks.study.figures import beta_by_gap, forest, frontier, svg
-from benchmarks.study.plan import ARMS, CONTROLS, MAIN_SEEDS, PHASES, SIDE_SEEDS, STATIC, chosen
+from benchmarks.study.plan import (
+    ARMS,
+    CONTROLS,
+    EXTENSION_SEEDS,
+    MAIN_SEEDS,
+    OWN_SEEDS,
+    PHASES,
+    SIDE_SEEDS,
+    STATIC,
+    chosen,
+)
 from benchmarks.study.table import read_results
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -24,13 +34,14 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 def documents(table: pd.DataFrame) -> dict[str, str]:
     """Path below docs → text."""
     rows = Rows(table)
-    claims = all_claims(rows) + extension_claims(Rows(table, "extension"))
+    later = Rows(table, "extension")
+    claims = all_claims(rows) + extension_claims(later)
     figures = {f"study/{claim.name}.svg": svg(forest(claim)) for claim in claims}
     figures |= {"study/beta-by-gap.svg": svg(beta_by_gap(rows)), "study/frontier.svg": svg(frontier(rows))}
-    return {"study.md": text(table, rows, claims), **figures}
+    return {"study.md": text(table, rows, later, claims), **figures}
 
 
-def text(table: pd.DataFrame, rows: Rows, claims: Iterable[Claim]) -> str:
+def text(table: pd.DataFrame, rows: Rows, later: Rows, claims: Iterable[Claim]) -> str:
     # what is written by hand, around what is written from the table
     head, tail = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("head.md", "tail.md"))
     claims = list(claims)
@@ -38,6 +49,8 @@ def text(table: pd.DataFrame, rows: Rows, claims: Iterable[Claim]) -> str:
         head.format(
             runs=len(table),
             confirmed=int((table.phase == "confirmation").sum()),
+            extended=int((table.phase == "extension").sum()),
+            later=f"{EXTENSION_SEEDS[0]} to {EXTENSION_SEEDS[-1]} and {OWN_SEEDS[0]} to {OWN_SEEDS[-1]}",
             hours=f"{table.seconds.sum() / 3600:.1f}",
             main=f"{MAIN_SEEDS[0]} to {MAIN_SEEDS[-1]}",
             side=f"{SIDE_SEEDS[0]} to {SIDE_SEEDS[-1]}",
@@ -49,6 +62,7 @@ def text(table: pd.DataFrame, rows: Rows, claims: Iterable[Claim]) -> str:
         arms_table(rows),
         "![reward against KL](study/frontier.svg)",
         *(section(claim) for claim in claims),
+        own_table(later),
         smollm2.section(pd.read_csv(smollm2.TABLE)),
         tail.rstrip(),
     ]
@@ -81,14 +95,38 @@ def anchor(title: str) -> str:
 
 
 def arms_table(rows: Rows) -> str:
+    cells = {f"static β = {beta:g}": rows.cell("dpo", beta0=beta) for beta in STATIC}
+    cells |= {f"{arm}{' (control)' if arm in CONTROLS else ''}": rows.cell(arm) for arm in ARMS}
+    lines = cells_table(cells, best=f"static β = {chosen('dpo')[0]:g}")
+    sft = rows.cell("dpo", beta0=chosen("dpo")[0])
+    lines.append(
+        f"| SFT model | | | {sft.sft_reward.mean():.2f} ± {sft.sft_reward.std():.2f} | | | "
+        f"| {sft.sft_malformed.mean():.3f} | | 0 | | |"
+    )
+    return "\n".join(
+        [*lines, "", "Means over seeds, ± one standard deviation. Bold: the best static β by development."]
+    )
+
+
+def own_table(rows: Rows) -> str:
+    """What stands behind the last claim, by flip rate."""
+    arms = {"static β": ("dpo", chosen("dpo")[0]), "beta_dpo": ("beta_dpo", None)}
+    arms["reference_weights"] = ("reference_weights", None)
+    cells = {
+        f"{name}, flip rate {flips:g}": rows.cell(arm, flips=flips, beta0=beta0).loc[list(OWN_SEEDS)]
+        for flips in FLIP_RATES
+        for name, (arm, beta0) in arms.items()
+    }
+    return "\n".join(cells_table(cells))
+
+
+def cells_table(cells: Mapping[str, pd.DataFrame], best: str | None = None) -> list[str]:
+    """The lines of a table of cells by name; the one named `best` in bold."""
     lines = [
         "| arm | β0 | rate | reward | within 1 nat | win rate | accuracy | malformed | collapsed | KL "
         "| dropped, flipped : clean | β |",
         "|" + "---|" * 12,
     ]
-    cells = {f"static β = {beta:g}": rows.cell("dpo", beta0=beta) for beta in STATIC}
-    cells |= {f"{arm}{' (control)' if arm in CONTROLS else ''}": rows.cell(arm) for arm in ARMS}
-    best = f"static β = {chosen('dpo')[0]:g}"
     for name, cell in cells.items():
         mean = cell.mean(numeric_only=True)
         dropped = f"{mean.dropped_flipped:.2f} : {mean.dropped_clean:.2f}" if mean.dropped_clean > 0 else "–"
@@ -99,14 +137,7 @@ def arms_table(rows: Rows) -> str:
             f"| {int((cell.malformed > COLLAPSED).sum())} of {len(cell)} | {mean.kl:.2f} | {dropped} "
             f"| {cell.beta_low.min():.2f}–{cell.beta_high.max():.2f} |"
         )
-    sft = rows.cell("dpo", beta0=chosen("dpo")[0])
-    lines.append(
-        f"| SFT model | | | {sft.sft_reward.mean():.2f} ± {sft.sft_reward.std():.2f} | | | "
-        f"| {sft.sft_malformed.mean():.3f} | | 0 | | |"
-    )
-    return "\n".join(
-        [*lines, "", "Means over seeds, ± one standard deviation. Bold: the best static β by development."]
-    )
+    return lines
 
 
 def section(claim: Claim) -> str:

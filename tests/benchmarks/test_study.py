@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.study.analysis import Difference, better, reward_within, robust
-from benchmarks.study.plan import PHASES, chosen
+from benchmarks.study.plan import OWN_SEEDS, PHASES, chosen
 from benchmarks.study.report import DOCS, anchor, documents
 from benchmarks.study.runs import STEPS, StudyRun
 from benchmarks.study.table import COLUMNS, append_result, is_done, read_results, row_of
@@ -38,6 +38,8 @@ def test_settings_were_chosen_on_other_seeds_than_they_are_judged_on() -> None:
     table = read_results()
     seeds = {phase: set(rows.seed) for phase, rows in table.groupby("phase")}
     assert not seeds["confirmation"] & (seeds["development"] | seeds["exploration"])
+    assert not set(OWN_SEEDS) & (seeds["development"] | seeds["exploration"] | seeds["confirmation"])
+    assert set(table[(table.phase == "extension") & (table.arm == "reference_weights")].seed) == set(OWN_SEEDS)
     rows = table[(table.phase == "development") & (table.arm == "dpo") & (table.loss == "sigmoid")]
     best = rows.sort_values("reward").iloc[-1]
     assert chosen("dpo") == (best.beta0, best.learning_rate)

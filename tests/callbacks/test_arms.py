@@ -109,7 +109,7 @@ def test_flip_weights_of_a_rate_of_zero_are_plain_dpo(tiny_llama: str, tmp_path:
 def doubted(step: int, flipped: int) -> StepDecision:
     """Forty pairs whose reference is sure of all of them, and at odds with the labels of the first `flipped`."""
     decision = start(*[0.0] * 40, math.nan)
-    sizes = torch.linspace(0.1, 2.0, 40, dtype=torch.float64).roll(step)
+    sizes = 0.05 + 0.05 * ((torch.arange(40, dtype=torch.float64) * 7 + step) % 40)  # large and small among both
     signs = torch.ones(40).index_fill_(0, torch.arange(flipped), -1.0)
     decision.reference_margin = torch.cat([sizes * signs, torch.tensor([math.nan])])
     return decision
@@ -120,8 +120,8 @@ def test_pairs_whose_label_the_reference_doubts_lose_their_weight() -> None:
     for step in range(4):
         decision, seen = decided(doubted(step, 8), callback)
     weights = decision.loss_weight[:40]
-    assert seen["filter/flip_rate"] == pytest.approx(0.2, abs=0.03)
-    assert float(weights[:8].sum()) < 0.05 * float(weights.sum())
+    assert 0.1 < seen["filter/flip_rate"] < 0.25
+    assert float(weights[:8].sum()) < 0.1 * float(weights.sum())
     assert float(weights.mean()) == pytest.approx(1.0)
     assert decision.kept.tolist() == [True] * 40 + [False]
     assert decision.beta.tolist() == pytest.approx([0.1] * 41)
@@ -142,12 +142,21 @@ def test_the_reference_of_the_last_steps_counts_also_after_a_resume() -> None:
     assert on.tolist() != forgotten.tolist()
 
 
+class SureReference(Callback):
+    """The random model knows nothing of the pairs: here, its margins speak for four labels of five."""
+
+    def on_reward_gaps(self, trainer: object, pl_module: object, decision: StepDecision) -> None:
+        assert decision.reference_margin is not None
+        signs = torch.tensor([-1.0 if int(id[-1]) < 2 else 1.0 for id in decision.pair_ids])
+        decision.reference_margin = decision.reference_margin.abs() * signs
+
+
 def test_weights_by_the_reference_do_not_depend_on_how_a_step_is_cut(tiny_llama: str, tmp_path: Path) -> None:
-    whole, decisions, _ = run(tmp_path / "whole", tiny_llama, RewardGapStatistics(), ReferenceWeights())
-    cut, others, _ = run(tmp_path / "cut", tiny_llama, RewardGapStatistics(), ReferenceWeights(), tokens=128)
+    _, decisions, _ = run(tmp_path / "whole", tiny_llama, SureReference(), ReferenceWeights())
+    _, others, _ = run(tmp_path / "cut", tiny_llama, SureReference(), ReferenceWeights(), tokens=128)
     for one, other in zip(decisions, others, strict=True):
         assert one.loss_weight.tolist() == pytest.approx(other.loss_weight.tolist(), abs=1e-4)
-        assert float(one.loss_weight.std()) > 0.0
+    assert any(float(one.loss_weight.std()) > 0.1 for one in decisions)
     with pytest.raises(UserError, match="needs a reference"):
         run(tmp_path / "simpo", tiny_llama, ReferenceWeights(), loss=SimPOLoss())
 
