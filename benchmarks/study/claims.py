@@ -9,7 +9,7 @@ from typing import Literal
 import pandas as pd
 
 from benchmarks.study.analysis import Difference, Rows, Verdict, better, robust
-from benchmarks.study.plan import ARMS, MIXTURES, STATIC, chosen
+from benchmarks.study.plan import ARMS, LARGER, MIXTURES, STATIC, chosen
 from benchmarks.study.runs import GAPS
 
 
@@ -122,10 +122,17 @@ def all_claims(rows: Rows) -> list[Claim]:
 FLIP_RATES = (0.0, 0.15, 0.3)
 
 
-def by_flip_rate(rows: Rows, arm: str, best: float) -> list[Comparison]:
-    """An arm on mixed data less the best static β and less β-DPO."""
+def by_flip_rate(rows: Rows, arm: str, best: float, *bases: float) -> list[Comparison]:
+    """An arm on mixed data less the best static β and less β-DPO, at each β0 of `bases` if there are several."""
     return [
-        compare(rows, f"flip rate {flips:g}: − {name}", rows.cell(arm, flips=flips), theirs)
+        compare(
+            rows,
+            f"flip rate {flips:g}{f', β0 = {base:g}' if base else ''}: − {name}",
+            rows.cell(arm, flips=flips, beta0=base),
+            theirs,
+            max(len(bases), 1),
+        )
+        for base in bases or (None,)
         for flips in FLIP_RATES
         for name, theirs in (
             ("best static β", rows.cell("dpo", flips=flips, beta0=best)),
@@ -172,9 +179,9 @@ def extension_claims(rows: Rows) -> list[Claim]:
             "reference",
             "Reference weights, a second arm of our own",
             "Not in the paper ([reference-weights.md](reference-weights.md)): pairs count less by the probability, "
-            "estimated from the reference's margins, that their label is flipped. β and the rate are those of the best "
-            "static β.",
-            by_flip_rate(rows, "reference_weights", best),
+            "estimated from the reference's margins, that their label is flipped. At β and rate of the best "
+            f"static β, and at β0 = {LARGER:g}; intervals are 95 % for both together (Bonferroni).",
+            by_flip_rate(rows, "reference_weights", best, best, LARGER),
         ),
     ]
 

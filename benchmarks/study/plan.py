@@ -23,9 +23,9 @@ TUNED = (
 )
 CONTROLS = ("random_filter", "weight_matched")  # at β-DPO's own settings, because they are controls of it
 ARMS = (*TUNED, *CONTROLS)
-LATER = ("reference_weights",)  # found after the confirmation
 # arms that take the settings of another, so that nothing but the arm differs
-SETTINGS_OF = {**dict.fromkeys((*CONTROLS, "explicit_reward"), "beta_dpo"), **dict.fromkeys(LATER, "dpo")}
+SETTINGS_OF = dict.fromkeys((*CONTROLS, "explicit_reward"), "beta_dpo")
+LARGER = 1.0  # β0 of reference weights, beside the best static β
 MIXTURES = ("high10", "high20", "high30", "high40")
 OTHER_LOSSES = {"ipo": BASES, "simpo": (1.0, 3.0, 10.0)}  # loss → the β0 to choose from
 
@@ -56,7 +56,7 @@ def exploration() -> Iterator[StudyRun]:
 
 def development() -> Iterator[StudyRun]:
     """The runs that β0 and the learning rate of every arm are chosen by."""
-    for arm in ("dpo", *TUNED, *LATER):
+    for arm in ("dpo", *TUNED, "reference_weights"):
         for beta0 in STATIC if arm == "dpo" else BASES:
             for rate in RATES:
                 yield StudyRun(DEVELOPMENT_SEED, "mixed", 0.15, arm, beta0, rate)
@@ -120,7 +120,9 @@ def extension() -> Iterator[StudyRun]:
     best = chosen("dpo")[0]
     for seed, flips in itertools.product(OWN_SEEDS, (0.0, 0.15, 0.3)):
         yield static(seed, best, flips=flips)
-        yield from (tuned(seed, arm, flips=flips) for arm in ("beta_dpo", *LATER))
+        yield tuned(seed, "beta_dpo", flips=flips)
+        for beta in (best, LARGER):
+            yield StudyRun(seed, "mixed", flips, "reference_weights", beta, chosen("dpo")[1])
     for seed in EXTENSION_SEEDS:
         for data in MIXTURES:
             yield static(seed, best, data)

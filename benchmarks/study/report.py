@@ -19,6 +19,7 @@ from benchmarks.study.plan import (
     ARMS,
     CONTROLS,
     EXTENSION_SEEDS,
+    LARGER,
     MAIN_SEEDS,
     OWN_SEEDS,
     PHASES,
@@ -110,8 +111,9 @@ def arms_table(rows: Rows) -> str:
 
 def own_table(rows: Rows) -> str:
     """What stands behind the last claim, by flip rate."""
-    arms = {"static β": ("dpo", chosen("dpo")[0]), "beta_dpo": ("beta_dpo", None)}
-    arms["reference_weights"] = ("reference_weights", None)
+    best = chosen("dpo")[0]
+    arms = {"static β": ("dpo", best), "beta_dpo": ("beta_dpo", None)}
+    arms |= {f"reference_weights, β0 = {beta:g}": ("reference_weights", beta) for beta in (best, LARGER)}
     cells = {
         f"{name}, flip rate {flips:g}": rows.cell(arm, flips=flips, beta0=beta0).loc[list(OWN_SEEDS)]
         for flips in FLIP_RATES
