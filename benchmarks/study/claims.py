@@ -214,7 +214,7 @@ def mixtures(rows: Rows, best: float) -> Claim:
         "mixtures",
         "On mixtures of gaps, β-DPO beats DPO and instance-level β",
         f"The paper mixes 10 to 40 % high-gap pairs into low-gap ones. β-DPO less the best static β ({best:g}) and "
-        "less instance-level β: the mean over the four shares at 95 %, each share at 95 % for the four together.",
+        "less instance-level β: the mean over the three shares at 95 %, each share at 95 % for the three together.",
         comparisons,
     )
 

@@ -26,7 +26,7 @@ ARMS = (*TUNED, *CONTROLS)
 # arms that take the settings of another, so that nothing but the arm differs
 SETTINGS_OF = dict.fromkeys((*CONTROLS, "explicit_reward"), "beta_dpo")
 LARGER = 1.0  # β0 of reference weights, beside the best static β
-MIXTURES = ("high10", "high20", "high30", "high40")
+MIXTURES = ("high10", "high20", "high40")
 OTHER_LOSSES = {"ipo": BASES, "simpo": (1.0, 3.0, 10.0)}  # loss → the β0 to choose from
 
 

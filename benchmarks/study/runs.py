@@ -17,7 +17,7 @@ Command = list[str]
 GAPS: Mapping[str, tuple[str, float]] = MappingProxyType(
     {
         "low": ("adjacent", 0.0),
-        **{f"high{percent}": ("mixed", percent / 100) for percent in (10, 20, 30, 40)},
+        **{f"high{percent}": ("mixed", percent / 100) for percent in (10, 20, 40)},
         "mixed": ("mixed", 0.5),
         "high": ("extreme", 1.0),
     }
