@@ -5,6 +5,7 @@ python -m benchmarks.study.report
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def text(table: pd.DataFrame, rows: Rows, later: Rows, claims: Iterable[Claim]) 
         *(section(claim) for claim in claims),
         own_table(later),
         smollm2.section(pd.read_csv(smollm2.TABLE)),
-        tail.rstrip(),
+        tail.format(tried=int(table.phase.isin(["exploration", "development"]).sum())).rstrip(),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -131,7 +132,8 @@ def cells_table(cells: Mapping[str, pd.DataFrame], best: str | None = None) -> l
     ]
     for name, cell in cells.items():
         mean = cell.mean(numeric_only=True)
-        dropped = f"{mean.dropped_flipped:.2f} : {mean.dropped_clean:.2f}" if mean.dropped_clean > 0 else "–"
+        flipped = "–" if math.isnan(mean.dropped_flipped) else f"{mean.dropped_flipped:.2f}"
+        dropped = f"{flipped} : {mean.dropped_clean:.2f}" if mean.dropped_clean > 0 else "–"
         lines.append(
             f"| {f'**{name}**' if name == best else name} | {mean.beta0:g} | {mean.learning_rate:g} "
             f"| {mean.reward:.2f} ± {cell.reward.std():.2f} | {mean.within:.2f} ± {cell.within.std():.2f} "
