@@ -49,7 +49,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._signals = SignalWatch()
         self._stopped_by: int | None = None
         self._progress: dict[str, Any] | None = None  # of loops and sampler at the end of the last step
-        self._refused = False
+        self._within_epoch = False  # whether what is saved is as of the end of the last step
 
     @property
     def last(self) -> Path:
@@ -95,12 +95,16 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signals.stop()
+        # Lightning takes an epoch that max_steps cut short for a whole one: a resume would skip the rest of it
+        self._within_epoch = (
+            self._progress is not None and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        )
         self.save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._signals.stop()
         if isinstance(exception, StepRefused) and self._progress is not None:
-            self._refused = True
+            self._within_epoch = True
             self.save(trainer)
             rank_zero_info(f"step {trainer.global_step}, the last good one, is saved in {self.last}")
 
@@ -125,8 +129,10 @@ class RunCheckpoint(ModelCheckpoint):
             raise Interrupted(self._stopped_by, trainer.global_step, str(self.last))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._refused:
+        if self._within_epoch:
+            assert self._progress is not None
             checkpoint["loops"]["fit_loop"] = self._progress
+            checkpoint["epoch"] = self._progress["epoch_progress"]["current"]["processed"]
 
     # --- saving ------------------------------------------------------------------------------------------
 

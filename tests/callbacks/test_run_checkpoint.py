@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch import Callback
-from tiny_runs import controlled, preference, quiet_trainer
+from tiny_runs import Recorder, controlled, preference, quiet_trainer, same_bits, weights
 
 from app.errors import UserError
 from callbacks import RunCheckpoint
@@ -54,6 +55,26 @@ def test_going_back_makes_the_earlier_checkpoint_the_last(tiny_llama: str, tmp_p
         trainer.fit(preference(tiny_llama), controlled(80), ckpt_path=str(earlier))
     assert checkpoint.last.readlink() == Path("step=2.ckpt")
     assert names(tmp_path)[:1] == [".other.part"]
+
+
+def test_a_run_that_max_steps_ended_goes_on_within_its_epoch(tiny_llama: str, tmp_path: Path) -> None:
+    """Eight steps are an epoch, the only one; three of them and then the rest are what all at once are."""
+
+    def steps(folder: Path, count: int, resume: str | None = None) -> tuple[list[list[str]], dict[str, Any]]:
+        module, recorder = preference(tiny_llama), Recorder()
+        callbacks = [recorder, RunCheckpoint()]
+        trainer = quiet_trainer(folder, callbacks, max_steps=count, enable_checkpointing=True)
+        trainer.fit(module, controlled(80), ckpt_path=resume)
+        return [list(decision.pair_ids) for decision in recorder.decisions], weights(module)
+
+    whole, expected = steps(tmp_path / "whole", 8)
+    begun, _ = steps(tmp_path / "parts", 3)
+    rest, found = steps(tmp_path / "parts", 20, str(tmp_path / "parts" / "checkpoints" / "last.ckpt"))
+    assert begun + rest == whole
+    assert same_bits(expected, found)
+    # and an epoch that is done is not taken for one that goes on
+    none, _ = steps(tmp_path / "parts", 20, str(tmp_path / "parts" / "checkpoints" / "last.ckpt"))
+    assert none == []
 
 
 class Failing(Callback):
