@@ -14,9 +14,9 @@ def keep_freed_memory() -> bool:
     """Let freed memory stay with the process for its next tensor; returns whether the allocator agreed.
 
     By default glibc hands every block above 32 MB, and the free end of its heap, back to the system, which then
-    has to clear and map the same pages again: several hundred thousand page faults in a few steps of a small model
-    (docs/benchmarks.md). The peak stays what it is; memory between two steps is not given back. Settings of the
-    user's own (`MALLOC_…_`, `GLIBC_TUNABLES`) stand, and so does any other C library.
+    has to clear and map the same pages again at every step (docs/benchmarks.md says what it costs). The peak stays
+    what it is; memory between two steps is not given back. Settings of the user's own (`MALLOC_…_`,
+    `GLIBC_TUNABLES`) stand, and so does any other C library.
     """
     if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
         return False

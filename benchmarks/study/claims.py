@@ -9,7 +9,7 @@ from typing import Literal
 import pandas as pd
 
 from benchmarks.study.analysis import Difference, Rows, Verdict, better, robust
-from benchmarks.study.plan import ARMS, LARGER, MIXTURES, STATIC, chosen
+from benchmarks.study.plan import ARMS, FLIP_RATES, LARGER, MIXTURES, STATIC, chosen
 from benchmarks.study.runs import GAPS
 
 
@@ -106,7 +106,7 @@ def all_claims(rows: Rows) -> list[Claim]:
                     rows.cell("beta_dpo", flips=flips),
                     rows.cell("dpo", flips=flips, beta0=best),
                 )
-                for flips in (0.0, 0.15, 0.3)
+                for flips in FLIP_RATES
             ],
         ),
         Claim(
@@ -117,9 +117,6 @@ def all_claims(rows: Rows) -> list[Claim]:
             by_flip_rate(rows, "flip_weights", best),
         ),
     ]
-
-
-FLIP_RATES = (0.0, 0.15, 0.3)
 
 
 def by_flip_rate(rows: Rows, arm: str, best: float, *bases: float) -> list[Comparison]:

@@ -26,6 +26,7 @@ ARMS = (*TUNED, *CONTROLS)
 # arms that take the settings of another, so that nothing but the arm differs
 SETTINGS_OF = dict.fromkeys((*CONTROLS, "explicit_reward"), "beta_dpo")
 LARGER = 1.0  # β0 of reference weights, beside the best static β
+FLIP_RATES = (0.0, 0.15, 0.3)
 MIXTURES = ("high10", "high20", "high40")
 OTHER_LOSSES = {"ipo": BASES, "simpo": (1.0, 3.0, 10.0)}  # loss → the β0 to choose from
 
@@ -118,7 +119,7 @@ def confirmation() -> Iterator[StudyRun]:
 def extension() -> Iterator[StudyRun]:
     """What the confirmation left out, on seeds of its own: mixtures, flips by gap, explicit rewards, a new arm."""
     best = chosen("dpo")[0]
-    for seed, flips in itertools.product(OWN_SEEDS, (0.0, 0.15, 0.3)):
+    for seed, flips in itertools.product(OWN_SEEDS, FLIP_RATES):
         yield static(seed, best, flips=flips)
         yield tuned(seed, "beta_dpo", flips=flips)
         for beta in (best, LARGER):

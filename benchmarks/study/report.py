@@ -14,12 +14,13 @@ import pandas as pd
 from app.files import atomic_file
 from benchmarks.study import smollm2
 from benchmarks.study.analysis import COLLAPSED, KL_BUDGET, Difference, Rows
-from benchmarks.study.claims import FLIP_RATES, Claim, all_claims, extension_claims
+from benchmarks.study.claims import Claim, all_claims, extension_claims
 from benchmarks.study.figures import beta_by_gap, forest, frontier, svg
 from benchmarks.study.plan import (
     ARMS,
     CONTROLS,
     EXTENSION_SEEDS,
+    FLIP_RATES,
     LARGER,
     MAIN_SEEDS,
     OWN_SEEDS,
