@@ -102,6 +102,6 @@ def _largest_error(
     tokens = torch.ones_like(expected)
     for micro_batch in rows:
         lengths = micro_batch.response_tokens.view(-1, tokens.shape[1])  # of an empty one as well
-        tokens = tokens.index_copy(0, micro_batch.pairs, lengths.double())
+        tokens = tokens.index_copy(0, micro_batch.pairs.cpu(), lengths.double().cpu())
     apart = ((seen - expected).abs() / tokens).nan_to_num(nan=math.inf)
     return float(module.reduce(apart.masked_fill(~torch.isfinite(expected), 0).max(), "max"))
