@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 
-class Message(NamedTuple):
-    """One turn of a dialogue; `role` is "system", "user" or "assistant"."""
+class Message(dict[str, Any]):
+    """One turn of a dialogue, as chat templates take it.
 
-    role: str
-    content: str
+    `role` and `content` are text (`content` may be empty beside tool calls); all else that the data gives is kept
+    under its name: `tool_calls`, `reasoning_content`, `name`, `tool_call_id`, ….
+    """
+
+    def __init__(self, role: str, content: str, **more: Any) -> None:
+        super().__init__(role=role, content=content, **more)
+
+    @property
+    def role(self) -> str:
+        return str(self["role"])
+
+    @property
+    def content(self) -> str:
+        return str(self["content"])
 
 
-Prompt = str | tuple[Message, ...]  # plain text, or a dialogue that ends with a user's turn
+Prompt = str | tuple[Message, ...]  # plain text, or a dialogue that ends where the assistant speaks next
+Side = Literal["chosen", "rejected"]
+
+
+def read_prompt(value: Any) -> Prompt:
+    """Return a prompt from its JSON: text, or messages as objects (older files: as lists of role and content).
+
+    Raises KeyError, TypeError or ValueError for anything else.
+    """
+    if isinstance(value, str):
+        return value
+    return tuple(Message(**turn) if isinstance(turn, dict) else Message(*turn) for turn in value)
 
 
 @dataclass(frozen=True)
@@ -25,7 +49,8 @@ class PreferencePair:
 
     `rejected` is None for a demonstration (supervised fine-tuning). `labels` holds the scalar columns that the
     data carries besides. `rejected_ends` is False for a sampled response that ran into its length limit, and so has
-    no end.
+    no end. `chosen_fields` and `rejected_fields` are what the answers' messages hold beside their text
+    (`tool_calls`, `reasoning_content`); `tools` and `template_kwargs` are the row's own for its chat template.
     """
 
     pair_id: str
@@ -34,6 +59,14 @@ class PreferencePair:
     rejected: str | None
     labels: dict[str, object] = field(default_factory=dict)
     rejected_ends: bool = True
+    chosen_fields: Mapping[str, Any] = field(default_factory=dict)
+    rejected_fields: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Any] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def answer(self, side: Side) -> Message:
+        """Return the response of one side as the assistant's message."""
+        return Message("assistant", getattr(self, side), **getattr(self, f"{side}_fields"))
 
 
 class TokenisedPair(NamedTuple):

@@ -101,7 +101,7 @@ class RewardModel:
 
     def _chat(self, prompt: Prompt, response: str) -> str:
         try:
-            turns = [message._asdict() for message in prompt_messages(prompt)]
+            turns = [dict(message) for message in prompt_messages(prompt)]
             turns.append({"role": "assistant", "content": response.strip()})
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
         except (ValueError, TemplateError) as error:

@@ -135,7 +135,7 @@ def _prompt_text(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, templ
             return pair.prompt
         raise UserError(f"The prompt of pair {pair.pair_id} is chat messages: set data.chat_template: true.")
     try:
-        turns = [message._asdict() for message in prompt_messages(pair.prompt)]
+        turns = [dict(message) for message in prompt_messages(pair.prompt)]
     except ValueError:
         return _Dropped("HH turns do not alternate, as a chat needs")
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from app.errors import UserError
 from app.judges import Answer
 from app.samples import read_samples
-from datamodules.records import Message, Prompt
+from datamodules.records import Prompt, read_prompt
 from datamodules.sources import is_transcript_prompt, prompt_messages, read_pairs
 
 
@@ -43,7 +43,7 @@ def aligned(ours: str, theirs: str) -> tuple[list[Answer], list[Answer]]:
 
 def sampled_answers(path: str) -> list[Answer]:
     """The rows of a sample file. Raises UserError where it has none or one that is no sample."""
-    rows = [row | {"prompt": as_prompt(row["prompt"])} for row in read_samples(path)]
+    rows = [row | {"prompt": read_prompt(row["prompt"])} for row in read_samples(path)]
     if not rows:
         raise UserError(f"{path} holds no answer.")
     return rows
@@ -73,11 +73,6 @@ def holds_samples(path: str) -> bool:
         except ValueError:
             return True  # reading it will tell what is wrong
     return isinstance(first, dict) and "chosen" not in first
-
-
-def as_prompt(prompt: Any) -> Prompt:
-    """A prompt as it stands in a sample file: text, or a list of turns."""
-    return prompt if isinstance(prompt, str) else tuple(Message(*turn) for turn in prompt)
 
 
 def dialogue_text(prompt: Prompt) -> str:

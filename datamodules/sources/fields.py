@@ -8,11 +8,12 @@ from typing import Literal
 from datamodules.records import Message, PreferencePair
 from datamodules.sources.hh import split_transcript
 from datamodules.sources.report import BadRow
+from datamodules.sources.template_fields import TEMPLATE_FIELDS, message_fields, template_fields, with_system
 from datamodules.sources.values import kind, text
 
 OwnFormat = Literal["auto", "pairs", "hh"]
-_OWN_FIELDS = ("pair_id", "prompt", "chosen", "rejected")
-_ROLES = ("system", "user", "assistant")
+_OWN_FIELDS = ("pair_id", "prompt", "chosen", "rejected", *TEMPLATE_FIELDS)
+_ROLES = ("system", "user", "assistant", "tool")
 
 
 def pair_from_row(
@@ -23,7 +24,8 @@ def pair_from_row(
     Forms: `prompt`, `chosen`, `rejected` as text; chat messages (lists of role and content) for any of them,
     where `chosen` and `rejected` may repeat the prompt; without `prompt`, two whole conversations that share
     all but their last message, or two HH transcripts. `response`, or `chosen` without `rejected`, is a
-    demonstration, refused when `need_rejected`. `format` "hh" and "pairs" refuse the other's rows.
+    demonstration, refused when `need_rejected`. `format` "hh" and "pairs" refuse the other's rows. `system`,
+    `tools` and `chat_template_kwargs` go to the chat template (see `template_fields`).
     """
     if not isinstance(row, Mapping):
         raise BadRow("not an object with fields", f"found {kind(row)}")
@@ -33,6 +35,7 @@ def pair_from_row(
     if need_rejected and "rejected" not in row:
         raise BadRow("missing field", "rejected")
     sides = (chosen_field, "rejected") if "rejected" in row else (chosen_field,)
+    answers: list[Message] = []
     values = [row[side] for side in sides]
     whole = "prompt" not in row and chosen_field == "chosen"
 
@@ -45,7 +48,8 @@ def pair_from_row(
     elif isinstance(values[0], list):
         conversations = [_messages(value, side) for value, side in zip(values, sides, strict=True)]
         prompts = [_prompt_of(row, talk, side) for talk, side in zip(conversations, sides, strict=True)]
-        responses = [talk[-1].content for talk in conversations]
+        answers = [talk[-1] for talk in conversations]
+        responses = [answer.content for answer in answers]
     else:
         if "prompt" not in row:
             raise BadRow("missing field", "prompt")
@@ -54,11 +58,14 @@ def pair_from_row(
 
     if any(prompt != prompts[0] for prompt in prompts):
         raise BadRow("no shared prompt")
-    _check_prompt(prompts[0])
-    for response, side in zip(responses, sides, strict=True):
-        if not response.strip():
+    prompt = with_system(prompts[0], row.get("system"))
+    _check_prompt(prompt)
+    more = [{name: answer[name] for name in answer if name not in ("role", "content")} for answer in answers]
+    more = more or [{} for _ in sides]
+    for response, fields, side in zip(responses, more, sides, strict=True):
+        if not response.strip() and not fields.get("tool_calls"):
             raise BadRow(f"empty {side}")
-    if responses[0] in responses[1:]:
+    if responses[0] in responses[1:] and more[0] in more[1:]:
         raise BadRow("chosen equals rejected")
     own = (*_OWN_FIELDS, chosen_field)
     labels = {name: value for name, value in row.items() if name not in own and is_label(value)}
@@ -67,7 +74,16 @@ def pair_from_row(
         if isinstance(value, str):
             text(value, name)
     rejected = responses[1] if len(responses) == 2 else None
-    return PreferencePair(_pair_id(row, default_id), prompts[0], responses[0], rejected, labels)
+    return PreferencePair(
+        _pair_id(row, default_id),
+        prompt,
+        responses[0],
+        rejected,
+        labels,
+        chosen_fields=more[0],
+        rejected_fields=more[1] if rejected is not None else {},
+        **template_fields(row),
+    )
 
 
 def is_label(value: object) -> bool:
@@ -88,12 +104,13 @@ def _messages(value: object, name: str) -> tuple[Message, ...]:
         raise BadRow(f"empty {name}")
     messages = []
     for message in value:
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+        kept = message_fields(message) if isinstance(message, Mapping) else {}
+        if "role" not in kept or "content" not in kept:
             raise BadRow("wrong type", f"{name} holds something that has no role and content")
-        role, content = text(message["role"], f"{name}: role"), text(message["content"], f"{name}: content")
+        role, content = text(kept["role"], f"{name}: role"), text(kept["content"], f"{name}: content")
         if role not in _ROLES:
             raise BadRow("unknown role", f"{role[:30]!r} in {name}; known are {', '.join(_ROLES)}")
-        messages.append(Message(role, content))
+        messages.append(Message(**kept | {"role": role, "content": content}))
     return tuple(messages)
 
 
@@ -126,7 +143,7 @@ def _check_prompt(prompt: str | tuple[Message, ...]) -> None:
         return
     if not prompt or not prompt[-1].content.strip():
         raise BadRow("empty prompt")
-    if prompt[-1].role != "user":
+    if prompt[-1].role not in ("user", "tool"):
         raise BadRow("turns out of order", f"the prompt ends with a {prompt[-1].role} message")
     if any(message.role == "system" for message in prompt[1:]):
         raise BadRow("turns out of order", "a system message stands behind the first place")

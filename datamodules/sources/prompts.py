@@ -20,7 +20,7 @@ def prompt_key(prompt: Prompt) -> int:
 def _transcript(prompt: Prompt) -> object:
     if isinstance(prompt, str):
         return prompt if is_transcript_prompt(prompt) else f"{HUMAN} {prompt.strip()}{ASSISTANT}"
-    if any(message.role not in _SPEAKERS for message in prompt):  # a transcript has no place for a system message
-        return prompt
+    if any(len(message) > 2 or message.role not in _SPEAKERS for message in prompt):  # not in a transcript
+        return [list(message.values()) if len(message) == 2 else message for message in prompt]
     turns = (f"{_SPEAKERS[message.role]} {message.content.strip()}" for message in prompt)
     return "".join(turns) + ASSISTANT

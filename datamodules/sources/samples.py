@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from app.errors import UserError
-from datamodules.records import Message, Prompt
+from datamodules.records import Prompt, read_prompt
 from datamodules.sources.prompts import prompt_key
 
 
@@ -57,7 +57,7 @@ def sample_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 prompt, response = row["prompt"], row["response"]
                 if not isinstance(response, str):
                     raise TypeError
-                row["prompt"] = prompt if isinstance(prompt, str) else tuple(Message(*turn) for turn in prompt)
+                row["prompt"] = read_prompt(prompt)
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{path}:{number} is not a sample as `beta-dpo generate` writes it; sample anew."

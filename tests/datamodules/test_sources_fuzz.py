@@ -99,7 +99,7 @@ def _assert_exact(pair: PreferencePair, row: dict[str, object]) -> None:
     elif isinstance(row["prompt"], str):
         assert (pair.prompt, pair.chosen, pair.rejected) == (row["prompt"], row["chosen"], row["rejected"])
     else:
-        assert [message._asdict() for message in pair.prompt] == row["prompt"]  # type: ignore[union-attr]
+        assert list(pair.prompt) == row["prompt"]
         assert [pair.chosen, pair.rejected] == [row[side][0]["content"] for side in ("chosen", "rejected")]  # type: ignore[index]
 
 

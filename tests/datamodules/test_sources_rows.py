@@ -59,6 +59,46 @@ def test_every_form_gives_the_same_pair(row: dict[str, object], prompt: object) 
     assert pair == PreferencePair("f:1", prompt, "a", "b", {"flipped": True})  # type: ignore[arg-type]
 
 
+def test_what_the_chat_template_takes_beside_the_text_is_kept() -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}]
+    call = {"id": None, "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    asks = {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "Look."}
+    rest: dict[str, object] = {
+        "system": "be kind",
+        "tools": json.dumps(tools),
+        "chat_template_kwargs": {"enable_thinking": False, "other": None},
+    }
+    pair = pair_from_row({"prompt": "hi", "chosen": [asks], "rejected": [says("sunny")], **rest}, "f:1")
+    assert pair.prompt == (Message("system", "be kind"), Message("user", "hi"))
+    assert (pair.tools, pair.template_kwargs) == (tools, {"enable_thinking": False})
+    called = [{"function": {"name": "weather", "arguments": {"city": "Oslo"}}}]
+    assert pair.answer("chosen") == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": called,
+        "reasoning_content": "Look.",
+    }
+    assert pair.answer("rejected") == {"role": "assistant", "content": "sunny"}
+    answered = [USER, asks, {"role": "tool", "content": "3 °C"}]
+    found = pair_from_row({"prompt": answered, "chosen": "cold", "rejected": "hot", **rest}, "f:1").prompt
+    assert [turn["role"] for turn in found] == ["system", "user", "assistant", "tool"]  # type: ignore[index]
+    for field, value, reason in (
+        ("system", 3, "wrong type"),
+        ("tools", "[{", "bad JSON"),
+        ("tools", {"a": 1}, "wrong type"),
+        ("chat_template_kwargs", [1], "wrong type"),
+        ("prompt", [SYSTEM | {"content": "be rude"}, USER], "two system messages"),
+        ("chosen", [asks | {"tool_calls": ["x"]}], "wrong type"),
+        ("chosen", [asks | {"tool_calls": []}], "wrong type"),
+        ("tools", ["\ud800"], "text is not valid Unicode"),
+    ):
+        with pytest.raises(BadRow) as bad:
+            pair_from_row(
+                {"prompt": "hi", "chosen": [says("a")], "rejected": [says("b")], **rest, field: value}, "f:1"
+            )
+        assert bad.value.reason == reason
+
+
 @pytest.mark.parametrize(
     "row",
     [{"prompt": "hi", "response": "a"}, {"prompt": "hi", "chosen": "a"}, {"prompt": "hi", "response": [says("a")]}],
@@ -85,7 +125,7 @@ def test_demonstrations_have_no_rejected_and_are_refused_on_demand(row: dict[str
         ({"prompt": [{"role": "user", "content": None}], "chosen": "a", "rejected": "b"}, "wrong type"),
         ({"prompt": "hi", "chosen": "a", "rejected": "b", "pair_id": 1.5}, "wrong type"),
         ({"prompt": "hi", "chosen": "a", "rejected": "b", "pair_id": " "}, "empty pair_id"),
-        ({"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"}, "unknown role"),
+        ({"prompt": [{"role": "robot", "content": "x"}], "chosen": "a", "rejected": "b"}, "unknown role"),
         ({"prompt": [USER, says("x")], "chosen": "a", "rejected": "b"}, "turns out of order"),
         ({"prompt": [USER, SYSTEM, USER], "chosen": "a", "rejected": "b"}, "turns out of order"),
         ({"chosen": [USER], "rejected": [USER]}, "last turn is not the assistant's"),
@@ -129,7 +169,8 @@ def test_a_named_format_refuses_the_other_one(row: object, format: str, reason: 
 
 def test_hh_messages_reads_turns_and_refuses_other_roles_and_orders() -> None:
     text = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: a\n\nb: c\n\nAssistant:"
-    assert hh_messages(text) == (("user", "hi"), ("assistant", "yes?"), ("user", "a\n\nb: c"))
+    turns = (("user", "hi"), ("assistant", "yes?"), ("user", "a\n\nb: c"))
+    assert hh_messages(text) == tuple(Message(*turn) for turn in turns)
     for wrong in (
         "\n\nHuman: hi",
         "\n\nAssistant:",
