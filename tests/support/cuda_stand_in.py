@@ -10,8 +10,8 @@ from memory that is not pinned. `StandIn` is the mode in which `device="cuda"` a
     device.violations, device.waits      # lists of `Event`
 
 Limits: no `torch.inference_mode` (its tensors cannot be wrapped), no compiler, no streams; within `torch.vmap` (and
-so within `create_block_mask`) a tensor is asked for its device by C++, and says that it lies on the CPU. A tensor is pickled as a
-CPU tensor, as `torch.load(map_location="cpu")` gives it back from a real device.
+so within `create_block_mask`) C++ asks a tensor for its device and is told the CPU. A tensor is pickled as a CPU
+tensor, as `torch.load(map_location="cpu")` gives it back from a real device.
 """
 
 from __future__ import annotations
