@@ -117,7 +117,7 @@ study-smollm2: smollm2
 	$(BIN)/python -m benchmarks.study.smollm2 $(HH)
 	$(BIN)/python -m benchmarks.study.report
 
-# figures and docs/api.md, from the code
+# figures of the documents, and a reference of every class and command (build/api.md), from the code
 docs: install
 	$(BIN)/python docs/build.py
 

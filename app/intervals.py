@@ -40,6 +40,15 @@ def win_scores(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return (1 + np.sign(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float))) / 2
 
 
+def share_over(groups: np.ndarray, hits: np.ndarray) -> Estimate:
+    """Return the share of `hits` [n] bool with a 95 % interval over the distinct `groups` [n].
+
+    A pair that is met in several epochs is one item and not several. Where the looks at it differ, this is too wide
+    rather than too narrow. Raises ValueError if there is none.
+    """
+    return wilson(float(np.mean(hits)) if len(hits) else 0.0, len(np.unique(groups)))
+
+
 def wilson(share: float, count: int) -> Estimate:
     """A share of `count` independent items with its 95 % Wilson interval. Raises ValueError if there is none."""
     if count < 1:

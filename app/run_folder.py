@@ -27,6 +27,18 @@ def read_audit(folder: Path) -> pd.DataFrame:
         raise UserError(f"{folder}/audit cannot be read: {str(error).splitlines()[0]}") from error
 
 
+# what `PairAudit` writes by itself; every other column is a label of the data
+AUDIT_COLUMNS = ("step", "pair_id", "gap", "log_weight", "kept", "beta", "running_mean", "running_std")
+MOST_GROUPS = 20  # values of a label by which pairs are grouped
+
+
+def grouping_labels(audit: pd.DataFrame) -> list[str]:
+    """Return the label columns that group the pairs: 2 to 20 values, each shared by five pairs on average."""
+    labels = [name for name in audit.columns if name not in AUDIT_COLUMNS]
+    most = min(MOST_GROUPS, audit.pair_id.nunique() // 5)
+    return [name for name in labels if 2 <= audit[name].nunique() <= most]
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration that the run recorded. Raises UserError when it is missing or no configuration of `fit`."""
     file = folder / "config.yaml"

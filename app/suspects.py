@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from app.method.moments import RunningMoments
+from app.run_folder import grouping_labels
 
 
 def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
@@ -21,7 +22,8 @@ def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
     * `outlier`: the mean |h − M0|/σ over the pair's steps; an extreme gap of either sign.
 
     M0 and σ are running moments of the gaps themselves, so that every arm is judged alike, plain DPO too. A
-    step without a finite gap counts as seen and says nothing; neither do steps before σ is known.
+    step without a finite gap counts as seen and says nothing; neither do steps before σ is known. Labels of the
+    data that group its pairs (an annotator, a language) come last, as `label_…` where a column has their name.
     """
     seen = audit.sort_values("step", kind="stable")
     seen = seen.assign(finite=np.isfinite(seen.gap.to_numpy(float)))
@@ -33,21 +35,19 @@ def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
     evidence[known] = -2 * np.maximum(mean[known], 0) * gap[known] / std[known] ** 2
     distance[known] = np.abs(gap[known] - mean[known]) / std[known]
     seen = seen.assign(evidence=evidence, distance=distance, dropped=~seen.kept.astype(bool))
-    return (
-        seen.groupby("pair_id", sort=False)
-        .agg(
-            times_seen=("step", "size"),
-            times_dropped=("dropped", "sum"),
-            first_step=("step", "first"),
-            last_step=("step", "last"),
-            first_gap=("gap", "first"),
-            last_gap=("gap", "last"),
-            mislabelled=("evidence", "sum"),
-            outlier=("distance", "mean"),
-        )
-        .reset_index()
-        .fillna({"outlier": 0.0})
-    )
+    columns = {
+        "times_seen": ("step", "size"),
+        "times_dropped": ("dropped", "sum"),
+        "first_step": ("step", "first"),
+        "last_step": ("step", "last"),
+        "first_gap": ("gap", "first"),
+        "last_gap": ("gap", "last"),
+        "mislabelled": ("evidence", "sum"),
+        "outlier": ("distance", "mean"),
+    }
+    labels = {f"label_{name}" if name in columns else name: (name, "first") for name in grouping_labels(audit)}
+    histories = seen.groupby("pair_id", sort=False).agg(**columns, **labels)
+    return histories.reset_index().fillna({"outlier": 0.0})
 
 
 def running_moments(seen: pd.DataFrame) -> tuple[pd.Series, pd.Series]:

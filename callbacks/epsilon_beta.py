@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from app.errors import UserError
-from app.method.beta import BetaBounds
 from app.method.epsilon import epsilon_beta, epsilon_steps, next_epsilon_beta
 from app.method.losses import PairLoss
 from app.method.step import StepDecision
+from callbacks.bounded_beta import BoundedBeta
 
 
-class EpsilonBeta(Callback):
+class EpsilonBeta(BoundedBeta):
     """β_i = β/(1 + ε·step_i), then β ← β/(1 + ε·mean step) for the next step (arXiv 2502.13177).
 
     step_i is +1 where the pair's log-probability gap grows as β is perturbed from β/(1−ε) to β/(1+ε), −1 where
@@ -22,23 +22,22 @@ class EpsilonBeta(Callback):
 
     Args:
         epsilon: ε, in (0, 1).
-        minimum: smallest β allowed, also for the β that is carried on; the share of kept pairs that hit a bound
-            is logged as `beta/clamped`.
-        maximum: largest β allowed; none for no ceiling.
+        floor: smallest β as a multiple of β0, also for the β of the next step; none takes the loss's own, as in
+            `BetaScheduler`. The share of kept pairs that meet a bound is logged as `beta/clamped`.
+        ceiling: largest β as a multiple of β0; none for no ceiling.
     """
 
-    def __init__(self, epsilon: float = 0.01, minimum: float = 1e-3, maximum: float | None = None):
+    calmer = "lower EpsilonBeta.epsilon or widen its bounds"
+
+    def __init__(self, epsilon: float = 0.01, floor: float | None = None, ceiling: float | None = None):
         if not 0 < epsilon < 1:
             raise UserError(f"EpsilonBeta: epsilon must lie in (0, 1), not {epsilon}.")
-        try:
-            self.bounds = BetaBounds(minimum, maximum)
-        except ValueError as error:
-            raise UserError(f"EpsilonBeta: {error}.") from error
+        super().__init__(floor, ceiling)
         self.epsilon = epsilon
         self.beta: float | None = None  # of the coming step; none before the first, which takes β0
-        self.clamped_steps = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         loss = getattr(pl_module, "loss", None)
         if isinstance(loss, PairLoss) and not loss.needs_reference:
             raise UserError(
@@ -56,26 +55,14 @@ class EpsilonBeta(Callback):
         steps = epsilon_steps(*decision.measure_perturbed((-self.epsilon, 0.0, self.epsilon)))
         current = decision.beta0 if self.beta is None else self.beta
         wanted = epsilon_beta(current, self.epsilon, steps)
-        decision.beta = self.bounds.clamp(wanted)
-        clamped = int((decision.beta != wanted)[decision.kept].sum())
-        self.clamped_steps += clamped > 0
+        decision.beta = self.clamp(pl_module, decision, wanted)
         following = wanted.new_tensor(next_epsilon_beta(current, self.epsilon, steps[decision.eligible]))
-        self.beta = float(self.bounds.clamp(following))
-        pl_module.log("beta/clamped", clamped / max(decision.kept_count, 1))
-        for name, bound in self.bounds.named().items():
-            pl_module.log(f"beta/{name}", bound)
+        self.beta = float(self.bounds.clamp(following, decision.beta0))
         pl_module.log("beta/mean_step", steps[decision.eligible].double().mean())
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.clamped_steps and trainer.is_global_zero:
-            print(
-                f"β met its bounds in {self.clamped_steps} of {trainer.global_step} steps: "
-                "lower EpsilonBeta.epsilon or widen its bounds."
-            )
-
     def state_dict(self) -> dict[str, Any]:
-        return {"beta": self.beta, "clamped_steps": self.clamped_steps}
+        return {"beta": self.beta, **super().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.beta = state_dict["beta"]
-        self.clamped_steps = state_dict["clamped_steps"]
+        super().load_state_dict(state_dict)

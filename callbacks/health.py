@@ -10,6 +10,8 @@ from typing import Any
 
 # what is too much or too little, by rule of thumb; `beta-dpo report` judges by the same
 BOUND_SHARE = 0.1  # of the kept pairs whose β met a bound
+FAR_FROM_BETA0 = 3.0  # factor between β and β0, in either direction
+FAR_SHARE = 0.05  # of the steps that may lie further away
 SMALL_SAMPLE = 0.3  # effective share of the batch under the filter's weights; 0.87 for normal gaps
 SATURATED = 0.98  # accuracy of pairs not yet trained on
 
@@ -19,6 +21,11 @@ Window = Mapping[str, Sequence[float]]  # a measurement's values at the last ste
 def beta_at_bounds(clamped: Sequence[float], most: float = BOUND_SHARE) -> bool:
     """Whether β met a bound for more than the share `most` of the kept pairs."""
     return fmean(clamped) > most
+
+
+def beta_far(beta: Sequence[float], base: Sequence[float], factor: float = FAR_FROM_BETA0) -> bool:
+    """Whether β lay beyond `factor` times β0, or below β0/`factor`, in more than `FAR_SHARE` of the steps."""
+    return fmean(not base / factor <= b <= base * factor for b, base in zip(beta, base, strict=True)) > FAR_SHARE
 
 
 def sample_size_collapsed(effective: Sequence[float], pairs: Sequence[float], least: float = SMALL_SAMPLE) -> bool:
@@ -75,7 +82,14 @@ CONDITIONS = (
         "β at its bounds",
         ("beta/clamped",),
         beta_at_bounds,
-        "the gaps are wide for this α: lower BetaScheduler.alpha, or use configs/schedule/z_normalised.yaml",
+        "the gaps are wide for this schedule",
+    ),
+    Condition(
+        "β far from β0",
+        ("beta/used", "beta/base"),
+        beta_far,
+        "β lies beyond three times β0 or below a third of it, where β0 was not chosen for",
+        whole_window=False,
     ),
     Condition(
         "effective sample size collapsed",

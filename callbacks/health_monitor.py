@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.errors import StepRefused, UserError
 from app.method.batch import OptimizerBatch
+from callbacks.bounded_beta import BoundedBeta
 from callbacks.health import CONDITIONS, conditions_that_hold
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,11 @@ class HealthMonitor(Callback):
         self._since: dict[str, int] = {}  # the conditions that have started, and at which step
         self._last_held: dict[str, int] = {}
         self._last_end: float | None = None  # of a step, on this process's clock
+        self._calmer = ""  # what this run's schedule advises against a wild β
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        schedules = [one for one in trainer.callbacks if isinstance(one, BoundedBeta)]  # type: ignore[attr-defined]
+        self._calmer = schedules[0].calmer if schedules else ""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: OptimizerBatch, batch_idx: int
@@ -74,7 +80,10 @@ class HealthMonitor(Callback):
             if name not in self._since:
                 self._since[name] = step
                 if tell:
-                    log.warning("step %d: %s: %s (%s)", step, name, BY_NAME[name].advice, BY_NAME[name].link)
+                    advice = BY_NAME[name].advice
+                    if name.startswith("β") and self._calmer:
+                        advice += f": {self._calmer}"
+                    log.warning("step %d: %s: %s (%s)", step, name, advice, BY_NAME[name].link)
         for name in [name for name in self._since if step - self._last_held[name] >= self.window]:
             if tell:
                 log.info("step %d: no longer: %s (since step %d)", step, name, self._since[name])

@@ -1,4 +1,4 @@
-"""`make docs`: the figures of docs/method.md and docs/choosing.md, and docs/api.md, from the code itself.
+"""`make docs`: the figures of docs/method.md and docs/choosing.md, and build/api.md, from the code itself.
 
 python docs/build.py
 """
@@ -43,7 +43,7 @@ def steps_of(std: float, alpha: float, steps: int, mean: float = 0.0) -> tuple[t
         gaps = mean + std * torch.randn(PAIRS, generator=draws, dtype=torch.float64)
         moments = running.update(gaps)
         kept = gumbel_top_k(gaussian_log_weights(gaps, moments), KEPT, selection_noise(0, step, PAIRS))
-        betas.append(BetaBounds().clamp(batch_beta(BETA0, alpha, gaps[kept], moments)))
+        betas.append(BetaBounds().clamp(batch_beta(BETA0, alpha, gaps[kept], moments), BETA0))
         kept_z.append(moments.z_scores(gaps)[kept])
         all_z.append(moments.z_scores(gaps))
     edges = torch.linspace(-4, 4, 33, dtype=torch.float64)
@@ -66,7 +66,7 @@ def draw_beta() -> Any:
     moments = RunningMoments().current()
     for alpha in (0.2, 0.6, 2.0):
         beta = torch.stack([batch_beta(BETA0, alpha, d[None], moments) for d in deviation])
-        axes.plot(deviation, BetaBounds().clamp(beta), label=f"α = {alpha}")
+        axes.plot(deviation, BetaBounds().clamp(beta, BETA0), label=f"α = {alpha}")
     axes.axhline(BETA0, color="gray", linestyle="--", linewidth=0.8)
     axes.legend(fontsize=8)
     return figure
@@ -84,7 +84,7 @@ def draw_floor() -> Any:
 def floor_share(std: float, alpha: float) -> float:
     """Share of 2000 steps with β at its floor, for normal gaps of this standard deviation."""
     beta = steps_of(std, alpha, 2000)[0]
-    return float((beta <= BetaBounds().minimum).double().mean())
+    return float((beta <= BETA0 * BetaBounds().floor).double().mean())
 
 
 def draw_lag() -> Any:
@@ -111,7 +111,7 @@ def entry(name: str, thing: Any) -> str:
 
 
 def api() -> str:
-    """The text of docs/api.md: what a configuration can name, and the commands."""
+    """Return the reference page: what a configuration can name, and the commands."""
     groups: dict[str, dict[str, Any]] = {
         "Training stages": {
             f"lightning_modules.{n}": getattr(lightning_modules, n) for n in lightning_modules.__all__
@@ -141,7 +141,9 @@ def main() -> None:
     for name, draw in FIGURES.items():
         # no date or version inside: the same code gives the same file
         draw().savefig(HERE / "figures" / f"{name}.png", dpi=100, metadata={"Software": None})
-    (HERE / "api.md").write_text(api(), encoding="utf-8")
+    reference = HERE.parent / "build" / "api.md"
+    reference.parent.mkdir(exist_ok=True)
+    reference.write_text(api(), encoding="utf-8")
     for alpha in (0.2, 0.6, 2.0):
         shares = {std: round(floor_share(std, alpha), 3) for std in (1, 2, 4, 10)}
         print(f"α = {alpha}: share of steps with β at its floor by standard deviation of the gaps {shares}")

@@ -35,9 +35,9 @@ class RewardGapMoments(TrainerCallback, ExportableState):
 class BetaDPOTrainer(DPOTrainer):
     """`DPOConfig.beta` is β0; the other settings are those of `PairFilter` and `BetaScheduler`."""
 
-    def __init__(self, *args, alpha=0.6, keep_ratio=0.8, minimum_beta=1e-3, momentum=0.9, **settings):
+    def __init__(self, *args, alpha=0.6, keep_ratio=0.8, floor=0.01, momentum=0.9, **settings):
         super().__init__(*args, **settings)
-        self.alpha, self.keep_ratio, self.bounds = alpha, keep_ratio, BetaBounds(minimum_beta)
+        self.alpha, self.keep_ratio, self.bounds = alpha, keep_ratio, BetaBounds(floor)
         self.args.restore_callback_states_from_checkpoint = True
         self.add_callback(RewardGapMoments(momentum))
 
@@ -51,7 +51,7 @@ class BetaDPOTrainer(DPOTrainer):
         moments = running.update(gaps)
         k = number_kept(len(gaps), self.keep_ratio)
         kept = gumbel_top_k(gaussian_log_weights(gaps, moments), k, noise)
-        beta = self.bounds.clamp(batch_beta(self.beta, self.alpha, gaps[kept], moments))
+        beta = self.bounds.clamp(batch_beta(self.beta, self.alpha, gaps[kept], moments), self.beta)
         for name, value in {"beta/used": beta, "gap/running_mean": moments.mean, "gap/mean": gaps.mean()}.items():
             self._metrics["train"][name].append(float(value))
         processes = self.accelerator.num_processes

@@ -119,7 +119,7 @@ def check_step(rows: Any, decision: StepDecision, parts: Combination, reward: st
         assert ((dropped <= gap[kept].min()) | (dropped >= gap[kept].max())).all()
     m = gap if reward == "implicit" else (rows["chosen_reward"] - rows["rejected_reward"]).to_numpy(float)
     mean, std = rows["running_mean"].iloc[0], rows["running_std"].iloc[0]
-    wanted = expected_beta(parts.schedule, m, kept, mean, std, beta0)
+    wanted = expected_beta(parts, m, kept, mean, std, beta0)
     weight, margin = np.ones(6), None
     if parts.schedule == "weight_matched":
         wanted, weight = np.full(6, beta0), wanted / beta0
@@ -145,8 +145,9 @@ def check_epsilon_steps(rows: Any, beta0: float) -> None:
         current /= 1 + epsilon * steps.mean()
 
 
-def expected_beta(schedule: str, m: Any, kept: Any, mean: float, std: float, beta0: float) -> Any:
+def expected_beta(parts: Combination, m: Any, kept: Any, mean: float, std: float, beta0: float) -> Any:
     """β of every pair from the paper's formulas; None for ε-DPO; a schedule that is not listed here fails."""
+    schedule = parts.schedule
     if schedule == "epsilon_dpo":
         return None
     arguments = settings(SCHEDULES[schedule])
@@ -160,9 +161,8 @@ def expected_beta(schedule: str, m: Any, kept: Any, mean: float, std: float, bet
         "constant_m0": lambda: m[kept].mean() - arguments["m0"],
         "z_normalised": lambda: (m[kept].mean() - mean) / spread,
     }[schedule]()
-    beta = np.clip(
-        beta0 * (1 + arguments["alpha"] * deviation), arguments["minimum"], arguments.get("maximum", np.inf)
-    )
+    floor = arguments.get("floor", 0.25 if parts.loss in ("ipo", "ipo_length_normalised", "sppo_hard") else 0.01)
+    beta = beta0 * np.clip(1 + arguments["alpha"] * deviation, floor, arguments.get("ceiling", np.inf))
     return np.broadcast_to(beta, m.shape)
 
 

@@ -27,7 +27,6 @@ from app.main import TRAINER_COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-GENERATED = {"api.md"}
 FENCE = re.compile(
     r"(?:<!-- not run: (?P<reason>[^\n]+?) -->\n)?```(?P<language>bash|python)\n(?P<text>.*?)```", re.S
 )
@@ -61,9 +60,8 @@ def blocks() -> Iterator[Block]:
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
         for found in FENCE.finditer(text):
-            if path.name not in GENERATED:
-                line = text.count("\n", 0, found.start("text"))
-                yield Block(path.name, line, found["language"], found["text"], found["reason"])
+            line = text.count("\n", 0, found.start("text"))
+            yield Block(path.name, line, found["language"], found["text"], found["reason"])
 
 
 def commands(block: Block) -> Iterator[list[str]]:
@@ -126,14 +124,14 @@ def test_links_lead_somewhere() -> None:
             assert not anchor or anchor in anchors, f"{path.name}: {target}#{anchor}"
 
 
-def test_the_reference_is_that_of_the_code() -> None:
+def test_the_reference_and_the_figures_can_be_built() -> None:
     sys.path.insert(0, str(ROOT / "docs"))
     try:
         from build import FIGURES, api  # type: ignore[import-not-found]
     finally:
         sys.path.pop(0)
-    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == api(), "run `make docs`"
-    assert sorted(path.stem for path in (ROOT / "docs" / "figures").iterdir()) >= sorted(FIGURES)
+    assert "### callbacks.BetaScheduler" in api()
+    assert {path.stem for path in (ROOT / "docs" / "figures").iterdir()} >= set(FIGURES)
 
 
 def test_some_document_is_run() -> None:

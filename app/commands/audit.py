@@ -11,8 +11,8 @@ from rich.table import Table
 
 from app.errors import UserError
 from app.files import atomic_file
-from app.intervals import bootstrap_mean
-from app.run_folder import PairTexts, read_audit
+from app.intervals import bootstrap_mean, wilson
+from app.run_folder import PairTexts, grouping_labels, read_audit
 from app.suspects import hits, pair_histories
 
 LABEL = "flipped"
@@ -44,12 +44,35 @@ def audit(run: str, out: str = "suspects.jsonl", count: int = 100) -> None:
         write(pd.concat([listed, texts], axis="columns"), temporary, out)
     print(f"{len(lists[0])} likely mislabelled pairs and {len(lists[1])} outliers: {out}")
     if not len(lists[0]):
-        print("No pair looks mislabelled: the mean gap never rose above 0, so nothing had been learned yet.")
+        print(why_no_suspects(rows))
+    for label in grouping_labels(rows):
+        label = f"label_{label}" if f"label_{label}" in histories else label
+        Console().print(suspects_by(label, histories, lists[0]))
     if LABEL in rows:
         wrong = rows.groupby("pair_id", sort=False)[LABEL].first().to_numpy().astype(bool)
         if wrong.any():
             extra = np.array(pairs.extra_tokens_of_rejected(histories.pair_id.tolist()))
             Console().print(comparison(histories.mislabelled.to_numpy(), extra, wrong, min(count, len(wrong))))
+
+
+def why_no_suspects(rows: pd.DataFrame) -> str:
+    """Return why no pair is listed as mislabelled: the policy knew nothing, or no pair spoke against its label."""
+    if rows.groupby("step").gap.mean().max() <= 0:
+        return "No pair looks mislabelled: the mean gap never rose above 0, so nothing had been learned yet."
+    return "No pair looks mislabelled: once the mean gap was above 0, every pair's gaps spoke for its label."
+
+
+def suspects_by(label: str, histories: pd.DataFrame, listed: pd.DataFrame) -> Table:
+    """Return the share of likely mislabelled pairs for each value of a label, the highest first."""
+    table = Table(title=f"likely mislabelled pairs by {label}, share of its pairs [95 % interval]")
+    for column in (label, "pairs", "listed", "share"):
+        table.add_column(column)
+    suspicious = histories.pair_id.isin(listed.pair_id)
+    groups = {value: suspicious[histories[label].eq(value)] for value in histories[label].dropna().unique()}
+    for value, found in sorted(groups.items(), key=lambda group: -group[1].mean()):
+        share = wilson(float(found.mean()), len(found))
+        table.add_row(str(value), str(len(found)), str(int(found.sum())), str(share))
+    return table
 
 
 def how_often_seen(histories: pd.DataFrame) -> str:

@@ -18,30 +18,33 @@ from app.method.moments import Moments
 
 @dataclass(frozen=True)
 class BetaBounds:
-    """The interval that β is clamped to; `maximum` None leaves it open above.
+    """The interval that β is clamped to, in multiples of β0; `ceiling` None leaves it open above.
 
-    With raw gaps the floor is no formality: the mean of 51 gaps of standard deviation 10 takes β (β0 = 0.1,
-    α = 0.6) there in one batch out of eight, and a β below zero would train towards the rejected response.
-    Whoever clamps counts how often.
-    Raises ValueError unless 0 < minimum ≤ maximum, both finite.
+    The default floor is the paper's 1e-3 at its β0 = 0.1. With raw gaps it is met: the mean of 51 gaps of standard
+    deviation 10 takes β (α = 0.6) there in one batch out of eight, and a β below zero would train towards the
+    rejected response. Whoever clamps counts how often.
+    Raises ValueError unless 0 < floor ≤ 1 ≤ ceiling, all finite: β0 lies within its bounds.
     """
 
-    minimum: float = 1e-3
-    maximum: float | None = None
+    floor: float = 0.01
+    ceiling: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.minimum < math.inf:
-            raise ValueError(f"the smallest β must be positive and finite, got {self.minimum}")
-        if self.maximum is not None and not self.minimum <= self.maximum < math.inf:
-            raise ValueError(f"the largest β must be finite and at least {self.minimum}, got {self.maximum}")
+        if not 0.0 < self.floor <= 1.0:
+            raise ValueError(f"floor is the smallest β as a multiple of β0, in (0, 1], not {self.floor}")
+        if self.ceiling is not None and not 1.0 <= self.ceiling < math.inf:
+            raise ValueError(
+                f"ceiling is the largest β as a multiple of β0, at least 1 or null, not {self.ceiling}"
+            )
 
-    def named(self) -> dict[str, float]:
-        """The bounds that there are, as `floor` and `ceiling`."""
-        return {"floor": self.minimum} | ({} if self.maximum is None else {"ceiling": self.maximum})
+    def absolute(self, beta0: float) -> dict[str, float]:
+        """Return the bounds in the units of β, as `floor` and, if there is one, `ceiling`."""
+        bounds = {"floor": self.floor, "ceiling": self.ceiling}
+        return {name: beta0 * bound for name, bound in bounds.items() if bound is not None}
 
-    def clamp(self, beta: Tensor) -> Tensor:
-        """`beta` of any shape, moved into the interval."""
-        return beta.clamp(min=self.minimum, max=self.maximum)
+    def clamp(self, beta: Tensor, beta0: float) -> Tensor:
+        """Return `beta` of any shape, moved into the interval."""
+        return beta.clamp(min=beta0 * self.floor, max=None if self.ceiling is None else beta0 * self.ceiling)
 
 
 def batch_beta(beta0: float, alpha: float, kept_discrepancy: Tensor, moments: Moments) -> Tensor:

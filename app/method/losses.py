@@ -20,12 +20,14 @@ class PairLoss(ABC):
     """A loss per pair, from the log-probs of B pairs, β and, where the loss has a place for it, a margin.
 
     `needs_reference` tells whether the loss reads the reference's log-probs, `takes_margin` whether it has a
-    logit β·h that a margin can be subtracted from. Results keep the dtype of the log-probs and stay finite in
+    logit β·h that a margin can be subtracted from. `beta_floor` is the default smallest β of a schedule, as a
+    multiple of β0. Results keep the dtype of the log-probs and stay finite in
     float32 for |β·h| up to 1e6 (up to 1e18 where the loss is a square).
     """
 
     needs_reference: bool = True
     takes_margin: bool = False
+    beta_floor: float = 0.01
 
     def discrepancy(self, logps: PairLogps) -> Tensor:
         """[B] what β acts on, and what the running statistics, the filter and dynamic β therefore look at."""
@@ -135,8 +137,11 @@ class SimPOLoss(LogitLoss):
 class IPOLoss(PairLoss):
     """IPO, (h − 1/2β)² (arXiv 2310.12036, eq. 17), on summed log-probs as in that paper.
 
-    β is the target of the gap here: a larger β asks for a smaller gap.
+    β sets the target of the gap: a larger β asks for a smaller gap. The floor of β is a quarter of β0, so that the
+    target stays within four times that of β0; a hundredth would ask for 500 nats at β0 = 0.1.
     """
+
+    beta_floor = 0.25
 
     def per_pair(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
         return (self.discrepancy(logps) - 0.5 / beta).square()
@@ -159,6 +164,8 @@ class SPPOHardLoss(PairLoss):
 
     r is a response's log-ratio to the reference. As in IPO, β sets targets, here one for each response.
     """
+
+    beta_floor = 0.25
 
     def per_pair(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
         target = 0.5 / beta
@@ -208,6 +215,7 @@ class WithSFTTerm(PairLoss):
         self.sft_weight = sft_weight
         self.needs_reference = loss.needs_reference
         self.takes_margin = loss.takes_margin
+        self.beta_floor = loss.beta_floor
 
     def __str__(self) -> str:
         return str(self.loss)

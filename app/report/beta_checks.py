@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from app.intervals import wilson
+from app.intervals import share_over
 from app.report.finding import Finding
 from app.report.run import Run
-from callbacks.health import BOUND_SHARE, SMALL_SAMPLE
+from callbacks.health import BOUND_SHARE, FAR_FROM_BETA0, FAR_SHARE, SMALL_SAMPLE
 
 SOME_STEPS = 0.01  # share of steps with β at a bound that is worth a word
 WIDE_SWING = 0.5  # mean change of β from step to step, as a share of β0
+
+
+def calmer_beta(run: Run) -> str:
+    """Return what this run's schedule can change so that β swings less: a sentence without its full stop."""
+    schedules = [entry for entry in run.callbacks if entry[0] in ("BetaScheduler", "EpsilonBeta")]
+    name, settings = schedules[0] if schedules else ("BetaScheduler", {})
+    if name == "EpsilonBeta":
+        return "Lower EpsilonBeta.epsilon"
+    if settings.get("z_normalised"):
+        return "Lower BetaScheduler.alpha"
+    return "Lower BetaScheduler.alpha, or measure gaps in standard deviations by BetaScheduler.z_normalised: true"
 
 
 def beta_at_its_floor(run: Run) -> Finding | None:
@@ -26,8 +37,7 @@ def beta_at_its_floor(run: Run) -> Finding | None:
         "act" if share >= BOUND_SHARE else "watch",
         f"β sat at its floor of {floor:g} in {share:.0%} of steps.",
         f"{round(share * len(beta.values))} of {len(beta.values)} steps",
-        "The gaps are wide for this α: lower BetaScheduler.alpha, or set z_normalised: true, which measures them "
-        "in standard deviations.",
+        f"The gaps are wide for this schedule. {calmer_beta(run)}.",
         "beta",
     )
 
@@ -45,7 +55,26 @@ def beta_at_its_ceiling(run: Run) -> Finding | None:
         "act" if share >= BOUND_SHARE else "watch",
         f"β sat at its ceiling of {ceiling:g} in {share:.0%} of steps.",
         f"{round(share * len(beta.values))} of {len(beta.values)} steps",
-        "Raise BetaScheduler.maximum if β may go there, or lower BetaScheduler.alpha.",
+        f"{calmer_beta(run)}; raise the schedule's ceiling only if β may go there.",
+        "beta",
+    )
+
+
+def beta_far_from_base(run: Run) -> Finding | None:
+    """β beyond a factor of three from β0 in more steps than one in twenty."""
+    beta, base = run.curve("beta/used"), run.last("beta/base")
+    if beta is None or base is None or not run.chooses_beta:
+        return None
+    above = float((beta.values > FAR_FROM_BETA0 * base).mean())
+    below = float((beta.values < base / FAR_FROM_BETA0).mean())
+    if above + below <= FAR_SHARE:
+        return None
+    return Finding(
+        run.name,
+        "act",
+        f"β lay beyond three times β0 = {base:g}, or below a third of it, in {above + below:.0%} of steps.",
+        f"above 3·β0 in {above:.0%}, below β0/3 in {below:.0%}; largest {np.nanmax(beta.values) / base:.3g}·β0",
+        f"{calmer_beta(run)}.",
         "beta",
     )
 
@@ -60,13 +89,13 @@ def how_beta_moved(run: Run) -> Finding | None:
     evidence = (
         f"5 % to 95 % of steps: {low:.4g} to {high:.4g}; mean change from step to step {swing:.0%} of β0 = {base:g}"
     )
-    if high - low < 0.02 * base:
+    if max(abs(high - base), abs(low - base)) < 0.02 * base:
         return Finding(
             run.name,
             "watch",
             f"β hardly left β0 = {base:g}.",
             evidence,
-            "This run is plain DPO in all but name: raise BetaScheduler.alpha, or train until the gaps open.",
+            "This run is plain DPO in all but name: raise the schedule's α or ε, or train until the gaps open.",
             "beta",
         )
     if swing > WIDE_SWING:
@@ -75,7 +104,7 @@ def how_beta_moved(run: Run) -> Finding | None:
             "act",
             f"β jumped by {swing:.0%} of β0 from one step to the next.",
             evidence,
-            "Such a β follows the noise of the batch: lower BetaScheduler.alpha or raise data.batch_size.",
+            f"Such a β follows the noise of the batch. {calmer_beta(run)}, or raise data.batch_size.",
             "beta",
         )
     return Finding(
@@ -110,17 +139,22 @@ def who_is_dropped(run: Run) -> Finding | None:
     wrong = known.flipped.astype(bool)
     if wrong.all() or not wrong.any():
         return None
-    flipped, clean = (wilson(float((~known.kept[group]).mean()), int(group.sum())) for group in (wrong, ~wrong))
-    evidence = f"dropped: flipped {flipped}, clean {clean} (share [95 % interval])"
+    flipped, clean = (share_over(rows.pair_id.to_numpy(), ~rows.kept) for rows in (known[wrong], known[~wrong]))
+    evidence = f"dropped: flipped {flipped}, not flipped {clean} (share [95 % interval over pairs])"
     if flipped.low > clean.high:
         times = f"{flipped.mean / clean.mean:.1f} times as often as" if clean.mean else "and never"
         return Finding(
-            run.name, "good", f"The filter dropped mislabelled pairs {times} clean ones.", evidence, "", "filter"
+            run.name,
+            "good",
+            f"The filter dropped pairs marked as flipped {times} the others.",
+            evidence,
+            "",
+            "filter",
         )
     return Finding(
         run.name,
         "watch",
-        "The filter did not drop mislabelled pairs more often than clean ones.",
+        "The filter did not drop pairs marked as flipped more often than the others.",
         evidence,
         "It needs gaps that tell them apart: train longer, or lower ρ (PairFilter.keep_ratio).",
         "filter",

@@ -50,7 +50,7 @@ def draw(run: Run) -> Any:
     )
     if "val/reward_accuracy" in run.curves:
         at, value = run.curves["val/reward_accuracy"]
-        accuracy.plot(at, value, "k*", markersize=10, label="clean held-out pairs")
+        accuracy.plot(at, value, "k*", markersize=10, label="held-out pairs")
     accuracy.set(title="reward accuracy (a tie counts half)", xlabel="step", ylim=(0, 1))
     for panel in panels.flat:
         panel.legend(fontsize=8)

@@ -14,6 +14,7 @@ CHECKS: tuple[Callable[[Run], Finding | None], ...] = (
     policy_checks.against_other_runs,
     beta_checks.beta_at_its_floor,
     beta_checks.beta_at_its_ceiling,
+    beta_checks.beta_far_from_base,
     beta_checks.how_beta_moved,
     beta_checks.few_pairs_carry_the_weight,
     beta_checks.who_is_dropped,

@@ -8,16 +8,16 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup, escape
 
-from app.intervals import Estimate, wilson
+from app.intervals import Estimate, share_over, wilson
 from app.report import svg
 from app.report.chart import Chart, Panel, style_of
 from app.report.run import Run
+from app.run_folder import grouping_labels
 
 ROW, ABOVE, BELOW = 48, 6, 40
 MOST_VALUES = 8  # of a label that are drawn, the most frequent first
 
 
-LABELS = {"flipped": "label", "kind": "kind", "policy": "the policy's own ranking"}
 NAMES = {("flipped", True): "flipped on purpose", ("flipped", False): "not flipped"}
 
 
@@ -135,19 +135,20 @@ def dropped_chart(runs: Sequence[Run]) -> Chart | None:
         if run.audit is None or not run.filters:
             continue
         audit = run.audit.assign(policy=np.where(run.audit.gap > 0, "ranked right", "not ranked right"))
-        for label in LABELS:
-            if label not in audit:
-                continue
-            values = audit[label].dropna().value_counts().head(MOST_VALUES)
+        for label in (*grouping_labels(run.audit), "policy"):
+            values = audit.groupby(label).pair_id.nunique().nlargest(MOST_VALUES)
             rows = [
                 Row(
                     f"{NAMES.get((label, value), shortened(str(value)))}, {count:,} pairs",
                     style_of(number),
-                    wilson(float((~audit.kept[audit[label].eq(value)]).mean()), count),
+                    share_over(
+                        audit.pair_id[audit[label].eq(value)].to_numpy(), ~audit.kept[audit[label].eq(value)]
+                    ),
                 )
                 for value, count in values.items()
             ]
-            title = f"{run.name}: dropped by {LABELS.get(label, label)}"
+            by = "the policy's own ranking" if label == "policy" else label
+            title = f"{run.name}: dropped by {by}"
             panels.append(
                 rows_panel(
                     title, rows, "share dropped", low=0.0, mark=float((~audit.kept).mean()), mark_name="all pairs"
@@ -159,7 +160,8 @@ def dropped_chart(runs: Sequence[Run]) -> Chart | None:
             "filter",
             "Who is dropped",
             "The share of each group that the filter left out of training, over the whole run, with 95 % "
-            "intervals. A useful filter drops mislabelled pairs more often than clean ones.",
+            "intervals over pairs. Groups are the label columns of the data that have few values. A useful filter "
+            "drops mislabelled pairs more often than others.",
             drawn,
         )
         if drawn

@@ -16,6 +16,7 @@ from app import run_folder
 from app.errors import UserError
 from app.intervals import Estimate
 from app.run_record import COMMANDS_FILE
+from callbacks.hyperparameters import arguments, last_word
 
 SAMPLES = "samples.jsonl"
 
@@ -67,6 +68,12 @@ class Run:
     def chooses_beta(self) -> bool:
         """Whether a schedule chose β: it logs the share that it clamped."""
         return "beta/clamped" in self.curves
+
+    @property
+    def callbacks(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """Class name and settings of every callback that config.yaml names."""
+        entries = (self.config.get("trainer") or {}).get("callbacks") or []
+        return [(last_word(entry.get("class_path")), arguments(entry)) for entry in entries]
 
     @property
     def filters(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from app.intervals import bootstrap_mean
+from app.intervals import share_over
 from app.report.run import Run
 
 
@@ -44,8 +44,8 @@ def numbers_of_pairs(run: Run) -> dict[str, str]:
         "reward accuracy of training pairs, second half": f"{((1 + np.sign(late)) / 2).mean():.3f}",
     }
     if "flipped" in audit:
-        for flipped, name in ((True, "flipped"), (False, "clean")):
-            dropped = ~audit.kept[audit.flipped == flipped]
-            if len(dropped):
-                column[f"share of {name} pairs dropped"] = str(bootstrap_mean(dropped.to_numpy()))
+        for flipped, name in ((True, "flipped"), (False, "not flipped")):
+            rows = audit[audit.flipped == flipped]
+            if len(rows):
+                column[f"share of pairs {name} dropped"] = str(share_over(rows.pair_id.to_numpy(), ~rows.kept))
     return column

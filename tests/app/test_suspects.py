@@ -26,6 +26,18 @@ def test_scores_worked_out_by_hand() -> None:
     assert found.loc["b", ["first_step", "last_step", "first_gap", "last_gap"]].tolist() == [0, 1, 1.0, -1.0]
 
 
+def test_labels_that_group_the_pairs_are_carried_along() -> None:
+    gaps = {str(number): float(number % 3) for number in range(20)}
+    audit = audit_of(gaps, gaps)
+    audit["annotator"] = [f"a{int(id) % 2}" for id in audit.pair_id]
+    audit["comment"] = audit.pair_id  # another for every pair: no group
+    audit["outlier"] = audit.annotator
+    found = pair_histories(audit)
+    assert found.annotator.tolist() == ["a0", "a1"] * 10
+    assert found.label_outlier.tolist() == found.annotator.tolist()
+    assert "comment" not in found
+
+
 def test_a_policy_that_knows_nothing_accuses_nobody() -> None:
     equal = pair_histories(audit_of({"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 0.0}))
     assert (equal[["mislabelled", "outlier"]] == 0).all(axis=None)

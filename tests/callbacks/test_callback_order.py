@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch import Callback
 from tiny_runs import Recorder, controlled, preference, quiet_trainer
 
 from app.errors import UserError
+from app.method.losses import IPOLoss, PairLoss, SigmoidLoss, SPPOHardLoss, WithSFTTerm
 from app.method.selection import selection_noise
 from callbacks import BetaScheduler, PairFilter, RewardGapStatistics
 
@@ -68,7 +70,7 @@ def test_the_paper_scale_acts_beta0_times_as_strongly(tiny_llama: str, tmp_path:
 def test_beta_is_clamped_counted_and_reported(
     tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scheduler = BetaScheduler(alpha=1.0, minimum=0.0999, maximum=0.1)
+    scheduler = BetaScheduler(alpha=1.0, floor=0.999, ceiling=1.0)
     recorder = run(tmp_path, tiny_llama, RewardGapStatistics(), scheduler)
     used = [decision.beta_used for decision in recorder.decisions]
     assert all(0.0999 - 1e-12 <= beta <= 0.1 + 1e-12 for beta in used)
@@ -77,12 +79,29 @@ def test_beta_is_clamped_counted_and_reported(
 
 
 @pytest.mark.parametrize(
+    ("loss", "floor", "expected"),
+    [
+        (SigmoidLoss(), None, 0.01),
+        (IPOLoss(), None, 0.25),
+        (WithSFTTerm(SPPOHardLoss(), 0.1), None, 0.25),
+        (IPOLoss(), 0.1, 0.1),
+    ],
+)
+def test_the_floor_follows_the_loss_unless_it_is_given(
+    loss: PairLoss, floor: float | None, expected: float
+) -> None:
+    scheduler = BetaScheduler(floor=floor)
+    scheduler.setup(None, SimpleNamespace(loss=loss), "fit")  # type: ignore[arg-type]
+    assert scheduler.bounds.floor == expected
+
+
+@pytest.mark.parametrize(
     ("make", "named"),
     [
         (lambda: PairFilter(0.0), "keep_ratio"),
         (lambda: PairFilter(1.5), "keep_ratio"),
-        (lambda: BetaScheduler(minimum=0.0), "BetaScheduler: the smallest β"),
-        (lambda: BetaScheduler(maximum=1e-4), "BetaScheduler: the largest β"),
+        (lambda: BetaScheduler(floor=0.0), "BetaScheduler: floor"),
+        (lambda: BetaScheduler(ceiling=0.5), "BetaScheduler: ceiling"),
         (lambda: RewardGapStatistics(momentum=1.0), "RewardGapStatistics: momentum"),
     ],
 )

@@ -18,6 +18,7 @@ from callbacks.health import (
     CONDITIONS,
     accuracy_saturated,
     beta_at_bounds,
+    beta_far,
     chosen_falls_with_rejected,
     conditions_that_hold,
     nonfinite_pairs,
@@ -31,6 +32,14 @@ ROOT = Path(__file__).parents[2]
 def test_beta_at_bounds_in_more_than_a_tenth_of_the_pairs() -> None:
     assert not beta_at_bounds([0.0] * 9 + [1.0])
     assert beta_at_bounds([0.0] * 8 + [1.0] * 2)
+
+
+def test_beta_far_from_its_base_in_either_direction() -> None:
+    near, base = [0.1] * 19, [0.1] * 20
+    assert not beta_far([*near, 0.29], base)
+    assert not beta_far([*near, 0.31], base)  # one step of twenty
+    assert beta_far([*near[:-1], 0.31, 0.03], base)
+    assert conditions_that_hold({"beta/used": [0.01, 0.04], "beta/base": [0.01, 0.01]}, 20) == {"β far from β0"}
 
 
 def test_normal_gaps_are_no_collapse_and_one_outlier_is() -> None:
@@ -93,7 +102,7 @@ def test_one_line_at_the_start_and_one_at_the_end(caplog: pytest.LogCaptureFixtu
             monitor.load_state_dict(state)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
-    assert lines[0].startswith("step 3: β at its bounds: the gaps are wide for this α: lower BetaScheduler.alpha")
+    assert lines[0].startswith("step 3: β at its bounds: the gaps are wide for this schedule")
     assert lines[0].endswith("(docs/health.md#β-at-its-bounds)")
     # the last window that holds a clamped step ends at step 9, and three more are needed
     assert lines[1] == "step 12: no longer: β at its bounds (since step 3)"
@@ -129,7 +138,7 @@ def test_every_condition_has_its_section_in_the_docs() -> None:
 
 def strong_beta() -> list:
     """A β that meets its floor at once: α so large that any fall of the gap is too much."""
-    return [RewardGapStatistics(), PairFilter(0.6, seed=11), BetaScheduler(alpha=1e4, minimum=0.05, maximum=0.15)]
+    return [RewardGapStatistics(), PairFilter(0.6, seed=11), BetaScheduler(alpha=1e4, floor=0.5, ceiling=1.5)]
 
 
 def test_a_run_is_watched_stopped_and_goes_on_unchanged(
@@ -147,7 +156,7 @@ def test_a_run_is_watched_stopped_and_goes_on_unchanged(
 
     unwatched = fit("unwatched")
     assert same_bits(fit("watched", HealthMonitor(window=3)), unwatched)
-    assert any("β at its bounds" in line for line in caplog.messages)
+    assert any("β at its bounds" in line and "lower BetaScheduler.alpha" in line for line in caplog.messages)
 
     with pytest.raises(StepRefused, match=r"after step [3-5]: β at its bounds .* go on with --ckpt_path last"):
         fit("stopped", HealthMonitor(window=3, stop_on=["β at its bounds"]))

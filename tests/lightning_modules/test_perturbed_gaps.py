@@ -97,12 +97,12 @@ def test_resumed_equals_uninterrupted(tiny_llama: str, tmp_path: Path) -> None:
 
 
 def test_bounds_hold_and_are_counted(tiny_llama: str, tmp_path: Path) -> None:
-    schedule = EpsilonBeta(EPSILON, minimum=0.0999, maximum=0.1001)
+    schedule = EpsilonBeta(EPSILON, floor=0.999, ceiling=1.001)
     _, decisions = run(tmp_path, tiny_llama, schedule)
-    assert all(((d.beta >= 0.0999) & (d.beta <= 0.1001)).all() for d in decisions)
+    assert all(((d.beta >= 0.0999 - 1e-12) & (d.beta <= 0.1001 + 1e-12)).all() for d in decisions)
     assert schedule.clamped_steps == 2  # not at step 0, where β stays
     assert schedule.beta is not None
-    assert 0.0999 <= schedule.beta <= 0.1001
+    assert 0.0999 - 1e-12 <= schedule.beta <= 0.1001 + 1e-12
 
 
 def test_no_reference_no_perturbation(tiny_llama: str, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_no_reference_no_perturbation(tiny_llama: str, tmp_path: Path) -> None:
         run(tmp_path, tiny_llama, EpsilonBeta(), loss=SimPOLoss())
 
 
-@pytest.mark.parametrize("wrong", [{"epsilon": 0.0}, {"epsilon": 1.0}, {"minimum": 0.0}, {"maximum": 1e-4}])
+@pytest.mark.parametrize("wrong", [{"epsilon": 0.0}, {"epsilon": 1.0}, {"floor": 0.0}, {"ceiling": 0.5}])
 def test_wrong_settings_are_refused_at_once(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match="EpsilonBeta: "):
         EpsilonBeta(**wrong)

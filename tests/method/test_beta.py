@@ -49,14 +49,14 @@ def test_gaps_scaled_by_beta0_make_alpha_ten_times_weaker() -> None:
 def test_floor(kept_mean: float, running_mean: float, unclamped: float, beta: float) -> None:
     raw = batch_beta(0.1, 0.6, torch.tensor([kept_mean], dtype=torch.float64), Moments(running_mean, 1.0))
     assert raw.item() == pytest.approx(unclamped, abs=1e-12)
-    assert BetaBounds().clamp(raw).item() == pytest.approx(beta, abs=1e-12)
+    assert BetaBounds().clamp(raw, 0.1).item() == pytest.approx(beta, abs=1e-12)
 
 
 def test_instance_beta_by_hand() -> None:
     raw = instance_beta(0.1, 0.6, torch.tensor([-1.0, 0.0, 1.0, 4.0]), Moments(1.2, None))
     assert raw.tolist() == pytest.approx([-0.032, 0.028, 0.088, 0.268], abs=1e-9)
-    assert BetaBounds().clamp(raw).tolist() == pytest.approx([0.001, 0.028, 0.088, 0.268], abs=1e-9)
-    assert BetaBounds(0.05, 0.2).clamp(raw).tolist() == pytest.approx([0.05, 0.05, 0.088, 0.2], abs=1e-9)
+    assert BetaBounds().clamp(raw, 0.1).tolist() == pytest.approx([0.001, 0.028, 0.088, 0.268], abs=1e-9)
+    assert BetaBounds(0.5, 2.0).clamp(raw, 0.1).tolist() == pytest.approx([0.05, 0.05, 0.088, 0.2], abs=1e-9)
 
 
 def test_instance_beta_averages_to_the_batch_beta_of_the_same_pairs() -> None:
@@ -107,14 +107,24 @@ def test_wide_gaps_often_reach_the_floor() -> None:
         (-1.0, None),
         (math.nan, None),
         (math.inf, None),
-        (0.1, 0.05),
+        (1.01, None),
+        (0.1, 0.99),
         (0.1, math.inf),
         (0.1, math.nan),
     ],
 )
 def test_bounds_that_make_no_interval_are_refused(bounds: tuple[float, float | None]) -> None:
-    with pytest.raises(ValueError, match="β must be"):
+    with pytest.raises(ValueError, match="as a multiple of β0"):
         BetaBounds(*bounds)
+
+
+def test_bounds_are_multiples_of_beta0() -> None:
+    bounds = BetaBounds(0.2, 5.0)
+    for beta0 in (0.01, 0.1, 2.5):
+        assert bounds.clamp(beta0 * torch.tensor([0.0, 1.0, 9.0]), beta0).tolist() == pytest.approx(
+            [0.2 * beta0, beta0, 5 * beta0]
+        )
+        assert bounds.absolute(beta0) == pytest.approx({"floor": 0.2 * beta0, "ceiling": 5 * beta0})
 
 
 ALL = torch.ones(4, dtype=torch.bool)

@@ -69,7 +69,7 @@ def test_sequences_of_steps(golden: dict[str, Any]) -> None:
 
             raw = batch_beta(sequence["beta0"], sequence["alpha"], gaps[kept], moments)
             assert raw.item() == close(step["beta_unclamped"])
-            beta = BetaBounds().clamp(raw)
+            beta = BetaBounds(1e-3 / sequence["beta0"]).clamp(raw, sequence["beta0"])
             assert beta.item() == close(step["beta"])
 
             zero, one = torch.zeros(n, dtype=torch.float64), torch.ones(n, dtype=torch.int64)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from synthetic_runs import audit_of, run_with
 
-from app.intervals import Estimate
+from app.intervals import Estimate, share_over, wilson
 from app.report import beta_checks, policy_checks
 from app.report.findings import findings
 
@@ -18,7 +18,7 @@ def test_beta_at_its_floor_and_its_ceiling() -> None:
     assert found.level == "act"
     assert found.sentence == "β sat at its floor of 0.001 in 15% of steps."
     assert found.evidence == "15 of 100 steps"
-    assert "lower BetaScheduler.alpha" in found.advice
+    assert "Lower BetaScheduler.alpha" in found.advice
     rarely = run_with(beta__used=[0.1] * 97 + [0.001] * 3, beta__floor=[0.001])
     found = beta_checks.beta_at_its_floor(rarely)
     assert found is not None
@@ -61,6 +61,27 @@ def test_few_pairs_carry_the_weight() -> None:
     assert beta_checks.few_pairs_carry_the_weight(run) is None
 
 
+def test_a_pair_seen_often_counts_once() -> None:
+    once = share_over(np.arange(50), np.arange(50) < 10)
+    assert share_over(np.tile(np.arange(50), 20), np.tile(np.arange(50) < 10, 20)) == once
+    assert once == wilson(0.2, 50)
+
+
+def test_beta_far_from_base_and_advice_for_the_schedule_of_the_run() -> None:
+    run = run_with(beta__used=[0.01] * 90 + [0.05] * 10, beta__base=[0.01], beta__clamped=[0.0])
+    found = beta_checks.beta_far_from_base(run)
+    assert found is not None
+    assert "above 3·β0 in 10%, below β0/3 in 0%; largest 5·β0" in found.evidence
+    assert "z_normalised" in found.advice
+    entry = {"class_path": "callbacks.BetaScheduler", "init_args": {"z_normalised": True}}
+    run.config = {"trainer": {"callbacks": [entry]}}
+    found = beta_checks.beta_far_from_base(run)
+    assert found is not None
+    assert found.advice == "Lower BetaScheduler.alpha."
+    near = run_with(beta__used=[0.01] * 96 + [0.05] * 4, beta__base=[0.01], beta__clamped=[0.0])
+    assert beta_checks.beta_far_from_base(near) is None
+
+
 def test_who_is_dropped() -> None:
     audit = audit_of()
     run = run_with(audit=audit, filter__kept_fraction=[0.8])
@@ -69,7 +90,7 @@ def test_who_is_dropped() -> None:
     assert found.level == "good"
     share = 1 - audit.kept[audit.flipped].mean()
     assert f"flipped {share:.3f}" in found.evidence
-    assert "and never clean ones" in found.sentence  # of the synthetic run's clean pairs none is dropped
+    assert "and never the others" in found.sentence  # of the synthetic run's clean pairs none is dropped
     run.audit = audit.assign(kept=np.arange(len(audit)) % 5 > 0)
     found = beta_checks.who_is_dropped(run)
     assert found is not None

@@ -1,0 +1,96 @@
+"""How far β strays from β0: schedules over simulated gaps, or over the gaps that a run's audit recorded.
+
+python -m benchmarks.beta_range                      # simulated runs of 478 steps of 128 pairs, ρ = 0.8
+python -m benchmarks.beta_range --audit RUN [RUN …]  # log folders of runs that had PairAudit
+
+A simulated run opens like a real one: the mean gap grows from 0 to σ, the standard deviation of the gaps at the
+end; their spread grows with it, and the tails are those of Student's t with 5 degrees of freedom. A replay takes
+the recorded gaps as they are, although another β would have moved the policy otherwise: it shows how β would have
+followed these gaps, not what would have been trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from app.method.beta import BetaBounds, BetaSchedule
+from app.method.moments import RunningMoments
+from app.method.selection import gaussian_log_weights, gumbel_top_k, number_kept, selection_noise
+from app.run_folder import read_audit
+
+STEPS, PAIRS, KEEP_RATIO = 478, 128, 0.8  # configs/ultrafeedback_instruct.yaml
+SCHEDULES = {
+    "α = .6 per nat": (BetaSchedule(0.6), BetaBounds()),
+    "α = .1 per nat": (BetaSchedule(0.1), BetaBounds()),
+    "α = .6 per σ": (BetaSchedule(0.6, z_normalised=True), BetaBounds(0.2, 5)),
+    "α = 1.2 per σ": (BetaSchedule(1.2, z_normalised=True), BetaBounds(0.2, 5)),
+    "α = 2 per σ": (BetaSchedule(2.0, z_normalised=True), BetaBounds(0.2, 5)),
+}
+
+
+def simulated_gaps(std: float, seed: int = 0) -> Iterator[torch.Tensor]:
+    """Yield the gaps [PAIRS] float64, in nats, of each step of a run whose gaps open to `std`."""
+    random = np.random.default_rng(seed)
+    for step in range(STEPS):
+        opened = (step + 1) / STEPS
+        tails = random.standard_t(5, PAIRS) / np.sqrt(5 / 3)  # of unit variance
+        yield torch.from_numpy(std * (opened + np.sqrt(opened) * tails))
+
+
+def recorded_gaps(run: Path) -> Iterator[torch.Tensor]:
+    """Yield the finite gaps of each step that the audit of `run` holds."""
+    audit = read_audit(run)
+    for _, gaps in audit[np.isfinite(audit.gap)].groupby("step").gap:
+        yield torch.tensor(gaps.to_numpy(float))
+
+
+def multiples(batches: Sequence[torch.Tensor], schedule: BetaSchedule, bounds: BetaBounds) -> np.ndarray:
+    """Return β/β0 [steps] as the statistics, the Gaussian filter and the schedule of the package give it."""
+    running, found = RunningMoments(), []
+    for step, gaps in enumerate(batches):
+        moments = running.update(gaps)
+        kept = gumbel_top_k(
+            gaussian_log_weights(gaps, moments),
+            number_kept(len(gaps), KEEP_RATIO),
+            selection_noise(0, step, len(gaps)),
+        )
+        found.append(bounds.clamp(schedule.beta(1.0, gaps, kept, moments), 1.0)[0].item())
+    return np.array(found)
+
+
+def table_of(title: str, batches: Sequence[torch.Tensor]) -> Table:
+    """Return one row per schedule: the spread of β/β0, and how often it is near 1 or at a bound."""
+    table = Table(title=title, title_justify="left")
+    for column in ("schedule", "β/β0, 5 % to 95 % of steps", "within a factor of 3", "at a bound"):
+        table.add_column(column)
+    for name, (schedule, bounds) in SCHEDULES.items():
+        beta = multiples(batches, schedule, bounds)
+        low, high = np.quantile(beta, [0.05, 0.95])
+        met = (beta <= bounds.floor) | (beta >= (bounds.ceiling or np.inf))
+        inside = (beta >= 1 / 3) & (beta <= 3)
+        table.add_row(name, f"{low:.2f} to {high:.2f}", f"{inside.mean():.1%}", f"{met.mean():.1%}")
+    return table
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--audit", nargs="+", type=Path, metavar="RUN", help="log folders to replay")
+    console = Console(width=100)
+    if runs := parser.parse_args().audit:
+        for run in runs:
+            console.print(table_of(f"{run}, recorded gaps", list(recorded_gaps(run))))
+        return
+    for std in (2.0, 10.0, 20.0, 40.0, 60.0):
+        console.print(table_of(f"simulated gaps, σ = {std:g} nats at the end", list(simulated_gaps(std))))
+
+
+if __name__ == "__main__":
+    main()
