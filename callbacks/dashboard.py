@@ -70,9 +70,8 @@ class BetaDashboard(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._laid_out = False
 
-    def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
-        # the callbacks after this one may still change what is kept: draw when the step is over
-        self._decision = decision
+    def on_step_decided(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
+        self._decision = decision  # drawn when the step is over
         due = self.kl_every_n_steps and decision.step % self.kl_every_n_steps == 0
         # a measurement of all ranks together, and of the policy before its step, as every other curve
         self._kl = decision.measure_kl() if due and decision.measure_kl and trainer.loggers else None

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from app.errors import UserError
+from app.method.moments import MINIMUM_STD
 from app.method.step import StepDecision
 
 
@@ -34,6 +35,7 @@ class ExplicitRewardGap(Callback):
                 "ExplicitRewardGap comes too late, the statistics have taken in the policy's own gap: put it "
                 "before callbacks.RewardGapStatistics in trainer.callbacks."
             )
+        decision.minimum_std = MINIMUM_STD  # a reward is not rounded as h is
         decision.discrepancy = rewards(decision, self.chosen) - rewards(decision, self.rejected)
         pl_module.log("gap/explicit_mean", decision.discrepancy[decision.eligible].mean())
 

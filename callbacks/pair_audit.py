@@ -34,7 +34,7 @@ class PairAudit(Callback):
         self._tables: list[pa.Table] = []
         self._folder = Path()
 
-    def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
+    def on_step_decided(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         self._decision = decision
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.errors import UserError
-from app.method.moments import RunningMoments
+from app.method.moments import MINIMUM_STD, RunningMoments
 from app.method.step import StepDecision
 
 
@@ -40,10 +41,14 @@ class RewardGapStatistics(Callback):
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         if self.gap_scale == "beta0":
             decision.discrepancy = decision.beta0 * decision.discrepancy
-        decision.moments = self.running.update(decision.discrepancy[decision.eligible])
+            decision.minimum_std = max(decision.beta0 * decision.minimum_std, MINIMUM_STD)
+        moments = self.running.update(decision.discrepancy[decision.eligible])
+        decision.moments = replace(moments, minimum_std=decision.minimum_std)
         mean, std = decision.moments.mean, decision.moments.std or 0.0
         pl_module.log("gap/running_mean", mean)
         pl_module.log("gap/running_std", std)
+        # 1 where the gaps are too close to tell pairs apart: the Gaussian filter then draws all equally likely
+        pl_module.log("gap/too_close", float(decision.moments.spread is None))
         # for one chart of the batch against its band, all three in the units of M
         pl_module.log("band/batch_mean", decision.discrepancy[decision.eligible].mean())
         pl_module.log("band/lower", mean - std)

@@ -11,17 +11,17 @@ from shutil import which
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric, Metric, SumMetric
 
 from app.errors import UserError
 from app.method.batch import Layout, OptimizerBatch, PackedRows
 from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.layout_check import agreeing_layout
+from lightning_modules.logged_training import LoggedTraining
 from lightning_modules.lora import Lora, add_lora
 from lightning_modules.pairwise_attention import PAIRWISE
 from lightning_modules.pretrained import load_model
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 Attention = Literal["auto", "pairwise", "flex_attention", "sdpa", "eager"]
 
 
-class LanguageModelTraining(LightningModule):
+class LanguageModelTraining(LoggedTraining):
     """A policy trained by manual optimisation, one optimizer batch per `training_step`.
 
     Args:
@@ -271,16 +271,8 @@ class LanguageModelTraining(LightningModule):
 
     def reduce(self, value: Tensor, how: str) -> Tensor:
         """`value` reduced over all ranks (`sum`, `mean` or `max`), on the CPU; in a sum every share counts once."""
+        if self.trainer.world_size == 1:
+            return value.cpu()
         if how == "sum" and self.trainer.global_rank % (self.trainer.world_size // self.data_parallel_size):
             value = torch.zeros_like(value)  # a neighbour adds the same
         return self.trainer.strategy.reduce(value.to(self.device), reduce_op=how).cpu()
-
-
-def exact_mean() -> Metric:
-    """A weighted mean in float64 that counts every pair once, over uneven batches and all ranks."""
-    return MeanMetric().set_dtype(torch.float64)
-
-
-def exact_count() -> Metric:
-    """A sum in float64 over all batches, of what every rank knows of the whole batch."""
-    return SumMetric(sync_on_compute=False).set_dtype(torch.float64)

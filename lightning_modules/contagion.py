@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,17 +24,15 @@ def measured_alone(
     """`logps` [B] with every pair that is not finite scored again, without gradient, in plain rows of its own.
 
     Attention gives what the mask hides the weight 0, and 0·NaN is NaN: in a packed row one bad pair spoils all.
-    Returns `logps` itself, graph and all, where no rank has such a pair.
+    Plain rows go through the model's own attention, which takes their mask. Called on every rank at once.
     """
-    if module.layout != "packed":
-        return logps
-    columns = {name: column for name, column in vars(logps).items() if column is not None}
-    spoilt = ~torch.stack([torch.isfinite(column.detach()) for column in columns.values()]).all(0)
-    if not module.reduce(spoilt.any().double(), "max"):
-        return logps
+    spoilt = ~logps.finite
     suspects = torch.nonzero(spoilt).flatten().tolist()
-    rows = batch.micro_batches(module.responses, "separate", module.policy.balanced_row, suspects)
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as attention:
+        for scorer in module.scorers:
+            attention.enter_context(scorer.with_own_attention())
+        rows = batch.micro_batches(module.responses, "separate", module.policy.balanced_row, suspects)
         again = vars(measure(batch, module.match_ranks(rows)))
+    columns = {name: column for name, column in vars(logps).items() if column is not None}
     alone = {name: torch.where(spoilt, again[name], column.detach()) for name, column in columns.items()}
     return PairLogps(**{name: alone.get(name) for name in vars(logps)})  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -14,14 +14,16 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from app.errors import StepRefused, UserError
-from app.method.batch import OptimizerBatch
+from app.method.batch import OptimizerBatch, PackedRows, on_device
 from app.method.logps import PairLogps
 from app.method.losses import PairLoss, SigmoidLoss, WithSFTTerm
 from app.method.metrics import pair_metrics
-from app.method.step import MissingStatistics, RewardGapHook, StepDecision
+from app.method.moments import MINIMUM_STD, rounding_std
+from app.method.step import MissingStatistics, RewardGapHook, StepDecision, StepObserver, weighted_losses
 from lightning_modules.base import Attention
 from lightning_modules.lora import Lora
 from lightning_modules.preference_scoring import PreferenceScoring, Reference
+from lightning_modules.sharding import keeps_gradients
 from lightning_modules.side_by_side import perturbed_gaps, reference_kl
 from lightning_modules.utilisation import peak_operations, step_operations
 
@@ -103,33 +105,80 @@ class PreferenceOptimization(PreferenceScoring):
     # --- the step ---------------------------------------------------------------------------------------
 
     def training_step(self, batch: OptimizerBatch, batch_idx: int) -> Tensor:
-        started = time.perf_counter()
         micro_batches = self.micro_batches(batch)
-        # A single micro-batch is scored once, its graph kept; more are measured without gradient first.
-        one_pass = len(micro_batches) == 1
-        with torch.set_grad_enabled(one_pass):
-            logps = self.measure(batch, micro_batches)
-        everyone = self.gather(logps, batch)
-        decision = self.decide(everyone, batch)
-        batch_loss = self.loss.for_batch(everyone)
-
-        def losses(logps: PairLogps, pairs: Tensor) -> Tensor:
-            return decision.losses(batch_loss, logps.select(pairs.to(self.device)), batch.positions[pairs.cpu()])
-
-        if logps.policy_chosen.requires_grad and decision.eligible.all():
-            loss = self.backward_kept(losses(logps, self.local_kept(decision, batch)), decision, last=True)
+        everyone = None
+        if len(micro_batches) > 1 and not self.needs_gaps_first:
+            everyone = self.backward_all(batch, micro_batches)
+        if everyone is not None:
+            decision = self.decide(everyone, batch)
         else:
-            # re-packed, so that a dropped pair costs no backward pass and its NaN, if any, cannot enter one
-            kept = self.micro_batches(batch, self.local_kept(decision, batch).tolist())
-            loss = torch.zeros((), dtype=torch.float64, device=self.device)
-            for number, rows in enumerate(kept):
-                policy = self.score(self.policy, [rows], len(batch.positions))
-                scored = replace(logps, policy_chosen=policy[:, 0], policy_rejected=policy[:, 1])
-                last = number == len(kept) - 1
-                loss += self.backward_kept(losses(scored, rows.pairs), decision, last)
-        grad_norm = self.update()
-        self.log_step(batch_loss, everyone, decision, batch, grad_norm, time.perf_counter() - started)
-        return loss
+            # A single micro-batch is scored once, its graph kept; more are measured without gradient first.
+            with torch.set_grad_enabled(len(micro_batches) == 1):
+                logps, everyone = self.measure(batch, micro_batches)
+            decision = self.decide(everyone, batch)
+            self.backward_kept(batch, logps, everyone, decision)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StepObserver):
+                callback.on_step_decided(self.trainer, self, decision)
+        return self.log_step(everyone, decision, batch, self.update())
+
+    @property
+    def needs_gaps_first(self) -> bool:
+        """Whether a callback or the loss has to see all pairs before the loss of any is known.
+
+        Also where gradients of a first micro-batch, once taken, could not be taken back (see `keeps_gradients`).
+        """
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        decided = self.loss.needs_batch or any(isinstance(callback, RewardGapHook) for callback in callbacks)
+        return decided or keeps_gradients(self.trainer.strategy)
+
+    def backward_all(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> PairLogps | None:
+        """Back-propagate plain DPO's loss of every pair as it is scored; returns what `gather` does.
+
+        None, and no gradient, where a pair is not finite: then the gaps have to be known first. Found out before
+        the last backward pass, because DDP exchanges gradients once a step.
+        """
+        parts: list[PairLogps] = []
+        for number, rows in enumerate(micro_batches, 1):
+            part = self.measure_rows(batch, [rows]).select(rows.pairs)
+            losses = self.loss(part, torch.full_like(part.policy_chosen, self.beta0))
+            if number < len(micro_batches):
+                self.backward_share(losses, len(batch.pair_ids), last=False)
+            parts.append(part.detach())
+        order = torch.cat([rows.pairs for rows in micro_batches]).argsort()
+        everyone = self.gather(PairLogps.cat(parts).select(order), batch)
+        if not everyone.finite.all():
+            self.policy.zero_grad()
+            return None
+        self.backward_share(losses, len(batch.pair_ids), last=True)
+        return everyone
+
+    def backward_kept(
+        self, batch: OptimizerBatch, logps: PairLogps, everyone: PairLogps, decision: StepDecision
+    ) -> None:
+        """Back-propagate the loss of the kept pairs, from the graph of `logps` where it has one."""
+        batch_loss = self.loss.for_batch(everyone)
+        here = torch.nonzero(decision.kept[batch.positions]).flatten()  # indices into this rank's share
+        terms = on_device(decision.terms(batch.positions), self.device)
+        if logps.policy_chosen.requires_grad and decision.eligible.all():
+            pairs = on_device(here, self.device)
+            losses = weighted_losses(batch_loss, logps.select(pairs), terms[:, pairs])
+            self.backward_share(losses, decision.kept_count, last=True)
+            return
+        # re-packed, so that a dropped pair costs no backward pass and its NaN, if any, cannot enter one
+        kept = self.micro_batches(batch, here.tolist())
+        for number, rows in enumerate(kept, 1):
+            policy = self.score(self.policy, [rows], len(batch.positions))
+            scored = replace(logps, policy_chosen=policy[:, 0], policy_rejected=policy[:, 1])
+            losses = weighted_losses(batch_loss, scored.select(rows.pairs), terms[:, rows.pairs])
+            self.backward_share(losses, decision.kept_count, number == len(kept))
+
+    def backward_share(self, losses: Tensor, kept_count: int, last: bool) -> None:
+        """Back-propagate these pairs' part of (1/|K|) Σ_{i∈K} loss_i.
+
+        DDP and FSDP2 average gradients over the shares of the batch, hence the factor: their sum is what is meant.
+        """
+        self.backward_micro_batch(losses.sum() * (self.data_parallel_size / kept_count), last)
 
     def decide(self, everyone: PairLogps, batch: OptimizerBatch) -> StepDecision:
         """Start from plain DPO and let every callback with the typed hook have its say, in trainer order."""
@@ -141,6 +190,7 @@ class PreferenceOptimization(PreferenceScoring):
             labels=batch.labels,
         )
         decision.reference_margin = everyone.reference_margin
+        decision.minimum_std = self.minimum_std(everyone)
         decision.measure_perturbed = partial(perturbed_gaps, self, batch, decision.eligible)
         if self._reference:  # a cached one has no distributions to compare
             decision.measure_kl = partial(reference_kl, self, batch, decision.eligible)
@@ -153,18 +203,12 @@ class PreferenceOptimization(PreferenceScoring):
                     raise UserError(str(error)) from error
         return decision
 
-    def backward_kept(self, losses: Tensor, decision: StepDecision, last: bool) -> Tensor:
-        """Back-propagate these kept pairs' part of (1/|K|) Σ_{i∈K} loss_i; returns this part, detached.
-
-        DDP and FSDP2 average gradients over the shares of the batch, hence the factor: their sum is what is meant.
-        """
-        loss = losses.sum() * (self.data_parallel_size / decision.kept_count)
-        self.backward_micro_batch(loss, last)
-        return loss.detach()
-
-    def local_kept(self, decision: StepDecision, batch: OptimizerBatch) -> Tensor:
-        """The kept pairs of this rank, as indices into its share."""
-        return torch.nonzero(decision.kept[batch.positions]).flatten()
+    def minimum_std(self, everyone: PairLogps) -> float:
+        """σ of the discrepancy that rounding explains: what the rounding of h comes to in the loss's own units."""
+        rounding = rounding_std(self.compute_dtype)
+        rounded = replace(everyone, policy_chosen=everyone.policy_chosen + rounding)
+        change = self.loss.discrepancy(rounded) - self.loss.discrepancy(everyone)
+        return max(float(change[torch.isfinite(change)].abs().mean().nan_to_num()), MINIMUM_STD)
 
     def report_nonfinite(self, decision: StepDecision) -> None:
         """Name the pairs without a finite gap. Raises StepRefused when there are too many of them."""
@@ -184,25 +228,23 @@ class PreferenceOptimization(PreferenceScoring):
     # --- what is reported -------------------------------------------------------------------------------
 
     def log_step(
-        self,
-        batch_loss: PairLoss,
-        everyone: PairLogps,
-        decision: StepDecision,
-        batch: OptimizerBatch,
-        grad_norm: float,
-        seconds: float,
-    ) -> None:
-        """Log the step as it was for the whole global batch; rewards at β0 and, named apart, at the β used."""
+        self, everyone: PairLogps, decision: StepDecision, batch: OptimizerBatch, grad_norm: float
+    ) -> Tensor:
+        """Log the step as it was for the whole global batch; rewards at β0 and, named apart, at the β used.
+
+        Returns the loss. All of it is computed on the CPU, from what was gathered before the update.
+        """
         pairs = torch.nonzero(decision.eligible).flatten()
         seen = everyone.select(pairs)
         at_base = pair_metrics(seen, self.loss, torch.full_like(decision.beta, self.beta0)[pairs])
         at_used = pair_metrics(seen, self.loss, decision.beta[pairs])
         kept = torch.nonzero(decision.kept).flatten()
-        loss = decision.losses(batch_loss, everyone.select(kept), kept).mean()
+        loss = decision.losses(self.loss.for_batch(everyone), everyone.select(kept), kept).mean()
         responses = int(everyone.chosen_tokens.sum() + everyone.rejected_tokens.sum())
         operations = step_operations(
             self.policy.model, batch.tokens, responses, decision.kept_fraction, bool(self._reference)
         )
+        seconds = self.step_seconds()
         rate = operations / seconds / self.trainer.world_size
         shown: dict[str, Tensor | float] = {
             "train/loss": loss,
@@ -228,3 +270,4 @@ class PreferenceOptimization(PreferenceScoring):
         peak = peak_operations(self.device, self.compute_dtype)
         if peak is not None:
             self.log("train/mfu", rate / peak)
+        return loss

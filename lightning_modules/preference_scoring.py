@@ -10,12 +10,13 @@ import torch
 from torchmetrics import Metric
 
 from app.errors import UserError
-from app.method.batch import OptimizerBatch, PackedRows
+from app.method.batch import OptimizerBatch, PackedRows, on_device
 from app.method.logps import PairLogps
 from app.method.losses import PairLoss
 from app.method.metrics import pair_metrics
-from lightning_modules.base import LanguageModelTraining, exact_count, exact_mean
+from lightning_modules.base import LanguageModelTraining
 from lightning_modules.contagion import measured_alone
+from lightning_modules.logged_training import exact_count, exact_mean
 from lightning_modules.lora import AdapterOff
 from lightning_modules.reference_cache import ReferenceCache, filled_reference_cache
 from lightning_modules.scorer import ResponseScorer
@@ -70,23 +71,29 @@ class PreferenceScoring(LanguageModelTraining):
 
     # --- measuring --------------------------------------------------------------------------------------
 
-    def measure(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> PairLogps:
+    def measure(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> tuple[PairLogps, PairLogps]:
         """Log-probabilities [B] of the rank's pairs under the policy, and under the reference without gradient.
 
         Where any rank has a pair without finite ones, detached (see `measured_alone`); else with their graph.
+        And the same of all G pairs, as `gather` returns them: this is where the host waits for the device.
         """
-        return measured_alone(self, self.measure_rows, batch, self.measure_rows(batch, micro_batches))
+        logps = self.measure_rows(batch, micro_batches)
+        everyone = self.gather(logps, batch)
+        if self.layout == "packed" and not everyone.finite.all():
+            logps = measured_alone(self, self.measure_rows, batch, logps)
+            everyone = self.gather(logps, batch)
+        return logps, everyone
 
     def measure_rows(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> PairLogps:
         """The log-probabilities as the rows give them; a pair that is in none of them has zeros."""
         share = len(batch.positions)
-        policy = self.score(self.policy, micro_batches, share)
         reference = None
         if self._reference_cache is not None:
-            reference = self._reference_cache.logps(batch.pair_keys.numpy()).to(self.device)
-        elif self._reference:
+            reference = on_device(self._reference_cache.logps(batch.pair_keys.numpy()), self.device)
+        elif self._reference:  # before the policy, whose activations stay
             with torch.no_grad():
                 reference = self.score(self._reference[0], micro_batches, share)
+        policy = self.score(self.policy, micro_batches, share)
         tokens = torch.ones(share, 2, dtype=torch.int64, device=self.device)
         for rows in micro_batches:
             tokens[rows.pairs] = rows.response_tokens.view(-1, 2)
@@ -106,7 +113,7 @@ class PreferenceScoring(LanguageModelTraining):
         """
         own = {name: column.detach() for name, column in vars(logps).items() if column is not None}
         table = torch.zeros(len(own), len(batch.pair_ids), dtype=torch.float64, device=self.device)
-        table[:, batch.positions.to(self.device)] = torch.stack([c.double() for c in own.values()])
+        table[:, on_device(batch.positions, self.device)] = torch.stack([c.double() for c in own.values()])
         everyone: dict[str, Any] = dict.fromkeys(vars(logps))
         everyone.update(zip(own, self.reduce(table, "sum"), strict=True))
         return PairLogps(**everyone)
@@ -127,9 +134,9 @@ class PreferenceScoring(LanguageModelTraining):
 
     def evaluate(self, batch: OptimizerBatch) -> None:
         """Add this rank's pairs to the running means; every pair counts once, however ranks share them."""
-        logps = self.measure(batch, self.micro_batches(batch))
-        batch_loss = self.loss.for_batch(self.gather(logps, batch))
-        beta = torch.full((len(batch.positions),), self.beta0)
+        logps, everyone = self.measure(batch, self.micro_batches(batch))
+        batch_loss = self.loss.for_batch(everyone)
+        beta = torch.full((len(batch.positions),), self.beta0, device=self.device)
         values = pair_metrics(logps, self.loss, beta) | {
             "loss": batch_loss(logps, beta),
             "gap_mean": self.loss.discrepancy(logps),
@@ -147,7 +154,7 @@ class PreferenceScoring(LanguageModelTraining):
 
     def predict_step(self, batch: OptimizerBatch, batch_idx: int) -> dict[str, Any]:
         """The columns of `scores.parquet` for this rank's pairs."""
-        logps = self.measure(batch, self.micro_batches(batch))
+        logps, _ = self.measure(batch, self.micro_batches(batch))
         columns: dict[str, Any] = {"pair_id": [batch.pair_ids[p] for p in batch.positions.tolist()]}
         for name in ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"):
             column = getattr(logps, name)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # raise when what is stored, or how a pair is named, changes
+VERSION = 2  # raise when what is stored, or how a pair is named, changes
 _ROW = np.dtype([("key", np.int64), ("chosen", np.float64), ("rejected", np.float64)])
 _BATCHES_PER_PART = 32  # what an interruption costs at most
 _CHECKED_PAIRS = 4
@@ -69,6 +69,11 @@ class ReferenceCache:
         rows = self._rows[np.searchsorted(self._rows["key"], keys)]
         return torch.from_numpy(np.stack([rows["chosen"], rows["rejected"]], 1))
 
+    def clear(self) -> None:
+        """Delete every part."""
+        for path in self.folder.glob("*.npy"):
+            path.unlink()
+
     def add(self, keys: np.ndarray, logps: np.ndarray) -> None:
         """Store the log-probabilities [n, 2] of the pairs `keys` [n] as a part of their own."""
         rows = np.zeros(len(keys), _ROW)
@@ -93,32 +98,55 @@ def _read_part(path: Path) -> np.ndarray | None:
 
 
 def reference_fingerprint(module: PreferenceScoring) -> str:
-    """What decides a reference's log-probabilities beside the pair: weights by content, type computed in."""
+    """Return the cache key: what decides a reference's log-probabilities beside the pair.
+
+    The weights by content, the type computed in, and the kernel: noise of another one would pass for gaps.
+    """
     name = str(module.name)
     commit = getattr(module.policy.model.config, "_commit_hash", None)
     model = folder_hash(name) if Path(name).is_dir() else [name, commit]
-    return fingerprint({"version": VERSION, "model": model, "dtype": str(module.compute_dtype)})
+    kernel = [module.trainer.strategy.root_device.type, module.policy.attention, str(module.layout)]
+    return fingerprint({"version": VERSION, "model": model, "dtype": str(module.compute_dtype), "kernel": kernel})
 
 
 def filled_reference_cache(module: PreferenceScoring) -> ReferenceCache:
     """The cache of the module's model, every pair of the stage in it; called while the policy is the reference.
 
     All ranks score together; one run scores while other runs from the same model wait. What is found is believed
-    only after a few pairs of it were scored again. Raises UserError when they differ, and when the folder cannot
-    be written or is not the same for all ranks.
+    only after a few pairs of it were scored again; where they differ, all are, with a warning. Raises UserError
+    when the folder cannot be written or is not the same for all ranks.
     """
     trainer = module.trainer
-    own = reference_fingerprint(module) if trainer.is_global_zero else ""
-    folder = cache_root("references") / trainer.strategy.broadcast(own)
-    with torch.no_grad(), trainer.precision_plugin.forward_context(), _lock(module, folder):
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    # Lightning makes the root device the default one meanwhile, and batches are made on the CPU
+    with torch.no_grad(), torch.device("cpu"), trainer.precision_plugin.forward_context():
+        for batch in chain.from_iterable(data.batches_of(lambda keys: np.ones(len(keys), bool), _CHECKED_PAIRS)):
+            module.micro_batches(batch)  # settles layout and attention, which are in the cache key
+        own = reference_fingerprint(module) if trainer.is_global_zero else ""
+        return _filled(module, cache_root("references") / trainer.strategy.broadcast(own))
+
+
+def _filled(module: PreferenceScoring, folder: Path) -> ReferenceCache:
+    trainer = module.trainer
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    with _lock(module, folder):
         cache = ReferenceCache(folder)
         count = torch.tensor(float(len(cache)))
         if module.reduce(count, "max") != module.reduce(count, "mean"):
             raise UserError(
                 f"{folder} differs from rank to rank: set BETA_DPO_CACHE to a folder that all nodes share."
             )
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        _check(module, cache, data.batches_of(cache.knows, _CHECKED_PAIRS))
+        error = _largest_error(module, cache, data.batches_of(cache.knows, _CHECKED_PAIRS))
+        if error > TOLERANCE[module.compute_dtype]:
+            log.warning(
+                "model.reference: the log-probabilities in %s are not those of %s (apart by %.2g nats per token): "
+                "they are deleted, and every pair is scored again.",
+                *(folder, module.name, error),
+            )
+            if trainer.is_global_zero:
+                cache.clear()
+            trainer.strategy.barrier()
+            cache.load()
         _score(module, cache, data.batches_of(lambda keys: ~cache.knows(keys)))
         trainer.strategy.barrier()
         cache.load()
@@ -161,7 +189,7 @@ def _score(module: PreferenceScoring, cache: ReferenceCache, loaders: Sequence[C
     quiet = None if module.trainer.is_global_zero else True  # None: where nobody watches
     batches = tqdm(chain.from_iterable(loaders), "reference", total, unit=" batches", disable=quiet)
     for number, batch in enumerate(batches, 1):
-        logps = module.measure(batch, module.micro_batches(batch))
+        logps, _ = module.measure(batch, module.micro_batches(batch))
         both = torch.stack([logps.policy_chosen, logps.policy_rejected], 1)
         scored.append((batch.pair_keys.numpy(), both.cpu().numpy()))
         if number % _BATCHES_PER_PART == 0 or number == total:
@@ -171,16 +199,20 @@ def _score(module: PreferenceScoring, cache: ReferenceCache, loaders: Sequence[C
             scored.clear()
 
 
-def _check(module: PreferenceScoring, cache: ReferenceCache, loaders: Sequence[Collection[OptimizerBatch]]) -> None:
-    """Score the pairs of `loaders` again and compare. Raises UserError where the stored ones differ."""
+def _largest_error(
+    module: PreferenceScoring, cache: ReferenceCache, loaders: Sequence[Collection[OptimizerBatch]]
+) -> float:
+    """Score the pairs of `loaders` again; return by how many nats per token the stored ones differ at most.
+
+    A pair that is not finite in either way agrees; one that is finite in one of them alone is infinitely apart.
+    """
+    largest = torch.zeros((), dtype=torch.float64)
     for batch in chain.from_iterable(loaders):
-        logps = module.measure(batch, module.micro_batches(batch))
-        scored = torch.stack([logps.policy_chosen, logps.policy_rejected], 1)
-        tokens = torch.stack([logps.chosen_tokens, logps.rejected_tokens], 1)
-        apart = (scored - cache.logps(batch.pair_keys.numpy()).to(scored)).abs() / tokens
-        error = float(module.reduce(torch.cat([apart.flatten(), apart.new_zeros(1)]).max(), "max"))
-        if not error <= TOLERANCE[module.compute_dtype]:
-            raise UserError(
-                f"model.reference: the log-probabilities in {cache.folder} are not those of {module.name} "
-                f"(apart by {error:.2g} nats per token): remove that folder and run again."
-            )
+        logps, _ = module.measure(batch, module.micro_batches(batch))
+        scored = torch.stack([logps.policy_chosen, logps.policy_rejected], 1).cpu()
+        tokens = torch.stack([logps.chosen_tokens, logps.rejected_tokens], 1).cpu()
+        stored = cache.logps(batch.pair_keys.numpy())
+        apart = ((scored - stored).abs() / tokens).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        neither = ~torch.isfinite(scored) & ~torch.isfinite(stored)
+        largest = torch.cat([largest[None], apart.masked_fill(neither, 0).flatten()]).max()
+    return float(module.reduce(largest, "max"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, Literal
 
 import torch
@@ -10,7 +9,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from app.method.batch import OptimizerBatch
-from lightning_modules.base import Attention, LanguageModelTraining, exact_mean
+from lightning_modules.base import Attention, LanguageModelTraining
+from lightning_modules.logged_training import exact_mean
 from lightning_modules.lora import Lora
 
 
@@ -52,7 +52,6 @@ class SupervisedFineTuning(LanguageModelTraining):
         self._validation = exact_mean()
 
     def training_step(self, batch: OptimizerBatch, batch_idx: int) -> Tensor:
-        started = time.perf_counter()
         micro_batches = self.micro_batches(batch)
         tokens = self.reduce(torch.tensor(sum(len(rows.target_ids) for rows in micro_batches)), "sum")
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -63,8 +62,8 @@ class SupervisedFineTuning(LanguageModelTraining):
             self.backward_micro_batch(part, last=number == len(micro_batches) - 1)
             loss += part.detach()
         grad_norm = self.update()
-        seconds = time.perf_counter() - started
         loss = self.reduce(loss, "mean")
+        seconds = self.step_seconds()
         self.log_dict({"train/loss": loss, "train/pairs_per_second": len(batch.pair_ids) / seconds}, prog_bar=True)
         self.log_dict({"train/grad_norm": grad_norm, "train/tokens_per_second": batch.tokens / seconds})
         return loss

@@ -80,11 +80,17 @@ def gradient_sync(strategy: Any, policy: nn.Module, last: bool) -> Iterator[None
         yield
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Clip the norm of all gradients together to `max_norm`; returns what it was.
+def keeps_gradients(strategy: Any) -> bool:
+    """Whether FSDP2 keeps gradients between micro-batches in buffers of its own, out of reach of `zero_grad`."""
+    return getattr(strategy, "accumulate_whole_gradients", False) or getattr(strategy, "replicas", 1) != 1
 
-    torch's `clip_grad_norm_` refuses parameters on several meshes, and under tensor parallelism those that are
-    split lie on another than those that are not.
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Clip the norm of all gradients together to `max_norm`; returns what it was, for which the host waits.
+
+    Gradients of a smaller norm are left alone, where torch multiplies them by one. torch's `clip_grad_norm_`
+    refuses parameters on several meshes, and under tensor parallelism those that are split lie on another than
+    those that are not.
     """
     groups: dict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
@@ -92,9 +98,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
             groups[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
     norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups.values()]
     total = get_total_norm([_whole(norm) for norm in norms])
-    for group in groups.values():
-        clip_grads_with_norm_(group, max_norm, total)
-    return float(total)
+    norm = float(total)
+    if norm + 1e-6 > max_norm:  # torch's own margin
+        for group in groups.values():
+            clip_grads_with_norm_(group, max_norm, total)
+    return norm
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from app.method.batch import OptimizerBatch, PackedRows
+from app.method.batch import OptimizerBatch, PackedRows, on_device
 from app.method.epsilon import perturbed_logits
 from app.method.logps import token_kl
 from lightning_modules.lora import AdapterOff
@@ -64,7 +64,7 @@ def response_table(
     (reference,) = module._reference
     here = torch.nonzero(eligible[batch.positions]).flatten().tolist()
     table = torch.zeros(size, len(batch.pair_ids), 2, dtype=torch.float64, device=module.device)
-    positions = batch.positions.to(module.device)
+    positions = on_device(batch.positions, module.device)
     for rows in module.micro_batches(batch, here):
         sums = compared_sums(module.policy, reference, rows, compare, size)
         table[:, positions[rows.pairs]] = sums.view(size, -1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -101,6 +102,16 @@ def controlled(pairs: int, batch_size: int = 10, micro_batch_tokens: int = 8192,
     return ControlledTask(
         pairs=pairs, batch_size=batch_size, micro_batch_tokens=micro_batch_tokens, **(defaults | settings)
     )
+
+
+def rarest_token(pairs: int = 20) -> int:
+    """A token that one of the `controlled` training pairs alone holds."""
+    table, rows = controlled(pairs).open_table("train")
+    holders: Counter[int] = Counter()
+    for row in rows:
+        pair = table[int(row)]
+        holders.update({*pair.prompt.tolist(), *pair.chosen.tolist(), *pair.rejected.tolist()})
+    return next(token for token, count in sorted(holders.items()) if count == 1)
 
 
 def preference(name: str, lr: float = 0.5, **settings: Any) -> PreferenceOptimization:

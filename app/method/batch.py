@@ -12,6 +12,12 @@ from torch import Tensor
 Layout = Literal["packed", "separate"]
 
 
+def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy `tensor` from the CPU; pinned on its way to a GPU, so that the host does not wait for a running step."""
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
 @dataclass
 class PackedRows:
     """One micro-batch: prompts and their responses, laid into R rows of T tokens.
@@ -44,12 +50,8 @@ class PackedRows:
     def to(self, device: torch.device | str) -> PackedRows:
         """The same rows on `device`; nothing is remembered of them there yet."""
         columns = {each.name: getattr(self, each.name) for each in fields(self)}
-        on_gpu = torch.device(device).type == "cuda"
         moved: dict[str, Any] = {
-            # pinned, so that the copy to a GPU does not wait for the step that is running there
-            name: (column.pin_memory() if on_gpu else column).to(device, non_blocking=True)
-            for name, column in columns.items()
-            if isinstance(column, Tensor)
+            name: on_device(column, device) for name, column in columns.items() if isinstance(column, Tensor)
         }
         return replace(self, **moved, _remembered={})
 

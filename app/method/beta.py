@@ -74,7 +74,7 @@ class BetaSchedule:
     level: "batch", one β from the mean M of the kept pairs (the method); "instance", a β for every pair.
     m0: M0; None takes the running mean.
     z_normalised: measure M − M0 in running standard deviations, so that α does not hang on the scale of M;
-        β stays β0 while σ is unknown or below 1e-6.
+        β stays β0 while σ is unknown or too small (`Moments.spread`).
 
     Raises ValueError for an α or M0 that is not finite, or another level.
     """
@@ -117,6 +117,6 @@ class BetaSchedule:
 def adaptive_margin(gamma: float, alpha: float, discrepancy: Tensor, moments: Moments) -> Tensor:
     """γ + α·(M_i − M0)/σ, the margin that α-DPO (arXiv 2410.10148) asks of pair i: [G] float64, detached.
 
-    γ for every pair while σ is unknown or below 1e-6.
+    γ for every pair while σ is unknown or too small (`Moments.spread`).
     """
     return gamma + alpha * moments.z_scores(discrepancy)

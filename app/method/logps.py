@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,11 @@ class PairLogps:
         return self.reference_chosen / self.chosen_tokens - self.reference_rejected / self.rejected_tokens
 
     @property
+    def finite(self) -> Tensor:
+        """Which pairs have finite log-probabilities throughout, [B] bool."""
+        return torch.stack([torch.isfinite(column) for column in vars(self).values() if column is not None]).all(0)
+
+    @property
     def normalised_gap(self) -> Tensor:
         """log π(y_w|x)/|y_w| − log π(y_l|x)/|y_l| [B], nats per token; needs no reference."""
         return self.policy_chosen / self.chosen_tokens - self.policy_rejected / self.rejected_tokens
@@ -58,6 +64,11 @@ class PairLogps:
             chosen_tokens=self.chosen_tokens[index],
             rejected_tokens=self.rejected_tokens[index],
         )
+
+    def detach(self) -> PairLogps:
+        """The same without a graph."""
+        columns: dict[str, Any] = {name: None if c is None else c.detach() for name, c in vars(self).items()}
+        return PairLogps(**columns)
 
     @staticmethod
     def cat(parts: Sequence[PairLogps]) -> PairLogps:

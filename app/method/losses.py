@@ -33,6 +33,11 @@ class PairLoss(ABC):
         """[B] what β acts on, and what the running statistics, the filter and dynamic β therefore look at."""
         return logps.reward_gap
 
+    @property
+    def needs_batch(self) -> bool:
+        """Whether `for_batch` makes a difference: no pair's loss is known before all pairs are scored."""
+        return type(self).for_batch is not PairLoss.for_batch
+
     def for_batch(self, everyone: PairLogps) -> PairLoss:
         """This loss for one optimizer step, given the log-probs of all G pairs of the global batch.
 
@@ -194,7 +199,7 @@ class KTOPairLoss(PairLoss):
     def per_pair(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
         if self._divergences is None:
             raise ValueError("KTOPairLoss needs the whole batch: call for_batch first")
-        chosen_kl, rejected_kl = (kl.to(beta) for kl in self._divergences)
+        chosen_kl, rejected_kl = (kl.to(beta.dtype) for kl in self._divergences)  # 0-d, on any device
         chosen = torch.sigmoid(-beta * (logps.chosen_log_ratio - rejected_kl))
         rejected = torch.sigmoid(-beta * (chosen_kl - logps.rejected_log_ratio))
         return 0.5 * (chosen + rejected)
@@ -222,6 +227,10 @@ class WithSFTTerm(PairLoss):
 
     def discrepancy(self, logps: PairLogps) -> Tensor:
         return self.loss.discrepancy(logps)
+
+    @property
+    def needs_batch(self) -> bool:
+        return self.loss.needs_batch
 
     def for_batch(self, everyone: PairLogps) -> WithSFTTerm:
         return WithSFTTerm(self.loss.for_batch(everyone), self.sft_weight)

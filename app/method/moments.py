@@ -9,27 +9,45 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+MINIMUM_STD = 1e-6  # σ of M below which all pairs count as equal
+
+
+def rounding_std(compute_dtype: torch.dtype) -> float:
+    """σ of h, in nats, that the rounding of a forward pass in `compute_dtype` explains.
+
+    In bfloat16 two kernels that compute the same were seen to differ by a σ of .06 over a batch, and real first
+    steps to have a σ of .1 or more: the bound lies between.
+    """
+    return 0.08 if compute_dtype == torch.bfloat16 else MINIMUM_STD
+
 
 @dataclass(frozen=True)
 class Moments:
     """M0 and σ as one step uses them, in the units of the discrepancy M.
 
-    `std` is None until a batch with at least two pairs was seen: one pair says nothing about the spread.
+    `std` is None until a batch with at least two pairs was seen: one pair says nothing about the spread. A σ below
+    `minimum_std` is taken for rounding.
     """
 
     mean: float
     std: float | None
+    minimum_std: float = MINIMUM_STD
 
-    def z_scores(self, discrepancy: Tensor, minimum_std: float = 1e-6) -> Tensor:
+    @property
+    def spread(self) -> float | None:
+        """σ, or None where it is unknown or too small to tell pairs apart."""
+        return None if self.std is None or self.std < self.minimum_std else self.std
+
+    def z_scores(self, discrepancy: Tensor) -> Tensor:
         """(M_i − M0)/σ, float64 and detached, of the shape of `discrepancy`; NaN where M_i is NaN.
 
-        All zeros when σ is unknown or below `minimum_std`: at the normal first step the policy equals the
-        reference, every gap is 0, and so is σ.
+        All zeros without a `spread`: at the normal first step the policy equals the reference, every gap is 0,
+        and so is σ.
         """
         discrepancy = discrepancy.detach().to(torch.float64)
-        if self.std is None or self.std < minimum_std:
+        if self.spread is None:
             return torch.zeros_like(discrepancy).masked_fill(torch.isnan(discrepancy), math.nan)
-        return (discrepancy - self.mean) / self.std
+        return (discrepancy - self.mean) / self.spread
 
 
 @dataclass

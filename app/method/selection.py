@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -17,13 +18,16 @@ from torch import Tensor
 from app.method.moments import Moments
 
 
-def gaussian_log_weights(discrepancy: Tensor, moments: Moments, minimum_std: float = 1e-6) -> Tensor:
+def gaussian_log_weights(discrepancy: Tensor, moments: Moments, minimum_std: float | None = None) -> Tensor:
     """Log of the unnormalised selection weights, −(M_i − M0)²/2σ² [G] float64, for the discrepancies M [G].
 
-    All zeros (every pair equally likely) when σ is unknown or below `minimum_std`: at the normal first step
-    the policy equals the reference, every gap is 0, and so is σ. A discrepancy that is not finite gets −inf.
+    All zeros (every pair equally likely) when σ is unknown or below `minimum_std`, by default that of `moments`:
+    at the normal first step the policy equals the reference, every gap is 0, and so is σ. A discrepancy that is
+    not finite gets −inf.
     """
-    log_weights = -0.5 * moments.z_scores(discrepancy, minimum_std) ** 2
+    if minimum_std is not None:
+        moments = replace(moments, minimum_std=minimum_std)
+    log_weights = -0.5 * moments.z_scores(discrepancy) ** 2
     return log_weights.masked_fill(~torch.isfinite(discrepancy), -math.inf)
 
 

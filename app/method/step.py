@@ -11,7 +11,7 @@ from torch import Tensor
 
 from app.method.logps import PairLogps
 from app.method.losses import PairLoss
-from app.method.moments import Moments
+from app.method.moments import MINIMUM_STD, Moments
 
 
 class MissingStatistics(LookupError):
@@ -38,6 +38,8 @@ class StepDecision:
     loss_weight: Tensor  # [G] float64, what each pair's loss is multiplied by; starts as 1
     # [G] float64, nats per token, by how much the reference prefers the chosen response; None without a reference
     reference_margin: Tensor | None = None
+    # σ of M that rounding explains, in the units of M: whoever changes the discrepancy changes it along
+    minimum_std: float = MINIMUM_STD
     margin: Tensor | None = None  # [G] float64, subtracted from the logits β·h; for losses that take one
     moments: Moments | None = None  # M0 and σ, this batch already taken in
     log_weights: Tensor | None = None  # [G] float64, of the selection, unnormalised
@@ -98,11 +100,14 @@ class StepDecision:
         """Mean β of the kept pairs; β0 when none is kept."""
         return float(self.beta[self.kept].mean()) if self.kept_count else self.beta0
 
+    def terms(self, positions: Tensor) -> Tensor:
+        """β, weight and the margin, if any, of the pairs at `positions` [B] in the global batch: [2 or 3, B]."""
+        columns = [self.beta, self.loss_weight, *([] if self.margin is None else [self.margin])]
+        return torch.stack(columns)[:, positions]
+
     def losses(self, loss: PairLoss, logps: PairLogps, positions: Tensor) -> Tensor:
-        """`loss` of the pairs `logps` [B] that stand at `positions` [B] in the global batch, weighted: [B]."""
-        like = logps.policy_chosen
-        margin = None if self.margin is None else self.margin[positions].to(like)
-        return loss(logps, self.beta[positions].to(like), margin) * self.loss_weight[positions].to(like)
+        """`loss` of the pairs `logps` [B] at `positions` [B] in the global batch, weighted: [B]."""
+        return weighted_losses(loss, logps, self.terms(positions))
 
     def require_moments(self, who: str) -> Moments:
         """M0 and σ of this step, for the callback named `who`. Raises MissingStatistics, naming the cure."""
@@ -114,10 +119,25 @@ class StepDecision:
         return self.moments
 
 
+def weighted_losses(loss: PairLoss, logps: PairLogps, terms: Tensor) -> Tensor:
+    """`loss` of the pairs `logps` [B] under their `terms` [2 or 3, B] (`StepDecision.terms`), weighted: [B]."""
+    beta, weight, *margin = terms.to(logps.policy_chosen)
+    return loss(logps, beta, *margin) * weight
+
+
 @runtime_checkable
 class RewardGapHook(Protocol):
     """A callback that takes part in the step, between the gaps and the loss."""
 
     def on_reward_gaps(self, trainer: Any, pl_module: Any, decision: StepDecision) -> None:
         """Read and change `decision`; called once per optimizer step on every rank, in trainer order."""
+        ...
+
+
+@runtime_checkable
+class StepObserver(Protocol):
+    """A callback that only looks at what was decided: without a `RewardGapHook`, pairs need no measuring pass."""
+
+    def on_step_decided(self, trainer: Any, pl_module: Any, decision: StepDecision) -> None:
+        """Read `decision`, which is final; called before the weights change, on every rank, in trainer order."""
         ...

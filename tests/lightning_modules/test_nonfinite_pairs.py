@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer, tiny_model, weights
+from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer, rarest_token, tiny_model, weights
 
 from app.errors import UserError
 from app.method.losses import PairLogps
@@ -21,11 +20,7 @@ PAIRS, BATCH = 20, 10
 def spoilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A model with an infinite embedding for a token that one training pair alone holds; and this pair's id."""
     table, rows = controlled(PAIRS).open_table("train")
-    holders: Counter[int] = Counter()
-    for row in rows:
-        pair = table[int(row)]
-        holders.update({*pair.prompt.tolist(), *pair.chosen.tolist(), *pair.rejected.tolist()})
-    token = next(token for token, count in sorted(holders.items()) if count == 1)
+    token = rarest_token(PAIRS)
     (row,) = (r for r in rows if any(token in ids for ids in table[int(r)]))
     model = tiny_model("llama")
     with torch.no_grad():

@@ -9,10 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer, relative_difference, weights
+from tiny_runs import (
+    Recorder,
+    beta_dpo,
+    controlled,
+    preference,
+    quiet_trainer,
+    rarest_token,
+    relative_difference,
+    tiny_model,
+    weights,
+)
 
 from app.cache import cache_root
-from app.errors import UserError
 from lightning_modules.reference_cache import ReferenceCache
 
 
@@ -115,14 +124,44 @@ def test_a_damaged_part_is_scored_anew(tiny_llama: str, tmp_path: Path, caplog: 
         assert torch.equal(ours.gaps, theirs.gaps)
 
 
-def test_log_probabilities_of_another_model_are_refused(tiny_llama: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("spoil", [lambda chosen: chosen - 1, lambda chosen: chosen * np.nan])
+def test_log_probabilities_of_another_model_are_scored_again(
+    spoil: Any, tiny_llama: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run(tmp_path, tiny_llama, "cached", steps=1)
     (part,) = parts()
     rows = np.load(part)
     part.unlink()
-    ReferenceCache(part.parent).add(rows["key"], np.stack([rows["chosen"] - 1, rows["rejected"]], 1))
-    with pytest.raises(UserError, match=r"model.reference: the log-probabilities in .* remove that folder"):
-        run(tmp_path, tiny_llama, "cached", steps=1)
+    ReferenceCache(part.parent).add(rows["key"], np.stack([spoil(rows["chosen"]), rows["rejected"]], 1))
+    run(tmp_path, tiny_llama, "cached", steps=1)
+    assert caplog.text.count("every pair is scored again") == 1
+    assert parts() == [part]  # the same content, hence the same name
+    caplog.clear()
+    run(tmp_path, tiny_llama, "cached", steps=1)
+    assert "scored again" not in caplog.text
+
+
+def test_a_pair_that_is_not_finite_does_not_stand_in_the_way(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[rarest_token()] = torch.inf
+    model.save_pretrained(tmp_path / "spoilt")
+    found = []
+    for _ in range(2):  # the second run finds the pair stored
+        _, decisions, _ = run(tmp_path, str(tmp_path / "spoilt"), "cached", pairs=20)
+        found.append([decision.eligible.sum().item() for decision in decisions])
+    assert "scored again" not in caplog.text
+    assert found[0] == found[1]
+    assert sum(found[0]) == 19
+
+
+def test_another_attention_is_another_reference(tiny_llama: str, tmp_path: Path) -> None:
+    for attention in ("pairwise", "sdpa", "auto"):  # auto is pairwise here
+        module = preference(tiny_llama, reference="cached", attention=attention)
+        quiet_trainer(tmp_path, max_steps=1).fit(module, controlled(10))
+    assert len({path.parent for path in parts()}) == 2
 
 
 def test_evaluation_of_a_checkpoint_keeps_the_first_weights_as_reference(tiny_llama: str, tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""What a training stage logs with: numbers that stay on the CPU, the time of a step, exact means over all ranks."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torchmetrics import MeanMetric, Metric, SumMetric
+
+
+class LoggedTraining(LightningModule):
+    """A LightningModule that logs without waiting for its device and knows how long a step took."""
+
+    _step_ended = 0.0  # on this process's clock, as the next
+    _validation_started = 0.0
+
+    def log(self, name: str, value: Any, *args: Any, **settings: Any) -> None:
+        """Log a number from the CPU: Lightning copies each to the device, and the host waits for every copy."""
+        if isinstance(value, (int, float)):
+            value = torch.tensor(float(value))
+        super().log(name, value, *args, **settings)
+
+    def on_train_start(self) -> None:
+        self._step_ended = time.perf_counter()
+
+    def on_validation_start(self) -> None:
+        self._validation_started = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        self._step_ended += time.perf_counter() - self._validation_started
+
+    def step_seconds(self) -> float:
+        """Return the seconds since the last step, or the start; loader and callbacks count, validation does not."""
+        before, self._step_ended = self._step_ended, time.perf_counter()
+        return self._step_ended - before
+
+
+def exact_mean() -> Metric:
+    """A weighted mean in float64 that counts every pair once, over uneven batches and all ranks."""
+    return MeanMetric().set_dtype(torch.float64)
+
+
+def exact_count() -> Metric:
+    """A sum in float64 over all batches, of what every rank knows of the whole batch."""
+    return SumMetric(sync_on_compute=False).set_dtype(torch.float64)
