@@ -24,7 +24,7 @@ from lightning_modules.layout_check import agreeing_layout
 from lightning_modules.logged_training import LoggedTraining
 from lightning_modules.lora import Lora, add_lora
 from lightning_modules.pairwise_attention import PAIRWISE
-from lightning_modules.pretrained import load_model
+from lightning_modules.pretrained import load_model, store_linear_weights
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharding import clip_gradients, gradient_sync
 from lightning_modules.strategy import ShardedStrategy, refuse_unsuitable
@@ -180,7 +180,10 @@ class LanguageModelTraining(LoggedTraining):
             scorer.compile_layers()
         strategy = self.trainer.strategy
         if not isinstance(strategy, ShardedStrategy):
-            return scorer.to(strategy.root_device) if frozen else scorer
+            if frozen:
+                store_linear_weights(scorer, self.compute_dtype)
+                scorer.to(strategy.root_device)
+            return scorer
         strategy.place(scorer, frozen)
         if any(parameter.is_meta for parameter in scorer.parameters()):
             assert self.name is not None

@@ -41,10 +41,21 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def widened_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return `left` [N, K] @ `right` [K, M] in float32 (float64 where they are), without gradient.
+
+    A GPU adds half-precision products up in float32 and can write the sums as they are; otherwise they are rounded
+    to half precision first.
+    """
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return at_least_float32(left @ right)
+
+
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule) -> Tensor:
     """Logits [N, V] in float32 (float64 where the weights are) of outputs `hidden` [N, width], without gradient."""
     dtype = compute_dtype(weight)
-    logits = at_least_float32(hidden.to(dtype) @ weight.to(dtype).t())
+    logits = widened_product(hidden.to(dtype), weight.to(dtype).t())
     if bias is not None:
         logits += bias
     return rule.apply_(logits)

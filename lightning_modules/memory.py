@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_modules.activations import Activations
 from lightning_modules.head import NARROWEST_SLICE, SLICE_LOGITS
+from lightning_modules.pretrained import linear_weights
 from lightning_modules.sharding import transformer_blocks
 
 WEIGHT = 4  # bytes of a master weight, of a gradient and of each number of optimizer state: float32
@@ -23,13 +24,15 @@ class Sizes:
     root: int  # outside of the blocks: embeddings, head, final norm
     head: int
     vocabulary: int
+    linear: int  # weights of linear layers, which a frozen model keeps in the type of autocast
 
     @classmethod
     def of(cls, model: nn.Module) -> Sizes:
         blocks = [sum(p.numel() for p in block.parameters()) for block in transformer_blocks(model)]
         every = sum(p.numel() for p in model.parameters())
         head = model.get_output_embeddings().weight  # type: ignore[operator]
-        return cls(every, max(blocks), every - sum(blocks), head.numel(), head.shape[0])
+        linear = sum(weight.numel() for weight in linear_weights(model))
+        return cls(every, max(blocks), every - sum(blocks), head.numel(), head.shape[0], linear)
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,9 @@ class MemoryPlan:
         share = WEIGHT * sizes.all // setup.shards
         resident = {"parameters": share, "optimizer state": int(share * setup.optimizer_state)}
         if setup.reference and not (setup.kind == "sharded" and setup.offload_reference):
-            stored = setup.compute_bytes if setup.kind == "sharded" else WEIGHT
-            resident["reference"] = stored * sizes.all // setup.shards
+            halved = sizes.all if setup.kind == "sharded" else sizes.linear
+            reference = setup.compute_bytes * halved + WEIGHT * (sizes.all - halved)
+            resident["reference"] = reference // setup.shards
         if setup.autocast:
             resident["bfloat16 copies of autocast"] = 2 * sizes.all
         object.__setattr__(self, "resident", resident)

@@ -114,6 +114,23 @@ def parameters_on_meta() -> Iterator[None]:
         hook.remove()
 
 
+def linear_weights(model: nn.Module) -> list[torch.Tensor]:
+    """Return the weights of linear layers that no embedding shares: what autocast rounds before each use."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    weights = {id(module.weight): module.weight for module in model.modules() if type(module) is nn.Linear}
+    return [weight for key, weight in weights.items() if key not in embeddings]
+
+
+def store_linear_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the linear weights of a frozen `model` in the `dtype` of its autocast, in place.
+
+    Autocast would round them to it at every forward pass: the outputs are the same, to the bit. Biases, norms and
+    embeddings stay as they are, because some families use them outside of products.
+    """
+    for weight in linear_weights(model):
+        weight.data = weight.data.to(dtype)
+
+
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())

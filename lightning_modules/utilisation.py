@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
+
+log = logging.getLogger(__name__)
+
+# TFLOP/s of bfloat16 products with float32 sums, dense, by the name that the driver gives the GPU. Datasheets
+# print most of them with sparsity, which doubles them.
+DENSE_BFLOAT16 = {
+    "NVIDIA B200": 2250.0,  # datasheet DGX B200: 72 PFLOP/s in FP8 on 8 GPUs, sparse, and half of it in bfloat16
+    "NVIDIA GB200": 2500.0,  # datasheet GB200 NVL72: 360 PFLOP/s on 72 GPUs, sparse
+    "NVIDIA GH200 480GB": 989.5,  # datasheet GH200: 1979 sparse
+    "NVIDIA H200": 989.5,  # datasheet H200: SXM 1979, NVL 1671 sparse
+    "NVIDIA H200 NVL": 835.5,
+    "NVIDIA H100 80GB HBM3": 989.5,  # datasheet H100: SXM 1979, NVL 1671, PCIe 1513 sparse
+    "NVIDIA H100 NVL": 835.5,
+    "NVIDIA H100 PCIe": 756.5,
+    "NVIDIA A100-SXM4-40GB": 312.0,  # datasheet A100
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA A40": 149.7,  # datasheets A40, A30, A10
+    "NVIDIA A30": 165.0,
+    "NVIDIA A10": 125.0,
+    "NVIDIA L40S": 362.05,  # datasheets L40S, L40, and L4: 242 sparse
+    "NVIDIA L40": 181.05,
+    "NVIDIA L4": 121.0,
+    "NVIDIA GeForce RTX 5090": 209.5,  # whitepapers "RTX Blackwell", "Ada GPU Architecture" and "GA102"
+    "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 3090": 71.0,
+}
 
 
 def forward_operations(model: Any, tokens: int, response_tokens: int) -> float:
@@ -30,11 +59,14 @@ def step_operations(
 
 
 def peak_operations(device: torch.device, dtype: torch.dtype) -> float | None:
-    """What a known GPU does at most per second in `dtype`; None for any other device."""
-    if device.type != "cuda":
-        return None
-    try:
-        known = get_available_flops(device, dtype)
-    except ValueError:  # Lightning knows the GPU, but not in this type
-        return None
-    return None if known is None else float(known)
+    """Return what a known GPU does at most per second in `dtype`; None for any other device or type."""
+    return peak_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+
+
+@cache  # so that what is not known is said once
+def peak_of(name: str, dtype: torch.dtype) -> float | None:
+    """Return `peak_operations` of the GPU that the driver calls `name`."""
+    if dtype == torch.bfloat16 and name in DENSE_BFLOAT16:
+        return 1e12 * DENSE_BFLOAT16[name]
+    log.info("no train/mfu: the peak of %s in %s is not in lightning_modules/utilisation.py", name, dtype)
+    return None

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cuda_stand_in import StandIn
 from tiny_runs import VOCABULARY, plain_logps, tiny_model
 from torch.nn.attention.flex_attention import create_mask
 
@@ -15,6 +16,8 @@ from app.method.batch import PackedRows
 from datamodules.packing import pack
 from datamodules.records import TokenisedPair
 from lightning_modules.attention import dense_mask, flex_mask
+from lightning_modules.head import LogitRule, head_logits
+from lightning_modules.pretrained import store_linear_weights
 from lightning_modules.scorer import ResponseScorer
 
 PACKABLE = (
@@ -172,6 +175,35 @@ def test_bf16_autocast_stays_within_a_hundredth(attention: str) -> None:
     assert float((rounded - exact).norm() / exact.norm()) < 1e-2
     # the gradient of a random two-layer model is a sum that mostly cancels
     assert float((rounded_gradient - exact_gradient).norm() / exact_gradient.norm()) < 5e-2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "qwen2", "gemma2", "phi3", "opt", "gptj"])
+def test_linear_weights_kept_in_the_type_of_autocast_give_the_same_bits(family: str) -> None:
+    model, pairs = tiny_model(family), random_pairs()
+    scorer = scorer_of(model, "own")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        recast = score(scorer, pairs, "packed", 1000)
+        store_linear_weights(model, torch.bfloat16)
+        assert torch.equal(score(scorer, pairs, "packed", 1000), recast)
+    # what is added or looked up, rather than multiplied, is as it was
+    kept = {name for name, tensor in model.named_parameters() if tensor.dtype == torch.float32}
+    assert {name for name in kept if "norm" in name or "ln_" in name or "bias" in name}
+    assert model.get_input_embeddings().weight.dtype == torch.float32
+    if family != "gpt2":  # its layers are Conv1D
+        assert len(kept) < len(list(model.parameters()))
+
+
+def test_logits_on_cuda_are_not_rounded_to_half_precision() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator).bfloat16() for n in (50, 80))
+    exact = hidden.double() @ weight.double().t()
+    with StandIn() as device:
+        wide = head_logits(hidden.to("cuda"), weight.to("cuda"), None, LogitRule())
+        assert wide.dtype == torch.float32
+        assert device.violations == []
+        assert float((wide.cpu() - exact).abs().max()) < 1e-4
+    rounded = head_logits(hidden, weight, None, LogitRule())
+    assert float((rounded - exact).abs().max()) > 1e-2
 
 
 def test_padding_that_equals_eos_is_no_matter() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.packing import pack
 from lightning_modules.scorer import ResponseScorer
-from lightning_modules.utilisation import forward_operations, peak_operations, step_operations
+from lightning_modules.utilisation import forward_operations, peak_of, peak_operations, step_operations
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -38,3 +39,15 @@ def test_a_step_counts_what_it_cannot_avoid() -> None:
 
 def test_the_peak_of_a_cpu_is_not_known() -> None:
     assert peak_operations(torch.device("cpu"), torch.float32) is None
+
+
+def test_the_peak_of_a_gpu_is_the_dense_one_of_its_datasheet(caplog: pytest.LogCaptureFixture) -> None:
+    assert peak_of("NVIDIA H100 80GB HBM3", torch.bfloat16) == 989.5e12
+    assert peak_of("NVIDIA H100 NVL", torch.bfloat16) == 835.5e12
+    assert peak_of("NVIDIA H200", torch.bfloat16) == 989.5e12
+    assert peak_of("NVIDIA B200", torch.bfloat16) == 2250e12
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            assert peak_of("NVIDIA Z1000", torch.bfloat16) is None
+    (said,) = caplog.messages
+    assert "NVIDIA Z1000" in said
