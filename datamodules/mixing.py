@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,7 +17,7 @@ class WeightedSource:
     """One source of several, an entry of the list `data.path`.
 
     Args:
-        path: file, dataset folder or Hub id.
+        path: file, pattern of files, folder or Hub id.
         weight: its share of the training pairs is this over the sum of all weights; give it to all sources or to
             none, which takes every pair of every source.
         name: label `source` of its pairs, and the front of their ids; none takes the last part of
@@ -37,6 +37,7 @@ class WeightedSource:
     format: RowFormat = "auto"
     min_score_ratio: float = 1.0
     preferred_by: PreferredBy = "better"
+    columns: dict[str, str] | None = None
 
     @property
     def label(self) -> str:
@@ -49,7 +50,13 @@ class WeightedSource:
 
     def reading(self, need_rejected: bool = False) -> RowReading:
         """How its rows are read. Raises UserError for settings that do not go together."""
-        return RowReading(self.format, need_rejected, self.min_score_ratio, self.preferred_by)
+        return RowReading(self.format, need_rejected, self.min_score_ratio, self.preferred_by, self.columns or {})
+
+
+def told_apart(sources: Sequence[WeightedSource]) -> list[WeightedSource]:
+    """Return the sources, named by their whole paths where two paths end alike."""
+    labels = [source.label for source in sources]
+    return [replace(source, name=source.path) if labels.count(source.label) > 1 else source for source in sources]
 
 
 def check_sources(sources: Sequence[WeightedSource]) -> None:

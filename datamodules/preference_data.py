@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from app.errors import UserError
 from datamodules.base import PairDataModule, Split
 from datamodules.gap_mixture import GapMixture
-from datamodules.mixing import WeightedSource, check_sources, drawn_rows
+from datamodules.mixing import WeightedSource, check_sources, drawn_rows, told_apart
 from datamodules.rewards import RewardScoring
 from datamodules.sources import OnBadRow, PairStream, PreferredBy, RowFormat, pair_stream
 from datamodules.table import JoinedTables, PairTable, Part, split_by_prompt
@@ -21,11 +22,12 @@ from datamodules.tokenisation import Tokenisation
 
 
 class PreferenceData(PairDataModule):
-    """Pairs from `.jsonl`, `.jsonl.gz`, `.parquet` or a Hub id: strings, chat messages or HH transcripts.
+    """Pairs from files (.jsonl, .json, .csv, .tsv, .parquet, .arrow), a folder of them, or a Hub id.
 
     Args:
-        path: the training pairs; `predict` scores all of them. A list mixes several sources, each with the fields
-            of `WeightedSource`; what is given there (splits, subset, format, …) is then not given here.
+        path: the training pairs; `predict` scores all of them. A pattern (`data/*.csv`) takes all files of such a
+            name. A list mixes several sources: paths, for which the options here hold, or entries with the fields
+            of `WeightedSource`; what these can give (splits, subset, format, …) is then not given here.
         validation_path: pairs for validation; none takes `validation_split` or `validation_share` of `path`.
         test_path: pairs for `test`; none takes `test_split` of `path`.
         split, validation_split, test_split: splits of a Hub id.
@@ -34,8 +36,8 @@ class PreferenceData(PairDataModule):
         revision: branch, tag or commit of the Hub id `path`.
         validation_share: share of the prompts of `path` that is held out, with all their pairs.
         tokenizer: folder or Hub id; none takes the model's (`model.name`).
-        format: `hh` for transcripts, `pairs` for prompt/chosen/rejected, `tldr`, `shp`, `ultrafeedback`,
-            `pku_saferlhf` for rows as these data sets are published, `auto` to tell them apart by row.
+        format: a name in the table of docs/data.md; `auto` tells the formats apart by row.
+        columns: what the data calls a field: `{prompt: question, chosen: good, rejected: bad}`.
         min_score_ratio: pairs of SHP whose preferred comment scores less than this many times the other's are
             left out, and counted.
         preferred_by: which id of PKU-SafeRLHF decides: `better` is the more helpful, `safer` the less harmful.
@@ -49,7 +51,7 @@ class PreferenceData(PairDataModule):
 
     def __init__(
         self,
-        path: str | list[WeightedSource],
+        path: str | Path | list[str | WeightedSource],
         validation_path: str | None = None,
         test_path: str | None = None,
         split: str = "train",
@@ -62,6 +64,7 @@ class PreferenceData(PairDataModule):
         format: RowFormat = "auto",
         min_score_ratio: float = 1.0,
         preferred_by: PreferredBy = "better",
+        columns: dict[str, str] | None = None,
         on_bad_row: OnBadRow = "error",
         max_length: int = 512,
         max_prompt_length: int = 256,
@@ -86,11 +89,18 @@ class PreferenceData(PairDataModule):
             "format": format,
             "min_score_ratio": min_score_ratio,
             "preferred_by": preferred_by,
+            "columns": columns,
         }
-        self.mixed = not isinstance(path, str)
-        self.sources = [WeightedSource(path, **single)] if isinstance(path, str) else path
+        # `Path` stands in the type of `path` for jsonargparse: without it, it would take the content of the file
+        # for the option's value, as it does where an option may hold an object
+        self.mixed = isinstance(path, list)
+        entries = path if isinstance(path, list) else [str(path)]
+        self.sources = [WeightedSource(entry, **single) if isinstance(entry, str) else entry for entry in entries]
+        if all(isinstance(entry, str) for entry in entries):
+            self.sources = told_apart(self.sources)
         if self.mixed:
             check_sources(self.sources)
+        if any(isinstance(entry, WeightedSource) for entry in entries):
             for name, value in single.items():
                 if value != getattr(WeightedSource, name):
                     raise UserError(

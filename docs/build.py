@@ -1,4 +1,4 @@
-"""`make docs`: the figures of docs/method.md and docs/choosing.md, and build/api.md, from the code itself.
+"""`make docs`: what documents show of the code: figures, build/api.md, the formats in docs/data.md.
 
 python docs/build.py
 """
@@ -22,6 +22,7 @@ from app.method import losses
 from app.method.beta import BetaBounds, batch_beta
 from app.method.moments import RunningMoments
 from app.method.selection import gaussian_log_weights, gumbel_top_k, selection_noise
+from datamodules.sources import markdown_table
 
 HERE = Path(__file__).parent
 BETA0, PAIRS, KEPT = 0.1, 64, 51  # the batch of the paper's recipe at ρ = 0.8
@@ -136,6 +137,13 @@ def shipped_losses() -> list[type]:
     return [c for c in found if c is not losses.PairLoss and c.__module__ == losses.__name__]
 
 
+def data_page() -> str:
+    """Return docs/data.md with the table of the registry of formats in its place."""
+    before, mark, rest = (HERE / "data.md").read_text(encoding="utf-8").partition("<!-- formats -->\n")
+    assert mark, "docs/data.md has no place for the formats"
+    return before + mark + "\n" + markdown_table() + "\n" + rest[rest.index("<!-- end -->") :]
+
+
 def main() -> None:
     (HERE / "figures").mkdir(exist_ok=True)
     for name, draw in FIGURES.items():
@@ -144,6 +152,7 @@ def main() -> None:
     reference = HERE.parent / "build" / "api.md"
     reference.parent.mkdir(exist_ok=True)
     reference.write_text(api(), encoding="utf-8")
+    (HERE / "data.md").write_text(data_page(), encoding="utf-8")
     for alpha in (0.2, 0.6, 2.0):
         shares = {std: round(floor_share(std, alpha), 3) for std in (1, 2, 4, 10)}
         print(f"α = {alpha}: share of steps with β at its floor by standard deviation of the gaps {shares}")

@@ -5,6 +5,7 @@ from datamodules.sources.hh import hh_messages, is_transcript_prompt, prompt_mes
 from datamodules.sources.pku_saferlhf import PreferredBy
 from datamodules.sources.prompts import prompt_key
 from datamodules.sources.reader import OnBadRow, PairReader, Source, SourceAddress, open_source, read_pairs
+from datamodules.sources.registry import markdown_table
 from datamodules.sources.report import BadRow, LeftOut, RowReport
 from datamodules.sources.stream import PairStream, pair_stream
 
@@ -22,6 +23,7 @@ __all__ = [
     "SourceAddress",
     "hh_messages",
     "is_transcript_prompt",
+    "markdown_table",
     "open_source",
     "pair_stream",
     "prompt_key",

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from datamodules.records import Message, PreferencePair
-from datamodules.sources.hh import split_transcript
+from datamodules.records import Message, PreferencePair, Prompt
+from datamodules.sources.hh import is_transcript, split_transcript
+from datamodules.sources.messages import spoken
 from datamodules.sources.report import BadRow
-from datamodules.sources.template_fields import TEMPLATE_FIELDS, message_fields, template_fields, with_system
-from datamodules.sources.values import kind, text
+from datamodules.sources.template_fields import TEMPLATE_FIELDS, template_fields, with_system
+from datamodules.sources.values import kind, missing, text, typed
 
 OwnFormat = Literal["auto", "pairs", "hh"]
 _OWN_FIELDS = ("pair_id", "prompt", "chosen", "rejected", *TEMPLATE_FIELDS)
-_ROLES = ("system", "user", "assistant", "tool")
 
 
 def pair_from_row(
@@ -21,7 +21,7 @@ def pair_from_row(
 ) -> PreferencePair:
     """Read one row. Raises BadRow with the reason when it makes no pair.
 
-    Forms: `prompt`, `chosen`, `rejected` as text; chat messages (lists of role and content) for any of them,
+    Forms: `prompt`, `chosen`, `rejected` as text; chat messages (a list, one alone, JSON in text) for any of them,
     where `chosen` and `rejected` may repeat the prompt; without `prompt`, two whole conversations that share
     all but their last message, or two HH transcripts. `response`, or `chosen` without `rejected`, is a
     demonstration, refused when `need_rejected`. `format` "hh" and "pairs" refuse the other's rows. `system`,
@@ -35,26 +35,30 @@ def pair_from_row(
     if need_rejected and "rejected" not in row:
         raise BadRow("missing field", "rejected")
     sides = (chosen_field, "rejected") if "rejected" in row else (chosen_field,)
+    values = [spoken(row[side], side) for side in sides]
+    given = None if missing(row.get("prompt")) else spoken(row["prompt"], "prompt")
     answers: list[Message] = []
-    values = [row[side] for side in sides]
-    whole = "prompt" not in row and chosen_field == "chosen"
+    texts = [value for value in values if isinstance(value, str)]
 
-    if format == "hh" and "prompt" in row:
+    if format == "hh" and given is not None:
         raise BadRow("not an HH transcript", "a field prompt stands beside chosen")
-    if format == "hh" or (format == "auto" and whole and isinstance(values[0], str)):
+    if format == "hh" or (format == "auto" and chosen_field == "chosen" and given is None and texts):
+        if format == "auto" and "prompt" in row and not all(is_transcript(value) for value in texts):
+            raise BadRow("wrong type", "prompt is null, not text")
         split = [split_transcript(text(value, side), side) for value, side in zip(values, sides, strict=True)]
-        prompts: list[str | tuple[Message, ...]] = [prompt for prompt, _ in split]
+        prompts: list[Prompt] = [prompt for prompt, _ in split]
         responses = [response for _, response in split]
-    elif isinstance(values[0], list):
-        conversations = [_messages(value, side) for value, side in zip(values, sides, strict=True)]
-        prompts = [_prompt_of(row, talk, side) for talk, side in zip(conversations, sides, strict=True)]
-        answers = [talk[-1] for talk in conversations]
+    elif not texts:
+        talks = [value for value in values if not isinstance(value, str)]
+        prompts = [_prompt_of(given, talk, side) for talk, side in zip(talks, sides, strict=True)]
+        answers = [talk[-1] for talk in talks]
         responses = [answer.content for answer in answers]
+    elif len(texts) < len(values):
+        raise BadRow("wrong type", "one of chosen and rejected is text, the other one messages")
+    elif given is None:
+        raise BadRow("missing field", "prompt")
     else:
-        if "prompt" not in row:
-            raise BadRow("missing field", "prompt")
-        prompts = [_prompt(row["prompt"])]
-        responses = [text(value, side) for value, side in zip(values, sides, strict=True)]
+        prompts, responses = [given], texts
 
     if any(prompt != prompts[0] for prompt in prompts):
         raise BadRow("no shared prompt")
@@ -68,7 +72,8 @@ def pair_from_row(
     if responses[0] in responses[1:] and more[0] in more[1:]:
         raise BadRow("chosen equals rejected")
     own = (*_OWN_FIELDS, chosen_field)
-    labels = {name: value for name, value in row.items() if name not in own and is_label(value)}
+    labels = {name: None if missing(value) else typed(value) for name, value in row.items() if is_label(value)}
+    labels = {name: value for name, value in labels.items() if name not in own}
     for name, value in labels.items():
         text(name, "a field's name")
         if isinstance(value, str):
@@ -96,36 +101,13 @@ def ignored_fields(row: Mapping[str, object]) -> list[str]:
     return [name for name, value in row.items() if name not in (*_OWN_FIELDS, "response") and not is_label(value)]
 
 
-def _messages(value: object, name: str) -> tuple[Message, ...]:
-    """A list of messages with known roles, at least one."""
-    if not isinstance(value, list):
-        raise BadRow("wrong type", f"{name} is {kind(value)}, not a list of messages")
-    if not value:
-        raise BadRow(f"empty {name}")
-    messages = []
-    for message in value:
-        kept = message_fields(message) if isinstance(message, Mapping) else {}
-        if "role" not in kept or "content" not in kept:
-            raise BadRow("wrong type", f"{name} holds something that has no role and content")
-        role, content = text(kept["role"], f"{name}: role"), text(kept["content"], f"{name}: content")
-        if role not in _ROLES:
-            raise BadRow("unknown role", f"{role[:30]!r} in {name}; known are {', '.join(_ROLES)}")
-        messages.append(Message(**kept | {"role": role, "content": content}))
-    return tuple(messages)
-
-
-def _prompt(value: object) -> str | tuple[Message, ...]:
-    return _messages(value, "prompt") if isinstance(value, list) else text(value, "prompt")
-
-
-def _prompt_of(row: Mapping[str, object], talk: tuple[Message, ...], name: str) -> tuple[Message, ...]:
-    """All messages before the response that ends `talk`: those of the field `prompt` and those in `talk`."""
+def _prompt_of(prompt: Prompt | None, talk: tuple[Message, ...], name: str) -> tuple[Message, ...]:
+    """Return all messages before the response that ends `talk`: those of the field `prompt` and those in `talk`."""
     if talk[-1].role != "assistant":
         raise BadRow("last turn is not the assistant's", name)
     before = talk[:-1]
-    if "prompt" not in row:
+    if prompt is None:
         return before
-    prompt = _prompt(row["prompt"])
     given = (Message("user", prompt),) if isinstance(prompt, str) else prompt
     if not before or before[0].role == "assistant":  # talk goes on where the prompt ends
         return given + before

@@ -1,116 +1,80 @@
-"""Rows of a local file: JSON lines (plain or gzip) and parquet."""
+"""Rows of local files: which kinds there are, by the end of the name, and one or several files as a source."""
 
 from __future__ import annotations
 
 import gzip
-import json
-import zlib
-from collections.abc import Iterable, Iterator
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from app.cache import fingerprint
 from app.errors import UserError
 from app.files import file_hash
-from datamodules.sources.report import BadRow
+from datamodules.sources.arrow_files import arrow_file_rows, parquet_rows
+from datamodules.sources.json_files import json_rows, jsonl_rows
+from datamodules.sources.tables import csv_rows, tsv_rows
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-_ROWS_PER_BATCH = 1024
+log = logging.getLogger(__name__)
+
+Rows = Iterator[tuple[int, object]]
+_TEXT: dict[str, Callable[[IO[bytes], Path], Rows]] = {
+    ".jsonl": jsonl_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+    ".tsv": tsv_rows,
+}
+_BINARY: dict[str, Callable[[Path], Rows]] = {".parquet": parquet_rows, ".arrow": arrow_file_rows}
+SUFFIXES = (*_TEXT, *(f"{suffix}.gz" for suffix in _TEXT), *_BINARY)
 
 
-class LocalFile:
-    """A .jsonl, .jsonl.gz or .parquet file as a source of rows."""
+def readable(path: str | Path) -> bool:
+    """Whether the name of a file ends as that of one that can be read."""
+    return str(path).lower().endswith(SUFFIXES)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.name = path.name
-        if not path.is_file():
-            raise UserError(f"There is no file {path}: check the path that you gave.")
+
+class LocalFiles:
+    """Files as a source of rows, one after the other.
+
+    Raises UserError for one that is not there, or of no known kind.
+    """
+
+    def __init__(self, paths: Sequence[Path], name: str | None = None) -> None:
+        self.name = name or paths[0].name
+        front = Path(os.path.commonpath([path.absolute().parent for path in paths]))
+        prefix = f"{self.name}/" if name else ""
+        self.places = {path: prefix + path.absolute().relative_to(front).as_posix() for path in paths}
+        for path in paths:
+            if not path.is_file():
+                raise UserError(f"There is no file {path}: check the path that you gave.")
+            if not readable(path):
+                raise UserError(f"{path} is of no known kind: data.path takes {', '.join(SUFFIXES)}, or a Hub id.")
 
     def fingerprint(self) -> str:
-        """A hash of the file's bytes."""
-        return file_hash(self.path)
+        """Return a hash of the files' bytes."""
+        hashes = [file_hash(path) for path in self.places]
+        places = list(self.places.values())
+        return hashes[0] if places == [self.name] else fingerprint([places, hashes])
 
-    def rows(self) -> Iterator[tuple[int, object]]:
-        """Pairs (line or row number from 1, the row's value), the value a BadRow where it cannot be read."""
-        return _parquet_rows(self.path) if self.name.endswith(".parquet") else _jsonl_rows(self.path)
-
-
-def arrow_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, object]]:
-    """Rows of Arrow batches, numbered from 1; one that holds broken text is a BadRow."""
-    number = 0
-    for batch in batches:
-        try:
-            values: list[object] = batch.to_pylist()
-        except UnicodeDecodeError:  # find out which rows
-            values = [_one_arrow_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
-        for value in values:
-            number += 1
-            yield number, value
+    def rows(self) -> Iterator[tuple[str, object]]:
+        """Yield (file and line or row from 1, the row's value), the value a BadRow where it cannot be read."""
+        for path, place in self.places.items():
+            for number, row in _rows(path):
+                yield f"{place}:{number}", row
 
 
-def _one_arrow_row(batch: pa.RecordBatch) -> object:
+def _rows(path: Path) -> Rows:
+    name = path.name.lower()
+    packed = name.endswith(".gz")
+    suffix = Path(name.removesuffix(".gz")).suffix
     try:
-        return batch.to_pylist()[0]
-    except UnicodeDecodeError:
-        return BadRow("invalid UTF-8")
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
-    try:
-        file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        if len(set(names)) < len(names):
-            raise UserError(f"{path}: two columns have the same name; rename one.")
-        yield from arrow_rows(file.iter_batches(_ROWS_PER_BATCH))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as parquet ({_first_line(error)}): write it anew.") from error
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, object]]:
-    number = 0
-    try:
-        with _open_bytes(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():  # a blank line is no row
-                    yield number, _json_value(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-    except EOFError:
-        yield number + 1, BadRow("truncated gzip", "the compressed file ends early")
-    except (gzip.BadGzipFile, zlib.error) as error:
-        # no choice to skip: a failed checksum says that earlier rows may be wrong too, not which
-        raise UserError(f"{path} is damaged gzip ({error}): its rows cannot be trusted; fetch it again.") from error
+        if suffix in _BINARY:
+            yield from _BINARY[suffix](path)
+        else:
+            with gzip.open(path, "rb") if packed else open(path, "rb") as file:
+                yield from _TEXT[suffix](file, path)  # type: ignore[arg-type]
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror or error}): check the path that you gave."
         ) from error
-
-
-def _open_bytes(path: Path) -> IO[bytes]:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    return open(path, "rb")
-
-
-def _json_value(line: bytes) -> object:
-    try:
-        return json.loads(line.decode(), object_pairs_hook=_unique_fields)
-    except UnicodeDecodeError:
-        return BadRow("invalid UTF-8")
-    except BadRow as bad:
-        return bad
-    except (ValueError, RecursionError) as error:  # too long a number is a ValueError of its own
-        return BadRow("bad JSON", _first_line(error))
-
-
-def _unique_fields(fields: list[tuple[str, object]]) -> dict[str, object]:
-    """An object whose names differ: which of two values was meant cannot be known."""
-    row = dict(fields)
-    if len(row) < len(fields):
-        raise BadRow("repeated field")
-    return row
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -19,7 +19,7 @@ def split_transcript(transcript: str, name: str) -> tuple[str, str]:
 
     `name` is the field that holds the transcript, for the message. Raises BadRow.
     """
-    if not transcript.startswith(HUMAN):
+    if not is_transcript(transcript):
         raise BadRow("not an HH transcript", f"{name} does not start with {HUMAN!r}")
     cut = transcript.rfind(ASSISTANT)
     if cut < transcript.rfind(HUMAN):
@@ -39,6 +39,11 @@ def question_prompt(question: object, name: str) -> str:
     if _TURN.search(content):
         raise BadRow("turns within a question", name)
     return f"{HUMAN} {content.strip()}{ASSISTANT}"
+
+
+def is_transcript(value: str) -> bool:
+    """Whether a text begins as a whole transcript does."""
+    return value.startswith(HUMAN)
 
 
 def is_transcript_prompt(prompt: str) -> bool:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Literal, Protocol
 
 from app.errors import UserError
 from datamodules.records import PreferencePair
-from datamodules.sources.files import SUFFIXES, LocalFile
-from datamodules.sources.formats import RowFormat, RowReading, read_row
-from datamodules.sources.hub import HubDataset
+from datamodules.sources.files import LocalFiles, readable
+from datamodules.sources.formats import RowFormat, RowReading, close, read_row
+from datamodules.sources.hub import HubDataset, folder_source
 from datamodules.sources.pku_saferlhf import PreferredBy
 from datamodules.sources.report import BadRow, LeftOut, RowReport
 
@@ -21,20 +23,20 @@ OnBadRow = Literal["error", "skip"]
 class Source(Protocol):
     """Where rows come from."""
 
-    name: str  # stands in the pair ids: `<name>:<row number>`
+    name: str
 
     def fingerprint(self) -> str:
         """A hash that changes with the content."""
         ...
 
-    def rows(self) -> Iterator[tuple[int, object]]:
-        """(row number from 1, the row's fields, or a BadRow where it cannot be read)."""
+    def rows(self) -> Iterator[tuple[str, object]]:
+        """Yield (file or data set and row number from 1, the row's fields, or a BadRow where it cannot be read)."""
         ...
 
 
 @dataclass(frozen=True)
 class SourceAddress:
-    """Where to find rows: a file, a dataset folder or a Hub id, and which part of it.
+    """Where to find rows: a file, a pattern of files (`data/*.csv`), a folder or a Hub id, and which part of it.
 
     `subset` is the name of a configuration, or else a folder of the data set; `revision` a branch, tag or
     commit of a Hub id.
@@ -47,27 +49,48 @@ class SourceAddress:
 
 
 def open_source(address: SourceAddress) -> Source:
-    """The source at `address`. A file is one split, so any other than "train" is refused. Raises UserError."""
+    """Return the source at `address`. Raises UserError, also where a split or subset of a file is asked for."""
     path = address.path
     local = Path(path).expanduser()
-    if local.name.endswith(SUFFIXES):
-        for name, given in {"split": address.split != "train", "subset": address.subset}.items():
-            if given:
-                raise UserError(
-                    f"{path} is one file without splits or subsets: "
-                    f"leave out the {name} {getattr(address, name)!r} or give a Hub id."
-                )
-        if address.revision is None:
-            return LocalFile(local)
-    if local.is_file() and not local.name.endswith(SUFFIXES):
-        raise UserError(f"{path} is of no known kind: data.path takes {', '.join(SUFFIXES)}, or a Hub id.")
-    if address.revision is not None and (local.exists() or local.name.endswith(SUFFIXES)):
-        raise UserError(f"{path} is on this machine and has no revision: leave out data.revision.")
     if local.is_dir():
-        return HubDataset(str(local), address.split, address.subset)
-    if path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
-        raise UserError(f"There is no file or folder {path!r}: check the path that you gave.")
-    return HubDataset(path, address.split, address.subset, address.revision)
+        _refuse_revision(address)
+        return folder_source(local, address.split, address.subset)
+    several = glob(str(local), recursive=True) if has_magic(path) and not local.exists() else None
+    if several is None and not readable(local) and not local.is_file():
+        if _HUB_ID.fullmatch(path) and Path(path).parts[0] not in _folders_here():
+            return HubDataset(path, address.split, address.subset, address.revision)
+        raise UserError(
+            f"There is no file or folder {path!r}{_near(local)}: check data.path. A Hub id is `owner/name`."
+        )
+    if several is not None and not (several := sorted(name for name in several if Path(name).is_file())):
+        raise UserError(f"No file is called {path}: check the pattern that you gave.")
+    if several is None and not local.is_file():
+        raise UserError(f"There is no file {path}{_near(local)}: check the path that you gave.")
+    for name, given in {"split": address.split != "train", "subset": address.subset}.items():
+        if given:
+            raise UserError(
+                f"{path} is one file without splits or subsets: "
+                f"leave out the {name} {getattr(address, name)!r} or give a Hub id."
+            )
+    _refuse_revision(address)
+    return LocalFiles([local] if several is None else [Path(name) for name in several])
+
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def _refuse_revision(address: SourceAddress) -> None:
+    if address.revision is not None:
+        raise UserError(f"{address.path} is on this machine and has no revision: leave out data.revision.")
+
+
+def _folders_here() -> set[str]:
+    return {entry.name for entry in Path().iterdir() if entry.is_dir()}
+
+
+def _near(path: Path) -> str:
+    """Return " (did you mean …?)" for a file that is called nearly so, else nothing."""
+    return close(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
 
 
 class PairReader(Iterator[PreferencePair]):
@@ -90,9 +113,9 @@ class PairReader(Iterator[PreferencePair]):
 
     def _read(self) -> Iterator[PreferencePair]:
         seen: set[str] = set()
-        for number, row in self._source.rows():
+        first_bad = ""
+        for location, row in self._source.rows():
             self.report.rows += 1
-            location = f"{self._source.name}:{number}"
             try:
                 if isinstance(row, BadRow):
                     raise row
@@ -103,6 +126,7 @@ class PairReader(Iterator[PreferencePair]):
                 if not self._skip and not isinstance(bad, LeftOut):
                     raise UserError(f"{location}: {bad}; mend the row or set data.on_bad_row: skip.") from None
                 self.report.skip(bad.reason, location)
+                first_bad = first_bad or f"{location}: {bad}"
                 continue
             seen.add(pair.pair_id)
             self.report.pairs += 1
@@ -112,7 +136,7 @@ class PairReader(Iterator[PreferencePair]):
             raise UserError(f"{self._source.name} holds no row: check data.path.")
         if not self.report.pairs:
             raise UserError(
-                f"{self._source.name} holds no usable row ({self.report.summary()}): check data.format."
+                f"{self._source.name} holds no usable row ({self.report.summary()}). The first: {first_bad}."
             )
 
 
@@ -127,13 +151,14 @@ def read_pairs(
     need_rejected: bool = False,
     min_score_ratio: float = 1.0,
     preferred_by: PreferredBy = "better",
+    columns: Mapping[str, str] | None = None,
 ) -> PairReader:
-    """The pairs of a local file, dataset folder or Hub id, in their order; see `pair_from_row` for the forms.
+    """Return the pairs of local files, a folder or a Hub id, in their order; see the registry for the forms.
 
-    A pair's id is its field `pair_id` (text or integer, unique) or `<name of the source>:<line or row number>`.
+    A pair's id is its field `pair_id` (text or integer, unique) or `<file or data set>:<line or row number>`.
     `on_bad_row`: "error" raises at the first bad row, "skip" leaves it out and counts it in the reader's
     `report`. For the others see `SourceAddress` and `RowReading`. Raises UserError, also for a source without a
     single usable row and, in both modes, for a file that is damaged as a whole.
     """
-    reading = RowReading(format, need_rejected, min_score_ratio, preferred_by)
+    reading = RowReading(format, need_rejected, min_score_ratio, preferred_by, columns or {})
     return PairReader(open_source(SourceAddress(path, split, subset, revision)), reading, on_bad_row)

@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import math
+import re
 from collections.abc import Mapping
 
 from datamodules.sources.report import BadRow
 
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+_CONSTANTS: dict[str, object] = {"true": True, "false": False}
+
+
+class Cell(str):
+    """The text of a cell in a file without types (.csv, .tsv): as a label or a choice it may be a number."""
+
+
+def typed(value: object) -> object:
+    """Return a cell as the number or truth value that it spells, as text otherwise; other values as they are."""
+    if not isinstance(value, Cell):
+        return value
+    if _NUMBER.fullmatch(value):
+        return float(value) if set(value) & set(".eE") else int(value)
+    return _CONSTANTS.get(value.lower(), str(value))
+
+
+def decoded(value: str) -> object:
+    """Return the value that a text spells in JSON, or as Python prints it. Raises ValueError."""
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def missing(value: object) -> bool:
+    """Whether nothing is there: null, or the NaN that stands for it in tables."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
 
 def kind(value: object) -> str:
     """The name of a value's type, for a message."""
-    return "null" if value is None else type(value).__name__
+    return "null" if value is None else "text" if isinstance(value, str) else type(value).__name__
 
 
 def text(value: object, name: str) -> str:
@@ -21,7 +57,7 @@ def text(value: object, name: str) -> str:
         value.encode()
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer takes
         raise BadRow("text is not valid Unicode", name) from None
-    return value
+    return str(value)
 
 
 def field_of(row: Mapping[str, object], name: str) -> object:
@@ -33,7 +69,7 @@ def field_of(row: Mapping[str, object], name: str) -> object:
 
 def number(row: Mapping[str, object], name: str) -> float:
     """The field `name`, which must be a finite number. Raises BadRow."""
-    value = field_of(row, name)
+    value = typed(field_of(row, name))
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise BadRow("wrong type", f"{name} is {kind(value)}, not a finite number")
     return value
@@ -41,9 +77,10 @@ def number(row: Mapping[str, object], name: str) -> float:
 
 def zero_or_one(row: Mapping[str, object], name: str) -> int:
     """The field `name`, which must be the integer 0 or 1. Raises BadRow."""
-    value = field_of(row, name)
+    value = typed(field_of(row, name))
     if isinstance(value, bool) or value not in (0, 1):
         raise BadRow("choice is neither 0 nor 1", f"{name} is {str(value)[:30]}")
+    assert isinstance(value, (int, float))
     return int(value)
 
 

@@ -137,10 +137,10 @@ def test_malformed_rows_in_a_dataset_folder_are_located_or_counted(tmp_path: Pat
     folder = tmp_path / format
     write(folder / "train.jsonl", ROWS[format], {**ROWS[format], response[format]: None}, ROWS[format])
     write(folder / "test.jsonl", ROWS[format])
-    with pytest.raises(UserError, match=rf"{format}:2: .*data\.on_bad_row: skip"):
+    with pytest.raises(UserError, match=rf"{format}/train\.jsonl:2: .*data\.on_bad_row: skip"):
         list(read_pairs(str(folder), format=format))
     reader = read_pairs(str(folder), format=format, on_bad_row="skip")
-    assert [pair.pair_id for pair in reader] == [f"{format}:1", f"{format}:3"]
+    assert [pair.pair_id for pair in reader] == [f"{format}/train.jsonl:1", f"{format}/train.jsonl:3"]
     assert reader.report.rows == 3
     assert sum(reader.report.skipped.values()) == 1
     (pair,) = read_pairs(str(folder), format=format, split="test")

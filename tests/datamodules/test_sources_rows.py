@@ -261,20 +261,30 @@ def test_parquet_rows_keep_their_labels_and_numbers(tmp_path: Path) -> None:
         list(read_pairs(str(path), on_bad_row="skip"))
 
 
-def test_a_dataset_folder_is_read_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_of_a_folder_make_its_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = tmp_path / "prefs"
     folder.mkdir()
     write(folder / "train.jsonl", {"chosen": TALK + "a", "rejected": TALK + "b", "votes": 3})
     write(folder / "test.jsonl", {"chosen": TALK + "c", "rejected": TALK + "d", "votes": 1})
-    assert list(read_pairs(str(folder), split="test")) == [PreferencePair("prefs:1", TALK, "c", "d", {"votes": 1})]
+    assert list(read_pairs(str(folder), split="test")) == [
+        PreferencePair("prefs/test.jsonl:1", TALK, "c", "d", {"votes": 1})
+    ]
     with pytest.raises(UserError, match="split 'none'"):
         read_pairs(str(folder), split="none")
 
 
 def test_paths_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "p.csv").write_text("x")
-    for path, said in (("nope.jsonl", "no file"), ("./nope", "no file"), (str(tmp_path / "p.csv"), "known kind")):
+    (tmp_path / "p.xlsx").write_text("x")
+    (tmp_path / "pairs.csv").write_text("x")
+    for path, said in (
+        ("nope.jsonl", "no file"),
+        ("./nope", "no file"),
+        ("nope", "no file or folder 'nope'.*Hub id is `owner/name`"),
+        (str(tmp_path / "p.xlsx"), "known kind"),
+        (str(tmp_path / "pair.csv"), "did you mean 'pairs.csv'"),
+        (str(tmp_path / "*.parquet"), "No file is called"),
+    ):
         with pytest.raises(UserError, match=said):
             read_pairs(path)
     with pytest.raises(UserError, match="without splits"):

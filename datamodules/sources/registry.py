@@ -1,0 +1,233 @@
+"""The formats that rows are read in: `data.format` names one, and `make docs` writes the table of docs/data.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datamodules.sources.conversions import Convert, Row, alpaca, conversation, question, renamed, unchanged
+from datamodules.sources.hh import ASSISTANT
+from datamodules.sources.messages import spoken
+from datamodules.sources.pku_saferlhf import pku_saferlhf_pair
+from datamodules.sources.shp import shp_pair
+from datamodules.sources.tldr import tldr_pair
+from datamodules.sources.ultrafeedback import ultrafeedback_pair
+from datamodules.sources.values import missing
+
+_SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True, eq=False)
+class Format:
+    """One form of rows: `fields` must hold something (`a|b`: one of them), `optional` ones are used where they do.
+
+    `named_by`: whose documents describe it. `example`: a row. `convert` gives the fields of a pair. Without
+    `data.format` only rows for which `when` holds are read as such.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    named_by: str
+    example: Row
+    convert: Convert = unchanged
+    optional: tuple[str, ...] = ()
+    when: Callable[[Row], bool] = lambda row: True
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether its rows have two answers, and so can be used for preference optimisation."""
+        return len(self.fields) > 2 or "rejected" in self.fields
+
+    def lacking(self, row: Row) -> list[str]:
+        """Return the needed fields in which a row holds nothing."""
+        return [name for name in self.fields if not any(_holds(row, either) for either in name.split("|"))]
+
+
+def _holds(row: Row, name: str) -> bool:
+    # a side that is null beside one that is not is a damaged pair, and no demonstration
+    sides = _SIDES if name in _SIDES and name in row else (name,)
+    return any(not missing(row.get(side)) for side in sides)
+
+
+def _without_own_fields(row: Row) -> bool:
+    return "chosen" not in row  # else a set in the published form that somebody has converted
+
+
+_TURN = {"role": "user", "content": "2 + 2?"}
+_YES, _NO = ({"role": "assistant", "content": answer} for answer in ("4", "5"))
+_HUMAN, _GPT, _GPT_NO = (
+    {"from": who, "value": said} for who, said in (("human", "2 + 2?"), ("gpt", "4"), ("gpt", "5"))
+)
+_TALK = "\n\nHuman: 2 + 2?\n\nAssistant:"
+_TLDR: dict[str, Any] = {
+    "info": {"id": "t3", "subreddit": "cats", "title": "Cat", "post": "My cat sleeps."},
+    "summaries": [{"text": " It sleeps."}, {"text": " It barks."}],
+    "choice": 0,
+}
+_SHP = {"history": "2 + 2?", "human_ref_A": "4", "human_ref_B": "5", "labels": 1}
+_SHP_SCORES = {"score_A": 9, "score_B": 3, "score_ratio": 3.0}
+_PKU = {"prompt": "2 + 2?", "response_0": "4", "response_1": "5", "better_response_id": 0, "safer_response_id": 0}
+_OURS = "TRL, axolotl"
+_LLAMA_FACTORY = "LLaMA-Factory"
+
+# a row is read as the first of these whose fields it has
+FORMATS = (
+    Format("pairs", ("prompt", *_SIDES), _OURS, {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}),
+    Format("pairs", ("prompt", *_SIDES), "TRL", {"prompt": [_TURN], "chosen": [_YES], "rejected": [_NO]}),
+    Format(
+        "messages",
+        ("messages|conversations", *_SIDES),
+        "axolotl (`chat_template.default`)",
+        {"messages": [_TURN], "chosen": _YES, "rejected": _NO},
+        conversation,
+    ),
+    Format(
+        "messages",
+        ("messages|conversations", *_SIDES),
+        f"{_LLAMA_FACTORY} (ShareGPT)",
+        {"conversations": [_HUMAN], "chosen": _GPT, "rejected": _GPT_NO},
+        conversation,
+    ),
+    Format(
+        "alpaca",
+        ("instruction|INSTRUCTION", *_SIDES),
+        _LLAMA_FACTORY,
+        {"instruction": "Add.", "input": "2 + 2", "chosen": "4", "rejected": "5"},
+        alpaca,
+        ("input", "history"),
+    ),
+    Format(
+        "alpaca",
+        ("instruction|prompt", "chosen_response", "rejected_response"),
+        "axolotl (`chatml.argilla`)",
+        {"instruction": "2 + 2?", "chosen_response": "4", "rejected_response": "5"},
+        renamed(prompt="instruction|prompt", chosen="chosen_response", rejected="rejected_response"),
+    ),
+    Format(
+        "question",
+        ("question|input", *_SIDES),
+        "axolotl (`chatml.intel`, `chatml.icr`)",
+        {"system": "Be brief.", "question": "2 + 2?", "chosen": "4", "rejected": "5"},
+        question(renamed(prompt="question|input")),
+    ),
+    Format(
+        "pairs",
+        _SIDES,
+        "TRL (implicit prompt)",
+        {"chosen": [_TURN, _YES], "rejected": [_TURN, _NO]},
+        when=lambda row: not isinstance(spoken(row["chosen"], "chosen"), str),
+    ),
+    Format(
+        "hh",
+        _SIDES,
+        "`Anthropic/hh-rlhf`; `data.subset` takes one of its four subsets",
+        {"chosen": f"{_TALK} 4", "rejected": f"{_TALK} 5"},
+        when=lambda row: any(ASSISTANT in str(row[side]) for side in _SIDES),
+    ),
+    Format(
+        "messages", ("messages|conversations",), f"TRL, {_LLAMA_FACTORY}", {"messages": [_TURN, _YES]}, conversation
+    ),
+    Format(
+        "messages",
+        ("messages|conversations",),
+        f"{_LLAMA_FACTORY} (ShareGPT)",
+        {"conversations": [_HUMAN, _GPT]},
+        conversation,
+    ),
+    Format(
+        "pairs",
+        ("prompt", "completion|response|generation"),
+        "TRL, axolotl (`metharme`)",
+        {"prompt": "2 + 2?", "completion": "4"},
+        renamed(response="completion|response|generation"),
+    ),
+    Format(
+        "pairs",
+        ("prompt", "chosen"),
+        "the chosen side of a pair",
+        {"prompt": "2 + 2?", "chosen": "4"},
+        when=lambda row: "rejected" not in row,
+    ),
+    Format(
+        "alpaca",
+        ("instruction|INSTRUCTION", "output|response|RESPONSE"),
+        f"{_LLAMA_FACTORY}, axolotl",
+        {"instruction": "Add.", "input": "2 + 2", "output": "4"},
+        alpaca,
+        ("input", "history"),
+    ),
+    Format(
+        "question",
+        ("question", "answer|response"),
+        "axolotl (`alpaca_chat.load_qa`)",
+        {"question": "2 + 2?", "answer": "4"},
+        question(renamed(prompt="question", response="answer|response")),
+    ),
+    Format(
+        "hh",
+        ("chosen",),
+        "the chosen side of HH",
+        {"chosen": f"{_TALK} 4"},
+        when=lambda row: "rejected" not in row and ASSISTANT in str(row["chosen"]),
+    ),
+    Format(
+        "tldr",
+        ("info", "summaries", "choice"),
+        "`openai/summarize_from_feedback`, `comparisons`",
+        _TLDR,
+        lambda row, reading: tldr_pair(row),
+        when=_without_own_fields,
+    ),
+    Format(
+        "shp",
+        tuple(_SHP),
+        "`stanfordnlp/SHP`; `data.min_score_ratio` leaves out close calls",
+        _SHP | _SHP_SCORES,
+        lambda row, reading: shp_pair(row, reading.min_score_ratio),
+        when=_without_own_fields,
+    ),
+    Format(
+        "pku_saferlhf",
+        tuple(_PKU),
+        "`PKU-Alignment/PKU-SafeRLHF`; `data.preferred_by` is `better` or `safer`",
+        _PKU,
+        lambda row, reading: pku_saferlhf_pair(row, reading.preferred_by),
+        when=_without_own_fields,
+    ),
+    Format(
+        "ultrafeedback",
+        ("prompt", *_SIDES, "score_chosen", "score_rejected"),
+        "`HuggingFaceH4/ultrafeedback_binarized`",
+        {
+            "prompt": "2 + 2?",
+            "chosen": [_TURN, _YES],
+            "rejected": [_TURN, _NO],
+            "score_chosen": 9.0,
+            "score_rejected": 3.0,
+        },
+        lambda row, reading: ultrafeedback_pair(row),
+        when=lambda row: False,  # by its fields any pair in chat messages
+    ),
+)
+NAMES = tuple(dict.fromkeys(format.name for format in FORMATS))
+FIELDS = {name for format in FORMATS for either in (*format.fields, *format.optional) for name in either.split("|")}
+
+
+def markdown_table(formats: tuple[Format, ...] = FORMATS) -> str:
+    """Return the registry as the table of docs/data.md."""
+    lines = ["| `data.format` | an example row | stage | as in |", "|---|---|---|---|"]
+    for format in formats:
+        row = json.dumps(format.example, ensure_ascii=False).replace("|", "\\|")
+        stage = "preference" if format.is_pair else "SFT"
+        lines.append(f"| `{format.name}` | `{row}` | {stage} | {format.named_by} |")
+    return "\n".join(lines) + "\n"
+
+
+def nearest(row: Mapping[str, object], formats: tuple[Format, ...]) -> Format:
+    """Return the format of which a row has the largest part; of equals the one that lacks least, then the first."""
+    lacks = {format: len(format.lacking(row)) for format in formats}
+    if all(lacks[format] == len(format.fields) for format in formats):
+        return formats[0]
+    return max(formats, key=lambda format: (len(format.fields) - lacks[format], -lacks[format]))

@@ -1,0 +1,245 @@
+"""Everyday formats: one question in every spelling and kind of file gives the same pair, or a sentence."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from jsonargparse import ArgumentParser
+
+from app.errors import UserError
+from datamodules.preference_data import PreferenceData
+from datamodules.records import Message, PreferencePair
+from datamodules.sources import BadRow, RowReading, read_pairs
+from datamodules.sources.formats import read_row
+from datamodules.sources.registry import FORMATS, Format
+
+TURN, YES, NO = (
+    {"role": role, "content": said} for role, said in (("user", "hi"), ("assistant", "a"), ("assistant", "b"))
+)
+HUMAN, GPT = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "a"}
+ASKED = (Message("user", "hi"),)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: f"{format.name}-{'-'.join(format.fields)}")
+def test_an_example_is_read_by_name_and_by_itself(format: Format) -> None:
+    for name in ("auto", format.name):
+        pair, _ = read_row(format.example, "f:1", RowReading(name))
+        assert (pair.chosen.strip(), (pair.rejected or "5").strip()) in (("4", "5"), ("It sleeps.", "It barks."))
+        assert (pair.rejected is not None) == format.is_pair
+        if not format.is_pair:
+            with pytest.raises(BadRow, match="missing field"):
+                read_row(format.example, "f:1", RowReading(name, need_rejected=True))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": None, "chosen": [TURN, YES], "rejected": [TURN, NO]},
+        {"prompt": "hi", "chosen": YES, "rejected": NO},
+        {"prompt": [TURN], "chosen": "a", "rejected": "b"},
+        {"conversations": [HUMAN], "chosen": GPT, "rejected": {"from": "gpt", "value": "b"}},
+        {"messages": [TURN], "chosen": "a", "rejected": "b", "prompt": None},
+        {
+            "prompt": [{"role": "Human", "content": "hi"}],
+            "chosen": [{"role": "MODEL", "content": "a"}],
+            "rejected": [NO],
+        },
+        {"prompt": json.dumps([TURN]), "chosen": json.dumps(YES), "rejected": str([NO])},
+        {
+            "prompt": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}],
+            "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}],
+            "rejected": [NO],
+        },
+    ],
+)
+def test_messages_in_every_spelling_are_one_pair(row: dict[str, Any]) -> None:
+    assert read_row(row, "f:1", RowReading(need_rejected=True))[0] == PreferencePair("f:1", ASKED, "a", "b")
+
+
+def test_system_texts_of_all_kinds_come_first() -> None:
+    system = Message("system", "be kind")
+    for row in (
+        {"system_prompt": "be kind", "question": "hi", "chosen": "a", "rejected": "b"},
+        {"prompt": [{"role": "developer", "content": "be kind"}, TURN], "chosen": "a", "rejected": "b"},
+        {"conversations": [{"from": "system", "value": "be kind"}, HUMAN], "chosen": GPT, "rejected": NO},
+    ):
+        assert read_row(row, "f:1", RowReading())[0].prompt == (system, *ASKED)
+
+
+def test_alpaca_joins_its_input_and_takes_its_history() -> None:
+    row = {"instruction": "do", "input": "it", "output": ["a", "b"], "history": [["x", "y"]]}
+    pair, _ = read_row(row, "f:1", RowReading(need_rejected=True))
+    assert [message.content for message in pair.prompt] == ["x", "y", "do\nit"]  # type: ignore[union-attr]
+    assert (pair.chosen, pair.rejected) == ("a", "b")
+    assert read_row({"instruction": "do", "input": "", "output": "a"}, "f:1", RowReading())[0].prompt == "do"
+
+
+def test_a_function_call_is_a_tool_call() -> None:
+    call = {"from": "function_call", "value": '{"name": "look", "arguments": {"at": 1}}'}
+    seen = {"from": "observation", "value": "x"}
+    pair, _ = read_row({"conversations": [HUMAN, call, seen, GPT]}, "f:1", RowReading())
+    assert pair.prompt[1]["tool_calls"][0]["function"] == {"name": "look", "arguments": {"at": 1}}  # type: ignore[index]
+    assert pair.prompt[2] == Message("tool", "x")  # type: ignore[comparison-overlap]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "hi", "completion": "a", "label": True}, "unpaired preference .*KTO"),
+        ({"instruction": "hi", "output": "a", "kto_tag": False}, "unpaired preference .*kto_tag"),
+        ({"prompt": "hi", "completions": ["a"], "labels": [True]}, "stepwise"),
+        ({"prompt": "hi", "answers": [{"answer": "a", "rank": 1}]}, "ranked answers"),
+        ({"question": "hi", "context": "c", "answer": "a"}, "context and question"),
+        ({"prompt": "hi", "chosen": "a", "rejected": "b", "images": ["x.png"]}, "more than text .*images"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "a", "rejected": "b"}, "'image'"),
+        ({"prompt": '[{"role": "user", "content": "hi"}', "chosen": "a", "rejected": "b"}, "cannot be read"),
+        ({"prompt": "hi", "chosen": float("nan"), "rejected": "b"}, "chosen"),
+        ({"promt": "hi", "chosen": "a", "rejected": "b"}, r"prompt; .*pairs.*columns found: promt.*prompt: promt}"),
+        (
+            {"frage": "hi", "gut": "a"},
+            r"nearest format is pairs: prompt, chosen, rejected; columns found: frage, gut",
+        ),
+        ({"messages": [TURN], "chosen": None, "rejected": NO}, "chosen is null"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_a_sentence(row: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadRow, match=said):
+        read_row(row, "f:1", RowReading())
+
+
+def test_columns_of_other_names() -> None:
+    columns = {"prompt": "Kundenfrage", "chosen": "gut", "rejected": "schlecht"}
+    row = {"Kundenfrage": "hi", "gut": "a", "schlecht": "b", "prompt": "other"}
+    pair, _ = read_row(row, "f:1", RowReading(columns=columns))
+    assert pair == PreferencePair("f:1", "hi", "a", "b", {"prompt_in_data": "other"})
+    with pytest.raises(
+        BadRow, match=r"'gut', which data.columns names for chosen \(did you mean 'guut'\?\); columns"
+    ):
+        read_row({"Kundenfrage": "hi", "guut": "a", "schlecht": "b"}, "f:1", RowReading(columns=columns))
+    for wrong, said in (({"promt": "x"}, "did you mean 'prompt'"), ({"prompt": "x", "chosen": "x"}, "two fields")):
+        with pytest.raises(UserError, match=said):
+            RowReading(columns=wrong)
+    with pytest.raises(UserError, match=r"no 'mesages' \(did you mean 'messages'"):
+        RowReading("mesages")
+
+
+ROWS = [
+    {
+        "prompt": 'Say "é",\nplease; now',
+        "chosen": "144",
+        "rejected": "007",
+        "flipped": True,
+        "votes": 3,
+        "note": None,
+    },
+    {"prompt": "two", "chosen": "nein", "rejected": "ja", "flipped": False, "votes": 4, "note": "x"},
+]
+
+
+def as_csv(delimiter: str, encoding: str, end: str = "\n") -> Callable[[Path], object]:
+    def write(path: Path) -> None:
+        with open(path, "w", encoding=encoding, newline="") as file:
+            writer = csv.DictWriter(file, list(ROWS[0]), delimiter=delimiter, lineterminator=end)
+            writer.writeheader()
+            writer.writerows(ROWS)
+
+    return write
+
+
+KINDS: dict[str, Callable[[Path], object]] = {
+    "p.jsonl": lambda path: path.write_text("\r\n".join(map(json.dumps, ROWS)), encoding="utf-8-sig"),
+    "p.json": lambda path: path.write_text(json.dumps(ROWS, indent=1), encoding="utf-8-sig"),
+    "lines.json": lambda path: path.write_text("\n".join(map(json.dumps, ROWS))),
+    "p.JSON.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
+    "p.csv": as_csv(",", "utf-8"),
+    "excel.csv": as_csv(";", "utf-8-sig", "\r\n"),
+    "p.tsv": as_csv("\t", "utf-16"),
+    "p.parquet": lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path),
+    "stream.arrow": lambda path: pa.ipc.new_stream(path, (t := pa.Table.from_pylist(ROWS)).schema).write_table(t),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_gives_the_same_pairs(tmp_path: Path, name: str) -> None:
+    KINDS[name](tmp_path / name)
+    pairs = list(read_pairs(str(tmp_path / name)))
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [
+        (row["prompt"], row["chosen"], row["rejected"]) for row in ROWS
+    ]
+    assert [pair.labels for pair in pairs] == [{n: row[n] for n in ("flipped", "votes", "note")} for row in ROWS]
+
+
+def test_files_together_folders_and_saved_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / "d" / name).parent.mkdir(exist_ok=True)
+        KINDS["p.csv"](tmp_path / "d" / name)
+    ids = ["a.csv:2", "a.csv:4", "b.csv:2", "b.csv:4"]  # the line of a file where a row begins
+    assert [pair.pair_id for pair in read_pairs(str(tmp_path / "d/*.csv"))] == ids
+    assert [pair.pair_id for pair in read_pairs(str(tmp_path / "d"))] == [f"d/{id}" for id in ids]
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(test=saved).save_to_disk(str(tmp_path / "many"))
+    assert [pair.chosen for pair in read_pairs(str(tmp_path / "one"))] == ["144", "nein"]
+    assert [pair.chosen for pair in read_pairs(str(tmp_path / "many"), split="test")] == ["144", "nein"]
+    with pytest.raises(UserError, match="no split 'train', only test"):
+        read_pairs(str(tmp_path / "many"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.csv", 'prompt,chosen,rejected\na,b,c\nd,"e,f\ng,h,i\n', r"in the row that begins in line 3"),
+        ("p.csv", 'prompt,chosen,rejected\na,b",c\n', "line 2: a quotation mark lacks its partner"),
+        ("p.csv", "prompt,chosen,rejected\na,b\n", r"p\.csv:2: wrong number of cells \(2 instead of 3\)"),
+        ("p.csv", "prompt,chosen,prompt\na,b,c\n", "same name"),
+        ("p.csv", "prompt,chosen,rejected\na,,c\n", r"p\.csv:2: wrong type \(chosen is null"),
+        ("p.csv", "frage,gut\na,b\n", r"p\.csv:2: missing field .*columns found: frage, gut"),
+        ("p.json", '[{"prompt": "a"}', r"row 1 is bad JSON"),
+        ("p.json", '{"data": [{"prompt": "a"}]}', "neither an array of rows"),
+        ("p.json", '[{"prompt": "a", "prompt": "b"}]', r"p\.json:1: repeated field"),
+        ("p.json", "[] x", "after the end of its array"),
+        ("p.arrow", "no", "cannot be read as Arrow"),
+    ],
+)
+def test_damaged_files_are_refused_with_the_place(tmp_path: Path, name: str, content: str, said: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=said):
+        list(read_pairs(str(tmp_path / name)))
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_bytes("prompt,chosen,rejected\nä,b,c\n".encode("cp1252"))
+    with pytest.raises(UserError, match="line 2, is not UTF-8"):
+        list(read_pairs(str(tmp_path / "p.csv")))
+
+
+def test_a_path_is_a_path_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("p.csv", "p.json", "p.tsv"):  # the content of each parses as YAML
+        KINDS[name](tmp_path / name)
+    for given in ("p.csv", "p.json", "p.tsv", "*.csv", "nowhere.csv"):
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(PreferenceData, "data", sub_configs=True)
+        parser.add_argument("--config", action="config")
+        Path("c.yaml").write_text(f"data: {{path: '{given}'}}")
+        for words in ([f"--data.path={given}"], ["--config", "c.yaml"]):
+            assert parser.parse_args(words).data.path == given
+        assert parser.parse_args([f"--data.path=['{given}', b.csv]"]).data.path == [given, "b.csv"]
+
+
+def test_a_list_of_paths_takes_the_options_beside_it(tmp_path: Path) -> None:
+    data = PreferenceData(
+        [str(tmp_path / "x" / "p.csv"), str(tmp_path / "y" / "p.csv")], columns={"prompt": "frage"}
+    )
+    assert [source.columns for source in data.sources] == [{"prompt": "frage"}] * 2
+    assert [source.label for source in data.sources] == [source.path for source in data.sources]
