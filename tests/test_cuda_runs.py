@@ -1,27 +1,265 @@
-"""Every path of the product on the stand-in for a CUDA device: no mixed devices, the results of the CPU."""
+"""Every path of the product on the stand-in for a CUDA device: no mixed devices, results of the CPU, few waits."""
 
 from __future__ import annotations
 
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from cuda_runs import Window, cuda_stand_in, cuda_trainer
-from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer, relative_difference, weights
+from cuda_stand_in import counted
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from tiny_runs import (
+    Recorder,
+    beta_dpo,
+    controlled,
+    preference,
+    quiet_trainer,
+    rarest_token,
+    relative_difference,
+    same_bits,
+    tiny_model,
+    weights,
+)
+
+import callbacks as cb
+from app.errors import StepRefused
+from app.method.losses import KTOPairLoss, SimPOLoss
+from app.sampling import generator_state, restore_generator, sample, score
+from datamodules.controlled_task import build_tokenizer
+from lightning_modules import SupervisedFineTuning
+from lightning_modules.lora import Lora
+from lightning_modules.pretrained import load_model
+from lightning_modules.scorer import ResponseScorer
+
+SEVERAL = {"micro_batch_tokens": 150}  # five micro-batches of ten pairs
 
 
-def test_a_step_is_that_of_the_cpu(tiny_llama: str, tmp_path: Path) -> None:
-    """FlexAttention on the stand-in against attention pair by pair on the CPU, in several micro-batches."""
-    data = {"micro_batch_tokens": 150}
-    expected, seen = preference(tiny_llama), preference(tiny_llama)
-    records = Recorder(), Recorder()
-    quiet_trainer(tmp_path, [*beta_dpo(), records[0]], max_steps=3).fit(expected, controlled(40, **data))
+def run(make: Callable[..., Any], folder: Path, module: Any, hooks: Sequence[Callback], **data: Any) -> Any:
+    """Fit two steps on the trainer that `make` makes; returns it."""
+    trainer = make(folder, hooks, max_steps=2)
+    trainer.fit(module, controlled(20, **data))
+    return trainer
+
+
+def on_the_host(module: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.cpu() for name, tensor in weights(module).items()}
+
+
+# name: callbacks, data, model
+RUNS: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any], dict[str, Any]]] = {
+    "one micro-batch": (beta_dpo, {}, {}),
+    "several": (beta_dpo, SEVERAL, {}),
+    "plain, several": (list, SEVERAL, {}),
+    "sdpa": (beta_dpo, SEVERAL, {"attention": "sdpa"}),
+    "eager": (beta_dpo, SEVERAL, {"attention": "eager"}),
+    "pairwise": (beta_dpo, SEVERAL, {"attention": "pairwise"}),
+    "separate": (beta_dpo, SEVERAL, {"attention": "sdpa", "layout": "separate"}),
+    "cached": (beta_dpo, SEVERAL, {"reference": "cached"}),
+    "checkpointing": (beta_dpo, SEVERAL, {"gradient_checkpointing": True}),
+    "no reference": (beta_dpo, SEVERAL, {"loss": SimPOLoss()}),
+    "a loss of the batch": (list, SEVERAL, {"loss": KTOPairLoss()}),
+    "LoRA": (lambda: [cb.EpsilonBeta()], {}, {"lora": Lora(r=2)}),
+    "ε-DPO": (lambda: [cb.EpsilonBeta()], SEVERAL, {}),
+    "weights and margin": (
+        lambda: [cb.RewardGapStatistics(), cb.AdaptiveMargin(), cb.ReferenceWeights(), cb.FlipWeights()],
+        SEVERAL,
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_trains_as_on_the_cpu(name: str, tiny_llama: str, tmp_path: Path) -> None:
+    hooks, data, settings = RUNS[name]
+    torch.manual_seed(0)  # of the adapters
+    expected = preference(tiny_llama, **settings)
+    run(quiet_trainer, tmp_path, expected, hooks(), **data)
     with cuda_stand_in() as device:
-        cuda_trainer(tmp_path, [*beta_dpo(), records[1], Window(device)], max_steps=3).fit(
-            seen, controlled(40, **data)
-        )
-        assert (seen.policy.attention, seen.layout) == ("flex_attention", "packed")
+        torch.manual_seed(0)
+        seen = preference(tiny_llama, **settings)
+        run(cuda_trainer, tmp_path, seen, hooks(), **data)
     assert device.violations == []
-    for ours, theirs in zip(records[1].decisions, records[0].decisions, strict=True):
-        torch.testing.assert_close(ours.gaps, theirs.gaps, rtol=0, atol=2e-5)
-        assert torch.equal(ours.kept, theirs.kept)
-    assert relative_difference(weights(expected), {name: t.cpu() for name, t in weights(seen).items()}) < 1e-5
+    assert seen.policy.attention == settings.get("attention", "flex_attention")
+    assert seen.layout == settings.get("layout", "packed")
+    assert relative_difference(on_the_host(expected), on_the_host(seen)) < 1e-5
+
+
+# what a step may wait for: the gaps of all pairs, the gradient norm, and in each backward pass of the head the
+# tokens that have a gradient
+GATHER = ("to host", "to", "lightning_modules/base.py:reduce")
+NORM = ("wait", "item", "lightning_modules/sharding.py:clip_gradients")
+HEAD = ("wait", "nonzero", "lightning_modules/head.py:backward")
+
+
+def everything(folder: Path) -> list[Callback]:
+    return [
+        *beta_dpo(),
+        cb.PairAudit(),
+        cb.BetaDashboard(histogram_every_n_steps=1, kl_every_n_steps=1),
+        cb.HealthMonitor(),
+        cb.PolicySamples(prompts=1, max_new_tokens=2),
+        cb.RunCheckpoint(dirpath=str(folder / "c")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("hooks", "data", "gathers"),
+    [
+        (lambda folder: beta_dpo(), {}, 1),
+        (lambda folder: beta_dpo(), SEVERAL, 1),
+        (lambda folder: [], SEVERAL, 1),
+        (lambda folder: [cb.EpsilonBeta()], {}, 2),
+        (everything, SEVERAL, 2),  # the KL is a second exchange
+    ],
+    ids=["one micro-batch", "several", "plain", "epsilon", "every callback"],
+)
+def test_the_host_waits_for_little(
+    hooks: Any, data: dict[str, Any], gathers: int, tiny_llama: str, tmp_path: Path
+) -> None:
+    with cuda_stand_in() as device:
+        window = Window(device)
+        logger = TensorBoardLogger(tmp_path, version="")
+        settings = {"logger": logger, "limit_val_batches": 1, "val_check_interval": 1, "enable_checkpointing": True}
+        trainer = cuda_trainer(tmp_path, [*hooks(tmp_path), window], "bf16-mixed", max_steps=2, **settings)
+        trainer.fit(preference(tiny_llama), controlled(20, **data))
+    assert device.violations == []
+    waits = counted(window.waits)
+    backwards = waits.pop(HEAD)
+    assert waits == {GATHER: gathers, NORM: 1}
+    assert backwards == 1 if not data else 1 < backwards <= 5
+
+
+def test_stages_and_resume(tiny_llama: str, tmp_path: Path) -> None:
+    """SFT, predict, validate and test as on the CPU; a resumed run equals an uninterrupted one to the bit."""
+    with cuda_stand_in() as device:
+        sft = [SupervisedFineTuning(tiny_llama, optimizer=torch.optim.SGD) for _ in range(2)]
+        losses = []
+        for make, module in zip((quiet_trainer, cuda_trainer), sft, strict=True):
+            trainer = make(tmp_path, max_steps=2, limit_val_batches=1, val_check_interval=1)
+            trainer.fit(module, controlled(20, **SEVERAL))
+            losses.append(float(trainer.callback_metrics["val/loss"]))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        scores, figures = [], []
+        for make in (quiet_trainer, cuda_trainer):
+            trainer = make(tmp_path, limit_val_batches=1, limit_test_batches=1)
+            parts = trainer.predict(preference(tiny_llama), controlled(10, **SEVERAL))
+            scores.append(torch.tensor([value for part in parts for value in part["policy_chosen_logp"]]))
+            trainer.validate(preference(tiny_llama), controlled(10, **SEVERAL), verbose=False)
+            found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            trainer.test(preference(tiny_llama), controlled(10, **SEVERAL), verbose=False)
+            figures.append(found | {name: float(value) for name, value in trainer.callback_metrics.items()})
+        torch.testing.assert_close(scores[1], scores[0], rtol=0, atol=1e-4)
+        assert figures[1] == pytest.approx(figures[0], abs=1e-4)
+        whole, parts_of = preference(tiny_llama), [preference(tiny_llama) for _ in range(2)]
+        data = {"batch_size": 5}
+        cuda_trainer(tmp_path, beta_dpo(), max_steps=3).fit(whole, controlled(20, **data))
+        checkpoint = cb.RunCheckpoint(dirpath=str(tmp_path / "c"))
+        saving = {"enable_checkpointing": True, "max_steps": 2}
+        cuda_trainer(tmp_path, [*beta_dpo(), checkpoint], **saving).fit(parts_of[0], controlled(20, **data))
+        last = str(tmp_path / "c" / "last.ckpt")
+        cuda_trainer(tmp_path, beta_dpo(), max_steps=3).fit(parts_of[1], controlled(20, **data), ckpt_path=last)
+        assert same_bits(on_the_host(whole), on_the_host(parts_of[1]))
+    assert device.violations == []
+
+
+def test_generation(tiny_llama: str) -> None:
+    prompts = [np.array([5, 6, 7]), np.array([5, 6, 7, 8, 9])]
+    sampling = {"max_new_tokens": 4, "do_sample": True, "top_k": 0}
+    found = []
+    for kind in ("cpu", "cuda"):
+        with cuda_stand_in() as device:
+            model = load_model(tiny_llama).eval().to(kind)
+            restore_generator(found[0][0] if found else generator_state(model.device), model.device)
+            state = generator_state(model.device)
+            responses = sample(model, build_tokenizer(), prompts, sampling)
+            found.append((state, [response.tolist() for response in responses], score(model, prompts, responses)))
+        assert device.violations == []
+    assert found[0][:2] == found[1][:2]
+    assert found[0][2] == pytest.approx(found[1][2], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with an infinite embedding for a token that one training pair alone holds."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[rarest_token()] = math.inf
+    folder = tmp_path_factory.mktemp("spoilt")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("hooks", [beta_dpo, list], ids=["beta-DPO", "plain"])
+def test_a_pair_that_is_not_finite(
+    hooks: Any, spoilt: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = []
+    with cuda_stand_in() as device, caplog.at_level(logging.WARNING, logger="lightning_modules"):
+        for make in (quiet_trainer, cuda_trainer):
+            module = preference(spoilt)
+            run(make, tmp_path, module, hooks(), **SEVERAL)
+            assert module.nonfinite_pairs == 1
+            found.append({n: t for n, t in on_the_host(module).items() if "embed_tokens" not in n})
+        module = preference(spoilt, max_nonfinite_share=0.0)
+        with pytest.raises(StepRefused, match="1 of 10 pairs"):
+            run(cuda_trainer, tmp_path, module, hooks(), **SEVERAL)
+    assert device.violations == []
+    assert caplog.text.count("left out") == 2
+    assert relative_difference(*found) < 1e-5
+
+
+def test_plain_dpo_scores_the_policy_once(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a callback that needs the gaps there is no measuring pass; the numbers are those with one."""
+
+    class NeedsTheGaps(Callback):
+        def on_reward_gaps(self, *_: object) -> None:
+            pass
+
+    passes: list[bool] = []
+    forward = ResponseScorer.forward
+
+    def counting(scorer: ResponseScorer, *args: Any, **settings: Any) -> Any:
+        passes.append(torch.is_grad_enabled())
+        return forward(scorer, *args, **settings)
+
+    monkeypatch.setattr(ResponseScorer, "forward", counting)
+    found, counts = [], []
+    # an observer is told the decision, and asks for no pass
+    for hooks in ([cb.PairAudit()], [NeedsTheGaps()]):
+        module = preference(tiny_llama)
+        trainer = run(quiet_trainer, tmp_path / str(len(found)), module, hooks, **SEVERAL)
+        counts.append(Counter(passes))
+        passes.clear()
+        found.append((weights(module), {n: float(v) for n, v in trainer.callback_metrics.items()}))
+    assert counts[0][True] == counts[1][True]
+    assert counts[1][False] - counts[0][False] == counts[0][True]  # the policy's measuring pass
+    assert relative_difference(found[0][0], found[1][0]) < 1e-6
+    for name in ("train/loss", "gap/mean", "train/reward_accuracy", "train/grad_norm"):
+        assert found[0][1][name] == pytest.approx(found[1][1][name], rel=1e-5)
+    assert list((tmp_path / "0" / "audit").glob("*.parquet"))
+
+
+def test_rounding_selects_nobody(tiny_llama: str, tmp_path: Path) -> None:
+    """A cached reference that another kernel made: σ is all rounding, and the first draw is uniform."""
+    recorder = Recorder()
+
+    class Rounded(Callback):
+        def on_reward_gaps(self, trainer: Any, pl_module: Any, decision: Any) -> None:
+            noise = torch.linspace(-0.1, 0.1, len(decision.gaps), dtype=torch.float64)  # σ = .06
+            decision.discrepancy = decision.gaps + noise
+
+    for precision in ("bf16-mixed", "32-true"):
+        with cuda_stand_in():
+            trainer = cuda_trainer(tmp_path, [Rounded(), *beta_dpo(), recorder], precision, max_steps=1)
+            trainer.fit(preference(tiny_llama), controlled(10))
+        assert float(trainer.callback_metrics["gap/too_close"]) == (precision == "bf16-mixed")
+    assert recorder.decisions[0].log_weights.unique().tolist() == [0.0]
+    assert len(recorder.decisions[1].log_weights.unique()) > 1

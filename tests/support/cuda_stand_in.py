@@ -10,8 +10,8 @@ from memory that is not pinned. `StandIn` is the mode in which `device="cuda"` a
     device.violations, device.waits      # lists of `Event`
 
 Limits: no `torch.inference_mode` (its tensors cannot be wrapped), no compiler, no streams; within `torch.vmap` (and
-so within `create_block_mask`) C++ asks a tensor for its device and is told the CPU. A tensor is pickled as a CPU
-tensor, as `torch.load(map_location="cpu")` gives it back from a real device.
+so within `create_block_mask`) C++ takes the device to be the CPU, so indices on the host are not counted there. A
+tensor is pickled as a CPU tensor, as `torch.load(map_location="cpu")` gives it back from a real device.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch.nn.utils.clip_grad
 import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -87,9 +89,17 @@ def _where() -> str:
     return f"{innermost.f_code.co_filename}:{innermost.f_code.co_name}"
 
 
+def _inside_vmap() -> bool:
+    """Whether `torch.vmap` is running, in which indices are made where C++ takes the device to be: on the CPU."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and not frame.f_code.co_filename.endswith("_functorch/vmap.py"):
+        frame = frame.f_back
+    return frame is not None
+
+
 def note(kind: str, operation: str) -> None:
     """Write an event down for the `StandIn` that is on."""
-    if _current is not None:
+    if _current is not None and not (operation == "index" and _inside_vmap()):
         event = Event(kind, operation, _where())
         {"mixed": _current.violations, "pinned": _current.pinned}.get(kind, _current.waits).append(event)
 
@@ -323,6 +333,7 @@ class StandIn(TorchFunctionMode):
             (torch.cuda, "get_device_properties", lambda device=None: _H100),
             (torch.cuda, "get_device_capability", lambda device=None: (_H100.major, _H100.minor)),
             (torch.utils.checkpoint, "_infer_device_type", lambda *args: "cpu"),
+            (torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype", _grouped),
         ):
             self._patches.enter_context(mock.patch.object(place, name, value))
         return super().__enter__()
@@ -368,6 +379,12 @@ class _Same(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.mode.__torch_function__(func, types, args, kwargs)
+
+
+def _grouped(tensors: Any) -> Any:
+    """The gradients by device, which C++ takes to be the CPU."""
+    groups = _group_tensors_by_device_and_dtype(tensors)
+    return {(lists[0][0].device, dtype): (lists, places) for (_, dtype), (lists, places) in groups.items()}
 
 
 class _Autocast(torch.autocast):

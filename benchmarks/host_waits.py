@@ -1,0 +1,107 @@
+"""What a step asks of the host: waits for the device, passes of the models, operations started.
+
+python -m benchmarks.host_waits [--places]
+
+Counted on the stand-in for a CUDA device (tests/support), on a tiny Llama and the third step of a run; no GPU is
+needed, and no time is measured. An operation is what PyTorch starts one kernel or more for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+os.environ.setdefault("BETA_DPO_CACHE", tempfile.mkdtemp())
+
+import torch
+from cuda_runs import Window, cuda_stand_in, cuda_trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from tiny_runs import beta_dpo, controlled, preference, save_tiny_model
+
+import callbacks
+from lightning_modules.scorer import ResponseScorer
+
+SEVERAL = {"micro_batch_tokens": 130}
+
+
+def every_callback() -> list[Any]:
+    return [
+        *beta_dpo(),
+        callbacks.PairAudit(),
+        callbacks.BetaDashboard(kl_every_n_steps=1),
+        callbacks.HealthMonitor(),
+    ]
+
+
+RUNS: dict[str, tuple[Any, dict[str, int], dict[str, Any]]] = {
+    "β-DPO, one micro-batch": (beta_dpo, {}, {}),
+    "β-DPO, several": (beta_dpo, SEVERAL, {}),
+    "β-DPO, several, cached reference": (beta_dpo, SEVERAL, {"reference": "cached"}),
+    "plain DPO, several": (list, SEVERAL, {}),
+    "ε-DPO, several": (lambda: [callbacks.EpsilonBeta()], SEVERAL, {}),
+    "every callback, several, KL each step": (every_callback, SEVERAL, {}),
+}
+
+
+class Passes:
+    """Counts forward passes with and without gradient."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def on_forward(self, forward: Any) -> Any:
+        def counting(scorer: ResponseScorer, *args: Any, **settings: Any) -> Any:
+            self.counts["with gradient" if torch.is_grad_enabled() else "without"] += 1
+            return forward(scorer, *args, **settings)
+
+        return counting
+
+
+def measure(model: str, folder: str, made: Any, data: dict[str, int], settings: dict[str, Any]) -> tuple[int, ...]:
+    """Waits, forward passes with gradient and without, and operations of the last step."""
+    passes = Passes()
+    with cuda_stand_in() as device:
+
+        class Cleared(Window):
+            def on_train_batch_start(self, *args: object) -> None:
+                super().on_train_batch_start(*args)
+                passes.counts.clear()
+
+        window = Cleared(device)
+        logger = TensorBoardLogger(folder, version="")
+        trainer = cuda_trainer(Path(folder), [*made(), window], "bf16-mixed", max_steps=3, logger=logger)
+        with mock.patch.object(ResponseScorer, "forward", passes.on_forward(ResponseScorer.forward)):
+            trainer.fit(preference(model, **settings), controlled(40, **data))
+    for event, number in sorted(Counter(window.waits).items()) if "--places" in sys.argv else ():
+        print(f"{number:4}  {event.kind:9}  {event.operation:20}  {event.where}", file=sys.stderr)
+    return len(window.waits), passes.counts["with gradient"], passes.counts["without"], window.operations
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    print("| step | host waits | passes with gradient | passes without | operations |")
+    print("|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as models:
+        model = save_tiny_model("llama", Path(models))
+        for name, run in RUNS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    row = [f"{number}" for number in measure(model, folder, *run)]
+                except RuntimeError as error:
+                    row = [f"fails: {str(error).splitlines()[0]}", "", "", ""]
+            print(f"| {name} | {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
