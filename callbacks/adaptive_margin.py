@@ -1,4 +1,4 @@
-"""α-DPO's margin: the further a pair stands above the running mean, the more its logit must exceed."""
+"""A margin per pair: the further its gap lies above the running mean, the more its logit must exceed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from app.method.step import StepDecision
 
 
 class AdaptiveMargin(Callback):
-    """Subtracts γ + α·(M − M0)/σ from the logit β·h of every pair, without gradient (arXiv 2410.10148).
+    """Subtracts γ + α·(M − M0)/σ from the logit β·h of every pair, without gradient.
 
+    A variant of α-DPO (arXiv 2410.10148) with the running statistics of β-DPO, on any logit. α-DPO as published
+    has no reference in its logit and multiplies the margin by β: `app.method.losses.AlphaDPOLoss`.
     For losses of that logit (sigmoid, cDPO, robust, hinge, SimPO); any other is refused at start-up. β is left
     as it is, so this goes together with any `BetaScheduler`. Put it after `RewardGapStatistics`.
 

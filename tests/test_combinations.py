@@ -123,8 +123,8 @@ def check_step(rows: Any, decision: StepDecision, parts: Combination, reward: st
     weight, margin = np.ones(6), None
     if parts.schedule == "weight_matched":
         wanted, weight = np.full(6, beta0), wanted / beta0
-    if parts.schedule == "alpha_dpo":
-        arguments = settings(SCHEDULES["alpha_dpo"])
+    if parts.schedule == "adaptive_margin":
+        arguments = settings(SCHEDULES["adaptive_margin"])
         margin = arguments["gamma"] + arguments["alpha"] * (m - mean) / std if std > 1e-6 else np.zeros(6)
     if wanted is not None:
         np.testing.assert_allclose(rows["beta"], wanted, rtol=1e-9, atol=1e-12)
@@ -151,7 +151,7 @@ def expected_beta(parts: Combination, m: Any, kept: Any, mean: float, std: float
     if schedule == "epsilon_dpo":
         return None
     arguments = settings(SCHEDULES[schedule])
-    if schedule in ("fixed", "alpha_dpo"):
+    if schedule in ("fixed", "adaptive_margin"):
         return np.full(len(m), beta0)
     spread = std if std > 1e-6 else np.inf
     deviation = {

@@ -1,4 +1,4 @@
-"""β, and α-DPO's margin, from the reward discrepancy (β-DPO, arXiv 2407.08639, section 4).
+"""β, and a margin per pair, from the reward discrepancy (β-DPO, arXiv 2407.08639, section 4).
 
 Every schedule is β0·(1 + α·(M − M0)), then clamped; they differ in the M, M0 and unit that they take. No
 gradient flows through β or margin: every function here detaches what it is given.
@@ -115,7 +115,7 @@ class BetaSchedule:
 
 
 def adaptive_margin(gamma: float, alpha: float, discrepancy: Tensor, moments: Moments) -> Tensor:
-    """γ + α·(M_i − M0)/σ, the margin that α-DPO (arXiv 2410.10148) asks of pair i: [G] float64, detached.
+    """γ + α·(M_i − M0)/σ, the margin of pair i (after α-DPO, arXiv 2410.10148): [G] float64, detached.
 
     γ for every pair while σ is unknown or too small (`Moments.spread`).
     """

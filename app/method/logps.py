@@ -38,6 +38,12 @@ class PairLogps:
         return self.chosen_log_ratio - self.rejected_log_ratio
 
     @property
+    def normalised_reward_gap(self) -> Tensor:
+        """h [B] with each log-ratio divided by its number of tokens. Raises ValueError without a reference."""
+        chosen = self.chosen_log_ratio / self.chosen_tokens
+        return chosen - self.rejected_log_ratio / self.rejected_tokens
+
+    @property
     def reference_margin(self) -> Tensor | None:
         """log π_ref(y_w|x)/|y_w| − log π_ref(y_l|x)/|y_l| [B], nats per token; None without a reference."""
         if self.reference_chosen is None or self.reference_rejected is None:

@@ -19,7 +19,7 @@ BASES = (0.1, 0.3, 1.0)  # β0 of the arms that are not static
 RATES = (2.4e-4, 3.6e-4)
 TUNED = (
     *("beta_dpo", "dynamic_beta", "filter_only", "instance_level", "constant_m0", "head_filter", "tail_filter"),
-    *("alpha_dpo", "epsilon_dpo", "flip_weights"),
+    *("adaptive_margin", "epsilon_dpo", "flip_weights"),
 )
 CONTROLS = ("random_filter", "weight_matched")  # at β-DPO's own settings, because they are controls of it
 ARMS = (*TUNED, *CONTROLS)

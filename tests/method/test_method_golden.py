@@ -6,14 +6,12 @@ beside them remain.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden import golden_numbers
 
 from app.method.beta import BetaBounds, batch_beta
 from app.method.epsilon import epsilon_beta, next_epsilon_beta
@@ -30,15 +28,10 @@ from app.method.losses import (
 from app.method.moments import Moments, RunningMoments
 from app.method.selection import gaussian_log_weights, gumbel_top_k, number_kept, selection_noise
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Any]:
-    path = Path(os.environ.get("BETA_DPO_GOLDEN", ROOT.parent / "shared" / "golden" / "method.json"))
-    if not path.is_file():
-        pytest.skip(f"no golden numbers at {path}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return golden_numbers("method")
 
 
 def close(expected: Any) -> Any:
