@@ -149,6 +149,7 @@ class AlphaDPOLoss(SimPOLoss):
     """
 
     needs_reference = True
+    needs_batch = True
     _moments: tuple[Tensor, Tensor] | None = None  # mean and deviation of the batch
 
     def __init__(self, alpha: float = 0.2, gamma: float = 1.5) -> None:
