@@ -18,7 +18,8 @@ class PairAudit(Callback):
     """Writes `<log dir>/audit/*.parquet`, one row per pair and step.
 
     Columns: step, pair_id, gap, log_weight, kept, beta, running_mean, running_std, then the label columns that
-    the data carries. Its place among the callbacks does not matter: it takes down what all of them agreed on.
+    the data carries; a label of one of these names is stored under `label_` and its name. Its place among the
+    callbacks does not matter: it takes down what all of them agreed on.
 
     Args:
         every_n_steps: steps per file; a file is written under a temporary name and renamed.
@@ -103,7 +104,10 @@ def audit_rows(decision: StepDecision) -> pa.Table:
         "running_mean": pa.array([moments.mean if moments else None] * pairs, pa.float64()),
         "running_std": pa.array([moments.std if moments else None] * pairs, pa.float64()),
     }
-    columns |= {name: pa.array(list(values)) for name, values in decision.labels.items() if name not in columns}
+    for name, values in decision.labels.items():
+        while name in columns:
+            name = f"label_{name}"
+        columns[name] = pa.array(list(values))
     return pa.table(columns)
 
 

@@ -106,7 +106,7 @@ class OptimizerBatchLoader:
         self.world_size = world_size
         self.exchange = exchange
         self.epoch = 0
-        self.batches_served = 0  # of this epoch
+        self.pairs_served = 0  # of this epoch
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
@@ -114,14 +114,14 @@ class OptimizerBatchLoader:
     def __iter__(self) -> Iterator[PreferenceBatch]:
         # Lightning asks for an iterator without having drained the last one: a finished epoch ends here. An
         # evaluation always starts at its first pair, also after one that was cut short (the sanity check is).
-        if self.batches_served >= len(self) or not self.shuffle:
+        if self.pairs_served >= len(self.indices) or not self.shuffle:
             self.epoch += 1
-            self.batches_served = 0
+            self.pairs_served = 0
         order = self._order()
-        while self.batches_served < len(self):
-            number = self.batches_served
-            self.batches_served += 1
-            rows = order[number * self.batch_size : (number + 1) * self.batch_size]
+        while self.pairs_served < len(order):
+            number = self.pairs_served // self.batch_size
+            rows = order[self.pairs_served : self.pairs_served + self.batch_size]
+            self.pairs_served += len(rows)
             yield self._batch(rows if self.exchange is None else self.exchange(rows, self.epoch, number))
 
     def _order(self) -> np.ndarray:
@@ -142,9 +142,21 @@ class OptimizerBatchLoader:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "batches_served": self.batches_served, "seed": self.seed}
+        """The position, in pairs: a run that resumes with another `batch_size` loses and repeats none."""
+        return {
+            "epoch": self.epoch,
+            "pairs_served": self.pairs_served,
+            "pairs": len(self.indices),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "pairs_served" not in state:
+            raise UserError(
+                "The checkpoint is of an earlier version of beta-dpo, which counted batches and not pairs: export "
+                "it (`beta-dpo export`) and start a run from the model."
+            )
         self.epoch = int(state["epoch"])
-        self.batches_served = int(state["batches_served"])
+        self.pairs_served = int(state["pairs_served"])
         self.seed = int(state["seed"])

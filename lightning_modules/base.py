@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -25,6 +26,7 @@ from lightning_modules.logged_training import LoggedTraining
 from lightning_modules.lora import Lora, add_lora
 from lightning_modules.pairwise_attention import PAIRWISE
 from lightning_modules.pretrained import load_model, store_linear_weights
+from lightning_modules.resumption import apply_settings, count_batches_of
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharding import clip_gradients, gradient_sync
 from lightning_modules.strategy import ShardedStrategy, refuse_unsuitable
@@ -207,6 +209,26 @@ class LanguageModelTraining(LoggedTraining):
         if self.make_lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.make_lr_scheduler(optimizer)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if self.trainer.state.fn == TrainerFn.FITTING and data is not None:
+            count_batches_of(checkpoint["loops"]["fit_loop"], data.batch_size)
+
+    def on_train_start(self) -> None:
+        """Put the settings of the optimizer and its schedule in force that were asked for, not restored."""
+        super().on_train_start()
+        if self.trainer.ckpt_path is None:
+            return
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizer, LightningOptimizer)
+        apply_settings(
+            optimizer.optimizer,
+            schedule if isinstance(schedule, LRScheduler) else None,
+            self.make_optimizer,
+            self.make_lr_scheduler,
+            self.trainer.global_step,
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # enough to rebuild the model without the run's configuration: `beta-dpo export` reads it

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torchmetrics import MeanMetric, Metric, SumMetric
 
 
@@ -45,3 +48,11 @@ def exact_mean() -> Metric:
 def exact_count() -> Metric:
     """A sum in float64 over all batches, of what every rank knows of the whole batch."""
     return SumMetric(sync_on_compute=False).set_dtype(torch.float64)
+
+
+def warn_of_nonfinite(stage: str, figures: Mapping[str, Tensor]) -> None:
+    """Say how many `nonfinite_pairs` the `figures` of an evaluation leave out, if any."""
+    left_out, counted = (int(figures.get(name, 0)) for name in ("nonfinite_pairs", "pairs"))
+    if left_out:
+        rest = f"the means are those of the other {counted}" if counted else "so there is no mean to report"
+        rank_zero_warn(f"{stage}: {left_out} of {left_out + counted} pairs have no finite gap: {rest}.")

@@ -100,6 +100,7 @@ class PreferenceOptimization(PreferenceScoring):
         checkpoint["nonfinite_pairs"] = self.nonfinite_pairs
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.nonfinite_pairs = checkpoint.get("nonfinite_pairs", 0)  # an SFT checkpoint has none
 
     # --- the step ---------------------------------------------------------------------------------------

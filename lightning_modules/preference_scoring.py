@@ -16,7 +16,7 @@ from app.method.losses import PairLoss
 from app.method.metrics import pair_metrics
 from lightning_modules.base import LanguageModelTraining
 from lightning_modules.contagion import measured_alone
-from lightning_modules.logged_training import exact_count, exact_mean
+from lightning_modules.logged_training import exact_count, exact_mean, warn_of_nonfinite
 from lightning_modules.lora import AdapterOff
 from lightning_modules.reference_cache import ReferenceCache, filled_reference_cache
 from lightning_modules.scorer import ResponseScorer
@@ -133,7 +133,10 @@ class PreferenceScoring(LanguageModelTraining):
         self.log_evaluation("test")
 
     def evaluate(self, batch: OptimizerBatch) -> None:
-        """Add this rank's pairs to the running means; every pair counts once, however ranks share them."""
+        """Add this rank's pairs to the running means; every pair counts once, however ranks share them.
+
+        A pair without a finite gap is in none of the means, and is counted.
+        """
         logps, everyone = self.measure(batch, self.micro_batches(batch))
         batch_loss = self.loss.for_batch(everyone)
         beta = torch.full((len(batch.positions),), self.beta0, device=self.device)
@@ -141,15 +144,20 @@ class PreferenceScoring(LanguageModelTraining):
             "loss": batch_loss(logps, beta),
             "gap_mean": self.loss.discrepancy(logps),
         }
+        finite = values["gap_mean"].isfinite()
         for name, column in values.items():
             if name not in self._evaluation:
                 self._evaluation[name] = exact_mean().to(self.device)
-            self._evaluation[name].update(column)
+            self._evaluation[name].update(column[finite])
         # how many pairs the means stand for, without which nobody can tell how sure they are
-        self._evaluation.setdefault("pairs", exact_count().to(self.device)).update(float(len(batch.pair_ids)))
+        good = int(self.loss.discrepancy(everyone).isfinite().sum())
+        for name, count in (("pairs", good), ("nonfinite_pairs", len(batch.pair_ids) - good)):
+            self._evaluation.setdefault(name, exact_count().to(self.device)).update(float(count))
 
     def log_evaluation(self, stage: str) -> None:
-        self.log_dict({f"{stage}/{name}": metric.compute() for name, metric in self._evaluation.items()})
+        figures = {name: metric.compute() for name, metric in self._evaluation.items()}
+        warn_of_nonfinite(stage, figures)
+        self.log_dict({f"{stage}/{name}": value for name, value in figures.items()})
         self._evaluation.clear()
 
     def predict_step(self, batch: OptimizerBatch, batch_idx: int) -> dict[str, Any]:

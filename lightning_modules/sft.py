@@ -7,10 +7,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torchmetrics import SumMetric
 
 from app.method.batch import OptimizerBatch
 from lightning_modules.base import Attention, LanguageModelTraining
-from lightning_modules.logged_training import exact_mean
+from lightning_modules.logged_training import exact_mean, warn_of_nonfinite
 from lightning_modules.lora import Lora
 
 
@@ -50,6 +51,7 @@ class SupervisedFineTuning(LanguageModelTraining):
             lora,
         )
         self._validation = exact_mean()
+        self._finite, self._nonfinite = SumMetric(), SumMetric()  # pairs, over all ranks
 
     def training_step(self, batch: OptimizerBatch, batch_idx: int) -> Tensor:
         micro_batches = self.micro_batches(batch)
@@ -74,8 +76,15 @@ class SupervisedFineTuning(LanguageModelTraining):
         tokens = torch.ones_like(logps)
         for rows in micro_batches:
             tokens[rows.pairs] = rows.response_tokens.to(tokens)
-        self._validation.update(-logps / tokens, weight=tokens)
+        finite = logps.isfinite()
+        self._validation.update(-logps[finite] / tokens[finite], weight=tokens[finite])
+        self._nonfinite.update((~finite).sum())
+        self._finite.update(finite.sum())
 
     def on_validation_epoch_end(self) -> None:
+        left_out = self._nonfinite.compute()
+        warn_of_nonfinite("val", {"nonfinite_pairs": left_out, "pairs": self._finite.compute()})
         self.log("val/loss", self._validation.compute(), prog_bar=True)
-        self._validation.reset()
+        self.log("val/nonfinite_pairs", left_out)
+        for metric in (self._validation, self._nonfinite, self._finite):
+            metric.reset()

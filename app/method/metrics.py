@@ -13,7 +13,8 @@ def pair_metrics(logps: PairLogps, loss: PairLoss, beta: Tensor) -> dict[str, Te
     """Per-pair metrics [B] under β [B]: rewards, their margin and accuracy, log-probabilities.
 
     The implicit reward is β·(log π − log π_ref) (DPO eq. 6); without a reference, β·log π/|y| (SimPO eq. 4).
-    A tie counts as half right, so an untrained policy scores one half and not zero.
+    A tie counts as half right, so an untrained policy scores one half and not zero; what is not a number on
+    either side is NaN in every metric that it enters.
     """
     ranked: dict[str, Tensor] = {}
     if loss.needs_reference:
@@ -42,4 +43,5 @@ def pair_metrics(logps: PairLogps, loss: PairLoss, beta: Tensor) -> dict[str, Te
 
 
 def _ranked_right(chosen: Tensor, rejected: Tensor) -> Tensor:
-    return (1 + torch.sign(chosen - rejected)) / 2
+    difference = chosen - rejected
+    return ((1 + torch.sign(difference)) / 2).where(~difference.isnan(), torch.nan)  # torch's sign(NaN) is 0

@@ -120,3 +120,24 @@ def test_labels_that_some_steps_lack_or_type_otherwise(tmp_path: Path) -> None:
 def test_every_n_steps_is_checked() -> None:
     with pytest.raises(UserError, match="every_n_steps must be at least 1"):
         PairAudit(every_n_steps=0)
+
+
+def test_a_label_never_hides_behind_a_column_of_the_audit() -> None:
+    names = (
+        "step",
+        "pair_id",
+        "gap",
+        "log_weight",
+        "kept",
+        "beta",
+        "running_mean",
+        "running_std",
+        "label_kept",
+        "kind",
+    )
+    decision = StepDecision.start(0, ["a", "b"], torch.tensor([1.0, 2.0]), 0.1, {name: [7, 8] for name in names})
+    table = audit_rows(decision)
+    assert table["kept"].to_pylist() == [True, True]
+    labels = {name: table[name].to_pylist() for name in table.column_names[8:]}
+    assert list(labels) == [*(f"label_{name}" for name in names[:8]), "label_label_kept", "kind"]
+    assert all(values == [7, 8] for values in labels.values())

@@ -108,3 +108,42 @@ def test_test_and_validate_do_without_training(tiny_llama: str, tmp_path: Path) 
     (tested,) = trainer.test(module, data, verbose=False)
     assert tested["test/reward_accuracy"] == 0.5
     assert {name.split("/")[1] for name in tested} == {name.split("/")[1] for name in validated}
+
+
+class Spoil(Callback):
+    """Makes the log-probabilities of these pairs of the first validation batch NaN, after the sanity check."""
+
+    def __init__(self, pairs: int) -> None:
+        self.pairs = pairs
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        measured = pl_module.measure_rows
+
+        def spoilt(batch: Any, rows: Any) -> Any:
+            logps = measured(batch, rows)
+            if len(batch.positions) == 4:
+                logps.policy_chosen[: self.pairs] = math.nan
+            return logps
+
+        pl_module.measure_rows = spoilt
+
+
+@pytest.mark.parametrize(("pairs", "batches"), [(2, 2), (4, 1)])
+def test_pairs_that_are_not_finite_are_in_no_mean_and_counted(
+    pairs: int, batches: int, tiny_llama: str, tmp_path: Path
+) -> None:
+    trainer = quiet_trainer(tmp_path, [Spoil(pairs)], limit_val_batches=batches)
+    with pytest.warns(UserWarning, match=rf"val: {pairs} of {7 if batches == 2 else 4} pairs have no finite gap"):
+        (figures,) = trainer.validate(
+            preference(tiny_llama), controlled(24, batch_size=4, micro_batch_tokens=150), verbose=False
+        )
+    assert figures["val/nonfinite_pairs"] == pairs
+    if batches == 1:
+        assert figures["val/pairs"] == 0
+        assert math.isnan(figures["val/reward_accuracy"])
+        assert math.isnan(figures["val/loss"])
+    else:
+        assert figures["val/pairs"] == 5
+        # the policy is the reference: a tie for every pair that counts
+        assert figures["val/reward_accuracy"] == 0.5
+        assert figures["val/loss"] == pytest.approx(math.log(2))

@@ -17,17 +17,26 @@ from callbacks import RewardGapStatistics
 PAIRS, STEPS_PER_EPOCH = 43, 5  # the last batch of an epoch holds three pairs
 
 
-def train(folder: Path, model: str, steps: int, resume: str | None = None, **settings: Any) -> tuple[Any, Recorder]:
+ADAM = partial(torch.optim.AdamW, lr=3e-3)
+WARM_UP = partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.1, total_iters=9)
+
+
+def train(
+    folder: Path,
+    model: str,
+    steps: int,
+    resume: str | None = None,
+    batch_size: int = 10,
+    optimizer: Any = ADAM,
+    lr_scheduler: Any = WARM_UP,
+    **settings: Any,
+) -> tuple[Any, Recorder]:
     recorder = Recorder()
     checkpoint = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
-    module = preference(
-        model,
-        optimizer=partial(torch.optim.AdamW, lr=3e-3),
-        lr_scheduler=partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.1, total_iters=9),
-    )
+    module = preference(model, optimizer=optimizer, lr_scheduler=lr_scheduler)
     options = {"max_steps": steps, "max_epochs": 9, "enable_checkpointing": True, **settings}
     trainer = quiet_trainer(folder, [*beta_dpo(), recorder, checkpoint], **options)
-    trainer.fit(module, controlled(PAIRS, micro_batch_tokens=300), ckpt_path=resume)
+    trainer.fit(module, controlled(PAIRS, batch_size, micro_batch_tokens=300), ckpt_path=resume)
     return module, recorder
 
 
@@ -84,6 +93,43 @@ def test_every_pair_once_an_epoch(whole: tuple[Path, Any, Recorder]) -> None:
     assert len(set(epochs[0])) == PAIRS
     assert sorted(epochs[0]) == sorted(epochs[1])
     assert epochs[0] != epochs[1]
+
+
+# larger and smaller than the 10 before, with rests of the epoch that they divide and do not
+@pytest.mark.parametrize(("stop", "batch_size"), [(3, 20), (1, 7), (2, 43), (4, 2), (STEPS_PER_EPOCH, 20)])
+def test_another_batch_size_neither_loses_nor_repeats_pairs(
+    stop: int, batch_size: int, whole: tuple[Path, Any, Recorder], tiny_llama: str, tmp_path: Path
+) -> None:
+    # two epochs in all, by `max_epochs`: Lightning's count of batches decides where an epoch ends
+    options = {"max_epochs": 2, "batch_size": batch_size}
+    _, after = train(tmp_path, tiny_llama, -1, str(whole[0] / f"step={stop}.ckpt"), **options)
+    seen = [id for d in whole[2].decisions[:stop] + after.decisions for id in d.pair_ids]
+    assert len(seen) == 2 * PAIRS
+    assert len(set(seen[:PAIRS])) == len(set(seen[PAIRS:])) == PAIRS
+    left = PAIRS - 10 * min(stop, 4) if stop < STEPS_PER_EPOCH else 0
+    assert len(after.decisions) == -(-left // batch_size) + -(-PAIRS // batch_size)
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_optimizer_settings_of_now_are_in_force(
+    scheduled: bool, whole: tuple[Path, Any, Recorder], tiny_llama: str, tmp_path: Path
+) -> None:
+    optimizer = partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.3, betas=(0.8, 0.9))
+    module, _ = train(
+        tmp_path,
+        tiny_llama,
+        4,
+        str(whole[0] / "step=3.ckpt"),
+        optimizer=optimizer,
+        lr_scheduler=WARM_UP if scheduled else None,
+    )
+    group = module.optimizers().optimizer.param_groups[0]
+    # the fourth step was taken, so the schedule is at its position 4 of 9
+    assert group["lr"] == pytest.approx(1e-4 * (0.1 + 0.9 * 4 / 9) if scheduled else 1e-4, rel=1e-9)
+    assert group["weight_decay"] == 0.3
+    assert group["betas"] == (0.8, 0.9)
+    state = torch.load(tmp_path / "step=4.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+    assert {int(one["step"]) for one in state.values()} == {4}  # the moments were kept
 
 
 def test_the_state_of_the_callbacks_is_what_makes_it_equal(
