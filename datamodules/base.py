@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from abc import abstractmethod
@@ -13,16 +14,19 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
 from app.errors import UserError
-from datamodules.describe import describe
+from datamodules.describe import cut_responses, describe, pairs_seen, repeats, shared_prompts
 from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
 from datamodules.loader import Exchange, OptimizerBatchLoader
 from datamodules.rewards import RewardedTable, RewardScoring, reward_scores, rows_with_reward
 from datamodules.sources import PairStream
 from datamodules.table import PairTable, cached_table, find
 from datamodules.tokenisation import Tokenisation
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "validation", "test", "predict"]
 # which splits a Lightning stage reads
@@ -140,6 +144,7 @@ class PairDataModule(LightningDataModule):
             table, rows = opened
             for line in describe(table, rows):
                 rank_zero_info(f"{split}: {line}")
+            self._tell(split)
             longest = int(table.lengths[reached(table, rows)].max())
             # in separate rows a pair takes twice the longer one: never more than twice the packed length
             if 2 * longest > self.micro_batch_tokens:
@@ -147,6 +152,26 @@ class PairDataModule(LightningDataModule):
                     f"data.micro_batch_tokens is {self.micro_batch_tokens}, but the longest pair needs up to "
                     f"{2 * longest}: raise it, or lower data.max_length."
                 )
+
+    @rank_zero_only
+    def _tell(self, split: Split) -> None:
+        """Say what is odd about the pairs of a split, and how many of those to train on a run will see."""
+        table, rows = self._tables[split]
+        warnings = [cut_responses(table, self.tokenisation.max_length)]
+        if split == "train":
+            if table.label_kinds:
+                log.info("train: columns kept as labels: %s", ", ".join(table.label_kinds))
+            twice, contradicted = repeats(table, rows)
+            if twice:
+                log.info("train: %s", twice)
+            assert self.trainer is not None
+            seen, all_of_them = pairs_seen(len(rows), self.batch_size, self.trainer)
+            log.log(logging.INFO if all_of_them else logging.WARNING, "train: %s", seen)
+            warnings.append(contradicted)
+        elif "train" in self._tables:
+            warnings.append(shared_prompts(self._tables["train"], (table, rows)))
+        for warning in filter(None, warnings):
+            log.warning("%s: %s", split, warning)
 
     def loader(self, split: Split) -> OptimizerBatchLoader | list:
         if split not in self._tables:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterator
+
 import numpy as np
+from lightning.pytorch import Trainer
 
 from datamodules.gap_mixture import GapMixedTable
 from datamodules.rewards import RewardedTable
@@ -34,3 +39,77 @@ def describe(table: PairTable, rows: np.ndarray) -> list[str]:
         if reason not in ("pairs", "rows")
     ]
     return ["; ".join([f"{len(rows)} pairs", f"{table.report['rows']} rows read", *counts_by_reason])]
+
+
+def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str]:
+    """Return what to say of pairs that occur twice and of pairs that contradict another, or nothing."""
+    pairs = np.column_stack([table.prompt_keys[rows], table.answer_keys[rows]])  # [n, 3]
+    if not len(rows):
+        return "", ""
+    _, first, number = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[number.reshape(-1)] != np.arange(len(rows)))
+    known = {row.tobytes() for row in pairs[first]}
+    swapped = np.ascontiguousarray(pairs[:, [0, 2, 1]])
+    against = np.array([n for n, row in enumerate(swapped) if row.tobytes() in known], dtype=np.int64)
+    twice = f"{len(again)} pairs repeat an earlier one (first: {_named(table, rows[again])})" if len(again) else ""
+    contradiction = (
+        f"{len(against)} pairs contradict another one: the same prompt, chosen and rejected swapped "
+        f"(first: {_named(table, rows[against])}); all stay, take out those that are wrong"
+    )
+    return twice, contradiction if len(against) else ""
+
+
+def shared_prompts(trained: tuple[PairTable, np.ndarray], held_out: tuple[PairTable, np.ndarray]) -> str:
+    """Return what to say where prompts of the held-out pairs are trained on; empty where none is."""
+    table, rows = held_out
+    shared = rows[np.isin(table.prompt_keys[rows], trained[0].prompt_keys[trained[1]])]
+    if not len(shared):
+        return ""
+    return (
+        f"{len(shared)} of {len(rows)} pairs have a prompt that is trained on (first: {_named(table, shared)}): "
+        "they tell little of new prompts; data.validation_share holds out whole prompts"
+    )
+
+
+def cut_responses(table: PairTable, max_length: int) -> str:
+    """Return what to say where more than 5 % of the responses are cut; empty otherwise."""
+    leaves = list(_leaves(table))
+    counts = sum((Counter(leaf.report) for leaf in leaves), Counter())
+    cut = counts["chosen truncated"] + counts["rejected truncated"]
+    responses = sum(int((leaf.chosen_lengths > 0).sum() + (leaf.rejected_lengths > 0).sum()) for leaf in leaves)
+    if cut <= 0.05 * responses:
+        return ""
+    return (
+        f"{cut / responses:.0%} of the responses are cut to data.max_length {max_length} and have no end: "
+        "raise data.max_length, and data.micro_batch_tokens to at least twice of it"
+    )
+
+
+def pairs_seen(pairs: int, batch_size: int, trainer: Trainer) -> tuple[str, bool]:
+    """Return how many pairs a `fit` will see within the trainer's limits, as a sentence, and whether it is all."""
+    batches = -(-pairs // batch_size)
+    limit = trainer.limit_train_batches
+    per_epoch = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+    epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
+    steps = min(trainer.max_steps if trainer.max_steps != -1 else math.inf, epochs * per_epoch)
+    seen = int(min(pairs, steps * batch_size))
+    option = "trainer.limit_train_batches" if per_epoch < batches else "trainer.max_steps or trainer.max_epochs"
+    passes = "" if steps == math.inf or seen < pairs else f", {steps / max(1, batches):.3g} times"
+    told = "no limit of steps" if steps == math.inf else f"{steps} steps of {batch_size}"
+    return f"{seen} of {pairs} pairs will be seen{passes} ({told}; {option} decides)", seen == pairs
+
+
+def _leaves(table: PairTable) -> Iterator[TokenisedTable]:
+    if isinstance(table, GapMixedTable):
+        table = table.parts[0].table
+    if isinstance(table, JoinedTables):
+        for part in table.parts:
+            yield from _leaves(part.table)
+    elif isinstance(table, RewardedTable):
+        yield from _leaves(table.table)
+    elif isinstance(table, TokenisedTable):
+        yield table
+
+
+def _named(table: PairTable, rows: np.ndarray) -> str:
+    return ", ".join(table.pair_ids(rows[:3]))

@@ -26,6 +26,7 @@ class RewardedTable:
         self.table = table
         self.lengths = table.lengths
         self.prompt_keys = table.prompt_keys
+        self.answer_keys = table.answer_keys
         self.label_kinds = make_room(table.label_kinds, COLUMNS) | {name: ["float"] for name in COLUMNS}
         places = pc.index_in(table.id_column, value_set=rewards.column("pair_id").combine_chunks())
         self._places = places.to_numpy()  # [N] int, where the rewards of each pair stand

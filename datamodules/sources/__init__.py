@@ -3,7 +3,7 @@
 from datamodules.sources.formats import RowFormat, RowReading
 from datamodules.sources.hh import hh_messages, is_transcript_prompt, prompt_messages
 from datamodules.sources.pku_saferlhf import PreferredBy
-from datamodules.sources.prompts import prompt_key
+from datamodules.sources.prompts import answer_keys, prompt_key
 from datamodules.sources.reader import OnBadRow, PairReader, Source, SourceAddress, open_source, read_pairs
 from datamodules.sources.registry import markdown_table
 from datamodules.sources.report import BadRow, LeftOut, RowReport
@@ -21,6 +21,7 @@ __all__ = [
     "RowReport",
     "Source",
     "SourceAddress",
+    "answer_keys",
     "hh_messages",
     "is_transcript_prompt",
     "markdown_table",

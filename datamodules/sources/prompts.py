@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from datamodules.records import Prompt
+from datamodules.records import PreferencePair, Prompt
 from datamodules.sources.hh import ASSISTANT, HUMAN, is_transcript_prompt
 
 _SPEAKERS = {"user": HUMAN, "assistant": ASSISTANT}
@@ -13,8 +13,20 @@ _SPEAKERS = {"user": HUMAN, "assistant": ASSISTANT}
 
 def prompt_key(prompt: Prompt) -> int:
     """A signed 64-bit hash, equal for the same question or dialogue in any of the three forms."""
-    digest = hashlib.blake2b(json.dumps(_transcript(prompt)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    return _hash(json.dumps(_transcript(prompt)))
+
+
+def answer_keys(pair: PreferencePair) -> tuple[int, int]:
+    """Return signed 64-bit hashes of the chosen and the rejected response, equal for equal texts; 0 for none."""
+    given = [(pair.chosen, pair.chosen_fields), (pair.rejected, pair.rejected_fields)]
+    chosen, rejected = (
+        0 if text is None else _hash(json.dumps([text.strip(), dict(more)], default=str)) for text, more in given
+    )
+    return chosen, rejected
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _transcript(prompt: Prompt) -> object:

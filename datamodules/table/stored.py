@@ -14,13 +14,15 @@ from app.files import file_hash
 from datamodules.records import TokenisedPair
 from datamodules.table.labels import as_text, kept_as_text
 
-TABLE_VERSION = 3  # raise when reading, tokenising or the layout below changes what a table holds
+TABLE_VERSION = 4  # raise when reading, tokenising or the layout below changes what a table holds
 _TOKENS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     [
         ("pair_id", pa.string()),
         ("labels", pa.string()),  # a JSON object: columns differ from row to row and may mix types
         ("prompt_key", pa.int64()),
+        ("chosen_key", pa.int64()),
+        ("rejected_key", pa.int64()),
         ("prompt", _TOKENS),
         ("chosen", _TOKENS),
         ("rejected", _TOKENS),  # null for a demonstration
@@ -36,9 +38,10 @@ class TokenisedTable:
     """N tokenised pairs, read-only, in a folder of `pairs.arrow` and `table.json`. Open by `open_table`.
 
     Attributes: `prompt_lengths`, `chosen_lengths`, `rejected_lengths` (0 for a demonstration) and their sum
-    `lengths`, each [N] int64 in tokens; `prompt_keys` [N] int64, equal for equal prompts; `label_kinds`, the
-    types of the values by label; `has_rejected`, whether every pair has a rejected response; `report`, counts
-    by what happened to the rows, and `examples`, the first few places for each kind of loss.
+    `lengths`, each [N] int64 in tokens; `prompt_keys` [N] int64, equal for equal prompts; `answer_keys` [N, 2]
+    int64 of chosen and rejected response, likewise; `label_kinds`, the types of the values by label;
+    `has_rejected`, whether every pair has a rejected response; `report`, counts by what happened to the rows, and
+    `examples`, the first few places for each kind of loss.
     """
 
     def __init__(self, folder: Path, table: pa.Table, meta: dict[str, Any]) -> None:
@@ -55,6 +58,9 @@ class TokenisedTable:
         )
         self.lengths: np.ndarray = self.prompt_lengths + self.chosen_lengths + self.rejected_lengths
         self.prompt_keys: np.ndarray = table.column("prompt_key").to_numpy()
+        self.answer_keys: np.ndarray = np.stack(
+            [table.column(name).to_numpy() for name in ("chosen_key", "rejected_key")], axis=1
+        )
         rejected = table.column("rejected")
         self.has_rejected: bool = bool(len(table)) and rejected.null_count == 0
         self._has_rejected: np.ndarray = rejected.is_valid().to_numpy()  # [N] bool

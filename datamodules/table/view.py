@@ -18,6 +18,7 @@ class PairTable(Protocol):
 
     lengths: np.ndarray  # [N] int64, tokens of a pair, its prompt once
     prompt_keys: np.ndarray  # [N] int64, equal for equal prompts
+    answer_keys: np.ndarray  # [N, 2] int64 of chosen and rejected, equal for equal texts
     label_kinds: dict[str, list[str]]  # types of the values, by label
 
     def __len__(self) -> int: ...
@@ -62,6 +63,7 @@ class JoinedTables:
         self.starts = np.cumsum([0, *(len(part.table) for part in parts)])  # [parts + 1]
         self.lengths: np.ndarray = np.concatenate([part.table.lengths for part in parts])
         self.prompt_keys: np.ndarray = np.concatenate([part.table.prompt_keys for part in parts])
+        self.answer_keys: np.ndarray = np.concatenate([part.table.answer_keys for part in parts])
         kinds: dict[str, set[str]] = {}
         for part in parts:
             for name, found in make_room(part.table.label_kinds, part.labels).items():

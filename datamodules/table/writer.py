@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from app.errors import UserError
 from app.files import atomic_folder, file_hash
 from datamodules.records import PreferencePair
-from datamodules.sources import RowReport, prompt_key
+from datamodules.sources import RowReport, answer_keys, prompt_key
 from datamodules.table.labels import label_kind
 from datamodules.table.stored import SCHEMA, TABLE_VERSION, TokenisedTable, open_table
 from datamodules.tokenisation import Tokenisation, tokenise_pairs
@@ -55,7 +55,7 @@ def build_table(
                         losses.skip(note if tokens else f"dropped: {note}", pair.pair_id)
                     if tokens:
                         key = prompt_key(pair.prompt)
-                        rows.append((pair.pair_id, json.dumps(pair.labels), key, *tokens))
+                        rows.append((pair.pair_id, json.dumps(pair.labels), key, *answer_keys(pair), *tokens))
                         for name, value in pair.labels.items():
                             label_kinds.setdefault(name, set()).add(label_kind(value))
                 columns = list(zip(*rows, strict=True)) or [()] * len(SCHEMA)

@@ -1,0 +1,96 @@
+"""What is said of pairs before training: repeats, contradictions, shared prompts, cuts, how many are seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lightning.pytorch import Trainer
+from tiny_tokenizers import byte_tokenizer
+
+from datamodules.describe import cut_responses, pairs_seen, repeats, shared_prompts
+from datamodules.preference_data import PreferenceData
+from datamodules.table import PairTable
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BETA_DPO_CACHE", str(tmp_path / "cache"))
+
+
+def opened(folder: Path, *texts: str, sources: int = 1) -> tuple[PairTable, np.ndarray]:
+    """Return the table of pairs written as "prompt chosen rejected", dealt out to files."""
+    paths = [folder / f"{number}.jsonl" for number in range(sources)]
+    for number, path in enumerate(paths):
+        rows = [
+            dict(zip(("prompt", "chosen", "rejected"), text.split(), strict=True))
+            for text in texts[number::sources]
+        ]
+        path.write_text("\n".join(map(json.dumps, rows)))
+    data = PreferenceData(
+        str(paths[0]) if sources == 1 else [str(path) for path in paths], max_length=20, max_prompt_length=8
+    )
+    data._tokenizer = byte_tokenizer()
+    found = data.open_table("train")
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("sources", [1, 2])
+def test_repeats_and_contradictions_are_counted_within_and_across_files(tmp_path: Path, sources: int) -> None:
+    texts = ("p a b", "p a b", "q a b", "p b a", "r a c", "r a c")
+    table, rows = opened(tmp_path, *texts, sources=sources)
+    twice, contradicted = repeats(table, rows)
+    assert twice.startswith("2 pairs repeat an earlier one")
+    assert contradicted.startswith("3 pairs contradict another one")
+    assert len(rows) == 6  # nothing is taken out
+    assert repeats(*opened(tmp_path, "p a b", "q b a", "p a c")) == ("", "")
+
+
+def test_validation_prompts_that_are_trained_on_are_named(tmp_path: Path) -> None:
+    trained = opened(tmp_path, "p a b", "q a b")
+    held_out = opened(tmp_path, "x a b", "p c d", "q e f")
+    assert shared_prompts(trained, held_out).startswith(
+        "2 of 3 pairs have a prompt that is trained on (first: 0.jsonl:2"
+    )
+    assert not shared_prompts(trained, opened(tmp_path, "x a b"))
+
+
+def test_cut_responses_are_told_of_above_five_percent(tmp_path: Path) -> None:
+    short = [f"p{number} a b" for number in range(19)]
+    table, _ = opened(tmp_path, *short, f"q {'x' * 30} {'y' * 30}")  # 2 of 40 responses
+    assert not cut_responses(table, 20)
+    table, _ = opened(tmp_path, *short[1:], f"q {'x' * 30} {'y' * 30}")  # 2 of 38
+    assert cut_responses(table, 20).startswith("5% of the responses are cut to data.max_length 20")
+
+
+@pytest.mark.parametrize(
+    ("limits", "said", "all_of_them"),
+    [
+        ({"max_steps": 40}, "320 of 20000 pairs will be seen (40 steps of 8;", False),
+        ({"max_epochs": 1}, "20000 of 20000 pairs will be seen, 1 times (2500 steps of 8;", True),
+        (
+            {"max_epochs": 2, "max_steps": 3750},
+            "20000 of 20000 pairs will be seen, 1.5 times (3750 steps of 8;",
+            True,
+        ),
+        (
+            {"max_epochs": 1, "limit_train_batches": 10},
+            "80 of 20000 pairs will be seen (10 steps of 8; trainer.limit",
+            False,
+        ),
+        (
+            {"max_epochs": 1, "limit_train_batches": 0.5},
+            "10000 of 20000 pairs will be seen (1250 steps of 8;",
+            False,
+        ),
+        ({"max_epochs": -1}, "20000 of 20000 pairs will be seen (no limit of steps;", True),
+    ],
+)
+def test_how_many_pairs_will_be_seen(limits: dict[str, float], said: str, all_of_them: bool) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **limits)  # type: ignore[arg-type]
+    told, every = pairs_seen(20_000, 8, trainer)
+    assert told.startswith(said)
+    assert every == all_of_them
