@@ -74,7 +74,7 @@ class PolicySamples(Callback):
         answers = []
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         # that of the training step knows packed rows only
-        with policy.with_own_attention(), torch.random.fork_rng(devices):
+        with policy.as_loaded(), torch.random.fork_rng(devices):
             torch.manual_seed(self.seed)
             for prompt in self._prompts:
                 ids = torch.as_tensor(prompt, device=pl_module.device)[None]

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from app.errors import UserError
 from datamodules.describe import cut_responses, describe, pairs_seen, repeats, shared_prompts
 from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
-from datamodules.loader import Exchange, OptimizerBatchLoader
+from datamodules.loader import Exchange, OptimizerBatchLoader, longest_of
 from datamodules.rewards import RewardedTable, RewardScoring, reward_scores, rows_with_reward
 from datamodules.sources import PairStream
 from datamodules.table import PairTable, cached_table, find
@@ -145,7 +145,7 @@ class PairDataModule(LightningDataModule):
             for line in describe(table, rows):
                 rank_zero_info(f"{split}: {line}")
             self._tell(split)
-            longest = int(table.lengths[reached(table, rows)].max())
+            longest, _ = longest_of(table, reached(table, rows))
             # in separate rows a pair takes twice the longer one: never more than twice the packed length
             if 2 * longest > self.micro_batch_tokens:
                 raise UserError(
@@ -196,7 +196,15 @@ class PairDataModule(LightningDataModule):
             rank=place["rank"],
             world_size=place["num_replicas"],
             exchange=exchange,
+            longest=self.longest,
         )
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Tokens of the longest pair of all splits of this stage, and of the longest prompt with one response."""
+        sizes = [longest_of(table, reached(table, rows)) for table, rows in self._tables.values()]
+        pairs, rows = zip(*sizes, strict=True)
+        return max(pairs), max(rows)
 
     def batches_of(
         self, wanted: Callable[[np.ndarray], np.ndarray], most: int | None = None

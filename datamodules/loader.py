@@ -47,6 +47,7 @@ class PreferenceBatch:
         labels: Mapping[str, Sequence[object]],
         tokens: int,
         micro_batch_tokens: int,
+        longest: tuple[int, int],
     ):
         self.share = share
         self.positions = torch.tensor(positions, dtype=torch.int64)
@@ -54,6 +55,7 @@ class PreferenceBatch:
         self.labels = labels
         self.tokens = tokens
         self.micro_batch_tokens = micro_batch_tokens
+        self.longest = longest  # tokens of the longest pair, and of the longest prompt with one response
 
     @property
     def pair_keys(self) -> torch.Tensor:
@@ -75,6 +77,36 @@ class PreferenceBatch:
         chosen = range(len(self.share)) if pairs is None else pairs
         return pack(self.share, list(chosen), responses, layout, self.micro_batch_tokens, balanced_row)
 
+    def stretched(self) -> PreferenceBatch:
+        """The longest pair that can come, and a short one beside it, of the share's own tokens."""
+        pairs = [stretched_pair(self.share, *sizes) for sizes in (self.longest, short(*self.longest)) if self.share]
+        return PreferenceBatch(
+            pairs, range(len(pairs)), ["", ""], {}, sum(self.longest), self.micro_batch_tokens, self.longest
+        )
+
+
+def short(tokens: int, row: int) -> tuple[int, int]:
+    """The sizes of a pair that is short beside the longest: up to 16 tokens in every part."""
+    part = min(16, max(1, tokens // 8))
+    return (3 * part if tokens > row else 2 * part), 2 * part
+
+
+def stretched_pair(share: Sequence[TokenisedPair], tokens: int, row: int) -> TokenisedPair:
+    """A pair of `tokens` tokens, of which prompt and chosen response are `row`, that repeats those of `share`.
+
+    The rejected response begins as far from its prompt as these sizes allow.
+    """
+    source = np.concatenate([part for pair in share for part in pair if part is not None])
+    rejected = tokens - row
+    prompt = max(1, min(row // 2, row - rejected))
+    sides = np.split(np.resize(source, tokens), [prompt, row])
+    return TokenisedPair(sides[0], sides[1], sides[2] if rejected else None)
+
+
+def longest_of(table: PairTable, rows: np.ndarray) -> tuple[int, int]:
+    """Tokens of the longest of these pairs, and of the longest prompt with one response; (0, 0) of none."""
+    return int(table.lengths[rows].max(initial=0)), int(table.row_lengths[rows].max(initial=0))
+
 
 class OptimizerBatchLoader:
     """Yields a `PreferenceBatch` per optimizer step and continues exactly where it stopped.
@@ -95,6 +127,7 @@ class OptimizerBatchLoader:
         rank: int = 0,
         world_size: int = 1,
         exchange: Exchange | None = None,
+        longest: tuple[int, int] | None = None,
     ):
         self.table = table
         self.indices = indices  # [n] rows of the table that this loader serves
@@ -105,6 +138,7 @@ class OptimizerBatchLoader:
         self.rank = rank
         self.world_size = world_size
         self.exchange = exchange
+        self.longest = longest or longest_of(table, indices)  # of all that the run reads, where that is more
         self.epoch = 0
         self.pairs_served = 0  # of this epoch
 
@@ -139,6 +173,7 @@ class OptimizerBatchLoader:
             labels=self.table.labels(rows),
             tokens=int(tokens.sum()),
             micro_batch_tokens=self.micro_batch_tokens,
+            longest=self.longest,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from app.method.batch import Layout, PackedRows
+from app.method.batch import Layout, PackedRows, PairRun
 from datamodules.records import TokenisedPair
 
 
@@ -120,6 +120,7 @@ def lay_out(rows: Sequence[Sequence[Run]], responses_per_pair: int, layout: Layo
     segments: list[np.ndarray] = []
     row_of, column_of, group_of, part_of, first_position, response_of, prompt_end = ([] for _ in range(7))
     pairs: list[int] = []
+    pair_runs: list[PairRun] = []
     for row_number, row in enumerate(rows):
         column = 0
         for group, run in enumerate(row):
@@ -137,6 +138,9 @@ def lay_out(rows: Sequence[Sequence[Run]], responses_per_pair: int, layout: Layo
                 response_of.append(before_responses + part - 1 if part else -1)
                 prompt_end.append(end_of_prompt)
                 column += len(tokens)
+            pair_runs.append(PairRun(len(run.prompt), tuple(map(len, run.responses))))
+        if column < width:
+            pair_runs.append(PairRun(0, (width - column,)))
 
     lengths = np.array([len(segment) for segment in segments])
     starts = np.cumsum(lengths) - lengths
@@ -165,5 +169,6 @@ def lay_out(rows: Sequence[Sequence[Run]], responses_per_pair: int, layout: Layo
             np.bincount(response[is_target], minlength=len(pairs) * responses_per_pair).astype(np.int64)
         ),
         pairs=torch.tensor(pairs, dtype=torch.int64),
+        runs=pair_runs,
         layout=layout,
     )

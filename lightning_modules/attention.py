@@ -6,11 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from app.method.batch import PackedRows
-from lightning_modules.pairwise_attention import PAIRWISE, PairRuns
+from app.method.batch import PackedRows, PairRun
+from lightning_modules.flex import BLOCK, FLEX, LEAST
+from lightning_modules.pair_runs import PairRuns
+from lightning_modules.pairwise_attention import PAIRWISE
+
+OURS = (FLEX, PAIRWISE)  # the implementations that take the runs of one row
+# What `attention: auto` tries on CUDA, the fastest first. Flex and pairwise have run there only as simulated: the
+# first run on a GPU decides the order.
+CUDA_ORDER = (FLEX, PAIRWISE)
 
 
 def dense_mask(rows: PackedRows, window: int | None = None) -> Tensor:
@@ -36,40 +43,48 @@ def additive_mask(rows: PackedRows, window: int | None = None) -> Tensor:
     return zeros.masked_fill(forbidden, torch.finfo(zeros.dtype).min)
 
 
-def flex_mask(rows: PackedRows, window: int | None = None) -> BlockMask:
-    """The same rule as a FlexAttention block mask: blocks without an allowed pair of tokens cost nothing."""
-    group, part, position = rows.group, rows.part, rows.position_ids
-
-    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same_group = group[row, query] == group[row, key]
-        visible_part = (part[row, key] == 0) | (part[row, key] == part[row, query])
-        mask = same_group & visible_part & (key <= query)
-        if window is not None:
-            mask = mask & (position[row, query] - position[row, key] < window)
-        return mask
-
-    height, width = rows.input_ids.shape
-    return create_block_mask(allowed, height, None, width, width, device=str(group.device))
+def attentions(model: Any, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Those of our own that this model may take on this device, in the order in which they are wanted."""
+    if not model._supports_attention_backend:
+        return []
+    return list(CUDA_ORDER) if device.type == "cuda" else [PAIRWISE]
 
 
-def attention_inputs(rows: PackedRows, config: Any) -> dict[str, Any]:
-    """What a Hugging Face decoder with this `config` takes beside tokens and positions, to see its own pair only.
+def model_inputs(rows: PackedRows, config: Any) -> dict[str, Any]:
+    """What a Hugging Face decoder with this `config` takes to score `rows`: every response sees its own pair only.
 
-    Made once for each kind of mask and kept with the rows: layers, policy and reference share it.
-    Pair by pair, attention takes the runs and no mask. `separate` rows are plain right-padded rows: a
-    two-dimensional mask, and the model does the rest. A packed row needs the block mask; transformers then leaves
-    out the model's own sliding window, so it is put in here. Eager attention adds whatever mask it is given: a
-    boolean one would let every token see every other.
+    Made once for each kind of attention and kept with the rows: layers, policy and reference share it.
     """
     implementation = config._attn_implementation
-    if implementation == PAIRWISE:
-        return {"pair_runs": rows.remember(PAIRWISE, lambda: PairRuns.of(rows))}
+    if implementation in OURS:
+        return rows.remember(implementation, lambda: one_row(rows, *ROW_OF.get(implementation, (1, 1))))
+    return {"input_ids": rows.input_ids, "position_ids": rows.position_ids, **masks(rows, config)}
+
+
+ROW_OF = {FLEX: (BLOCK, LEAST)}  # by implementation, what the tokens of a row are a multiple of, and their least
+
+
+def one_row(rows: PackedRows, multiple: int, least: int) -> dict[str, Any]:
+    """Tokens and positions as one row, padded at its end to a multiple of so many tokens, and its runs."""
+    tokens = rows.input_ids.numel()
+    padding = max(least, -(-tokens // multiple) * multiple) - tokens
+    flat = {name: F.pad(getattr(rows, name).reshape(1, -1), (0, padding)) for name in ("input_ids", "position_ids")}
+    runs = [*rows.runs, *([PairRun(0, (padding,))] if padding else [])]
+    return flat | {"pair_runs": PairRuns(runs)}
+
+
+def masks(rows: PackedRows, config: Any) -> dict[str, Any]:
+    """The mask of `rows` for an attention of transformers.
+
+    `separate` rows are plain right-padded rows: a two-dimensional mask, and the model does the rest. For a packed
+    row transformers leaves out the model's own sliding window, so it is put in here. Eager attention adds whatever
+    mask it is given: a boolean one would let every token see every other.
+    """
     if rows.layout == "separate":
         return {"attention_mask": (rows.group >= 0).long()}
-    special: dict[str, Callable[..., Tensor | BlockMask]] = {"flex_attention": flex_mask, "eager": additive_mask}
-    build = special.get(implementation, dense_mask)
+    build: Callable[..., Tensor] = additive_mask if config._attn_implementation == "eager" else dense_mask
 
-    def mask(window: int | None = None) -> Any:
+    def mask(window: int | None = None) -> Tensor:
         return rows.remember((build.__name__, window), lambda: build(rows, window))
 
     window = getattr(config, "sliding_window", None)

@@ -20,11 +20,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from app.errors import UserError
 from app.method.batch import Layout, OptimizerBatch, PackedRows
+from lightning_modules.attention import OURS
 from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.layout_check import agreeing_layout
 from lightning_modules.logged_training import LoggedTraining
 from lightning_modules.lora import Lora, add_lora
-from lightning_modules.pairwise_attention import PAIRWISE
 from lightning_modules.pretrained import load_model, store_linear_weights
 from lightning_modules.resumption import apply_settings, count_batches_of
 from lightning_modules.scorer import ResponseScorer
@@ -34,7 +34,8 @@ from lightning_modules.weight_reading import read_weights, weight_files
 
 log = logging.getLogger(__name__)
 
-Attention = Literal["auto", "pairwise", "flex_attention", "sdpa", "eager"]
+Attention = Literal["auto", "flex", "pairwise", "sdpa", "eager"]
+CompileLayers = bool | Literal["auto"]
 
 
 class LanguageModelTraining(LoggedTraining):
@@ -48,12 +49,13 @@ class LanguageModelTraining(LoggedTraining):
         max_grad_norm: gradients are clipped to this norm over all ranks; none turns clipping off.
         layout: `packed` rows hold the prompt once; `separate` rows are plain padded ones. `auto` packs unless
             a check on the first batch shows that this model's log-probabilities do not survive it.
-        attention: a transformers attention implementation; `auto` is FlexAttention on CUDA and `pairwise` (see
-            `pairwise_attention`) on CPU, and where the model has neither, or the check finds otherwise, what
-            transformers takes for it: SDPA, or eager for a family that has no other.
+        attention: `auto` takes the fastest that passes a check at the start: on CUDA `flex` (compiled
+            FlexAttention), then `pairwise` (see `pairwise_attention`), which is the first on CPU, then what
+            transformers takes for the model (`sdpa`, or `eager` for a family that has no other).
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         compile_layers: fuse what the layers do between their matrix products by `torch.compile`, which takes some
-            of the time and memory of a step away and costs the start of the run up to a minute.
+            of the time and memory of a step away and costs the start of the run up to a minute. `auto` does so on
+            CUDA, where it works.
         trust_remote_code: run model code that comes from the Hub.
         lora: train low-rank adapters of these settings, and nothing else.
     """
@@ -70,7 +72,7 @@ class LanguageModelTraining(LoggedTraining):
         layout: Literal["auto", "packed", "separate"],
         attention: Attention,
         gradient_checkpointing: bool,
-        compile_layers: bool,
+        compile_layers: CompileLayers,
         trust_remote_code: bool,
         lora: Lora | None,
     ):
@@ -108,7 +110,7 @@ class LanguageModelTraining(LoggedTraining):
                 f"trainer.precision {self.trainer.precision} loses log-probabilities (overflow, or rotary "
                 "positions in half precision): use bf16-mixed, or 32-true with ShardedStrategy in bfloat16."
             )
-        if self.compile_layers and not which(os.environ.get("CXX", "g++")):
+        if self.compile_layers is True and not which(os.environ.get("CXX", "g++")):
             raise UserError("model.compile_layers needs a C++ compiler: install g++, or name one by CXX.")
         refuse_unsuitable(self.trainer.strategy, str(self.trainer.precision))
         if self.lora is not None and isinstance(self.trainer.strategy, ShardedStrategy):
@@ -136,7 +138,7 @@ class LanguageModelTraining(LoggedTraining):
 
     def build_scorer(self) -> ResponseScorer:
         """Load the model that the configuration names, with a packed forward around it."""
-        asked = None if self.attention in ("auto", "pairwise", "flex_attention") else self.attention
+        asked = None if self.attention in ("auto", *OURS) else self.attention
         model = load_model(
             self.name,
             self.architecture,
@@ -147,20 +149,9 @@ class LanguageModelTraining(LoggedTraining):
         if self.lora is not None:
             add_lora(model, self.lora)
         scorer = ResponseScorer(model)
-        if self.attention in ("pairwise", "flex_attention"):
+        if self.attention in OURS:
             scorer.use_attention(self.attention)
-        elif self.attention == "auto":
-            scorer.use_attention(self.fastest_attention(scorer.model))
         return scorer
-
-    def fastest_attention(self, model: Any) -> str:
-        """What to try first on this device; `layout_check` settles for the model's own where it does not hold."""
-        if self.trainer.strategy.root_device.type != "cuda":
-            return PAIRWISE if model._supports_attention_backend else model.config._attn_implementation
-        if model._supports_flex_attn:
-            return "flex_attention"
-        log.info("this model has no FlexAttention: packed rows use a dense mask, slower when long")
-        return str(model.config._attn_implementation)
 
     @property
     def scorers(self) -> tuple[ResponseScorer, ...]:
@@ -178,8 +169,6 @@ class LanguageModelTraining(LoggedTraining):
 
         Any other strategy moves the policy itself; a `frozen` scorer, which it does not know, moves here.
         """
-        if self.compile_layers:
-            scorer.compile_layers()
         strategy = self.trainer.strategy
         if not isinstance(strategy, ShardedStrategy):
             if frozen:

@@ -30,7 +30,7 @@ def measured_alone(
     suspects = torch.nonzero(spoilt).flatten().tolist()
     with torch.no_grad(), ExitStack() as attention:
         for scorer in module.scorers:
-            attention.enter_context(scorer.with_own_attention())
+            attention.enter_context(scorer.as_loaded())
         rows = batch.micro_batches(module.responses, "separate", module.policy.balanced_row, suspects)
         again = vars(measure(batch, module.match_ranks(rows)))
     columns = {name: column for name, column in vars(logps).items() if column is not None}

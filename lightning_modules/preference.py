@@ -20,7 +20,7 @@ from app.method.losses import PairLoss, SigmoidLoss, WithSFTTerm
 from app.method.metrics import pair_metrics
 from app.method.moments import MINIMUM_STD, rounding_std
 from app.method.step import MissingStatistics, RewardGapHook, StepDecision, StepObserver, weighted_losses
-from lightning_modules.base import Attention
+from lightning_modules.base import Attention, CompileLayers
 from lightning_modules.lora import Lora
 from lightning_modules.preference_scoring import PreferenceScoring, Reference
 from lightning_modules.sharding import keeps_gradients
@@ -67,7 +67,7 @@ class PreferenceOptimization(PreferenceScoring):
         layout: Literal["auto", "packed", "separate"] = "auto",
         attention: Attention = "auto",
         gradient_checkpointing: bool = False,
-        compile_layers: bool = False,
+        compile_layers: CompileLayers = "auto",
         trust_remote_code: bool = False,
         lora: Lora | None = None,
     ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from app.errors import UserError
 from app.method.batch import PackedRows
-from lightning_modules.attention import attention_inputs
+from lightning_modules.attention import OURS, model_inputs
 from lightning_modules.head import LogitRule, at_least_float32, head_logits, head_logps
-from lightning_modules.pairwise_attention import PAIRWISE
 from lightning_modules.sharding import transformer_blocks
+
+RECOMPILE_LIMIT = 64  # graphs of a layer's code that the compiler keeps
 
 
 class ResponseScorer(nn.Module):
@@ -54,19 +55,38 @@ class ResponseScorer(nn.Module):
             self.model.set_attn_implementation(name)
 
     @contextmanager
-    def with_own_attention(self) -> Iterator[None]:
-        """Within the block, the model attends as transformers chose for it."""
-        current = self.attention
+    def as_loaded(self) -> Iterator[None]:
+        """Within the block, the model attends as transformers chose for it, and its layers are not compiled."""
+        attention = self.attention
+        compiled = [(block, block._compiled_call_impl) for block in self._blocks()]
         self.use_attention(self.own_attention)
+        self.leave_layers()
         try:
             yield
         finally:
-            self.use_attention(current)
+            self.use_attention(attention)
+            for block, call in compiled:
+                block._compiled_call_impl = call
+
+    @property
+    def compiled(self) -> bool:
+        """Whether `torch.compile` runs the layers."""
+        return any(block._compiled_call_impl is not None for block in self._blocks())
 
     def compile_layers(self) -> None:
         """Have `torch.compile` fuse the transformer blocks, once for every length of rows."""
-        for block in transformer_blocks(self.model):
+        # gradients or not, training mode, kinds of layers: graphs of one code, of which 8 are kept otherwise
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        for block in self._blocks():
             block.compile(dynamic=True)
+
+    def leave_layers(self) -> None:
+        """Undo `compile_layers`."""
+        for block in self._blocks():
+            block._compiled_call_impl = None
+
+    def _blocks(self) -> Iterable[nn.Module]:
+        return transformer_blocks(self.model)
 
     @property
     def balanced_row(self) -> float:
@@ -74,9 +94,9 @@ class ResponseScorer(nn.Module):
 
         A layer of width d takes about 24·d² operations a token, attention over a row of T tokens 4·d·T: equal
         at T = 6·d. On a CPU attention under a dense mask runs at about a third of the speed of a matrix product.
-        Pair by pair, and where FlexAttention skips the blocks that the mask empties, a longer row costs nothing.
+        Attentions of our own compute nothing of what the mask would hide: a longer row costs nothing.
         """
-        if self.attention in (PAIRWISE, "flex_attention"):
+        if self.attention in OURS:
             return math.inf
         return 2.0 * self.model.config.hidden_size
 
@@ -87,8 +107,7 @@ class ResponseScorer(nn.Module):
         large, the yardstick of the start-up check. `hidden_only` stops before the head and returns the outputs
         [N, width] that predict the response tokens.
         """
-        inputs = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "use_cache": False}
-        inputs |= attention_inputs(rows, self.model.config)
+        inputs = {**model_inputs(rows, self.model.config), "use_cache": False}
         if whole_logits:
             logits = self.model(**inputs).logits.flatten(0, 1)[rows.predict_index]
             return response_sums(token_logps(logits, rows.target_ids), rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import SumMetric
 
 from app.method.batch import OptimizerBatch
-from lightning_modules.base import Attention, LanguageModelTraining
+from lightning_modules.base import Attention, CompileLayers, LanguageModelTraining
 from lightning_modules.logged_training import exact_mean, warn_of_nonfinite
 from lightning_modules.lora import Lora
 
@@ -33,7 +33,7 @@ class SupervisedFineTuning(LanguageModelTraining):
         layout: Literal["auto", "packed", "separate"] = "auto",
         attention: Attention = "auto",
         gradient_checkpointing: bool = False,
-        compile_layers: bool = False,
+        compile_layers: CompileLayers = "auto",
         trust_remote_code: bool = False,
         lora: Lora | None = None,
     ):

@@ -87,7 +87,7 @@ def test_trains_as_on_the_cpu(name: str, tiny_llama: str, tmp_path: Path) -> Non
         seen = preference(tiny_llama, **settings)
         run(cuda_trainer, tmp_path, seen, hooks(), **data)
     assert device.violations == []
-    assert seen.policy.attention == settings.get("attention", "flex_attention")
+    assert seen.policy.attention == settings.get("attention", "flex")
     assert seen.layout == settings.get("layout", "packed")
     assert relative_difference(on_the_host(expected), on_the_host(seen)) < 1e-5
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,20 @@ def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Copy `tensor` from the CPU; pinned on its way to a GPU, so that the host does not wait for a running step."""
     pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
     return pinned.to(device, non_blocking=True)
+
+
+class PairRun(NamedTuple):
+    """How many tokens a pair takes in a row, as `[prompt | first response | second response]`.
+
+    Padding is a run of one response without a prompt, which nobody reads.
+    """
+
+    prompt: int
+    responses: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + sum(self.responses)
 
 
 @dataclass
@@ -37,6 +51,9 @@ class PackedRows:
     response_index: Tensor  # [N] int64 in [0, S), the response that the target belongs to
     response_tokens: Tensor  # [S] int64, number of tokens of each response
     pairs: Tensor  # [P] int64, the rows' pairs as indices into the rank's share
+    runs: Sequence[
+        PairRun
+    ]  # of the flattened rows, padding included; on the host, so that reading them waits for no GPU
     layout: Layout = "packed"
     _remembered: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -45,7 +62,7 @@ class PackedRows:
         """One token and no response: what a rank runs when the other ranks have one micro-batch more."""
         one = torch.zeros(1, 1, dtype=torch.int64)
         none = torch.zeros(0, dtype=torch.int64)
-        return cls(one, one, one, one, none, none, none, none, none)
+        return cls(one, one, one, one, none, none, none, none, none, [PairRun(0, (1,))])
 
     def to(self, device: torch.device | str) -> PackedRows:
         """The same rows on `device`; nothing is remembered of them there yet."""
@@ -86,5 +103,13 @@ class OptimizerBatch(Protocol):
 
         `responses` names the sides to pack: ("chosen", "rejected") or ("chosen",). `balanced_row` is the row
         length at which attention costs a token as much as the rest of the model. Empty when there is no pair.
+        """
+        ...
+
+    def stretched(self) -> OptimizerBatch:
+        """Two pairs made of the share's tokens: one as long as any that this run may meet, and a short one.
+
+        What depends on places in a row, or on the longest row of a micro-batch, shows on them. No pair where the
+        share has none.
         """
         ...

@@ -25,6 +25,7 @@ class RewardedTable:
     def __init__(self, table: PairTable, rewards: pa.Table) -> None:
         self.table = table
         self.lengths = table.lengths
+        self.row_lengths = table.row_lengths
         self.prompt_keys = table.prompt_keys
         self.answer_keys = table.answer_keys
         self.label_kinds = make_room(table.label_kinds, COLUMNS) | {name: ["float"] for name in COLUMNS}

@@ -37,11 +37,11 @@ class DamagedTable(Exception):
 class TokenisedTable:
     """N tokenised pairs, read-only, in a folder of `pairs.arrow` and `table.json`. Open by `open_table`.
 
-    Attributes: `prompt_lengths`, `chosen_lengths`, `rejected_lengths` (0 for a demonstration) and their sum
-    `lengths`, each [N] int64 in tokens; `prompt_keys` [N] int64, equal for equal prompts; `answer_keys` [N, 2]
-    int64 of chosen and rejected response, likewise; `label_kinds`, the types of the values by label;
-    `has_rejected`, whether every pair has a rejected response; `report`, counts by what happened to the rows, and
-    `examples`, the first few places for each kind of loss.
+    Attributes: `prompt_lengths`, `chosen_lengths`, `rejected_lengths` (0 for a demonstration), their sum
+    `lengths`, and `row_lengths` of the prompt with the longer response, each [N] int64 in tokens; `prompt_keys`
+    [N] int64, equal for equal prompts; `answer_keys` [N, 2] int64 of chosen and rejected response, likewise;
+    `label_kinds`, the types of the values by label; `has_rejected`, whether every pair has a rejected response;
+    `report`, counts by what happened to the rows, and `examples`, the first few places for each kind of loss.
     """
 
     def __init__(self, folder: Path, table: pa.Table, meta: dict[str, Any]) -> None:
@@ -57,6 +57,7 @@ class TokenisedTable:
             column.lengths() for column in (self._prompts, self._chosen, self._rejected)
         )
         self.lengths: np.ndarray = self.prompt_lengths + self.chosen_lengths + self.rejected_lengths
+        self.row_lengths: np.ndarray = self.prompt_lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)
         self.prompt_keys: np.ndarray = table.column("prompt_key").to_numpy()
         self.answer_keys: np.ndarray = np.stack(
             [table.column(name).to_numpy() for name in ("chosen_key", "rejected_key")], axis=1

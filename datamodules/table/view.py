@@ -17,6 +17,7 @@ class PairTable(Protocol):
     """N tokenised pairs: `TokenisedTable`, or a view of several that copies nothing."""
 
     lengths: np.ndarray  # [N] int64, tokens of a pair, its prompt once
+    row_lengths: np.ndarray  # [N] int64, tokens of its prompt and its longer response
     prompt_keys: np.ndarray  # [N] int64, equal for equal prompts
     answer_keys: np.ndarray  # [N, 2] int64 of chosen and rejected, equal for equal texts
     label_kinds: dict[str, list[str]]  # types of the values, by label
@@ -62,6 +63,7 @@ class JoinedTables:
         self.parts = parts
         self.starts = np.cumsum([0, *(len(part.table) for part in parts)])  # [parts + 1]
         self.lengths: np.ndarray = np.concatenate([part.table.lengths for part in parts])
+        self.row_lengths: np.ndarray = np.concatenate([part.table.row_lengths for part in parts])
         self.prompt_keys: np.ndarray = np.concatenate([part.table.prompt_keys for part in parts])
         self.answer_keys: np.ndarray = np.concatenate([part.table.answer_keys for part in parts])
         kinds: dict[str, set[str]] = {}

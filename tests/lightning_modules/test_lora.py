@@ -53,7 +53,7 @@ def test_without_adapters_it_is_the_model_that_it_was(tiny_llama: str, tmp_path:
     module, _, _ = train(tmp_path, tiny_llama, 2)
     before = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     ids = torch.arange(10, 30)[None]
-    with torch.no_grad(), module.policy.with_own_attention():
+    with torch.no_grad(), module.policy.as_loaded():
         changed = module.policy.model(input_ids=ids).logits
         with without_adapters(module.policy.model):
             assert torch.equal(module.policy.model(input_ids=ids).logits, before(input_ids=ids).logits)
@@ -123,7 +123,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_exports_it(tiny_llama: str, 
         assert torch.equal(one, other), name
 
     ids = torch.arange(10, 30)[None]
-    with torch.no_grad(), resumed.policy.with_own_attention():
+    with torch.no_grad(), resumed.policy.as_loaded():
         wanted = resumed.policy.model(input_ids=ids).logits
         merged, adapter = tmp_path / "merged", tmp_path / "adapter"
         export(str(last), str(merged))

@@ -10,12 +10,13 @@ import pytest
 import torch
 from cuda_stand_in import StandIn
 from tiny_runs import VOCABULARY, plain_logps, tiny_model
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from app.method.batch import PackedRows
 from datamodules.packing import pack
 from datamodules.records import TokenisedPair
-from lightning_modules.attention import dense_mask, flex_mask
+from lightning_modules.attention import dense_mask, one_row
+from lightning_modules.flex import BLOCK, Blocks
 from lightning_modules.head import LogitRule, head_logits
 from lightning_modules.pretrained import store_linear_weights
 from lightning_modules.scorer import ResponseScorer
@@ -99,7 +100,7 @@ def test_a_mask_that_lets_pairs_see_each_other_would_be_noticed(
         width = rows.input_ids.shape[1]
         return {"attention_mask": torch.ones(1, 1, width, width, dtype=torch.bool).tril()}
 
-    monkeypatch.setattr("lightning_modules.scorer.attention_inputs", careless)
+    monkeypatch.setattr("lightning_modules.attention.masks", careless)
     model, pairs = tiny_model(family), random_pairs()
     with torch.no_grad():
         apart = (score(ResponseScorer(model), pairs, "packed", 1000) - plain_sums(model, pairs)).abs().max()
@@ -139,7 +140,7 @@ def test_flex_attention_on_cuda_equals_plain_rows(family: str) -> None:
         ]
     )
     scorer = ResponseScorer(packed)
-    scorer.use_attention("flex_attention")
+    scorer.use_attention("flex")
     seen = torch.zeros_like(expected)
     for rows in pack(pairs, range(len(pairs)), SIDES, "packed", 4096, math.inf):
         rows = rows.to("cuda")
@@ -231,16 +232,31 @@ def test_rows_without_a_response_still_reach_every_parameter() -> None:
         assert not parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("window", [None, 3, 9])
-def test_the_block_mask_is_the_dense_mask(window: int | None) -> None:
-    pairs = [pair for seed in range(6) for pair in random_pairs(seed)]  # rows of several blocks of 128
-    for rows in pack(pairs, range(len(pairs)), SIDES, "packed", 600, math.inf):
-        height, width = rows.input_ids.shape
-        block = flex_mask(rows, window)
-        dense = dense_mask(rows, window)
-        assert torch.equal(create_mask(block.mask_mod, height, 1, width, width, device="cpu"), dense)
-        side = -(-width // 128)
-        padded = torch.zeros(height, 1, side * 128, side * 128, dtype=torch.bool)
-        padded[..., :width, :width] = dense
-        used = padded.view(height, 1, side, 128, side, 128).any(-1).any(3)
-        assert torch.equal(block.to_dense().bool(), used)
+@pytest.mark.parametrize("window", [None, 1, 3, 9, 200])
+@pytest.mark.parametrize("layout", ["packed", "separate"])
+def test_the_block_mask_is_the_dense_mask(layout: str, window: int | None) -> None:
+    pairs = [pair for seed in range(6) for pair in random_pairs(seed)]  # rows of several blocks
+    long = np.arange(3, 103)
+    pairs.append(
+        TokenisedPair(np.resize(long, 300), np.resize(long, 290), np.resize(long, 140))
+    )  # with full blocks
+    for rows in pack(pairs, range(len(pairs)), SIDES, layout, 1400, math.inf):  # type: ignore[arg-type]
+        runs = one_row(rows, BLOCK, 2 * BLOCK)["pair_runs"].runs
+        width = sum(run.tokens for run in runs)
+        block = Blocks.of(runs, window, torch.device("cpu")).mask(width)
+        seen = create_mask(block.mask_mod, 1, 1, width, width, device="cpu")
+        real = rows.group.flatten() >= 0  # padding sees padding, as it likes
+        tokens = len(real)
+        expected = torch.block_diag(*dense_mask(rows, window)[:, 0].int()).bool()
+        assert torch.equal(seen[0, 0, :tokens, :tokens][real], expected[real])
+        assert seen.any(-1).all()  # no empty softmax
+        side = width // BLOCK
+        counts = seen.view(side, BLOCK, side, BLOCK).sum((1, 3))
+        assert torch.equal(block.to_dense()[0, 0].bool(), counts > 0)
+        full = torch.zeros(side, side, dtype=torch.bool)
+        for query, number in enumerate(block.full_kv_num_blocks[0, 0].tolist()):
+            full[query, block.full_kv_indices[0, 0, query, :number].long()] = True
+        assert torch.equal(full, counts == BLOCK * BLOCK)
+        built = create_block_mask(block.mask_mod, 1, None, width, width, device="cpu")
+        for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+            assert torch.equal(getattr(block, name), getattr(built, name))

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
 
 from lightning_modules import base, pretrained
+from lightning_modules.flex import packed_flex
 
 
 def plain_flex(
@@ -55,8 +56,17 @@ def plain_flex(
     return (out, lse) if return_lse else out
 
 
-# where FlexAttention is called compiled, by dotted name, and what stands there on the stand-in
-COMPILED = {"transformers.integrations.flex_attention.WrappedFlexAttention.__call__": lambda self: plain_flex}
+def compile_in_name(module: torch.nn.Module, **_: Any) -> None:
+    """What `Module.compile` leaves behind, without the compiler."""
+    module._compiled_call_impl = module._call_impl
+
+
+# what is compiled, by dotted name, and what stands there on the stand-in
+COMPILED = {
+    "lightning_modules.flex.compiled_flex": packed_flex,
+    "lightning_modules.flex.flex_attention": plain_flex,
+    "torch.nn.Module.compile": compile_in_name,
+}
 
 
 @contextmanager
