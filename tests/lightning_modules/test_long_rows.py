@@ -113,7 +113,7 @@ def test_a_window_that_acts_through_the_mask_alone(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("family", "config"),
     [
-        ("phi3", {"rope_parameters": LONGROPE, "pad_token_id": 0}),
+        ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
         ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 32}),
     ],
 )
