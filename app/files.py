@@ -26,10 +26,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     os.close(handle)
     temporary = Path(name)
-    # mkstemp makes private files; the result should obey the user's umask like any other file
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)
+    obey_umask(temporary)
     try:
         yield temporary
         with open(temporary, "rb") as written:
@@ -48,9 +45,10 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-    temporary.chmod(0o755)
     try:
         yield temporary
+        for written in (temporary, *temporary.rglob("*")):
+            obey_umask(written)
         # rename onto an existing folder works only when that folder is empty: exactly what is wanted
         try:
             os.replace(temporary, target)
@@ -58,6 +56,13 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise FileExistsError(f"{target} exists already") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def obey_umask(path: Path) -> None:
+    """Give a file or folder the mode of any other: mkstemp, mkdtemp and safetensors make private ones."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:

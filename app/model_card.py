@@ -14,7 +14,7 @@ TRAINER_SETTINGS = ("max_epochs", "max_steps", "precision", "num_nodes", "device
 UNRECORDED = "Not recorded: the checkpoint was not written by the `beta-dpo` command."
 
 
-def model_card(state: dict[str, Any], checkpoint: str) -> str:
+def model_card(state: dict[str, Any], checkpoint: str, dtype: str) -> str:
     """The card of a `checkpoint` with this `state`: data, method, β settings and final metrics, as recorded."""
     config = yaml.safe_load(state["config"]) if "config" in state else None
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["beta-dpo"]}
@@ -24,7 +24,7 @@ def model_card(state: dict[str, Any], checkpoint: str) -> str:
     lines = ["---", yaml.safe_dump(head).strip(), "---", "", "# Model card", ""]
     lines += [
         f"Trained by beta-dpo {version('beta-dpo')} ({state['global_step']} optimizer steps) and exported from "
-        f"`{checkpoint}`; weights in float32.",
+        f"`{checkpoint}`; weights in {dtype}.",
         "",
     ]
     if config is None:

@@ -7,6 +7,7 @@ import os
 import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from datamodules.describe import cut_responses, describe, pairs_seen, repeats, s
 from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
 from datamodules.loader import Exchange, OptimizerBatchLoader, longest_of
 from datamodules.rewards import RewardedTable, RewardScoring, reward_scores, rows_with_reward
-from datamodules.sources import PairStream
+from datamodules.sources import PairStream, is_transcript_prompt
 from datamodules.table import PairTable, cached_table, find
 from datamodules.tokenisation import Tokenisation
 
@@ -254,7 +255,16 @@ class PairDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer, file by file, so that a checkpoint can be exported without its run's folder."""
-        return {"tokenizer_files": tokenizer_files(self.tokenizer)}
+        return {"tokenizer_files": tokenizer_files(self.tokenizer), "plain_dialogue": self.plain_dialogue}
+
+    @cached_property
+    def plain_dialogue(self) -> bool:
+        """Whether the first hundred training prompts are HH transcripts, tokenised without a chat template."""
+        if self.tokenisation.chat_template or "train" not in self._tables:
+            return False
+        table, rows = self._tables["train"]
+        prompts = [str(self.tokenizer.decode(table[int(row)].prompt)) for row in rows[:100]]
+        return all(is_transcript_prompt(prompt) for prompt in prompts)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["tokenizer_files"] != tokenizer_files(self.tokenizer):

@@ -223,6 +223,8 @@ class LanguageModelTraining(LoggedTraining):
         # enough to rebuild the model without the run's configuration: `beta-dpo export` reads it
         checkpoint["model_config"] = self.policy.model.config.to_json_string(use_diff=False)
         checkpoint["lora"] = None if self.lora is None else {"base": self.name, **asdict(self.lora)}
+        named = self.policy.model.base_dtype
+        checkpoint["base_dtype"] = None if named is None else str(named).removeprefix("torch.")
         checkpoint["generation_config"] = self.policy.model.generation_config.to_json_string()
 
     # --- one optimizer step -----------------------------------------------------------------------------

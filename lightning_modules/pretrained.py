@@ -68,9 +68,11 @@ def load_model(
     From `architecture` the weights are random, drawn from the global generator (Lightning seeds it).
     `attention` None leaves the choice to transformers. A model that has a `name` and more than `meta_above`
     parameters comes without weights: its parameters are on the meta device, for `read_weights` to fill.
+    `base_dtype` of the model is the type that its configuration names, None where it names none.
     Raises UserError when the model cannot be found or read.
     """
     config = load_config(name, architecture, trust_remote_code)
+    base_dtype = config.dtype
     options = {"attn_implementation": attention, "dtype": torch.float32, "trust_remote_code": trust_remote_code}
     if name is None:
         model = AutoModelForCausalLM.from_config(config, **options)
@@ -86,6 +88,7 @@ def load_model(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    model.base_dtype = base_dtype
     return model
 
 

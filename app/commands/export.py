@@ -1,31 +1,42 @@
-"""`beta-dpo export`: a checkpoint becomes a folder that transformers loads."""
+"""`beta-dpo export`: a checkpoint becomes a folder that transformers, vLLM and others load."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from app.errors import UserError
+from app.export_check import LARGEST, check_equal, described_rounding, sequence_logps
+from app.export_spelling import plain_dialogue_template, spell_for_others
 from app.files import atomic_folder
 from app.model_card import model_card
 from lightning_modules.checkpoint import read_for_export
 from lightning_modules.lora import Lora
-from lightning_modules.pretrained import bare_model
+from lightning_modules.pretrained import bare_model, parameter_count
 
 POLICY_PREFIX = "policy.model."
 
 
-def export(checkpoint: str, out: str, adapter: bool = False) -> None:
+def export(
+    checkpoint: str,
+    out: str,
+    adapter: bool = False,
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
+) -> None:
     """Write the policy of CHECKPOINT to the folder OUT: safetensors, tokenizer, generation config, model card.
 
     Args:
         checkpoint: a file, or a folder of shards, written by `beta-dpo fit`.
-        out: the folder to create; it appears only when complete.
+        out: the folder to create; it appears only when it is complete and, read again, computes what the policy
+            does.
         adapter: of a run with model.lora, write the adapter alone, for `peft`; else it is merged into the weights.
+        dtype: of the weights. float32 is what was trained, to the bit; auto is the type of the model that training
+            started from.
     """
     if Path(out).exists():
         raise UserError(f"{out} exists already: choose another folder, or remove it first.")
@@ -33,40 +44,121 @@ def export(checkpoint: str, out: str, adapter: bool = False) -> None:
     lora = state.get("lora")
     if adapter and (lora is None or lora["base"] is None):
         raise UserError(f"--adapter: {checkpoint} was not trained with model.lora on a model with a name.")
-    model = policy_model(state, lora, merge=not adapter)
+    base_dtype = state.get("base_dtype") or "float32"
+    written = base_dtype if dtype == "auto" else dtype
+    notes = []
+    if dtype == "float32" and base_dtype != dtype:
+        notes.append(f"training started from {base_dtype}, which --dtype auto writes, in half the space")
     with atomic_folder(out) as folder:
         for name, text in tokenizer_files(state, checkpoint).items():
             (folder / name).write_text(text, encoding="utf-8")
-        if adapter:
-            model.save_pretrained(folder, save_embedding_layers=False)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            settings = json.loads(state.get("generation_config", "{}"))
-            model.generation_config = generation_config(settings, tokenizer)
-            model.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(state, checkpoint), encoding="utf-8")
-    print(f"exported {checkpoint} to {out}")
+        notes += write_chat_template(folder, state)
+        (folder / "README.md").write_text(model_card(state, checkpoint, written), encoding="utf-8")
+        notes += write_model(folder, state, adapter, written)
+    print("; ".join([f"exported {checkpoint} to {out} in {written}", *notes]))
 
 
-def policy_model(state: dict[str, Any], lora: dict[str, Any] | None, merge: bool) -> Any:
-    """The policy of a checkpoint; one with adapters as a `PeftModel`, or with them merged into its weights."""
+def write_model(folder: Path, state: dict[str, Any], adapter: bool, dtype: str) -> list[str]:
+    """Write weights and configuration, read them again, and return what to say of them.
+
+    Raises UserError when what was read does not compute what the policy does.
+    """
+    model = policy_model(state)
+    checked = parameter_count(model) <= LARGEST
+    logps = sequence_logps(model) if checked else None
+    notes = []
+    if state.get("lora") is not None and not adapter:
+        model, untied = merge(model)
+        notes += ["the head is no longer tied to the embeddings, which alone have adapters"] if untied else []
+    weights = [part for name, part in model.named_parameters() if not adapter or "lora_" in name]
+    convert(weights, getattr(torch, dtype))
+    if adapter:
+        model.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        settings = json.loads(state.get("generation_config", "{}"))
+        model.generation_config = generation_config(settings, tokenizer)
+        model.save_pretrained(folder)
+    spell_for_others(folder)
+    if logps is None:
+        return [*notes, f"not read again, for it has more than {LARGEST:.0e} parameters"]
+    if dtype != "float32":
+        convert(weights, torch.float32)
+        rounded = sequence_logps(model)
+        notes.append(described_rounding(logps, rounded))
+        logps = rounded
+    check_equal(logps, sequence_logps(exported_model(folder, state if adapter else None)))
+    return [*notes, "read again, it computes what the policy does"]
+
+
+def exported_model(folder: Path, state: dict[str, Any] | None) -> Any:
+    """Read the model in `folder` as a user would, in float32; an adapter is put on the base of `state`."""
+    if state is None:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    from peft import PeftModel
+
+    weights = {name.replace(".base_layer.", "."): part for name, part in policy_weights(state).items()}
+    base = unfilled_model(state)
+    base.load_state_dict({name: part for name, part in weights.items() if ".lora_" not in name}, assign=True)
+    base.tie_weights()
+    return PeftModel.from_pretrained(base, folder)
+
+
+def unfilled_model(state: dict[str, Any]) -> Any:
     settings = json.loads(state["model_config"])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    weights = policy_weights(state)
-    model = bare_model(config, dtype=torch.float32)
-    if lora is not None:
-        from peft import get_peft_model
+    return bare_model(config, dtype=torch.float32)
 
-        settings = dict(lora)
-        base = settings.pop("base")
-        model = get_peft_model(model, Lora(**settings).peft_config(base))
-        weights = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
-    model.load_state_dict(weights, assign=True)
+
+def policy_model(state: dict[str, Any]) -> Any:
+    """The policy of a checkpoint; one with adapters as a `PeftModel`."""
+    model, weights = unfilled_model(state), policy_weights(state)
+    lora = state.get("lora")
     if lora is None:
+        model.load_state_dict(weights, assign=True)
         model.tie_weights()
         return model
+    from peft import get_peft_model
+
+    settings = dict(lora)
+    base = settings.pop("base")
+    model = get_peft_model(model, Lora(**settings).peft_config(base))
+    model.load_state_dict({f"base_model.model.{name}": part for name, part in weights.items()}, assign=True)
     model.get_base_model().tie_weights()
-    return model.merge_and_unload() if merge else model
+    return model
+
+
+def merge(model: Any) -> tuple[Any, bool]:
+    """The plain model with adapters added to its weights, and whether its head had to be untied for that.
+
+    Adapters on the embeddings do not move a head that shares their weights: merging would.
+    """
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    untied = hasattr(base.get_input_embeddings(), "base_layer") and base.config.tie_word_embeddings
+    if untied:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        base.config.tie_word_embeddings = False
+    return model.merge_and_unload(), untied
+
+
+def convert(weights: list[nn.Parameter], dtype: torch.dtype) -> None:
+    """Change the type of floating-point weights in place. Raises UserError where a value is beyond its range."""
+    for weight in weights:
+        if weight.is_floating_point() and weight.dtype != dtype:
+            weight.data = weight.data.to(dtype)
+            if not weight.data.isfinite().all():
+                raise UserError(f"--dtype {str(dtype).removeprefix('torch.')}: a weight is beyond its range.")
+
+
+def write_chat_template(folder: Path, state: dict[str, Any]) -> list[str]:
+    """After training on plain dialogue, write the chat template that renders it; return what to say of it."""
+    if not any(part["plain_dialogue"] for part in state.values() if "plain_dialogue" in _keys(part)):
+        return []
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    (folder / "chat_template.jinja").write_text(plain_dialogue_template(tokenizer), encoding="utf-8")
+    replaced = " in place of the tokenizer's own" if tokenizer.chat_template else ""
+    return [f"the chat template is that of the plain dialogue that was trained on{replaced}"]
 
 
 def generation_config(settings: dict[str, Any], tokenizer: Any) -> GenerationConfig:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ import pytest
 import torch
 import yaml
 from command_runs import command, write_config
-from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_tiny_model
+from jinja2 import TemplateError
+from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from app.commands.export import export
 from app.errors import UserError
+from app.export_spelling import spell_for_others
+from datamodules.controlled_task import build_tokenizer, preference_pairs
+from datamodules.sources import hh_messages
 
 
 def trained(folder: Path, name: str) -> tuple[Any, Any, str]:
@@ -152,3 +157,103 @@ def test_what_is_no_checkpoint_of_ours_is_named(tiny_llama: str, tmp_path: Path)
     with pytest.raises(UserError, match=r"half\.ckpt is damaged"):
         export(str(tmp_path / "half.ckpt"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+# --- what others read ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained_tiny(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return trained(tmp_path_factory.mktemp("trained"), tiny_llama)[2]
+
+
+def test_files_obey_the_umask_and_are_spelt_for_older_readers(trained_tiny: str, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        export(trained_tiny, str(tmp_path / "out"))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {0o640}, modes
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
+    assert files["config"]["rope_theta"] == files["config"]["rope_parameters"]["rope_theta"] == 10000.0
+    assert files["tokenizer_config"]["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not {"is_local", "_from_model_config", "backend"} & {
+        name for fields in files.values() for name in fields
+    }
+
+
+def test_a_narrower_type_is_written_and_what_it_costs_is_said(
+    trained_tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for dtype in ("bfloat16", "float16"):
+        export(trained_tiny, str(tmp_path / dtype), dtype=dtype)  # type: ignore[arg-type]
+        assert f"in {dtype}; " in (told := capsys.readouterr().out)
+        assert "rounding moves log-probabilities by" in told
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / dtype, dtype="auto")
+        assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+        assert f"weights in {dtype}." in (tmp_path / dtype / "README.md").read_text()
+
+
+def test_auto_is_the_type_of_the_start_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    build_tokenizer().save_pretrained(tmp_path / "m")
+    _, _, checkpoint = trained(tmp_path, str(tmp_path / "m"))
+    export(checkpoint, str(tmp_path / "wide"))
+    assert "started from bfloat16, which --dtype auto writes" in capsys.readouterr().out
+    export(checkpoint, str(tmp_path / "auto"), dtype="auto")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("wide", "auto")]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_the_chat_template_renders_the_dialogue_that_was_trained_on(trained_tiny: str, tmp_path: Path) -> None:
+    export(trained_tiny, str(tmp_path / "out"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = preference_pairs(1, seed=0)[0].prompt
+    assert isinstance(prompt, str)
+    turns = list(hh_messages(prompt))
+    rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert rendered == tokenizer(prompt)["input_ids"]
+    answered = [*turns, {"role": "assistant", "content": "yes ."}]
+    assert tokenizer.apply_chat_template(answered, tokenize=False).endswith(
+        "\n\nAssistant: yes ." + tokenizer.eos_token
+    )
+    with pytest.raises(TemplateError, match="alternation"):
+        tokenizer.apply_chat_template([{"role": "system", "content": "no"}, *turns])
+
+
+def test_an_export_that_computes_something_else_does_not_appear(
+    trained_tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["app.commands.export"]
+
+    def spoilt(folder: Path) -> None:
+        fields = json.loads((folder / "config.json").read_text())
+        fields["rope_parameters"]["rope_theta"] = 500.0
+        (folder / "config.json").write_text(json.dumps(fields))
+
+    monkeypatch.setattr(module, "spell_for_others", spoilt)
+    with pytest.raises(UserError, match="does not compute what the policy does"):
+        export(trained_tiny, str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rope", "kind", "wanted"),
+    [
+        ({"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}, "llama",
+         {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
+        ({"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25}, "gpt_neox",
+         {"rope_theta": 1e4, "rotary_emb_base": 1e4, "rotary_pct": 0.25, "partial_rotary_factor": 0.25}),
+        ({"rope_theta": 1e4, "rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}, "phi3",
+         {"rope_theta": 1e4, "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}),
+        ({"full_attention": {"rope_theta": 1e6, "rope_type": "default"}, "sliding_attention": {"rope_theta": 1e4}},
+         "gemma3_text", {"rope_theta": 1e6, "rope_local_base_freq": 1e4}),
+    ],
+)  # fmt: skip
+def test_rotary_fields_of_older_readers(rope: dict, kind: str, wanted: dict, tmp_path: Path) -> None:
+    fields = {"model_type": kind, "rope_parameters": rope}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    spell_for_others(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == fields | wanted

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer, relative_difference, weights
+from tiny_runs import (
+    Recorder,
+    beta_dpo,
+    controlled,
+    preference,
+    quiet_trainer,
+    relative_difference,
+    save_tiny_model,
+    weights,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.commands.export import export
@@ -142,6 +151,31 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_exports_it(tiny_llama: str, 
     assert AutoTokenizer.from_pretrained(adapter).eos_token == AutoTokenizer.from_pretrained(tiny_llama).eos_token
     sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (adapter, merged)]
     assert sizes[0] < sizes[1]
+
+
+def test_adapters_on_tied_embeddings_are_exported_untied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = save_tiny_model("llama", tmp_path / "m", tie_word_embeddings=True)
+    lora = Lora(r=4, lora_alpha=8.0, target_modules=["embed_tokens", "q_proj"])
+    torch.manual_seed(0)
+    module = preference(name, lora=lora)
+    trainer = quiet_trainer(tmp_path, max_steps=3)
+    trainer.fit(module, controlled(30))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    ids = torch.arange(10, 30)[None]
+    with torch.no_grad(), module.policy.as_loaded():
+        wanted = module.policy.model(input_ids=ids).logits
+        for adapter in (False, True):
+            out = tmp_path / f"adapter-{adapter}"
+            export(str(tmp_path / "run.ckpt"), str(out), adapter=adapter)
+            assert ("the head is no longer tied" in capsys.readouterr().out) is not adapter
+            model = AutoModelForCausalLM.from_pretrained(name if adapter else out, dtype=torch.float32)
+            if adapter:
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, out)
+            torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_supervised_fine_tuning_takes_adapters_too(tiny_llama: str, tmp_path: Path) -> None:
