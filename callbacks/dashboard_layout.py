@@ -141,7 +141,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         Chart(
             "pairs per second",
             ("train/pairs_per_second",),
-            "Pairs of the global batch over the time of the step itself, loading and validation left out.",
+            "Pairs of the global batch over the time since the last step, with loading and callbacks.",
             "Falls and stays down: another program on the machine, thermal limits, or longer pairs (see tokens).",
         ),
         Chart(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import cuda_ranks
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from cuda_runs import Window, cuda_stand_in, cuda_trainer
 from cuda_stand_in import counted
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from rank_runs import run_ranks
 from tiny_runs import (
     Recorder,
     beta_dpo,
@@ -263,3 +265,14 @@ def test_rounding_selects_nobody(tiny_llama: str, tmp_path: Path) -> None:
         assert float(trainer.callback_metrics["gap/too_close"]) == (precision == "bf16-mixed")
     assert recorder.decisions[0].log_weights.unique().tolist() == [0.0]
     assert len(recorder.decisions[1].log_weights.unique()) > 1
+
+
+def test_two_ranks_are_one_process_on_the_cpu(tiny_llama: str, spoilt: str, tmp_path: Path) -> None:
+    """DDP: the exchanges, the cache under Lightning's default device, and a step whose gradients are taken back."""
+    run_ranks(Path(cuda_ranks.__file__), str(tmp_path), tiny_llama, spoilt, logs=tmp_path)
+    for name, (hooks, settings) in cuda_ranks.RUNS.items():
+        module = preference(spoilt if settings.get("spoilt") else tiny_llama)
+        run(quiet_trainer, tmp_path, module, hooks(), **cuda_ranks.DATA)
+        found = torch.load(tmp_path / f"{name}.pt")
+        ours, theirs = ({n: t for n, t in w.items() if "embed_tokens" not in n} for w in (weights(module), found))
+        assert relative_difference(ours, theirs) < 1e-5, name

@@ -152,8 +152,9 @@ class CudaTensor(Tensor):
             made = torch.mm(*(factor.inner.to(args[2]) for factor in args[:2]))
         else:
             made = func(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
-        if func is aten.copy_.default and not isinstance(args[0], CudaTensor):
-            return args[0]
+        written = kwargs["out"] if func is aten.mul.out else args[0] if func is aten.copy_.default else None
+        if written is not None and not isinstance(written, CudaTensor):
+            return written
         return return_and_correct_aliasing(func, args, kwargs, tree_map(_wrap, made))
 
 
@@ -172,6 +173,8 @@ def refuse_mixed_devices(func: Any, args: Any, kwargs: Any) -> None:
     if not host or len(host) == len(tensors):
         return
     name = str(func)
+    if func is aten.mul.out and len(host) == 1 and host[0] is kwargs["out"]:
+        return  # DDP's buckets, which C++ allocates where it takes the device to be
     if func in COPIES:
         if func is aten.copy_.default and not isinstance(args[0], CudaTensor):
             note("to host", "copy_")

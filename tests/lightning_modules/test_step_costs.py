@@ -1,0 +1,53 @@
+"""What a step leaves undone, and which time its speed is measured in."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from tiny_runs import controlled, preference, quiet_trainer
+from torch.nn.utils import clip_grad_norm_
+
+from lightning_modules.logged_training import LoggedTraining
+from lightning_modules.sharding import clip_gradients
+
+
+@pytest.mark.parametrize("limit", [100.0, 13.0, 5.0, 0.1, float("inf")])
+def test_clipping_multiplies_only_where_it_clips(limit: float) -> None:
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))] for _ in range(2))
+    for parameters in (ours, theirs):
+        for parameter, gradient in zip(parameters, ([3.0, 4.0], [12.0]), strict=True):
+            parameter.grad = torch.tensor(gradient)  # norms 5 and 12: 13 together
+    before = [parameter.grad._version for parameter in ours]
+    assert clip_gradients(ours, limit) == pytest.approx(13.0)
+    clip_grad_norm_(theirs, limit)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
+    touched = [parameter.grad._version > version for parameter, version in zip(ours, before, strict=True)]
+    assert touched == [limit <= 13.0] * 2
+
+
+def test_pairs_per_second_counts_what_lies_between_steps(tiny_llama: str, tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Slow(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: object) -> None:
+            seen.append(float(trainer.callback_metrics["train/pairs_per_second"]))
+            time.sleep(0.5)
+
+    quiet_trainer(tmp_path, [Slow()], max_steps=2).fit(preference(tiny_llama), controlled(20))
+    assert seen[1] < 10 / 0.5
+
+
+def test_validation_is_not_time_of_a_step() -> None:
+    training = LoggedTraining()
+    training.on_train_start()
+    training.on_validation_start()
+    time.sleep(0.2)
+    training.on_validation_end()
+    assert training.step_seconds() < 0.2
+    time.sleep(0.1)
+    assert training.step_seconds() >= 0.1
