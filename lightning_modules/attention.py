@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,14 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from app.method.batch import PackedRows, PairRun
+from lightning_modules import varlen
 from lightning_modules.flex import BLOCK, FLEX, LEAST
 from lightning_modules.pair_runs import PairRuns
 from lightning_modules.pairwise_attention import PAIRWISE
+from lightning_modules.varlen import VARLEN
 
-OURS = (FLEX, PAIRWISE)  # the implementations that take the runs of one row
-# What `attention: auto` tries on CUDA, the fastest first. Flex and pairwise have run there only as simulated: the
-# first run on a GPU decides the order.
-CUDA_ORDER = (FLEX, PAIRWISE)
+log = logging.getLogger(__name__)
+
+OURS = (VARLEN, FLEX, PAIRWISE)  # the implementations that take the runs of one row
+# What `attention: auto` tries on CUDA, the fastest first. None has run on a GPU yet: the first run there decides
+# the order.
+CUDA_ORDER = (VARLEN, FLEX, PAIRWISE)
 
 
 def dense_mask(rows: PackedRows, window: int | None = None) -> Tensor:
@@ -47,7 +52,11 @@ def attentions(model: Any, device: torch.device, dtype: torch.dtype) -> list[str
     """Those of our own that this model may take on this device, in the order in which they are wanted."""
     if not model._supports_attention_backend:
         return []
-    return list(CUDA_ORDER) if device.type == "cuda" else [PAIRWISE]
+    if device.type != "cuda":
+        return [PAIRWISE]
+    if lack := varlen.lacking(model.config, dtype):
+        log.info("attention %s is not tried: %s", VARLEN, lack)
+    return [name for name in CUDA_ORDER if name != VARLEN or lack is None]
 
 
 def model_inputs(rows: PackedRows, config: Any) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from lightning_modules.weight_reading import read_weights, weight_files
 
 log = logging.getLogger(__name__)
 
-Attention = Literal["auto", "flex", "pairwise", "sdpa", "eager"]
+Attention = Literal["auto", "varlen", "flex", "pairwise", "sdpa", "eager"]
 CompileLayers = bool | Literal["auto"]
 
 
@@ -49,9 +49,9 @@ class LanguageModelTraining(LoggedTraining):
         max_grad_norm: gradients are clipped to this norm over all ranks; none turns clipping off.
         layout: `packed` rows hold the prompt once; `separate` rows are plain padded ones. `auto` packs unless
             a check on the first batch shows that this model's log-probabilities do not survive it.
-        attention: `auto` takes the fastest that passes a check at the start: on CUDA `flex` (compiled
-            FlexAttention), then `pairwise` (see `pairwise_attention`), which is the first on CPU, then what
-            transformers takes for the model (`sdpa`, or `eager` for a family that has no other).
+        attention: `auto` takes the fastest that passes a check at the start: on CUDA `varlen` (FlashAttention, in
+            16 bits), `flex` (compiled FlexAttention), then `pairwise` (see `pairwise_attention`), the first on CPU,
+            then what transformers takes for the model: `sdpa`, or `eager` for a family that has no other.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         compile_layers: fuse what the layers do between their matrix products by `torch.compile`, which takes some
             of the time and memory of a step away and costs the start of the run up to a minute. `auto` does so on

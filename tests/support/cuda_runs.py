@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_runs import quiet_trainer
 from torch import Tensor
 from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
+from varlen_reference import varlen_reference
 
 from lightning_modules import base, pretrained
 from lightning_modules.flex import packed_flex
@@ -65,6 +66,7 @@ def compile_in_name(module: torch.nn.Module, **_: Any) -> None:
 COMPILED = {
     "lightning_modules.flex.compiled_flex": packed_flex,
     "lightning_modules.flex.flex_attention": plain_flex,
+    "lightning_modules.varlen.varlen_attn": varlen_reference,
     "torch.nn.Module.compile": compile_in_name,
 }
 

@@ -1,0 +1,107 @@
+"""FlashAttention over the pieces of one row: no mask and no compiler, for bfloat16 and float16 on CUDA.
+
+A piece is the prompt with its first response, or another response; its keys are itself, after its prompt where it
+has none of its own. `torch.nn.attention.varlen` aligns causal order at the ends, so the keys before are all seen.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from app.method.batch import on_device
+from lightning_modules.pair_runs import PairRuns, one_dtype, register
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.9
+    varlen_attn = None  # type: ignore[assignment]
+
+VARLEN = "varlen"  # the name under which transformers knows it
+DTYPES = (torch.bfloat16, torch.float16)
+WIDEST_HEAD = 256  # and a multiple of 8: what FlashAttention's kernels take
+
+
+class Pieces(NamedTuple):
+    """The pieces of a row: keys are gathered by `keys` [K] int64; pieces begin at offsets [pieces + 1] int32."""
+
+    keys: Tensor
+    query_offsets: Tensor
+    key_offsets: Tensor
+    longest_query: int  # as a number: a tensor would make the host wait, or recompile
+    longest_key: int
+
+    @classmethod
+    def of(cls, runs: PairRuns, device: torch.device) -> Pieces:
+        keys: list[np.ndarray] = []
+        queries: list[int] = []
+        start = 0
+        for prompt, (first, *others) in runs.runs:
+            shared = np.arange(start, start + prompt)
+            keys.append(np.arange(start, start + prompt + first))
+            queries.append(prompt + first)
+            start += prompt + first
+            for other in others:
+                keys.append(np.concatenate([shared, np.arange(start, start + other)]))
+                queries.append(other)
+                start += other
+        seen = [len(each) for each in keys]
+        offsets = (np.cumsum([0, *lengths], dtype=np.int32) for lengths in (queries, seen))
+        tensors = (on_device(torch.from_numpy(each), device) for each in (np.concatenate(keys), *offsets))
+        return cls(*tensors, max(queries), max(seen))  # type: ignore[call-arg, arg-type]
+
+
+def lacking(config: Any, dtype: torch.dtype) -> str | None:
+    """Why this attention is not for such a model in this type, as its description tells; None if it may be."""
+    if (
+        varlen_attn is None
+        or not {"window_size", "enable_gqa", "scale"} <= signature(varlen_attn).parameters.keys()
+    ):
+        return f"torch {torch.__version__} does not offer it"
+    if dtype not in DTYPES:
+        return f"it does not compute in {dtype}"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "it has no softcap"
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return None if width % 8 == 0 and width <= WIDEST_HEAD else f"it has no heads of {width}"
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    runs: PairRuns,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """See `pair_runs.Attend`."""
+    if softcap is not None:
+        raise ValueError(f"attention {VARLEN} has no softcap")
+    pieces: Pieces = runs.made(VARLEN, lambda: Pieces.of(runs, query.device))
+    # [T, heads, d]
+    q, k, v = (states[0].transpose(0, 1) for states in one_dtype(query, key, value))
+    if q.dtype not in DTYPES:
+        raise ValueError(f"attention {VARLEN} does not compute in {q.dtype}")
+    out = varlen_attn(
+        q,
+        k.index_select(0, pieces.keys),
+        v.index_select(0, pieces.keys),
+        pieces.query_offsets,
+        pieces.key_offsets,
+        pieces.longest_query,
+        pieces.longest_key,
+        scale=scale,
+        # keys before the query, then after: a window of W tokens holds the query itself
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out.transpose(0, 1)[None]
+
+
+register(VARLEN, attend)
