@@ -21,6 +21,8 @@ from app.judges.verdicts import VerdictFile, verdict_key
 
 PLACES = {"prompt", "first", "second"}
 SCORES = {"first": 1.0, "tie": 0.5, "second": 0.0, None: 0.5}  # of the answer that is shown first
+NO_KEY = "none"
+REFUSALS = (400, 413, 422)  # of this question, whenever it is asked: too long, or a content filter
 _VERDICT = re.compile(r"verdict\W*\b(A|B|tie)\b", re.IGNORECASE)
 _ALONE = re.compile(r"\W*(A|B|tie)\W*", re.IGNORECASE)
 
@@ -38,6 +40,8 @@ class Endpoint:
         retries: attempts after the first where the server is unreachable, busy or failing; the pause between
             them doubles from half a second up to eight, or is what the server asks for.
         timeout: seconds to wait for a reply.
+        api_key_env: environment variable with the key; null is OPENAI_API_KEY for OpenAI's own url, and no key for
+            another.
     """
 
     url: str | None = None
@@ -47,6 +51,7 @@ class Endpoint:
     parallel: int = 8
     retries: int = 6
     timeout: float = 120.0
+    api_key_env: str | None = None
 
     def __post_init__(self) -> None:
         if min(self.max_tokens, self.parallel) < 1 or self.retries < 0 or self.timeout <= 0:
@@ -71,8 +76,9 @@ class EndpointJudge:
         self.settings = settings
         self.verdicts = verdicts
         self.template = read_instructions(settings.instructions)
-        self.api_key = api_key(settings.url)
+        self.api_key = api_key(settings)
         self._seen: list[tuple[str | None, str | None]] = []
+        self._refused: dict[str, str] = {}  # of this run: key of the question → the server's reason
 
     def scores(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> np.ndarray:
         """[n], after asking what the verdict file does not hold. Raises UserError when the server fails."""
@@ -81,9 +87,17 @@ class EndpointJudge:
         scores = np.full(len(asked), 0.5)
         for index, pair in enumerate(asked):
             if pair:
-                forth, back = (self.verdicts[question.key]["verdict"] for question in pair)
+                forth, back = (
+                    None if question.key in self._refused else self.verdicts[question.key]["verdict"]
+                    for question in pair
+                )
                 self._seen.append((forth, back))
                 scores[index] = (SCORES[forth] + 1.0 - SCORES[back]) / 2
+        if self._seen and all(verdict is None for pair in self._seen for verdict in pair):
+            raise UserError(
+                f"No reply of {self.model} held a verdict, of {2 * len(self._seen)} questions: nothing to compare."
+                + "".join(f" The endpoint refused: {reason}." for reason in sorted(set(self._refused.values()))[:1])
+            )
         return scores
 
     def describe(self, answers: Sequence[Answer]) -> dict[str, float]:
@@ -101,6 +115,7 @@ class EndpointJudge:
             f"{self.model} saw {n} pairs of different answers in both orders: the order changed the verdict on "
             f"{changed}; the answer shown first won {first:.3f} of all.",
             f"{unread} of {2 * n} replies hold no verdict and count as ties.",
+            *(f"The endpoint refused one of them: {reason}." for reason in sorted(set(self._refused.values()))),
         ]
 
     # --- asking ---------------------------------------------------------------------------------------------
@@ -114,7 +129,10 @@ class EndpointJudge:
 
     def _question(self, prompt: str, first: str, second: str) -> Question:
         text = self.template.substitute(prompt=prompt, first=first, second=second)
-        return Question(verdict_key(self.model, self.settings.temperature, self.settings.max_tokens, text), text)
+        return Question(
+            verdict_key(self.settings.url, self.model, self.settings.temperature, self.settings.max_tokens, text),
+            text,
+        )
 
     def _ask(self, questions: Sequence[Question]) -> None:
         new = {question.key: question for question in questions if question.key not in self.verdicts}
@@ -129,7 +147,13 @@ class EndpointJudge:
         )
 
         def ask(question: Question) -> None:
-            reply = self._reply(client, question.text)
+            try:
+                reply = self._reply(client, question.text)
+            except openai.APIStatusError as error:
+                if error.status_code not in REFUSALS:
+                    raise
+                self._refused[question.key] = self._reason(error)  # asked again by the next run
+                return
             self.verdicts.add(question.key, model=self.model, verdict=parse_verdict(reply), reply=reply)
 
         with ThreadPoolExecutor(self.settings.parallel) as pool, Progress(transient=True) as progress:
@@ -155,10 +179,12 @@ class EndpointJudge:
         )
         return answer.choices[0].message.content or ""
 
-    def _failure(self, error: Exception) -> UserError:
+    def _reason(self, error: Exception) -> str:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if os.environ.get("OPENAI_API_KEY"):
-            reason = reason.replace(self.api_key, "…")
+        return (reason if self.api_key == NO_KEY else reason.replace(self.api_key, "…")).rstrip(".")
+
+    def _failure(self, error: Exception) -> UserError:
+        reason = self._reason(error)
         where, kept = self.settings.url or "The endpoint", len(self.verdicts)
         return UserError(
             f"{where} gave no reply ({reason.rstrip('.')}): {self.verdicts.path} keeps {kept} verdicts, and "
@@ -185,14 +211,15 @@ def read_instructions(path: str) -> Template:
     return template
 
 
-def api_key(url: str | None) -> str:
-    """The key in OPENAI_API_KEY, which is never written; a server of one's own may need none."""
-    key = os.environ.get("OPENAI_API_KEY")
-    if not key and url is None:
-        raise UserError(
-            "Set the environment variable OPENAI_API_KEY, or --endpoint.url to a server that needs no key."
-        )
-    return key or "none"
+def api_key(settings: Endpoint) -> str:
+    """The key in `api_key_env`, which is never written. OpenAI's own never leaves for another server unasked."""
+    name = settings.api_key_env or ("OPENAI_API_KEY" if settings.url is None else None)
+    if name is None:
+        return NO_KEY
+    key = os.environ.get(name)
+    if not key:
+        raise UserError(f"Set the environment variable {name}, or --endpoint.url to a server that needs no key.")
+    return key
 
 
 def import_openai() -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from rich.progress import track
 
+from app.errors import UserError
 from app.intervals import win_scores
 from app.judges import Answer
 from app.judges.verdicts import VerdictFile, verdict_key
@@ -22,7 +23,13 @@ class TrueReward:
 
     def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
         """[n], 0 to 4.5. Raises UserError for prompts of anything but the controlled task."""
-        return np.array([true_reward(str(row["prompt"]), row["response"]) for row in answers])
+        try:
+            return np.array([true_reward(str(row["prompt"]), row["response"]) for row in answers])
+        except UserError as error:
+            raise UserError(
+                "These prompts are not of the controlled task, whose true reward is the default judge: name another "
+                "by --by reward_model --model FOLDER, or --by endpoint --model NAME."
+            ) from error
 
     def describe(self, answers: Sequence[Answer]) -> dict[str, float]:
         malformed = [not is_well_formed(str(row["prompt"]), row["response"]) for row in answers]

@@ -77,16 +77,24 @@ def test_a_failing_server_is_asked_again_and_a_refusing_one_is_not(
     relay, path = Relay(server), tmp_path / "verdicts.jsonl"
     with relay.running() as url, VerdictFile.opened(str(path)) as verdicts:
         relay.fail_next = 2
-        patient = EndpointJudge(str(model), settings(model, url, retries=2, parallel=1), verdicts)
+        patient = EndpointJudge(
+            str(model), settings(model, url, retries=2, parallel=1, api_key_env="OPENAI_API_KEY"), verdicts
+        )
         assert patient.scores(OURS[1:2], THEIRS[1:2]) == WANTED[1:2]
         assert relay.keys == {f"Bearer {KEY}"}
         relay.status = 503
-        hasty = EndpointJudge(str(model), settings(model, url, retries=1, parallel=1), verdicts)
+        hasty = EndpointJudge(
+            str(model), settings(model, url, retries=1, parallel=1, api_key_env="OPENAI_API_KEY"), verdicts
+        )
         with pytest.raises(UserError, match=r"verdicts\.jsonl keeps 2 verdicts"):
             hasty.scores(OURS[:8], THEIRS[:8])
         relay.status = 401
         with pytest.raises(UserError, match="gave no reply") as refusal:
             patient.scores(OURS[:8], THEIRS[:8])
+        relay.status = 400
+        with pytest.raises(UserError, match=r"No reply of .* held a verdict, of 2 questions.* refused: .*not now"):
+            EndpointJudge(str(model), settings(model, url), verdicts).scores(OURS[7:8], THEIRS[7:8])
+        assert "Bearer none" in relay.keys  # the user's key goes to no other server unasked
         relay.status = None
         patient.scores(OURS[:8], THEIRS[:8])
     assert len(relay.asked) == len(set(relay.asked))
@@ -102,7 +110,12 @@ def test_a_killed_judge_asks_nothing_twice(model: Path, server: str, tmp_path: P
     with relay.running() as url:
         line = ["judge", "ours.jsonl", "theirs.jsonl", "--by", "endpoint", "--model", str(model)]
         line += [f"--endpoint.url={url}", f"--endpoint.instructions={model / 'instructions.txt'}"]
-        line += ["--endpoint.max_tokens=8", "--endpoint.parallel=1", "--verdicts=kept/verdicts.jsonl"]
+        line += [
+            "--endpoint.max_tokens=8",
+            "--endpoint.parallel=1",
+            "--endpoint.api_key_env=OPENAI_API_KEY",
+            "--verdicts=kept/verdicts.jsonl",
+        ]
         relay.hold_from = 7
         places = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
         variables = {**os.environ, "PYTHONPATH": places, "OPENAI_API_KEY": KEY}
