@@ -27,8 +27,8 @@ class TrueReward:
             return np.array([true_reward(str(row["prompt"]), row["response"]) for row in answers])
         except UserError as error:
             raise UserError(
-                "These prompts are not of the controlled task, whose true reward is the default judge: name another "
-                "by --by reward_model --model FOLDER, or --by endpoint --model NAME."
+                "These prompts are not of the controlled task, whose true reward is the default judge: name "
+                "another by --by reward_model --model FOLDER, or --by endpoint --model NAME."
             ) from error
 
     def describe(self, answers: Sequence[Answer]) -> dict[str, float]:
