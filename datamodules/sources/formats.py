@@ -105,6 +105,8 @@ def _format_of(row: Row, reading: RowReading) -> Format:
     if reading.format == "auto":
         refuse_unusable(row)
     formats = tuple(one for one in FORMATS if reading.format in ("auto", one.name))
+    if not missing(row.get("rejected")):  # a pair, be it a damaged one, is no demonstration
+        formats = tuple(one for one in formats if one.is_pair)
     for one in formats:
         if not one.lacking(row) and (reading.format != "auto" or one.when(row)):
             return one

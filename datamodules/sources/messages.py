@@ -28,7 +28,9 @@ ROLES = {
     "function": "tool",
     "ipython": "tool",
 }
-_MESSAGES_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*(['"])(role|content|from|value)\1\s*:""")
+_AN_OBJECT = re.compile(r"""\s*\[?\s*\{\s*['"]""")
+_A_KEY = re.compile(r"""(['"])(role|content|from|value)\1\s*:""")
+_QUOTED = re.compile(r"""['"](\w+)['"]""")
 
 
 def spoken(value: object, name: str) -> str | tuple[Message, ...]:
@@ -96,18 +98,24 @@ def _calls(content: str, name: str) -> list[dict[str, Any]]:
 def _looks_like_messages(value: str, name: str) -> bool:
     """Whether text is messages in JSON, or as Python prints them (a list in a cell that pandas wrote).
 
-    Raises BadRow where it begins like such and can be read as neither: it would train as raw text.
+    Raises BadRow where it has a message's key and names a role, and yet is none: it would train as raw text. Other
+    JSON is text, as the answer of a model may be.
     """
-    begins = _MESSAGES_AS_TEXT.match(value)
-    if begins is None:
+    if _AN_OBJECT.match(value) is None or not _A_KEY.search(value):
         return False
     try:
         found = decoded(value)
-    except ValueError as error:
-        a_pair = all(f"{begins[1]}{key}{begins[1]}" in value for key in ("role", "content"))
-        if value.lstrip().startswith("{") and not a_pair:  # a response may be an object in broken JSON
-            return False
-        raise BadRow("messages that cannot be read", f"{name} begins like JSON messages, and is none") from error
+    except ValueError:
+        found = None
     items = found if isinstance(found, list) else [found]
     keys = {"role", "content"}, {"from", "value"}, {"role", "tool_calls"}
-    return all(isinstance(item, Mapping) and any(pair <= item.keys() for pair in keys) for item in items)
+    if all(isinstance(item, Mapping) and any(pair <= item.keys() for pair in keys) for item in items):
+        return True
+    texts = (
+        _QUOTED.findall(value)
+        if found is None
+        else [v for i in items if isinstance(i, Mapping) for v in i.values()]
+    )
+    if any(isinstance(said, str) and said.lower() in ROLES for said in texts):
+        raise BadRow("messages that cannot be read", f"{name} looks like messages in JSON, and is none")
+    return False

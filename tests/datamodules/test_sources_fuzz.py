@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import gzip
+import io
 import json
 import random
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from app.errors import UserError
 from datamodules.records import PreferencePair
-from datamodules.sources import read_pairs
+from datamodules.sources import RowReading, read_pairs
+from datamodules.sources.formats import read_row
 
 _ALPHABET = ["hello", "ü", "日本", "\\", '"', "\n\nHuman: x", "\n\nAssistant: y", "{", "</s>", " ", "\u2028", "🙂"]
 
@@ -101,6 +107,108 @@ def _assert_exact(pair: PreferencePair, row: dict[str, object]) -> None:
     else:
         assert list(pair.prompt) == row["prompt"]
         assert [pair.chosen, pair.rejected] == [row[side][0]["content"] for side in ("chosen", "rejected")]  # type: ignore[index]
+
+
+FORMS = ("text", "messages", "one message", "parts", "sharegpt", "alpaca", "question", "hh", "json text")
+
+
+def _other_row(rng: random.Random, form: str) -> dict[str, object]:
+    """Return a row in one of the everyday formats; a text says which side it belongs to."""
+
+    def said(who: str, text: str) -> dict[str, object]:
+        return {"role": who, "content": text}
+
+    asked, good, bad = (f"{side}\u00b7" + " ".join(rng.choices(_ALPHABET[:5], k=3)) for side in "pcr")
+    sides: dict[str, object] = {"chosen": said("assistant", good), "rejected": said("assistant", bad)}
+    rows: dict[str, dict[str, object]] = {
+        "text": {"prompt": asked, "chosen": good, "rejected": bad},
+        "messages": {"messages": [said("user", asked)], **sides},
+        "one message": {"prompt": asked, **sides},
+        "parts": {"prompt": [said("user", [{"type": "text", "text": asked}])], "chosen": good, "rejected": bad},  # type: ignore[arg-type]
+        "sharegpt": {
+            "conversations": [{"from": "human", "value": asked}],
+            "chosen": {"from": "gpt", "value": good},
+            "rejected": {"from": "gpt", "value": bad},
+        },
+        "alpaca": {"instruction": asked, "input": "", "chosen": good, "rejected": bad},
+        "question": {"question": asked, "chosen": good, "rejected": bad},
+        "hh": {
+            side: f"\n\nHuman: {asked}\n\nAssistant: {text}" for side, text in (("chosen", good), ("rejected", bad))
+        },
+        "json text": {
+            "prompt": json.dumps([said("user", asked)]),
+            "chosen": json.dumps([said("assistant", good)]),
+            "rejected": json.dumps(said("assistant", bad)),
+        },
+    }
+    return rows[form] | {"pair_id": f"id{rng.getrandbits(64):x}"}
+
+
+def _written(rng: random.Random, rows: list[dict[str, object]], kind: str) -> list[bytes]:
+    """Return the pieces of a file, one a row (in a .csv file the first are the names of the columns)."""
+    if kind != "csv":
+        lines = [json.dumps(row, ensure_ascii=rng.random() < 0.5).encode() for row in rows]
+        if kind == "json":
+            lines = [
+                b"[" * (n == 0) + line + (b"]" if n == len(lines) - 1 else b",") for n, line in enumerate(lines)
+            ]
+        return lines
+    pieces = []
+    for cells in [list(rows[0]), *(list(row.values()) for row in rows)]:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerow(cell if isinstance(cell, str) else json.dumps(cell) for cell in cells)
+        pieces.append(text.getvalue().removesuffix("\r\n").encode())
+    return pieces
+
+
+def _fuzz_formats(folder: Path, files: int, seed: int) -> Counter[str]:
+    """Read `files` files of one damaged row each; the counts by what came of the damaged row."""
+    rng = random.Random(seed)
+    came_of: Counter[str] = Counter()
+    for number in range(files):
+        form, kind = FORMS[number % len(FORMS)], ("jsonl", "json", "csv")[number % 3]
+        rows = [_other_row(rng, form) for _ in range(rng.randint(1, 5))]
+        whole = {str(row["pair_id"]): read_row(row, "", RowReading(need_rejected=True))[0] for row in rows}
+        pieces = _written(rng, rows, kind)
+        hit = rng.randrange(len(rows))
+        place = hit + (kind == "csv")
+        pieces[place] = _damage(rng, pieces[place])
+        path = folder / f"fuzz.{kind}"
+        path.write_bytes(b"\n".join(pieces))
+        with contextlib.suppress(UserError):
+            list(read_pairs(str(path), need_rejected=True))
+        try:
+            reader = read_pairs(str(path), need_rejected=True, on_bad_row="skip")
+            found = {pair.pair_id: pair for pair in reader}
+        except UserError:
+            came_of["file refused"] += 1
+            continue
+        intact = [pair_id for pair_id in whole if pair_id != rows[hit]["pair_id"]]
+        for pair_id in intact:
+            assert found.pop(pair_id) == whole[pair_id]
+        if not found:
+            assert reader.report.skipped or not pieces[place].strip(b"[], "), pieces  # counted, and not just gone
+            came_of["row refused"] += 1
+        for pair in found.values():
+            prompt = pair.prompt if isinstance(pair.prompt, str) else "".join(turn.content for turn in pair.prompt)
+            texts = {"p": prompt, "c": pair.chosen, "r": str(pair.rejected)}
+            for side, text in texts.items():  # a letter may have changed, but no text has come to another side
+                assert not any(f"{other}\u00b7" in text for other in "pcr".replace(side, "")), (pieces, pair)
+                # JSON of a message, as long as it still says who speaks and what, is never taken for a text
+                assert not re.match(r'\[?\{"role": "(user|assistant)", "content": ', text), (pieces, pair)
+            came_of["row read"] += 1
+    return came_of
+
+
+def test_damaged_rows_of_everyday_formats_are_read_or_refused(tmp_path: Path) -> None:
+    came_of = _fuzz_formats(tmp_path, files=1_500, seed=2)
+    assert min(came_of[what] for what in ("file refused", "row refused", "row read")) > 100
+
+
+@pytest.mark.slow
+def test_ten_thousand_damaged_files_of_everyday_formats(tmp_path: Path) -> None:
+    came_of = _fuzz_formats(tmp_path, files=10_000, seed=3)
+    assert min(came_of[what] for what in ("file refused", "row refused", "row read")) > 1_000
 
 
 def test_damaged_files_never_break_the_reader(tmp_path: Path) -> None:
