@@ -208,7 +208,7 @@ def test_damaged_rows_of_everyday_formats_are_read_or_refused(tmp_path: Path) ->
 @pytest.mark.slow
 def test_ten_thousand_damaged_files_of_everyday_formats(tmp_path: Path) -> None:
     came_of = _fuzz_formats(tmp_path, files=10_000, seed=3)
-    assert min(came_of[what] for what in ("file refused", "row refused", "row read")) > 1_000
+    assert min(came_of[what] for what in ("file refused", "row refused", "row read")) > 500
 
 
 def test_damaged_files_never_break_the_reader(tmp_path: Path) -> None:
