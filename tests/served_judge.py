@@ -51,7 +51,8 @@ def score(ours: str, theirs: str) -> float:
     """The score of a pair of words that both orders should come to."""
     if ours == theirs:
         return 0.5
-    return (SCORES[verdict(ours, theirs)] + 1.0 - SCORES[verdict(theirs, ours)]) / 2
+    forth, back = verdict(ours, theirs), verdict(theirs, ours)
+    return float("nan") if forth is None or back is None else (SCORES[forth] + 1.0 - SCORES[back]) / 2
 
 
 def train_judge(folder: Path) -> None:
@@ -68,6 +69,7 @@ def train_judge(folder: Path) -> None:
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
+        head_dim=32,  # the least that vLLM has kernels for
         max_position_embeddings=64,
         pad_token_id=0,
         bos_token_id=1,
@@ -126,7 +128,7 @@ def _answers(url: str) -> bool:
 class Relay:
     """Passes questions on to `server`, keeps them in `asked`, and does to them what a test tells it to.
 
-    fail_next: so many questions get a 503 instead of a reply; status: every question gets it; hold_from: from
+    fail_next: so many questions get `failure` instead of a reply; status: every question gets it; hold_from: from
     this number of questions on they get no reply until `released`, and `holding` is set.
     """
 
@@ -135,6 +137,7 @@ class Relay:
         self.asked: list[str] = []
         self.keys: set[str] = set()
         self.fail_next = 0
+        self.failure = 503
         self.status: int | None = None
         self.hold_from: int | None = None
         self.holding, self.released = threading.Event(), threading.Event()
@@ -170,7 +173,7 @@ class Relay:
             return
         if self.status or self.fail_next:
             self.fail_next = max(self.fail_next - 1, 0)
-            reply, status = json.dumps({"error": {"message": "not now"}}).encode(), self.status or 503
+            reply, status = json.dumps({"error": {"message": "not now"}}).encode(), self.status or self.failure
         else:
             self.asked.append(json.loads(body)["messages"][0]["content"])
             onward: Any = urllib.request.Request(

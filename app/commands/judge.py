@@ -97,12 +97,14 @@ def table_row(
     """Column → text for one model at one temperature."""
     scores = judge.scores(rows, rivals)
     at = {} if temperature is None else {"temperature": f"{temperature:g}"}
-    won, lost = int((scores > 0.5).sum()), int((scores < 0.5).sum())
+    won, tied, lost = (int(where.sum()) for where in (scores > 0.5, scores == 0.5, scores < 0.5))
+    unjudged = int(np.isnan(scores).sum())
     return {
         "answers": name,
         **at,
-        "win rate": str(mean_by_prompt(rows, scores)),
-        "won/tied/lost": f"{won}/{len(scores) - won - lost}/{lost}",
+        "win rate": str(mean_by_prompt(rows, scores)) if unjudged < len(scores) else "no verdict",
+        "won/tied/lost": f"{won}/{tied}/{lost}",
+        **({"no verdict": str(unjudged)} if unjudged else {}),
         **described(rows, judge),
     }
 
@@ -116,10 +118,11 @@ def described(rows: list[Answer], judge: Judge) -> dict[str, str]:
 
 
 def mean_by_prompt(rows: Sequence[Answer], scores: np.ndarray) -> Estimate:
-    """The mean score; prompts are resampled, each with all of its answers."""
+    """The mean of the scores that are not NaN; prompts are resampled, each with all of its answers."""
     prompts: dict[str, list[float]] = {}
     for row, score in zip(rows, scores, strict=True):
-        prompts.setdefault(row["prompt_id"], []).append(score)
+        if not np.isnan(score):
+            prompts.setdefault(row["prompt_id"], []).append(score)
     return bootstrap_mean(np.array([np.mean(of_prompt) for of_prompt in prompts.values()]))
 
 

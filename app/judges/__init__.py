@@ -14,7 +14,7 @@ class Judge(Protocol):
     """Compares answers to the same prompts."""
 
     def scores(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> np.ndarray:
-        """[n]: 1 where our answer is better, 0 where theirs is, ½ for a tie, or a mean of several verdicts."""
+        """[n]: 1 where our answer is better, 0 where theirs is, ½ for a tie, or their mean; NaN without verdict."""
         ...
 
     def describe(self, answers: Sequence[Answer]) -> dict[str, float]:

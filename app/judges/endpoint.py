@@ -20,8 +20,9 @@ from app.judges.answers import dialogue_text
 from app.judges.verdicts import VerdictFile, verdict_key
 
 PLACES = {"prompt", "first", "second"}
-SCORES = {"first": 1.0, "tie": 0.5, "second": 0.0, None: 0.5}  # of the answer that is shown first
+SCORES = {"first": 1.0, "tie": 0.5, "second": 0.0}  # of the answer that is shown first
 NO_KEY = "none"
+NAMED = 3  # refused pairs and reasons that are printed
 REFUSALS = (400, 413, 422)  # of this question, whenever it is asked: too long, or a content filter
 _VERDICT = re.compile(r"verdict\W*\b(A|B|tie)\b", re.IGNORECASE)
 _ALONE = re.compile(r"\W*(A|B|tie)\W*", re.IGNORECASE)
@@ -68,7 +69,7 @@ class Question(NamedTuple):
 class EndpointJudge:
     """Shows every pair in both orders; its score is the mean of the two verdicts.
 
-    A reply without a readable verdict counts as a tie and is told of. Equal answers are a tie, unasked.
+    A pair with a verdict in one order or none has no score (NaN), and is counted. Equal answers are a tie, unasked.
     """
 
     def __init__(self, model: str, settings: Endpoint, verdicts: VerdictFile):
@@ -77,8 +78,9 @@ class EndpointJudge:
         self.verdicts = verdicts
         self.template = read_instructions(settings.instructions)
         self.api_key = api_key(settings)
-        self._seen: list[tuple[str | None, str | None]] = []
+        self._seen: list[list[str | None]] = []
         self._refused: dict[str, str] = {}  # of this run: key of the question → the server's reason
+        self._refused_pairs: dict[str, None] = {}  # their prompts' ids, in order
 
     def scores(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> np.ndarray:
         """[n], after asking what the verdict file does not hold. Raises UserError when the server fails."""
@@ -87,18 +89,29 @@ class EndpointJudge:
         scores = np.full(len(asked), 0.5)
         for index, pair in enumerate(asked):
             if pair:
-                forth, back = (
+                found: list[str | None] = [
                     None if question.key in self._refused else self.verdicts[question.key]["verdict"]
                     for question in pair
-                )
-                self._seen.append((forth, back))
-                scores[index] = (SCORES[forth] + 1.0 - SCORES[back]) / 2
-        if self._seen and all(verdict is None for pair in self._seen for verdict in pair):
+                ]
+                self._seen.append(found)
+                forth, back = (np.nan if said is None else SCORES[said] for said in found)
+                scores[index] = (forth + 1.0 - back) / 2
+                if any(question.key in self._refused for question in pair):
+                    self._refused_pairs[ours[index]["prompt_id"]] = None
+        if self._seen and not self._read():
             raise UserError(
-                f"No reply of {self.model} held a verdict, of {2 * len(self._seen)} questions: nothing to compare."
+                f"No pair has a readable verdict of {self.model} in both orders: {self._unread()} of "
+                f"{2 * len(self._seen)} replies hold none, so there is nothing to compare."
                 + "".join(f" The endpoint refused: {reason}." for reason in sorted(set(self._refused.values()))[:1])
             )
         return scores
+
+    def _read(self) -> list[list[str]]:
+        """The verdicts of the pairs that have both."""
+        return [[said for said in pair if said is not None] for pair in self._seen if None not in pair]
+
+    def _unread(self) -> int:
+        return sum(said is None for pair in self._seen for said in pair)
 
     def describe(self, answers: Sequence[Answer]) -> dict[str, float]:
         return {}
@@ -108,14 +121,22 @@ class EndpointJudge:
         n = len(self._seen)
         if not n:
             return ["All answers are equal to their rivals: nothing was asked."]
-        changed = sum(SCORES[forth] + SCORES[back] != 1.0 for forth, back in self._seen)
-        first = np.mean([SCORES[verdict] for pair in self._seen for verdict in pair])
-        unread = sum(verdict is None for pair in self._seen for verdict in pair)
+        read = self._read()
+        changed = sum(SCORES[forth] + SCORES[back] != 1.0 for forth, back in read)
+        first = np.mean([SCORES[said] for pair in read for said in pair])
+        named = ", ".join(list(self._refused_pairs)[:NAMED]) + (", …" if len(self._refused_pairs) > NAMED else "")
+        reasons = "; ".join(sorted(set(self._refused.values()))[:NAMED])
         return [
-            f"{self.model} saw {n} pairs of different answers in both orders: the order changed the verdict on "
-            f"{changed}; the answer shown first won {first:.3f} of all.",
-            f"{unread} of {2 * n} replies hold no verdict and count as ties.",
-            *(f"The endpoint refused one of them: {reason}." for reason in sorted(set(self._refused.values()))),
+            f"{self.model} saw {n} pairs of different answers in both orders. Of the {len(read)} with both "
+            f"verdicts the order changed it on {changed}; the answer shown first won {first:.3f} of all.",
+            f"{self._unread()} of {2 * n} replies hold no verdict: {n - len(read)} pairs are in no win rate."
+            if self._unread()
+            else "Every reply holds a verdict.",
+            *(
+                [f"The endpoint refused {len(self._refused_pairs)} pairs (prompts {named}): {reasons}."]
+                if self._refused_pairs
+                else []
+            ),
         ]
 
     # --- asking ---------------------------------------------------------------------------------------------

@@ -66,8 +66,8 @@ def test_scores_are_means_over_both_orders(model: Path, server: str, tmp_path: P
     unread = sum(verdict(*pair) is None for pair in EVERY if pair[0] != pair[1])
     first, second = judge.notes()
     assert f"saw {DIFFERENT} pairs" in first
-    assert f"changed the verdict on {biased};" in first
-    assert f"{2 * unread} of {2 * DIFFERENT} replies hold no verdict" in second
+    assert f"Of the {DIFFERENT - unread} with both verdicts the order changed it on {biased};" in first
+    assert f"{2 * unread} of {2 * DIFFERENT} replies hold no verdict: {unread} pairs are in no win rate." in second
 
 
 def test_a_failing_server_is_asked_again_and_a_refusing_one_is_not(
@@ -92,10 +92,17 @@ def test_a_failing_server_is_asked_again_and_a_refusing_one_is_not(
         with pytest.raises(UserError, match="gave no reply") as refusal:
             patient.scores(OURS[:8], THEIRS[:8])
         relay.status = 400
-        with pytest.raises(UserError, match=r"No reply of .* held a verdict, of 2 questions.* refused: .*not now"):
+        with pytest.raises(
+            UserError, match=r"No pair has a readable verdict .* 2 of 2 replies .* refused: .*not now"
+        ):
             EndpointJudge(str(model), settings(model, url), verdicts).scores(OURS[7:8], THEIRS[7:8])
         assert "Bearer none" in relay.keys  # the user's key goes to no other server unasked
         relay.status = None
+        relay.fail_next, relay.failure = 1, 400  # one order of one pair
+        partly = EndpointJudge(str(model), settings(model, url, parallel=1), verdicts)
+        scores = partly.scores(OURS[2:4], THEIRS[2:4])
+        assert np.isnan(scores).sum() == 1
+        assert partly.notes()[2].startswith("The endpoint refused 1 pairs (prompts p2): ")
         patient.scores(OURS[:8], THEIRS[:8])
     assert len(relay.asked) == len(set(relay.asked))
     assert KEY not in str(refusal.value)
@@ -133,8 +140,9 @@ def test_a_killed_judge_asks_nothing_twice(model: Path, server: str, tmp_path: P
     assert len(relay.asked) == len(set(relay.asked)) == DIFFERENT
     assert len(kept.read_text().splitlines()) == DIFFERENT
     wins, losses = sum(s > 0.5 for s in WANTED), sum(s < 0.5 for s in WANTED)
-    assert f"{wins}/{len(WANTED) - wins - losses}/{losses}" in run.stdout
-    assert f"{np.mean(WANTED):.3f} [" in run.stdout
+    ties = sum(s == 0.5 for s in WANTED)
+    assert f"{wins}/{ties}/{losses}" in run.stdout
+    assert f"{np.nanmean(WANTED):.3f} [" in run.stdout
     everything = run.stdout + run.stderr
     everything += "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     assert KEY not in everything
