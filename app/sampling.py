@@ -15,10 +15,12 @@ from lightning_modules.scorer import ResponseScorer
 
 
 @torch.no_grad()
-def sample(model: Any, tokenizer: Any, prompts: Sequence[np.ndarray], sampling: dict[str, Any]) -> list[np.ndarray]:
-    """One response per prompt, EOS included where it was reached."""
+def sample(
+    model: Any, prompts: Sequence[np.ndarray], stops: Sequence[int], sampling: dict[str, Any]
+) -> list[np.ndarray]:
+    """Return one response per prompt, up to the first of the ids `stops`, which is included."""
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), tokenizer.eos_token_id)
+    ids = torch.full((len(prompts), width), stops[0])
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):  # generation continues the right end, so padding stands on the left
         ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
@@ -26,15 +28,15 @@ def sample(model: Any, tokenizer: Any, prompts: Sequence[np.ndarray], sampling: 
     output = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(stops),
+        pad_token_id=stops[0],
         **sampling,
     )
-    return [_up_to_eos(row, tokenizer.eos_token_id) for row in output[:, width:].cpu().numpy()]
+    return [_up_to_stop(row, stops) for row in output[:, width:].cpu().numpy()]
 
 
-def _up_to_eos(ids: np.ndarray, eos: int) -> np.ndarray:
-    ends = np.flatnonzero(ids == eos)
+def _up_to_stop(ids: np.ndarray, stops: Sequence[int]) -> np.ndarray:
+    ends = np.flatnonzero(np.isin(ids, stops))
     return ids[: ends[0] + 1] if len(ends) else ids
 
 

@@ -56,19 +56,29 @@ class PolicySamples(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        answers = self.sample(pl_module, tokenizer.eos_token_id)
         with atomic_file(folder / f"step-{trainer.global_step:08d}.jsonl") as temporary:
             rows = [
-                {"prompt": tokenizer.decode(prompt), "response": tokenizer.decode(answer, skip_special_tokens=True)}
-                for prompt, answer in zip(self._prompts, self.sample(pl_module, tokenizer), strict=True)
+                {
+                    "prompt": tokenizer.decode(prompt),
+                    "response": tokenizer.decode(answer[:-1] if finished else answer, skip_special_tokens=True),
+                    "finished": finished,
+                }
+                for prompt, (answer, finished) in zip(self._prompts, answers, strict=True)
             ]
             temporary.write_text(
                 "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
             )
 
     @torch.no_grad()
-    def sample(self, pl_module: LightningModule, tokenizer: Any) -> list[Tensor]:
-        """One answer [n] to each prompt, at temperature 1."""
+    def sample(self, pl_module: LightningModule, pad: int) -> list[tuple[Tensor, bool]]:
+        """Return one answer [n] to each prompt, at temperature 1, and whether it came to an end.
+
+        It stops where the policy's generation config says: at the end of turn, or of text.
+        """
         policy: Any = pl_module.policy
+        stops = policy.model.generation_config.eos_token_id
+        stops = stops if isinstance(stops, list) else [stops]
         model, training = policy.model, policy.training
         policy.eval()  # with gradient checkpointing, train mode would switch the key-value cache off
         answers = []
@@ -84,9 +94,10 @@ class PolicySamples(Callback):
                     do_sample=True,
                     top_k=0,
                     max_new_tokens=self.max_new_tokens,
-                    eos_token_id=tokenizer.eos_token_id,
-                    pad_token_id=tokenizer.eos_token_id,
+                    eos_token_id=stops,
+                    pad_token_id=pad,
                 )
-                answers.append(output[0, ids.shape[1] :].cpu())
+                answer = output[0, ids.shape[1] :].cpu()
+                answers.append((answer, int(answer[-1]) in stops))
         policy.train(training)
         return answers

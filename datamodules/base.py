@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
 from app.errors import UserError
-from datamodules.describe import cut_responses, describe, pairs_seen, repeats, shared_prompts
+from datamodules.describe import cut_responses, describe, pairs_seen, repeats, shared_prompts, shown
 from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
 from datamodules.loader import Exchange, OptimizerBatchLoader, longest_of
 from datamodules.rewards import RewardedTable, RewardScoring, reward_scores, rows_with_reward
 from datamodules.sources import PairStream, is_transcript_prompt
 from datamodules.table import PairTable, cached_table, find
 from datamodules.tokenisation import Tokenisation
+from datamodules.tokenizer import stop_ids, tokenizer_files
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +70,16 @@ class PairDataModule(LightningDataModule):
         self.reward_model = reward_model
         self._tables: dict[Split, tuple[PairTable, np.ndarray]] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._module: LightningModule | None = None
+
+    @property
+    def module(self) -> LightningModule | None:
+        """The stage that the pairs are for: the trainer's, or what was set where there is no trainer."""
+        return self.trainer.lightning_module if self.trainer else self._module
+
+    @module.setter
+    def module(self, module: LightningModule) -> None:
+        self._module = module
 
     @abstractmethod
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -119,10 +128,14 @@ class PairDataModule(LightningDataModule):
         return self._tokenizer
 
     @property
+    def stop_ids(self) -> list[int]:
+        """The ids that end a response: what chat template and tokenizer end one with."""
+        return stop_ids(self.tokenizer, self.tokenisation)
+
+    @property
     def need_rejected(self) -> bool:
         """Whether the stage being run trains on both sides of a pair, so that a lone response is a bad row."""
-        module = self.trainer.lightning_module if self.trainer else None
-        return "rejected" in getattr(module, "responses", ("rejected",))
+        return "rejected" in getattr(self.module, "responses", ("rejected",))
 
     def prepare_data(self) -> None:
         # once per node, so that one rank tokenises and the others open the cache
@@ -145,6 +158,9 @@ class PairDataModule(LightningDataModule):
             table, rows = opened
             for line in describe(table, rows):
                 rank_zero_info(f"{split}: {line}")
+            if split == "train":
+                first = shown(table, int(rows[0]), self.tokenizer)
+                rank_zero_info("\n".join(["the first pair as it is trained:", *first]))
             self._tell(split)
             longest, _ = longest_of(table, reached(table, rows))
             # in separate rows a pair takes twice the longer one: never more than twice the packed length
@@ -269,13 +285,6 @@ class PairDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["tokenizer_files"] != tokenizer_files(self.tokenizer):
             raise UserError("The checkpoint was trained with another tokenizer: check data.tokenizer.")
-
-
-def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What `save_pretrained` writes, by file name."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("*.*"))}
 
 
 def reached(table: PairTable, rows: np.ndarray) -> np.ndarray:

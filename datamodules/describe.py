@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from lightning.pytorch import Trainer
 
 from datamodules.gap_mixture import GapMixedTable
+from datamodules.records import TokenisedPair
 from datamodules.rewards import RewardedTable
 from datamodules.table import JoinedTables, PairTable, TokenisedTable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def shown(table: PairTable, row: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return a pair of a table as it is trained, in lines for a person."""
+    (pair_id,) = table.pair_ids([row])
+    return [f"pair {pair_id}", *shown_tokens(table[row], tokenizer)]
+
+
+def shown_tokens(pair: TokenisedPair, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return prompt, chosen and rejected as text in quotes, with special tokens and line breaks to be seen."""
+    return [
+        f"  {side:<9}{len(ids):>5} tokens  {json.dumps(tokenizer.decode(ids), ensure_ascii=False)}"
+        for side, ids in pair._asdict().items()
+        if ids is not None
+    ]
 
 
 def describe(table: PairTable, rows: np.ndarray) -> list[str]:
@@ -38,6 +59,8 @@ def describe(table: PairTable, rows: np.ndarray) -> list[str]:
         for reason, count in table.report.items()
         if reason not in ("pairs", "rows")
     ]
+    if any("truncated" in reason for reason in table.report):
+        counts_by_reason.append("data.max_length and data.max_prompt_length set the limits")
     return ["; ".join([f"{len(rows)} pairs", f"{table.report['rows']} rows read", *counts_by_reason])]
 
 

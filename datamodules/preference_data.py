@@ -43,8 +43,11 @@ class PreferenceData(PairDataModule):
         preferred_by: which id of PKU-SafeRLHF decides: `better` is the more helpful, `safer` the less harmful.
         on_bad_row: `error` stops at the first malformed row, naming file and line; `skip` counts it.
         max_length, max_prompt_length: in tokens; a prompt is cut only when the longer response does not fit.
-        prompt_truncation: which end of a prompt that is cut stays.
-        chat_template: render the prompt with the tokenizer's chat template.
+        prompt_truncation: which end of a text that is cut stays; whole old turns of a dialogue go first.
+        chat_template: `auto` puts chat messages into the tokenizer's chat template and leaves text as it is; true
+            puts text and HH transcripts there too.
+        chat_template_kwargs: options of the template, say `enable_thinking: false`; a row's field of this name
+            comes before them.
 
     The other arguments are those of `PairDataModule`.
     """
@@ -69,7 +72,8 @@ class PreferenceData(PairDataModule):
         max_length: int = 512,
         max_prompt_length: int = 256,
         prompt_truncation: Literal["keep_end", "keep_start"] = "keep_end",
-        chat_template: bool = False,
+        chat_template: bool | Literal["auto"] = "auto",
+        chat_template_kwargs: dict[str, Any] | None = None,
         batch_size: int = 64,
         micro_batch_tokens: int = 8192,
         seed: int | None = None,
@@ -117,15 +121,15 @@ class PreferenceData(PairDataModule):
             max_prompt_length=max_prompt_length,
             prompt_truncation=prompt_truncation,
             chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs or {},
         )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        module = self.trainer.lightning_module if self.trainer else None
-        name = self.tokenizer_name or getattr(module, "name", None)
+        name = self.tokenizer_name or getattr(self.module, "name", None)
         if name is None:
             raise UserError("data.tokenizer is missing: give the folder or Hub id of a tokenizer.")
         # asked for without a word, transformers would put the question to whatever stands at the standard input
-        trusted = self.tokenizer_name is None and getattr(module, "trust_remote_code", False)
+        trusted = self.tokenizer_name is None and getattr(self.module, "trust_remote_code", False)
         try:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
         except (OSError, ValueError) as error:

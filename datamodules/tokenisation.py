@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 
 from app.errors import UserError
-from datamodules.records import PreferencePair, TokenisedPair
-from datamodules.sources.hh import prompt_messages
+from datamodules.chat_template import ESSENTIAL, ChatTemplate, Refused, Rendering, conversation
+from datamodules.plain_text import PlainPrompt, plain_prompts, shorten_plain
+from datamodules.records import Message, PreferencePair, Side, TokenisedPair
+from datamodules.truncation import PromptTruncation, TooLong, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+PLAIN_BESIDE_TEMPLATE = (
+    "prompts as plain text (data.chat_template: true puts them into the tokenizer's chat template)"
+)
+_SIDES: tuple[Side, Side] = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
 class Tokenisation:
     """How pairs become tokens; lengths in tokens, special tokens included.
 
-    A pair whose prompt and longer response exceed `max_length` has its prompt cut to `max_prompt_length`
-    (which end stays is `prompt_truncation`), then, if that is not enough, each response to what is left, as in
-    the authors' data code. `chat_template`: prompts are put into the tokenizer's template for dialogues.
+    A pair whose prompt and longer response exceed `max_length` has its prompt cut to `max_prompt_length` (see
+    `shorten`; of plain text, `prompt_truncation` says which end stays), then, if that is not enough, each response
+    to what is left. `chat_template`: "auto" puts chat messages into the tokenizer's template and leaves text as it
+    is, true puts text there too. `chat_template_kwargs` are the template's own options; a row's come before them.
     """
 
     max_length: int = 512
     max_prompt_length: int = 256
-    prompt_truncation: Literal["keep_end", "keep_start"] = "keep_end"
-    chat_template: bool = False
+    prompt_truncation: PromptTruncation = "keep_end"
+    chat_template: bool | Literal["auto"] = "auto"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_prompt_length < self.max_length:
@@ -47,11 +51,10 @@ class _Dropped(Exception):
     """A pair that cannot be tokenised; the text is the reason to count by."""
 
 
-def tokenise_pair(
-    pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation
-) -> tuple[TokenisedPair | None, list[str]]:
-    """Tokenise one pair; see `tokenise_pairs`."""
-    return tokenise_pairs([pair], tokenizer, settings)[0]
+class _Tokens(NamedTuple):
+    prompt: list[int]
+    responses: list[list[int]]
+    notes: tuple[str, ...] = ()
 
 
 def tokenise_pairs(
@@ -59,191 +62,236 @@ def tokenise_pairs(
 ) -> list[tuple[TokenisedPair | None, list[str]]]:
     """Tokenise pairs together: the tokenizer spreads the texts of one call over the cores.
 
-    For each pair: its tokens and what was cut ("prompt truncated", …), or None and the one reason why it
-    was dropped. A prompt has the tokenizer's own leading special tokens, BOS never doubled, and no EOS
-    appended. A response ends with EOS once, unless it was cut, here or when it was sampled: then it has none,
-    for the model must not learn to stop there. Raises UserError when the tokenizer lacks an EOS or a chat
-    template that is asked for, or when the prompt is chat messages and `settings.chat_template` is off.
+    For each pair: its tokens and what was cut ("prompt truncated", …), or None and the one reason why it was
+    dropped. In a chat template, prompt and response are parts of the template's own rendering, and a response ends
+    with the token that ends the turn there. A plain prompt has the tokenizer's own leading special tokens, no BOS
+    twice, and a plain response ends with EOS once. A response that was cut, here or when it was sampled, has no
+    end, for the model must not learn to stop there. Raises UserError when the tokenizer lacks an EOS or a chat
+    template that is needed.
     """
-    prompts = _tokenise_prompts(pairs, tokenizer, settings)
-    responses = [text for pair in pairs for text in (pair.chosen, pair.rejected or "")]
-    if settings.chat_template:  # the template ends where the response begins, so no space in between
-        responses = [text.lstrip() for text in responses]
-    response_ids = _encode(tokenizer, responses)
-
+    found = _Tokeniser(tokenizer, settings)
     results: list[tuple[TokenisedPair | None, list[str]]] = []
-    for index, (pair, prompt) in enumerate(zip(pairs, prompts, strict=True)):
+    for pair, tokens in zip(pairs, found.tokens(pairs), strict=True):
         try:
-            if isinstance(prompt, _Dropped):
-                raise prompt
-            sides = [_finish_response(response_ids[2 * index], "chosen", tokenizer)]
-            if pair.rejected is not None:
-                rejected = _finish_response(response_ids[2 * index + 1], "rejected", tokenizer)
-                sides.append(rejected if pair.rejected_ends else rejected[:-1])
-            results.append(_truncate(prompt, sides, settings))
-        except _Dropped as dropped:
+            if isinstance(tokens, _Dropped):
+                raise tokens
+            results.append(found.truncated(pair, tokens))
+        except (_Dropped, Refused, TooLong) as dropped:
             results.append((None, [str(dropped)]))
     return results
 
 
 def tokenise_prompts(
     pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, settings: Tokenisation
-) -> list[np.ndarray | None]:
-    """The prompts alone, to sample responses from: as in training, at most `max_prompt_length` tokens each.
+) -> list[tuple[np.ndarray | None, list[str]]]:
+    """Tokenise prompts alone, to sample from: as in training, at most `max_prompt_length` tokens each.
 
-    None for a prompt that training would drop. Raises UserError as `tokenise_pairs` does.
+    For each prompt: its tokens and what was cut, or None and the reason why training would drop it. Raises
+    UserError as `tokenise_pairs` does.
     """
-    return [
-        None if isinstance(prompt, _Dropped) else np.array(_cut_prompt(prompt, settings), dtype=np.int64)
-        for prompt in _tokenise_prompts(pairs, tokenizer, settings)
-    ]
-
-
-class _Prompt(NamedTuple):
-    ids: list[int]
-    leading: int  # special tokens at its front, which a cut at the front leaves
-
-
-def _tokenise_prompts(
-    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, settings: Tokenisation
-) -> list[_Prompt | _Dropped]:
-    if tokenizer.eos_token_id is None:
-        raise UserError("The tokenizer has no end-of-text token: set its eos_token.")
-    if settings.chat_template and not tokenizer.chat_template:
-        raise UserError("The tokenizer has no chat template: set data.chat_template: false.")
-    texts = [_prompt_text(pair, tokenizer, settings.chat_template) for pair in pairs]
-    plain = [text if isinstance(text, str) else "" for text in texts]
-    if settings.chat_template:
-        encoded: list[tuple[list[int], list[int]]] = [([], ids) for ids in _encode(tokenizer, plain)]
-    else:
-        encoded = _encode_prompts(tokenizer, plain)
-    prompts: list[_Prompt | _Dropped] = []
-    for text, (prefix, body) in zip(texts, encoded, strict=True):
+    found = _Tokeniser(tokenizer, settings)
+    results: list[tuple[np.ndarray | None, list[str]]] = []
+    for pair in pairs:
         try:
-            if isinstance(text, _Dropped):
-                raise text
-            ids = _finish_prompt(prefix, body, tokenizer, settings.chat_template)
-            prompts.append(_Prompt(ids, max(len(prefix), int(ids[0] == tokenizer.bos_token_id))))
-        except _Dropped as dropped:
-            prompts.append(dropped)
-    return prompts
+            ids, cut = found.prompt(pair)
+            results.append((np.array(ids, dtype=np.int64), [*found.notes(pair), *cut]))
+        except (_Dropped, Refused, TooLong) as dropped:
+            results.append((None, [str(dropped)]))
+    return results
 
 
-def _prompt_text(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, templated: bool) -> str | _Dropped:
-    if not templated:
-        if isinstance(pair.prompt, str):
-            return pair.prompt
-        raise UserError(f"The prompt of pair {pair.pair_id} is chat messages: set data.chat_template: true.")
-    try:
-        turns = [dict(message) for message in prompt_messages(pair.prompt)]
-    except ValueError:
-        return _Dropped("HH turns do not alternate, as a chat needs")
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except TemplateError:
-        return _Dropped("chat template refuses the messages")
+class _Tokeniser:
+    """A tokenizer at its settings. Raises UserError where they do not go together."""
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings
+        if tokenizer.eos_token_id is None:
+            raise UserError("The tokenizer has no end-of-text token: set its eos_token.")
+        if settings.chat_template is True and not tokenizer.chat_template:
+            raise UserError("The tokenizer has no chat template: set data.chat_template: false.")
+        named = tokenizer.chat_template and settings.chat_template is not False
+        self.template = ChatTemplate(tokenizer, settings.chat_template_kwargs) if named else None
+        if settings.chat_template_kwargs and self.template is None:
+            raise UserError("data.chat_template_kwargs is given, but no chat template is used: leave it out.")
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return list(encoded["input_ids"])
+    def templated(self, pair: PreferencePair) -> bool:
+        """Return whether the pair goes into the chat template. Raises UserError where it needs one in vain."""
+        if isinstance(pair.prompt, str) and self.settings.chat_template is not True:
+            return False
+        if self.template is None:
+            cure = "set data.chat_template: auto" if self.tokenizer.chat_template else "give data.tokenizer one"
+            raise UserError(f"Pair {pair.pair_id} is chat messages, and no chat template is used: {cure}.")
+        return True
 
+    @property
+    def _plain_notes(self) -> tuple[str, ...]:
+        beside = self.template is not None and self.settings.chat_template == "auto"
+        return (PLAIN_BESIDE_TEMPLATE,) * beside
 
-def _encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[list[int], list[int]]]:
-    """For each text the special tokens that the tokenizer puts before it, and the tokens of the text itself."""
-    encoded = tokenizer(texts, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
-    prompts = []
-    for ids, added in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
-        body = [token for token, is_added in zip(ids, added, strict=False) if not is_added]
-        # added on both sides of an empty text cannot be told apart, but such a prompt is dropped
-        before = added.index(0) if body else 0
-        prompts.append((ids[:before], body))
-    return prompts
+    def tokens(self, pairs: Sequence[PreferencePair]) -> list[_Tokens | _Dropped]:
+        """Return the tokens of each pair, nothing cut, or why it is dropped."""
+        found: list[_Tokens | _Dropped] = [_Dropped()] * len(pairs)
+        chats = [index for index, pair in enumerate(pairs) if self.templated(pair)]
+        plain = sorted(set(range(len(pairs))) - set(chats))
+        renderings = [self._rendered(pairs[index]) for index in chats]
+        for index, tokens in zip(chats, self._chat_tokens([pairs[i] for i in chats], renderings), strict=True):
+            found[index] = tokens
+        for index, tokens in zip(plain, self._plain_tokens([pairs[i] for i in plain]), strict=True):
+            found[index] = tokens
+        return found
 
+    def _rendered(self, pair: PreferencePair, turns: Sequence[Message] | None = None) -> list[Rendering] | _Dropped:
+        """Return the rendering of each side of a pair, with other turns as its prompt where they are given."""
+        assert self.template is not None
+        try:
+            turns = conversation(pair.prompt) if turns is None else turns
+            sides = _SIDES[: 1 if pair.rejected is None else 2]
+            answers = [pair.answer(side) for side in sides]
+            notes = self.template.unused([*turns, *answers], pair.tools, pair.template_kwargs)
+            both = [self.template.split(turns, answer, pair.tools, pair.template_kwargs) for answer in answers]
+            if len({rendering.prompt for rendering in both}) > 1:
+                raise Refused("the chat template renders two prompts for the two answers")
+            return [rendering._replace(notes=(*rendering.notes, *notes)) for rendering in both]
+        except Refused as refused:
+            return _Dropped(str(refused))
 
-def _finish_prompt(
-    prefix: list[int], plain: list[int], tokenizer: PreTrainedTokenizerBase, templated: bool
-) -> list[int]:
-    body = list(plain)
-    if not templated:  # a template's own end-of-turn may be the EOS and belongs there
-        while body and body[-1] == tokenizer.eos_token_id:
-            body.pop()
-    if not body:
-        raise _Dropped("empty prompt after tokenisation")
-    ids = prefix + body
-    bos = tokenizer.bos_token_id
-    while bos is not None and ids[:2] == [bos, bos]:
-        del ids[0]
-    return ids
+    def _chat_tokens(
+        self, pairs: Sequence[PreferencePair], renderings: Sequence[list[Rendering] | _Dropped]
+    ) -> list[_Tokens | _Dropped]:
+        assert self.template is not None or not renderings
+        texts: list[str] = []
+        for pair, sides in zip(pairs, renderings, strict=True):
+            if isinstance(sides, list):
+                anchor = self.template.anchor(sides[0].prompt)  # type: ignore[union-attr]
+                texts += [sides[0].prompt, anchor]
+                for number, side in enumerate(sides):
+                    end = side.closing if number == 0 or pair.rejected_ends else ""
+                    texts += [anchor + side.body + end, side.body + end]
+        encoded = iter(self._encode(texts, split_special_tokens=False))
+        found: list[_Tokens | _Dropped] = []
+        for pair, sides in zip(pairs, renderings, strict=True):
+            if not isinstance(sides, list):
+                found.append(sides)
+                continue
+            prompt, anchor_ids, responses = next(encoded), next(encoded), []
+            for number, side in enumerate(sides):
+                joined, alone = next(encoded), next(encoded)
+                # split as in the whole rendering, unless a token there would take in the end of the prompt
+                ids = joined[len(anchor_ids) :] if joined[: len(anchor_ids)] == anchor_ids else alone
+                ends = number == 0 or pair.rejected_ends
+                responses.append([*ids, *[self.tokenizer.eos_token_id] * (ends and side.eos)])
+            try:
+                stop = self.template.frame(conversation(pair.prompt), pair.tools, pair.template_kwargs).stop  # type: ignore[union-attr]
+                self._check_responses(responses, [True, pair.rejected_ends], stop, "BOS, EOS or end of turn")
+                found.append(_Tokens(prompt, responses, sides[0].notes))
+            except _Dropped as dropped:
+                found.append(dropped)
+        return found
 
+    def _check_responses(self, responses: list[list[int]], ends: list[bool], stop: int | None, named: str) -> None:
+        special = {stop, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id}
+        for side, ids, ended in zip(_SIDES, responses, ends, strict=False):
+            body = ids[:-1] if ended else ids
+            if not body:
+                raise _Dropped(f"empty {side} after tokenisation")
+            if special.intersection(body):
+                raise _Dropped(f"{named} within {side}")
 
-def _finish_response(plain: list[int], side: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    body = list(plain)
-    while body and body[-1] == tokenizer.eos_token_id:
-        body.pop()
-    if not body:
-        raise _Dropped(f"empty {side} after tokenisation")
-    if tokenizer.eos_token_id in body or tokenizer.bos_token_id in body:
-        raise _Dropped(f"BOS or EOS within {side}")
-    return [*body, tokenizer.eos_token_id]
+    def _plain_tokens(self, pairs: Sequence[PreferencePair]) -> list[_Tokens | _Dropped]:
+        eos = self.tokenizer.eos_token_id
+        texts = [text for pair in pairs for text in (pair.chosen, pair.rejected or "")]
+        responses = iter(self._encode(texts))
+        prompts = plain_prompts(self.tokenizer, [str(pair.prompt) for pair in pairs])
+        found: list[_Tokens | _Dropped] = []
+        for pair, prompt in zip(pairs, prompts, strict=True):
+            sides = [next(responses), next(responses)][: 1 if pair.rejected is None else 2]
+            ended = [True, pair.rejected_ends]
+            try:
+                self._check_plain(pair, prompt)
+                for side in sides:
+                    while side and side[-1] == eos:
+                        side.pop()
+                sides = [[*side, *[eos] * end] for side, end in zip(sides, ended, strict=False)]
+                self._check_responses(sides, ended, None, "BOS or EOS")
+                found.append(_Tokens(prompt.ids, sides, self._plain_notes))
+            except _Dropped as dropped:
+                found.append(dropped)
+        return found
 
+    def _check_plain(self, pair: PreferencePair, prompt: PlainPrompt) -> None:
+        if not prompt.ids:
+            raise _Dropped("empty prompt after tokenisation")
+        given = {"tools": pair.tools, **pair.chosen_fields, **pair.rejected_fields}
+        if lost := [name for name in ESSENTIAL if given.get(name)]:
+            raise _Dropped(f"plain text has no place for {lost[0]}: it needs data.chat_template: true")
 
-def _cut_prompt(prompt: _Prompt, settings: Tokenisation) -> list[int]:
-    """At most `max_prompt_length` tokens of the prompt, its leading special tokens among them."""
-    limit = settings.max_prompt_length
-    if len(prompt.ids) <= limit:
-        return prompt.ids
-    if settings.prompt_truncation == "keep_start":
-        return prompt.ids[:limit]
-    head = prompt.ids[: min(prompt.leading, limit)]
-    tail = prompt.ids[len(prompt.ids) - (limit - len(head)) :]
-    while head and tail and tail[0] == head[-1]:  # a user's text may spell the BOS that now would stand twice
-        del tail[0]
-    return head + tail
+    def _encode(self, texts: list[str], **options: Any) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options
+        )
+        return list(encoded["input_ids"])
 
+    def truncated(self, pair: PreferencePair, tokens: _Tokens) -> tuple[TokenisedPair, list[str]]:
+        """Return the pair cut to the maximum lengths: the prompt first, then the responses. Raises _Dropped."""
+        if len(tokens.responses) == 2 and tokens.responses[0] == tokens.responses[1]:
+            raise _Dropped("identical after tokenisation")
+        limit, prompt_limit = self.settings.max_length, self.settings.max_prompt_length
+        cut: list[str] = []
+        if len(tokens.prompt) + max(map(len, tokens.responses)) > limit and len(tokens.prompt) > prompt_limit:
+            tokens, cut = self._with_short_prompt(pair, tokens)
+        room = limit - len(tokens.prompt)
+        for side, response in zip(_SIDES, tokens.responses, strict=False):
+            if len(response) > room:
+                cut.append(f"{side} truncated")
+        arrays = [np.array(response[:room], dtype=np.int64) for response in tokens.responses]
+        if len(arrays) == 2 and np.array_equal(arrays[0], arrays[1]):
+            raise _Dropped("identical after truncation")
+        rejected = arrays[1] if len(arrays) == 2 else None
+        return TokenisedPair(np.array(tokens.prompt, dtype=np.int64), arrays[0], rejected), [*tokens.notes, *cut]
 
-def _truncate(
-    prompt: _Prompt, responses: list[list[int]], settings: Tokenisation
-) -> tuple[TokenisedPair, list[str]]:
-    """Cut to the maximum lengths: the prompt first, then the responses. Raises _Dropped."""
-    if len(responses) == 2 and responses[0] == responses[1]:
-        raise _Dropped("identical after tokenisation")
-    cut = []
-    ids = prompt.ids
-    if len(ids) + max(map(len, responses)) > settings.max_length and len(ids) > settings.max_prompt_length:
-        ids = _cut_prompt(prompt, settings)
-        cut.append("prompt truncated")
-    room = settings.max_length - len(ids)
-    for side, response in zip(("chosen", "rejected"), responses, strict=False):
-        if len(response) > room:
-            cut.append(f"{side} truncated")
-    arrays = [np.array(response[:room], dtype=np.int64) for response in responses]
-    if len(arrays) == 2 and np.array_equal(arrays[0], arrays[1]):
-        raise _Dropped("identical after truncation")
-    rejected = arrays[1] if len(arrays) == 2 else None
-    return TokenisedPair(np.array(ids, dtype=np.int64), arrays[0], rejected), cut
+    def _with_short_prompt(self, pair: PreferencePair, tokens: _Tokens) -> tuple[_Tokens, list[str]]:
+        if not self.templated(pair):
+            ids, cut = self.prompt(pair)
+            return tokens._replace(prompt=ids), cut
+        turns, cut = self._short_chat(pair)
+        (again,) = self._chat_tokens([pair], [self._rendered(pair, turns)])
+        if isinstance(again, _Dropped):
+            raise again
+        return again, cut
 
+    def prompt(self, pair: PreferencePair) -> tuple[list[int], list[str]]:
+        """Return the tokens of a prompt alone, at most `max_prompt_length`, and what was cut."""
+        limit = self.settings.max_prompt_length
+        if not self.templated(pair):
+            (prompt,) = plain_prompts(self.tokenizer, [str(pair.prompt)])
+            self._check_plain(pair, prompt)
+            if len(prompt.ids) <= limit:
+                return prompt.ids, []
+            return shorten_plain(str(pair.prompt), prompt, limit, self.settings.prompt_truncation, self.tokenizer)
+        ids = self._chat_prompt(pair, conversation(pair.prompt))
+        if len(ids) <= limit:
+            return ids, []
+        turns, cut = self._short_chat(pair)
+        return self._chat_prompt(pair, turns), cut
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that decides the tokens: vocabulary, rules, special tokens, chat template."""
-    digest = hashlib.blake2b(digest_size=16)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        rules = json.loads(backend.to_str())
-        # the last call's truncation and padding are kept there, and never ours
-        rules.pop("truncation", None)
-        rules.pop("padding", None)
-        digest.update(json.dumps(rules, sort_keys=True).encode())
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            for file in sorted(Path(folder).iterdir()):
-                digest.update(file.name.encode() + file.read_bytes())
-    rest = [
-        type(tokenizer).__qualname__,
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.chat_template,
-    ]
-    digest.update(json.dumps(rest).encode())
-    return digest.hexdigest()
+    def notes(self, pair: PreferencePair) -> tuple[str, ...]:
+        """Return what is to be said of a prompt that is not cut. Raises Refused."""
+        if not self.templated(pair):
+            return self._plain_notes
+        assert self.template is not None
+        return self.template.unused(conversation(pair.prompt), pair.tools, pair.template_kwargs)
+
+    def _chat_prompt(self, pair: PreferencePair, turns: Sequence[Message]) -> list[int]:
+        assert self.template is not None
+        text = self.template.prompt(turns, pair.tools, pair.template_kwargs)
+        return self._encode([text], split_special_tokens=False)[0]
+
+    def _short_chat(self, pair: PreferencePair) -> tuple[list[Message], list[str]]:
+        def encode(turns: Sequence[Message]) -> list[int]:
+            return self._chat_prompt(pair, turns)
+
+        limit, keep = self.settings.max_prompt_length, self.settings.prompt_truncation
+        return shorten(conversation(pair.prompt), encode, limit, keep, self.tokenizer)

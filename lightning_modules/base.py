@@ -25,7 +25,7 @@ from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.layout_check import agreeing_layout
 from lightning_modules.logged_training import LoggedTraining
 from lightning_modules.lora import Lora, add_lora
-from lightning_modules.pretrained import load_model, store_linear_weights
+from lightning_modules.pretrained import load_model, stop_at, store_linear_weights
 from lightning_modules.resumption import apply_settings, count_batches_of
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharding import clip_gradients, gradient_sync
@@ -127,6 +127,7 @@ class LanguageModelTraining(LoggedTraining):
         # here rather than when Lightning does it: the reference is copied from it, and sharding fixes the type
         self.policy = self.trainer.precision_plugin.convert_module(self.build_scorer())  # type: ignore[assignment]
         self.keep_reference(self.policy)
+        stop_at(self.policy.model, getattr(self.trainer.datamodule, "stop_ids", []))  # type: ignore[attr-defined]
         if self.gradient_checkpointing:
             if not self.policy.model.supports_gradient_checkpointing:
                 raise UserError("model.gradient_checkpointing: transformers offers none for this model.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pickle import UnpicklingError
 from typing import Any
@@ -143,3 +143,15 @@ def _reason(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "it brings code of its own, which is run only with model.trust_remote_code: true."
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def stop_at(model: nn.Module, ends: Sequence[int]) -> None:
+    """Have a model stop at the ids that its trained responses end with, before those that it stopped at.
+
+    They are saved with the policy, so that whatever serves an export stops at the end of turn, too.
+    """
+    generation: Any = model.generation_config
+    given = generation.eos_token_id
+    known = given if isinstance(given, list) else [] if given is None else [given]
+    stops = list(dict.fromkeys([*ends, *known]))
+    generation.eos_token_id = stops if len(stops) > 1 else next(iter(stops), None)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from datamodules.controlled_task import prompts as controlled_prompts
 from datamodules.records import PreferencePair
 from datamodules.sources import read_pairs
 from datamodules.tokenisation import Tokenisation, tokenise_prompts
+from datamodules.tokenizer import stop_ids
 from lightning_modules.pretrained import load_model
 
 
@@ -38,7 +40,8 @@ def generate(
     max_new_tokens: int = 32,
     max_prompt_length: int = 256,
     batch_size: int = 128,
-    chat_template: bool = False,
+    chat_template: bool | Literal["auto"] = "auto",
+    chat_template_kwargs: dict[str, Any] | None = None,
     reference: str | None = None,
 ) -> None:
     """Sample a response to each prompt from MODEL and write them to OUT, one JSON object per line.
@@ -57,10 +60,13 @@ def generate(
         seed: of the sampling, and of the controlled task's prompts.
         temperature: 0 takes the likeliest token each time; a list samples once at each.
         top_p: nucleus of the sampling.
-        max_new_tokens: longest response, EOS included.
-        max_prompt_length: of a longer prompt the last tokens are taken.
+        max_new_tokens: longest response, the token that ends it included. It ends at EOS, at the chat template's
+            end of turn and at what the model's generation config names; only then `finished` is true.
+        max_prompt_length: a longer prompt is cut as in training: whole old turns first.
         batch_size: prompts per generation call.
-        chat_template: put prompts into the tokenizer's chat template.
+        chat_template: `auto` puts chat messages into the tokenizer's chat template and leaves text as it is; true
+            puts text there too.
+        chat_template_kwargs: options of the template, as data.chat_template_kwargs.
         reference: a model under which the samples are scored too; the mean of logp − reference_logp is the KL.
     """
     temperatures = [float(one) for one in (temperature if isinstance(temperature, list) else [temperature])]
@@ -76,8 +82,14 @@ def generate(
     models = [load_model(name).eval().to(device) for name in names]
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     items = read_prompts(prompts, split, subset, count, seed)
-    settings = Tokenisation(max_prompt_length + max_new_tokens, max_prompt_length, chat_template=chat_template)
+    settings = Tokenisation(
+        max_prompt_length + max_new_tokens,
+        max_prompt_length,
+        chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs or {},
+    )
     encoded = encode_prompts(items, tokenizer, settings, prompts)
+    stops = stop_ids(tokenizer, settings, models[0].generation_config.eos_token_id)
     batches = [
         Batch(warmth, items[start : start + batch_size], encoded[start : start + batch_size])
         for warmth in temperatures
@@ -90,11 +102,12 @@ def generate(
         "temperature": temperatures,
         "top_p": top_p,
         "max_new_tokens": max_new_tokens,
+        "stops": stops,
         "batch_size": batch_size,
         "device": device.type,  # another kind draws other numbers
     }
     parts = Parts(Path(f"{out}.parts"), job)
-    sample_parts(batches, parts, models, tokenizer, seed, {"top_p": top_p, "max_new_tokens": max_new_tokens})
+    sample_parts(batches, parts, models, tokenizer, stops, seed, {"top_p": top_p, "max_new_tokens": max_new_tokens})
     with atomic_file(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for path in parts:
             file.writelines(json.loads(path.read_text(encoding="utf-8"))["lines"])
@@ -115,6 +128,7 @@ def sample_parts(
     parts: Parts,
     models: Sequence[Any],
     tokenizer: PreTrainedTokenizerBase,
+    stops: Sequence[int],
     seed: int,
     settings: dict[str, Any],
 ) -> None:
@@ -133,9 +147,9 @@ def sample_parts(
         for number, batch in enumerate(batches[done:], done):
             warm = {"temperature": batch.temperature, "top_k": 0} if batch.temperature > 0 else {"top_p": None}
             sampling = {**settings, "do_sample": batch.temperature > 0, **warm}
-            responses = sample(models[0], tokenizer, batch.prompts, sampling)
+            responses = sample(models[0], batch.prompts, stops, sampling)
             logps = [score(model, batch.prompts, responses) for model in models]
-            part = {"lines": list(sample_lines(batch, responses, logps, tokenizer))}
+            part = {"lines": list(sample_lines(batch, responses, logps, tokenizer, stops))}
             with atomic_file(parts.path(number)) as temporary:
                 text = json.dumps(part | {"generator": generator_state(device)})
                 temporary.write_text(text, encoding="utf-8")
@@ -143,17 +157,22 @@ def sample_parts(
 
 
 def sample_lines(
-    batch: Batch, responses: Sequence[np.ndarray], logps: Sequence[Sequence[float]], tokenizer: Any
+    batch: Batch,
+    responses: Sequence[np.ndarray],
+    logps: Sequence[Sequence[float]],
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Sequence[int],
 ) -> Iterator[str]:
     """The lines of the sample file for one batch."""
     for index, (item, response) in enumerate(zip(batch.items, responses, strict=True)):
+        finished = int(response[-1]) in stops
         row = {
             "prompt_id": item.pair_id,
             "prompt": item.prompt,
-            "response": tokenizer.decode(response, skip_special_tokens=True),
+            "response": tokenizer.decode(response[:-1] if finished else response, skip_special_tokens=True),
             "temperature": batch.temperature,
             "tokens": len(response),
-            "finished": bool(response[-1] == tokenizer.eos_token_id),
+            "finished": finished,
             **{name: column[index] for name, column in zip(("logp", "reference_logp"), logps, strict=False)},
         }
         yield json.dumps(row, ensure_ascii=False) + "\n"
@@ -175,21 +194,22 @@ def prompts_hash(items: Sequence[PreferencePair], encoded: Sequence[np.ndarray])
 def encode_prompts(
     items: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, settings: Tokenisation, prompts: str
 ) -> list[np.ndarray]:
-    """The tokens of the prompts, those that are too long cut and told of. Raises UserError when one has none."""
-    found = [ids for ids in tokenise_prompts(items, tokenizer, settings) if ids is not None]
-    if len(found) < len(items):
-        raise UserError(f"{len(items) - len(found)} prompts of {prompts} cannot be tokenised: take them out.")
-    whole = tokenise_prompts(items, tokenizer, replace(settings, max_length=2**31, max_prompt_length=2**30))
-    cut = sum(len(ids) < len(all) for ids, all in zip(found, whole, strict=True) if all is not None)
-    if cut:
-        print(f"{prompts}: {cut} prompts cut to their last {settings.max_prompt_length} tokens")
-    return found
+    """Return the tokens of the prompts; say what was cut. Raises UserError when one has none."""
+    found = tokenise_prompts(items, tokenizer, settings)
+    lost = Counter(notes[0] for ids, notes in found if ids is None)
+    if lost:
+        reasons = "; ".join(f"{count}: {reason}" for reason, count in lost.items())
+        raise UserError(f"{lost.total()} prompts of {prompts} cannot be tokenised ({reasons}): take them out.")
+    for note, count in Counter(note for _, notes in found for note in notes).items():
+        limit = f" to {settings.max_prompt_length} tokens (max_prompt_length)" if "truncated" in note else ""
+        print(f"{prompts}: {count} {note}{limit}")
+    return [ids for ids, _ in found if ids is not None]
 
 
 def read_prompts(
     prompts: str, split: str, subset: str | None, count: int | None, seed: int
 ) -> list[PreferencePair]:
-    """The prompts to answer; only `pair_id` and `prompt` of the records are used."""
+    """Return the prompts to answer; the records' responses are left out."""
     if prompts == "controlled":
         if count is None:
             raise UserError("count: the controlled task has no end of prompts; give a number.")
@@ -198,7 +218,10 @@ def read_prompts(
             for number, text in enumerate(controlled_prompts(count, seed))
         ]
     reader = read_pairs(prompts, split=split, subset=subset, on_bad_row="skip")
-    items = [PreferencePair(pair.pair_id, pair.prompt, "", None) for pair in islice(reader, count)]
+    items = [
+        replace(pair, chosen="", rejected=None, chosen_fields={}, rejected_fields={}, labels={})
+        for pair in islice(reader, count)
+    ]
     if reader.report.skipped or (count is not None and len(items) < count):
         asked = "all" if count is None else f"the {count}"
         print(f"{prompts}: {len(items)} prompts of {asked} asked for; {reader.report.summary()}")

@@ -25,7 +25,7 @@ from datamodules.sources import PairStream
 
 log = logging.getLogger(__name__)
 
-REWARDS_VERSION = 1  # raise when scoring or the layout below changes
+REWARDS_VERSION = 2  # raise when scoring or the layout below changes
 COLUMNS = ("chosen_reward", "rejected_reward")
 _PAIRS_PER_PART = 256
 _SCHEMA = pa.schema([("pair_id", pa.string()), *((name, pa.float64()) for name in COLUMNS)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from datamodules.records import Message, Prompt
 from datamodules.sources.report import BadRow
@@ -49,6 +50,20 @@ def is_transcript(value: str) -> bool:
 def is_transcript_prompt(prompt: str) -> bool:
     """Whether `prompt` has the form that `split_transcript` gives, ending where the assistant speaks next."""
     return prompt.endswith(ASSISTANT)
+
+
+def transcript_turns(prompt: str) -> tuple[Message, ...]:
+    """Return the turns of an HH prompt as they are written, in any order; text before them is "system"."""
+    before, *turns = _TURN.split(prompt.removesuffix(ASSISTANT))
+    pairs = zip(turns[::2], turns[1::2], strict=True)
+    first = (Message("system", before),) if before else ()
+    return (*first, *(Message(_ROLES[role], content) for role, content in pairs))
+
+
+def transcript(turns: Sequence[Message]) -> str:
+    """Return the HH prompt that `transcript_turns` takes apart."""
+    headers = {"user": HUMAN, "assistant": ASSISTANT, "system": ""}
+    return "".join(headers[turn.role] + turn.content for turn in turns) + ASSISTANT
 
 
 def hh_messages(prompt: str) -> tuple[Message, ...]:

@@ -52,6 +52,10 @@ def message_fields(message: Mapping[str, object]) -> dict[str, Any]:
     The arguments of a tool call become an object where they are JSON in text, as templates expect.
     """
     fields: dict[str, Any] = _without_null(message)
+    for name in ("thinking", "reasoning"):  # older names, as transformers reads them
+        if isinstance(fields.get(name), str):
+            thought = fields.pop(name)
+            fields.setdefault("reasoning_content", thought)
     if calls := _decoded(fields.get("tool_calls"), "tool_calls"):
         fields = {"content": "", **fields, "tool_calls": calls}
         for call in calls if isinstance(calls, list) else [calls]:

@@ -12,7 +12,8 @@ from app.cache import fingerprint, locked_entry
 from datamodules.sources import OnBadRow, PairStream, PreferredBy, RowFormat, RowReading, SourceAddress, pair_stream
 from datamodules.table.stored import TABLE_VERSION, DamagedTable, TokenisedTable, open_table
 from datamodules.table.writer import build_table
-from datamodules.tokenisation import Tokenisation, tokenizer_fingerprint
+from datamodules.tokenisation import Tokenisation
+from datamodules.tokenizer import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

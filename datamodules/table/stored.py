@@ -14,7 +14,7 @@ from app.files import file_hash
 from datamodules.records import TokenisedPair
 from datamodules.table.labels import as_text, kept_as_text
 
-TABLE_VERSION = 4  # raise when reading, tokenising or the layout below changes what a table holds
+TABLE_VERSION = 5  # raise when reading, tokenising or the layout below changes what a table holds
 _TOKENS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     [

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tiny_tokenizers import TEMPLATE, byte_tokenizer
+from tiny_tokenizers import TEMPLATE, byte_tokenizer, tokenise_pair
 
 from app.cache import cache_root
 from app.errors import UserError
@@ -23,7 +23,8 @@ from datamodules.records import Message, PreferencePair
 from datamodules.sources import PairStream
 from datamodules.table import build_table, cached_table, load_table, open_table, split_by_prompt
 from datamodules.table.stored import DamagedTable
-from datamodules.tokenisation import Tokenisation, tokenise_pair
+from datamodules.tokenisation import Tokenisation
+from datamodules.truncation import LAST_TURN, OLD_TURNS
 
 DATA = Path(os.environ.get("BETA_DPO_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 SETTINGS = Tokenisation(max_length=24, max_prompt_length=12)
@@ -271,4 +272,6 @@ def test_real_hh_table_accounts_for_every_row() -> None:
     assert len(table) == table.report["pairs"]
     longest = table.prompt_lengths + np.maximum(table.chosen_lengths, table.rejected_lengths)
     assert longest.max() <= 512
-    assert table.report["prompt truncated"] > 0
+    assert table.report[OLD_TURNS] > 0
+    assert table.report[LAST_TURN] > 0
+    assert "prompt truncated" not in table.report  # never through a header

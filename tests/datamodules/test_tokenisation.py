@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import TEMPLATE, byte_tokenizer, letter_tokenizer
+from tiny_tokenizers import TEMPLATE, byte_tokenizer, letter_tokenizer, tokenise_pair
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from app.errors import UserError
 from datamodules.records import Message, PreferencePair, TokenisedPair
-from datamodules.tokenisation import Tokenisation, tokenise_pair, tokenise_pairs, tokenizer_fingerprint
+from datamodules.tokenisation import Tokenisation, tokenise_pairs
+from datamodules.tokenizer import tokenizer_fingerprint
 
 PAIR = PreferencePair("p", "the cat", " sat on", " mat")
 PLAIN, CHAT = Tokenisation(), Tokenisation(chat_template=True)
@@ -90,7 +91,7 @@ def test_chat_template_speaks_once_for_each_kind_of_prompt() -> None:
         ["HH turns do not alternate, as a chat needs"],
     )
     spoken = (Message("assistant", "x"), Message("user", "y"))
-    assert tokenise_pair(replace(PAIR, prompt=spoken), tokenizer, CHAT)[1] == ["chat template refuses the messages"]
+    assert tokenise_pair(replace(PAIR, prompt=spoken), tokenizer, CHAT)[1] == ["the chat template refuses: no"]
 
 
 def test_settings_that_cannot_work_are_refused_with_the_cure() -> None:
@@ -98,8 +99,9 @@ def test_settings_that_cannot_work_are_refused_with_the_cure() -> None:
         tokenise_pair(PAIR, byte_tokenizer(eos=False), PLAIN)
     with pytest.raises(UserError, match=r"data\.chat_template: false"):
         tokenise_pair(PAIR, byte_tokenizer(), CHAT)
-    with pytest.raises(UserError, match=r"pair p is chat messages: set data\.chat_template: true"):
-        tokenise_pair(replace(PAIR, prompt=(Message("user", "hi"),)), byte_tokenizer(template=TEMPLATE), PLAIN)
+    talk = replace(PAIR, prompt=(Message("user", "hi"),))
+    with pytest.raises(UserError, match=r"Pair p is chat messages.*data\.chat_template: auto"):
+        tokenise_pair(talk, byte_tokenizer(template=TEMPLATE), Tokenisation(chat_template=False))
     for lengths in ((10, 10), (10, 0)):
         with pytest.raises(UserError, match=r"data\.max_prompt_length"):
             Tokenisation(*lengths)

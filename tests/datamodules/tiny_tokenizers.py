@@ -5,6 +5,9 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from datamodules.records import PreferencePair, TokenisedPair
+from datamodules.tokenisation import Tokenisation, tokenise_pairs
+
 TEMPLATE = (
     "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
     "{{ '<s>' }}{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '</s>' }}{% endfor %}"
@@ -45,3 +48,10 @@ def letter_tokenizer() -> PreTrainedTokenizerFast:
     """The letters a and b only: any other character gives no token at all."""
     tokenizer = Tokenizer(models.BPE({"</s>": 0, "a": 1, "b": 2}, []))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
+
+
+def tokenise_pair(
+    pair: PreferencePair, tokenizer: PreTrainedTokenizerFast, settings: Tokenisation
+) -> tuple[TokenisedPair | None, list[str]]:
+    """Return the tokens of one pair; see `tokenise_pairs`."""
+    return tokenise_pairs([pair], tokenizer, settings)[0]

@@ -1,0 +1,60 @@
+"""Prompts as plain text: the tokenizer's own special tokens before them, and cuts that leave what they need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from datamodules.records import Message
+from datamodules.sources.hh import is_transcript_prompt, transcript, transcript_turns
+from datamodules.truncation import PromptTruncation, shorten
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PlainPrompt(NamedTuple):
+    """The tokens of a prompt, none for an empty one, of which `leading` special ones stay at its front."""
+
+    ids: list[int]
+    leading: int
+
+
+def plain_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[PlainPrompt]:
+    """Return the tokens of each text: before it the tokenizer's special ones, BOS once, and no EOS after it."""
+    if not texts:
+        return []
+    encoded = tokenizer(texts, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
+    bos, prompts = tokenizer.bos_token_id, []
+    for ids, added in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+        body = [token for token, is_added in zip(ids, added, strict=False) if not is_added]
+        # added on both sides of an empty text cannot be told apart, but such a prompt is dropped
+        leading = added.index(0) if body else 0
+        while body and body[-1] == tokenizer.eos_token_id:
+            body.pop()
+        found = [*ids[:leading], *body] if body else []
+        while bos is not None and found[:2] == [bos, bos]:
+            del found[0]
+        prompts.append(PlainPrompt(found, max(leading, int(found[:1] == [bos]))))
+    return prompts
+
+
+def shorten_plain(
+    text: str, prompt: PlainPrompt, limit: int, keep: PromptTruncation, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[str]]:
+    """Return at most `limit` tokens of a prompt, and what was cut: of an HH dialogue whole old turns first."""
+    if is_transcript_prompt(text):
+
+        def encode(turns: Sequence[Message]) -> list[int]:
+            return plain_prompts(tokenizer, [transcript(turns)])[0].ids
+
+        turns, cut = shorten(transcript_turns(text), encode, limit, keep, tokenizer)
+        return encode(turns), cut
+    ids = prompt.ids
+    if keep == "keep_start":
+        return ids[:limit], ["prompt truncated"]
+    head = ids[: min(prompt.leading, limit)]
+    tail = ids[len(ids) - (limit - len(head)) :]
+    while head and tail and tail[0] == head[-1]:  # a user's text may spell the BOS that now would stand twice
+        del tail[0]
+    return head + tail, ["prompt truncated"]

@@ -1,0 +1,69 @@
+"""What decides the tokens of a tokenizer, and which of them end a response."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datamodules.chat_template import TEMPLATE_DATE, ChatTemplate, Refused
+from datamodules.records import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from datamodules.tokenisation import Tokenisation
+
+
+def stop_ids(
+    tokenizer: PreTrainedTokenizerBase, settings: Tokenisation, *further: int | list[int] | None
+) -> list[int]:
+    """Return the ids that end a response: the end of turn of the chat template, EOS, and those of `further`."""
+    ends: list[int | None] = []
+    if tokenizer.chat_template and settings.chat_template is not False:
+        try:
+            template = ChatTemplate(tokenizer, settings.chat_template_kwargs)
+            ends.append(template.frame([Message("user", "Hello")]).stop)
+        except Refused:  # what no conversation can be put into ends none
+            pass
+    ends.append(tokenizer.eos_token_id)
+    for given in further:
+        ends += given if isinstance(given, list) else [given]
+    return [end for end in dict.fromkeys(ends) if end is not None]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything that decides the tokens: vocabulary, rules, special tokens, chat template."""
+    digest = hashlib.blake2b(digest_size=16)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        # the last call's truncation and padding are kept there, and never ours
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+        digest.update(json.dumps(rules, sort_keys=True).encode())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            for file in sorted(Path(folder).iterdir()):
+                digest.update(file.name.encode() + file.read_bytes())
+    rest = [
+        type(tokenizer).__qualname__,
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.chat_template,
+        getattr(tokenizer, "split_special_tokens", False),
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},  # templates know them
+        TEMPLATE_DATE.isoformat(),
+    ]
+    digest.update(json.dumps(rest, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What `save_pretrained` writes, by file name."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("*.*"))}
