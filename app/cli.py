@@ -87,6 +87,16 @@ class BetaDPOCLI(LightningCLI):
     before_validate = before_test = before_predict = before_fit
 
 
+class PartsCLI(BetaDPOCLI):
+    """Reads what `fit` reads, and builds stage and data but no Trainer, which would look for the devices."""
+
+    def instantiate_classes(self) -> None:
+        self.config_init = self.parser.instantiate_classes(self.config)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
 def as_list(given: Any) -> list[Any]:
     """What Lightning takes as one object, several or none, as a list."""
     return list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]

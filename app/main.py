@@ -20,6 +20,7 @@ from app.commands import COMMANDS
 from app.errors import UserError
 from app.mistakes import causes, plain_sentence
 from app.planning import run_plan
+from app.showing import run_show
 from callbacks.interruption import Interrupted
 
 TRAINER_COMMANDS = {
@@ -27,6 +28,7 @@ TRAINER_COMMANDS = {
     "validate": "evaluate on the validation pairs, at fixed β0 and without filter",
     "test": "the same on the test pairs",
     "predict": "score every pair of data.path and write scores.parquet",
+    "show": "the first pairs as `fit` trains on them, what was cut, and what was left out and why",
     "plan": "memory of a `fit` per device, and the largest micro-batch that fits",
 }
 
@@ -60,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if command == "plan":
             run_plan(arguments)
+        elif command == "show":
+            run_show(arguments)
         elif command in TRAINER_COMMANDS:
             run_trainer_command(arguments)
         elif command in COMMANDS:

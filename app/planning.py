@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoConfig
 
-from app.cli import BetaDPOCLI, lightning_options
+from app.cli import PartsCLI, lightning_options
 from app.errors import UserError
 from lightning_modules.activations import activations
 from lightning_modules.base import LanguageModelTraining
@@ -25,8 +25,8 @@ SHAPES = Path(__file__).parents[1] / "configs" / "shapes"  # <owner>/<name>.json
 RESERVED = 0.1  # share of a device left to CUDA, to buffers of communication and to fragments
 
 
-class PlanCLI(BetaDPOCLI):
-    """Reads what `fit` reads, and builds stage and data but no Trainer, which would look for the devices."""
+class PlanCLI(PartsCLI):
+    """The options of `fit`, and those of the plan."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -36,12 +36,6 @@ class PlanCLI(BetaDPOCLI):
         parser.add_argument("--devices_per_node", type=int | None, default=None, help=text)
         text = "Shape of the model where model.name is not here: a config.json, or a name under configs/shapes."
         parser.add_argument("--shape", type=str | None, default=None, help=text)
-
-    def instantiate_classes(self) -> None:
-        self.config_init = self.parser.instantiate_classes(self.config)
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing."""
 
 
 def run_plan(arguments: list[str]) -> None:

@@ -28,6 +28,7 @@ from datamodules.tokenizer import stop_ids, tokenizer_files
 
 log = logging.getLogger(__name__)
 
+SIDES = ("chosen", "rejected")
 Split = Literal["train", "validation", "test", "predict"]
 # which splits a Lightning stage reads
 SPLITS: dict[str, tuple[Split, ...]] = {
@@ -135,7 +136,11 @@ class PairDataModule(LightningDataModule):
     @property
     def need_rejected(self) -> bool:
         """Whether the stage being run trains on both sides of a pair, so that a lone response is a bad row."""
-        return "rejected" in getattr(self.module, "responses", ("rejected",))
+        return "rejected" in getattr(self.module, "responses", SIDES)
+
+    def shown(self, table: PairTable, row: int) -> list[str]:
+        """Return a pair as the stage trains on it, in lines for a person."""
+        return shown(table, row, self.tokenizer, self.stop_ids, getattr(self.module, "responses", SIDES))
 
     def prepare_data(self) -> None:
         # once per node, so that one rank tokenises and the others open the cache
@@ -159,8 +164,7 @@ class PairDataModule(LightningDataModule):
             for line in describe(table, rows):
                 rank_zero_info(f"{split}: {line}")
             if split == "train":
-                first = shown(table, int(rows[0]), self.tokenizer)
-                rank_zero_info("\n".join(["the first pair as it is trained:", *first]))
+                rank_zero_info("\n".join(["the first pair as it is trained:", *self.shown(table, int(rows[0]))]))
             self._tell(split)
             longest, _ = longest_of(table, reached(table, rows))
             # in separate rows a pair takes twice the longer one: never more than twice the packed length

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from lightning.pytorch import Trainer
 
 from datamodules.gap_mixture import GapMixedTable
-from datamodules.records import TokenisedPair
 from datamodules.rewards import RewardedTable
 from datamodules.table import JoinedTables, PairTable, TokenisedTable
 
@@ -20,19 +19,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def shown(table: PairTable, row: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return a pair of a table as it is trained, in lines for a person."""
+def shown(
+    table: PairTable, row: int, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], trained: Sequence[str]
+) -> list[str]:
+    """Return a pair of a table as it is trained, in lines for a person: prompt, and the sides that are `trained`.
+
+    Texts stand in quotes, so that special tokens and line breaks are seen; a response that ends with none of the
+    ids `stops` has lost its end.
+    """
     (pair_id,) = table.pair_ids([row])
-    return [f"pair {pair_id}", *shown_tokens(table[row], tokenizer)]
-
-
-def shown_tokens(pair: TokenisedPair, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return prompt, chosen and rejected as text in quotes, with special tokens and line breaks to be seen."""
-    return [
-        f"  {side:<9}{len(ids):>5} tokens  {json.dumps(tokenizer.decode(ids), ensure_ascii=False)}"
-        for side, ids in pair._asdict().items()
-        if ids is not None
-    ]
+    lines = [f"pair {pair_id}"]
+    for side, ids in table[row]._asdict().items():
+        if ids is None or side not in ("prompt", *trained):
+            continue
+        lines.append(f"  {side:<9}{len(ids):>5} tokens  {_quoted(tokenizer.decode(ids))}")
+        if side != "prompt":
+            last = _quoted(tokenizer.decode(ids[-1:]))
+            ended = int(ids[-1]) in stops
+            lines[-1] += f"  trained up to {last}" + ("" if ended else ": it has no end, for it was cut")
+    return lines
 
 
 def describe(table: PairTable, rows: np.ndarray) -> list[str]:
@@ -136,3 +141,7 @@ def _leaves(table: PairTable) -> Iterator[TokenisedTable]:
 
 def _named(table: PairTable, rows: np.ndarray) -> str:
     return ", ".join(table.pair_ids(rows[:3]))
+
+
+def _quoted(text: str | list[str]) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,53 @@
+"""`beta-dpo show`: the pairs as they will be trained, without the model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser
+
+from app.cli import PartsCLI, lightning_options
+from app.errors import UserError
+from datamodules.base import PairDataModule
+from datamodules.describe import cut_responses, describe, repeats
+
+
+class ShowCLI(PartsCLI):
+    """The options of `fit`, and how many pairs are shown."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--pairs", type=int, default=3, help="How many pairs to show, the first of the data.")
+
+
+def run_show(arguments: list[str]) -> None:
+    """Parse the options of `fit` and a few more, and print the first pairs with what was cut and left out."""
+    cli = ShowCLI(LightningModule, LightningDataModule, **lightning_options(["fit", *arguments[1:]]))
+    options = cli.config_init["fit"]
+    if options["pairs"] < 0:
+        raise UserError(f"--pairs must be at least 0, not {options['pairs']}.")
+    data: PairDataModule = options["data"]
+    data.module = options["model"]
+    print("\n".join(lines(data, options["pairs"])))
+
+
+def lines(data: PairDataModule, count: int) -> Iterator[str]:
+    """Give the training pairs in lines: what was read, cut and left out, then the first pairs."""
+    if data.reward_model is not None:
+        yield "data.reward_model is not run: the pairs that its chat template refuses are still among these"
+        data.reward_model = None
+    opened = data.open_table("train")
+    assert opened is not None  # no source is without training pairs
+    table, rows = opened
+    yield from (f"train: {line}" for line in describe(table, rows))
+    if table.label_kinds:
+        yield f"train: columns kept as labels: {', '.join(table.label_kinds)}"
+    for said in (cut_responses(table, data.tokenisation.max_length), *repeats(table, rows)):
+        if said:
+            yield f"train: {said}"
+    ends = [str(data.tokenizer.decode([end])) for end in data.stop_ids]
+    yield f"a response ends, and sampling stops, at {' or '.join(ends)}"
+    for row in rows[:count].tolist():
+        yield ""
+        yield from data.shown(table, row)

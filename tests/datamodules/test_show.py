@@ -1,0 +1,41 @@
+"""`beta-dpo show` prints what is trained, and needs no weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from chat_families import FAMILIES
+from command_runs import command, write_config
+
+
+def test_show_prints_the_pairs_as_trained_and_what_was_cut_and_dropped(tmp_path: Path) -> None:
+    FAMILIES["gemma"].tokenizer().save_pretrained(tmp_path / "tokenizer")  # and no weights beside it
+    old = [{"role": "user", "content": "Hi " * 30}, {"role": "assistant", "content": "Yes?"}]
+    question = [{"role": "user", "content": "Capital?"}]
+    rows = [
+        {"prompt": question, "chosen": "Canberra.", "rejected": "Sydney. " * 20},
+        {"prompt": [*old, *question], "chosen": "Canberra.", "rejected": "Sydney."},
+        {"prompt": [{"role": "system", "content": "Be brief."}, *question], "chosen": "a", "rejected": "b"},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    limits = {"max_length": 80, "max_prompt_length": 40, "batch_size": 2}
+    write_config(tmp_path, str(tmp_path / "tokenizer"), path=str(tmp_path / "pairs.jsonl"), **limits)
+    done = command(tmp_path, "show", "--config", "config.yaml", BETA_DPO_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    prompt = json.dumps("<s><start_of_turn>user\nCapital?<end_of_turn>\n<start_of_turn>model\n")
+    chosen = '"Canberra.<end_of_turn>"  trained up to "<end_of_turn>"'
+    shown = done.stdout
+    assert shown.count(prompt) == 2  # the second prompt lost its old turns, and no header
+    assert shown.count(f"{chosen}\n") == 2
+    assert shown.count(": it has no end, for it was cut") == 1
+    assert "train: 2 pairs; 3 rows read; 1 rejected truncated (first: pairs.jsonl:1); " in shown
+    assert "1 prompt truncated: old turns dropped (first: pairs.jsonl:2); " in shown
+    assert "1 dropped: the chat template refuses: no system role (first: pairs.jsonl:3)" in shown
+    assert "a response ends, and sampling stops, at <end_of_turn> or </s>" in shown
+    assert not (tmp_path / "runs").exists()
+    one = command(
+        tmp_path, "show", "--config", "config.yaml", "--pairs", "-1", BETA_DPO_CACHE=str(tmp_path / "cache")
+    )
+    assert one.returncode == 2
+    assert "--pairs must be at least 0, not -1." in one.stderr
