@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from command_runs import LIMIT_SECONDS, ROOT, command
+from transformers import AutoTokenizer, GenerationConfig
 
 from app.commands.generate import generate
 from app.errors import UserError
@@ -131,3 +133,22 @@ def test_endless_prompts_need_a_number(tiny_llama: str, tmp_path: Path) -> None:
     for wrong in ([], [0.5, 0.5], [-1.0]):
         with pytest.raises(UserError, match="temperature must be"):
             generate(tiny_llama, str(tmp_path / "a.jsonl"), temperature=wrong)
+
+
+def test_a_response_ends_at_an_end_of_turn_that_is_not_eos(tiny_llama: str, tmp_path: Path) -> None:
+    turn_end = 40  # a word of the controlled task, which the random model says now and then
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    settings = GenerationConfig.from_pretrained(tiny_llama)
+    settings.eos_token_id = [2, turn_end]
+    settings.save_pretrained(tmp_path / "model")
+    found = {}
+    for name, model in (("turns", str(tmp_path / "model")), ("texts", tiny_llama)):
+        generate(model, str(tmp_path / f"{name}.jsonl"), count=16, batch_size=16, max_new_tokens=40)
+        found[name] = read(tmp_path / f"{name}.jsonl")
+    word = AutoTokenizer.from_pretrained(tiny_llama).decode([turn_end]).strip()
+    assert word
+    ran_on = [row for row in found["texts"] if word in row["response"].split()]
+    assert ran_on
+    assert not any(word in row["response"].split() for row in found["turns"])
+    shorter = [row for row in found["turns"] if row["finished"]]
+    assert {row["prompt_id"] for row in ran_on} <= {row["prompt_id"] for row in shorter}

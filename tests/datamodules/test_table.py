@@ -148,15 +148,18 @@ def test_the_second_call_opens_the_cache_and_any_change_builds_anew(tmp_path: Pa
     assert again.folder == first.folder
     assert (again.folder / "pairs.arrow").stat() == made
     assert again.report == first.report
+    splitting = byte_tokenizer()
+    splitting.split_special_tokens = True
     others = [
         load_table(path, byte_tokenizer(bos=False), SETTINGS),
+        load_table(path, splitting, SETTINGS),
         load_table(path, tokenizer, Tokenisation(24, 12, "keep_start")),
         load_table(path, tokenizer, SETTINGS, on_bad_row="skip"),
         load_table(path, tokenizer, SETTINGS, format="pairs"),
         load_table(write(tmp_path / "q.jsonl", ROWS), tokenizer, SETTINGS),  # its pair ids differ
         load_table(write(tmp_path / "p.jsonl", ROWS[:-1]), tokenizer, SETTINGS),
     ]
-    assert len({first.folder, *(table.folder for table in others)}) == 7
+    assert len({first.folder, *(table.folder for table in others)}) == 8
     assert len(others[-1]) == 4
 
 
