@@ -108,11 +108,16 @@ def generate(
     }
     parts = Parts(Path(f"{out}.parts"), job)
     sample_parts(batches, parts, models, tokenizer, stops, seed, {"top_p": top_p, "max_new_tokens": max_new_tokens})
+    cut = 0
     with atomic_file(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for path in parts:
-            file.writelines(json.loads(path.read_text(encoding="utf-8"))["lines"])
+            lines = json.loads(path.read_text(encoding="utf-8"))["lines"]
+            cut += sum(not json.loads(line)["finished"] for line in lines)
+            file.writelines(lines)
     parts.remove()
     print(f"{len(items) * len(temperatures)} samples of {model}: {out}")
+    if cut:
+        print(f"{cut} of them are cut at max_new_tokens = {max_new_tokens}: the model had not ended them")
 
 
 class Batch(NamedTuple):

@@ -123,7 +123,11 @@ def test_long_prompts_are_cut_as_in_training_and_told(
         max_prompt_length=12,
         max_new_tokens=3,
     )
-    assert "2 prompt truncated: within the last turn to 12 tokens (max_prompt_length)" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "2 prompt truncated: within the last turn to 12 tokens (max_prompt_length)" in told
+    cut = sum(not row["finished"] for row in read(tmp_path / "out.jsonl"))
+    assert cut > 0
+    assert f"{cut} of them are cut at max_new_tokens = 3:" in told
     assert [row["prompt"] for row in read(tmp_path / "out.jsonl")] == [pair["prompt"] for pair in pairs]
 
 
