@@ -18,7 +18,7 @@ JUDGE :=
 RIVAL = $(RUN)/sft-samples.jsonl
 ARMS := dpo dynamic_beta filter_only beta_dpo instance_level random_filter weight_matched
 
-.PHONY: install quickstart arm arms pipeline pipeline-smollm2 smollm2 parity docs bench study study-smollm2 lint test test-slow
+.PHONY: install quickstart arm arms pipeline pipeline-smollm2 smollm2 parity docs bench study study-smollm2 check-exports lint test test-slow
 
 install: $(VENV)/.installed
 
@@ -120,6 +120,20 @@ study-smollm2: smollm2
 # figures of the documents, and a reference of every class and command (build/api.md), from the code
 docs: install
 	$(BIN)/python docs/build.py
+
+# vLLM on a CPU, transformers 4.57 and lm-eval read exports of tiny models as transformers does here: a table
+# (docs/pipeline.md). Their environments (3 GB) may lie elsewhere; CASES="llama; gpt2" takes some of the exports
+VLLM_ENV ?= build/vllm-env
+TF4_ENV ?= build/transformers4-env
+check-exports: install $(VLLM_ENV)/.installed $(TF4_ENV)/.installed
+	VLLM_ENV=$(abspath $(VLLM_ENV)) TF4_ENV=$(abspath $(TF4_ENV)) $(BIN)/python tests/exports/check_exports.py
+
+$(VLLM_ENV)/.installed: tests/exports/vllm.txt
+$(TF4_ENV)/.installed: tests/exports/transformers4.txt
+$(VLLM_ENV)/.installed $(TF4_ENV)/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .
