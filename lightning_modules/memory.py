@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from lightning_modules.activations import Activations
+from lightning_modules.flex import mask_bytes
 from lightning_modules.head import NARROWEST_SLICE, SLICE_LOGITS
 from lightning_modules.pretrained import linear_weights
 from lightning_modules.sharding import transformer_blocks
@@ -94,7 +95,9 @@ class MemoryPlan:
         # the running block, those fetched ahead of it, and the buffer that one arrives in
         blocks = block * (2 + setup.prefetch) if setup.reshard else compute * (sizes.all - sizes.root) + block
         blocks *= sharded
-        kept = int(self.activations.kept(setup.checkpointed) * tokens)
+        kept = int(self.activations.kept(setup.checkpointed) * tokens) + mask_bytes(tokens) * (
+            setup.device == "cuda"
+        )
         # gradients of the activations of the block at work
         working = int(self.activations.largest_block * tokens / 2)
         head_gradient = (compute if sharded else WEIGHT) * sizes.head
