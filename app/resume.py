@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from app.errors import UserError
+from app.run_record import RunRecord
 from callbacks import PairAudit
 from lightning_modules.checkpoint import check_checkpoint
 
@@ -19,12 +21,12 @@ def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str
 
     `last` is the newest checkpoint in the log folder of the configuration; where the logger numbers its folders,
     that of the highest number, and the run goes on in it. With no checkpoint there yet, `fitting` starts afresh.
-    Raises UserError when the checkpoint is missing, damaged or foreign.
+    Raises UserError when the checkpoint is missing, damaged or foreign, or cannot be resumed with these settings.
     """
     if asked is None:
         return None
     if asked != "last":
-        check_checkpoint(Path(asked))
+        compare(trainer, check_checkpoint(Path(asked)), fitting)
         return asked
     continue_newest_version(trainer)
     found = [path for path in last_checkpoints(trainer) if path.exists()]
@@ -37,8 +39,15 @@ def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str
                 callback.replaces_steps = True
         return None
     newest = max(found, key=os.path.getmtime)
-    check_checkpoint(newest)
+    compare(trainer, check_checkpoint(newest), fitting)
     return str(newest)
+
+
+def compare(trainer: Trainer, checkpoint: dict[str, Any], fitting: bool) -> None:
+    """Compare the run that wrote `checkpoint` with the one that resumes it (see `RunRecord.compare`)."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if fitting and isinstance(callback, RunRecord):
+            callback.compare({name: checkpoint[name] for name in ("config", "content") if name in checkpoint})
 
 
 def continue_newest_version(trainer: Trainer) -> None:

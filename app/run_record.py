@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
+
+from app.errors import UserError
+from app.files import folder_hash
+from app.resume_rules import CONTENTS, START, described, differences, refuse_what_cannot_be_applied
+from datamodules.base import PairDataModule
 
 COMMANDS_FILE = "commands.txt"
 
@@ -16,23 +24,92 @@ COMMANDS_FILE = "commands.txt"
 class RunRecord(SaveConfigCallback):
     """Writes config.yaml, and adds the command to `commands.txt`, one line per start: a resumed run has several.
 
-    Configuration and newest metrics also go into every checkpoint, for the model card of `beta-dpo export`.
+    Both are written with the first batch of a fit: a start that fails leaves nothing. Where a resumed run has other
+    settings, the earlier file is kept as `config.until-step-N.yaml`. Configuration, content of model and data, and
+    newest metrics also go into every checkpoint: for a resume to compare with, and for the model card of `export`.
     """
 
     def __init__(self, *settings: Any, command: Sequence[str], **more: Any):
         super().__init__(*settings, **more)
         self.command = command
+        self.content: dict[str, str | None] = {}
+        self._resumed: Mapping[str, Any] = {}  # what the checkpoint recorded
+        self._differences: dict[str, tuple[Any, Any]] = {}
+
+    def compare(self, checkpoint: Mapping[str, Any]) -> None:
+        """Compare with the run that wrote `checkpoint`. Raises UserError for what it cannot be resumed with."""
+        self._resumed = checkpoint
+        if "config" in checkpoint:
+            self._differences = differences(yaml.safe_load(checkpoint["config"]), yaml.safe_load(self.text))
+            refuse_what_cannot_be_applied(self._differences)
+
+    @property
+    def text(self) -> str:
+        """The configuration in force, as YAML."""
+        return self.parser.dump(self.config, skip_none=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # on every rank: Lightning asks the others for the folder, and `save_config` is called on the first alone
+        # on every rank: Lightning asks the others for the folder
         self.folder = Path(trainer.log_dir or trainer.default_root_dir)
-        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+            return
+        if trainer.is_global_zero:
+            self.content = content_of(pl_module, getattr(trainer, "datamodule", None))
+        self.content = trainer.strategy.broadcast(self.content)
+        self._compare_content()
+        if self._differences:
+            rank_zero_info(described(self._differences))
+
+    def _compare_content(self) -> None:
+        for kind, before in (self._resumed.get("content") or {}).items():
+            if before is None or self.content.get(kind) in (before, None):
+                continue
+            other = [
+                f"{key} was {old} and is {new}"
+                for key, (old, new) in self._differences.items()
+                if fnmatchcase(key, CONTENTS[kind])
+            ]
+            what = {"model": "another model than the run started from", "data": "other training pairs"}[kind]
+            because = (
+                ", ".join(other) if other else f"the files that {CONTENTS[kind].rstrip('*')} names have changed"
+            )
+            raise UserError(f"--ckpt_path: the settings of now give {what} ({because}): {START}.")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.already_saved or not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        self.already_saved = True
+        file = self.folder / self.config_filename
+        text = self.text
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if file.is_file() and self._resumed and file.read_text(encoding="utf-8") != text:
+            file.replace(file.with_name(f"config.until-step-{trainer.global_step}.yaml"))
+        file.write_text(text, encoding="utf-8")
+        self.save_config(trainer, pl_module, "fit")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.fast_dev_run:
+            rank_zero_info(f"log folder: {self.folder}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_start(trainer, pl_module)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called by Lightning on the first rank, once config.yaml is written."""
+        """Called on the first rank, once config.yaml is written."""
         with open(self.folder / COMMANDS_FILE, "a", encoding="utf-8") as file:
             file.write(shlex.join(["beta-dpo", *self.command]) + "\n")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["config"] = self.parser.dump(self.config, skip_none=False)
+        checkpoint["config"] = self.text
+        checkpoint["content"] = self.content
         checkpoint["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def content_of(module: LightningModule, data: Any) -> dict[str, str | None]:
+    """Hashes of the model folder that a run starts from and of its training pairs as tokens; None where unknown."""
+    name = str(getattr(module, "name", None) or "")
+    return {
+        "model": folder_hash(name) if name and Path(name).is_dir() else None,
+        "data": data.content("train") if isinstance(data, PairDataModule) else None,
+    }

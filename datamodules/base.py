@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from abc import abstractmethod
@@ -244,6 +245,11 @@ class PairDataModule(LightningDataModule):
             loaders.append(self._loader(table, chosen, shuffle=False))
             seen = np.concatenate([seen, keys[new]])
         return loaders
+
+    def content(self, split: Split) -> str:
+        """A hash of the pairs that a split may serve, as tokens and in their order."""
+        table, rows = self._tables[split]
+        return hashlib.blake2b(table.keys(reached(table, rows)).tobytes(), digest_size=16).hexdigest()
 
     def pair_texts(self, pair_ids: list[str]) -> dict[str, dict[str, str]]:
         """`prompt`, `chosen` and `rejected` of training pairs as text, without special tokens, by pair id."""

@@ -95,18 +95,22 @@ def read_for_export(path: Path) -> dict[str, Any]:
     return _load(path, path / _LIGHTNING_METADATA) | {"state_dict": state}
 
 
-def check_checkpoint(path: Path) -> None:
-    """Refuse, with a UserError, what `fit` could not have written; a file or a folder of shards."""
+def check_checkpoint(path: Path) -> dict[str, Any]:
+    """What is saved in a file or a folder of shards, of the latter without tensors.
+
+    Refuses, with a UserError, what `fit` could not have written.
+    """
     if not path.exists():
         raise UserError(f"--ckpt_path: there is no checkpoint {path}; give the path of one, or `last`.")
     if not path.is_dir():
-        read_checkpoint(path)
-        return
+        return read_checkpoint(path)
     if not (path / ".metadata").is_file() or not (path / _LIGHTNING_METADATA).is_file():
         raise UserError(f"{path} is damaged or not a checkpoint of beta-dpo: its index is missing.")
-    if "model_config" not in _load(path, path / _LIGHTNING_METADATA):
+    state = _load(path, path / _LIGHTNING_METADATA)
+    if "model_config" not in state:
         raise UserError(f"{path} was not written by beta-dpo: it holds no model configuration.")
     _check_shards(path)
+    return state
 
 
 def _check_shards(folder: Path) -> None:

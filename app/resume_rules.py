@@ -1,0 +1,91 @@
+"""What may differ between the run of a checkpoint and the one that resumes it: a table of configuration keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from app.errors import UserError
+
+START = "give the old value, or start a run of its own from the checkpoint's model (`beta-dpo export`)"
+# What cannot be applied to a checkpoint: pattern of a key as `flattened` names it → the cure. A key in no table is
+# in force as it is asked for now, and listed.
+REFUSED = {
+    "model": START,
+    "model.architecture*": START,
+    "model.loss*": START,
+    "model.sft_weight": START,
+    "model.lora*": START,
+    "model.optimizer": START,
+    "callbacks.RewardGapStatistics.*": START,
+}
+# keys whose old value stays in force, since it is part of the state
+KEPT = {
+    "seed_everything": "the order of the pairs stays that of the checkpoint",
+    "data.seed": "the order of the pairs stays that of the checkpoint",
+    "callbacks.PairFilter.seed": "the draws stay those of the checkpoint",
+}
+IGNORED = ("ckpt_path", "scores*", "config")
+# what decides the content of these is compared as content (see `app.resume`), wherever it lies
+CONTENTS = {"model": "model.name", "data": "data*"}
+
+
+def flattened(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a configuration by name: `model.optimizer.lr`, `callbacks.PairFilter.keep_ratio`, …
+
+    An object's class stands under the name of the object, without its module.
+    """
+    trainer = dict(config.get("trainer") or {})
+    callbacks = trainer.pop("callbacks", None) or []
+    rest = {**config, "trainer": trainer}
+    named: dict[str, Any] = {}
+    for entry in callbacks if isinstance(callbacks, list) else [callbacks]:
+        name = last = str(entry.get("class_path", "")).rsplit(".", 1)[-1]
+        while name in named:
+            name += "'"
+        named[name] = {**entry, "class_path": last}
+    return dict(_leaves("", {**rest, "callbacks": named}))
+
+
+def _leaves(name: str, node: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping) and "class_path" in node:
+        yield name, str(node["class_path"]).rsplit(".", 1)[-1]
+        node = {
+            key: value for key, value in node.items() if key not in ("class_path", "init_args", "dict_kwargs")
+        } | {
+            **(node.get("init_args") or {}),
+            **(node.get("dict_kwargs") or {}),
+        }
+    elif not isinstance(node, Mapping) or not node:
+        yield name, node
+        return
+    for key, value in node.items():
+        yield from _leaves(f"{name}.{key}" if name else str(key), value)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys of two configurations that differ, with the old and the new value; "not set" for none."""
+    old, new = flattened(before), flattened(now)
+    keys = [key for key in old | new if not any(fnmatchcase(key, pattern) for pattern in IGNORED)]
+    found = {key: (old.get(key, "not set"), new.get(key, "not set")) for key in keys}
+    return {key: pair for key, pair in found.items() if pair[0] != pair[1]}
+
+
+def refuse_what_cannot_be_applied(found: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises UserError for the first difference that a checkpoint cannot be resumed with."""
+    for key, (old, new) in found.items():
+        for pattern, cure in REFUSED.items():
+            if fnmatchcase(key, pattern):
+                raise UserError(
+                    f"--ckpt_path: {key} is {new}, but the run of the checkpoint had {old}, and its state cannot "
+                    f"be carried over: {cure}."
+                )
+
+
+def described(found: Mapping[str, tuple[Any, Any]]) -> str:
+    """The differences as one block, a line each."""
+    lines = [
+        f"  {key}: {old} → {new}" + (f" ({KEPT[key]})" if key in KEPT else "") for key, (old, new) in found.items()
+    ]
+    return "\n".join(["--ckpt_path: other settings than in the run of the checkpoint; those of now apply:", *lines])

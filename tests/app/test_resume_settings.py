@@ -1,0 +1,100 @@
+"""A resume compares: what it cannot carry over is refused in one sentence, the rest applies and is listed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from command_runs import command, fit, write_config
+from tiny_runs import save_tiny_model
+
+from app.resume_rules import differences
+
+RUN = Path("runs") / "run"
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of its own, and a run of four steps."""
+    folder = tmp_path_factory.mktemp("stopped")
+    write_config(folder, save_tiny_model("llama", folder / "model"))
+    done = fit(folder, "", "--trainer.max_steps", "4")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"log folder: {RUN}") == 2
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--model.loss", "app.method.losses.HingeLoss"), "model.loss is HingeLoss"),
+        (
+            ("--model.optimizer", "torch.optim.RMSprop"),
+            "model.optimizer is RMSprop, but the run of the checkpoint had",
+        ),
+        (("--data.pairs", "44"), "other training pairs (data.pairs was 43 and is 44)"),
+    ],
+)
+def test_what_cannot_be_carried_over_is_refused(options: tuple[str, ...], told: str, stopped: Path) -> None:
+    record = (stopped / RUN / "config.yaml").read_bytes()
+    refused = fit(stopped, "", *options)
+    assert refused.returncode == 2, refused.stderr
+    assert told in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert (stopped / RUN / "config.yaml").read_bytes() == record
+
+
+def test_another_reference_under_the_same_name_is_refused(stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped, tmp_path / "copy", symlinks=True)
+    save_tiny_model("llama", stopped / "model", seed=5)
+    refused = fit(stopped)
+    shutil.copytree(tmp_path / "copy" / "model", stopped / "model", dirs_exist_ok=True)
+    assert refused.returncode == 2, refused.stderr
+    assert (
+        "another model than the run started from (the files that model.name names have changed)" in refused.stderr
+    )
+
+
+def test_what_can_be_applied_applies_and_is_listed(stopped: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder, symlinks=True)
+    other = ("--model.optimizer.init_args.lr", "0.001", "--data.batch_size", "5", "--trainer.max_steps", "6")
+    done = fit(folder, "", *other, "--model.max_nonfinite_share", "0.2")
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "model.optimizer.lr: 0.003 → 0.001",
+        "data.batch_size: 10 → 5",
+        "model.max_nonfinite_share: 0.1 → 0.2",
+    ):
+        assert f"  {line}" in done.stderr
+    state = torch.load(folder / RUN / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["optimizer_states"][0]["param_groups"][0]["lr"] == 0.001
+    now, before = (
+        yaml.safe_load((folder / RUN / name).read_text()) for name in ("config.yaml", "config.until-step-4.yaml")
+    )
+    rates = [config["model"]["init_args"]["optimizer"]["init_args"]["lr"] for config in (now, before)]
+    assert rates == [0.001, 0.003]
+
+
+def test_fast_dev_run_leaves_nothing(tiny_llama: str, tmp_path: Path) -> None:
+    write_config(tmp_path, tiny_llama)
+    for _ in range(2):
+        done = command(tmp_path, "fit", "--config", "config.yaml", "--trainer.fast_dev_run", "true")
+        assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".cache"] == ["config.yaml"]
+
+
+def test_unknown_keys_are_differences() -> None:
+    before = {
+        "model": {"class_path": "a.B", "init_args": {"x": 1}},
+        "trainer": {"callbacks": [{"class_path": "c.D"}]},
+    }
+    now = {"model": {"class_path": "other.B", "init_args": {"x": 1, "y": [2]}}, "ckpt_path": "last"}
+    assert differences(before, now) == {
+        "callbacks": ("not set", {}),
+        "callbacks.D": ("D", "not set"),
+        "model.y": ("not set", [2]),
+    }
