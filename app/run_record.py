@@ -77,7 +77,7 @@ class RunRecord(SaveConfigCallback):
             raise UserError(f"--ckpt_path: the settings of now give {what} ({because}): {START}.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self.already_saved or not trainer.is_global_zero or trainer.fast_dev_run:
+        if self.already_saved or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.already_saved = True
         file = self.folder / self.config_filename
@@ -89,7 +89,7 @@ class RunRecord(SaveConfigCallback):
         self.save_config(trainer, pl_module, "fit")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info(f"log folder: {self.folder}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -41,7 +41,7 @@ class PairAudit(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not in `setup`, where Lightning does not tell yet whether the run is resumed
         self._folder = audit_folder(trainer)
-        reads = trainer.is_global_zero and not trainer.fast_dev_run  # which logs nothing, and leaves nothing
+        reads = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
         files = sorted(self._folder.glob("*.parquet")) if reads else []
         # told to all ranks, or they would wait for the one that stopped
         other_run = bool(files) and trainer.ckpt_path is None and not self.replaces_steps
@@ -56,7 +56,7 @@ class PairAudit(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._decision is None or not trainer.is_global_zero or trainer.fast_dev_run:
+        if self._decision is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._tables.append(audit_rows(self._decision))
         self._decision = None
