@@ -147,7 +147,7 @@ def test_a_checkpoint_of_another_model_is_refused(trained: Path, tmp_path: Path)
     write_config(tmp_path, other)
     checkpoint = str(trained / RUN / "checkpoints" / "last.ckpt")
     said = refused(command(tmp_path, "fit", "--config", "config.yaml", "--ckpt_path", checkpoint))
-    assert "another model or optimizer than the configuration names" in said
+    assert "another model than the run started from" in said
 
 
 def test_weights_only_is_no_choice(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
