@@ -286,7 +286,7 @@ class PairDataModule(LightningDataModule):
     @cached_property
     def plain_dialogue(self) -> bool:
         """Whether the first hundred training prompts are HH transcripts, tokenised without a chat template."""
-        if self.tokenisation.chat_template or "train" not in self._tables:
+        if self.tokenisation.chat_template is True or "train" not in self._tables:
             return False
         table, rows = self._tables["train"]
         prompts = [str(self.tokenizer.decode(table[int(row)].prompt)) for row in rows[:100]]
