@@ -83,7 +83,7 @@ def lm_eval(job: dict[str, Any]) -> dict[str, Any]:
 
     found = simple_evaluate(
         model="hf",
-        model_args={"pretrained": job["model"], "dtype": "float32", "add_bos_token": True},
+        model_args={"pretrained": job["model"], "dtype": "float32"},
         tasks=["controlled"],
         task_manager=TaskManager(include_path=job["task_folder"], include_defaults=False),
         device="cpu",
