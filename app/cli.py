@@ -14,17 +14,19 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils.logging import disable_progress_bar
 
 from app.errors import UserError
-from app.mistakes import first_line
+from app.mistakes import refusing
+from app.options import check_numbers, reason, set_up_parsing
 from app.resume import settle_checkpoint
 from app.run_record import RunRecord
 from app.seed import settled_seed
 from app.slurm import check_processes, slurm_environment
 from callbacks import ScoreWriter, TextProgress
 from lightning_modules.checkpoint import SafeCheckpointIO
+
+set_up_parsing()  # whoever reads a configuration reads numbers by their ranges
 
 
 class BetaDPOCLI(LightningCLI):
@@ -41,6 +43,7 @@ class BetaDPOCLI(LightningCLI):
         super().parse_arguments(parser, args)
         command = self.config["subcommand"]
         options = self.config[command]
+        check_numbers(options)
         options["seed_everything"] = settled_seed(
             options["seed_everything"],
             resumes=command == "fit" and options["ckpt_path"] is not None,
@@ -54,6 +57,20 @@ class BetaDPOCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let hyperparameters in a checkpoint override the command line."""
+
+    def instantiate_classes(self) -> None:
+        with refusing("The configuration"):
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with refusing("Setting up the run", unless=self.trainer_has_begun):
+            super()._run_subcommand(subcommand)
+
+    def trainer_has_begun(self) -> bool:
+        """Whether a batch has been taken: what fails from then on is no mistake in the configuration."""
+        loops = (self.trainer.fit_loop.epoch_loop, self.trainer.validate_loop, self.trainer.test_loop)
+        begun = any(loop.batch_progress.total.ready for loop in loops)
+        return begun or self.trainer.predict_loop.batch_progress.total.ready > 0
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self._get(self.config_init, "trainer")
@@ -70,13 +87,13 @@ class BetaDPOCLI(LightningCLI):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else TextProgress())
         try:
             trainer = super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
-        except (MisconfigurationException, ValueError, TypeError) as error:
+        except Exception as error:
             if "gpu backend" in str(error):
                 raise UserError(
                     f"trainer.accelerator: torch {torch.__version__} finds no GPU on this machine: use "
                     "--trainer.accelerator cpu, or install the build of torch for your GPU."
                 ) from error
-            raise UserError(f"trainer: {first_line(error)} See `beta-dpo {self.subcommand} --help`.") from error
+            raise UserError(f"trainer: {reason(error)} See `beta-dpo {self.subcommand} --help`.") from error
         check_processes(trainer)
         return trainer
 

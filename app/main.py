@@ -6,7 +6,9 @@ beta-dpo fit --config configs/quickstart.yaml
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from inspect import signature
 from itertools import takewhile
@@ -19,6 +21,7 @@ from app.cli import be_quiet, run_trainer_command
 from app.commands import COMMANDS
 from app.errors import UserError
 from app.mistakes import causes, plain_sentence
+from app.options import sentence, trainer_options
 from app.planning import run_plan
 from app.showing import run_show
 from callbacks.interruption import Interrupted
@@ -37,18 +40,6 @@ AGAIN = "Give the same command again; what it says it keeps is not done twice."
 
 # what gloo says on the ranks that are left
 RANK_LOST = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer")
-
-# lines of a jsonargparse error that list what was tried instead of what is wrong
-NOISE = (
-    "Does not validate",
-    "Subtypes",
-    "Errors",
-    "Expected a <class 'NoneType'>",
-    "Expected a path but",
-    "Expected a dot import path",
-    "Expected a List",
-    "Given value",
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(str(error))
     except ArgumentError as error:
         said = next((str(cause) for cause in causes(error) if isinstance(cause, UserError)), None)
-        _refuse(said or f"{_innermost(str(error))} See `beta-dpo {command} --help`.")
+        _refuse(said or sentence(str(error), command, known_options(command)))
     except Interrupted as stop:
         _leave(f"{stop}: the same command with --ckpt_path last goes on from there.", stop.exit_status)
     except SIGTERMException:
@@ -116,15 +107,14 @@ def _leave(sentence: str, status: int) -> NoReturn:
 
 
 def _refuse(sentence: str) -> NoReturn:
+    if os.environ.get("BETA_DPO_TRACEBACK"):
+        traceback.print_exc()
     _leave(sentence, 2)
 
 
-def _innermost(message: str) -> str:
-    """jsonargparse tells every alternative that it tried; the field and the first reason are what helps."""
-    lines = dict.fromkeys(line.strip(" -") for line in message.splitlines())
-    told = [line for line in lines if line and not line.startswith(NOISE)]
-    text = " ".join(told[:6])
-    return text if text.endswith(".") else f"{text}."
+def known_options(command: str) -> list[str]:
+    """What may follow the command, classes' own options apart."""
+    return list(signature(COMMANDS[command]).parameters) if command in COMMANDS else trainer_options()
 
 
 def overview() -> str:

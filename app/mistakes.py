@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from app import options
 from app.errors import UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+PARTS = {"datamodules": "data", "lightning_modules": "model", "callbacks": "trainer.callbacks"}
+TRACE = " (BETA_DPO_TRACEBACK=1 shows the traceback.)"
 MISPLACED = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
@@ -35,6 +40,36 @@ def first_line(error: BaseException) -> str:
     """The first line of its text, or its type where it has none."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if line.endswith((".", "!", "`")) else f"{line}."
+
+
+@contextmanager
+def refusing(doing: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Within the block, any exception is a mistake in the configuration, and becomes a UserError.
+
+    Not those that have a meaning of their own (`plain_sentence`), nor any once `unless` is true.
+    `BETA_DPO_TRACEBACK=1` shows where an exception came from.
+    """
+    options.built.refusal = None  # type: ignore[attr-defined]
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if unless() or plain_sentence(error) is not None:
+            raise
+        if options.built.refusal is not None:  # type: ignore[attr-defined]
+            raise options.built.refusal from error  # type: ignore[attr-defined]
+        raise UserError(f"{doing} failed in {place(error)}: {options.reason(error)}{TRACE}") from error
+
+
+def place(error: BaseException) -> str:
+    """Which part of the configuration an exception came from, by the code of ours that it left last."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    for file in reversed(files):
+        for package, part in PARTS.items():
+            if f"/{package}/" in file and "site-packages" not in file:
+                return part
+    return "the Trainer"
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

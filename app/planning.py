@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from app.cli import PartsCLI, lightning_options
 from app.errors import UserError
+from app.method.ranges import PositiveFloat, PositiveInt
 from lightning_modules.activations import activations
 from lightning_modules.base import LanguageModelTraining
 from lightning_modules.memory import MemoryPlan, Setup, Sizes
@@ -31,9 +32,9 @@ class PlanCLI(PartsCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         text = "Memory of one device in GB (10⁹ bytes): the largest data.micro_batch_tokens that fits is printed."
-        parser.add_argument("--memory_gb", type=float | None, default=None, help=text)
+        parser.add_argument("--memory_gb", type=PositiveFloat | None, default=None, help=text)
         text = "Devices per node, where trainer.devices is auto."
-        parser.add_argument("--devices_per_node", type=int | None, default=None, help=text)
+        parser.add_argument("--devices_per_node", type=PositiveInt | None, default=None, help=text)
         text = "Shape of the model where model.name is not here: a config.json, or a name under configs/shapes."
         parser.add_argument("--shape", type=str | None, default=None, help=text)
 

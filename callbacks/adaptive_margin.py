@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.errors import UserError
 from app.method.beta import adaptive_margin
 from app.method.losses import PairLoss
+from app.method.ranges import FiniteFloat, checked
 from app.method.step import StepDecision
 
 
+@checked
 class AdaptiveMargin(Callback):
     """Subtracts γ + α·(M − M0)/σ from the logit β·h of every pair, without gradient.
 
@@ -25,9 +25,7 @@ class AdaptiveMargin(Callback):
         gamma: γ, the margin of a pair at M0. SimPO's loss has a γ of its own; this one comes on top.
     """
 
-    def __init__(self, alpha: float = 0.1, gamma: float = 0.0):
-        if not (math.isfinite(alpha) and math.isfinite(gamma)):
-            raise UserError(f"AdaptiveMargin: alpha and gamma must be finite, not {alpha} and {gamma}.")
+    def __init__(self, alpha: FiniteFloat = 0.1, gamma: FiniteFloat = 0.0):
         self.alpha = alpha
         self.gamma = gamma
 

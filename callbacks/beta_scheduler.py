@@ -8,10 +8,12 @@ from lightning.pytorch import LightningModule, Trainer
 
 from app.errors import UserError
 from app.method.beta import BetaSchedule
+from app.method.ranges import FactorFromOne, FiniteFloat, PositiveShare, checked
 from app.method.step import StepDecision
 from callbacks.bounded_beta import BoundedBeta
 
 
+@checked
 class BetaScheduler(BoundedBeta):
     """β = β0·(1 + α·(mean M of the kept pairs − M0)), clamped (paper eq. 6). No gradient flows through β.
 
@@ -32,11 +34,11 @@ class BetaScheduler(BoundedBeta):
 
     def __init__(
         self,
-        alpha: float = 0.6,
-        floor: float | None = None,
-        ceiling: float | None = None,
+        alpha: FiniteFloat = 0.6,
+        floor: PositiveShare | None = None,
+        ceiling: FactorFromOne | None = None,
         level: Literal["batch", "instance"] = "batch",
-        m0: float | None = None,
+        m0: FiniteFloat | None = None,
         z_normalised: bool = False,
         weight_matched: bool = False,
     ):

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from app.errors import UserError
+from app.method.ranges import NonNegativeInt, PositiveInt, checked
 from app.method.step import StepDecision
 from callbacks.dashboard_layout import GUIDE, guide, layout
 from callbacks.extreme_pairs import ExtremePairs, as_markdown
@@ -28,6 +28,7 @@ class KnowsTexts(Protocol):
         ...
 
 
+@checked
 class BetaDashboard(Callback):
     """Lays out the scalars that module and callbacks log, and adds what scalars cannot show.
 
@@ -45,20 +46,11 @@ class BetaDashboard(Callback):
 
     def __init__(
         self,
-        histogram_every_n_steps: int = 10,
-        kl_every_n_steps: int = 20,
-        pairs_every_n_steps: int = 100,
-        pairs: int = 5,
+        histogram_every_n_steps: PositiveInt = 10,
+        kl_every_n_steps: NonNegativeInt = 20,
+        pairs_every_n_steps: PositiveInt = 100,
+        pairs: PositiveInt = 5,
     ):
-        for name, value in (
-            ("histogram_every_n_steps", histogram_every_n_steps),
-            ("pairs_every_n_steps", pairs_every_n_steps),
-            ("pairs", pairs),
-        ):
-            if value < 1:
-                raise UserError(f"BetaDashboard: {name} must be at least 1, not {value}.")
-        if kl_every_n_steps < 0:
-            raise UserError(f"BetaDashboard: kl_every_n_steps must not be negative, not {kl_every_n_steps}.")
         self.histogram_every_n_steps = histogram_every_n_steps
         self.kl_every_n_steps = kl_every_n_steps
         self.pairs_every_n_steps = pairs_every_n_steps

@@ -9,10 +9,12 @@ from lightning.pytorch import LightningModule, Trainer
 from app.errors import UserError
 from app.method.epsilon import epsilon_beta, epsilon_steps, next_epsilon_beta
 from app.method.losses import PairLoss
+from app.method.ranges import FactorFromOne, PositiveShare, ProperShare, checked
 from app.method.step import StepDecision
 from callbacks.bounded_beta import BoundedBeta
 
 
+@checked
 class EpsilonBeta(BoundedBeta):
     """β_i = β/(1 + ε·step_i), then β ← β/(1 + ε·mean step) for the next step (arXiv 2502.13177).
 
@@ -29,9 +31,12 @@ class EpsilonBeta(BoundedBeta):
 
     calmer = "lower EpsilonBeta.epsilon or widen its bounds"
 
-    def __init__(self, epsilon: float = 0.01, floor: float | None = None, ceiling: float | None = None):
-        if not 0 < epsilon < 1:
-            raise UserError(f"EpsilonBeta: epsilon must lie in (0, 1), not {epsilon}.")
+    def __init__(
+        self,
+        epsilon: ProperShare = 0.01,
+        floor: PositiveShare | None = None,
+        ceiling: FactorFromOne | None = None,
+    ):
         super().__init__(floor, ceiling)
         self.epsilon = epsilon
         self.beta: float | None = None  # of the coming step; none before the first, which takes β0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from app.errors import UserError
 from app.method.flips import flip_probability, flip_weights
+from app.method.ranges import ShareBelowHalf, checked
 from app.method.step import StepDecision
 
 
+@checked
 class FlipWeights(Callback):
     """Multiplies every pair's loss by max(0, 1 − 2p), p being the probability that its label is flipped.
 
@@ -19,9 +20,7 @@ class FlipWeights(Callback):
         flip_rate: ε, the share of flipped labels to expect; 0 leaves every pair's weight at 1.
     """
 
-    def __init__(self, flip_rate: float = 0.15):
-        if not 0 <= flip_rate < 0.5:
-            raise UserError(f"FlipWeights: flip_rate is a share of pairs, in [0, 0.5), not {flip_rate}.")
+    def __init__(self, flip_rate: ShareBelowHalf = 0.15):
         self.flip_rate = flip_rate
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.errors import StepRefused, UserError
 from app.method.batch import OptimizerBatch
+from app.method.ranges import AtLeastTwo, checked
 from callbacks.bounded_beta import BoundedBeta
 from callbacks.health import CONDITIONS, conditions_that_hold
 
@@ -21,6 +22,7 @@ LOGGED = {name for condition in CONDITIONS for name in condition.needs if "/" in
 BY_NAME = {condition.name: condition for condition in CONDITIONS}
 
 
+@checked
 class HealthMonitor(Callback):
     """Watches the last steps for the conditions of `callbacks.health`; reads what is logged and changes nothing.
 
@@ -33,9 +35,7 @@ class HealthMonitor(Callback):
             in the list; the run ends with status 2 and says why.
     """
 
-    def __init__(self, window: int = 20, stop_on: Sequence[str] = ()):
-        if window < 2:
-            raise UserError(f"HealthMonitor: window must be at least 2 steps, not {window}.")
+    def __init__(self, window: AtLeastTwo = 20, stop_on: Sequence[str] = ()):
         if unknown := sorted(set(stop_on) - set(BY_NAME)):
             raise UserError(f"HealthMonitor: stop_on {unknown[0]!r} is none of {', '.join(map(repr, BY_NAME))}.")
         self.window = window

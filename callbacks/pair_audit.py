@@ -11,9 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.errors import UserError
 from app.files import atomic_file
+from app.method.ranges import PositiveInt, checked
 from app.method.step import StepDecision
 
 
+@checked
 class PairAudit(Callback):
     """Writes `<log dir>/audit/*.parquet`, one row per pair and step.
 
@@ -25,9 +27,7 @@ class PairAudit(Callback):
         every_n_steps: steps per file; a file is written under a temporary name and renamed.
     """
 
-    def __init__(self, every_n_steps: int = 100):
-        if every_n_steps < 1:
-            raise UserError(f"PairAudit: every_n_steps must be at least 1, not {every_n_steps}.")
+    def __init__(self, every_n_steps: PositiveInt = 100):
         self.every_n_steps = every_n_steps
         # set where a run that never reached a checkpoint is begun again: its steps are taken again
         self.replaces_steps = False

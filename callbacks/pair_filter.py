@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from app.errors import UserError
+from app.method.ranges import PositiveShare, Seed, checked
 from app.method.selection import (
     effective_sample_size,
     gaussian_log_weights,
@@ -22,6 +22,7 @@ from app.method.step import StepDecision
 Criterion = Literal["gaussian", "random", "head", "tail", "both"]
 
 
+@checked
 class PairFilter(Callback):
     """Keeps the share ρ of the pairs, drawn without replacement ∝ exp(−(M − M0)²/2σ²) (paper §4.2).
 
@@ -36,11 +37,7 @@ class PairFilter(Callback):
             smallest gaps, `tail` the smallest scales, `both` half from each end.
     """
 
-    def __init__(self, keep_ratio: float = 0.8, seed: int | None = None, by: Criterion = "gaussian"):
-        if not 0 < keep_ratio <= 1:
-            raise UserError(f"PairFilter: keep_ratio is the share kept, in (0, 1], not {keep_ratio}.")
-        if by not in get_args(Criterion):
-            raise UserError(f"PairFilter: by must be one of {', '.join(get_args(Criterion))}, not {by!r}.")
+    def __init__(self, keep_ratio: PositiveShare = 0.8, seed: Seed | None = None, by: Criterion = "gaussian"):
         self.keep_ratio = keep_ratio
         self.seed = seed
         self.by = by

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from app.errors import UserError
 from app.files import atomic_file
+from app.method.ranges import PositiveInt, Seed, checked
 
 
+@checked
 class PolicySamples(Callback):
     """Writes `<log dir>/samples/step-*.jsonl`: answers to the first prompts of the validation pairs.
 
@@ -29,9 +31,7 @@ class PolicySamples(Callback):
         seed: of the sampling, the same at every validation, so that differences come from the policy.
     """
 
-    def __init__(self, prompts: int = 4, max_new_tokens: int = 64, seed: int = 0):
-        if min(prompts, max_new_tokens) < 1:
-            raise UserError("PolicySamples: prompts and max_new_tokens must be at least 1.")
+    def __init__(self, prompts: PositiveInt = 4, max_new_tokens: PositiveInt = 64, seed: Seed = 0):
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
         self.seed = seed

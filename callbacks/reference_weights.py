@@ -10,10 +10,12 @@ from torch import Tensor
 
 from app.errors import UserError
 from app.method.flips import flip_weights
+from app.method.ranges import PositiveInt, checked
 from app.method.reference_flips import ReferenceFlips, fitted
 from app.method.step import StepDecision
 
 
+@checked
 class ReferenceWeights(Callback):
     """Multiplies every pair's loss by max(0, 1 − 2p), p being the probability that its label is flipped.
 
@@ -25,9 +27,7 @@ class ReferenceWeights(Callback):
         window: steps whose margins the estimate is made from.
     """
 
-    def __init__(self, window: int = 16):
-        if window < 1:
-            raise UserError(f"ReferenceWeights: window is a number of steps, at least 1, not {window}.")
+    def __init__(self, window: PositiveInt = 16):
         self.window = window
         self._margins: list[Tensor] = []  # of the last steps, [G] each
         self._flips: ReferenceFlips | None = None

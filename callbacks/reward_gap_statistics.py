@@ -9,9 +9,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.errors import UserError
 from app.method.moments import MINIMUM_STD, RunningMoments
+from app.method.ranges import ShareBelowOne, checked
 from app.method.step import StepDecision
 
 
+@checked
 class RewardGapStatistics(Callback):
     """Owns M0 and σ: once per optimizer step, over all pairs of the global batch, before they are used.
 
@@ -27,7 +29,7 @@ class RewardGapStatistics(Callback):
 
     def __init__(
         self,
-        momentum: float = 0.9,
+        momentum: ShareBelowOne = 0.9,
         gap_scale: Literal["raw", "beta0"] = "raw",
         start: Literal["bias_corrected", "zero"] = "bias_corrected",
         ddof: Literal[0, 1] = 0,

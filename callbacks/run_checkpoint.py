@@ -14,9 +14,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from app.errors import StepRefused, UserError
+from app.method.ranges import PositiveInt, checked
 from callbacks.interruption import Interrupted, SignalWatch
 
 
+@checked
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's `ModelCheckpoint` by steps, in an order that survives a kill at any moment.
 
@@ -33,10 +35,8 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     def __init__(
-        self, every_n_steps: int | None = None, keep_all: bool = False, dirpath: str | None = None
+        self, every_n_steps: PositiveInt | None = None, keep_all: bool = False, dirpath: str | None = None
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise UserError(f"RunCheckpoint: every_n_steps must be at least 1 or null, not {every_n_steps}.")
         super().__init__(
             dirpath=dirpath,
             filename="{step}",

@@ -8,9 +8,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
-from app.errors import UserError
+from app.method.ranges import PositiveInt, checked
 
 
+@checked
 class TextProgress(ProgressBar):
     """What a bar shows, as lines without control characters: step, metrics, steps per second, time left.
 
@@ -20,9 +21,7 @@ class TextProgress(ProgressBar):
         every_n_steps: steps between two lines; the last step has a line of its own.
     """
 
-    def __init__(self, every_n_steps: int = 10):
-        if every_n_steps < 1:
-            raise UserError(f"TextProgress: every_n_steps must be at least 1, not {every_n_steps}.")
+    def __init__(self, every_n_steps: PositiveInt = 10):
         super().__init__()
         self.every_n_steps = every_n_steps
         self._enabled = True

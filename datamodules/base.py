@@ -62,9 +62,6 @@ class PairDataModule(LightningDataModule):
         reward_model: RewardScoring | None,
     ):
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("micro_batch_tokens", micro_batch_tokens)):
-            if value < 1:
-                raise UserError(f"data.{name} must be at least 1, not {value}.")
         self.batch_size = batch_size
         self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed

@@ -7,7 +7,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from app.errors import UserError
+from app.method.ranges import PositiveInt, Seed, Share, checked
 from datamodules.base import PairDataModule, Split
 from datamodules.controlled_task import Gap, build_tokenizer, demonstrations, preference_pairs
 from datamodules.gap_mixture import GapMixture
@@ -18,6 +18,7 @@ from datamodules.sources import PairStream
 GENERATOR_VERSION = 1
 
 
+@checked
 class ControlledTask(PairDataModule):
     """Dialogues whose responses have a known true reward (see `datamodules.controlled_task`).
 
@@ -38,16 +39,16 @@ class ControlledTask(PairDataModule):
     def __init__(
         self,
         stage: Literal["demonstrations", "preferences"] = "preferences",
-        pairs: int = 6400,
-        validation_pairs: int = 512,
-        test_pairs: int = 1024,
-        flip_rate: float = 0.15,
-        broken_share: float = 0.2,
+        pairs: PositiveInt = 6400,
+        validation_pairs: PositiveInt = 512,
+        test_pairs: PositiveInt = 1024,
+        flip_rate: Share = 0.15,
+        broken_share: Share = 0.2,
         gap: Gap = "extreme",
-        high_gap_share: float = 0.5,
-        batch_size: int = 64,
-        micro_batch_tokens: int = 8192,
-        seed: int | None = None,
+        high_gap_share: Share = 0.5,
+        batch_size: PositiveInt = 64,
+        micro_batch_tokens: PositiveInt = 8192,
+        seed: Seed | None = None,
         gap_mixture: GapMixture | None = None,
         reward_model: RewardScoring | None = None,
     ):
@@ -59,8 +60,6 @@ class ControlledTask(PairDataModule):
             "validation": validation_pairs,
             "test": test_pairs,
         }
-        if min(self.counts.values()) < 1:
-            raise UserError("data.pairs, data.validation_pairs and data.test_pairs must be at least 1.")
         self.flip_rate = flip_rate
         self.broken_share = broken_share
         self.gap: Gap = gap

@@ -13,12 +13,14 @@ import pyarrow.compute as pc
 
 from app.errors import UserError
 from app.files import file_hash
+from app.method.ranges import Seed, Share, checked
 from datamodules.records import PreferencePair
 from datamodules.sources import PairStream, RowReport, prompt_key
 from datamodules.sources.samples import Sample, SampleFile
 from datamodules.table import JoinedTables, PairTable, Part
 
 
+@checked
 @dataclass(frozen=True)
 class GapMixture:
     """Which rejected responses are replaced by samples, say of the SFT model (`data.gap_mixture`).
@@ -36,16 +38,10 @@ class GapMixture:
     """
 
     samples: str
-    share: float
+    share: Share
     unit: Literal["pair", "batch"] = "pair"
     on_missing: Literal["error", "keep"] = "error"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise UserError(f"data.gap_mixture.share must lie in [0, 1], not {self.share}.")
-        if self.seed < 0:
-            raise UserError(f"data.gap_mixture.seed must not be negative, not {self.seed}.")
+    seed: Seed = 0
 
     def draws_pair(self, pair_id: str) -> bool:
         """Whether this pair is replaced, where the unit is the pair."""

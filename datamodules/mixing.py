@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from app.errors import UserError
+from app.method.ranges import FactorFromOne, PositiveFloat, checked
 from datamodules.sources import PreferredBy, RowFormat, RowReading, SourceAddress
 
 
+@checked
 @dataclass(frozen=True)
 class WeightedSource:
     """One source of several, an entry of the list `data.path`.
@@ -27,7 +28,7 @@ class WeightedSource:
     """
 
     path: str
-    weight: float | None = None
+    weight: PositiveFloat | None = None
     name: str | None = None
     split: str = "train"
     validation_split: str | None = None
@@ -35,7 +36,7 @@ class WeightedSource:
     subset: str | None = None
     revision: str | None = None
     format: RowFormat = "auto"
-    min_score_ratio: float = 1.0
+    min_score_ratio: FactorFromOne = 1.0
     preferred_by: PreferredBy = "better"
     columns: dict[str, str] | None = None
 
@@ -70,8 +71,6 @@ def check_sources(sources: Sequence[WeightedSource]) -> None:
     weights = [source.weight for source in sources if source.weight is not None]
     if weights and len(weights) < len(sources):
         raise UserError("data.path: give every source a weight, or none of them.")
-    if not all(0 < weight < math.inf for weight in weights):
-        raise UserError("data.path: every weight must be a positive number.")
 
 
 def drawn_rows(

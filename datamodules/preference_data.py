@@ -12,6 +12,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from app.errors import UserError
+from app.method.ranges import FactorFromOne, PositiveInt, Seed, ShareBelowOne, checked
 from datamodules.base import PairDataModule, Split
 from datamodules.gap_mixture import GapMixture
 from datamodules.mixing import WeightedSource, check_sources, drawn_rows, told_apart
@@ -21,6 +22,7 @@ from datamodules.table import JoinedTables, PairTable, Part, split_by_prompt
 from datamodules.tokenisation import Tokenisation
 
 
+@checked
 class PreferenceData(PairDataModule):
     """Pairs from files (.jsonl, .json, .csv, .tsv, .parquet, .arrow), a folder of them, or a Hub id.
 
@@ -62,27 +64,25 @@ class PreferenceData(PairDataModule):
         revision: str | None = None,
         validation_split: str | None = None,
         test_split: str | None = None,
-        validation_share: float = 0.0,
+        validation_share: ShareBelowOne = 0.0,
         tokenizer: str | None = None,
         format: RowFormat = "auto",
-        min_score_ratio: float = 1.0,
+        min_score_ratio: FactorFromOne = 1.0,
         preferred_by: PreferredBy = "better",
         columns: dict[str, str] | None = None,
         on_bad_row: OnBadRow = "error",
-        max_length: int = 512,
-        max_prompt_length: int = 256,
+        max_length: PositiveInt = 512,
+        max_prompt_length: PositiveInt = 256,
         prompt_truncation: Literal["keep_end", "keep_start"] = "keep_end",
         chat_template: bool | Literal["auto"] = "auto",
         chat_template_kwargs: dict[str, Any] | None = None,
-        batch_size: int = 64,
-        micro_batch_tokens: int = 8192,
-        seed: int | None = None,
+        batch_size: PositiveInt = 64,
+        micro_batch_tokens: PositiveInt = 8192,
+        seed: Seed | None = None,
         gap_mixture: GapMixture | None = None,
         reward_model: RewardScoring | None = None,
     ):
         super().__init__(batch_size, micro_batch_tokens, seed, gap_mixture, reward_model)
-        if not 0 <= validation_share < 1:
-            raise UserError(f"data.validation_share must lie in [0, 1), not {validation_share}.")
         self.validation_share = validation_share
         single: dict[str, Any] = {
             "split": split,

@@ -77,8 +77,6 @@ class LanguageModelTraining(LoggedTraining):
         lora: Lora | None,
     ):
         super().__init__()
-        if max_grad_norm is not None and max_grad_norm <= 0:
-            raise UserError(f"model.max_grad_norm must be positive or null, not {max_grad_norm}.")
         self.automatic_optimization = False
         self.name = name
         self.architecture = architecture

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from app.errors import UserError
 from app.method.batch import PackedRows
+from app.method.ranges import PositiveFloat, PositiveInt, checked
 
 if TYPE_CHECKING:
     from lightning_modules.scorer import ResponseScorer
 
 
+@checked
 @dataclass
 class Lora:
     """W·x + (lora_alpha/r)·B·A·x in the chosen linear layers, B = 0 at the start. The names are those of `peft`.
@@ -27,16 +29,10 @@ class Lora:
         use_rslora: divide by √r instead of r.
     """
 
-    r: int = 16
-    lora_alpha: float = 32.0
+    r: PositiveInt = 16
+    lora_alpha: PositiveFloat = 32.0
     target_modules: str | list[str] = "all-linear"
     use_rslora: bool = False
-
-    def __post_init__(self) -> None:
-        if self.r < 1 or self.lora_alpha <= 0:
-            raise UserError(
-                f"model.lora: r must be at least 1 and lora_alpha positive, not {self.r} and {self.lora_alpha}."
-            )
 
     def peft_config(self, base: str | None = None) -> Any:
         """The `peft.LoraConfig` for adapters of the model `base`: no dropout, no biases.

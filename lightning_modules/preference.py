@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +18,7 @@ from app.method.logps import PairLogps
 from app.method.losses import PairLoss, SigmoidLoss, WithSFTTerm
 from app.method.metrics import pair_metrics
 from app.method.moments import MINIMUM_STD, rounding_std
+from app.method.ranges import NonNegativeFloat, PositiveFloat, ShareBelowOne, checked
 from app.method.step import MissingStatistics, RewardGapHook, StepDecision, StepObserver, weighted_losses
 from lightning_modules.base import Attention, CompileLayers
 from lightning_modules.lora import Lora
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 SCALED_BY_BETA = ("reward_margin", "reward_chosen", "reward_rejected")
 
 
+@checked
 class PreferenceOptimization(PreferenceScoring):
     """DPO and its relatives; with the callbacks `RewardGapStatistics`, `PairFilter`, `BetaScheduler`, β-DPO.
 
@@ -56,14 +57,14 @@ class PreferenceOptimization(PreferenceScoring):
     def __init__(
         self,
         name: str,
-        beta0: float = 0.1,
+        beta0: PositiveFloat = 0.1,
         loss: PairLoss | None = None,
         reference: Reference = "frozen",
-        sft_weight: float = 0.0,
+        sft_weight: NonNegativeFloat = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-7, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
-        max_grad_norm: float | None = 10.0,
-        max_nonfinite_share: float = 0.1,
+        max_grad_norm: PositiveFloat | None = 10.0,
+        max_nonfinite_share: ShareBelowOne = 0.1,
         layout: Literal["auto", "packed", "separate"] = "auto",
         attention: Attention = "auto",
         gradient_checkpointing: bool = False,
@@ -71,10 +72,6 @@ class PreferenceOptimization(PreferenceScoring):
         trust_remote_code: bool = False,
         lora: Lora | None = None,
     ):
-        if not 0 <= max_nonfinite_share < 1:
-            raise UserError(f"model.max_nonfinite_share must lie in [0, 1), not {max_nonfinite_share}.")
-        if not 0 <= sft_weight < math.inf:
-            raise UserError(f"model.sft_weight must be finite and not negative, not {sft_weight}.")
         loss = SigmoidLoss() if loss is None else loss
         super().__init__(
             beta0,

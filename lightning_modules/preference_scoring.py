@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torchmetrics import Metric
 
-from app.errors import UserError
 from app.method.batch import OptimizerBatch, PackedRows, on_device
 from app.method.logps import PairLogps
 from app.method.losses import PairLoss
@@ -39,8 +38,6 @@ class PreferenceScoring(LanguageModelTraining):
 
     def __init__(self, beta0: float, loss: PairLoss, reference: Reference, *settings: Any):
         super().__init__(*settings)
-        if beta0 <= 0:
-            raise UserError(f"model.beta0 must be positive, not {beta0}.")
         self.beta0 = beta0
         self.loss = loss
         self.reference = reference

@@ -8,8 +8,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from app.errors import UserError
+from app.method.ranges import NonNegativeInt, PositiveInt, checked
 
 
+@checked
 class WarmupCosine(LambdaLR):
     """Linearly up to the optimizer's lr over `warmup_steps`, then down to 0 along half a cosine at `total_steps`.
 
@@ -17,10 +19,10 @@ class WarmupCosine(LambdaLR):
     0 ≤ `warmup_steps` < `total_steps`.
     """
 
-    def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int):
-        if not 0 <= warmup_steps < total_steps:
+    def __init__(self, optimizer: Optimizer, warmup_steps: NonNegativeInt, total_steps: PositiveInt):
+        if warmup_steps >= total_steps:
             raise UserError(
-                f"WarmupCosine: warmup_steps {warmup_steps} must lie in [0, total_steps {total_steps})."
+                f"WarmupCosine: warmup_steps {warmup_steps} must be less than total_steps {total_steps}."
             )
 
         def factor(step: int) -> float:

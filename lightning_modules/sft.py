@@ -10,11 +10,13 @@ from torch import Tensor
 from torchmetrics import SumMetric
 
 from app.method.batch import OptimizerBatch
+from app.method.ranges import PositiveFloat, checked
 from lightning_modules.base import Attention, CompileLayers, LanguageModelTraining
 from lightning_modules.logged_training import exact_mean, warn_of_nonfinite
 from lightning_modules.lora import Lora
 
 
+@checked
 class SupervisedFineTuning(LanguageModelTraining):
     """Mean negative log-likelihood per response token over the global batch; the prompt carries no loss.
 
@@ -29,7 +31,7 @@ class SupervisedFineTuning(LanguageModelTraining):
         architecture: dict[str, Any] | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
-        max_grad_norm: float | None = 1.0,
+        max_grad_norm: PositiveFloat | None = 1.0,
         layout: Literal["auto", "packed", "separate"] = "auto",
         attention: Attention = "auto",
         gradient_checkpointing: bool = False,

@@ -12,11 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from app.errors import UserError
+from app.method.ranges import NonNegativeInt, PositiveInt, PositiveOrInfinite, checked
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharding import shard
 from lightning_modules.tensor_parallel import SUMMED, split_layers
 
 
+@checked
 class ShardedStrategy(ModelParallelStrategy):
     """FSDP2: weights, gradients and optimizer state are split over the ranks; so is the frozen reference.
 
@@ -46,25 +48,17 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def __init__(
         self,
-        replicas: int | Literal["nodes"] = 1,
+        replicas: PositiveInt | Literal["nodes"] = 1,
         compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         reshard_after_forward: bool = True,
-        prefetch_blocks: int = 1,
+        prefetch_blocks: NonNegativeInt = 1,
         offload_reference: bool = False,
         accumulate_whole_gradients: bool = False,
-        meta_init_above: float = 1e9,
-        tensor_parallel_size: int = 1,
+        meta_init_above: PositiveOrInfinite = 1e9,
+        tensor_parallel_size: PositiveInt = 1,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ):
-        if tensor_parallel_size < 1:
-            raise UserError(
-                f"trainer.strategy: tensor_parallel_size must be at least 1, not {tensor_parallel_size}."
-            )
-        if replicas != "nodes" and replicas < 1:
-            raise UserError(f"trainer.strategy: replicas must be at least 1, or nodes, not {replicas}.")
-        if prefetch_blocks < 0:
-            raise UserError(f"trainer.strategy: prefetch_blocks must not be negative, as {prefetch_blocks} is.")
         super().__init__(
             tensor_parallel_size=tensor_parallel_size,
             process_group_backend=process_group_backend,

@@ -12,13 +12,14 @@ from rich.table import Table
 from app.errors import UserError
 from app.files import atomic_file
 from app.intervals import bootstrap_mean, wilson
+from app.method.ranges import PositiveInt
 from app.run_folder import PairTexts, grouping_labels, read_audit
 from app.suspects import hits, pair_histories
 
 LABEL = "flipped"
 
 
-def audit(run: str, out: str = "suspects.jsonl", count: int = 100) -> None:
+def audit(run: str, out: str = "suspects.jsonl", count: PositiveInt = 100) -> None:
     """List the likely mislabelled pairs and the outliers of RUN, and write them with their texts to OUT.
 
     Where the data carries a column `flipped`, precision and recall of the list are printed beside two baselines:
@@ -31,8 +32,6 @@ def audit(run: str, out: str = "suspects.jsonl", count: int = 100) -> None:
     """
     if not out.endswith((".jsonl", ".csv")):
         raise UserError(f"out must end in .jsonl or .csv, not {out!r}.")
-    if count < 1:
-        raise UserError(f"count must be at least 1, not {count}.")
     rows = read_audit(Path(run))
     histories = pair_histories(rows)
     pairs = PairTexts(Path(run))

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from app.errors import UserError
 from app.files import Parts, atomic_file, folder_hash
+from app.method.ranges import NonNegativeFloat, PositiveInt, PositiveShare, Seed
 from app.sampling import generator_state, restore_generator, sample, score
 from datamodules.controlled_task import prompts as controlled_prompts
 from datamodules.records import PreferencePair
@@ -33,13 +34,13 @@ def generate(
     prompts: str = "controlled",
     split: str = "train",
     subset: str | None = None,
-    count: int | None = 1024,
-    seed: int = 0,
-    temperature: float | list[float] = 1.0,
-    top_p: float = 1.0,
-    max_new_tokens: int = 32,
-    max_prompt_length: int = 256,
-    batch_size: int = 128,
+    count: PositiveInt | None = 1024,
+    seed: Seed = 0,
+    temperature: NonNegativeFloat | list[NonNegativeFloat] = 1.0,
+    top_p: PositiveShare = 1.0,
+    max_new_tokens: PositiveInt = 32,
+    max_prompt_length: PositiveInt = 256,
+    batch_size: PositiveInt = 128,
     chat_template: bool | Literal["auto"] = "auto",
     chat_template_kwargs: dict[str, Any] | None = None,
     reference: str | None = None,
@@ -72,11 +73,8 @@ def generate(
     temperatures = [float(one) for one in (temperature if isinstance(temperature, list) else [temperature])]
     if not out.endswith(".jsonl"):
         raise UserError(f"out must end in .jsonl, not {out!r}.")
-    if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
-        raise UserError("temperature must be a number that is not negative, or a list of different ones.")
-    counts = (max_new_tokens, max_prompt_length, batch_size, 1 if count is None else count)
-    if not 0 < top_p <= 1 or min(counts) < 1:
-        raise UserError("top_p must lie in (0, 1], and the counts must be at least 1.")
+    if not temperatures or len(set(temperatures)) < len(temperatures):
+        raise UserError("temperature must be a number, or a list of different ones.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = [model] if reference is None else [model, reference]
     models = [load_model(name).eval().to(device) for name in names]

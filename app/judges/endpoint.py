@@ -18,6 +18,7 @@ from app.errors import UserError
 from app.judges import Answer
 from app.judges.answers import dialogue_text
 from app.judges.verdicts import VerdictFile, verdict_key
+from app.method.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, checked
 
 PLACES = {"prompt", "first", "second"}
 SCORES = {"first": 1.0, "tie": 0.5, "second": 0.0}  # of the answer that is shown first
@@ -28,6 +29,7 @@ _VERDICT = re.compile(r"verdict\W*\b(A|B|tie)\b", re.IGNORECASE)
 _ALONE = re.compile(r"\W*(A|B|tie)\W*", re.IGNORECASE)
 
 
+@checked
 @dataclass(frozen=True)
 class Endpoint:
     """How a language model is asked.
@@ -47,16 +49,12 @@ class Endpoint:
 
     url: str | None = None
     instructions: str = "configs/judge/dialogue.txt"
-    temperature: float | None = 0.0
-    max_tokens: int = 512
-    parallel: int = 8
-    retries: int = 6
-    timeout: float = 120.0
+    temperature: NonNegativeFloat | None = 0.0
+    max_tokens: PositiveInt = 512
+    parallel: PositiveInt = 8
+    retries: NonNegativeInt = 6
+    timeout: PositiveFloat = 120.0
     api_key_env: str | None = None
-
-    def __post_init__(self) -> None:
-        if min(self.max_tokens, self.parallel) < 1 or self.retries < 0 or self.timeout <= 0:
-            raise UserError("endpoint: max_tokens and parallel must be at least 1, retries 0, timeout positive.")
 
 
 class Question(NamedTuple):

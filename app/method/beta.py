@@ -6,7 +6,6 @@ gradient flows through β or margin: every function here detaches what it is giv
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,8 +13,10 @@ import torch
 from torch import Tensor
 
 from app.method.moments import Moments
+from app.method.ranges import FactorFromOne, FiniteFloat, PositiveShare, checked
 
 
+@checked
 @dataclass(frozen=True)
 class BetaBounds:
     """The interval that β is clamped to, in multiples of β0; `ceiling` None leaves it open above.
@@ -26,16 +27,8 @@ class BetaBounds:
     Raises ValueError unless 0 < floor ≤ 1 ≤ ceiling, all finite: β0 lies within its bounds.
     """
 
-    floor: float = 0.01
-    ceiling: float | None = None
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.floor <= 1.0:
-            raise ValueError(f"floor is the smallest β as a multiple of β0, in (0, 1], not {self.floor}")
-        if self.ceiling is not None and not 1.0 <= self.ceiling < math.inf:
-            raise ValueError(
-                f"ceiling is the largest β as a multiple of β0, at least 1 or null, not {self.ceiling}"
-            )
+    floor: PositiveShare = 0.01
+    ceiling: FactorFromOne | None = None
 
     def absolute(self, beta0: float) -> dict[str, float]:
         """Return the bounds in the units of β, as `floor` and, if there is one, `ceiling`."""
@@ -66,6 +59,7 @@ def instance_beta(beta0: float, alpha: float, discrepancy: Tensor, moments: Mome
     return beta0 * (1.0 + alpha * (discrepancy.detach().to(torch.float64) - moments.mean))
 
 
+@checked
 @dataclass(frozen=True)
 class BetaSchedule:
     """The β schedules of the paper and the ablations between them, as three independent choices.
@@ -79,14 +73,12 @@ class BetaSchedule:
     Raises ValueError for an α or M0 that is not finite, or another level.
     """
 
-    alpha: float = 0.6
+    alpha: FiniteFloat = 0.6
     level: Literal["batch", "instance"] = "batch"
-    m0: float | None = None
+    m0: FiniteFloat | None = None
     z_normalised: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.alpha) and math.isfinite(self.m0 or 0.0)):
-            raise ValueError(f"alpha and m0 must be finite, got {self.alpha} and {self.m0}")
         if self.level not in ("batch", "instance"):
             raise ValueError(f'level must be "batch" or "instance", got {self.level!r}')
 

@@ -6,7 +6,6 @@ A loss is a function of (log-probs, β, margin): it knows no rank, no filter and
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from app.method.logps import PairLogps
+from app.method.ranges import FiniteFloat, NonNegativeFloat, PositiveFloat, ShareBelowHalf, checked
 
 
 class PairLoss(ABC):
@@ -79,6 +79,7 @@ class LogitLoss(PairLoss):
         """Loss [B] of the logits [B]."""
 
 
+@checked
 class SigmoidLoss(LogitLoss):
     """DPO, −log σ(β·h) (arXiv 2305.18290, eq. 7); conservative DPO (cDPO) for `label_smoothing` ε > 0.
 
@@ -86,14 +87,15 @@ class SigmoidLoss(LogitLoss):
     Raises ValueError unless 0 ≤ ε < 0.5.
     """
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        self.label_smoothing = _checked_smoothing(label_smoothing)
+    def __init__(self, label_smoothing: ShareBelowHalf = 0.0) -> None:
+        self.label_smoothing = label_smoothing
 
     def of_logits(self, logits: Tensor) -> Tensor:
         upright, swapped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
         return (1.0 - self.label_smoothing) * upright + self.label_smoothing * swapped
 
 
+@checked
 class RobustLoss(LogitLoss):
     """Robust DPO (arXiv 2403.00409): an unbiased estimate of the DPO loss under labels swapped with rate ε.
 
@@ -101,8 +103,8 @@ class RobustLoss(LogitLoss):
     Raises ValueError unless 0 ≤ ε < 0.5.
     """
 
-    def __init__(self, label_smoothing: float = 0.1) -> None:
-        self.label_smoothing = _checked_smoothing(label_smoothing)
+    def __init__(self, label_smoothing: ShareBelowHalf = 0.1) -> None:
+        self.label_smoothing = label_smoothing
 
     def of_logits(self, logits: Tensor) -> Tensor:
         upright, swapped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
@@ -117,6 +119,7 @@ class HingeLoss(LogitLoss):
         return F.relu(1.0 - logits)
 
 
+@checked
 class SimPOLoss(LogitLoss):
     """SimPO, −log σ(β·(l_w/|y_w| − l_l/|y_l|) − γ) (arXiv 2405.14734, eq. 6); needs no reference.
 
@@ -127,9 +130,7 @@ class SimPOLoss(LogitLoss):
 
     needs_reference = False
 
-    def __init__(self, gamma: float = 1.0) -> None:
-        if not 0.0 <= gamma < math.inf:
-            raise ValueError(f"gamma must be finite and not negative, got {gamma}")
+    def __init__(self, gamma: NonNegativeFloat = 1.0) -> None:
         self.gamma = gamma
 
     def discrepancy(self, logps: PairLogps) -> Tensor:
@@ -139,6 +140,7 @@ class SimPOLoss(LogitLoss):
         return -F.logsigmoid(logits - self.gamma)
 
 
+@checked
 class AlphaDPOLoss(SimPOLoss):
     """α-DPO as its authors' code has it: −log σ(β·(l_w/|y_w| − l_l/|y_l|) − γ − β·α·z) (arXiv 2410.10148).
 
@@ -152,10 +154,8 @@ class AlphaDPOLoss(SimPOLoss):
     needs_batch = True
     _moments: tuple[Tensor, Tensor] | None = None  # mean and deviation of the batch
 
-    def __init__(self, alpha: float = 0.2, gamma: float = 1.5) -> None:
+    def __init__(self, alpha: FiniteFloat = 0.2, gamma: NonNegativeFloat = 1.5) -> None:
         super().__init__(gamma)
-        if not math.isfinite(alpha):
-            raise ValueError(f"alpha must be finite, got {alpha}")
         self.alpha = alpha
 
     def for_batch(self, everyone: PairLogps) -> AlphaDPOLoss:
@@ -241,6 +241,7 @@ class KTOPairLoss(PairLoss):
         return 0.5 * (chosen + rejected)
 
 
+@checked
 class WithSFTTerm(PairLoss):
     """`loss` + w·−log π(y_w|x)/|y_w|: the likelihood of the chosen response beside any preference loss.
 
@@ -249,9 +250,7 @@ class WithSFTTerm(PairLoss):
     and positive.
     """
 
-    def __init__(self, loss: PairLoss, sft_weight: float) -> None:
-        if not 0.0 < sft_weight < math.inf:
-            raise ValueError(f"sft_weight must be finite and positive, got {sft_weight}")
+    def __init__(self, loss: PairLoss, sft_weight: PositiveFloat) -> None:
         self.loss = loss
         self.sft_weight = sft_weight
         self.needs_reference = loss.needs_reference
@@ -274,9 +273,3 @@ class WithSFTTerm(PairLoss):
     def per_pair(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
         likelihood = logps.policy_chosen / logps.chosen_tokens
         return self.loss.per_pair(logps, beta, margin) - self.sft_weight * likelihood
-
-
-def _checked_smoothing(label_smoothing: float) -> float:
-    if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
-    return label_smoothing

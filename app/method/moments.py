@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from app.method.ranges import ShareBelowOne, checked
+
 MINIMUM_STD = 1e-6  # σ of M below which all pairs count as equal
 
 
@@ -50,6 +52,7 @@ class Moments:
         return (discrepancy - self.mean) / self.spread
 
 
+@checked
 @dataclass
 class RunningMoments:
     """Exponential moving averages of the batch mean and of the batch standard deviation.
@@ -69,7 +72,7 @@ class RunningMoments:
     checkpoint format keeps them to the bit. Raises ValueError for a momentum, start or ddof out of range.
     """
 
-    momentum: float = 0.9
+    momentum: ShareBelowOne = 0.9
     start: Literal["bias_corrected", "zero"] = "bias_corrected"
     ddof: int = 0
     mean: float = 0.0
@@ -78,8 +81,6 @@ class RunningMoments:
     std_updates: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.momentum < 1.0:
-            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
         if self.start not in ("bias_corrected", "zero"):
             raise ValueError(f'start must be "bias_corrected" or "zero", got {self.start!r}')
         if self.ddof not in (0, 1):

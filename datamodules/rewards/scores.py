@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from app.cache import fingerprint, locked_entry
 from app.errors import UserError
 from app.files import Parts, atomic_file, atomic_folder, file_hash, folder_hash
+from app.method.ranges import PositiveInt, checked
 from datamodules.records import PreferencePair
 from datamodules.reward_model import RewardModel
 from datamodules.sources import PairStream
@@ -32,6 +33,7 @@ _SCHEMA = pa.schema([("pair_id", pa.string()), *((name, pa.float64()) for name i
 Rewards = tuple[float | None, float | None]  # of the chosen and the rejected response
 
 
+@checked
 @dataclass(frozen=True)
 class RewardScoring:
     """The reward model that scores the pairs that are trained on (`data.reward_model`).
@@ -44,12 +46,8 @@ class RewardScoring:
     """
 
     name: str
-    batch_size: int = 32
-    max_length: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or (self.max_length is not None and self.max_length < 1):
-            raise UserError("data.reward_model: batch_size and max_length must be at least 1.")
+    batch_size: PositiveInt = 32
+    max_length: PositiveInt | None = None
 
     def fingerprint(self) -> dict[str, object]:
         """What decides a reward: weights, configuration and tokenizer by content, and where texts are cut."""

@@ -86,7 +86,7 @@ def test_wrong_options_get_one_sentence(capsys: pytest.CaptureFixture[str]) -> N
         assert "\n" not in shown
     # what a part of the run says when it is built
     gap_mixture = ["--data.gap_mixture.samples=s.jsonl", "--data.gap_mixture.share=2"]
-    for words, named in ((["--data.batch_size=0"], "data.batch_size must be"), (gap_mixture, "share must lie in")):
+    for words, named in ((["--data.batch_size=0"], "data.batch_size: must be"), (gap_mixture, "share: must be")):
         with pytest.raises(SystemExit) as stop:
             main([*quickstart, *words])
         assert stop.value.code == 2

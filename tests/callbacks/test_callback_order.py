@@ -106,5 +106,5 @@ def test_the_floor_follows_the_loss_unless_it_is_given(
     ],
 )
 def test_settings_are_checked_at_once(make: object, named: str) -> None:
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(ValueError, match=named):
         make()  # type: ignore[operator]

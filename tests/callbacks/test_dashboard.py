@@ -18,7 +18,6 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_runs import controlled, preference, quiet_trainer
 
-from app.errors import UserError
 from callbacks import BetaDashboard
 from callbacks.dashboard_layout import CHARTS, layout
 from callbacks.extreme_pairs import MeasuredPair, as_markdown
@@ -195,7 +194,7 @@ def test_runs_without_tensorboard(tiny_llama: str, tmp_path: Path) -> None:
 
 
 def test_the_interval_is_checked() -> None:
-    with pytest.raises(UserError, match="histogram_every_n_steps must be at least 1"):
+    with pytest.raises(ValueError, match="histogram_every_n_steps must be at least 1"):
         BetaDashboard(0)
-    with pytest.raises(UserError, match="kl_every_n_steps must not be negative"):
+    with pytest.raises(ValueError, match="kl_every_n_steps must not be negative"):
         BetaDashboard(kl_every_n_steps=-1)

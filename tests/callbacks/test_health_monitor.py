@@ -123,7 +123,7 @@ def test_lost_throughput_is_measured_on_the_clock(monkeypatch: pytest.MonkeyPatc
 
 
 def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(UserError, match="window must be at least 2"):
+    with pytest.raises(ValueError, match="HealthMonitor: window must be a whole number from 2"):
         HealthMonitor(window=1)
     with pytest.raises(UserError, match="stop_on 'beta' is none of 'β at its bounds', "):
         HealthMonitor(stop_on=["beta"])

@@ -14,7 +14,6 @@ from command_runs import ROOT, command, write_config
 from lightning.pytorch.callbacks import ProgressBar
 from tiny_runs import beta_dpo, controlled, preference, quiet_trainer
 
-from app.errors import UserError
 from callbacks import TextProgress
 from callbacks.text_progress import progress_line, total_steps
 
@@ -42,7 +41,7 @@ def test_lines_at_every_n_steps_and_at_the_end(
 
 
 def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(UserError, match="every_n_steps must be at least 1"):
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1"):
         TextProgress(0)
 
 

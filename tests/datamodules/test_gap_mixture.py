@@ -203,9 +203,9 @@ def test_training_sees_the_samples_with_either_reference(unit: str, tiny_llama: 
 
 
 def test_wrong_settings_and_files_are_refused(pairs: Path) -> None:
-    with pytest.raises(UserError, match="share must lie"):
+    with pytest.raises(ValueError, match="GapMixture: share must"):
         GapMixture("s.jsonl", 1.5)
-    with pytest.raises(UserError, match="seed must not be negative"):
+    with pytest.raises(ValueError, match="GapMixture: seed must"):
         GapMixture("s.jsonl", 0.5, seed=-1)
     with pytest.raises(UserError, match=r"nowhere\.jsonl cannot be read"):
         opened(pairs, GapMixture("nowhere.jsonl", 0.5))

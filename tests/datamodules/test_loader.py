@@ -117,5 +117,5 @@ def test_demonstrations_cannot_be_compared() -> None:
 
 @pytest.mark.parametrize("field", ["batch_size", "micro_batch_tokens"])
 def test_sizes_are_checked(field: str) -> None:
-    with pytest.raises(UserError, match=rf"data\.{field} must be at least 1"):
+    with pytest.raises(ValueError, match=rf"{field} must be a whole number from 1"):
         controlled(5, **{field: 0})

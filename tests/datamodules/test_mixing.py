@@ -139,7 +139,6 @@ def test_what_makes_no_mixture_is_refused(tmp_path: Path) -> None:
         ([], "an empty list"),
         ([WeightedSource(path), WeightedSource(other)], "two sources called 'a.jsonl'"),
         ([WeightedSource(path, 1.0), WeightedSource(other, name="b")], "every source a weight"),
-        ([WeightedSource(path, -1.0)], "positive number"),
         ([WeightedSource(path, format="hh", min_score_ratio=2.0)], "belongs to data.format shp"),
     ):
         with pytest.raises(UserError, match=said):

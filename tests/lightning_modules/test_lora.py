@@ -190,7 +190,7 @@ def test_what_cannot_work_is_refused(tiny_llama: str, tmp_path: Path) -> None:
         train(tmp_path, tiny_llama, 1, lora=Lora(target_modules=["nowhere"]))
     with pytest.raises(UserError, match="head"):
         train(tmp_path, tiny_llama, 1, lora=Lora(target_modules=["lm_head"]))
-    with pytest.raises(UserError, match="r must be"):
+    with pytest.raises(ValueError, match="Lora: r must be"):
         Lora(r=0)
     plain = quiet_trainer(
         tmp_path / "plain", [RunCheckpoint(dirpath=str(tmp_path))], max_steps=1, enable_checkpointing=True

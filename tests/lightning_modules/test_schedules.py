@@ -29,5 +29,5 @@ def test_equals_the_schedule_of_transformers(warmup: int) -> None:
 
 
 def test_a_warm_up_without_an_end_is_refused() -> None:
-    with pytest.raises(UserError, match=r"WarmupCosine: warmup_steps 10 must lie in"):
+    with pytest.raises(UserError, match=r"WarmupCosine: warmup_steps 10 must be less"):
         rates(lambda optimizer: WarmupCosine(optimizer, 10, 10))

@@ -216,11 +216,11 @@ def test_what_cannot_work_is_refused(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1"),
-        ({"replicas": 0}, "replicas must be at least 1"),
-        ({"prefetch_blocks": -1}, "prefetch_blocks must not be negative"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be a whole number from 1"),
+        ({"replicas": 0}, "replicas must be a whole number from 1"),
+        ({"prefetch_blocks": -1}, "prefetch_blocks must be a whole number from 0"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(ValueError, match=said):
         ShardedStrategy(**settings)

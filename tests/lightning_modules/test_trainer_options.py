@@ -36,7 +36,7 @@ def test_refused_with_the_cure(options: dict[str, Any], cure: str, tiny_llama: s
     ],
 )
 def test_settings_of_the_stage(settings: dict[str, Any], field: str) -> None:
-    with pytest.raises(UserError, match=f"model.{field}"):
+    with pytest.raises(ValueError, match=f"PreferenceOptimization: {field}"):
         preference("anywhere", **settings)
 
 

@@ -1,0 +1,142 @@
+"""The numbers that options take: every numeric option names its range by one of these types, in its signature.
+
+Not a number, infinity and absurd values lie outside of all of them but `PositiveOrInfinite`. The command line reads
+options by these types, and `checked` classes refuse the same values where they are built in Python.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
+from inspect import signature
+from operator import index
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, get_args, get_type_hints
+
+LARGEST = {int: 10**12, float: 1e9}  # beyond this, a number is a slip of the pen
+LARGEST_SEED = 2**32 - 1  # what NumPy takes
+C = TypeVar("C", bound=type)
+
+
+class Number:
+    """Base of the types below: `base` is the type of the values, `allowed` says in words which ones they are."""
+
+    base: type = float
+    allowed = ""
+
+    def __new__(cls, value: Any) -> Any:
+        """`value` as a number of this type. Raises ValueError where it is none."""
+        try:
+            number = value if isinstance(value, (bool, cls.base)) else cls._read(value)
+        except (ValueError, TypeError, OverflowError):
+            number = None
+        if isinstance(number, bool) or not isinstance(number, cls.base) or not cls.within(number):
+            raise ValueError(f"must be {cls.allowed}, not {value!r:.60}")
+        return number
+
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        return cls.base(value) if isinstance(value, str) or cls.base is float else index(value)
+
+    @classmethod
+    def holds(cls, value: Any) -> bool:
+        """Whether `value` is such a number as it is."""
+        return type(value) is cls.base and cls.within(value)
+
+    @classmethod
+    def within(cls, number: Any) -> bool:
+        """Whether a number of the right type lies in the range."""
+        raise NotImplementedError
+
+
+def _numbers(base: type, name: str, allowed: str, within: Callable[[Any], bool]) -> type[Number]:
+    def bounded(number: Any) -> bool:
+        return bool(abs(number) <= LARGEST[base] and within(number))
+
+    kind = f"a {'whole' if base is int else 'finite'} number"
+    if not allowed.startswith("in"):
+        allowed = f"{allowed}, up to {LARGEST[base]:g}".removeprefix(", ")
+    fields = {"base": base, "allowed": f"{kind} {allowed}", "within": staticmethod(bounded), "__doc__": kind}
+    return type(name, (Number,), fields)
+
+
+if TYPE_CHECKING:
+    PositiveInt: TypeAlias = int
+    NonNegativeInt: TypeAlias = int
+    AtLeastTwo: TypeAlias = int
+    FromMinusOne: TypeAlias = int
+    Seed: TypeAlias = int
+    FiniteFloat: TypeAlias = float
+    PositiveFloat: TypeAlias = float
+    NonNegativeFloat: TypeAlias = float
+    FactorFromOne: TypeAlias = float
+    PositiveOrInfinite: TypeAlias = float
+    Share: TypeAlias = float
+    PositiveShare: TypeAlias = float
+    ShareBelowOne: TypeAlias = float
+    ProperShare: TypeAlias = float
+    ShareBelowHalf: TypeAlias = float
+else:
+    PositiveInt = _numbers(int, "PositiveInt", "from 1", lambda n: n >= 1)
+    NonNegativeInt = _numbers(int, "NonNegativeInt", "from 0", lambda n: n >= 0)
+    AtLeastTwo = _numbers(int, "AtLeastTwo", "from 2", lambda n: n >= 2)
+    FromMinusOne = _numbers(int, "FromMinusOne", "from -1", lambda n: n >= -1)
+    Seed = _numbers(int, "Seed", f"in [0, {LARGEST_SEED}]", lambda n: 0 <= n <= LARGEST_SEED)
+    FiniteFloat = _numbers(float, "FiniteFloat", "", lambda x: True)
+    PositiveFloat = _numbers(float, "PositiveFloat", "above 0", lambda x: x > 0)
+    NonNegativeFloat = _numbers(float, "NonNegativeFloat", "from 0", lambda x: x >= 0)
+    FactorFromOne = _numbers(float, "FactorFromOne", "from 1", lambda x: x >= 1)
+    Share = _numbers(float, "Share", "in [0, 1]", lambda x: 0 <= x <= 1)
+    PositiveShare = _numbers(float, "PositiveShare", "in (0, 1]", lambda x: 0 < x <= 1)
+    ShareBelowOne = _numbers(float, "ShareBelowOne", "in [0, 1)", lambda x: 0 <= x < 1)
+    ProperShare = _numbers(float, "ProperShare", "in (0, 1)", lambda x: 0 < x < 1)
+    ShareBelowHalf = _numbers(float, "ShareBelowHalf", "in [0, 0.5)", lambda x: 0 <= x < 0.5)
+
+    class PositiveOrInfinite(Number):
+        """A number above 0, or infinity."""
+
+        allowed = "a number above 0, or .inf"
+
+        @classmethod
+        def within(cls, number: float) -> bool:
+            return number > 0 and (number <= 1e15 or number == math.inf)
+
+
+def number_types() -> list[type[Number]]:
+    """All of them."""
+    return Number.__subclasses__()
+
+
+def checked(cls: C) -> C:
+    """Have `cls(…)` refuse numbers outside of what the annotations of its `__init__` name, by ValueError."""
+    init = cls.__init__  # type: ignore[misc]
+    parameters = signature(init)
+    hints = cache(lambda: get_type_hints(init))  # read when they are needed: a module may still be loading
+
+    @wraps(init)
+    def checking(self: Any, *args: Any, **settings: Any) -> None:
+        for name, value in parameters.bind(self, *args, **settings).arguments.items():
+            _refuse(f"{cls.__name__}: {name}", hints().get(name), value)
+        init(self, *args, **settings)
+
+    cls.__init__ = checking  # type: ignore[misc]
+    return cls
+
+
+def _refuse(what: str, hint: Any, value: Any) -> None:
+    kinds = list(_kinds(hint))
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    for number in numbers if kinds else ():
+        if number is None or isinstance(number, str):  # of another member of a union
+            continue
+        try:
+            kinds[0](number)
+        except ValueError as error:
+            raise ValueError(f"{what} {error}") from None
+
+
+def _kinds(hint: Any) -> Iterator[type[Number]]:
+    if isinstance(hint, type) and issubclass(hint, Number):
+        yield hint
+    for part in get_args(hint):
+        yield from _kinds(part)

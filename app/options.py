@@ -1,0 +1,284 @@
+"""Anything wrong in a configuration becomes one sentence here: what jsonargparse says, reads and builds."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import partial
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from jsonargparse import Namespace, add_instantiator
+from jsonargparse.typing import register_type
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from app.errors import UserError
+from app.method.ranges import (
+    FromMinusOne,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    number_types,
+)
+
+# options of Lightning's Trainer that it takes at any value, and fails on later or ignores
+TRAINER_RANGES: dict[str, Any] = {
+    "log_every_n_steps": PositiveInt,
+    "check_val_every_n_epoch": PositiveInt,
+    "val_check_interval": PositiveFloat,
+    "min_epochs": NonNegativeInt,
+    "min_steps": NonNegativeInt,
+    "max_steps": FromMinusOne,
+    "max_epochs": FromMinusOne,
+    "num_sanity_val_steps": FromMinusOne,
+}
+MAY_BE_INFINITE = ("meta_init_above",)
+LARGEST = 1e15  # of a number that is not one of our own options
+
+WORDS = {
+    "<class 'float'>": "a number",
+    "<class 'int'>": "a whole number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "text",
+    "<class 'NoneType'>": "null",
+    "<class 'list'>": "a list",
+    "<class 'dict'>": "a mapping, {name: value}",
+}
+BASES = {"optimizer": torch.optim.Optimizer, "lr_scheduler": torch.optim.lr_scheduler.LRScheduler}
+OWN_PACKAGES = ("app", "lightning_modules", "datamodules", "callbacks", "torch.optim")
+
+
+def set_up_parsing() -> None:
+    """Let jsonargparse read numbers by their ranges, and say which class could not be built."""
+    for kind in number_types():
+        register_type(
+            kind, serializer=kind.base, deserializer=kind, type_check=lambda value, kind: kind.holds(value)
+        )
+    add_instantiator(built, object, subclasses=True)
+
+
+def built(class_type: type, *args: Any, applied_instantiation_links: dict, **settings: Any) -> Any:
+    """`class_type(…)`, as the configuration wants it. Raises UserError, naming the class, where that fails."""
+    try:
+        return class_type(*args, **settings)
+    except (UserError, ModuleNotFoundError) as error:
+        built.refusal = error  # type: ignore[attr-defined]
+        raise
+    except Exception as error:
+        named = str(error).startswith(f"{class_type.__name__}: ")
+        text = reason(error) if named else f"{class_type.__name__}: {reason(error)}"
+        built.refusal = UserError(text)  # type: ignore[attr-defined]
+        raise built.refusal from error  # type: ignore[attr-defined]
+
+
+built.refusal = None  # type: ignore[attr-defined]  # jsonargparse keeps the text of what a union's members raise alone
+
+
+def reason(error: BaseException) -> str:
+    """The first line of its text, with its type where the text alone would say little."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    plain = isinstance(error, (ValueError, TypeError, MisconfigurationException, UserError)) and lines[0]
+    text = lines[0] if plain else f"{type(error).__name__} {lines[0]}".strip()
+    return text if text.endswith((".", "!", "`")) else f"{text}."
+
+
+def check_numbers(config: Namespace) -> None:
+    """Refuse a number that is none, infinite or absurd, and what lies outside of `TRAINER_RANGES`, by UserError."""
+    for key, value in numbers(config.as_dict()):
+        name = key.removeprefix("trainer.")
+        if key != name and name in TRAINER_RANGES:
+            try:
+                TRAINER_RANGES[name](value)
+            except ValueError as error:
+                raise UserError(f"{key} {error}.") from None
+        wrong = not math.isfinite(value) or abs(value) > LARGEST
+        if wrong and not (value > 0 and key.endswith(MAY_BE_INFINITE)):
+            raise UserError(f"{key} is {value}: give a finite number, no larger than {LARGEST:g}.")
+
+
+def numbers(config: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in a configuration with the name of its option, `trainer.callbacks[2].alpha`."""
+    if isinstance(config, (int, float)) and not isinstance(config, bool):
+        yield key, config
+    named = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for name, value in named:
+        inner = f"{key}[{name}]" if isinstance(config, list) else key if name == "init_args" else f"{key}.{name}"
+        yield from numbers(value, inner.removeprefix("."))
+
+
+# --- what jsonargparse says --------------------------------------------------------------------------------
+
+
+class Finding(NamedTuple):
+    """The first thing wrong of a jsonargparse error: where, in which class, and what."""
+
+    field: str
+    class_path: str | None
+    wrong: str
+
+
+def sentence(message: str, command: str, known: list[str]) -> str:
+    """What a jsonargparse error `message` of a `command` means; `known` are the options to suggest one of."""
+    missing = re.match(r"the following arguments are required: (.*)", message)
+    if missing:
+        names = missing[1].replace(f"{command}.", "")
+        return f"{names}: missing, and required ({message.replace(missing[1], names)}). {listed(command)}"
+    unknown = re.match(r"[Uu]nrecogni[sz]ed arguments: (.*)", message)
+    if unknown:
+        word = unknown[1].split()[0].split("=")[0]
+        hint = suggestion(word.strip("-"), known, "--") if word.startswith("-") else ""
+        return f"There is no option {unknown[1]}.{hint} {listed(command)}"
+    found = finding(message)
+    if found is None:
+        text = " ".join(dict.fromkeys(line.strip(" -") for line in message.splitlines() if line.strip(" -")))
+        return f"{text[:500].rstrip('.')}. {listed(command)}"
+    text = found.wrong if found.wrong.endswith("?") else f"{found.wrong.rstrip('.')}."
+    return f"{found.field}: {text} {listed(command, found)}"
+
+
+def listed(command: str, found: Finding | None = None) -> str:
+    """Where the options are listed that there are."""
+    place = found.field.split(".")[0] if found else ""
+    if found and found.class_path and place in ("model", "data"):
+        inner = ".loss" if ".loss" in found.field and "losses" in found.class_path else ""
+        return f"See `beta-dpo {command} --{place}{inner}.help {found.class_path.rpartition('.')[2]}`."
+    return f"See `beta-dpo {command} --help`."
+
+
+def finding(message: str) -> Finding | None:
+    """What is wrong, of the first alternative that was gone into; None for a message of another form."""
+    field: list[str] = []
+    class_path, subtypes, wrong, depth = None, "", "", -1
+    expected: list[str] = []
+    value = ""
+    for line in message.splitlines():
+        text, indent = line.strip(" -"), len(line) - len(line.lstrip(" "))
+        text = re.sub(r"^Type typing\.Callable.* expects a function or a callable class: ?", "", text)
+        if (key := re.match(r'Parser key "(.+?)":?\s*(.*)', text)) and not (expected and indent <= depth):
+            field.append(key[1].removeprefix("init_args."))
+            expected, depth, text, subtypes, value = [], indent, key[2], "", ""
+        elif indent < depth and (expected or wrong):
+            break
+        if given := re.search(r"(?:Got value|Given value): (.*?)(?:\. Got value.*)?$", text):
+            value = given[1]
+            text = text[: given.start()].rstrip(". ")
+        if inner := re.match(r"Problem with given class_path '(.+)':", text):
+            class_path, expected, depth = inner[1], [], indent
+        elif text.startswith("Subtypes: "):
+            subtypes = text
+        elif unknown := re.match(r"Option '(.+)' is not accepted", text):
+            names = options_of(class_path)
+            owner = (class_path or "").rpartition(".")[2]
+            field.append(unknown[1])
+            wrong = f"{owner} has no such option.{suggestion(unknown[1], names)}"
+            break
+        elif absent := re.match(r"the following arguments are required: (.*)", text):
+            wrong = f"{(class_path or '').rpartition('.')[2]} needs a value for {absent[1]}"
+            break
+        elif "has no attribute" in text or "No module named" in text:
+            wrong = text
+            break
+        elif ranged := re.match(r"Not of type \w+: (.*)", text):
+            expected.append(ranged[1])
+        elif named := re.search(r"Expected a dot import path string: ?(.*)$", text):
+            value = value or named[1]
+            expected.append("class")
+        elif wanted := re.match(r"Expected an? (.*)$", text):
+            if not wanted[1].startswith("path but"):
+                expected.append(WORDS.get(wanted[1].rstrip("."), literal(wanted[1])))
+        elif re.match(r"(File does not exist|Path is not|Problems parsing|Unable to load)", text):
+            wrong = text
+            break
+    if not field or not (wrong or expected):
+        return None
+    return Finding(".".join(field), class_path, wrong or unmet(field[-1], expected, subtypes, value))
+
+
+def unmet(name: str, expected: list[str], subtypes: str, value: str) -> str:
+    """The value is none of what was expected."""
+    value = f"{value[:60]}…" if len(value) > 60 else value
+    ranged = next((words for words in expected if words.startswith("must be")), None)
+    if ranged is not None:
+        return ranged.replace("must be", "must be null or", 1) if "null" in expected else ranged
+    if "a number" in expected:  # a tensor would do as well
+        expected = [words for words in expected if words != "class"]
+    if "class" not in expected:
+        return f"expected {' or '.join(dict.fromkeys(expected))}, not {value!r}"
+    base = base_class(name, subtypes)
+    if base is None:
+        others = [words for words in dict.fromkeys(expected) if words != "class"]
+        return f"{value!r} is no class: give the path of one{''.join(f', or {words}' for words in others)}"
+    if not inspect.isabstract(base) and hasattr(base, "__dataclass_fields__"):
+        fields = ", ".join(options_of(f"{base.__module__}.{base.__name__}"))
+        return f"{value!r} are no settings of {base.__name__}: give a mapping, {{name: value}}, of {fields}"
+    classes = subclasses(base)
+    near = [one for one in classes if value.lower().strip("'\"") in one.lower()] or classes[:1]
+    return (
+        f"{value!r} names no class of {base.__name__}: name one, for example --model.{name} {near[0]}; there are "
+        f"{', '.join(classes)}"
+        if classes
+        else f"{value!r} names no class of {base.__name__}: give the path of one"
+    )
+
+
+def literal(text: str) -> str:
+    """`typing.Literal['a', 'b']` in words."""
+    found = re.match(r"typing\.Literal\[(.*)\]", text)
+    return f"one of {found[1]}" if found else text
+
+
+def base_class(name: str, subtypes: str) -> type | None:
+    """The class that an option takes subclasses of."""
+    found = re.search(r"<class '([\w.]+)\.(\w+)'>", subtypes)
+    if found is None:
+        return BASES.get(name)
+    return getattr(import_module(found[1]), found[2], None)
+
+
+def subclasses(base: type) -> list[str]:
+    """Of this project or of torch.optim, in the shortest form that a configuration takes."""
+    found: set[type] = {base}
+    for _ in range(4):
+        found |= set().union(*(one.__subclasses__() for one in found))
+    ours = [
+        one
+        for one in found
+        if one.__module__.startswith(OWN_PACKAGES)
+        and not inspect.isabstract(one)
+        and not one.__name__.startswith("_")
+    ]
+    return sorted(
+        f"torch.optim.{one.__name__}" if hasattr(torch.optim, one.__name__) else one.__name__
+        for one in ours
+        if one is not base or one.__module__.startswith("app")
+    )
+
+
+def options_of(class_path: str | None) -> list[str]:
+    """Names of the options of a class; none where it cannot be found."""
+    module, _, name = (class_path or "").rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+        return [
+            one for one in inspect.signature(found.__init__).parameters if one not in ("self", "args", "kwargs")
+        ]
+    except (ImportError, AttributeError, ValueError):
+        return []
+
+
+def suggestion(word: str, known: list[str], dashes: str = "") -> str:
+    """` Did you mean …?`, or nothing."""
+    begin = partial(str.startswith, word)
+    near = get_close_matches(word, known, 1, 0.6) or [one for one in known if one.startswith(word) or begin(one)]
+    return f" Did you mean {dashes}{near[0]}?" if near else ""
+
+
+def trainer_options() -> list[str]:
+    """Options of `fit` and its like that do not depend on the classes chosen."""
+    names = [f"trainer.{name}" for name in inspect.signature(Trainer.__init__).parameters if name != "self"]
+    return ["config", "seed_everything", "model", "data", "trainer", "ckpt_path", "scores.path", *names]

@@ -1,0 +1,195 @@
+"""Bad values of options drawn from the command's own schema: status 2 and a sentence that names the option."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from inspect import signature
+from pathlib import Path
+
+import pytest
+import yaml
+from command_runs import write_config
+from jsonargparse import ArgumentError
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+import callbacks
+from app.cli import BetaDPOCLI, lightning_options
+from app.commands import COMMANDS
+from app.errors import UserError
+from app.main import known_options, main
+from app.options import check_numbers, sentence
+from datamodules import ControlledTask, PreferenceData
+from lightning_modules import PreferenceOptimization, ShardedStrategy, SupervisedFineTuning
+
+BAD = [
+    "nan",
+    "inf",
+    "-inf",
+    "-1",
+    "-1e300",
+    "1e300",
+    "",
+    "β σ ☃",
+    "[1, [2]]",
+    "{a: {b: 1}}",
+    "x" * 5000,
+    "null",
+    "true",
+]
+OURS = [getattr(callbacks, name) for name in callbacks.__all__]
+
+
+class Parsed(BetaDPOCLI):
+    """Reads and checks a configuration, and builds nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def parse(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], str | None]:
+    """What a user is told about `fit` with these options; None where they are accepted."""
+    folder = tmp_path_factory.mktemp("options")
+    write_config(folder, tiny_llama)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["trainer"]["callbacks"] = None
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    base = ["fit", "--config", str(folder / "config.yaml")]
+    parser = Parsed(LightningModule, LightningDataModule, **lightning_options(base)).parser
+
+    def told(words: list[str]) -> str | None:
+        try:
+            check_numbers(parser.parse_args([*base, *words])["fit"])
+        except ArgumentError as error:
+            return sentence(str(error), "fit", known_options("fit"))
+        except UserError as error:
+            return str(error)
+        return None
+
+    return told
+
+
+def options() -> Iterator[tuple[list[str], str]]:
+    """Words that choose a class, and the name of one of its options, for all classes of ours and the Trainer."""
+    yield from (([], f"trainer.{name}") for name in signature(Trainer.__init__).parameters if name != "self")
+    for chosen, part, kind in (
+        ([], "model", PreferenceOptimization),
+        (["--model", "SupervisedFineTuning"], "model", SupervisedFineTuning),
+        ([], "data", ControlledTask),
+        (["--data", "PreferenceData", "--data.path", "x.jsonl"], "data", PreferenceData),
+        (["--trainer.strategy", "ShardedStrategy"], "trainer.strategy", ShardedStrategy),
+        *((["--trainer.callbacks+", f"callbacks.{one.__name__}"], "trainer.callbacks", one) for one in OURS),
+    ):
+        yield from ((chosen, f"{part}.{name}") for name in signature(kind.__init__).parameters if name != "self")
+
+
+def check(parse: Callable[[list[str]], str | None], cases: list[tuple[list[str], str, str]]) -> None:
+    for chosen, name, value in cases:
+        said = parse([*chosen, f"--{name}={value}"])
+        if said is None:
+            # legal are numbers that are finite, and text where text is wanted
+            assert value not in ("1e300", "-1e300") or "path" in name or "name" in name, (name, value)
+            continue
+        assert name.rpartition(".")[2] in said, (name, value, said)
+        assert len(said) < 900, (name, value, said)
+        assert "Union subtypes" not in said
+        assert "Traceback" not in said
+
+
+def drawn(count: int) -> list[tuple[list[str], str, str]]:
+    every = [(chosen, name, value) for chosen, name in options() for value in BAD]
+    return random.Random(17).sample(every, count)
+
+
+def test_a_sample_of_bad_values_gets_a_sentence(parse: Callable[[list[str]], str | None]) -> None:
+    check(parse, drawn(60))
+
+
+@pytest.mark.slow
+def test_every_bad_value_gets_a_sentence(parse: Callable[[list[str]], str | None]) -> None:
+    check(parse, [(chosen, name, value) for chosen, name in options() for value in BAD])
+
+
+NUMBERS = [
+    ("model.beta0", [], 0),
+    ("model.max_grad_norm", [], 0),
+    ("model.sft_weight", [], -1),
+    ("data.flip_rate", [], 2),
+    ("data.batch_size", [], 0.5),
+    ("trainer.strategy.replicas", ["--trainer.strategy", "ShardedStrategy"], 0),
+    ("trainer.callbacks.alpha", ["--trainer.callbacks+", "callbacks.BetaScheduler"], "x"),
+    ("trainer.callbacks.keep_ratio", ["--trainer.callbacks+", "callbacks.PairFilter"], 0),
+    ("model.loss.gamma", ["--model.loss", "SimPOLoss"], -1),
+    ("model.optimizer.lr", ["--model.optimizer", "torch.optim.SGD"], "x"),
+]
+
+
+@pytest.mark.parametrize(("name", "chosen", "wrong"), NUMBERS, ids=lambda value: str(value))
+def test_no_number_is_beyond_its_range(
+    name: str, chosen: list[str], wrong: object, parse: Callable[[list[str]], str | None]
+) -> None:
+    for value in (wrong, "nan", ".nan", "inf", ".inf", "1e300", "[]", "x"):
+        said = parse([*chosen, f"--{name}={value}"])
+        assert said is not None, value
+        assert name.rpartition(".")[2] in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--model.beta=0.2", "model.beta: PreferenceOptimization has no such option. Did you mean beta0?"),
+        (
+            "--model.loss=ipo",
+            "'ipo' names no class of PairLoss: name one, for example --model.loss IPOLoss",
+        ),
+        ("--model.optimizer=adamw", "for example --model.optimizer torch.optim.AdamW"),
+        ("--model.lora={r:0}", "are no settings of Lora: give a mapping, {name: value}, of r, lora_alpha"),
+        ("--tariner.max_steps=3", "Did you mean --trainer.max_steps?"),
+        ("--data.batch_siz=3", "data.batch_siz: ControlledTask has no such option. Did you mean batch_size?"),
+        ("--trainer.max_steps=-5", "trainer.max_steps must be a whole number from -1"),
+        ("--trainer.log_every_n_steps=0", "trainer.log_every_n_steps must be a whole number from 1"),
+        ("--trainer.check_val_every_n_epoch=0", "trainer.check_val_every_n_epoch must be a whole number from 1"),
+        ("--model.layout=diagonal", "model.layout: expected one of 'auto', 'packed', 'separate', not 'diagonal'"),
+    ],
+)
+def test_the_sentence_says_what_to_do(words: str, said: str, parse: Callable[[list[str]], str | None]) -> None:
+    assert said in (parse([words]) or "")
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "x", "1e300"])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("generate m o.jsonl", "top_p"),
+        ("generate m o.jsonl", "count"),
+        ("generate m o.jsonl", "temperature"),
+        ("generate m o.jsonl", "batch_size"),
+        ("generate m o.jsonl", "seed"),
+        ("audit run", "count"),
+        ("judge a b", "endpoint.timeout"),
+        ("judge a b", "endpoint.parallel"),
+    ],
+)
+def test_numbers_of_the_small_commands(
+    command: str, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.split()[0] in COMMANDS
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), f"--{option}", value])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2
+    assert said.startswith("beta-dpo: ")
+    assert option.rpartition(".")[2] in said
+
+
+def test_a_number_is_written_back_as_it_was_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quickstart = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", quickstart, "--model.beta0=0.25", "--data.batch_size=32", "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["init_args"]["beta0"] == 0.25
+    assert config["data"]["init_args"]["batch_size"] == 32
