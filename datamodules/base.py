@@ -163,7 +163,6 @@ class PairDataModule(LightningDataModule):
                 rank_zero_info(f"{split}: {line}")
             if split == "train":
                 rank_zero_info("\n".join(["the first pair as it is trained:", *self.shown(table, int(rows[0]))]))
-            self._tell(split)
             longest, _ = longest_of(table, reached(table, rows))
             # in separate rows a pair takes twice the longer one: never more than twice the packed length
             if 2 * longest > self.micro_batch_tokens:
@@ -171,6 +170,7 @@ class PairDataModule(LightningDataModule):
                     f"data.micro_batch_tokens is {self.micro_batch_tokens}, but the longest pair needs up to "
                     f"{2 * longest}: raise it, or lower data.max_length."
                 )
+            self._tell(split)
 
     @rank_zero_only
     def _tell(self, split: Split) -> None:

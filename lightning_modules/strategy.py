@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from app.errors import UserError
-from app.method.ranges import NonNegativeInt, PositiveInt, PositiveOrInfinite, checked
+from app.method.ranges import NonNegativeInt, PositiveInt, UpToInfinity, checked
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharding import shard
 from lightning_modules.tensor_parallel import SUMMED, split_layers
@@ -54,7 +54,7 @@ class ShardedStrategy(ModelParallelStrategy):
         prefetch_blocks: NonNegativeInt = 1,
         offload_reference: bool = False,
         accumulate_whole_gradients: bool = False,
-        meta_init_above: PositiveOrInfinite = 1e9,
+        meta_init_above: UpToInfinity = 1e9,
         tensor_parallel_size: PositiveInt = 1,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,

@@ -1,6 +1,6 @@
 """The numbers that options take: every numeric option names its range by one of these types, in its signature.
 
-Not a number, infinity and absurd values lie outside of all of them but `PositiveOrInfinite`. The command line reads
+Not a number, infinity and absurd values lie outside of all of them but `UpToInfinity`. The command line reads
 options by these types, and `checked` classes refuse the same values where they are built in Python.
 """
 
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     PositiveFloat: TypeAlias = float
     NonNegativeFloat: TypeAlias = float
     FactorFromOne: TypeAlias = float
-    PositiveOrInfinite: TypeAlias = float
+    UpToInfinity: TypeAlias = float
     Share: TypeAlias = float
     PositiveShare: TypeAlias = float
     ShareBelowOne: TypeAlias = float
@@ -92,14 +92,14 @@ else:
     ProperShare = _numbers(float, "ProperShare", "in (0, 1)", lambda x: 0 < x < 1)
     ShareBelowHalf = _numbers(float, "ShareBelowHalf", "in [0, 0.5)", lambda x: 0 <= x < 0.5)
 
-    class PositiveOrInfinite(Number):
-        """A number above 0, or infinity."""
+    class UpToInfinity(Number):
+        """A number from 0, infinity included."""
 
-        allowed = "a number above 0, or .inf"
+        allowed = "a number from 0, or .inf"
 
         @classmethod
         def within(cls, number: float) -> bool:
-            return number > 0 and (number <= 1e15 or number == math.inf)
+            return number >= 0 and (number <= 1e15 or number == math.inf)
 
 
 def number_types() -> list[type[Number]]:
