@@ -25,7 +25,8 @@ from lightning_modules import PreferenceOptimization
 SPLIT_TOKENS = 1536  # the smallest budget that any pair of 512 tokens fits
 
 
-def result(setting: Setting, seconds: float) -> dict[str, float]:
+def result(setting: Setting, seconds: float, how: str) -> dict[str, Any]:
+    """What a contestant reports; `how` it worked: attention, layout of the rows, compiled or not."""
     peak = (
         torch.cuda.max_memory_allocated() / 1e9
         if setting.device == "cuda"
@@ -35,6 +36,7 @@ def result(setting: Setting, seconds: float) -> dict[str, float]:
         "pairs_per_second": setting.steps * setting.batch_size / seconds,
         "peak_gb": peak,
         "seconds": seconds,
+        "how": f"{setting.device}, {how}",
     }
 
 
@@ -70,7 +72,7 @@ class Clock(Callback):
 
 def train_ours(
     setting: Setting, beta_dpo: bool = False, reference: str = "frozen", compiled: bool = False
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """`PreferenceOptimization` in a Lightning Trainer, as a user runs it."""
     clock = Clock(setting)
     method = [RewardGapStatistics(), PairFilter(keep_ratio=0.8), BetaScheduler()] if beta_dpo else []
@@ -101,10 +103,11 @@ def train_ours(
         seed=0,
     )
     trainer.fit(module, datamodule=data)
-    return result(setting, clock.stopped - clock.started)
+    layers = "compiled layers" if compiled else "eager"
+    return result(setting, clock.stopped - clock.started, f"{module.policy.attention}, {module.layout}, {layers}")
 
 
-def train_plain(setting: Setting) -> dict[str, float]:
+def train_plain(setting: Setting) -> dict[str, Any]:
     """The step as one writes it in transformers: two padded rows per pair, logits of response positions only."""
     pairs = pairs_of(setting)
     policy = AutoModelForCausalLM.from_pretrained(setting.model).train().to(setting.device)
@@ -152,10 +155,11 @@ def train_plain(setting: Setting) -> dict[str, float]:
     started = now(setting)
     for _ in range(setting.steps):
         next(run)
-    return result(setting, now(setting) - started)
+    seconds = now(setting) - started
+    return result(setting, seconds, f"{policy.config._attn_implementation}, padded, eager")
 
 
-def train_trl(setting: Setting) -> dict[str, float]:
+def train_trl(setting: Setting) -> dict[str, Any]:
     """TRL's `DPOTrainer` with its defaults, on the same token ids decoded to text and in the same order."""
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
@@ -215,10 +219,11 @@ def train_trl(setting: Setting) -> dict[str, float]:
             callbacks=[watch],
         )
         trainer.train()
-    return result(setting, watch.stopped - watch.started)
+    how = f"{trainer.model.config._attn_implementation}, padded, eager"
+    return result(setting, watch.stopped - watch.started, how)
 
 
-def matrix_products(setting: Setting) -> dict[str, float]:
+def matrix_products(setting: Setting) -> dict[str, Any]:
     """The rate at which this machine multiplies matrices of the model's own shapes, in operations per second.
 
     The products of the feed-forward network on one batch's tokens, and those of the head on a slice of the
@@ -245,7 +250,7 @@ def split(setting: Setting) -> Setting:
     return replace(setting, micro_batch_tokens=SPLIT_TOKENS, batch_size=SPLIT_BATCHES * setting.batch_size)
 
 
-CONTESTANTS: dict[str, Callable[[Setting], dict[str, float]]] = {
+CONTESTANTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "ours": train_ours,
     "ours-compiled": lambda setting: train_ours(setting, compiled=True),
     "ours-cached": lambda setting: train_ours(setting, True, "cached"),

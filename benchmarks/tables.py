@@ -73,7 +73,7 @@ def comparison(entry: dict[str, Any]) -> str:
         + (f", TRL {versions['trl']}" if versions["trl"] else "")
         + f". Llama, {setting['layers']} layers, hidden {setting['hidden']}, vocabulary {setting['vocabulary']}; "
         f"{setting['data']}, {setting['batch_size']} pairs a step, {setting['steps']} steps after one warm-up, "
-        f"{len(next(iter(turns.values())))} turns.",
+        f"{max(map(len, turns.values()), default=0)} turns.",
         "",
         "| | pairs/s (lowest–highest) | peak memory | beta-dpo is faster by | and takes of its memory |",
         "|---|---|---|---|---|",
@@ -83,23 +83,24 @@ def comparison(entry: dict[str, Any]) -> str:
         if name not in LABELS:
             continue
         row = [
-            LABELS[name],
+            f"{LABELS[name]} ({results[0]['how']})" if "how" in results[0] else LABELS[name],
             spread([result["pairs_per_second"] for result in results]),
             f"{peak(results):.2f} GB",
         ]
         if ours is None or name == "ours":
             row += ["", ""]
         else:
-            pairs = zip(ours, results, strict=True)
+            pairs = list(zip(ours, results, strict=False))  # an interrupted turn has fewer
             row += [
                 spread([mine["pairs_per_second"] / other["pairs_per_second"] for mine, other in pairs]),
                 f"{peak(ours) / peak(results):.2f}",
             ]
         lines.append(f"| {' | '.join(row)} |")
+    lines += [f"| {LABELS.get(name, name)} | failed | | | |" for name in entry.get("failed", {})]
     if ours is not None and "gemm" in turns:
         used = [
             entry["unavoidable_operations"] / mine["seconds"] / gemm["operations_per_second"]
-            for mine, gemm in zip(ours, turns["gemm"], strict=True)
+            for mine, gemm in zip(ours, turns["gemm"], strict=False)
         ]
         rate = statistics.median(gemm["operations_per_second"] for gemm in turns["gemm"])
         lines += [
@@ -112,7 +113,7 @@ def comparison(entry: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def peak(results: list[dict[str, float]]) -> float:
+def peak(results: list[dict[str, Any]]) -> float:
     return max(result["peak_gb"] for result in results)
 
 

@@ -19,6 +19,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -52,38 +53,60 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             print(output_of(profiled, prepare(Setting(**options), folder), folder, "--profile"))
         return
-    entry = measure(Setting(**options), contestants, repeats)
+    entry: dict[str, Any] = {}
+    for entry in measure(Setting(**options), contestants, repeats):  # kept after every turn of every contestant
+        if out:
+            entries = json.loads(Path(out).read_text(encoding="utf-8")) if Path(out).exists() else {}
+            with atomic_file(out) as temporary:
+                temporary.write_text(json.dumps(entries | {name: entry}, indent=1, ensure_ascii=False) + "\n")
     print(comparison(entry))
-    if out:
-        entries = json.loads(Path(out).read_text(encoding="utf-8")) if Path(out).exists() else {}
-        with atomic_file(out) as temporary:
-            temporary.write_text(json.dumps(entries | {name: entry}, indent=1, ensure_ascii=False) + "\n")
+    sys.exit(1 if entry["failed"] else 0)
 
 
-def measure(setting: Setting, contestants: list[str], repeats: int) -> dict[str, Any]:
-    """All contestants in turn, `repeats` times; what was measured, and on what."""
+class ContestantFailed(Exception):
+    """A contestant ended with an error; its last lines."""
+
+
+def measure(setting: Setting, contestants: list[str], repeats: int) -> Iterator[dict[str, Any]]:
+    """All contestants in turn, `repeats` times; what was measured so far, and on what.
+
+    One that fails takes part in no later turn, and is named with its error.
+    """
     if "trl" in contestants and importlib.util.find_spec("trl") is None:
         contestants.remove("trl")
         print("trl is not installed here and is left out")
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(setting, folder)
+        entry: dict[str, Any] = {
+            "date": date.today().isoformat(),
+            "machine": machine(setting.device),
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "trl": version("trl"),
+            },
+            "setting": vars(setting) | {"data": Path(setting.data).name},
+            "unavoidable_operations": unavoidable_operations(prepared),
+            "turns": {},
+            "failed": {},
+        }
         for turn in range(repeats):
             for name in contestants:
-                turns[name].append(run(name, prepared, folder))
-                print(f"turn {turn + 1}: {name} {turns[name][-1]}", flush=True)
-        operations = unavoidable_operations(prepared)
-    return {
-        "date": date.today().isoformat(),
-        "machine": machine(setting.device),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": version("trl")},
-        "setting": vars(setting) | {"data": Path(setting.data).name},
-        "unavoidable_operations": operations,
-        "turns": turns,
-    }
+                if name in entry["failed"]:
+                    continue
+                try:
+                    result = run(name, prepared, folder)
+                except ContestantFailed as error:
+                    entry["failed"][name] = str(error)
+                    entry["turns"].pop(name, None)
+                    print(f"turn {turn + 1}: {name} failed:\n{error}", flush=True)
+                else:
+                    entry["turns"].setdefault(name, []).append(result)
+                    print(f"turn {turn + 1}: {name} {result}", flush=True)
+                yield entry
 
 
-def run(name: str, setting: Setting, folder: str) -> dict[str, float]:
+def run(name: str, setting: Setting, folder: str) -> dict[str, Any]:
     """One turn."""
     return dict(json.loads(output_of(name, setting, folder).splitlines()[-1]))
 
@@ -94,7 +117,7 @@ def output_of(name: str, setting: Setting, folder: str, *options: str) -> str:
     environment = {**os.environ, "BETA_DPO_CACHE": f"{folder}/cache"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+        raise ContestantFailed(done.stderr[-3000:])
     return done.stdout.strip()
 
 

@@ -73,7 +73,10 @@ COMPILED = {
 
 @contextmanager
 def cuda_stand_in() -> Iterator[StandIn]:
-    """The stand-in, with what a run needs beside it."""
+    """The stand-in, with what a run needs beside it; where there is a GPU, the GPU, on which nothing is counted."""
+    if torch.cuda.is_available():
+        yield StandIn()  # not entered
+        return
     with ExitStack() as patches:
         for name, replacement in COMPILED.items():
             patches.enter_context(mock.patch(name, replacement))
@@ -104,6 +107,9 @@ def cuda_trainer(
     folder: Path, callbacks: Sequence[Callback] = (), precision: str = "32-true", **settings: Any
 ) -> Trainer:
     """`quiet_trainer` on the stand-in, in `32-true` or `bf16-mixed`."""
+    if torch.cuda.is_available():
+        real = {"accelerator": "gpu", "precision": precision, "inference_mode": False}
+        return quiet_trainer(folder, callbacks, **(real | settings))
     plugin = MixedPrecision("bf16-mixed", "cuda") if precision == "bf16-mixed" else Precision()
     strategy = SingleDeviceStrategy(CUDA, accelerator=StandInAccelerator(), precision_plugin=plugin)
     defaults = {"strategy": strategy, "accelerator": "auto", "inference_mode": False}
