@@ -71,7 +71,11 @@ class Clock(Callback):
 
 
 def train_ours(
-    setting: Setting, beta_dpo: bool = False, reference: str = "frozen", compiled: bool = False
+    setting: Setting,
+    beta_dpo: bool = False,
+    reference: str = "frozen",
+    compiled: bool = False,
+    attention: str = "auto",
 ) -> dict[str, Any]:
     """`PreferenceOptimization` in a Lightning Trainer, as a user runs it."""
     clock = Clock(setting)
@@ -93,6 +97,7 @@ def train_ours(
         reference=reference,  # type: ignore[arg-type]
         optimizer=lambda p: torch.optim.AdamW(p, lr=LEARNING_RATE, weight_decay=0.0, fused=True),
         max_grad_norm=1.0,
+        attention=attention,  # type: ignore[arg-type]
         compile_layers=compiled,
     )
     data = FileOrder(
@@ -103,7 +108,7 @@ def train_ours(
         seed=0,
     )
     trainer.fit(module, datamodule=data)
-    layers = "compiled layers" if compiled else "eager"
+    layers = "compiled layers" if module.policy.compiled else "eager"
     return result(setting, clock.stopped - clock.started, f"{module.policy.attention}, {module.layout}, {layers}")
 
 
@@ -253,6 +258,8 @@ def split(setting: Setting) -> Setting:
 CONTESTANTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "ours": train_ours,
     "ours-compiled": lambda setting: train_ours(setting, compiled=True),
+    "ours-flex": lambda setting: train_ours(setting, compiled=True, attention="flex"),
+    "ours-varlen": lambda setting: train_ours(setting, compiled=True, attention="varlen"),
     "ours-cached": lambda setting: train_ours(setting, True, "cached"),
     "ours-split": lambda setting: train_ours(split(setting)),
     "ours-split-cached": lambda setting: train_ours(split(setting), True, "cached"),

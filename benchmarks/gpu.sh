@@ -11,13 +11,14 @@ PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
 export BETA_DPO_CACHE=${BETA_DPO_CACHE:-$OUT/cache} PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 failed=0
-gpu=1
+gpu=1 LIMIT=${LIMIT:-470}
 [ "${1:-}" = --cpu ] && gpu=0
 
-step() { # NAME SECONDS COMMAND…: a step that fails or takes too long does not end the others
-    local name=$1 seconds=$2 started=$SECONDS
+step() { # NAME SECONDS COMMAND…: a step that fails or takes too long does not end the others; 470 s in all
+    local name=$1 seconds=$2 started=$SECONDS left=$((LIMIT - SECONDS))
     shift 2
-    timeout "$seconds" "$@" > "$OUT/$name.log" 2>&1
+    [ $left -gt 5 ] || { echo "$name: no time left" | tee -a "$OUT/steps.txt"; failed=1; return; }
+    timeout $((seconds < left ? seconds : left)) "$@" > "$OUT/$name.log" 2>&1
     local status=$?
     echo "$name: status $status after $((SECONDS - started)) s" | tee -a "$OUT/steps.txt"
     tail -n 15 "$OUT/$name.log"
@@ -52,8 +53,8 @@ step fsdp 90 $PYTHON "${fit[@]}" --config configs/strategy/fsdp.yaml --trainer.d
 step fsdp_export 60 $PYTHON -m app.main export "$OUT/fsdp/checkpoints/last.ckpt" "$OUT/fsdp-model"
 # a Llama of 1.4 billion parameters, and four layers as wide as those of 8 billion, in bf16, against a plain step and TRL
 step throughput 200 $PYTHON -m benchmarks.throughput "${shapes[@]}" --repeats 1 \
-    --contestants ours ours-compiled plain trl gemm --name gpu --out "$OUT/benchmarks.json"
+    --contestants ours-varlen ours-flex plain gemm ours trl --name gpu --out "$OUT/benchmarks.json"
 step throughput_wide 150 $PYTHON -m benchmarks.throughput "${wide[@]}" --repeats 1 \
-    --contestants ours plain gemm --name gpu-wide --out "$OUT/benchmarks.json"
+    --contestants ours-varlen ours-flex plain gemm --name gpu-wide --out "$OUT/benchmarks.json"
 cat "$OUT/steps.txt"
 exit $failed

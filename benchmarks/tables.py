@@ -19,6 +19,8 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 LABELS = {
     "ours": "beta-dpo, plain DPO, online reference",
     "ours-compiled": "beta-dpo, the same with `model.compile_layers`",
+    "ours-flex": "beta-dpo, compiled layers and FlexAttention",
+    "ours-varlen": "beta-dpo, compiled layers and `varlen_attn`",
     "ours-cached": "beta-dpo, β-DPO with ρ = 0.8, cached reference",
     "ours-split": "beta-dpo, plain DPO, batch three times as large in several micro-batches",
     "ours-split-cached": "beta-dpo, β-DPO, cached reference, the same batch and micro-batches",
@@ -40,9 +42,32 @@ def filled(page: str, entries: dict[str, Any]) -> str:
     """`page` with every marked place holding the table of its entry."""
 
     def table(name: str) -> str:
-        return costs(entries[name]) if name == "cost" else comparison(entries[name])
+        special = {"cost": costs, "codegen": kernels}
+        return special.get(name, comparison)(entries[name])
 
     return _PLACE.sub(lambda place: f"{place[1]}{table(place[2])}\n{place[3]}", page)
+
+
+def kernels(entry: dict[str, Any]) -> str:
+    """What FlexAttention's kernels for an H100 take, as Markdown: the main kernel of each pass."""
+    versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
+    lines = [
+        f"{entry['date']}, {versions}; assembled for sm_90, not launched. Bytes of shared memory of a block, of "
+        "232448; bytes that a thread spills.",
+        "",
+        "| head width | forward: shared, spilled | backward: shared, spilled | seconds |",
+        "|---|---|---|---|",
+    ]
+    for name, cell in entry["cells"].items():
+        if "stopped" in cell:
+            lines.append(f"| {name} | {cell['stopped']} | | |")
+            continue
+        main = [kernel for kernel in cell["kernels"] if "_tem_" in kernel["name"]]
+        passes = [[k for k in main if ("backward" in k["name"]) == backward] for backward in (False, True)]
+        worst = [max(found, key=lambda kernel: kernel["spilled"]) for found in passes]
+        figures = [f"{kernel['shared']}, {kernel['spilled']}" for kernel in worst]
+        lines.append(f"| {name} | {figures[0]} | {figures[1]} | {cell['seconds']} |")
+    return "\n".join(lines)
 
 
 def costs(entry: dict[str, Any]) -> str:
