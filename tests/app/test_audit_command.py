@@ -68,7 +68,7 @@ def test_flipped_pairs_are_listed_with_the_texts_that_were_trained_on(
         assert scores == sorted(scores, reverse=True)
         assert 0 < len(scores) <= 8
 
-    assert "count must be at least 1" in refused(["audit", RUN, "--count", "0"], capfd)
+    assert "must be a whole number from 1" in refused(["audit", RUN, "--count", "0"], capfd)
     assert "out must end in .jsonl or .csv" in refused(["audit", RUN, "--out", "a.txt"], capfd)
     assert "runs holds no audit/*.parquet" in refused(["audit", "runs"], capfd)
     (Path(RUN) / "audit" / "half.parquet").write_bytes(b"PAR1")
