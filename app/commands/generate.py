@@ -73,8 +73,8 @@ def generate(
     temperatures = [float(one) for one in (temperature if isinstance(temperature, list) else [temperature])]
     if not out.endswith(".jsonl"):
         raise UserError(f"out must end in .jsonl, not {out!r}.")
-    if not temperatures or len(set(temperatures)) < len(temperatures):
-        raise UserError("temperature must be a number, or a list of different ones.")
+    if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
+        raise UserError("temperature must be a number from 0, or a list of different ones.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = [model] if reference is None else [model, reference]
     models = [load_model(name).eval().to(device) for name in names]

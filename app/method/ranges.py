@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import cache, wraps
 from inspect import signature
 from operator import index
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 LARGEST = {int: 10**12, float: 1e9}  # beyond this, a number is a slip of the pen
 LARGEST_SEED = 2**32 - 1  # what NumPy takes
@@ -108,7 +108,7 @@ def number_types() -> list[type[Number]]:
 
 
 def checked(cls: C) -> C:
-    """Have `cls(…)` refuse numbers outside of what the annotations of its `__init__` name, by ValueError."""
+    """Have `cls(…)` refuse numbers and words that the annotations of its `__init__` do not name, by ValueError."""
     init = cls.__init__  # type: ignore[misc]
     parameters = signature(init)
     hints = cache(lambda: get_type_hints(init))  # read when they are needed: a module may still be loading
@@ -124,6 +124,8 @@ def checked(cls: C) -> C:
 
 
 def _refuse(what: str, hint: Any, value: Any) -> None:
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        raise ValueError(f"{what} must be one of {', '.join(map(str, get_args(hint)))}, not {value!r:.60}")
     kinds = list(_kinds(hint))
     numbers = value if isinstance(value, (list, tuple)) else [value]
     for number in numbers if kinds else ():

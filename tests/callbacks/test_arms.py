@@ -92,7 +92,7 @@ def test_pairs_that_look_flipped_lose_their_weight() -> None:
     assert changed.kept.tolist() == [True, True, True, False]
     assert changed.beta.tolist() == pytest.approx([0.1] * 4)
     assert seen["filter/weightless"] == pytest.approx(1 / 3)
-    with pytest.raises(UserError, match="flip_rate"):
+    with pytest.raises(ValueError, match="flip_rate must be a finite number in"):
         FlipWeights(0.5)
 
 
@@ -127,7 +127,7 @@ def test_pairs_whose_label_the_reference_doubts_lose_their_weight() -> None:
     assert decision.beta.tolist() == pytest.approx([0.1] * 41)
     with pytest.raises(UserError, match="needs a reference"):
         decided(start(1.0, 2.0), ReferenceWeights())
-    with pytest.raises(UserError, match="window"):
+    with pytest.raises(ValueError, match="window must be a whole number from 1"):
         ReferenceWeights(window=0)
 
 
@@ -287,11 +287,11 @@ def test_the_sft_term_reaches_the_gradient(tiny_llama: str, tmp_path: Path) -> N
     [
         (lambda: PairFilter(by="middle"), "by must be one of gaussian, random"),  # type: ignore[arg-type]
         (lambda: BetaScheduler(level="pair"), "level must be"),  # type: ignore[arg-type]
-        (lambda: BetaScheduler(alpha=math.nan), "alpha and m0"),
-        (lambda: AdaptiveMargin(alpha=math.inf), "alpha and gamma"),
-        (lambda: preference("anywhere", sft_weight=-1.0), r"model\.sft_weight"),
+        (lambda: BetaScheduler(alpha=math.nan), "alpha must be a finite number"),
+        (lambda: AdaptiveMargin(alpha=math.inf), "alpha must be a finite number"),
+        (lambda: preference("anywhere", sft_weight=-1.0), "sft_weight must be a finite number from 0"),
     ],
 )
 def test_wrong_settings_of_the_parts_are_refused_at_once(make: Any, named: str) -> None:
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(ValueError, match=named):
         make()

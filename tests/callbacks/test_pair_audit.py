@@ -118,7 +118,7 @@ def test_labels_that_some_steps_lack_or_type_otherwise(tmp_path: Path) -> None:
 
 
 def test_every_n_steps_is_checked() -> None:
-    with pytest.raises(ValueError, match="every_n_steps must be at least 1"):
+    with pytest.raises(ValueError, match="every_n_steps must be a whole number from 1"):
         PairAudit(every_n_steps=0)
 
 

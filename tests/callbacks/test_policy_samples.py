@@ -44,5 +44,5 @@ def test_a_sharded_policy_is_refused(tiny_llama: str, tmp_path: Path) -> None:
 
 
 def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="prompts must be a whole number from 1"):
         PolicySamples(prompts=0)

@@ -95,5 +95,5 @@ def test_the_link_moves_in_one_rename(tmp_path: Path) -> None:
 
 
 def test_the_interval_is_checked() -> None:
-    with pytest.raises(ValueError, match="every_n_steps must be at least 1"):
+    with pytest.raises(ValueError, match="every_n_steps must be a whole number from 1"):
         RunCheckpoint(every_n_steps=0)

@@ -41,7 +41,7 @@ def test_lines_at_every_n_steps_and_at_the_end(
 
 
 def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="every_n_steps must be at least 1"):
+    with pytest.raises(ValueError, match="every_n_steps must be a whole number from 1"):
         TextProgress(0)
 
 
