@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.distributed.tensor import DTensor
 
 from app.errors import StepRefused, UserError
 from app.method.ranges import PositiveInt, checked
@@ -104,6 +105,9 @@ class RunCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._signals.stop()
         if isinstance(exception, StepRefused) and self._progress is not None:
+            if not weights_are_finite(trainer):
+                rank_zero_warn(self.ruined(trainer))
+                return
             self._within_epoch = True
             self.save(trainer)
             rank_zero_info(f"step {trainer.global_step}, the last good one, is saved in {self.last}")
@@ -134,12 +138,19 @@ class RunCheckpoint(ModelCheckpoint):
             checkpoint["loops"]["fit_loop"] = self._progress
             checkpoint["epoch"] = self._progress["epoch_progress"]["current"]["processed"]
 
+    def ruined(self, trainer: Trainer) -> str:
+        """Say that nothing was saved, and what an earlier step left."""
+        older = f"{self.best_model_path} is kept" if self.best_model_path else "no earlier checkpoint exists"
+        return f"weights are not finite after {trainer.global_step} steps and were not saved; {older}."
+
     # --- saving ------------------------------------------------------------------------------------------
 
     def save(self, trainer: Trainer) -> None:
         """Write a checkpoint of this step, point `last.ckpt` to it, delete the one before."""
         if self._should_skip_saving_checkpoint(trainer):
             return
+        if not weights_are_finite(trainer):
+            raise UserError(self.ruined(trainer))
         path = self.format_checkpoint_name(self._monitor_candidates(trainer))
         # set before saving, because a resumed run reads from its checkpoint what to delete
         previous, self.best_model_path, self.last_model_path = self.best_model_path, path, str(self.last)
@@ -151,6 +162,16 @@ class RunCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier("last checkpoint")
         if self.save_top_k == 1 and previous and self._should_remove_checkpoint(trainer, previous, path):
             self._remove_checkpoint(trainer, previous)
+
+
+def weights_are_finite(trainer: Trainer) -> bool:
+    """Return whether every trainable weight is finite on every rank; all ranks must call it."""
+    trained = (weight.detach() for weight in trainer.lightning_module.parameters() if weight.requires_grad)
+    local = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in trained)
+    bad = not all(bool(weight.isfinite().all()) for weight in local)
+    return not int(
+        trainer.strategy.reduce(torch.tensor(int(bad), device=trainer.strategy.root_device), reduce_op="max")
+    )
 
 
 def move_link(link: Path, target: Path) -> None:

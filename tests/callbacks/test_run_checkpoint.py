@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch import Callback
 from tiny_runs import Recorder, controlled, preference, quiet_trainer, same_bits, weights
 
-from app.errors import UserError
+from app.errors import StepRefused, UserError
 from callbacks import RunCheckpoint
 from callbacks.run_checkpoint import move_link
 
@@ -75,6 +75,28 @@ def test_a_run_that_max_steps_ended_goes_on_within_its_epoch(tiny_llama: str, tm
     # and an epoch that is done is not taken for one that goes on
     none, _ = steps(tmp_path / "parts", 20, str(tmp_path / "parts" / "checkpoints" / "last.ckpt"))
     assert none == []
+
+
+class Ruining(Callback):
+    """Makes one weight NaN after three steps and refuses the step after."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: object) -> None:
+        if trainer.global_step == 3:
+            weight = next(weight for weight in pl_module.parameters() if weight.requires_grad)
+            weight.data.view(-1)[0] = float("nan")
+            raise StepRefused("refused")
+
+
+def test_ruined_weights_never_replace_a_good_checkpoint(tiny_llama: str, tmp_path: Path) -> None:
+    checkpoint = RunCheckpoint(every_n_steps=2)
+    trainer = quiet_trainer(tmp_path, [Ruining(), checkpoint], max_steps=8, enable_checkpointing=True)
+    kept = r"not finite after 3 steps and were not saved; .*step=2\.ckpt is kept"
+    with pytest.warns(UserWarning, match=kept), pytest.raises(StepRefused):
+        trainer.fit(preference(tiny_llama), controlled(80))
+    assert names(tmp_path) == ["last.ckpt", "step=2.ckpt"]
+    with pytest.raises(UserError, match=kept):
+        checkpoint.save(trainer)
+    assert names(tmp_path) == ["last.ckpt", "step=2.ckpt"]
 
 
 class Failing(Callback):
