@@ -112,7 +112,7 @@ def test_no_reference_no_perturbation(tiny_llama: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [{"epsilon": 0.0}, {"epsilon": 1.0}, {"floor": 0.0}, {"ceiling": 0.5}])
 def test_wrong_settings_are_refused_at_once(wrong: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="EpsilonBeta: "):
+    with pytest.raises(ValueError, match=f"EpsilonBeta: {next(iter(wrong))} must be a finite number"):
         EpsilonBeta(**wrong)
 
 
