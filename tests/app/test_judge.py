@@ -159,7 +159,7 @@ def test_an_endpoint_needs_a_key_or_an_address(monkeypatch: pytest.MonkeyPatch, 
         pytest.raises(UserError, match="OPENAI_API_KEY"),
     ):
         EndpointJudge("some-model", Endpoint(), verdicts)
-    with pytest.raises(UserError, match="parallel"):
+    with pytest.raises(ValueError, match="parallel must be a whole number from 1"):
         Endpoint(parallel=0)
 
 

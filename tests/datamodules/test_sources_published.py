@@ -263,10 +263,11 @@ def test_settings_without_a_use_are_refused(tmp_path: Path) -> None:
     for settings, said in (
         ({"format": "hh", "min_score_ratio": 2.0}, "belongs to data.format shp, not to hh"),
         ({"format": "shp", "preferred_by": "safer"}, "belongs to data.format pku_saferlhf, not to shp"),
-        ({"min_score_ratio": 0.5}, "at least 1"),
     ):
         with pytest.raises(UserError, match=said):
             PreferenceData(path, **settings)
+    with pytest.raises(ValueError, match="min_score_ratio must be a finite number from 1"):
+        PreferenceData(path, min_score_ratio=0.5)
     with pytest.raises(UserError, match="leave out the subset 'x'"):
         read_pairs(path, subset="x")
     for local in (path, str(tmp_path)):
