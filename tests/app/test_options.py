@@ -86,7 +86,10 @@ def takes_text(name: str) -> bool:
     """Whether some class has an option of this name whose value may be text."""
     option = name.rpartition(".")[2]
     parameters = [signature(kind.__init__).parameters for kind in (*CLASSES, *OURS)]
-    return any(option in some and re.search(r"\b(str|Path|RowFormat)\b", str(some[option].annotation)) for some in parameters)
+    return any(
+        option in some and re.search(r"\b(str|Path|RowFormat)\b", str(some[option].annotation))
+        for some in parameters
+    )
 
 
 def options() -> Iterator[tuple[list[str], str]]:
