@@ -182,7 +182,7 @@ def test_generation(tiny_llama: str) -> None:
             model = load_model(tiny_llama).eval().to(kind)
             restore_generator(found[0][0] if found else generator_state(model.device), model.device)
             state = generator_state(model.device)
-            responses = sample(model, build_tokenizer(), prompts, sampling)
+            responses = sample(model, prompts, [build_tokenizer().eos_token_id], sampling)
             found.append((state, [response.tolist() for response in responses], score(model, prompts, responses)))
         assert device.violations == []
     assert found[0][:2] == found[1][:2]

@@ -74,8 +74,10 @@ def test_windows_that_follow_the_pair_stay_packed(family: str, attention: str, t
     assert_exact(module, data)
 
 
-def test_a_window_that_counts_places_in_the_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    FAMILIES.setdefault("gpt_neo", {"model_type": "gpt_neo"})
+def test_a_window_that_counts_places_in_the_row(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "gpt_neo", {"model_type": "gpt_neo"})  # no other test shall meet it
     local = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4, "window_size": 8}
     with caplog.at_level(logging.WARNING, logger="lightning_modules"):
         module, data = start(tmp_path, "gpt_neo", **local)

@@ -60,7 +60,8 @@ def assert_same_audit(seen: Path, alone: Path, first_gap: float = 0.0) -> None:
     audit, expected = pq.read_table(seen / "audit"), pq.read_table(alone / "audit")
     for column in ("step", "pair_id", "kept"):
         assert audit[column].to_pylist() == expected[column].to_pylist(), column
-    for column, tolerance in {"gap": 1e-5, "beta": 1e-6, "running_mean": 2e-6, "running_std": 2e-6}.items():
+    # M0 and σ are means over ten gaps, each within 1e-5 nats of rounding, which differs between processors
+    for column, tolerance in {"gap": 1e-5, "beta": 1e-6, "running_mean": 5e-6, "running_std": 5e-6}.items():
         np.testing.assert_allclose(audit[column], expected[column], rtol=0, atol=tolerance, err_msg=column)
     assert np.abs(audit["gap"].to_numpy()[:10]).max() <= first_gap  # policy and reference are one at first
     assert np.abs(audit["gap"].to_numpy()).max() > 0.1
