@@ -3,9 +3,9 @@
     python -m benchmarks.scaling steps --ranks 1 2 --pairs 64 256 1024
     python -m benchmarks.scaling startup --ranks 1 2 --data hh_harmless_base_test.jsonl.gz
 
-`steps` trains a small random model with β-DPO on the controlled task. Bytes are those that the kernel counts on the
-process's own TCP connections (Linux's TCP_INFO), so the framing of gloo and all barriers are in them; the exchange
-of the gaps is counted apart. `startup` repeats the lines of a file until there are enough of them, and times
+`steps` trains a small random model with β-DPO on the controlled task. Bytes are those that the process has written
+to its own TCP connections (Linux's TCP_INFO), so the framing of gloo and all barriers are in them; the exchange of
+the gaps is counted apart. `startup` repeats the lines of a file until there are enough of them, and times
 `prepare_data` and `setup` on every rank, first with an empty cache, then with the table in it.
 """
 
@@ -44,7 +44,8 @@ from datamodules.controlled_task import build_tokenizer
 from lightning_modules import PreferenceOptimization
 
 WARM_UP = 3  # steps that are not counted
-BYTES_ACKED = 120  # where it stands in Linux's struct tcp_info
+# where they stand in Linux's struct tcp_info: u32 not yet sent; u64 sent, and of these sent again
+NOT_SENT, SENT = 144, 200
 
 
 def main() -> None:
@@ -145,14 +146,18 @@ def train(options: argparse.Namespace) -> None:
 
 
 def sent_bytes() -> int:
-    """What others have acknowledged to have from this process, over all its TCP connections."""
+    """Bytes that this process has written to its TCP connections, each once.
+
+    What is still on its way counts too: an exchange ends before the last bytes are acknowledged.
+    """
     total = 0
     for entry in Path("/proc/self/fd").iterdir():
         try:
             if os.readlink(entry).startswith("socket:"):
                 with socket.socket(fileno=os.dup(int(entry.name))) as connection:
                     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                total += struct.unpack_from("Q", info, BYTES_ACKED)[0]
+                sent, again = struct.unpack_from("QQ", info, SENT)
+                total += sent - again + struct.unpack_from("I", info, NOT_SENT)[0]
         except OSError:  # closed meanwhile, or no TCP connection
             continue
     return total
