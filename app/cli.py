@@ -25,6 +25,7 @@ from app.seed import settled_seed
 from app.slurm import check_processes, slurm_environment
 from callbacks import ScoreWriter, TextProgress
 from lightning_modules.checkpoint import SafeCheckpointIO
+from lightning_modules.start_checks import refuse_strategy
 
 set_up_parsing()  # whoever reads a configuration reads numbers by their ranges
 
@@ -55,6 +56,15 @@ class BetaDPOCLI(LightningCLI):
         # checkpoints are never loaded in a way that runs code in them, so there is nothing to choose
         return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Set up the command that was given, and not the other three, which take most of the time of a start."""
+        given = {name: skipped for name, skipped in self.subcommands().items() if name in kwargs}
+        self.subcommands = lambda: given  # type: ignore[method-assign]
+        super()._add_subcommands(parser, **kwargs)
+
+    def _add_instantiators(self) -> None:
+        """Nothing: Lightning would write the configuration out for hyperparameters that no stage saves."""
+
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let hyperparameters in a checkpoint override the command line."""
 
@@ -74,6 +84,7 @@ class BetaDPOCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self._get(self.config_init, "trainer")
+        refuse_strategy(options.get("strategy"))  # before processes are started
         plugins = as_list(options.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(SafeCheckpointIO())

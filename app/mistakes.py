@@ -15,6 +15,13 @@ from app.errors import UserError
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 PARTS = {"datamodules": "data", "lightning_modules": "model", "callbacks": "trainer.callbacks"}
+# whose code raises what a user's options bring about, and the part of the configuration that has them
+CONFIGURED = {
+    "lightning/pytorch/callbacks/": "trainer.callbacks",
+    "lightning/pytorch/loggers/": "trainer.logger",
+    "lightning/pytorch/profilers/": "trainer.profiler",
+    "torch/optim/lr_scheduler.py": "model.lr_scheduler",
+}
 TRACE = " (BETA_DPO_TRACEBACK=1 shows the traceback.)"
 MISPLACED = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
@@ -33,7 +40,17 @@ def plain_sentence(error: BaseException) -> str | None:
             return f"A package is missing, install it first: {first_line(cause)}"
         if isinstance(cause, OSError) and cause.errno in FULL | FORBIDDEN | MISPLACED:
             return _about_the_disk(cause)
-    return None
+    part = raised_in(error)
+    return None if part is None else f"{part}: {options.reason(error)}{TRACE}"
+
+
+def raised_in(error: BaseException) -> str | None:
+    """Return the part of the configuration whose library code raised `error` on purpose; None for any other."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or not isinstance(error, (ValueError, TypeError, RuntimeError)):
+        return None
+    found = (part for place, part in CONFIGURED.items() if place in frames[-1].filename)
+    return next(found, None) if (frames[-1].line or "").startswith("raise") else None
 
 
 def first_line(error: BaseException) -> str:

@@ -145,8 +145,10 @@ def listed(command: str, found: Finding | None = None) -> str:
     """Where the options are listed that there are."""
     place = found.field.split(".")[0] if found else ""
     if found and found.class_path and place in ("model", "data"):
-        inner = ".loss" if ".loss" in found.field and "losses" in found.class_path else ""
-        return f"See `beta-dpo {command} --{place}{inner}.help {found.class_path.rpartition('.')[2]}`."
+        package, _, name = found.class_path.rpartition(".")
+        within = package not in ("lightning_modules", "datamodules")  # a class among the options of a stage
+        inner = f".{found.field.split('.')[1]}" if within and "." in found.field else ""
+        return f"See `beta-dpo {command} --{place}{inner}.help {name}`."
     return f"See `beta-dpo {command} --help`."
 
 
@@ -158,7 +160,10 @@ def finding(message: str) -> Finding | None:
     value = ""
     for line in message.splitlines():
         text, indent = line.strip(" -"), len(line) - len(line.lstrip(" "))
-        text = re.sub(r"^Type typing\.Callable.* expects a function or a callable class: ?", "", text)
+        if called := re.match(r"Type typing\.Callable.* expects a function or a callable class: ?", text):
+            text = text[called.end() :]
+            named = re.search(r"class_path='([\w.]+)'", message[message.index(line) :])
+            class_path = named[1] if named else class_path
         if (key := re.match(r'Parser key "(.+?)":?\s*(.*)', text)) and not (expected and indent <= depth):
             field.append(key[1].removeprefix("init_args."))
             expected, depth, text, subtypes, value = [], indent, key[2], "", ""
@@ -187,6 +192,9 @@ def finding(message: str) -> Finding | None:
             expected.append(ranged[1])
         elif named := re.search(r"Expected a dot import path string: ?(.*)$", text):
             value = value or named[1]
+            expected.append("class")
+        elif other := re.search(r"Expected '(.+)' to be a subclass of|does not correspond to a subclass of", text):
+            value = other[1] or value
             expected.append("class")
         elif wanted := re.match(r"Expected an? (.*)$", text):
             if not wanted[1].startswith("path but"):

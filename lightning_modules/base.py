@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from shutil import which
 from typing import Any, Literal
 
 import torch
@@ -29,7 +27,8 @@ from lightning_modules.pretrained import load_model, stop_at, store_linear_weigh
 from lightning_modules.resumption import apply_settings, count_batches_of
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharding import clip_gradients, gradient_sync
-from lightning_modules.strategy import ShardedStrategy, refuse_unsuitable
+from lightning_modules.start_checks import check_start
+from lightning_modules.strategy import ShardedStrategy
 from lightning_modules.weight_reading import read_weights, weight_files
 
 log = logging.getLogger(__name__)
@@ -95,26 +94,8 @@ class LanguageModelTraining(LoggedTraining):
     # --- set-up -----------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """Refuses what cannot work. The one hook before Lightning's own check, which does not know the cure."""
-        if self.trainer.accumulate_grad_batches != 1:
-            raise UserError(
-                "trainer.accumulate_grad_batches has no place here: data.batch_size is the number of pairs per "
-                "optimizer step, and data.micro_batch_tokens splits it to fit memory."
-            )
-        if self.trainer.gradient_clip_val is not None:
-            raise UserError("trainer.gradient_clip_val has no effect here: set model.max_grad_norm instead.")
-        if "16-true" in str(self.trainer.precision) or str(self.trainer.precision).startswith("16"):
-            raise UserError(
-                f"trainer.precision {self.trainer.precision} loses log-probabilities (overflow, or rotary "
-                "positions in half precision): use bf16-mixed, or 32-true with ShardedStrategy in bfloat16."
-            )
-        if self.compile_layers is True and not which(os.environ.get("CXX", "g++")):
-            raise UserError("model.compile_layers needs a C++ compiler: install g++, or name one by CXX.")
-        refuse_unsuitable(self.trainer.strategy, str(self.trainer.precision))
-        if self.lora is not None and isinstance(self.trainer.strategy, ShardedStrategy):
-            raise UserError(
-                "model.lora has not been made to work with ShardedStrategy: use configs/strategy/ddp.yaml."
-            )
+        """Refuse what cannot work. The one hook before Lightning's own check, which does not know the cure."""
+        check_start(self)
         return []
 
     def configure_model(self) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
@@ -139,20 +139,4 @@ class ShardedStrategy(ModelParallelStrategy):
             offload=CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
             if frozen and self.offload_reference
             else None,
-        )
-
-
-def refuse_unsuitable(strategy: Strategy, precision: str) -> None:
-    """Raises UserError for Lightning's own FSDP2 strategy, and for a precision that ours does not take."""
-    if not isinstance(strategy, ModelParallelStrategy):
-        return
-    if not isinstance(strategy, ShardedStrategy):
-        raise UserError(
-            "trainer.strategy: use lightning_modules.ShardedStrategy (configs/strategy/fsdp.yaml) "
-            "in place of Lightning's ModelParallelStrategy."
-        )
-    if precision != "32-true":
-        raise UserError(
-            f"trainer.precision {precision}: set 32-true with ShardedStrategy, whose own compute_dtype "
-            "is the type of the forward pass; the weights themselves stay float32."
         )

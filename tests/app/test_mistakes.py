@@ -55,7 +55,6 @@ def run_config(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("--trainer.accelerator=gp", "trainer: You selected an invalid accelerator name: `accelerator='gp'`"),
         ("--trainer.devices=x", "trainer: `devices` selected with `CPUAccelerator` should be an int > 0."),
         ("--trainer.devices=0", "trainer: `Trainer(devices='0')` value is not a valid input using cpu"),
-        ("--trainer.strategy=foo", "trainer: You selected an invalid strategy name: `strategy='foo'`"),
         ("--trainer.max_steps=-7", "trainer.max_steps must be a whole number from -1"),
         ("--trainer.max_steps=many", "trainer.max_steps"),
         ("--trainer.limit_train_batches=1.5", "trainer: You have passed invalid value 1.5 for limit_train_batches"),

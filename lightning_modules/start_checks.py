@@ -1,0 +1,142 @@
+"""What cannot work is refused before data and model are loaded: options, callbacks, optimizers, schedules."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from shutil import which
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from app.errors import UserError
+from lightning_modules.strategy import ShardedStrategy
+
+if TYPE_CHECKING:
+    from lightning_modules.base import LanguageModelTraining
+
+STRATEGIES = (
+    "take auto, ddp, or for a model that does not fit one device the class lightning_modules.ShardedStrategy "
+    "(configs/strategy/fsdp.yaml)"
+)
+OWN_UPDATE = "the stages update the weights by themselves: take it out"
+UNSUITABLE: dict[type, str] = {
+    lightning_callbacks.GradientAccumulationScheduler: "data.batch_size is the number of pairs per optimizer step, "
+    "and data.micro_batch_tokens splits it: take it out",
+    lightning_callbacks.StochasticWeightAveraging: OWN_UPDATE,
+    lightning_callbacks.WeightAveraging: OWN_UPDATE,
+    lightning_callbacks.LearningRateFinder: "set the lr of model.optimizer, and take it out",
+    lightning_callbacks.BatchSizeFinder: "`beta-dpo plan` says which data.micro_batch_tokens fits: take it out",
+    lightning_callbacks.ModelPruning: "a checkpoint of pruned weights cannot be exported: take it out",
+    lightning_callbacks.BaseFinetuning: "train a part of the weights by model.lora, and take it out",
+}
+
+
+def refuse_strategy(strategy: str | Strategy) -> None:
+    """Raise UserError for a strategy, or the name of one, that the stages do not train with.
+
+    Processes that are spawned or forked hand their weights back by a checkpoint that is none of the stages'.
+    """
+    if isinstance(strategy, str):
+        name, launched = strategy, any(word in strategy for word in ("spawn", "fork", "notebook"))
+        suits = strategy.startswith(("auto", "ddp", "single_device"))
+    else:
+        name = type(strategy).__name__
+        launched = getattr(strategy, "_start_method", None) not in (None, "popen")
+        suits = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ShardedStrategy))
+    if launched:
+        raise UserError(f"trainer.strategy: {name} spawns or forks processes, which lose checkpoints: take ddp.")
+    if not suits:
+        named = isinstance(strategy, str) and "ShardedStrategy" in strategy
+        cure = "write {class_path: lightning_modules.ShardedStrategy}" if named else STRATEGIES
+        raise UserError(f"trainer.strategy: {name} is not one that the stages train with: {cure}.")
+
+
+def check_start(module: LanguageModelTraining) -> None:
+    """Raise UserError for what cannot work with these settings, before data and model are loaded."""
+    trainer = module.trainer
+    precision = str(trainer.precision)
+    refuse_strategy(trainer.strategy)
+    if trainer.accumulate_grad_batches != 1:
+        raise UserError(
+            "trainer.accumulate_grad_batches has no place here: data.batch_size is the number of pairs per "
+            "optimizer step, and data.micro_batch_tokens splits it to fit memory."
+        )
+    if trainer.gradient_clip_val is not None:
+        raise UserError("trainer.gradient_clip_val has no effect here: set model.max_grad_norm instead.")
+    if precision not in ("32-true", "64-true", "bf16-mixed"):
+        raise UserError(
+            f"trainer.precision {precision} loses log-probabilities (overflow, or rotary positions in half "
+            "precision): use 32-true, 64-true or bf16-mixed, or ShardedStrategy, which computes in bfloat16."
+        )
+    if isinstance(trainer.strategy, ShardedStrategy):
+        if precision != "32-true":
+            raise UserError(
+                f"trainer.precision {precision}: set 32-true with ShardedStrategy, whose own compute_dtype "
+                "is the type of the forward pass; the weights themselves stay float32."
+            )
+        if module.lora is not None:
+            raise UserError(
+                "model.lora has not been made to work with ShardedStrategy: use configs/strategy/ddp.yaml."
+            )
+    if module.compile_layers is True and not which(os.environ.get("CXX", "g++")):
+        raise UserError("model.compile_layers needs a C++ compiler: install g++, or name one by CXX.")
+    refuse_callbacks(trainer)
+    if trainer.state.fn == TrainerFn.FITTING:
+        try_optimizer(module)
+
+
+def refuse_callbacks(trainer: Trainer) -> None:
+    """Raise UserError for callbacks of Lightning that would be without effect, or spoil the weights."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind, cure in UNSUITABLE.items():
+            if isinstance(callback, kind):
+                raise UserError(f"trainer.callbacks: {type(callback).__name__} does not work here: {cure}.")
+
+
+def try_optimizer(module: LanguageModelTraining) -> None:
+    """Take a step of the optimizer and its schedule as training takes them, on a matrix and a vector.
+
+    So no class has to be known by name. Adapters are matrices alone. Raises UserError for what refuses it: an
+    optimizer that needs a closure or sparse gradients, a schedule that needs a metric or other options.
+    """
+    device = module.trainer.strategy.root_device
+    shapes = [(4, 4)] if module.lora is not None else [(4, 4), (4,)]
+    weights = [nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    option, cure = "model.optimizer", "take another, for example torch.optim.AdamW"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a schedule is stepped at its end
+        try:
+            optimizer = module.make_optimizer(weights)
+            optimizer.step()
+            if module.make_lr_scheduler is None:
+                return
+            option, cure = "model.lr_scheduler", "take another, for example WarmupCosine or torch's LinearLR"
+            schedule = module.make_lr_scheduler(optimizer)
+            if isinstance(schedule, ReduceLROnPlateau):
+                raise TypeError("ReduceLROnPlateau waits for a metric, and a schedule is stepped once a step")
+            schedule.step()
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise UserError(f"{option} cannot take a step here: {reason}; {cure}.") from error
+    if not isinstance(schedule, LRScheduler):
+        raise UserError(f"model.lr_scheduler: {type(schedule).__name__} is no schedule of torch; {cure}.")
+    check_horizon(schedule, module.trainer.max_steps)
+
+
+def check_horizon(schedule: LRScheduler, steps: int) -> None:
+    """Raise UserError where a schedule of a fixed number of steps, such as OneCycleLR, is shorter than the run."""
+    total = getattr(schedule, "total_steps", None)
+    if total is not None and total < steps:
+        raise UserError(
+            f"model.lr_scheduler: {type(schedule).__name__} ends after total_steps = {total}, and the run takes "
+            f"{steps} steps: raise total_steps, or lower trainer.max_steps."
+        )
