@@ -27,16 +27,8 @@ $(VENV)/.installed: setup.cfg constraints.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-quickstart: export OMP_NUM_THREADS = 1
 quickstart: install
-	@# nothing is lost: an earlier run is moved aside
-	@if [ -e $(RUN) ]; then mv $(RUN) $(RUN)-before-$$(date +%Y%m%d-%H%M%S); fi
-	@$(MAKE) --no-print-directory $(RUN)/sft-samples.jsonl
-	@echo "plain DPO, for comparison, runs beside on the other core: $(RUN)/dpo.log"
-	@$(MAKE) --no-print-directory arm ARM=dpo > $(RUN)/dpo.log 2>&1 & beside=$$!; \
-		$(MAKE) --no-print-directory arm ARM=beta_dpo && wait $$beside
-	$(BIN)/beta-dpo report $(RUN)/beta_dpo $(RUN)/dpo --baseline $(RUN)/sft-samples.jsonl --out $(RUN)/report.html
-	@echo "curves of β, gaps and rewards: $(BIN)/tensorboard --logdir $(RUN)   (then open http://localhost:6006)"
+	$(BIN)/beta-dpo quickstart --seed $(SEED) --out $(RUN)
 
 # one arm, ARM=beta_dpo or any other file of configs/method: train from the SFT model, export, sample
 arm:

@@ -13,6 +13,18 @@ from pathlib import Path
 
 from app.errors import UserError
 
+CONFIGS = Path(__file__).parents[1] / "configs"  # in the clone, or where the wheel put them
+
+
+def shipped(name: str) -> str:
+    """Return `name` where it is a file here, else the path of the shipped configuration of that name.
+
+    `quickstart`, `method/dpo` and `configs/method/dpo.yaml` work in any folder. Any other name is returned as it is.
+    """
+    inside = name.removeprefix("configs/")
+    found = (path for path in (Path(name), CONFIGS / inside, CONFIGS / f"{inside}.yaml") if path.is_file())
+    return str(next(found, name))
+
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:

@@ -1,6 +1,6 @@
 """The `beta-dpo` command: which command it is, and what the user is told when it cannot be done.
 
-beta-dpo fit --config configs/quickstart.yaml
+beta-dpo quickstart
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from inspect import signature
 from itertools import takewhile
 from typing import NoReturn
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from app.cli import be_quiet, run_trainer_command
 from app.commands import COMMANDS
 from app.errors import UserError
+from app.files import shipped
 from app.mistakes import causes, plain_sentence
 from app.options import sentence, trainer_options
 from app.planning import run_plan
@@ -49,8 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command in ("-h", "--help"):
         print(overview())
         return
+    if command == "--version":
+        print(f"beta-dpo {version('beta-dpo')}")
+        return
     be_quiet()
     try:
+        if command in TRAINER_COMMANDS:
+            arguments = with_shipped_configs(arguments)
         if command == "plan":
             run_plan(arguments)
         elif command == "show":
@@ -85,6 +92,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if told is None:
             raise
         _refuse(told)
+
+
+def with_shipped_configs(arguments: list[str]) -> list[str]:
+    """Return the arguments with the path of each `--config` that names one of the shipped configurations."""
+    found = []
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        option, equals, value = word.partition("=")
+        if option == "--config" and equals:
+            word = f"--config={shipped(value)}"
+        found.append(shipped(word) if before == "--config" else word)
+    return found
 
 
 def go_on(command: str) -> str:

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from app.cli import PartsCLI, lightning_options
 from app.errors import UserError
+from app.files import CONFIGS
 from app.method.ranges import PositiveFloat, PositiveInt
 from lightning_modules.activations import activations
 from lightning_modules.base import LanguageModelTraining
@@ -22,7 +23,7 @@ from lightning_modules.pretrained import bare_model, load_config, parameter_coun
 from lightning_modules.strategy import ShardedStrategy
 from lightning_modules.tensor_parallel import keep_local_part
 
-SHAPES = Path(__file__).parents[1] / "configs" / "shapes"  # <owner>/<name>.json, as config.json on the Hub
+SHAPES = CONFIGS / "shapes"  # <owner>/<name>.json, as config.json on the Hub
 RESERVED = 0.1  # share of a device left to CUDA, to buffers of communication and to fragments
 
 

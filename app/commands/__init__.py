@@ -7,9 +7,11 @@ from app.commands.convert import convert
 from app.commands.export import export
 from app.commands.generate import generate
 from app.commands.judge import judge
+from app.commands.quickstart import quickstart
 from app.commands.report import report
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "quickstart": quickstart,
     "generate": generate,
     "judge": judge,
     "report": report,

@@ -15,6 +15,7 @@ import numpy as np
 from rich.progress import Progress
 
 from app.errors import UserError
+from app.files import shipped
 from app.judges import Answer
 from app.judges.answers import dialogue_text
 from app.judges.verdicts import VerdictFile, verdict_key
@@ -220,7 +221,7 @@ def parse_verdict(reply: str) -> str | None:
 def read_instructions(path: str) -> Template:
     """The judge's question. Raises UserError unless it has its places and no other."""
     try:
-        template = Template(Path(path).read_text(encoding="utf-8"))
+        template = Template(Path(shipped(path)).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"endpoint.instructions: {path} cannot be read: {error.strerror}.") from error
     if not template.is_valid() or set(template.get_identifiers()) != PLACES:

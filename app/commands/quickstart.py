@@ -1,0 +1,73 @@
+"""`beta-dpo quickstart`: the whole way on the controlled task, in any folder, without a network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+
+from app.errors import UserError
+from app.method.ranges import Seed
+
+ARMS = ("beta_dpo", "dpo")  # the first prints here, the others to a log
+
+
+def quickstart(seed: Seed = 1, out: str = "runs/quickstart") -> None:
+    """Train SFT, then β-DPO and plain DPO from it, on a task with known rewards; print a table and write a page.
+
+    Takes a few minutes on two CPU cores. An earlier run in `out` is moved aside, not overwritten.
+
+    Args:
+        seed: seed of data, training and samples.
+        out: folder of the runs, models, samples and of report.html.
+    """
+    folder = Path(out)
+    if folder.exists():
+        aside = folder.with_name(f"{folder.name}-before-{datetime.now():%Y%m%d-%H%M%S}")
+        folder.rename(aside)
+        print(f"the earlier {folder} is now {aside}")
+    start, rival = folder / "sft-model", folder / "sft-samples.jsonl"
+    train("quickstart/sft", "sft", start, [], seed, folder)
+    command("generate", str(start), str(rival), "--seed", str(seed))
+    print(f"plain DPO, for comparison, runs on the other core: {folder / 'dpo.log'}", flush=True)
+    with ThreadPoolExecutor(len(ARMS)) as workers:
+        list(workers.map(lambda arm: train_arm(arm, start, seed, folder), ARMS))
+    runs, page = [str(folder / arm) for arm in ARMS], str(folder / "report.html")
+    command("report", *runs, "--baseline", str(rival), "--out", page)
+    print(f"curves of β, gaps and rewards: tensorboard --logdir {folder}   (then open http://localhost:6006)")
+
+
+def train_arm(arm: str, start: Path, seed: int, folder: Path) -> None:
+    """Train one file of configs/method from the SFT model and sample from the result."""
+    log = None if arm == ARMS[0] else folder / f"{arm}.log"
+    model = folder / f"{arm}-model"
+    words = ["--config", f"method/{arm}", "--model.name", str(start)]
+    train("quickstart", arm, model, words, seed, folder, log)
+    samples = str(folder / arm / "samples.jsonl")
+    command("generate", str(model), samples, "--reference", str(start), "--seed", str(seed), log=log)
+
+
+def train(
+    config: str, name: str, model: Path, words: list[str], seed: int, folder: Path, log: Path | None = None
+) -> None:
+    """Run `fit` into `folder/name` and export its last checkpoint to the folder `model`."""
+    logger = f"{{save_dir: {folder}, name: {name}, version: ''}}"
+    words = [*words, "--trainer.logger.init_args", logger, "--seed_everything", str(seed)]
+    command("fit", "--config", config, *words, log=log)
+    command("export", str(folder / name / "checkpoints" / "last.ckpt"), str(model), log=log)
+
+
+def command(*words: str, log: Path | None = None) -> None:
+    """Run one `beta-dpo` command on one core. Raises UserError where it fails."""
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    with open(log or os.devnull, "a", encoding="utf-8") as file:
+        target = None if log is None else file
+        done = subprocess.run(
+            [sys.executable, "-m", "app.main", *words], env=environment, stdout=target, stderr=target, check=False
+        )
+    if done.returncode:
+        told = "its message is above" if log is None else f"its message ends {log}"
+        raise UserError(f"quickstart: `beta-dpo {words[0]}` failed with status {done.returncode}: {told}.")
