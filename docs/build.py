@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
@@ -22,9 +24,11 @@ from app.method import losses
 from app.method.beta import BetaBounds, batch_beta
 from app.method.moments import RunningMoments
 from app.method.selection import gaussian_log_weights, gumbel_top_k, selection_noise
+from app.suspects import hits, pair_histories
 from datamodules.sources import markdown_table
 
 HERE = Path(__file__).parent
+QUICKSTART = HERE.parent / "runs" / "quickstart" / "beta_dpo"
 BETA0, PAIRS, KEPT = 0.1, 64, 51  # the batch of the paper's recipe at ρ = 0.8
 
 
@@ -103,6 +107,35 @@ def draw_lag() -> Any:
 FIGURES = {"filter": draw_filter, "beta": draw_beta, "floor": draw_floor, "lag": draw_lag}
 
 
+def draw_quickstart(run: Path) -> Figure:
+    """Draw what a run of the controlled task shows in ten seconds: gaps, β, and what its audit finds."""
+    audit = pd.concat([pd.read_parquet(path) for path in sorted((run / "audit").glob("*.parquet"))])
+    steps = audit.groupby("step")
+    figure = Figure(figsize=(12, 3.3), layout="constrained")
+    gaps, beta, found = figure.subplots(1, 3)
+    mean, std = steps.running_mean.first(), steps.running_std.first()
+    gaps.fill_between(mean.index, mean - std, mean + std, color="black", alpha=0.1, label="M0 ± σ")
+    gaps.plot(mean, color="black", label="running mean M0")
+    gaps.plot(steps.gap.mean(), color="tab:orange", linewidth=1, label="mean of the batch")
+    gaps.set(title="1  each step measures the reward gaps", xlabel="step", ylabel="reward gap in nats")
+    beta.plot(steps.beta.first(), color="tab:blue", linewidth=1, label="β of the batch")
+    beta.axhline(steps.beta.first().iloc[0], color="gray", linestyle="--", label="β0")
+    beta.set(title="2  β follows the gap of the pairs kept", xlabel="step", ylabel="β")
+    histories = pair_histories(audit)
+    wrong = audit.groupby("pair_id").flipped.first().reindex(histories.pair_id).to_numpy(bool)
+    hit = hits(histories.mislabelled.to_numpy(), wrong, len(wrong) // 20)
+    listed = np.arange(1, len(hit) + 1)
+    found.plot(listed[19:], (hit.cumsum() / listed)[19:], color="tab:red", label="among the first n suspects")
+    found.axhline(wrong.mean(), color="gray", linestyle="--", label="among all pairs")
+    found.set(
+        title="3  the audit names the mislabelled pairs", xlabel="n", ylabel="share truly mislabelled", ylim=(0, 1)
+    )
+    for axes in (gaps, beta, found):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
+
+
 def entry(name: str, thing: Any) -> str:
     """One item of the reference: its call and its docstring."""
     # a default that is a function prints as an address
@@ -149,6 +182,12 @@ def main() -> None:
     for name, draw in FIGURES.items():
         # no date or version inside: the same code gives the same file
         draw().savefig(HERE / "figures" / f"{name}.png", dpi=100, metadata={"Software": None})
+    if QUICKSTART.exists():
+        draw_quickstart(QUICKSTART).savefig(
+            HERE / "figures" / "quickstart.png", dpi=100, metadata={"Software": None}
+        )
+    else:
+        print(f"the README's figure is left as it is: {QUICKSTART} is missing (make quickstart)")
     reference = HERE.parent / "build" / "api.md"
     reference.parent.mkdir(exist_ok=True)
     reference.write_text(api(), encoding="utf-8")
