@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"  # in the clone, or where the wh
 def shipped(name: str) -> str:
     """Return `name` where it is a file here, else the path of the shipped configuration of that name.
 
-    `quickstart`, `method/dpo` and `configs/method/dpo.yaml` work in any folder. Any other name is returned as it is.
+    `quickstart`, `method/dpo` and `configs/method/dpo.yaml` work in any folder. Another name is returned as it is.
     """
     inside = name.removeprefix("configs/")
     found = (path for path in (Path(name), CONFIGS / inside, CONFIGS / f"{inside}.yaml") if path.is_file())
