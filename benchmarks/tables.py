@@ -27,6 +27,7 @@ LABELS = {
     "plain": "transformers, two padded rows a pair, response logits only",
     "trl": "TRL's `DPOTrainer`, its defaults",
 }
+NAMES = {"plain": "the plain transformers step", "ours-split": "the first row"}
 _PLACE = re.compile(r"(<!-- benchmark (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -93,6 +94,7 @@ def costs(entry: dict[str, Any]) -> str:
 def comparison(entry: dict[str, Any]) -> str:
     """What an entry measured, as Markdown: medians, lowest and highest over the turns, ratios turn by turn."""
     setting, turns, versions = entry["setting"], entry["turns"], entry["versions"]
+    base = "plain" if "plain" in turns else next(iter(turns))
     lines = [
         f"{entry['date']}, {entry['machine']}, torch {versions['torch']}, transformers {versions['transformers']}"
         + (f", TRL {versions['trl']}" if versions["trl"] else "")
@@ -100,28 +102,22 @@ def comparison(entry: dict[str, Any]) -> str:
         f"{setting['data']}, {setting['batch_size']} pairs a step, {setting['steps']} steps after one warm-up, "
         f"{max(map(len, turns.values()), default=0)} turns.",
         "",
-        "| | pairs/s (lowest–highest) | peak memory | beta-dpo is faster by | and takes of its memory |",
-        "|---|---|---|---|---|",
+        f"| | pairs/s (lowest–highest) | speed-up over {NAMES.get(base, base)} | peak memory |",
+        "|---|---|---|---|",
     ]
-    ours = turns.get("ours")
     for name, results in turns.items():
         if name not in LABELS:
             continue
+        pairs = zip(results, turns[base], strict=False)  # an interrupted turn has fewer
         row = [
             f"{LABELS[name]} ({results[0]['how']})" if "how" in results[0] else LABELS[name],
             spread([result["pairs_per_second"] for result in results]),
+            spread([mine["pairs_per_second"] / other["pairs_per_second"] for mine, other in pairs]),
             f"{peak(results):.2f} GB",
         ]
-        if ours is None or name == "ours":
-            row += ["", ""]
-        else:
-            pairs = list(zip(ours, results, strict=False))  # an interrupted turn has fewer
-            row += [
-                spread([mine["pairs_per_second"] / other["pairs_per_second"] for mine, other in pairs]),
-                f"{peak(ours) / peak(results):.2f}",
-            ]
         lines.append(f"| {' | '.join(row)} |")
-    lines += [f"| {LABELS.get(name, name)} | failed | | | |" for name in entry.get("failed", {})]
+    lines += [f"| {LABELS.get(name, name)} | failed | | |" for name in entry.get("failed", {})]
+    ours = turns.get("ours")
     if ours is not None and "gemm" in turns:
         used = [
             entry["unavoidable_operations"] / mine["seconds"] / gemm["operations_per_second"]

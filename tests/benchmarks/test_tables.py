@@ -35,6 +35,6 @@ def test_medians_ratios_and_the_share_of_the_machines_rate() -> None:
             },
         }
     )
-    assert "| 3.00 (2.00–4.00) | 1.50 GB |  |  |" in table
-    assert "| 1.50 (1.00–2.00) | 6.00 GB | 2.00 (2.00–2.00) | 0.25 |" in table
+    assert "| 3.00 (2.00–4.00) | 2.00 (2.00–2.00) | 1.50 GB |" in table
+    assert "| 1.50 (1.00–2.00) | 1.00 (1.00–1.00) | 6.00 GB |" in table
     assert "4 billion a step, done at 37.50 (25.00–50.00) %" in table
