@@ -10,9 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock
-
-from app.errors import UserError
+from app.locks import locked
 
 Kind = Literal["tables", "rewards", "references"]
 
@@ -33,16 +31,11 @@ def locked_entry(kind: Kind, key: str) -> Iterator[Path]:
 
     Raises UserError when the cache folder cannot be written.
     """
+    with locked(*lock_of(kind, key)):
+        yield cache_root(kind) / key
+
+
+def lock_of(kind: Kind, key: str) -> tuple[Path, str, str]:
+    """Return the file of an entry's lock, what is locked, and how to name another place."""
     root = cache_root(kind)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / f"{key}.lock")
-        lock.acquire()
-    except OSError as error:
-        raise UserError(
-            f"The cache folder {root} cannot be written ({error.strerror or error}): set BETA_DPO_CACHE."
-        ) from error
-    try:
-        yield root / key
-    finally:
-        lock.release()
+    return root / f"{key}.lock", f"The cache entry {root / key}", "set BETA_DPO_CACHE to another folder"

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from transformers.utils.logging import disable_progress_bar
 
 from app.errors import UserError
+from app.log_folder import claimed_log_folder
 from app.mistakes import refusing
 from app.options import check_numbers, reason, set_up_parsing
-from app.resume import settle_checkpoint
+from app.resume import continue_newest_version, settle_checkpoint
 from app.run_record import RunRecord
 from app.seed import settled_seed
 from app.slurm import check_processes, slurm_environment
@@ -73,7 +75,7 @@ class BetaDPOCLI(LightningCLI):
             super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with refusing("Setting up the run", unless=self.trainer_has_begun):
+        with refusing("Setting up the run", unless=self.trainer_has_begun), ExitStack() as self._claims:
             super()._run_subcommand(subcommand)
 
     def trainer_has_begun(self) -> bool:
@@ -110,6 +112,10 @@ class BetaDPOCLI(LightningCLI):
 
     def before_fit(self) -> None:
         options = self.config_init[self.subcommand]
+        if options.ckpt_path == "last":
+            continue_newest_version(self.trainer)
+        if self.subcommand == "fit" or self.trainer.loggers:
+            self._claims.enter_context(claimed_log_folder(self.trainer))
         options.ckpt_path = settle_checkpoint(self.trainer, options.ckpt_path, self.subcommand == "fit")
 
     before_validate = before_test = before_predict = before_fit

@@ -28,7 +28,6 @@ def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str
     if asked != "last":
         compare(trainer, check_checkpoint(Path(asked)), fitting)
         return asked
-    continue_newest_version(trainer)
     found = [path for path in last_checkpoints(trainer) if path.exists()]
     if not found and not fitting:
         raise UserError("--ckpt_path last: the log folder holds no checkpoint; give the path of one.")

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from app.errors import UserError
 from app.files import folder_hash
+from app.log_folder import continue_curves, log_folder
 from app.resume_rules import CONTENTS, START, described, differences, refuse_what_cannot_be_applied
 from datamodules.base import PairDataModule
 
@@ -35,6 +36,7 @@ class RunRecord(SaveConfigCallback):
         self.content: dict[str, str | None] = {}
         self._resumed: Mapping[str, Any] = {}  # what the checkpoint recorded
         self._differences: dict[str, tuple[Any, Any]] = {}
+        self._checkpointed = False  # with the step before: the curves on disk must reach as far
 
     def compare(self, checkpoint: Mapping[str, Any]) -> None:
         """Compare with the run that wrote `checkpoint`. Raises UserError for what it cannot be resumed with."""
@@ -50,7 +52,7 @@ class RunRecord(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # on every rank: Lightning asks the others for the folder
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self.folder = log_folder(trainer)
         if stage != "fit":
             super().setup(trainer, pl_module, stage)
             return
@@ -77,6 +79,10 @@ class RunRecord(SaveConfigCallback):
             raise UserError(f"--ckpt_path: the settings of now give {what} ({because}): {START}.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._checkpointed:
+            self._checkpointed = False
+            for logger in trainer.loggers:  # Lightning logs a step after its checkpoint is written
+                logger.save()
         if self.already_saved or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.already_saved = True
@@ -90,10 +96,12 @@ class RunRecord(SaveConfigCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            continue_curves(trainer, resumes=self.config["ckpt_path"] is not None)
             rank_zero_info(f"log folder: {self.folder}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.on_train_start(trainer, pl_module)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info(f"log folder: {self.folder}")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called on the first rank, once config.yaml is written."""
@@ -101,6 +109,7 @@ class RunRecord(SaveConfigCallback):
             file.write(shlex.join(["beta-dpo", *self.command]) + "\n")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._checkpointed = True
         checkpoint["config"] = self.text
         checkpoint["content"] = self.content
         checkpoint["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -12,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from app.log_folder import log_folder
 from app.method.ranges import NonNegativeInt, PositiveInt, checked
 from app.method.step import StepDecision
 from callbacks.dashboard_layout import GUIDE, guide, layout
@@ -86,7 +86,7 @@ class BetaDashboard(Callback):
             self._list_extreme_pairs(trainer, writer, decision.step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = Path(trainer.log_dir or "")  # every rank must ask, because Lightning broadcasts it
+        folder = log_folder(trainer)  # every rank must ask, because Lightning broadcasts it
         writer = tensorboard_writer(trainer)
         if writer is None:
             return

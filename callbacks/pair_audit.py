@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.errors import UserError
 from app.files import atomic_file
+from app.log_folder import log_folder
 from app.method.ranges import PositiveInt, checked
 from app.method.step import StepDecision
 
@@ -85,8 +86,8 @@ class PairAudit(Callback):
 
 
 def audit_folder(trainer: Trainer) -> Path:
-    """`<log dir>/audit`; every rank must ask, because Lightning broadcasts the log folder."""
-    return Path(trainer.log_dir or trainer.default_root_dir) / "audit"
+    """`<log dir>/audit`; every rank must ask, as for the log folder."""
+    return log_folder(trainer) / "audit"
 
 
 def audit_rows(decision: StepDecision) -> pa.Table:

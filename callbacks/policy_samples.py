@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from app.errors import UserError
 from app.files import atomic_file
+from app.log_folder import log_folder
 from app.method.ranges import PositiveInt, Seed, checked
 
 
@@ -52,7 +52,7 @@ class PolicySamples(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # every rank must ask for the log folder, because Lightning broadcasts it
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
+        folder = log_folder(trainer) / "samples"
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]

@@ -23,11 +23,12 @@ from callbacks.interruption import Interrupted, SignalWatch
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's `ModelCheckpoint` by steps, in an order that survives a kill at any moment.
 
-    The new checkpoint is written, then the link `last.ckpt` moves to it in one rename, then the old one is
-    deleted. At SIGTERM, SIGUSR1 or Ctrl-C the step is finished and saved, and `Interrupted` ends the run; so is
-    the last step of the run, whatever its number. A step that is refused before it changed anything
-    (`StepRefused`) ends the run with a checkpoint of the step before it. Nothing is saved when a step fails in any
-    other way: the statistics would be one batch ahead of the weights, or half of the weights ahead of the others.
+    The new checkpoint is written, then the link `last.ckpt` moves to it in one rename. The old one is deleted when
+    the next step, or the run, has ended well: until then nobody knows that the new weights are good. At SIGTERM,
+    SIGUSR1 or Ctrl-C the step is finished and saved, and `Interrupted` ends the run; the last step of the run is
+    saved whatever its number. A step that is refused before it changed anything (`StepRefused`) ends the run with a
+    checkpoint of the step before it. Nothing is saved when a step fails in any other way: the statistics would be
+    one batch ahead of the weights, or half of the weights ahead of the others.
 
     Args:
         every_n_steps: optimizer steps between checkpoints; none saves at the end only.
@@ -50,6 +51,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._signals = SignalWatch()
         self._stopped_by: int | None = None
         self._progress: dict[str, Any] | None = None  # of loops and sampler at the end of the last step
+        self._older: list[str] = []  # checkpoints that the next good step deletes
         self._within_epoch = False  # whether what is saved is as of the end of the last step
 
     @property
@@ -79,6 +81,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._delete_older(trainer)
         # the next batch moves the sampler on before its step is known to be good
         self._progress = copy.deepcopy(trainer.fit_loop.state_dict())
         self.note_signal(trainer)
@@ -101,6 +104,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._progress is not None and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         )
         self.save(trainer)
+        self._delete_older(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._signals.stop()
@@ -110,7 +114,8 @@ class RunCheckpoint(ModelCheckpoint):
                 return
             self._within_epoch = True
             self.save(trainer)
-            rank_zero_info(f"step {trainer.global_step}, the last good one, is saved in {self.last}")
+            kept = "".join(f"; {path} is kept, too" for path in self._older)
+            rank_zero_info(f"step {trainer.global_step}, the last good one, is saved in {self.last}{kept}")
 
     # --- stopping, once all that belongs to the finished step has been logged --------------------------------
 
@@ -146,7 +151,7 @@ class RunCheckpoint(ModelCheckpoint):
     # --- saving ------------------------------------------------------------------------------------------
 
     def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint of this step, point `last.ckpt` to it, delete the one before."""
+        """Write a checkpoint of this step and point `last.ckpt` to it."""
         if self._should_skip_saving_checkpoint(trainer):
             return
         if not weights_are_finite(trainer):
@@ -154,14 +159,27 @@ class RunCheckpoint(ModelCheckpoint):
         path = self.format_checkpoint_name(self._monitor_candidates(trainer))
         # set before saving, because a resumed run reads from its checkpoint what to delete
         previous, self.best_model_path, self.last_model_path = self.best_model_path, path, str(self.last)
+        if self.save_top_k == 1 and previous and self._should_remove_checkpoint(trainer, previous, path):
+            self._older.append(previous)
         if trainer.is_global_zero and Path(path).is_dir():
             shutil.rmtree(path)  # shards of a run that was killed while it wrote
         self._save_checkpoint(trainer, path)
         if trainer.is_global_zero:
             move_link(self.last, Path(path))
         trainer.strategy.barrier("last checkpoint")
-        if self.save_top_k == 1 and previous and self._should_remove_checkpoint(trainer, previous, path):
-            self._remove_checkpoint(trainer, previous)
+
+    def _delete_older(self, trainer: Trainer) -> None:
+        for path in self._older:
+            self._remove_checkpoint(trainer, path)
+        self._older.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"older": list(self._older)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if state_dict["dirpath"] == self.dirpath:
+            self._older = list(state_dict.get("older", []))
 
 
 def weights_are_finite(trainer: Trainer) -> bool:

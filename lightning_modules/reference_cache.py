@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from app.cache import cache_root, fingerprint
+from app.cache import cache_root, fingerprint, lock_of
 from app.errors import UserError
 from app.files import atomic_file, folder_hash
+from app.locks import Lock
 from app.method.batch import OptimizerBatch
 from lightning_modules.layout_check import TOLERANCE
 
@@ -156,22 +156,14 @@ def _filled(module: PreferenceScoring, folder: Path) -> ReferenceCache:
 @contextmanager
 def _lock(module: PreferenceScoring, folder: Path) -> Iterator[None]:
     """Hold the folder's lock in rank 0; the other ranks wait with it, never longer than a collective may take."""
-    lock: FileLock | None = None
+    lock: Lock | None = None
     if module.trainer.is_global_zero:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(f"{folder}.lock")
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("another run scores the same reference into %s: waiting for it", folder)
-        except OSError as error:
-            raise UserError(
-                f"The cache folder {folder.parent} cannot be written ({error.strerror}): set BETA_DPO_CACHE."
-            ) from error
-    while module.reduce(torch.tensor(float(lock is not None and not lock.is_locked)), "max"):
+        lock = Lock(*lock_of("references", folder.name))
+        if not lock.acquire(0):
+            log.info("%s scores the same reference into %s: waiting for it", lock.holder(), folder)
+    while module.reduce(torch.tensor(float(lock is not None and not lock.held)), "max"):
         if lock is not None:
-            with suppress(Timeout):
-                lock.acquire(timeout=_WAIT_SECONDS)
+            lock.acquire(_WAIT_SECONDS)
     try:
         yield
     finally:

@@ -60,14 +60,19 @@ def write_config(folder: Path, model: str, version: str | None = "", **data: Any
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
 
-def command(folder: Path, *arguments: str, fault: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """`beta-dpo ARGUMENTS` in `folder`; `fault` is for `injected_faults.InjectedFault`."""
+def command_line(
+    folder: Path, *arguments: str, fault: str = "", **environment: str
+) -> tuple[list[str], dict[str, Any]]:
+    """The words of `beta-dpo ARGUMENTS`, and where and with which environment they are run."""
     places = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places, "FAULT": fault, **environment}
-    line = [sys.executable, "-m", "app.main", *arguments]
-    return subprocess.run(
-        line, cwd=folder, env=variables, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
-    )
+    return [sys.executable, "-m", "app.main", *arguments], {"cwd": folder, "env": variables}
+
+
+def command(folder: Path, *arguments: str, fault: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """`beta-dpo ARGUMENTS` in `folder`; `fault` is for `injected_faults.InjectedFault`."""
+    line, settings = command_line(folder, *arguments, fault=fault, **environment)
+    return subprocess.run(line, **settings, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
 
 
 def fit(folder: Path, fault: str = "", *options: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("app", "lightning_modules", "datamodules", "callbacks")
 MIDDLE = ("lightning_modules", "datamodules", "callbacks")
-FOUNDATION = ("app.method", "app.errors", "app.cache", "app.files")  # what the middle packages stand on
+# what the middle packages stand on
+FOUNDATION = ("app.method", "app.errors", "app.cache", "app.files", "app.locks", "app.log_folder")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from app.errors import UserError
+from app.locks import locked
 
 
 def verdict_key(*decisive: Any) -> str:
@@ -35,16 +34,12 @@ class VerdictFile:
     @contextmanager
     def opened(cls, path: str) -> Iterator[VerdictFile]:
         """The file at `path`, created when missing. Raises UserError when it is damaged or in use."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(f"{path}.lock", timeout=0):
-                verdicts = cls(Path(path))
-                try:
-                    yield verdicts
-                finally:
-                    verdicts._file.close()
-        except Timeout as error:
-            raise UserError(f"{path} is in use by another `beta-dpo judge`: wait, or name another file.") from error
+        with locked(Path(f"{path}.lock"), f"The file of verdicts {path}", "name another file", waits=False):
+            verdicts = cls(Path(path))
+            try:
+                yield verdicts
+            finally:
+                verdicts._file.close()
 
     def __getitem__(self, key: str) -> dict[str, Any]:
         return self._known[key]

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
-from filelock import FileLock
 
 from app.files import atomic_file
+from app.locks import locked
 from benchmarks.study.runs import STEPS, StudyRun
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "study" / "results.csv"
@@ -30,8 +30,7 @@ def read_results(path: Path = RESULTS) -> pd.DataFrame:
 
 def append_result(row: Mapping[str, object], path: Path = RESULTS) -> None:
     """Put a row in its place: a run has one row, and the file is whole at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock"), f"The table {path}", "name another file"):
         before = read_results(path)
         fresh = pd.DataFrame([row], columns=list(COLUMNS))
         table = fresh if before.empty else pd.concat([before, fresh])

@@ -78,10 +78,15 @@ def test_a_run_that_max_steps_ended_goes_on_within_its_epoch(tiny_llama: str, tm
 
 
 class Ruining(Callback):
-    """Makes one weight NaN after three steps and refuses the step after."""
+    """Refuses the step after three; before, it makes a weight NaN unless told not to."""
+
+    def __init__(self, ruins: bool = True) -> None:
+        self.ruins = ruins
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: object) -> None:
         if trainer.global_step == 3:
+            if not self.ruins:
+                raise StepRefused("refused")
             weight = next(weight for weight in pl_module.parameters() if weight.requires_grad)
             weight.data.view(-1)[0] = float("nan")
             raise StepRefused("refused")
@@ -97,6 +102,16 @@ def test_ruined_weights_never_replace_a_good_checkpoint(tiny_llama: str, tmp_pat
     with pytest.raises(UserError, match=kept):
         checkpoint.save(trainer)
     assert names(tmp_path) == ["last.ckpt", "step=2.ckpt"]
+
+
+def test_a_checkpoint_stays_until_a_step_from_the_next_one_is_good(tiny_llama: str, tmp_path: Path) -> None:
+    callbacks = [Ruining(ruins=False), RunCheckpoint(every_n_steps=2)]
+    trainer = quiet_trainer(tmp_path, callbacks, max_steps=8, enable_checkpointing=True)
+    with pytest.raises(StepRefused):
+        trainer.fit(preference(tiny_llama), controlled(80))
+    assert names(tmp_path) == ["last.ckpt", "step=2.ckpt", "step=3.ckpt"]
+    train(tmp_path, tiny_llama, 5, str(tmp_path / "checkpoints" / "last.ckpt"))
+    assert names(tmp_path) == ["last.ckpt", "step=5.ckpt"]
 
 
 class Failing(Callback):

@@ -143,7 +143,7 @@ def test_a_sweep_is_an_array(cluster: Cluster, tiny_llama: str, tmp_path: Path) 
     assert "train.sbatch: task 2, but the sweep has 2 points: --array=0-1." in job.log
     assert job.log.count("scoring the pairs under the reference, once for all runs from this model") == 1
     for keep in (0.5, 1.0):
-        run = job.run / f"beta0=0.1,alpha=0.3,keep={keep}"
+        run = job.run.with_name(f"{job.run.name}_beta0-0.1_alpha-0.3_keep-{keep}")
         config = yaml.safe_load((run / "config.yaml").read_text())
         arms = {node["class_path"]: node["init_args"] for node in config["trainer"]["callbacks"]}
         assert arms["callbacks.PairFilter"]["keep_ratio"] == keep

@@ -1,0 +1,109 @@
+"""One lock between processes: for log folders, cache entries, verdicts and tables of results."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, SoftFileLock, Timeout
+
+from app.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_GRACE_SECONDS = 1.0  # for whoever is about to let go
+_NO_KERNEL_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+class Lock:
+    """A lock on `what`, kept in `file`, which stays when the lock is released.
+
+    The kernel ties it to the process, so that it ends with the process in whatever way, and network file systems
+    pass it on between nodes (NFS by lockd or version 4, Lustre with the option flock). Where a file system has no
+    such locks, the file itself is the lock: that of a dead process of this machine is taken over, and that of
+    another machine must be removed by hand.
+    """
+
+    def __init__(self, file: Path, what: str, elsewhere: str) -> None:
+        """Lock nothing yet. `elsewhere` tells, in a refusal, how to name another place."""
+        self.file, self.what, self.elsewhere = file, what, elsewhere
+        with self._writing():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._by_kernel = has_kernel_locks(file.parent)
+        self._lock = FileLock(file) if self._by_kernel else SoftFileLock(file)
+
+    def acquire(self, seconds: float) -> bool:
+        """Return whether the lock is held now, after waiting up to `seconds`; a negative number waits for ever.
+
+        Raises UserError when the file cannot be written.
+        """
+        with self._writing():
+            try:
+                self._lock.acquire(timeout=seconds)
+            except Timeout:
+                return False
+            if self._by_kernel:  # the other kind writes the same two lines
+                self.file.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
+        return True
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{self.what} cannot be written ({reason}): {self.elsewhere}.") from error
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._lock.is_locked
+
+    def holder(self) -> str:
+        """Return which process holds the lock, as it wrote into the file."""
+        try:
+            process, host = self.file.read_text(encoding="utf-8").splitlines()[:2]
+        except (OSError, ValueError):
+            return "another process"
+        found = f"process {process} on {host}"
+        if not self._by_kernel:
+            found += f" (if it is gone, remove {self.file})"
+        return found
+
+    def release(self) -> None:
+        """Let go of the lock, if it is held."""
+        self._lock.release()
+
+
+def has_kernel_locks(folder: Path) -> bool:
+    """Return whether the kernel can lock files in `folder`; on some network file systems it cannot."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        try:
+            fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_KERNEL_LOCKS:
+                return False
+            raise
+    return True
+
+
+@contextmanager
+def locked(file: Path, what: str, elsewhere: str, waits: bool = True) -> Iterator[None]:
+    """Hold the lock in `file`. While another process holds it, wait and say so, or raise UserError."""
+    lock = Lock(file, what, elsewhere)
+    if not lock.acquire(_GRACE_SECONDS):
+        if not waits:
+            raise UserError(f"{what} is in use by {lock.holder()}: wait until it has ended, or {elsewhere}.")
+        log.info("%s is in use by %s: waiting for it", what, lock.holder())
+        lock.acquire(-1)
+    try:
+        yield
+    finally:
+        lock.release()

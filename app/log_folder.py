@@ -1,0 +1,155 @@
+"""The log folder of a run: which it is, whose it is, and the curves in it, which a resumed run continues."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_info
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+from app.errors import UserError
+from app.files import atomic_file
+from app.locks import locked
+
+LOCK = ".beta-dpo.lock"
+ELSEWHERE = "choose another log folder (trainer.logger)"
+# what loggers write before the first step
+LEFTOVERS = (LOCK, "hparams.yaml", "events.out.tfevents.*")
+
+
+WITH_FOLDERS = (TensorBoardLogger, CSVLogger)
+NOT_IN_IDS = "/\\:;,#?'"  # in no run id of Weights & Biases, and in no name of a folder that is easy to type
+
+
+def log_folder(trainer: Trainer) -> Path:
+    """Return the folder that a run has for itself; every rank must call it, because the first tells the others.
+
+    Lightning's `log_dir` is that only with TensorBoard and CSV. With other loggers, of Weights & Biases for one, it
+    is a folder that several runs share; this is the one in which `ModelCheckpoint` puts its own.
+    """
+    logger = trainer.logger
+    if logger is None or isinstance(logger, WITH_FOLDERS):
+        return Path(trainer.log_dir or trainer.default_root_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    own = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+    return Path(trainer.strategy.broadcast(own))
+
+
+@contextmanager
+def claimed_log_folder(trainer: Trainer) -> Iterator[None]:
+    """Keep other runs out of the log folder, and what earlier starts logged in it.
+
+    A start that ends before the first step leaves no folder. Raises UserError when another process has the folder.
+    """
+    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        yield
+        return
+    for logger in trainer.loggers:
+        check_run_id(logger)
+    folder = log_folder(trainer)
+    is_new = not folder.exists()
+    with locked(folder / LOCK, f"The log folder {folder}", ELSEWHERE, waits=False):
+        try:
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLogger):
+                    logger._experiment = ContinuedTable(logger.log_dir)
+            yield
+        finally:
+            if is_new:
+                remove_leftovers(folder)
+
+
+def check_run_id(logger: Logger) -> None:
+    """Have a service draw the id that names the folder of a run, if none is given; refuse one that cannot."""
+    if isinstance(logger, WITH_FOLDERS):
+        return
+    if logger.version is None:
+        _ = logger.experiment  # type: ignore[attr-defined]
+    if wrong := set(str(logger.version)) & set(NOT_IN_IDS):
+        raise UserError(
+            f"trainer.logger: {logger.version!r} is no run id for {type(logger).__name__}, for it holds "
+            f"{' and '.join(map(repr, sorted(wrong)))}: give one of letters, digits, '-', '_', '.' and '='."
+        )
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the folder if it holds nothing but what a start leaves."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    if all(any(path.match(pattern) for pattern in LEFTOVERS) for path in files):
+        shutil.rmtree(folder)
+
+
+def continue_curves(trainer: Trainer, resumes: bool) -> None:
+    """Let loggers go on after the step that training resumes from: later ones of an earlier attempt are dropped.
+
+    Every rank must call it at the start of training. Raises UserError when the curves are those of another run.
+    """
+    step = trainer.global_step
+    writers = [getattr(logger, "_experiment", None) for logger in trainer.loggers]
+    tables = [writer for writer in writers if isinstance(writer, ContinuedTable)]
+    # told to all ranks, or they would wait for the one that stopped
+    if trainer.strategy.broadcast(any(table.rows() for table in tables) and not resumes):
+        raise UserError(
+            f"{log_folder(trainer)} already holds the curves of another run: {ELSEWHERE}, or resume that run with "
+            "--ckpt_path last."
+        )
+    for table in tables:
+        if dropped := table.drop_from(step):
+            rank_zero_info(f"{table.path}: {dropped} rows from step {step} on are dropped")
+    for logger in trainer.loggers:
+        if resumes and isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            # TensorBoard and its reader leave out what earlier files hold from this step on
+            start = Event(session_log=SessionLog(status=SessionLog.START))
+            logger.experiment.file_writer.add_event(start, step)
+
+
+class ContinuedTable(ExperimentWriter):
+    """Writes metrics.csv and keeps what an earlier start of the run wrote, where Lightning's writer deletes it."""
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir=log_dir)
+        self.path = Path(self.metrics_file_path)
+        self.metrics_keys = self._read()[0]
+
+    def _check_log_dir_exists(self) -> None:
+        """Nothing: Lightning's deletes the file here."""
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return the rows on disk; a line that a kill cut short is none."""
+        return self._read()[1]
+
+    def drop_from(self, step: int) -> int:
+        """Drop the rows of `step` and later, and return how many they were."""
+        rows = self.rows()
+        kept = [row for row in rows if int(row["step"]) < step]
+        if self.path.exists():
+            self._write(kept, self.metrics_keys)
+        return len(rows) - len(kept)
+
+    def _rewrite_with_new_header(self, fieldnames: Sequence[str]) -> None:
+        self._write(self.rows(), fieldnames)
+
+    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
+        if not self.path.exists():
+            return [], []
+        text = self.path.read_text(encoding="utf-8")
+        reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+        rows = list(reader)
+        columns = list(reader.fieldnames or [])
+        if columns and ("step" not in columns or not all(str(row["step"]).isdigit() for row in rows)):
+            raise UserError(f"{self.path} is not what CSVLogger writes: {ELSEWHERE}, or move the file away.")
+        return columns, rows
+
+    def _write(self, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+        with atomic_file(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=columns)
+            writer.writeheader()
+            writer.writerows(rows)
