@@ -1,4 +1,4 @@
-"""The exact reward of a response: a ladder on which every step up mends one fault."""
+"""The exact reward of a response: each step up the ladder of grades corrects one fault."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ POLITE_BONUS = 0.5
 
 
 class Kind(Enum):
-    """What a response is, judged as a whole."""
+    """The kind of a response, judged as a whole."""
 
     MALFORMED = "malformed"  # not a sentence of the grammar
-    RUDE = "rude"  # a rude opener, whatever follows
-    OFF_TOPIC = "off_topic"  # not about the animal and the two attributes that were asked for
+    RUDE = "rude"  # a rude opener, whatever comes after it
+    OFF_TOPIC = "off_topic"  # about another animal or other attributes than the prompt asks for
     BOTH_WRONG = "both_wrong"
     ONE_RIGHT = "one_right"
     BOTH_RIGHT = "both_right"
@@ -38,17 +38,17 @@ class Grade:
 
     @property
     def rung(self) -> int:
-        """The whole grade, 0 to 4, without the bonus for politeness; 0 for a malformed response."""
+        """Return the grade, 0 to 4, without the bonus for politeness; 0 for a malformed response."""
         return LADDER.index(self.kind) if self.well_formed else 0
 
     @property
     def reward(self) -> float:
-        """The true reward: the rung, and half a point for a polite opener."""
+        """Return the true reward: the rung, plus half a point for a polite opener."""
         return self.rung + POLITE_BONUS * self.polite
 
 
 def judge(question: Question, answer: Answer | None) -> Grade:
-    """The grade of a parsed response; None stands for a malformed one."""
+    """Return the grade of a parsed response; None means a malformed one."""
     if answer is None:
         return Grade(Kind.MALFORMED)
     if answer.opener in RUDE_OPENERS:
@@ -64,16 +64,16 @@ def judge(question: Question, answer: Answer | None) -> Grade:
 def grade(prompt: str, response: str) -> Grade:
     """Judge any text as the response to a prompt of the task.
 
-    Raises UserError if `prompt` is not a prompt of the task; no response raises.
+    Raises UserError if `prompt` is not a prompt of the task; any response is accepted.
     """
     return judge(parse_question(prompt), parse_answer(response))
 
 
 def true_reward(prompt: str, response: str) -> float:
-    """The exact reward of any text as the response to `prompt`: 0 to 4.5; malformed text has 0."""
+    """Return the exact reward, 0 to 4.5, of any text as the response to `prompt`; malformed text has 0."""
     return grade(prompt, response).reward
 
 
 def is_well_formed(prompt: str, response: str) -> bool:
-    """Whether the response is a sentence of the grammar, whatever its grade."""
+    """Return whether the response is a sentence of the grammar, whatever its grade."""
     return grade(prompt, response).well_formed

@@ -1,7 +1,7 @@
-"""Prompts and well-formed responses of the controlled task as records, with their texts and parsers.
+"""The grammar of the controlled task: records of prompts and well-formed responses, their texts and parsers.
 
-A parser reads the words by position and then compares the text of the record it built with the text it was
-given, so that parsing is exactly the inverse of writing.
+A parser reads the words by position, builds a record, and compares the record's text with its input, so that
+parsing is the exact inverse of writing.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from datamodules.controlled_task.vocabulary import (
 
 Split = Literal["train", "held_out"]
 
-HELD_OUT_ONE_IN = 8  # one animal description in this many is never seen in training
+HELD_OUT_ONE_IN = 8  # training never sees one animal description in this many
 
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt: an animal with one value for each attribute, and the two attributes that are asked for."""
+    """A prompt: an animal with a value for each attribute, and the two attributes that it asks for."""
 
     animal: str
     values: tuple[str, ...]  # in the order of ATTRIBUTES
@@ -37,25 +37,25 @@ class Question:
 
     @property
     def facts(self) -> dict[str, str]:
-        """The true value of each attribute."""
+        """Return the true value of each attribute."""
         return dict(zip(ATTRIBUTES, self.values, strict=True))
 
     @property
     def unasked(self) -> tuple[str, str]:
-        """The two attributes that the prompt does not ask for, in the order of the facts."""
+        """Return the two attributes that the prompt does not ask for, in the order of the facts."""
         first, second = (attribute for attribute in ATTRIBUTES if attribute not in self.asked)
         return first, second
 
     @property
     def split(self) -> Split:
-        """The side this animal's facts belong to, whatever is asked: no description is on both sides."""
+        """Return the split of this animal's facts, whatever is asked, so that no description is in both splits."""
         facts = " ".join((self.animal, *self.values))
         digest = hashlib.blake2b(facts.encode(), digest_size=8).digest()
         return "held_out" if int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0 else "train"
 
     @property
     def text(self) -> str:
-        """The prompt in the frame of an HH transcript: 26 tokens."""
+        """Return the prompt as an HH transcript: 26 tokens."""
         described = [f"{attribute} {value}" for attribute, value in self.facts.items()]
         facts = f"my {self.animal} has {' , '.join(described[:-1])} and {described[-1]} ."
         return f"{HUMAN} {facts} can you tell me its {self.asked[0]} and {self.asked[1]} ?{ASSISTANT}"
@@ -63,7 +63,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """One well-formed response: an opener and two claims about an animal, with up to two empty words."""
+    """A well-formed response: an opener and two claims about an animal, with up to two filler words."""
 
     opener: str
     animal: str
@@ -73,7 +73,7 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """The response with the leading space of an HH transcript: 10 to 12 tokens."""
+        """Return the response with the leading space of an HH transcript: 10 to 12 tokens."""
         (first, first_value), (second, second_value) = self.claims
         adverb = f" {self.adverb}" if self.adverb else ""
         closing = f" {self.closing}" if self.closing else ""
@@ -82,9 +82,9 @@ class Answer:
 
 
 def parse_question(prompt: str) -> Question:
-    """Read a prompt of the task back into its record.
+    """Parse a prompt of the task into its record.
 
-    Raises UserError if the text is not exactly a prompt that the task can write.
+    Raises UserError if the text is not exactly a prompt of the task.
     """
     words = prompt.removeprefix(HUMAN).removesuffix(ASSISTANT).split(" ")
     if len(words) == 25:
@@ -103,9 +103,9 @@ def parse_question(prompt: str) -> Question:
 
 
 def parse_answer(response: str) -> Answer | None:
-    """Read any text as a response: its record, or None if it is malformed.
+    """Parse any text as a response: return its record, or None if it is malformed.
 
-    The leading space may be missing, since some decoders strip it; nothing else is forgiven.
+    The leading space may be missing, because some decoders strip it; any other deviation is malformed.
     """
     text = " " + response.removeprefix(" ")
     words = text[1:].split(" ")

@@ -1,7 +1,7 @@
 """Demonstrations, preference pairs and prompts of the controlled task, with their exact labels.
 
-Every call draws from private generators keyed by its own name, split and seed: the same on every machine, and
-the first items of a longer list are the shorter list.
+Every call draws from private generators keyed by its name, split and seed, so that the items are the same on
+every machine and a shorter list is the beginning of a longer one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MIXED_QUALITY: Mapping[Kind, float] = MappingProxyType(
 
 
 def prompts(count: int, seed: int, *, split: Split = "held_out") -> list[str]:
-    """`count` prompts to sample responses from."""
+    """Return `count` prompts to sample responses for."""
     rng = _generator("prompts", count, seed, split)
     return [draw_question(rng, split).text for _ in range(count)]
 
@@ -46,7 +46,7 @@ def prompts(count: int, seed: int, *, split: Split = "held_out") -> list[str]:
 def demonstrations(
     count: int, seed: int, *, split: Split = "train", shares: Mapping[Kind, float] = MIXED_QUALITY
 ) -> list[PreferencePair]:
-    """Well-formed responses of mixed quality for supervised fine-tuning: `rejected` is None.
+    """Return well-formed responses of mixed quality for supervised fine-tuning; `rejected` is None.
 
     `shares` gives the probability of each kind. Labels: `kind` (a value of `Kind`) and `chosen_reward`.
     Raises UserError for shares that do not sum to one or that ask for malformed responses.
@@ -83,17 +83,16 @@ def preference_pairs(
     gap: Gap = "extreme",
     high_gap_share: float = 0.5,
 ) -> list[PreferencePair]:
-    """Pairs whose true rewards differ by at least one point, with a known share of flipped labels.
+    """Return pairs whose true rewards differ by at least one point, with a known share of flipped labels.
 
-    A share `broken_share` sets a well-formed response against a broken copy of it; the others set two grades
-    against each other: neighbours (`adjacent`), grades at least two apart (`extreme`), a share
-    `high_gap_share` of the latter and the rest neighbours (`mixed`, which alone reads that share), or any two
-    grades equally often (`any`). Each pair is flipped with probability `flip_rate` by a generator of its own:
-    the two texts of a pair do not depend on the rate.
+    A share `broken_share` of the pairs has a well-formed response and a broken copy of it. The others have two
+    grades. `gap` chooses them: `adjacent` takes neighbouring grades, `extreme` grades at least two apart, `mixed` a
+    share `high_gap_share` of the latter and neighbours otherwise, `any` every two grades equally often. A separate
+    generator flips each pair with probability `flip_rate`, so that the texts of a pair do not depend on the rate.
 
-    Labels: `flipped`; `kind`, "graded" or "broken"; `chosen_reward` and `rejected_reward`, the true rewards
-    of the two texts as they stand, after the flip; `gap_kind`, "high" for grades two or more apart, else
-    "low" (a broken response counts as the lowest grade).
+    Labels: `flipped`; `kind`, "graded" or "broken"; `chosen_reward` and `rejected_reward`, the true rewards of the
+    chosen and the rejected text after the flip; `gap_kind`, "high" for grades two or more apart, else "low" (a
+    broken response counts as the lowest grade).
     Raises UserError for a share outside [0, 1].
     """
     for name, share in (
@@ -129,7 +128,7 @@ def preference_pairs(
 
 
 def _broken(question: Question, rng: random.Random) -> tuple[_Graded, _Graded]:
-    # A broken response is worth as much as a rude one, so a rude one cannot be the better of the two.
+    # A broken response has the reward of a rude one, so a rude one cannot be the better of the two.
     answer = draw_answer(question, rng.choice(LADDER[1:]), rng)
     return (answer.text, judge(question, answer)), (break_answer(answer, rng), judge(question, None))
 
@@ -140,13 +139,13 @@ def _graded(question: Question, high_share: float, rng: random.Random) -> tuple[
         better = draw_answer(question, better_kind, rng)
         worse = draw_answer(question, worse_kind, rng, content=better_kind)
         grades = judge(question, better), judge(question, worse)
-        # Neighbours of which only the worse is polite are half a point apart: drawn again.
+        # If only the worse of two neighbours is polite, they differ by half a point: draw again.
         if grades[0].reward - grades[1].reward >= 1:
             return (better.text, grades[0]), (worse.text, grades[1])
 
 
 def _generator(name: str, count: int, seed: int, split: Split) -> random.Random:
-    """A private generator; a string seeds it the same way in every process, unlike a hash of it."""
+    """Return a private generator, seeded by a string: unlike its hash, it is the same in every process."""
     if count < 0:
         raise UserError(f"count is {count}, but it is a number of items: give 0 or more.")
     return random.Random(f"{name}-{split}-{seed}")

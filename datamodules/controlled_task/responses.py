@@ -1,9 +1,9 @@
-"""Random prompts, responses of a wanted kind, and broken responses.
+"""Random prompts, responses of a given kind, and broken responses.
 
-The two empty words that set the length are drawn apart from everything else, so the length of a well-formed
-response says nothing about its kind. An off-topic response has wrong values too, and a rude one is drawn with the
-content of the response it stands against: no difference within a pair ever speaks for the lower grade, and
-neighbouring grades differ in one fault only. That is what makes them learnable.
+The two filler words that set the length are drawn independently of the rest, so the length of a well-formed
+response says nothing about its kind. An off-topic response also has wrong values, and a rude one has the kind of
+content of the response that it is paired with. Thus nothing in a pair but politeness favours the lower grade, and
+neighbouring grades differ in one fault only, which makes them learnable.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from datamodules.controlled_task.vocabulary import (
 )
 
 POLITE_SHARE = 0.5
-FILLER_SHARE = 0.5  # of each of the two empty words: lengths 10, 11, 12 come as 1 : 2 : 1
+FILLER_SHARE = 0.5  # of each of the two filler words: lengths 10, 11, 12 occur as 1 : 2 : 1
 
 
 def draw_question(rng: random.Random, split: Split) -> Question:
-    """A uniform draw among all prompts on one side of the split."""
+    """Draw a prompt uniformly from all prompts of the split."""
     while True:
         values = tuple(rng.choice(VALUES[attribute]) for attribute in ATTRIBUTES)
         first, second = rng.sample(ATTRIBUTES, 2)
@@ -40,9 +40,9 @@ def draw_question(rng: random.Random, split: Split) -> Question:
 
 
 def draw_answer(question: Question, kind: Kind, rng: random.Random, *, content: Kind | None = None) -> Answer:
-    """A random well-formed response of the given kind (any but malformed).
+    """Draw a random well-formed response of the given kind (any but malformed).
 
-    `content` is what a rude response says after its opener; by default any of the other kinds, equally often.
+    `content` is the kind of a rude response after its opener; by default any other kind, equally often.
     """
     polite = rng.random() < POLITE_SHARE
     openers = POLITE_OPENERS if polite else PLAIN_OPENERS
@@ -96,7 +96,7 @@ def _repeat_attribute(words: list[str], rng: random.Random) -> list[str]:
 
 
 def _run_on(words: list[str], rng: random.Random) -> list[str]:
-    """A third claim before the full stop, or a second sentence after it."""
+    """Add a third claim before the full stop, or a second sentence after it."""
     attribute = rng.choice(ATTRIBUTES)
     claim = [attribute, rng.choice(VALUES[attribute])]
     if rng.random() < 0.5:
@@ -115,11 +115,11 @@ _DEFECTS: tuple[Callable[[list[str], random.Random], list[str]], ...] = (
 
 
 def break_answer(answer: Answer, rng: random.Random) -> str:
-    """A well-formed response with one random defect that makes it malformed, each defect equally often."""
+    """Return the response with a random defect that makes it malformed, each defect equally often."""
     defect = rng.choice(_DEFECTS)
     words = answer.text[1:].split(" ")
     while True:
-        # A dropped empty word or a swapped value leaves the grammar intact: draw the place again.
+        # Without a filler word or with another value, the text may still be well-formed: draw the place again.
         text = " " + " ".join(defect(words, rng))
         if parse_answer(text) is None:
             return text

@@ -1,7 +1,7 @@
 """The word-level tokenizer of the controlled task, built in code.
 
-A token is a word with the space before it, or a role tag with the two newlines before it, so that decoding is
-plain joining and gives every text of the task back to the letter.
+A token is a word with the space before it, or a role tag with the two newlines before it, so that joining the
+tokens gives back every text of the task exactly.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer with all words of the task: 116 tokens; pad 0, bos 1, eos 2, unk 3.
+    """Return the tokenizer with all words of the task: 116 tokens; pad 0, bos 1, eos 2, unk 3.
 
-    It adds no special token of its own to a text: who builds the rows of a batch places BOS and EOS.
+    It adds no special tokens to a text; `tokenise_pairs` adds EOS to a response.
     """
     tokens = (PAD, BOS, EOS, UNKNOWN, HUMAN, ASSISTANT, *(f" {word}" for word in WORDS))
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    # Two newlines and a role, or a space and what follows up to the next space or newline.
+    # Two newlines and a role, or a space and the text up to the next space or newline.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n[A-Z][a-z]+:| ?[^ \n]+"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(

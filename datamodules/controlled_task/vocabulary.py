@@ -1,4 +1,4 @@
-"""The closed vocabulary of the controlled preference task: every word that its texts can hold, by role.
+"""The closed vocabulary of the controlled preference task: every word of its texts, by role.
 
 No word has two roles, so that a text has at most one reading and its reward is exact.
 """
@@ -13,7 +13,7 @@ ANIMALS = (
     *("goat", "rabbit", "otter", "eagle", "owl", "turtle"),
 )
 
-# The order of the attributes is the order of the facts in every prompt.
+# Every prompt states its facts in the order of these attributes.
 VALUES: dict[str, tuple[str, ...]] = {
     "colour": (
         *("red", "blue", "green", "brown", "black", "white"),
@@ -34,19 +34,19 @@ VALUES: dict[str, tuple[str, ...]] = {
 }
 ATTRIBUTES = tuple(VALUES)
 
-# Every opener is one word, whatever its manner: an opener of its own length would be a length cue.
+# Every opener is one word, so that the length of a response does not reveal its manner.
 POLITE_OPENERS = ("certainly", "gladly", "sure", "absolutely", "happily", "naturally")
 PLAIN_OPENERS = ("well", "so", "okay", "hm", "look", "yes")
 RUDE_OPENERS = ("ugh", "duh", "whatever", "pfft", "bah", "meh")
 OPENERS = (*POLITE_OPENERS, *PLAIN_OPENERS, *RUDE_OPENERS)
 
-# Optional words without meaning; they alone vary the length of a well-formed response.
+# Optional filler words without meaning; only they vary the length of a well-formed response.
 ADVERBS = ("clearly", "indeed", "surely", "really", "still", "truly", "plainly", "simply")
 CLOSINGS = ("today", "now", "here", "always", "again", "lately", "overall", "anyway")
 
 FRAME_WORDS = ("my", "has", ",", "and", ".", "can", "you", "tell", "me", "its", "?", "the")
 
-# All words that stand behind one space; the two role tags stand apart.
+# All words that follow a single space; the two role tags are separate tokens.
 WORDS = (
     *FRAME_WORDS,
     *ANIMALS,
