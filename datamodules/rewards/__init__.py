@@ -1,4 +1,4 @@
-"""Rewards of an external reward model, scored once, as label columns of the pairs."""
+"""Rewards of an external reward model, scored once and kept as label columns of the pairs."""
 
 from datamodules.rewards.scores import RewardScoring, reward_scores
 from datamodules.rewards.table import RewardedTable, rows_with_reward

@@ -1,4 +1,4 @@
-"""Rewards on disk: scored once per machine for a model and its pairs, in parts that survive a kill."""
+"""The cache of rewards: a model scores its pairs once per machine, in parts, so that a killed run resumes."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class RewardScoring:
     """The reward model that scores the pairs that are trained on (`data.reward_model`).
 
     Args:
-        name: folder or Hub id of a sequence classifier with one output. It is given prompt and response in its
-            tokenizer's chat template, or as a pair of texts where there is none.
+        name: folder or Hub id of a sequence classifier with one output. It reads prompt and response in its
+            tokenizer's chat template, or as a pair of texts if there is none.
         batch_size: texts per forward pass.
-        max_length: most tokens of a text, which then loses its front, counted; none is the model's own limit.
+        max_length: most tokens of a text; longer ones are cut at the front and counted. Default: the model's limit.
     """
 
     name: str
@@ -50,7 +50,7 @@ class RewardScoring:
     max_length: PositiveInt | None = None
 
     def fingerprint(self) -> dict[str, object]:
-        """What decides a reward: weights, configuration and tokenizer by content, and where texts are cut."""
+        """Return the model's part of the cache key: a folder's content hash or a Hub commit, and `max_length`."""
         if Path(self.name).is_dir():
             return {"model": folder_hash(self.name), "max_length": self.max_length}
         try:
@@ -61,11 +61,11 @@ class RewardScoring:
 
 
 def reward_scores(stream: PairStream, scoring: RewardScoring, device: torch.device) -> pa.Table:
-    """The rewards of all pairs of `stream`, `pair_id, chosen_reward, rejected_reward`, mapped into memory.
+    """Return the rewards of all pairs of `stream`: `pair_id, chosen_reward, rejected_reward`, mapped into memory.
 
-    Null for a pair whose prompt the model's chat template refuses. From the cache, or scored first: one process
-    scores while the others that want the same wait. A damaged entry is scored anew, with a warning. Raises
-    UserError for what is wrong with the model or the data.
+    A pair whose prompt the model's chat template refuses has null rewards. If the cache has no entry, one process
+    scores the pairs while the others wait. A damaged entry is scored again, with a warning. Raises UserError for
+    faults of the model or the data.
     """
     job = {"version": REWARDS_VERSION, "data": dict(stream.description), **scoring.fingerprint()}
     with locked_entry("rewards", fingerprint(job)) as folder:
@@ -84,7 +84,7 @@ def reward_scores(stream: PairStream, scoring: RewardScoring, device: torch.devi
 
 
 def _score_parts(stream: PairStream, scoring: RewardScoring, device: torch.device, parts: Parts) -> None:
-    """Score the pairs behind those of the parts that are done."""
+    """Score the pairs that no finished part contains."""
     done = len(parts)
     log.info("scoring %s with %s%s", stream.name, scoring.name, f", from part {done} on" if done else "")
     model = RewardModel(scoring.name, scoring.batch_size, str(device), scoring.max_length)
@@ -102,11 +102,11 @@ def _score_parts(stream: PairStream, scoring: RewardScoring, device: torch.devic
 
 
 def _rewards(model: RewardModel, pairs: Sequence[PreferencePair]) -> list[Rewards]:
-    """The rewards of each pair; raises UserError for one that is no finite number."""
+    """Return the rewards of each pair. Raises UserError for a reward that is not finite."""
     taken = [pair for pair in pairs if model.takes(pair.prompt)]
     texts = [(pair.prompt, response or "") for pair in taken for response in (pair.chosen, pair.rejected)]
     found = [0.0] * len(texts)
-    # neighbours of one length leave little padding
+    # texts of similar length need little padding
     order = sorted(range(len(texts)), key=lambda index: (len(str(texts[index])), index))
     for start in range(0, len(order), model.batch_size):
         batch = order[start : start + model.batch_size]
