@@ -1,4 +1,4 @@
-"""A conversation through the tokenizer's chat template: prompt and response as parts of one rendering."""
+"""Rendering a conversation with the tokenizer's chat template, and splitting it into prompt and response."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from datamodules.sources.hh import prompt_messages
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# what `strftime_now` of a template tells, so that neither prompts nor cache depend on the day: Llama 3.1's own date
+# replaces today in a template's `strftime_now`, so that prompts and cache keys never change: Llama 3.1's own date
 TEMPLATE_DATE = datetime(2024, 7, 26)
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-ESSENTIAL = ("tools", "tool_calls", THOUGHTS[0])  # without them a conversation is another one
+ESSENTIAL = ("tools", "tool_calls", THOUGHTS[0])  # a conversation without these is a different one
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template")
-_PROBES = ("Answer", "Reply")  # two answers that differ from their first letter on
+_PROBES = ("Answer", "Reply")  # two answers that differ from the first letter
 
 
 class Refused(Exception):
-    """A conversation that the template cannot render whole; the text is the reason to count by."""
+    """The error for a conversation that the template cannot render whole; its text is the counted reason."""
 
 
 class Frame(NamedTuple):
-    """What a template writes around every answer.
+    """The text that a template writes around every answer.
 
-    `opening`: between the generation prompt and the answer's text (an empty block of thoughts); `ending`: all that
-    follows the text; `closing`: the part of `ending` that is trained, up to the token that ends the turn; `stop`:
-    the id of that token. Without such a token `stop` is None, and EOS follows `closing`, which then is plain text.
+    `opening`: text between the generation prompt and the answer (an empty block of thoughts). `ending`: all text
+    after the answer. `closing`: the part of `ending` that is trained, up to the end-of-turn token. `stop`: the id
+    of that token. Without an end-of-turn token, `stop` is None, `closing` is plain text, and EOS follows it.
     """
 
     opening: str
@@ -46,7 +46,7 @@ class Frame(NamedTuple):
 
 
 class Rendering(NamedTuple):
-    """The text of a prompt and of a response: its `body`, then `closing`; `eos` says that EOS follows."""
+    """The text of a prompt and of its response (`body`, then `closing`); `eos` says whether EOS follows."""
 
     prompt: str
     body: str
@@ -56,7 +56,7 @@ class Rendering(NamedTuple):
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, with the options of the data set. Raises UserError for unknown ones."""
+    """The chat template of a tokenizer, with the data's options for it. Raises UserError for unknown options."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
         self.tokenizer = tokenizer
@@ -75,7 +75,7 @@ class ChatTemplate:
                 )
 
     def knows(self, name: str) -> bool:
-        """Return whether the template's source names a variable or field."""
+        """Return whether the template's source contains this name of a variable or field."""
         return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
 
     def render(
@@ -86,7 +86,7 @@ class ChatTemplate:
         *,
         generation_prompt: bool = False,
     ) -> str:
-        """Return the text of `turns`. Raises Refused with the template's own words."""
+        """Return the text of `turns`. Raises Refused with the template's own message."""
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -107,14 +107,14 @@ class ChatTemplate:
             raise Refused(f"the chat template refuses: {reason[:120]}") from error
 
     def _dated(self, tools: Sequence[Any] | None) -> str:
-        """Return the template for these tools with a date in place of today's."""
+        """Return the template for these tools, with a fixed date in place of today's."""
         source = self.tokenizer.get_chat_template(tools=None if tools is None else list(tools))
         if source not in self._sources:
             self._sources[source] = _TODAY.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), source)
         return self._sources[source]
 
     def frame(self, turns: Sequence[Message], tools: Any = None, options: Mapping[str, Any] | None = None) -> Frame:
-        """Return what the template writes around an answer to `turns`, the same for every conversation."""
+        """Return what the template writes around an answer to `turns`; cached for all conversations."""
         key = json.dumps([bool(tools), options or {}], sort_keys=True, default=str)
         if key not in self._frames:
             before, ending = self._around_answer(turns, tools, options)
@@ -127,10 +127,10 @@ class ChatTemplate:
         return self._frames[key]
 
     def prompt(self, turns: Sequence[Message], tools: Any = None, options: Mapping[str, Any] | None = None) -> str:
-        """Return what the model is asked: `turns` and the assistant's header.
+        """Return the prompt text: `turns` and the assistant's header.
 
-        A template that ignores `add_generation_prompt` writes the header only before an answer: there it is taken
-        from. Raises Refused, also where a system or user turn is left out.
+        If the template ignores `add_generation_prompt`, the header comes from a rendering with an answer. Raises
+        Refused when the template fails or leaves out a system or user turn.
         """
         asked = self.render(turns, tools, options, generation_prompt=True)
         if asked == self.render(turns, tools, options):
@@ -145,10 +145,10 @@ class ChatTemplate:
     def split(
         self, turns: Sequence[Message], answer: Message, tools: Any = None, options: Mapping[str, Any] | None = None
     ) -> Rendering:
-        """Return prompt and response as parts of the rendering of `turns` and `answer`.
+        """Split the rendering of `turns` and `answer` into prompt and response.
 
-        The prompt is what the renderings with and without the answer begin with, the response the rest, up to the
-        token that ends the turn. Raises Refused, also where a part of the answer is left out.
+        The prompt is the common start of the renderings with and without the answer; the response is the rest, up
+        to the end-of-turn token. Raises Refused when the template fails or leaves out a part of the answer.
         """
         frame = self.frame(turns, tools, options)
         answer = Message(**{**answer, "content": self._without_end(answer.content.lstrip(), frame)})
@@ -166,7 +166,7 @@ class ChatTemplate:
         self._check_whole(answer, rest)
         if frame.ending and rest.endswith(frame.ending):
             body, closing, eos = rest.removesuffix(frame.ending), frame.closing, frame.stop is None
-        else:  # tool calls may end in a token of their own
+        else:  # tool calls may end with a token of their own
             *_, last = [None, *self._tokens.finditer(rest)]
             ends = last is not None and not rest[last.end() :].strip()
             body, closing, eos = (rest[: last.start()], last[0], False) if last and ends else (rest, "", True)
@@ -175,7 +175,7 @@ class ChatTemplate:
     def unused(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, options: Mapping[str, Any]
     ) -> tuple[str, ...]:
-        """Return notes on what the template does not use; raises Refused where it is a part of the conversation."""
+        """Return notes on the fields that the template does not use. Raises Refused if one is essential."""
         names = [name for message in messages for name in message if name not in ("role", "content")]
         names = [*(["tools"] if tools else []), *names, *options]
         unused = [name for name in dict.fromkeys(names) if not self.knows(name)]
@@ -185,16 +185,16 @@ class ChatTemplate:
 
     @property
     def thinks(self) -> bool:
-        """Whether the template knows an answer's thoughts, by any name that transformers gives them."""
+        """Return whether the template uses an answer's thoughts, under any name that transformers gives them."""
         return any(self.knows(name) for name in THOUGHTS)
 
     def anchor(self, prompt: str) -> str:
-        """Return the end of a prompt, from its last special token on: what decides how a response is split."""
+        """Return a prompt from its last special or added token: only this part affects a response's tokens."""
         *_, last = [None, *self._tokens.finditer(prompt)]
         return prompt if last is None else prompt[last.start() :]
 
     def _around_answer(self, turns: Sequence[Message], tools: Any, options: Any) -> tuple[str, str]:
-        """Return what stands before and after the text of any answer."""
+        """Return the text before and after any answer."""
         one, other = (self.render([*turns, Message("assistant", probe)], tools, options) for probe in _PROBES)
         before = _shared(one, other)
         after = one[len(before) :].removeprefix(_PROBES[0])
@@ -203,7 +203,7 @@ class ChatTemplate:
         return before, after
 
     def _turn_end(self, ending: str) -> re.Match[str] | None:
-        """Return the token that ends the turn: the first one, or the special one that follows it at once."""
+        """Return the end-of-turn token: the first added token, or a special one directly after it."""
         first = self._tokens.search(ending)
         if first is None or first[0] in self.tokenizer.all_special_tokens:
             return first
@@ -212,14 +212,14 @@ class ChatTemplate:
         return following if special else first
 
     def _without_end(self, content: str, frame: Frame) -> str:
-        """Return the content without ends of turn or text that the data spells out: the template writes its own."""
+        """Return the content without end-of-turn or EOS text at its end, because the template writes its own."""
         ends = [frame.closing.strip(), str(self.tokenizer.eos_token)]
         while end := next((end for end in ends if end and content.rstrip().endswith(end)), None):
             content = content.rstrip().removesuffix(end)
         return content
 
     def _whole_tokens(self, text: str, length: int) -> int:
-        """Return the largest length up to `length` that cuts no special token of `text`."""
+        """Return the largest length, at most `length`, that does not cut through a special token of `text`."""
         inside = [token for token in self._tokens.finditer(text) if token.start() < length < token.end()]
         return inside[0].start() if inside else length
 
@@ -236,7 +236,7 @@ class ChatTemplate:
 
 
 def conversation(prompt: Prompt) -> tuple[Message, ...]:
-    """Return any prompt as messages. Raises Refused where the turns of an HH transcript do not alternate."""
+    """Return any prompt as messages. Raises Refused if the turns of an HH transcript do not alternate."""
     try:
         return prompt_messages(prompt)
     except ValueError:
@@ -244,10 +244,10 @@ def conversation(prompt: Prompt) -> tuple[Message, ...]:
 
 
 def _shared(one: str, other: str) -> str:
-    """Return what two texts begin with."""
+    """Return the common start of two texts."""
     return commonprefix([one, other])  # noqa: RUF071 -- texts, not paths
 
 
 def _holds(rendered: str, text: str) -> bool:
-    """Return whether a text was rendered, but for white space."""
+    """Return whether the rendering contains a text, ignoring white space."""
     return text in rendered or "".join(text.split()) in "".join(rendered.split())

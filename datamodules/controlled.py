@@ -14,23 +14,23 @@ from datamodules.gap_mixture import GapMixture
 from datamodules.rewards import RewardScoring
 from datamodules.sources import PairStream
 
-# raise it when the generator's output changes, so that no cached table of an older one is used
+# raise when the generator's output changes, so that no older cached table is used
 GENERATOR_VERSION = 1
 
 
 @checked
 class ControlledTask(PairDataModule):
-    """Dialogues whose responses have a known true reward (see `datamodules.controlled_task`).
+    """A data module of dialogues whose responses have a known true reward (see `datamodules.controlled_task`).
 
-    Validation and test pairs have prompts that training never sees, and unflipped labels.
+    Validation and test pairs have prompts that training never sees, and their labels are not flipped.
 
     Args:
         stage: `demonstrations` of mixed quality for SFT, or `preferences`.
         pairs: training items to generate.
         validation_pairs, test_pairs: held-out items.
         flip_rate: share of training pairs whose label is swapped.
-        broken_share: share of pairs that set a well-formed response against a broken one.
-        gap: how far the two grades of the other pairs lie apart.
+        broken_share: share of pairs of a well-formed and a broken response.
+        gap: distance between the two grades of the other pairs.
         high_gap_share: with gap `mixed`, the share at least two grades apart.
 
     The other arguments are those of `PairDataModule`.
@@ -72,7 +72,7 @@ class ControlledTask(PairDataModule):
         training = split in ("train", "predict")
         settings: dict[str, object] = {
             "count": self.counts[split],
-            # validation and test are different draws of held-out prompts
+            # each split has its own seed, so that validation and test draw different held-out prompts
             "seed": self.run_seed * 3 + ("validation", "test").index(split) + 1
             if not training
             else self.run_seed * 3,

@@ -1,4 +1,4 @@
-"""What a table of pairs is made of, in lines for a person."""
+"""Descriptions of a table of pairs for the log: its content, losses and oddities."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 def shown(
     table: PairTable, row: int, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], trained: Sequence[str]
 ) -> list[str]:
-    """Return a pair of a table as it is trained, in lines for a person: prompt, and the sides that are `trained`.
+    """Return a pair as it is trained, in readable lines: the prompt, and the sides in `trained`.
 
-    Texts stand in quotes, so that special tokens and line breaks are seen; a response that ends with none of the
-    ids `stops` has lost its end.
+    Texts are quoted, so that special tokens and line breaks are visible. A response that ends with none of the ids
+    `stops` is reported as cut.
     """
     (pair_id,) = table.pair_ids([row])
     lines = [f"pair {pair_id}"]
@@ -41,7 +41,7 @@ def shown(
 
 
 def describe(table: PairTable, rows: np.ndarray) -> list[str]:
-    """What is in these rows of a table, and what reading and tokenising left out, in one line a table."""
+    """Return one line per table: its number of pairs, and what reading and tokenising left out."""
     if isinstance(table, GapMixedTable):
         own, replaced = table.parts
         samples = [f"samples: {line}" for line in describe(replaced.table, np.arange(len(replaced.table)))]
@@ -70,7 +70,7 @@ def describe(table: PairTable, rows: np.ndarray) -> list[str]:
 
 
 def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str]:
-    """Return what to say of pairs that occur twice and of pairs that contradict another, or nothing."""
+    """Return a message on repeated pairs and one on contradicting pairs, each empty if there are none."""
     pairs = np.column_stack([table.prompt_keys[rows], table.answer_keys[rows]])  # [n, 3]
     if not len(rows):
         return "", ""
@@ -88,7 +88,7 @@ def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str]:
 
 
 def shared_prompts(trained: tuple[PairTable, np.ndarray], held_out: tuple[PairTable, np.ndarray]) -> str:
-    """Return what to say where prompts of the held-out pairs are trained on; empty where none is."""
+    """Return a message if prompts of held-out pairs are trained on, else an empty text."""
     table, rows = held_out
     shared = rows[np.isin(table.prompt_keys[rows], trained[0].prompt_keys[trained[1]])]
     if not len(shared):
@@ -100,7 +100,7 @@ def shared_prompts(trained: tuple[PairTable, np.ndarray], held_out: tuple[PairTa
 
 
 def cut_responses(table: PairTable, max_length: int) -> str:
-    """Return what to say where more than 5 % of the responses are cut; empty otherwise."""
+    """Return a message if more than 5 % of the responses are cut, else an empty text."""
     leaves = list(_leaves(table))
     counts = sum((Counter(leaf.report) for leaf in leaves), Counter())
     cut = counts["chosen truncated"] + counts["rejected truncated"]
@@ -114,7 +114,7 @@ def cut_responses(table: PairTable, max_length: int) -> str:
 
 
 def pairs_seen(pairs: int, batch_size: int, trainer: Trainer) -> tuple[str, bool]:
-    """Return how many pairs a `fit` will see within the trainer's limits, as a sentence, and whether it is all."""
+    """Return a message on how many pairs a `fit` sees within the trainer's limits, and whether it sees all."""
     batches = -(-pairs // batch_size)
     limit = trainer.limit_train_batches
     per_epoch = min(limit, batches) if isinstance(limit, int) else int(batches * limit)

@@ -1,4 +1,4 @@
-"""Gap mixtures: a share of the rejected responses replaced by samples, whose gap to the chosen one is wider."""
+"""Gap mixtures: samples replace a share of the rejected responses, for a wider gap to the chosen one."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from datamodules.table import JoinedTables, PairTable, Part
 @checked
 @dataclass(frozen=True)
 class GapMixture:
-    """Which rejected responses are replaced by samples, say of the SFT model (`data.gap_mixture`).
+    """The settings of a gap mixture (`data.gap_mixture`): samples, say of the SFT model, as rejected responses.
 
-    The draw depends on `seed` alone, not on the run's seed, and is nested: the pairs that share 0.1 replaces are
-    among those of share 0.2. The label `replaced` says which pairs were.
+    The draw depends on `seed`, not on the run's seed, and is nested: share 0.2 replaces every pair that share 0.1
+    replaces. The label `replaced` marks the replaced pairs.
 
     Args:
         samples: the file that `beta-dpo generate` wrote for the prompts of the training pairs.
-        share: of the pairs that get a sample for their rejected response.
+        share: share of the pairs (or batches) whose rejected response is replaced by a sample.
         unit: `pair` draws each pair by itself, once for all epochs; `batch` draws whole optimizer batches.
-        on_missing: what a pair that was drawn and has no usable sample does: stop the run (`error`), or `keep`
-            its own response, counted.
-        seed: of the draw.
+        on_missing: for a drawn pair without a usable sample: `error` stops the run, `keep` keeps its own
+            response and counts it.
+        seed: seed of the draw.
     """
 
     samples: str
@@ -44,20 +44,20 @@ class GapMixture:
     seed: Seed = 0
 
     def draws_pair(self, pair_id: str) -> bool:
-        """Whether this pair is replaced, where the unit is the pair."""
+        """Return whether this pair is replaced, if the unit is the pair."""
         digest = hashlib.blake2b(f"{self.seed}:{pair_id}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") < self.share * 2**64
 
     def draws_batch(self, epoch: int, number: int) -> bool:
-        """Whether this optimizer batch is replaced, where the unit is the batch."""
+        """Return whether this optimizer batch is replaced, if the unit is the batch."""
         return bool(np.random.default_rng([self.seed, epoch, number]).random() < self.share)
 
 
 class ReplacedPairs(Iterator[PreferencePair]):
-    """The pairs that a sample can be found for, with the sample for their rejected response.
+    """An iterator over the pairs that have a usable sample, with the sample as their rejected response.
 
-    Labels whose name speaks of the rejected response (`rejected_reward`, `score_rejected`) no longer hold, and
-    become None. `report` counts the pairs, and why some have no usable sample.
+    Labels with "rejected" in their name (`rejected_reward`, `score_rejected`) are no longer true and become None.
+    `report` counts the pairs, and why others have no usable sample. Raises UserError if no pair has one.
     """
 
     def __init__(self, pairs: Iterable[PreferencePair], samples: SampleFile) -> None:
@@ -91,14 +91,14 @@ class ReplacedPairs(Iterator[PreferencePair]):
 
 
 def _unusable(sample: Sample, pair: PreferencePair) -> str:
-    """Why `sample` cannot be a rejected response of the pair; empty where it can."""
+    """Return why `sample` cannot be the rejected response of the pair, or an empty text if it can."""
     if not sample.response.strip():
         return "the sample is empty"
     return "the sample is the chosen response" if sample.response.strip() == pair.chosen.strip() else ""
 
 
 def replaced_stream(stream: PairStream, samples: str) -> PairStream:
-    """`stream` with the rejected responses taken from the file `samples`."""
+    """Return `stream` with the rejected responses of the file `samples`. Raises UserError if it cannot be read."""
     try:
         content = file_hash(samples)
     except OSError as error:
@@ -113,20 +113,20 @@ def replaced_stream(stream: PairStream, samples: str) -> PairStream:
 
 
 class GapMixedTable(JoinedTables):
-    """N pairs with their own rejected responses, then those of them that have a sample, with the sample.
+    """A table of N pairs with their own rejected responses, followed by the replaced copies of those with a sample.
 
-    Rows that a loader is given are those of the first N; `exchange` takes, batch by batch, the others' place.
+    A loader serves rows of the first N; `exchange` puts the replaced rows in their place, batch by batch.
     """
 
     def __init__(self, own: PairTable, replaced: PairTable, mixture: GapMixture, rows: np.ndarray) -> None:
-        """`rows`: those that are trained on. Raises UserError when one of them lacks a sample that it needs."""
+        """Join the tables; `rows` are trained on. Raises UserError if one of them lacks a sample that it needs."""
         super().__init__([Part(own, {"replaced": False}), Part(replaced, {"replaced": True})])
         self.mixture = mixture
         places = pc.index_in(own.id_column, value_set=replaced.id_column.combine_chunks()).fill_null(-1).to_numpy()
         partner = np.where(places < 0, np.arange(len(own)), len(own) + places.astype(np.int64))  # [N]
         drawn = np.ones(len(own), dtype=bool)
         if mixture.unit == "pair":
-            for some in np.array_split(rows, len(rows) // 4096 + 1):  # their ids are not held all at once
+            for some in np.array_split(rows, len(rows) // 4096 + 1):  # not all ids in memory at once
                 drawn[some] = [mixture.draws_pair(id) for id in own.pair_ids(some)]
         missing = rows[drawn[rows] & (places[rows] < 0)] if mixture.share else rows[:0]
         if len(missing) and mixture.on_missing == "error":
@@ -135,7 +135,7 @@ class GapMixedTable(JoinedTables):
                 f"{mixture.samples} (first: {', '.join(own.pair_ids(missing[:3]))}): sample for their prompts, or "
                 "set data.gap_mixture.on_missing: keep."
             )
-        # [N], the row that takes a row's place: itself where nothing is replaced
+        # [N], the row that replaces each row; the row itself if nothing does
         self._partner = np.where(drawn, partner, np.arange(len(own)))
         told = f"in a share {mixture.share:g} of the batches, all"
         if mixture.unit == "pair":
@@ -145,11 +145,11 @@ class GapMixedTable(JoinedTables):
             self.note += f"; {len(missing)} without a usable sample kept theirs"
 
     def exchange(self, rows: np.ndarray, epoch: int, number: int) -> np.ndarray:
-        """The rows that batch `number` of `epoch` is made of instead of `rows`."""
+        """Return the rows of batch `number` of `epoch`, given its rows before the replacement."""
         if self.mixture.unit == "batch" and not self.mixture.draws_batch(epoch, number):
             return rows
         return self._partner[rows]
 
     def reachable(self, rows: np.ndarray) -> np.ndarray:
-        """All rows that `exchange` can give for these."""
+        """Return all rows that `exchange` can return for these."""
         return np.union1d(rows, self._partner[rows])

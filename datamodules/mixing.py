@@ -1,4 +1,4 @@
-"""Several sources as one: how many pairs each of them gives."""
+"""Mixtures of several data sources: their settings, and how many pairs each gives."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from datamodules.sources import PreferredBy, RowFormat, RowReading, SourceAddres
 @checked
 @dataclass(frozen=True)
 class WeightedSource:
-    """One source of several, an entry of the list `data.path`.
+    """One of several sources: an entry of the list `data.path`.
 
     Args:
         path: file, pattern of files, folder or Hub id.
-        weight: its share of the training pairs is this over the sum of all weights; give it to all sources or to
-            none, which takes every pair of every source.
-        name: label `source` of its pairs, and the front of their ids; none takes the last part of
-            `path`, and the subset.
+        weight: its share of the training pairs is this over the sum of all weights; give one to all sources or
+            to none (then every pair of every source is used).
+        name: label `source` and id prefix of its pairs; default: the last part of `path`, and the subset.
 
     The other arguments are those of `PreferenceData`, for this source alone.
     """
@@ -42,26 +41,26 @@ class WeightedSource:
 
     @property
     def label(self) -> str:
-        """`name`, or what takes its place."""
+        """Return `name`, or else the last part of `path` and the subset."""
         return self.name or self.path.rstrip("/").rpartition("/")[2] + (f"/{self.subset}" if self.subset else "")
 
     def address(self, split: str) -> SourceAddress:
-        """Where the rows of one of its splits are."""
+        """Return the address of one of its splits."""
         return SourceAddress(self.path, split, self.subset, self.revision)
 
     def reading(self, need_rejected: bool = False) -> RowReading:
-        """How its rows are read. Raises UserError for settings that do not go together."""
+        """Return how to read its rows. Raises UserError for settings that contradict each other."""
         return RowReading(self.format, need_rejected, self.min_score_ratio, self.preferred_by, self.columns or {})
 
 
 def told_apart(sources: Sequence[WeightedSource]) -> list[WeightedSource]:
-    """Return the sources, named by their whole paths where two paths end alike."""
+    """Return the sources; those that share a label are named by their whole paths."""
     labels = [source.label for source in sources]
     return [replace(source, name=source.path) if labels.count(source.label) > 1 else source for source in sources]
 
 
 def check_sources(sources: Sequence[WeightedSource]) -> None:
-    """Raises UserError for a list of sources that makes no mixture."""
+    """Raise UserError for an empty list, a repeated label, or weights for only some of the sources."""
     if not sources:
         raise UserError("data.path is an empty list: name at least one source.")
     labels = [source.label for source in sources]
@@ -76,11 +75,11 @@ def check_sources(sources: Sequence[WeightedSource]) -> None:
 def drawn_rows(
     part_of_row: np.ndarray, rows: np.ndarray, weights: Sequence[float], names: Sequence[str]
 ) -> np.ndarray:
-    """Those of `rows` that make the largest mixture with these weights in which no pair stands twice, sorted.
+    """Return, sorted, the rows of the largest mixture with these weights that uses no pair twice.
 
-    `part_of_row` [rows] is the number of the source of each row. The source that is scarcest for its weight gives
-    all its pairs; the draw from the others depends on their names alone, and takes in that of a smaller number.
-    Raises UserError when a source has so few pairs, or so small a weight, that it would give none.
+    `part_of_row` [rows] is the source number of each row. The source with the fewest pairs for its weight gives all
+    of them. The draw from each other source is seeded by its name alone and is nested: a larger draw contains every
+    smaller one. Raises UserError when a source has so few pairs, or so small a weight, that it would give none.
     """
     shares = np.array(weights) / sum(weights)
     counts = np.bincount(part_of_row, minlength=len(weights))

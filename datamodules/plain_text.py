@@ -1,4 +1,4 @@
-"""Prompts as plain text: the tokenizer's own special tokens before them, and cuts that leave what they need."""
+"""Tokenisation and truncation of plain-text prompts, with the tokenizer's own special tokens before them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
 
 class PlainPrompt(NamedTuple):
-    """The tokens of a prompt, none for an empty one, of which `leading` special ones stay at its front."""
+    """The tokens of a prompt (none for an empty one), the first `leading` of which are special and never cut."""
 
     ids: list[int]
     leading: int
 
 
 def plain_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[PlainPrompt]:
-    """Return the tokens of each text: before it the tokenizer's special ones, BOS once, and no EOS after it."""
+    """Return the tokens of each text: the tokenizer's special tokens first, BOS at most once, no EOS at the end."""
     if not texts:
         return []
     encoded = tokenizer(texts, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
     bos, prompts = tokenizer.bos_token_id, []
     for ids, added in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
         body = [token for token, is_added in zip(ids, added, strict=False) if not is_added]
-        # added on both sides of an empty text cannot be told apart, but such a prompt is dropped
+        # with an empty text, leading and trailing special tokens look alike; such a prompt is dropped anyway
         leading = added.index(0) if body else 0
         while body and body[-1] == tokenizer.eos_token_id:
             body.pop()
@@ -42,7 +42,11 @@ def plain_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[
 def shorten_plain(
     text: str, prompt: PlainPrompt, limit: int, keep: PromptTruncation, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[str]]:
-    """Return at most `limit` tokens of a prompt, and what was cut: of an HH dialogue whole old turns first."""
+    """Return at most `limit` tokens of a prompt, and notes on what was cut.
+
+    An HH dialogue loses whole old turns first. Other text is cut at the end that `keep` does not name; "keep_end"
+    also keeps the leading special tokens.
+    """
     if is_transcript_prompt(text):
 
         def encode(turns: Sequence[Message]) -> list[int]:
@@ -55,6 +59,6 @@ def shorten_plain(
         return ids[:limit], ["prompt truncated"]
     head = ids[: min(prompt.leading, limit)]
     tail = ids[len(ids) - (limit - len(head)) :]
-    while head and tail and tail[0] == head[-1]:  # a user's text may spell the BOS that now would stand twice
+    while head and tail and tail[0] == head[-1]:  # the text may itself spell the BOS, which would then occur twice
         del tail[0]
     return head + tail, ["prompt truncated"]

@@ -1,4 +1,4 @@
-"""The records that pass through the data pipeline: a preference pair as text, and as token ids."""
+"""The records of the data pipeline: a preference pair as text, and as token ids."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 
 
 class Message(dict[str, Any]):
-    """One turn of a dialogue, as chat templates take it.
+    """One turn of a dialogue, in the form that chat templates take.
 
-    `role` and `content` are text (`content` may be empty beside tool calls); all else that the data gives is kept
-    under its name: `tool_calls`, `reasoning_content`, `name`, `tool_call_id`, ….
+    `role` and `content` are text; `content` may be empty if there are tool calls. Other fields of the data keep
+    their names: `tool_calls`, `reasoning_content`, `name`, `tool_call_id`, ….
     """
 
     def __init__(self, role: str, content: str, **more: Any) -> None:
@@ -29,12 +29,12 @@ class Message(dict[str, Any]):
         return str(self["content"])
 
 
-Prompt = str | tuple[Message, ...]  # plain text, or a dialogue that ends where the assistant speaks next
+Prompt = str | tuple[Message, ...]  # plain text, or a dialogue to which the assistant answers next
 Side = Literal["chosen", "rejected"]
 
 
 def read_prompt(value: Any) -> Prompt:
-    """Return a prompt from its JSON: text, or messages as objects (older files: as lists of role and content).
+    """Return a prompt from its JSON: text, or messages as objects (in older files lists of role and content).
 
     Raises KeyError, TypeError or ValueError for anything else.
     """
@@ -47,10 +47,10 @@ def read_prompt(value: Any) -> Prompt:
 class PreferencePair:
     """One prompt and its two responses, as text.
 
-    `rejected` is None for a demonstration (supervised fine-tuning). `labels` holds the scalar columns that the
-    data carries besides. `rejected_ends` is False for a sampled response that ran into its length limit, and so has
-    no end. `chosen_fields` and `rejected_fields` are what the answers' messages hold beside their text
-    (`tool_calls`, `reasoning_content`); `tools` and `template_kwargs` are the row's own for its chat template.
+    `rejected` is None for a demonstration (supervised fine-tuning). `labels` holds the other scalar columns of the
+    data. `rejected_ends` is False for a sampled response that was cut off by its length limit. `chosen_fields` and
+    `rejected_fields` hold the fields of the answers' messages besides their text (`tool_calls`,
+    `reasoning_content`); `tools` and `template_kwargs` are the row's own inputs to the chat template.
     """
 
     pair_id: str
@@ -70,7 +70,7 @@ class PreferencePair:
 
 
 class TokenisedPair(NamedTuple):
-    """Token ids of a pair; each array is one-dimensional int64 and holds at least one token."""
+    """The token ids of a pair; each array is one-dimensional int64 and holds at least one token."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -78,7 +78,7 @@ class TokenisedPair(NamedTuple):
 
     @property
     def key(self) -> int:
-        """A signed 64-bit hash of the tokens: equal pairs have equal keys, whatever data they come from."""
+        """Return a signed 64-bit hash of the tokens; equal tokens have equal keys, whatever data they come from."""
         digest = hashlib.blake2b(digest_size=8)
         for part in self:
             ids = np.zeros(0, np.int64) if part is None else part

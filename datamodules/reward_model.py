@@ -1,4 +1,4 @@
-"""Rewards from a Hugging Face sequence-classification model, for scoring data and for judging answers."""
+"""A reward model from Hugging Face (a sequence classifier), for scoring data and for judging answers."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from datamodules.sources.hh import prompt_messages
 
 log = logging.getLogger(__name__)
 
-UNLIMITED = 10**9  # tokenizers without a limit name a number far beyond this one
+UNLIMITED = 10**9  # a tokenizer without a limit reports a far larger number
 
 
 class RewardModel:
-    """r(y; x) of prompts and responses: the one output of a sequence classifier, in float32, dropout off.
+    """A reward model r(y; x): a sequence classifier with one output, run in float32 without dropout.
 
-    Prompt and response are put into the tokenizer's chat template; a tokenizer without one encodes them as a
-    pair of texts. A text beyond the model's limit loses its front, counted in `truncated` and in the log.
+    The tokenizer's chat template joins prompt and response; a tokenizer without one encodes them as a pair of
+    texts. A text longer than the model's limit is cut at the front; `truncated` and the log count these texts.
 
     Args:
         name: folder or Hub id of a model with a single output.
-        batch_size: texts per forward pass; one where the tokenizer's padding token is also its end of text.
-        device: where it runs; none takes CUDA where there is one.
+        batch_size: texts per forward pass; 1 if the tokenizer has no padding token or pads with its end of text.
+        device: device of the model; None uses CUDA if it is available.
         max_length: a limit in tokens below the model's own.
 
-    Raises UserError when the model cannot be loaded or has several outputs.
+    Raises UserError when the model cannot be loaded, has several outputs, or has no trained classifier.
     """
 
     def __init__(self, name: str, batch_size: int = 32, device: str | None = None, max_length: int | None = None):
@@ -48,7 +48,7 @@ class RewardModel:
         if model.config.num_labels != 1 or missing["missing_keys"]:
             raise UserError(f"{name} is no reward model: it needs a trained classifier with exactly one output.")
         self.model = model.eval().to(self.device)
-        # a classifier on a decoder reads its output at the last token that is not padding
+        # a decoder's classifier reads its output at the last token that is not padding
         pad = self.tokenizer.pad_token_id
         self.batch_size = 1 if pad is None or pad == self.tokenizer.eos_token_id else batch_size
         model.config.pad_token_id = None if self.batch_size == 1 else pad
@@ -57,7 +57,7 @@ class RewardModel:
         self.truncated = 0
 
     def rewards(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Iterator[float]:
-        """The reward of each response to its prompt, in order, as soon as its batch is done."""
+        """Yield the reward of each response to its prompt, in order, as soon as its batch is done."""
         texts = zip(prompts, responses, strict=True)
         while batch := list(islice(texts, self.batch_size)):
             yield from self.batch_rewards(batch)
@@ -66,7 +66,7 @@ class RewardModel:
 
     @torch.no_grad()
     def batch_rewards(self, texts: Sequence[tuple[Prompt, str]]) -> list[float]:
-        """The rewards of at most `batch_size` prompts and responses, in one forward pass."""
+        """Return the rewards of at most `batch_size` prompts and responses, in one forward pass."""
         encoded = [self._encode(prompt, response) for prompt, response in texts]
         inputs: Any
         if len(encoded) == 1:
@@ -80,7 +80,7 @@ class RewardModel:
         if self.tokenizer.chat_template:
             text = self._chat(prompt, response)
             arguments: tuple[Any, ...] = (text,)
-            options: dict[str, Any] = {"add_special_tokens": False}  # the template has put them
+            options: dict[str, Any] = {"add_special_tokens": False}  # the template has added them
         elif isinstance(prompt, str):
             arguments, options = (prompt, response), {}
         else:
@@ -93,7 +93,7 @@ class RewardModel:
         return dict(self.tokenizer(*arguments, **options, truncation=cut, max_length=self.limit))
 
     def takes(self, prompt: Prompt) -> bool:
-        """Whether the prompt can be put into the chat template, if there is one."""
+        """Return whether the chat template accepts the prompt; True without a template."""
         try:
             return not self.tokenizer.chat_template or bool(self._chat(prompt, "yes"))
         except UserError:

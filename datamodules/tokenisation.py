@@ -1,4 +1,4 @@
-"""From text to token ids: prompt and response apart, special tokens exactly once, truncation counted."""
+"""Tokenisation of pairs: separate prompt and response, special tokens exactly once, truncation counted."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ _SIDES: tuple[Side, Side] = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class Tokenisation:
-    """How pairs become tokens; lengths in tokens, special tokens included.
+    """The settings of tokenisation; lengths are in tokens and include special tokens.
 
-    A pair whose prompt and longer response exceed `max_length` has its prompt cut to `max_prompt_length` (see
-    `shorten`; of plain text, `prompt_truncation` says which end stays), then, if that is not enough, each response
-    to what is left. `chat_template`: "auto" puts chat messages into the tokenizer's template and leaves text as it
-    is, true puts text there too. `chat_template_kwargs` are the template's own options; a row's come before them.
+    If the prompt and the longer response exceed `max_length`, the prompt is cut to `max_prompt_length` (see
+    `shorten`; `prompt_truncation` says which end of a text stays). If that is not enough, each response is cut to
+    the remaining length. `chat_template`: "auto" uses the tokenizer's template for chat messages and leaves text as
+    it is; true uses it for text too. `chat_template_kwargs` are options of the template; a row's own options take
+    precedence.
     """
 
     max_length: int = 512
@@ -48,7 +49,7 @@ class Tokenisation:
 
 
 class _Dropped(Exception):
-    """A pair that cannot be tokenised; the text is the reason to count by."""
+    """The error for a pair that cannot be tokenised; its text is the counted reason."""
 
 
 class _Tokens(NamedTuple):
@@ -60,13 +61,13 @@ class _Tokens(NamedTuple):
 def tokenise_pairs(
     pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, settings: Tokenisation
 ) -> list[tuple[TokenisedPair | None, list[str]]]:
-    """Tokenise pairs together: the tokenizer spreads the texts of one call over the cores.
+    """Tokenise pairs together, since the tokenizer spreads the texts of one call over the cores.
 
-    For each pair: its tokens and what was cut ("prompt truncated", …), or None and the one reason why it was
-    dropped. In a chat template, prompt and response are parts of the template's own rendering, and a response ends
-    with the token that ends the turn there. A plain prompt has the tokenizer's own leading special tokens, no BOS
-    twice, and a plain response ends with EOS once. A response that was cut, here or when it was sampled, has no
-    end, for the model must not learn to stop there. Raises UserError when the tokenizer lacks an EOS or a chat
+    Return for each pair its tokens and notes ("prompt truncated", …), or None and the reason why it was dropped.
+    With a chat template, prompt and response are parts of the template's own rendering, and a response ends with
+    the end-of-turn token. A plain prompt starts with the tokenizer's own special tokens (BOS at most once), and a
+    plain response ends with one EOS. A response that was cut, here or when it was sampled, has no end token,
+    because the model must not learn to stop there. Raises UserError when the tokenizer lacks an EOS or a chat
     template that is needed.
     """
     found = _Tokeniser(tokenizer, settings)
@@ -84,10 +85,10 @@ def tokenise_pairs(
 def tokenise_prompts(
     pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, settings: Tokenisation
 ) -> list[tuple[np.ndarray | None, list[str]]]:
-    """Tokenise prompts alone, to sample from: as in training, at most `max_prompt_length` tokens each.
+    """Tokenise prompts alone, for sampling: as in training, but always at most `max_prompt_length` tokens each.
 
-    For each prompt: its tokens and what was cut, or None and the reason why training would drop it. Raises
-    UserError as `tokenise_pairs` does.
+    Return for each prompt its tokens and notes, or None and the reason why training would drop it. Raises UserError
+    as `tokenise_pairs` does.
     """
     found = _Tokeniser(tokenizer, settings)
     results: list[tuple[np.ndarray | None, list[str]]] = []
@@ -101,7 +102,7 @@ def tokenise_prompts(
 
 
 class _Tokeniser:
-    """A tokenizer at its settings. Raises UserError where they do not go together."""
+    """A tokenizer with its settings. Raises UserError if they do not fit together."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation) -> None:
         self.tokenizer = tokenizer
@@ -116,7 +117,7 @@ class _Tokeniser:
             raise UserError("data.chat_template_kwargs is given, but no chat template is used: leave it out.")
 
     def templated(self, pair: PreferencePair) -> bool:
-        """Return whether the pair goes into the chat template. Raises UserError where it needs one in vain."""
+        """Return whether the pair uses the chat template. Raises UserError if it needs one and there is none."""
         if isinstance(pair.prompt, str) and self.settings.chat_template is not True:
             return False
         if self.template is None:
@@ -130,7 +131,7 @@ class _Tokeniser:
         return (PLAIN_BESIDE_TEMPLATE,) * beside
 
     def tokens(self, pairs: Sequence[PreferencePair]) -> list[_Tokens | _Dropped]:
-        """Return the tokens of each pair, nothing cut, or why it is dropped."""
+        """Return the tokens of each pair before truncation, or the reason why it is dropped."""
         found: list[_Tokens | _Dropped] = [_Dropped()] * len(pairs)
         chats = [index for index, pair in enumerate(pairs) if self.templated(pair)]
         plain = sorted(set(range(len(pairs))) - set(chats))
@@ -142,7 +143,7 @@ class _Tokeniser:
         return found
 
     def _rendered(self, pair: PreferencePair, turns: Sequence[Message] | None = None) -> list[Rendering] | _Dropped:
-        """Return the rendering of each side of a pair, with other turns as its prompt where they are given."""
+        """Return the rendering of each side of a pair, with `turns` as the prompt if given."""
         assert self.template is not None
         try:
             turns = conversation(pair.prompt) if turns is None else turns
@@ -177,7 +178,7 @@ class _Tokeniser:
             prompt, anchor_ids, responses = next(encoded), next(encoded), []
             for number, side in enumerate(sides):
                 joined, alone = next(encoded), next(encoded)
-                # split as in the whole rendering, unless a token there would take in the end of the prompt
+                # tokenised as in the whole rendering, unless a token would span prompt and response there
                 ids = joined[len(anchor_ids) :] if joined[: len(anchor_ids)] == anchor_ids else alone
                 ends = number == 0 or pair.rejected_ends
                 responses.append([*ids, *[self.tokenizer.eos_token_id] * (ends and side.eos)])
@@ -235,7 +236,7 @@ class _Tokeniser:
         return list(encoded["input_ids"])
 
     def truncated(self, pair: PreferencePair, tokens: _Tokens) -> tuple[TokenisedPair, list[str]]:
-        """Return the pair cut to the maximum lengths: the prompt first, then the responses. Raises _Dropped."""
+        """Cut the pair to the maximum lengths, first the prompt, then the responses. Raises _Dropped."""
         if len(tokens.responses) == 2 and tokens.responses[0] == tokens.responses[1]:
             raise _Dropped("identical after tokenisation")
         limit, prompt_limit = self.settings.max_length, self.settings.max_prompt_length
@@ -263,7 +264,7 @@ class _Tokeniser:
         return again, cut
 
     def prompt(self, pair: PreferencePair) -> tuple[list[int], list[str]]:
-        """Return the tokens of a prompt alone, at most `max_prompt_length`, and what was cut."""
+        """Return the tokens of a prompt alone, at most `max_prompt_length`, and notes on what was cut."""
         limit = self.settings.max_prompt_length
         if not self.templated(pair):
             (prompt,) = plain_prompts(self.tokenizer, [str(pair.prompt)])
@@ -278,7 +279,7 @@ class _Tokeniser:
         return self._chat_prompt(pair, turns), cut
 
     def notes(self, pair: PreferencePair) -> tuple[str, ...]:
-        """Return what is to be said of a prompt that is not cut. Raises Refused."""
+        """Return the notes on a prompt, apart from those on truncation. Raises Refused."""
         if not self.templated(pair):
             return self._plain_notes
         assert self.template is not None

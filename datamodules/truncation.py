@@ -1,4 +1,4 @@
-"""Prompts cut to a length: whole old turns first, then within a turn, never through a header."""
+"""Truncation of prompts: whole old turns first, then text within one turn, never a header."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAST_TURN = "prompt truncated: within the last turn"
 
 
 class TooLong(Exception):
-    """A prompt whose headers and system turn alone exceed the limit; the text is the reason to count by."""
+    """The error for a prompt whose headers and system turn exceed the limit; its text is the counted reason."""
 
 
 def shorten(
@@ -26,11 +26,11 @@ def shorten(
     keep: PromptTruncation,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[list[Message], list[str]]:
-    """Return the turns whose prompt, as `encode` makes it, has at most `limit` tokens, and what was cut.
+    """Return the turns, cut so that `encode` gives at most `limit` tokens, and notes on what was cut.
 
-    The oldest turns go first, up to a user's turn; the system turn stays. If that is not enough, the longest text
-    among what is left (the user's, or a tool's answer) loses its start or, with "keep_start", its end.
-    Raises TooLong when not one token of that text has room.
+    The oldest turns are dropped first, so that a user turn comes first; the system turn stays. If that is not
+    enough, the longest remaining user or tool text is cut at its start or, with "keep_start", at its end.
+    Raises TooLong when not one token of that text fits.
     """
     system = list(turns[:1]) if turns[0].role == "system" else []
     rest = list(turns[len(system) :])
@@ -47,7 +47,7 @@ def shorten(
     while room >= 1:
         some = ids[-room:] if keep == "keep_end" else ids[:room]
         piece = str(tokenizer.decode(some, clean_up_tokenization_spaces=False))
-        # a character of several tokens may be cut through
+        # the cut may fall within a character of several tokens
         piece = piece.lstrip("\ufffd") if keep == "keep_end" else piece.rstrip("\ufffd")
         shorter = [*kept[:place], Message(**{**kept[place], "content": piece}), *kept[place + 1 :]]
         excess = len(encode(shorter)) - limit
