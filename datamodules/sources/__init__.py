@@ -1,4 +1,4 @@
-"""Where preference pairs come from: local files and the Hugging Face Hub, in the usual formats."""
+"""Sources of preference pairs: local files and the Hugging Face Hub, in the usual formats."""
 
 from datamodules.sources.formats import RowFormat, RowReading
 from datamodules.sources.hh import hh_messages, is_transcript_prompt, prompt_messages

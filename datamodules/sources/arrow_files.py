@@ -1,4 +1,4 @@
-"""Rows of .parquet and .arrow files."""
+"""Readers of the rows of .parquet and .arrow files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS_PER_BATCH = 1024
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (row number from 1, the row). Raises UserError for a file that is damaged."""
+    """Yield (row number from 1, row). Raises UserError for a damaged file or repeated column names."""
     try:
         file = pq.ParquetFile(path)
         _check_names(file.schema_arrow, path)
@@ -26,7 +26,10 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def arrow_file_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (row number from 1, the row) of an Arrow file or, as `datasets` writes it, an Arrow stream."""
+    """Yield (row number from 1, row) of an Arrow file or of an Arrow stream, which `datasets` writes.
+
+    Raises UserError for a damaged file or repeated column names.
+    """
     try:
         with pa.memory_map(str(path)) as source:
             try:
@@ -43,7 +46,7 @@ def arrow_file_rows(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def arrow_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, object]]:
-    """Yield rows of Arrow batches, numbered from 1; one that holds broken text is a BadRow."""
+    """Yield (row number from 1, row) of Arrow batches; a row with invalid UTF-8 is a BadRow."""
     number = 0
     for batch in batches:
         try:

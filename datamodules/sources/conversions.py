@@ -1,4 +1,4 @@
-"""How rows that other programs' documents describe become the fields of a pair: `prompt`, `chosen`, `rejected`."""
+"""Conversions from the row formats of other programs to the fields of a pair: `prompt`, `chosen`, `rejected`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _ANSWERS = ("completion", "output", "response")
 
 
 def unchanged(row: Row, reading: Any = None) -> Row:
-    """Return the row: its fields have the pair's own names."""
+    """Return the row as it is, because its fields already have the pair's names."""
     return row
 
 
 def renamed(**names: str) -> Convert:
-    """Return a conversion that gives fields their own names, `own="theirs"` or `own="either|other"`."""
+    """Return a conversion that renames fields to ours: `own="theirs"` or `own="either|other"`."""
 
     def convert(row: Row, reading: Any) -> Row:
         theirs = {first_of(row, alternatives): own for own, alternatives in names.items()}
@@ -32,29 +32,30 @@ def renamed(**names: str) -> Convert:
 
 
 def first_of(row: Row, alternatives: str) -> str:
-    """Return the first of several names (`a|b`) under which the row holds something, the first where none does."""
+    """Return the first of several names (`a|b`) under which the row has a value, or the first name if none has."""
     names = alternatives.split("|")
     return next((name for name in names if not missing(row.get(name))), names[0])
 
 
 def conversation(row: Row, reading: Any) -> Row:
-    """Return the fields of a row whose `messages` or `conversations` hold the dialogue, for one answer or two.
+    """Return the fields of a row with one answer or two whose `messages` or `conversations` hold the dialogue.
 
-    Where both sides are whole conversations, as in UltraFeedback, they need no third and it stays as it is.
+    If the sides are whole conversations themselves, as in UltraFeedback, the row stays as it is.
     """
     name = first_of(row, "messages|conversations")
     if missing(row.get("chosen")) and missing(row.get("rejected")):
         return renamed(response=name)({key: row[key] for key in row if key not in ("chosen", "rejected")}, reading)
     chosen = spoken(row["chosen"], "chosen")
-    if isinstance(chosen, str):  # an answer as text: the pair's prompt is messages all the same
+    if isinstance(chosen, str):  # the answer is text, but the prompt is messages
         return renamed(prompt=name)(row, reading)
     return row if chosen[0].role != "assistant" else renamed(prompt=name)(row, reading)
 
 
 def alpaca(row: Row, reading: Any) -> Row:
-    """Return the fields of `instruction`, `input` (joined to it by a line break) and `history` (turns before it).
+    """Return the fields of a row in the Alpaca format.
 
-    `output` may be a list of two answers, the better one first, as in older files. Raises BadRow.
+    The prompt is `instruction` and `input`, joined by a line break, after the turns of `history`. `output` may be a
+    list of two answers with the better one first, as in older files. Raises BadRow.
     """
     instruction = first_of(row, "instruction|INSTRUCTION")
     prompt = text(row[instruction], instruction)
@@ -90,7 +91,7 @@ def _with_history(history: object, prompt: str) -> object:
 
 
 def question(own: Convert) -> Convert:
-    """Return a conversion for rows with a question, refused where a passage that it is about would get lost."""
+    """Return a conversion for rows with a question; a row with a passage or choices beside it is a BadRow."""
 
     def convert(row: Row, reading: Any) -> Row:
         for name in ("context", "article", "choices"):
@@ -102,7 +103,7 @@ def question(own: Convert) -> Convert:
 
 
 def refuse_unusable(row: Row) -> None:
-    """Raise BadRow for a row that is of a known form, but of another task or with more than text."""
+    """Raise BadRow for a row of a known form that is for another task or holds more than text."""
     for name in _MEDIA:
         if not missing(row.get(name)) and row[name] not in ("", []):
             raise BadRow("more than text", f"a field {name}; only text is trained on")

@@ -1,4 +1,4 @@
-"""From one row of a source (its fields and values) to a preference pair, or the reason why not."""
+"""Conversion of one row of a source (fields and values) to a preference pair, or the reason against it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _OWN_FIELDS = ("pair_id", "prompt", "chosen", "rejected", *TEMPLATE_FIELDS)
 def pair_from_row(
     row: object, default_id: str, format: OwnFormat = "auto", need_rejected: bool = False
 ) -> PreferencePair:
-    """Read one row. Raises BadRow with the reason when it makes no pair.
+    """Return the pair of one row. Raises BadRow with the reason if the row is not a pair.
 
-    Forms: `prompt`, `chosen`, `rejected` as text; chat messages (a list, one alone, JSON in text) for any of them,
-    where `chosen` and `rejected` may repeat the prompt; without `prompt`, two whole conversations that share
-    all but their last message, or two HH transcripts. `response`, or `chosen` without `rejected`, is a
-    demonstration, refused when `need_rejected`. `format` "hh" and "pairs" refuse the other's rows. `system`,
+    Forms: `prompt`, `chosen` and `rejected` as text or as chat messages (a list, a single one, or JSON in text);
+    `chosen` and `rejected` in messages may repeat the prompt. Without `prompt`: two conversations that differ only
+    in the last message, or two HH transcripts. `response`, or `chosen` without `rejected`, is a demonstration,
+    which is refused if `need_rejected`. `format` "hh" refuses rows of "pairs", and "pairs" those of "hh". `system`,
     `tools` and `chat_template_kwargs` go to the chat template (see `template_fields`).
     """
     if not isinstance(row, Mapping):
@@ -92,26 +92,26 @@ def pair_from_row(
 
 
 def is_label(value: object) -> bool:
-    """Whether a further column's value is a scalar, which is kept as a label of the pair."""
+    """Return whether the value of another column is a scalar, which becomes a label of the pair."""
     return value is None or isinstance(value, (bool, int, float, str))
 
 
 def ignored_fields(row: Mapping[str, object]) -> list[str]:
-    """The further columns of a row that are no scalars, and so no labels."""
+    """Return the other columns of a row that are not scalars and so cannot be labels."""
     return [name for name, value in row.items() if name not in (*_OWN_FIELDS, "response") and not is_label(value)]
 
 
 def _prompt_of(prompt: Prompt | None, talk: tuple[Message, ...], name: str) -> tuple[Message, ...]:
-    """Return all messages before the response that ends `talk`: those of the field `prompt` and those in `talk`."""
+    """Return all messages before the response at the end of `talk`: those of `prompt` and those of `talk`."""
     if talk[-1].role != "assistant":
         raise BadRow("last turn is not the assistant's", name)
     before = talk[:-1]
     if prompt is None:
         return before
     given = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    if not before or before[0].role == "assistant":  # talk goes on where the prompt ends
+    if not before or before[0].role == "assistant":  # `talk` continues the prompt
         return given + before
-    # a system message may stand before a prompt that is given as text
+    # a system message may precede a prompt that is given as text
     start = 1 if isinstance(prompt, str) and before[0].role == "system" else 0
     if before[start : start + len(given)] != given:
         raise BadRow("no shared prompt", f"{name} does not begin with the field prompt")

@@ -1,4 +1,4 @@
-"""Rows of local files: which kinds there are, by the end of the name, and one or several files as a source."""
+"""Local files as a source of rows; the suffix of a name decides how a file is read."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ SUFFIXES = (*_TEXT, *(f"{suffix}.gz" for suffix in _TEXT), *_BINARY)
 
 
 def readable(path: str | Path) -> bool:
-    """Whether the name of a file ends as that of one that can be read."""
+    """Return whether a file's name has the suffix of a known kind."""
     return str(path).lower().endswith(SUFFIXES)
 
 
 class LocalFiles:
-    """Files as a source of rows, one after the other.
+    """A source of rows that reads one or several files in order.
 
-    Raises UserError for one that is not there, or of no known kind.
+    Raises UserError for a file that does not exist or is of no known kind.
     """
 
     def __init__(self, paths: Sequence[Path], name: str | None = None) -> None:
@@ -52,13 +52,13 @@ class LocalFiles:
                 raise UserError(f"{path} is of no known kind: data.path takes {', '.join(SUFFIXES)}, or a Hub id.")
 
     def fingerprint(self) -> str:
-        """Return a hash of the files' bytes."""
+        """Return a hash of the bytes of a single file, or of the names and bytes of several."""
         hashes = [file_hash(path) for path in self.places]
         places = list(self.places.values())
         return hashes[0] if places == [self.name] else fingerprint([places, hashes])
 
     def rows(self) -> Iterator[tuple[str, object]]:
-        """Yield (file and line or row from 1, the row's value), the value a BadRow where it cannot be read."""
+        """Yield (file and line or row number from 1, value of the row, or a BadRow if it cannot be read)."""
         for path, place in self.places.items():
             for number, row in _rows(path):
                 yield f"{place}:{number}", row

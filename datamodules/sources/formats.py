@@ -1,4 +1,4 @@
-"""From a row in any format of the registry to a preference pair, or the reason why not."""
+"""Conversion of a row in any format of the registry to a preference pair, or the reason against it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COLUMNS = {*FIELDS, *TEMPLATE_FIELDS, "pair_id", "chosen_reward", "rejected_rew
 
 @dataclass(frozen=True)
 class RowReading:
-    """How rows are read.
+    """The settings that decide how rows are read.
 
     `need_rejected`: a demonstration is a bad row. `min_score_ratio`: of SHP, see `shp_pair`. `preferred_by`:
     of PKU-SafeRLHF, see `pku_saferlhf_pair`. `columns`: names of the data's columns by our field. Raises UserError
@@ -59,15 +59,15 @@ class RowReading:
 
 
 def close(name: str, known: Iterable[object]) -> str:
-    """Return " (did you mean …?)" for a name that is near a known one, else nothing."""
+    """Return " (did you mean …?)" if the name is similar to a known one, else an empty text."""
     near = get_close_matches(name, [str(one) for one in known], n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def read_row(row: object, default_id: str, reading: RowReading) -> tuple[PreferencePair, list[str]]:
-    """Return the pair of one row in any format, and its columns that are no labels.
+    """Return the pair of one row in any format, and the columns that cannot be labels.
 
-    Raises BadRow, or LeftOut where the settings leave the row out.
+    Raises BadRow, or LeftOut if the settings leave the row out.
     """
     if not isinstance(row, Mapping):
         raise BadRow("not an object with fields", f"found {kind(row)}")
@@ -85,7 +85,7 @@ def read_row(row: object, default_id: str, reading: RowReading) -> tuple[Prefere
 
 
 def _own_names(row: Row, columns: Mapping[str, str]) -> Row:
-    """Return the row with the named columns under our names; one in their way becomes `<name>_in_data`."""
+    """Return the row with the given columns under our names; a column of that name becomes `<name>_in_data`."""
     for own, theirs in columns.items():
         if theirs not in row:
             raise BadRow(
@@ -101,16 +101,16 @@ def _own_names(row: Row, columns: Mapping[str, str]) -> Row:
 
 
 def _format_of(row: Row, reading: RowReading) -> Format:
-    """Return the format of the registry that a row has. Raises BadRow, naming the nearest one and what it lacks."""
+    """Return the format of a row. Raises BadRow with the nearest format and the fields that the row lacks."""
     if reading.format == "auto":
         refuse_unusable(row)
     formats = tuple(one for one in FORMATS if reading.format in ("auto", one.name))
-    if not missing(row.get("rejected")):  # a pair, be it a damaged one, is no demonstration
+    if not missing(row.get("rejected")):  # a pair is no demonstration, even if it is damaged
         formats = tuple(one for one in formats if one.is_pair)
     for one in formats:
         if not one.lacking(row) and (reading.format != "auto" or one.when(row)):
             return one
-    for one in formats:  # the columns are there, and empty: the reading itself says which
+    for one in formats:  # the columns exist but are empty: reading the row names the empty one
         if all(any(name in row for name in either.split("|")) for either in one.fields) and (
             reading.format != "auto" or one.when(row)
         ):

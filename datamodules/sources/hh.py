@@ -1,4 +1,4 @@
-"""Transcripts as in Anthropic's HH data: turns "\\n\\nHuman: …" and "\\n\\nAssistant: …" in one text."""
+"""Transcripts in the form of Anthropic's HH data: turns "\\n\\nHuman: …" and "\\n\\nAssistant: …" in one text."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def split_transcript(transcript: str, name: str) -> tuple[str, str]:
-    """Split a whole transcript behind its last "\\n\\nAssistant:" into (prompt, response).
+    """Split a whole transcript after its last "\\n\\nAssistant:" into (prompt, response).
 
-    `name` is the field that holds the transcript, for the message. Raises BadRow.
+    `name` is the transcript's field, for the error message. Raises BadRow.
     """
     if not is_transcript(transcript):
         raise BadRow("not an HH transcript", f"{name} does not start with {HUMAN!r}")
@@ -30,9 +30,9 @@ def split_transcript(transcript: str, name: str) -> tuple[str, str]:
 
 
 def question_prompt(question: object, name: str) -> str:
-    """A single question as an HH prompt: one Human turn, then "\\n\\nAssistant:".
+    """Return a single question as an HH prompt: one Human turn, then "\\n\\nAssistant:".
 
-    `name` is the field that holds the question. Raises BadRow, also where the question holds turns of its own.
+    `name` is the question's field. Raises BadRow, also if the question contains turns itself.
     """
     content = text(question, name)
     if not content.strip():
@@ -43,17 +43,17 @@ def question_prompt(question: object, name: str) -> str:
 
 
 def is_transcript(value: str) -> bool:
-    """Whether a text begins as a whole transcript does."""
+    """Return whether a text begins like a whole transcript."""
     return value.startswith(HUMAN)
 
 
 def is_transcript_prompt(prompt: str) -> bool:
-    """Whether `prompt` has the form that `split_transcript` gives, ending where the assistant speaks next."""
+    """Return whether `prompt` ends with the assistant's header, like the prompts of `split_transcript`."""
     return prompt.endswith(ASSISTANT)
 
 
 def transcript_turns(prompt: str) -> tuple[Message, ...]:
-    """Return the turns of an HH prompt as they are written, in any order; text before them is "system"."""
+    """Return the turns of an HH prompt unchanged, in any order of roles; text before them is "system"."""
     before, *turns = _TURN.split(prompt.removesuffix(ASSISTANT))
     pairs = zip(turns[::2], turns[1::2], strict=True)
     first = (Message("system", before),) if before else ()
@@ -61,16 +61,17 @@ def transcript_turns(prompt: str) -> tuple[Message, ...]:
 
 
 def transcript(turns: Sequence[Message]) -> str:
-    """Return the HH prompt that `transcript_turns` takes apart."""
+    """Return the HH prompt of these turns: the inverse of `transcript_turns`."""
     headers = {"user": HUMAN, "assistant": ASSISTANT, "system": ""}
     return "".join(headers[turn.role] + turn.content for turn in turns) + ASSISTANT
 
 
 def hh_messages(prompt: str) -> tuple[Message, ...]:
-    """The turns of an HH prompt as messages, Human as "user" and Assistant as "assistant".
+    """Return the turns of an HH prompt as messages, Human as "user" and Assistant as "assistant".
 
-    `prompt` ends with "\\n\\nAssistant:", which announces the response and is no message. Raises ValueError
-    when the text starts with any other role, or when the turns do not alternate, starting with Human.
+    The "\\n\\nAssistant:" at the end of `prompt` is the header of the response, not a message. Raises ValueError
+    if it is missing, if other text precedes the turns, or if they do not alternate, with a Human turn first and
+    last.
     """
     if not is_transcript_prompt(prompt):
         raise ValueError(f"an HH prompt ends with {ASSISTANT!r}")
@@ -89,9 +90,9 @@ def hh_messages(prompt: str) -> tuple[Message, ...]:
 
 
 def prompt_messages(prompt: Prompt) -> tuple[Message, ...]:
-    """Any prompt as messages: those it has, the turns of an HH prompt, or one user's turn.
+    """Return any prompt as messages: its own, the turns of an HH prompt, or a single user turn.
 
-    Raises ValueError where the turns of an HH prompt do not alternate.
+    Raises ValueError if the turns of an HH prompt do not alternate.
     """
     if not isinstance(prompt, str):
         return prompt

@@ -1,4 +1,4 @@
-"""Rows of a Hugging Face dataset: a Hub id, or a local folder that `datasets` understands."""
+"""Hugging Face datasets as a source of rows: a Hub id, or a local folder that `datasets` can read."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from app.errors import UserError
 from datamodules.sources.arrow_files import ROWS_PER_BATCH, arrow_rows
 from datamodules.sources.files import LocalFiles, log, readable
 
-# what lies beside the rows of a data set and holds none
+# files of a dataset that hold no rows
 _NO_ROWS = {"README.md", "LICENSE", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
 class HubDataset:
-    """One split of a dataset that `datasets` can load without running code of its own."""
+    """One split of a dataset that `datasets` can load without running the dataset's code."""
 
     def __init__(self, path: str, split: str, subset: str | None = None, revision: str | None = None) -> None:
         self.name = Path(path).name if Path(path).is_dir() else path
@@ -31,7 +31,7 @@ class HubDataset:
             )
         except UserError:
             raise
-        except Exception as error:  # its failures have no common class: network, access, split, format
+        except Exception as error:  # errors of `datasets` have no common class: network, access, split, format
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"The dataset {path!r}, {chosen}, cannot be loaded ({type(error).__name__}: {reason}): "
@@ -39,11 +39,11 @@ class HubDataset:
             ) from error
 
     def fingerprint(self) -> str:
-        """The fingerprint that `datasets` gives to the loaded split; changes with its files or revision."""
+        """Return the fingerprint of the loaded split by `datasets`; it changes with the files or the revision."""
         return str(self._dataset._fingerprint)
 
     def rows(self) -> Iterator[tuple[str, object]]:
-        """Yield (name and row number from 1, the row's fields)."""
+        """Yield (name and row number from 1, fields of the row)."""
         for number, row in arrow_rows(self._batches()):
             yield f"{self.name}:{number}", row
 
@@ -55,15 +55,16 @@ class HubDataset:
 def folder_source(folder: Path, split: str, subset: str | None) -> HubDataset | LocalFiles:
     """Return one split of a local folder as a source.
 
-    A folder that `save_to_disk` wrote, one with a data card that names its files, and a subset are left to
-    `datasets`; files of rows are read one by one, as any other file is. Raises UserError.
+    `datasets` loads a folder that `save_to_disk` wrote, one with a data card (a README.md with front matter), a
+    subset, and a folder without a file of a known kind. Otherwise our own readers read the files one by one. Raises
+    UserError.
     """
     if subset is not None or _is_saved(folder) or _has_card(folder):
         return HubDataset(str(folder), split, subset)
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
     base = str(folder.absolute())
-    try:  # which file is of which split: as `datasets` tells by their names
+    try:  # `datasets` decides by the names which file belongs to which split
         found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
     except (EmptyDatasetError, FileNotFoundError) as error:
         raise UserError(f"The folder {folder} holds no file: check data.path.") from error
@@ -94,7 +95,7 @@ def _has_card(folder: Path) -> bool:
 
 
 def _saved(folder: Path, split: str) -> Any:
-    """Return a split of what `save_to_disk` wrote; a single data set is `train`, or what it calls itself."""
+    """Return a split of a folder by `save_to_disk`; a single dataset is `train` or the split it names itself."""
     import datasets
 
     found = datasets.load_from_disk(str(folder))
@@ -106,16 +107,16 @@ def _saved(folder: Path, split: str) -> Any:
 
 
 def _loaded(path: str, split: str, subset: str | None, revision: str | None) -> Any:
-    import datasets  # two seconds that a local file need not wait for
+    import datasets  # takes two seconds, which a local file does not need
 
     part = {} if subset is None else _subset(path, subset, revision)
     return datasets.load_dataset(path, split=split, revision=revision, **part)
 
 
 def _subset(path: str, subset: str, revision: str | None) -> dict[str, str]:
-    """How `load_dataset` is told of a subset: by `name` where the data set declares it, else by its folder.
+    """Return the argument of `load_dataset` for a subset: `name` if the dataset declares it, else its folder.
 
-    Of the sets that people train on, some declare configurations (PKU-SafeRLHF), others only have folders
+    Some preference datasets declare configurations (PKU-SafeRLHF), others only have folders
     (Anthropic/hh-rlhf, SHP, the parquet branch of summarize_from_feedback).
     """
     import datasets

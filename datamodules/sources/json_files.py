@@ -1,4 +1,4 @@
-"""Rows of JSON: one object a line, or an array of objects."""
+"""Readers of rows in JSON: one object per line, or an array of objects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _BLANK = " \t\r\n"
 
 
 def jsonl_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line number from 1, the value of the line, a BadRow where it cannot be read)."""
+    """Yield (line number from 1, value of the line, or a BadRow if it cannot be read).
+
+    Raises UserError for damaged gzip.
+    """
     number = 0
     try:
         for number, line in enumerate(file, 1):
@@ -29,9 +32,9 @@ def jsonl_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, object]]:
 
 
 def json_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (number of the element from 1, its value) of an array; a file of objects line by line is read as such.
+    """Yield (number from 1, value) of each element of an array, or of each line of a file with an object per line.
 
-    Raises UserError where the array is broken: what follows cannot be told apart any more.
+    Raises UserError for a broken array, because the rows after the fault cannot be separated.
     """
     text = whole_text(file, path)
     at = _after_blank(text, 0)
@@ -70,9 +73,9 @@ def json_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, object]]:
 
 
 def whole_text(file: IO[bytes], path: Path) -> str:
-    """Return the text of a file in UTF-8, or in UTF-16 where it begins with that mark, without the mark.
+    """Return the text of a file in UTF-8, or in UTF-16 if it begins with that byte order mark, without the mark.
 
-    Raises UserError, naming the line.
+    Raises UserError with the line of invalid text, or for damaged gzip.
     """
     try:
         data = file.read()
@@ -87,22 +90,22 @@ def whole_text(file: IO[bytes], path: Path) -> str:
 
 
 def damaged_gzip(path: Path, error: Exception) -> UserError:
-    """Return what to say: a failed checksum means that earlier rows may be wrong too, not which."""
+    """Return the error for damaged gzip: after a failed checksum, no row can be trusted."""
     return UserError(f"{path} is damaged gzip ({error}): its rows cannot be trusted; fetch it again.")
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type."""
+    """Return the first line of an error's text, or its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _is_lines(text: str) -> bool:
-    """Whether a text that begins with an object is one row, or rows line by line."""
+    """Return whether a text that begins with an object holds one row per line (or a single row)."""
     try:
         value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
-        return True  # line by line it can be told which are bad
-    # {"data": [{…}, …]}: a wrapper and no row
+        return True  # reading line by line shows which lines are bad
+    # {"data": [{…}, …]} is a wrapper, not a row
     wraps = len(value) == 1 and isinstance(next(iter(value.values())), list)
     return not wraps or _after_blank(text, end) < len(text)
 
@@ -120,12 +123,12 @@ def _json_value(line: bytes) -> object:
         return BadRow("invalid UTF-8")
     except BadRow as bad:
         return bad
-    except (ValueError, RecursionError) as error:  # too long a number is a ValueError of its own
+    except (ValueError, RecursionError) as error:  # a number that is too long raises another ValueError
         return BadRow("bad JSON", first_line(error))
 
 
 def _unique_fields(fields: list[tuple[str, object]]) -> dict[str, object]:
-    """An object whose names differ: which of two values was meant cannot be known."""
+    """Return an object. Raises BadRow for a repeated name, because either value may be meant."""
     row = dict(fields)
     if len(row) < len(fields):
         raise BadRow("repeated field")

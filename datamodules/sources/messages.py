@@ -1,4 +1,4 @@
-"""Messages in the spellings that are in use: roles, `from` and `value`, content in parts, JSON in text."""
+"""Readers of messages in the usual forms: names of roles, `from` and `value`, content in parts, JSON in text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from datamodules.sources.report import BadRow
 from datamodules.sources.template_fields import message_fields
 from datamodules.sources.values import decoded, text
 
-# as the documents of TRL, LLaMA-Factory, axolotl, OpenAssistant, Gemma and OpenAI spell them, in small letters
+# the lower-case names in the documents of TRL, LLaMA-Factory, axolotl, OpenAssistant, Gemma and OpenAI
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -34,9 +34,9 @@ _QUOTED = re.compile(r"""['"](\w+)['"]""")
 
 
 def spoken(value: object, name: str) -> str | tuple[Message, ...]:
-    """Return what a field holds: text, or messages (a list, one alone, or either as JSON in text).
+    """Return the text or the messages of a field (a list, a single message, or either as JSON in text).
 
-    `name` is the field, for the reason. Raises BadRow.
+    `name` is the field, for the error message. Raises BadRow.
     """
     value = decoded(value) if isinstance(value, str) and _looks_like_messages(value, name) else value
     if isinstance(value, Mapping):
@@ -72,7 +72,7 @@ def _message(value: object, name: str) -> Message:
 
 
 def _joined(parts: list[Any], name: str) -> str:
-    """Return the text of content that is given in parts. Raises BadRow for an image, a sound, a film."""
+    """Return the text of content in parts. Raises BadRow for a part that is not text, such as an image."""
     texts = []
     for part in parts:
         if isinstance(part, Mapping) and part.get("type") != "text":
@@ -85,7 +85,7 @@ def _joined(parts: list[Any], name: str) -> str:
 
 
 def _calls(content: str, name: str) -> list[dict[str, Any]]:
-    """Return the tool calls of a LLaMA-Factory `function_call` message, JSON in text."""
+    """Return the tool calls of a LLaMA-Factory `function_call` message, which are JSON in text."""
     try:
         calls = json.loads(content)
     except ValueError as error:
@@ -96,10 +96,10 @@ def _calls(content: str, name: str) -> list[dict[str, Any]]:
 
 
 def _looks_like_messages(value: str, name: str) -> bool:
-    """Whether text is messages in JSON, or as Python prints them (a list in a cell that pandas wrote).
+    """Return whether text is messages in JSON or in Python's syntax (pandas writes a list in a cell that way).
 
-    Raises BadRow where it has a message's key and names a role, and yet is none: it would train as raw text. Other
-    JSON is text, as the answer of a model may be.
+    Raises BadRow for text that has a message's key and a role but is not messages, because it would be trained as
+    raw text. Other JSON is text, since a model may answer in JSON.
     """
     if _AN_OBJECT.match(value) is None or not _A_KEY.search(value):
         return False

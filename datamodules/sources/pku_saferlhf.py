@@ -1,4 +1,4 @@
-"""Rows of `PKU-Alignment/PKU-SafeRLHF`: two responses, compared by helpfulness and by harmlessness."""
+"""Reader of rows of `PKU-Alignment/PKU-SafeRLHF`: two responses, compared by helpfulness and harmlessness."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PreferredBy = Literal["better", "safer"]
 
 
 def pku_saferlhf_pair(row: Mapping[str, object], preferred_by: PreferredBy = "better") -> dict[str, object]:
-    """The fields of a pair from one comparison; `preferred_by` says which of the two ids names the chosen one.
+    """Return the fields of a pair from one comparison; `preferred_by` selects the id of the chosen response.
 
-    The prompt is the question as a Human turn of an HH transcript. Labels: `better_is_chosen`,
-    `safer_is_chosen` and all further columns, those of one response renamed to the side where it stands
-    (`is_response_0_safe` to `is_chosen_safe`, …). Raises BadRow.
+    The prompt is the question as a Human turn of an HH transcript. Labels: `better_is_chosen`, `safer_is_chosen`
+    and all other columns. Columns of one response are renamed to its side (`is_response_0_safe` to
+    `is_chosen_safe`, …). Raises BadRow.
     """
     ids = {name: zero_or_one(row, f"{name}_response_id") for name in ("better", "safer")}
     sides = {

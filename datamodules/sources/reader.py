@@ -1,4 +1,4 @@
-"""Reading preference pairs from a file or the Hub, with a full account of every row."""
+"""Reader of preference pairs from files or the Hub; its report accounts for every row."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ OnBadRow = Literal["error", "skip"]
 
 
 class Source(Protocol):
-    """Where rows come from."""
+    """A source of rows."""
 
     name: str
 
     def fingerprint(self) -> str:
-        """A hash that changes with the content."""
+        """Return a hash that changes with the content."""
         ...
 
     def rows(self) -> Iterator[tuple[str, object]]:
-        """Yield (file or data set and row number from 1, the row's fields, or a BadRow where it cannot be read)."""
+        """Yield (file or dataset and row number from 1, fields of the row, or a BadRow if it cannot be read)."""
         ...
 
 
 @dataclass(frozen=True)
 class SourceAddress:
-    """Where to find rows: a file, a pattern of files (`data/*.csv`), a folder or a Hub id, and which part of it.
+    """The address of rows: a file, a pattern of files (`data/*.csv`), a folder or a Hub id, and a part of it.
 
-    `subset` is the name of a configuration, or else a folder of the data set; `revision` a branch, tag or
-    commit of a Hub id.
+    `subset` is a configuration or a folder of the dataset; `revision` is a branch, tag or commit of a Hub id.
     """
 
     path: str
@@ -49,7 +48,7 @@ class SourceAddress:
 
 
 def open_source(address: SourceAddress) -> Source:
-    """Return the source at `address`. Raises UserError, also where a split or subset of a file is asked for."""
+    """Return the source at `address`. Raises UserError, also for a split or subset of a file."""
     path = address.path
     local = Path(path).expanduser()
     if local.is_dir():
@@ -89,12 +88,12 @@ def _folders_here() -> set[str]:
 
 
 def _near(path: Path) -> str:
-    """Return " (did you mean …?)" for a file that is called nearly so, else nothing."""
+    """Return " (did you mean …?)" if a file has a similar name, else an empty text."""
     return close(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
 
 
 class PairReader(Iterator[PreferencePair]):
-    """Iterates once over the pairs of a source; `report` counts the rows meanwhile."""
+    """An iterator over the pairs of a source; `report` counts the rows while they are read."""
 
     def __init__(
         self,
@@ -153,12 +152,12 @@ def read_pairs(
     preferred_by: PreferredBy = "better",
     columns: Mapping[str, str] | None = None,
 ) -> PairReader:
-    """Return the pairs of local files, a folder or a Hub id, in their order; see the registry for the forms.
+    """Return the pairs of local files, a folder or a Hub id, in order; see the registry for the formats.
 
-    A pair's id is its field `pair_id` (text or integer, unique) or `<file or data set>:<line or row number>`.
-    `on_bad_row`: "error" raises at the first bad row, "skip" leaves it out and counts it in the reader's
-    `report`. For the others see `SourceAddress` and `RowReading`. Raises UserError, also for a source without a
-    single usable row and, in both modes, for a file that is damaged as a whole.
+    A pair's id is its field `pair_id` (text or integer, unique) or `<file or dataset>:<line or row number>`.
+    `on_bad_row`: "error" raises at the first bad row, "skip" leaves it out and counts it in the reader's `report`.
+    For the other arguments see `SourceAddress` and `RowReading`. Raises UserError, also for a source without a
+    usable row and, in both modes, for a file that is damaged as a whole.
     """
     reading = RowReading(format, need_rejected, min_score_ratio, preferred_by, columns or {})
     return PairReader(open_source(SourceAddress(path, split, subset, revision)), reading, on_bad_row)

@@ -1,4 +1,4 @@
-"""The formats that rows are read in: `data.format` names one, and `make docs` writes the table of docs/data.md."""
+"""The formats of rows: `data.format` names one, and `make docs` writes the table in docs/data.md from them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SIDES = ("chosen", "rejected")
 
 @dataclass(frozen=True, eq=False)
 class Format:
-    """One form of rows: `fields` must hold something (`a|b`: one of them), `optional` ones are used where they do.
+    """One format of rows. A row needs a value in each of `fields` (`a|b`: in one of them); `optional` may be empty.
 
-    `named_by`: whose documents describe it. `example`: a row. `convert` gives the fields of a pair. Without
-    `data.format` only rows for which `when` holds are read as such.
+    `named_by`: the programs or datasets that use it. `example`: a row. `convert` returns the fields of a pair.
+    Without `data.format`, this format applies only to rows for which `when` is true.
     """
 
     name: str
@@ -37,22 +37,22 @@ class Format:
 
     @property
     def is_pair(self) -> bool:
-        """Whether its rows have two answers, and so can be used for preference optimisation."""
+        """Return whether its rows have two answers, as preference optimisation needs."""
         return len(self.fields) > 2 or "rejected" in self.fields
 
     def lacking(self, row: Row) -> list[str]:
-        """Return the needed fields in which a row holds nothing."""
+        """Return the needed fields that have no value in a row."""
         return [name for name in self.fields if not any(_holds(row, either) for either in name.split("|"))]
 
 
 def _holds(row: Row, name: str) -> bool:
-    # a side that is null beside one that is not is a damaged pair, and no demonstration
+    # a row with one null side is a damaged pair, not a demonstration
     sides = _SIDES if name in _SIDES and name in row else (name,)
     return any(not missing(row.get(side)) for side in sides)
 
 
 def _without_own_fields(row: Row) -> bool:
-    return "chosen" not in row  # else a set in the published form that somebody has converted
+    return "chosen" not in row  # otherwise somebody has converted the published form
 
 
 _TURN = {"role": "user", "content": "2 + 2?"}
@@ -72,7 +72,7 @@ _PKU = {"prompt": "2 + 2?", "response_0": "4", "response_1": "5", "better_respon
 _OURS = "TRL, axolotl"
 _LLAMA_FACTORY = "LLaMA-Factory"
 
-# a row is read as the first of these whose fields it has
+# a row has the first of these formats whose fields it has
 FORMATS = (
     Format("pairs", ("prompt", *_SIDES), _OURS, {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}),
     Format("pairs", ("prompt", *_SIDES), "TRL", {"prompt": [_TURN], "chosen": [_YES], "rejected": [_NO]}),
@@ -208,7 +208,7 @@ FORMATS = (
             "score_rejected": 3.0,
         },
         lambda row, reading: ultrafeedback_pair(row),
-        when=lambda row: False,  # by its fields any pair in chat messages
+        when=lambda row: False,  # its fields do not distinguish it from any pair in chat messages
     ),
 )
 NAMES = tuple(dict.fromkeys(format.name for format in FORMATS))
@@ -216,7 +216,7 @@ FIELDS = {name for format in FORMATS for either in (*format.fields, *format.opti
 
 
 def markdown_table(formats: tuple[Format, ...] = FORMATS) -> str:
-    """Return the registry as the table of docs/data.md."""
+    """Return the registry as the table in docs/data.md."""
     lines = ["| `data.format` | an example row | stage | as in |", "|---|---|---|---|"]
     for format in formats:
         row = json.dumps(format.example, ensure_ascii=False).replace("|", "\\|")
@@ -226,7 +226,7 @@ def markdown_table(formats: tuple[Format, ...] = FORMATS) -> str:
 
 
 def nearest(row: Mapping[str, object], formats: tuple[Format, ...]) -> Format:
-    """Return the format of which a row has the largest part; of equals the one that lacks least, then the first."""
+    """Return the format with most fields in the row; ties go to the fewest lacking fields, then to the first."""
     lacks = {format: len(format.lacking(row)) for format in formats}
     if all(lacks[format] == len(format.fields) for format in formats):
         return formats[0]

@@ -1,4 +1,4 @@
-"""What was wrong with a row, and how often."""
+"""Errors of single rows, and the report that counts them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _EXAMPLES_PER_REASON = 3
 
 
 class BadRow(Exception):
-    """A row that makes no preference pair. `reason` is a short phrase to count by, `detail` says more."""
+    """The error for a row that is not a pair. `reason` is a short phrase that is counted, `detail` says more."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason} ({detail})" if detail else reason)
@@ -17,12 +17,12 @@ class BadRow(Exception):
 
 
 class LeftOut(BadRow):
-    """A sound row that the settings leave out: counted, and no reason to stop."""
+    """The error for a valid row that the settings leave out: it is counted and never stops the run."""
 
 
 @dataclass
 class RowReport:
-    """Counts of one pass over a source: `rows` = `pairs` + the sum of `skipped` once the pass has ended."""
+    """The counts of one pass over a source; at its end, `rows` = `pairs` + the sum of `skipped`."""
 
     rows: int = 0
     pairs: int = 0
@@ -31,14 +31,14 @@ class RowReport:
     ignored_fields: Counter[str] = field(default_factory=Counter)  # rows by field that cannot be a label
 
     def skip(self, reason: str, location: str) -> None:
-        """Count a row that was left out, and remember where it stands if it is one of the first."""
+        """Count a row that was left out, and keep its location if it is one of the first."""
         self.skipped[reason] += 1
         places = self.examples.setdefault(reason, [])
         if len(places) < _EXAMPLES_PER_REASON:
             places.append(location)
 
     def summary(self) -> str:
-        """One line for a person: how many rows made pairs, and why the others did not."""
+        """Return one readable line: how many rows became pairs, and why the others did not."""
         text = f"{self.rows} rows read, {self.pairs} pairs"
         for reason, count in self.skipped.most_common():
             text += f"; {count} skipped: {reason} ({', '.join(self.examples[reason])}{', …' * (count > 3)})"

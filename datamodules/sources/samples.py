@@ -1,4 +1,4 @@
-"""Samples that `beta-dpo generate` wrote, looked up by prompt."""
+"""Lookup by prompt of the samples that `beta-dpo generate` wrote."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from datamodules.sources.prompts import prompt_key
 
 
 class Sample(NamedTuple):
-    """A sampled response; `finished` says that it came to an end before its length limit."""
+    """A sampled response; `finished` says whether it ended before its length limit."""
 
     response: str
     finished: bool
 
 
 class SampleFile:
-    """The samples of a file. In memory is only where each one stands, 8 bytes and a little more."""
+    """The samples of a file. Memory holds only the position of each, little more than 8 bytes."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -29,9 +29,9 @@ class SampleFile:
             self._places.setdefault(prompt_key(row["prompt"]), []).append(place)
 
     def of_prompt(self, prompt: Prompt, turn: int) -> Sample | None:
-        """The sample for the pair that is number `turn` of those with this prompt; None without any.
+        """Return the sample for the pair with number `turn` (from 0) of this prompt; None if there is none.
 
-        Where there are fewer samples than pairs, they serve again from the first one on.
+        If a prompt has fewer samples than pairs, they are used again from the first.
         """
         places = self._places.get(prompt_key(prompt))
         if places is None:

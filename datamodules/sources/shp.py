@@ -1,4 +1,4 @@
-"""Rows of `stanfordnlp/SHP`: a Reddit post and two comments, preferred by their scores."""
+"""Reader of rows of `stanfordnlp/SHP`: a Reddit post and two comments, preferred by their scores."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ FIELDS = ("history", "human_ref_A", "human_ref_B", "labels")
 
 
 def shp_pair(row: Mapping[str, object], min_score_ratio: float = 1.0) -> dict[str, object]:
-    """The fields of a pair from one comparison: `labels` 1 says that comment A is preferred, 0 comment B.
+    """Return the fields of a pair from one comparison; `labels` is 1 if comment A is preferred, 0 for comment B.
 
-    The prompt is the post as a Human turn of an HH transcript. Labels: all further columns, those of one
-    comment (`score_A`, …) renamed to the side where it stands (`score_chosen`, …). Raises LeftOut when
-    `score_ratio`, the preferred comment's score over the other's, is less than `min_score_ratio`; BadRow for a
-    malformed row, and where the scores say the opposite of `labels`.
+    The prompt is the post as a Human turn of an HH transcript. Labels: all other columns; those of one comment
+    (`score_A`, …) are renamed to its side (`score_chosen`, …). Raises LeftOut if `score_ratio`, the preferred
+    comment's score over the other's, is less than `min_score_ratio`, and BadRow for a malformed row or scores that
+    contradict `labels`.
     """
     chosen, rejected = "AB" if zero_or_one(row, "labels") == 1 else "BA"
     if number(row, f"score_{chosen}") < number(row, f"score_{rejected}"):

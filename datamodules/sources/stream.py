@@ -1,4 +1,4 @@
-"""Pairs that can be read again, and what decides them."""
+"""Streams of pairs that can be read again, with the values that identify them in the cache."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from datamodules.sources.reader import OnBadRow, PairReader, SourceAddress, open
 
 @dataclass(frozen=True)
 class PairStream:
-    """Pairs as text, in an order of their own that never changes.
+    """A stream of pairs as text, in a fixed order.
 
-    `description` tells in JSON values all that decides the pairs: content hash, format, seed of a generator, ….
-    `read` starts at the first pair; what it returns may have a `report` (a `RowReport`) of the rows read.
+    `description` is the part of the cache key that identifies the pairs, in JSON values: content hash, format, seed
+    of a generator, …. `read` starts at the first pair; its result may have a `report` (a `RowReport`) of the rows.
     """
 
     name: str
@@ -24,10 +24,10 @@ class PairStream:
 
 
 def pair_stream(address: SourceAddress, reading: RowReading, on_bad_row: OnBadRow) -> PairStream:
-    """The pairs of a file, dataset folder or Hub id. Raises UserError when there is none."""
+    """Return the stream of a file, dataset folder or Hub id. Raises UserError if it does not exist."""
     source = open_source(address)
     description = {
-        "name": source.name,  # stands in the pair ids
+        "name": source.name,  # part of the pair ids
         "content": source.fingerprint(),
         "on_bad_row": on_bad_row,
         **asdict(reading),

@@ -1,4 +1,4 @@
-"""Rows of .csv and .tsv files, a line of column names first."""
+"""Readers of the rows of .csv and .tsv files, whose first line holds the column names."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from datamodules.sources.json_files import whole_text
 from datamodules.sources.report import BadRow
 from datamodules.sources.values import Cell
 
-_MISSING = {"", "nan", "NaN", "<NA>", "#N/A"}  # as pandas and spreadsheets write a cell without a value
+_MISSING = {"", "nan", "NaN", "<NA>", "#N/A"}  # an empty cell, as written by pandas and spreadsheets
 
 
 def tsv_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, object]]:
-    """Yield the rows of a file whose cells are parted by tabs; see `csv_rows`."""
+    """Yield the rows of a file with tabs between the cells; see `csv_rows`."""
     csv.field_size_limit(sys.maxsize)
     return table_rows(whole_text(file, path), path, "\t")
 
 
 def csv_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line where the row begins, its cells by column name, a BadRow where it has another number of cells).
+    """Yield (first line of the row, its cells by column name, or a BadRow if their number is wrong).
 
-    Commas, semicolons or tabs part the cells: what gives the first line the most. A cell without a value is None.
-    Raises UserError for quotes that do not close, after which rows cannot be told apart, and for unusable names.
+    The delimiter is the comma, semicolon or tab, whichever gives the first line most cells. A cell without a value
+    is None. Raises UserError for an unclosed quotation mark, after which rows cannot be separated, and for repeated
+    column names.
     """
     text = whole_text(file, path)
     csv.field_size_limit(sys.maxsize)
@@ -74,12 +75,12 @@ def _names(cells: list[str], path: Path) -> list[str]:
 
 
 class _CountedLines:
-    """The lines of a text, with the number of quotation marks since it was last set to 0."""
+    """An iterator over the lines of a text that counts quotation marks since `quotes` was last set to 0."""
 
     def __init__(self, text: str) -> None:
         self._lines = io.StringIO(text, newline="")
         self.quotes = 0
-        self.first = 1  # line where the row that is being read begins
+        self.first = 1  # first line of the row that is being read
 
     def __iter__(self) -> Iterator[str]:
         for line in self._lines:

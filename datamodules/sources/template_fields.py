@@ -1,4 +1,4 @@
-"""What a row holds for the chat template beside the text: a system text, tools, tool calls, options."""
+"""Readers of a row's further inputs to the chat template: a system text, tools, tool calls and options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEMPLATE_FIELDS = ("system", "tools", "chat_template_kwargs")
 
 
 def template_fields(row: Mapping[str, object]) -> dict[str, Any]:
-    """Return the `tools` (a list) and `template_kwargs` (an object) of a row, each also where it is JSON in text.
+    """Return the `tools` (a list) and `template_kwargs` (an object) of a row; either may be JSON in text.
 
     Raises BadRow.
     """
@@ -28,9 +28,9 @@ def template_fields(row: Mapping[str, object]) -> dict[str, Any]:
 
 
 def with_system(prompt: Prompt, system: object) -> Prompt:
-    """Return the prompt with the text of a column `system` as its first message; empty or null says nothing.
+    """Return the prompt with the text of a column `system` as its first message; empty or null changes nothing.
 
-    Raises BadRow where the prompt has another system message.
+    Raises BadRow if the prompt has another system message, or if its HH turns do not alternate.
     """
     if system is None or (isinstance(system, str) and not system.strip()):
         return prompt
@@ -47,12 +47,12 @@ def with_system(prompt: Prompt, system: object) -> Prompt:
 
 
 def message_fields(message: Mapping[str, object]) -> dict[str, Any]:
-    """Return the fields of a message that hold something; one with tool calls needs no content of its own.
+    """Return the fields of a message that are not null; with tool calls, missing content becomes empty.
 
-    The arguments of a tool call become an object where they are JSON in text, as templates expect.
+    Arguments of a tool call in JSON text become an object, as templates expect. Raises BadRow.
     """
     fields: dict[str, Any] = _without_null(message)
-    for name in ("thinking", "reasoning"):  # older names, as transformers reads them
+    for name in ("thinking", "reasoning"):  # older names, which transformers accepts
         if isinstance(fields.get(name), str):
             thought = fields.pop(name)
             fields.setdefault("reasoning_content", thought)
@@ -72,12 +72,12 @@ def _decoded(value: object, name: str) -> Any:
         value = json.loads(value or "null") if isinstance(value, str) else _without_null(value)
     except ValueError as error:
         raise BadRow("bad JSON", f"{name}: {error}") from error
-    text(json.dumps(value, ensure_ascii=False, default=str), name)  # valid Unicode down to its leaves
+    text(json.dumps(value, ensure_ascii=False, default=str), name)  # checks that all nested text is valid Unicode
     return value
 
 
 def _without_null(value: object) -> Any:
-    """Return the value without fields that are null: Arrow gives every object of a column the fields of all."""
+    """Return the value without null fields, because Arrow gives every object of a column the fields of all."""
     if isinstance(value, Mapping):
         return {str(name): _without_null(field) for name, field in value.items() if field is not None}
     return [_without_null(item) for item in value] if isinstance(value, list) else value

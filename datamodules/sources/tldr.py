@@ -1,4 +1,4 @@
-"""Rows of `openai/summarize_from_feedback`, subset `comparisons`: two summaries of a Reddit post."""
+"""Reader of rows of `openai/summarize_from_feedback`, subset `comparisons`: two summaries of a Reddit post."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ FIELDS = ("info", "summaries", "choice")
 
 
 def tldr_pair(row: Mapping[str, object]) -> dict[str, object]:
-    """The fields of a pair from one comparison: `summaries[choice].text` is chosen.
+    """Return the fields of a pair from one comparison; `summaries[choice].text` is chosen.
 
-    The prompt is the form in which the data's authors showed a post to their models (arXiv 2009.01325): its
-    subreddit, title and text, then "TL;DR:". Labels: `post_id`, `subreddit`, `chosen_policy`,
-    `rejected_policy`, `confidence` and the further columns. Raises LeftOut for a comparison about a news
-    article (a part of the validation split), BadRow for a malformed row.
+    The prompt has the form that the data's authors gave their models (arXiv 2009.01325): the post's subreddit,
+    title and text, then "TL;DR:". Labels: `post_id`, `subreddit`, `chosen_policy`, `rejected_policy`, the fields of
+    `extra` (`confidence`) and the other columns. Raises LeftOut for a comparison about a news article (a part of
+    the validation split), BadRow for a malformed row.
     """
     info = _mapping(field_of(row, "info"), "info")
     summaries = field_of(row, "summaries")

@@ -1,4 +1,4 @@
-"""Rows of `HuggingFaceH4/ultrafeedback_binarized`: two conversations with the scores of a judge."""
+"""Reader of rows of `HuggingFaceH4/ultrafeedback_binarized`: two conversations with a judge's scores."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ FIELDS = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
 
 
 def ultrafeedback_pair(row: Mapping[str, object]) -> dict[str, object]:
-    """The fields of a pair: `prompt` as text, `chosen` and `rejected` as messages that repeat it.
+    """Return the fields of a pair: `prompt` as text, `chosen` and `rejected` as messages that repeat it.
 
-    Pairs with equal scores stay: they are a part of the published data. Labels: `prompt_id`, both scores and
-    further columns, but not `messages`, which repeats `chosen`. Raises BadRow, also where the rejected
-    response has the higher score.
+    Pairs with equal scores stay, because they are part of the published data. Labels: `prompt_id`, both scores and
+    the other columns, but not `messages`, which repeats `chosen`. Raises BadRow, also if the rejected response has
+    the higher score.
     """
     for side in ("chosen", "rejected"):
         if not isinstance(field_of(row, side), list):

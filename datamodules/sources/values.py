@@ -1,4 +1,4 @@
-"""The values of a row's fields, checked."""
+"""Checks and conversions of the values of a row's fields."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _CONSTANTS: dict[str, object] = {"true": True, "false": False}
 
 
 class Cell(str):
-    """The text of a cell in a file without types (.csv, .tsv): as a label or a choice it may be a number."""
+    """The text of a cell in an untyped file (.csv, .tsv); as a label or a choice it may be a number."""
 
 
 def typed(value: object) -> object:
-    """Return a cell as the number or truth value that it spells, as text otherwise; other values as they are."""
+    """Return a cell as a number or truth value if it spells one, else as text; return other values unchanged."""
     if not isinstance(value, Cell):
         return value
     if _NUMBER.fullmatch(value):
@@ -28,7 +28,7 @@ def typed(value: object) -> object:
 
 
 def decoded(value: str) -> object:
-    """Return the value that a text spells in JSON, or as Python prints it. Raises ValueError."""
+    """Return the value of a text in JSON or in Python's syntax. Raises ValueError."""
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
@@ -40,35 +40,35 @@ def decoded(value: str) -> object:
 
 
 def missing(value: object) -> bool:
-    """Whether nothing is there: null, or the NaN that stands for it in tables."""
+    """Return whether a value is missing: null, or NaN, which means null in tables."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def kind(value: object) -> str:
-    """The name of a value's type, for a message."""
+    """Return the name of a value's type, for a message."""
     return "null" if value is None else "text" if isinstance(value, str) else type(value).__name__
 
 
 def text(value: object, name: str) -> str:
-    """`value`, which must be valid text. `name` is the field that holds it. Raises BadRow."""
+    """Return `value`, which must be valid text. `name` is its field. Raises BadRow."""
     if not isinstance(value, str):
         raise BadRow("wrong type", f"{name} is {kind(value)}, not text")
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer accepts
         raise BadRow("text is not valid Unicode", name) from None
     return str(value)
 
 
 def field_of(row: Mapping[str, object], name: str) -> object:
-    """The field `name`. Raises BadRow when the row lacks it."""
+    """Return the field `name`. Raises BadRow if the row lacks it."""
     if name not in row:
         raise BadRow("missing field", name)
     return row[name]
 
 
 def number(row: Mapping[str, object], name: str) -> float:
-    """The field `name`, which must be a finite number. Raises BadRow."""
+    """Return the field `name`, which must be a finite number. Raises BadRow."""
     value = typed(field_of(row, name))
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise BadRow("wrong type", f"{name} is {kind(value)}, not a finite number")
@@ -76,7 +76,7 @@ def number(row: Mapping[str, object], name: str) -> float:
 
 
 def zero_or_one(row: Mapping[str, object], name: str) -> int:
-    """The field `name`, which must be the integer 0 or 1. Raises BadRow."""
+    """Return the field `name`, which must be the integer 0 or 1. Raises BadRow."""
     value = typed(field_of(row, name))
     if isinstance(value, bool) or value not in (0, 1):
         raise BadRow("choice is neither 0 nor 1", f"{name} is {str(value)[:30]}")
@@ -85,5 +85,5 @@ def zero_or_one(row: Mapping[str, object], name: str) -> int:
 
 
 def spaced(value: object, name: str) -> str:
-    """A response with exactly one space before it, which parts it from a prompt that ends with a colon."""
+    """Return a response after exactly one space, which separates it from a prompt that ends with a colon."""
     return " " + text(value, name).lstrip()
