@@ -1,4 +1,4 @@
-"""Tokenised pairs as a table on disk: build, cache, open, split."""
+"""Tables of tokenised pairs on disk: building, caching, opening and splitting them."""
 
 from datamodules.table.cache import cached_table, load_table, table_fingerprint
 from datamodules.table.split import split_by_prompt

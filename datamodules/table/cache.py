@@ -1,4 +1,4 @@
-"""A table is built once per machine: every later run, and every other rank, opens the one in the cache."""
+"""The cache of tables: each is built once per machine; later runs and other ranks open it."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ log = logging.getLogger(__name__)
 def table_fingerprint(
     source: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, settings: Tokenisation
 ) -> str:
-    """The cache key of a table: a hash of all that decides what is in it.
+    """Return the cache key of a table: a hash of everything that its content depends on.
 
-    `source` describes where the pairs come from in JSON values: content hash, format, seed of a generator, ….
+    `source` describes the source of the pairs in JSON values: content hash, format, seed of a generator, ….
     """
     parts = [TABLE_VERSION, dict(source), tokenizer_fingerprint(tokenizer), asdict(settings)]
     return fingerprint(parts)
 
 
 def cached_table(stream: PairStream, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation) -> TokenisedTable:
-    """Open the table of `stream` from the cache, or build it first.
+    """Return the table of `stream` from the cache; build it first if necessary.
 
-    Processes that want the same table wait for the one that builds it. A damaged table is built anew, with a
-    warning. Raises UserError when the cache folder cannot be written.
+    Processes that need the same table wait for the one that builds it. A damaged table is rebuilt, with a warning.
+    Raises UserError if the cache folder cannot be written.
     """
     with locked_entry("tables", table_fingerprint(stream.description, tokenizer, settings)) as folder:
         if folder.exists():
@@ -63,9 +63,9 @@ def load_table(
     min_score_ratio: float = 1.0,
     preferred_by: PreferredBy = "better",
 ) -> TokenisedTable:
-    """The table of a file, dataset folder or Hub id, from the cache when its content has not changed.
+    """Return the table of a file, dataset folder or Hub id, from the cache if its content has not changed.
 
-    See `read_pairs` for the arguments and for what raises UserError.
+    See `read_pairs` for the arguments and the errors.
     """
     reading = RowReading(format, need_rejected, min_score_ratio, preferred_by)
     stream = pair_stream(SourceAddress(path, split, subset, revision), reading, on_bad_row)

@@ -1,4 +1,4 @@
-"""Writing tokenised pairs to disk in a stream."""
+"""The writer of tokenised pairs to disk, which reads them as a stream."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def build_table(
     folder: Path,
     reader_report: RowReport | None = None,
 ) -> TokenisedTable:
-    """Tokenise `pairs` in a stream into the new `folder` and open it.
+    """Tokenise the stream `pairs` into the new `folder` and return its table.
 
-    The table's report takes in `reader_report` (complete once `pairs` has been read): `rows` = `pairs` + all
-    counts that start with "skipped" or "dropped". Raises UserError when no pair is left, FileExistsError when
-    the folder exists.
+    The table's report includes `reader_report` (complete once `pairs` has been read): `rows` = `pairs` + all counts
+    that start with "skipped" or "dropped". Raises UserError if no pair remains, FileExistsError if the folder
+    exists and is not empty.
     """
     counts: Counter[str] = Counter()
     losses = RowReport()  # for its examples
