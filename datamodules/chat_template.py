@@ -18,7 +18,7 @@ from datamodules.sources.hh import prompt_messages
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# replaces today in a template's `strftime_now`, so that prompts and cache keys never change: Llama 3.1's own date
+# the date of a template's `strftime_now`, fixed so that prompts and cache keys stay the same; from Llama 3.1
 TEMPLATE_DATE = datetime(2024, 7, 26)
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 ESSENTIAL = ("tools", "tool_calls", THOUGHTS[0])  # a conversation without these is a different one

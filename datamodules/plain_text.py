@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class PlainPrompt(NamedTuple):
-    """The tokens of a prompt (none for an empty one), the first `leading` of which are special and never cut."""
+    """The tokens of a prompt (none for an empty one); the first `leading` are special and stay at its start."""
 
     ids: list[int]
     leading: int
