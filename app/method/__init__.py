@@ -1,5 +1,5 @@
-"""β-DPO as pure functions and small records (arXiv 2407.08639); imports torch and the standard library only.
+"""β-DPO (arXiv 2407.08639) as pure functions and small records; imports torch and the standard library only.
 
-Shape legend for the whole project: B pairs on this rank, G pairs in the global batch, T tokens in a packed
-row, V vocabulary.
+Shapes in the whole project: B pairs on this rank, G pairs in the global batch, T tokens in a packed row,
+V entries in the vocabulary.
 """

@@ -1,4 +1,4 @@
-"""What travels from the data to the model: a rank's share of an optimizer batch, and packed rows of it."""
+"""The records that go from the data to the model: a rank's share of an optimizer batch, and its packed rows."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Layout = Literal["packed", "separate"]
 
 
 def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy `tensor` from the CPU; pinned on its way to a GPU, so that the host does not wait for a running step."""
+    """Copy `tensor` from the CPU to `device`, through pinned memory for a GPU so that the host need not wait."""
     pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
     return pinned.to(device, non_blocking=True)
 
 
 class PairRun(NamedTuple):
-    """How many tokens a pair takes in a row, as `[prompt | first response | second response]`.
+    """The token counts of one pair in a row, laid out as `[prompt | first response | second response]`.
 
-    Padding is a run of one response without a prompt, which nobody reads.
+    Padding is a run with one response and no prompt.
     """
 
     prompt: int
@@ -34,38 +34,38 @@ class PairRun(NamedTuple):
 
 @dataclass
 class PackedRows:
-    """One micro-batch: prompts and their responses, laid into R rows of T tokens.
+    """One micro-batch: prompts and their responses in R rows of T tokens.
 
-    `packed`: a pair is one run of tokens `[prompt | chosen | rejected]`, several pairs to a row; position ids
-    of the rejected response restart after the prompt. `separate`: every response has a row of its own,
-    `[prompt | response]`. S responses in all, in the order pair 0 chosen, pair 0 rejected, pair 1 chosen, …;
-    N response tokens in all.
+    In the layout `packed` a pair is one run of tokens `[prompt | chosen | rejected]`, and a row holds several
+    pairs; the position ids of the rejected response restart after the prompt. In the layout `separate` every
+    response has a row of its own, `[prompt | response]`. There are S responses, in the order pair 0 chosen, pair 0
+    rejected, pair 1 chosen, …, with N response tokens in all.
     """
 
     input_ids: Tensor  # [R, T] int64
     position_ids: Tensor  # [R, T] int64, counted within the pair
     group: Tensor  # [R, T] int64, which run of tokens (pair) a token belongs to; −1 is padding
     part: Tensor  # [R, T] int64, 0 prompt, 1 first response, 2 second response
-    predict_index: Tensor  # [N] int64, index into the R·T flattened outputs that predicts the target
-    target_ids: Tensor  # [N] int64, the response tokens, EOS included
+    predict_index: Tensor  # [N] int64, index into the R·T flattened outputs: the output that predicts the target
+    target_ids: Tensor  # [N] int64, the response tokens, end-of-turn included
     response_index: Tensor  # [N] int64 in [0, S), the response that the target belongs to
     response_tokens: Tensor  # [S] int64, number of tokens of each response
     pairs: Tensor  # [P] int64, the rows' pairs as indices into the rank's share
     runs: Sequence[
         PairRun
-    ]  # of the flattened rows, padding included; on the host, so that reading them waits for no GPU
+    ]  # runs of the flattened rows, padding included; on the host, so that reading them does not wait for a GPU
     layout: Layout = "packed"
     _remembered: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def empty(cls) -> PackedRows:
-        """One token and no response: what a rank runs when the other ranks have one micro-batch more."""
+        """Return one token and no response, which a rank runs when other ranks have more micro-batches."""
         one = torch.zeros(1, 1, dtype=torch.int64)
         none = torch.zeros(0, dtype=torch.int64)
         return cls(one, one, one, one, none, none, none, none, none, [PairRun(0, (1,))])
 
     def to(self, device: torch.device | str) -> PackedRows:
-        """The same rows on `device`; nothing is remembered of them there yet."""
+        """Return the same rows on `device`, with an empty memory (see `remember`)."""
         columns = {each.name: getattr(self, each.name) for each in fields(self)}
         moved: dict[str, Any] = {
             name: on_device(column, device) for name, column in columns.items() if isinstance(column, Tensor)
@@ -73,23 +73,23 @@ class PackedRows:
         return replace(self, **moved, _remembered={})
 
     def remember(self, name: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` makes of these rows, made on the first call: a mask serves many layers and two models."""
+        """Return what `make` returns, computed once per `name`: one mask serves many layers and two models."""
         if name not in self._remembered:
             self._remembered[name] = make()
         return self._remembered[name]
 
 
 class OptimizerBatch(Protocol):
-    """This rank's share (B pairs) of one optimizer batch (G pairs), as the DataModules yield it."""
+    """This rank's share (B pairs) of one optimizer batch (G pairs), which the DataModules yield."""
 
     pair_ids: Sequence[str]  # [G], the global batch in its canonical order, equal on every rank
-    positions: Tensor  # [B] int64, where this rank's pairs stand in the global batch
-    labels: Mapping[str, Sequence[object]]  # each [G], label columns that the data carries (`flipped`, …)
+    positions: Tensor  # [B] int64, indices of this rank's pairs in the global batch
+    labels: Mapping[str, Sequence[object]]  # each [G], label columns of the data (`flipped`, …)
     tokens: int  # of the whole global batch, every prompt counted once
 
     @property
     def pair_keys(self) -> Tensor:
-        """Names [B] int64 of this rank's pairs by their tokens: equal for equal pairs."""
+        """Return keys [B] int64 of this rank's pairs, computed from their tokens: equal pairs have equal keys."""
         ...
 
     def micro_batches(
@@ -99,17 +99,18 @@ class OptimizerBatch(Protocol):
         balanced_row: float,
         pairs: Sequence[int] | None = None,
     ) -> list[PackedRows]:
-        """Pack `pairs` (indices into the share; all when None) under the token budget of the DataModule.
+        """Pack `pairs` (indices into the share; None means all) under the token budget of the DataModule.
 
         `responses` names the sides to pack: ("chosen", "rejected") or ("chosen",). `balanced_row` is the row
-        length at which attention costs a token as much as the rest of the model. Empty when there is no pair.
+        length at which attention costs as much per token as the rest of the model. Returns an empty list when
+        there is no pair.
         """
         ...
 
     def stretched(self) -> OptimizerBatch:
-        """Two pairs made of the share's tokens: one as long as any that this run may meet, and a short one.
+        """Return two pairs made of the share's tokens: one as long as any pair of this run, and a short one.
 
-        What depends on places in a row, or on the longest row of a micro-batch, shows on them. No pair where the
-        share has none.
+        They expose what depends on positions in a row or on the longest row of a micro-batch. A share without
+        pairs gives none.
         """
         ...

@@ -1,4 +1,4 @@
-"""The log-probabilities of preference pairs, and the gaps that losses and statistics are made of."""
+"""The log-probabilities of preference pairs, and the gaps that losses and statistics use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass
 class PairLogps:
-    """Log-probabilities of B pairs in nats, summed over response tokens (EOS included, prompt excluded)."""
+    """The log-probabilities of B pairs, in nats, summed over response tokens (end-of-turn included, no prompt)."""
 
     policy_chosen: Tensor  # [B] log π(y_w|x)
     policy_rejected: Tensor  # [B] log π(y_l|x)
@@ -24,44 +24,44 @@ class PairLogps:
 
     @property
     def chosen_log_ratio(self) -> Tensor:
-        """log π(y_w|x) − log π_ref(y_w|x) [B]. Raises ValueError without a reference."""
+        """Return log π(y_w|x) − log π_ref(y_w|x) [B]. Raises ValueError without a reference."""
         return self.policy_chosen - _present(self.reference_chosen)
 
     @property
     def rejected_log_ratio(self) -> Tensor:
-        """log π(y_l|x) − log π_ref(y_l|x) [B]. Raises ValueError without a reference."""
+        """Return log π(y_l|x) − log π_ref(y_l|x) [B]. Raises ValueError without a reference."""
         return self.policy_rejected - _present(self.reference_rejected)
 
     @property
     def reward_gap(self) -> Tensor:
-        """h [B], the chosen minus the rejected log-ratio, before β. Raises ValueError without a reference."""
+        """Return h [B], the chosen minus the rejected log-ratio. Raises ValueError without a reference."""
         return self.chosen_log_ratio - self.rejected_log_ratio
 
     @property
     def normalised_reward_gap(self) -> Tensor:
-        """h [B] with each log-ratio divided by its number of tokens. Raises ValueError without a reference."""
+        """Return h [B] with each log-ratio divided by its token count. Raises ValueError without a reference."""
         chosen = self.chosen_log_ratio / self.chosen_tokens
         return chosen - self.rejected_log_ratio / self.rejected_tokens
 
     @property
     def reference_margin(self) -> Tensor | None:
-        """log π_ref(y_w|x)/|y_w| − log π_ref(y_l|x)/|y_l| [B], nats per token; None without a reference."""
+        """Return log π_ref(y_w|x)/|y_w| − log π_ref(y_l|x)/|y_l| [B], nats per token; None without a reference."""
         if self.reference_chosen is None or self.reference_rejected is None:
             return None
         return self.reference_chosen / self.chosen_tokens - self.reference_rejected / self.rejected_tokens
 
     @property
     def finite(self) -> Tensor:
-        """Which pairs have finite log-probabilities throughout, [B] bool."""
+        """Return [B] bool: whether all log-probabilities of a pair are finite."""
         return torch.stack([torch.isfinite(column) for column in vars(self).values() if column is not None]).all(0)
 
     @property
     def normalised_gap(self) -> Tensor:
-        """log π(y_w|x)/|y_w| − log π(y_l|x)/|y_l| [B], nats per token; needs no reference."""
+        """Return log π(y_w|x)/|y_w| − log π(y_l|x)/|y_l| [B], nats per token; needs no reference."""
         return self.policy_chosen / self.chosen_tokens - self.policy_rejected / self.rejected_tokens
 
     def select(self, index: Tensor) -> PairLogps:
-        """The pairs at `index`: positions (int64) or a bool mask [B]."""
+        """Return the pairs at `index`: int64 positions or a bool mask [B]."""
         return PairLogps(
             policy_chosen=self.policy_chosen[index],
             policy_rejected=self.policy_rejected[index],
@@ -72,13 +72,13 @@ class PairLogps:
         )
 
     def detach(self) -> PairLogps:
-        """The same without a graph."""
+        """Return the same values without a graph."""
         columns: dict[str, Any] = {name: None if c is None else c.detach() for name, c in vars(self).items()}
         return PairLogps(**columns)
 
     @staticmethod
     def cat(parts: Sequence[PairLogps]) -> PairLogps:
-        """All pairs of `parts` in order. Raises ValueError for no part, or if only some have a reference."""
+        """Return all pairs of `parts` in order. Raises ValueError for no part, or if only some have a reference."""
         if not parts:
             raise ValueError("there are no log-probabilities to join")
         return PairLogps(
@@ -92,7 +92,7 @@ class PairLogps:
 
 
 def token_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
-    """KL(π‖π_ref) of the next-token distributions behind two sets of logits [N, V]: [N], in nats."""
+    """Return KL(π‖π_ref) of the next-token distributions given by two sets of logits [N, V]: [N], in nats."""
     ours, fixed = (torch.log_softmax(part, dim=-1) for part in (logits, reference_logits))
     return F.kl_div(fixed, ours, reduction="none", log_target=True).sum(dim=-1)  # torch's order: the policy second
 

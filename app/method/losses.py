@@ -1,6 +1,6 @@
-"""Preference losses on summed log-probabilities, with β as an argument: it may change by step or by pair.
+"""Preference losses on summed log-probabilities, with β as an argument that may differ by step or by pair.
 
-A loss is a function of (log-probs, β, margin): it knows no rank, no filter and no schedule.
+A loss is a function of (log-probs, β, margin). It knows no rank, no filter and no schedule.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from app.method.ranges import FiniteFloat, NonNegativeFloat, PositiveFloat, Shar
 
 
 class PairLoss(ABC):
-    """A loss per pair, from the log-probs of B pairs, β and, where the loss has a place for it, a margin.
+    """A loss per pair, computed from the log-probs of B pairs, β and, if the loss supports one, a margin.
 
-    `needs_reference` tells whether the loss reads the reference's log-probs, `takes_margin` whether it has a
-    logit β·h that a margin can be subtracted from. `beta_floor` is the default smallest β of a schedule, as a
-    multiple of β0. Results keep the dtype of the log-probs and stay finite in
-    float32 for |β·h| up to 1e6 (up to 1e18 where the loss is a square).
+    `needs_reference` says whether the loss reads the reference's log-probs. `takes_margin` says whether it has a
+    logit β·h from which a margin can be subtracted. `beta_floor` is the default smallest β of a schedule, as a
+    multiple of β0. Results keep the dtype of the log-probs and stay finite in float32 for |β·h| up to 1e6
+    (up to 1e18 where the loss is a square).
     """
 
     needs_reference: bool = True
@@ -30,30 +30,30 @@ class PairLoss(ABC):
     beta_floor: float = 0.01
 
     def discrepancy(self, logps: PairLogps) -> Tensor:
-        """[B] what β acts on, and what the running statistics, the filter and dynamic β therefore look at."""
+        """Return the quantity [B] that β multiplies; running statistics, filter and dynamic β use the same one."""
         return logps.reward_gap
 
     @property
     def needs_batch(self) -> bool:
-        """Whether `for_batch` makes a difference: no pair's loss is known before all pairs are scored."""
+        """Return whether the loss of a pair depends on the whole batch, so that all pairs must be scored first."""
         return type(self).for_batch is not PairLoss.for_batch
 
     def for_batch(self, everyone: PairLogps) -> PairLoss:
-        """This loss for one optimizer step, given the log-probs of all G pairs of the global batch.
+        """Return the loss for one optimizer step, given the log-probs of all G pairs of the global batch.
 
-        A loss with a term over the whole batch returns a copy that holds it, so that results do not depend on
-        how ranks and micro-batches share the pairs. Pairs without a finite gap count for nothing.
+        A loss with a term over the whole batch returns a copy that holds this term, so that results do not depend
+        on how the pairs are distributed over ranks and micro-batches. Pairs without a finite gap do not count.
         """
         return self
 
     def __call__(self, logps: PairLogps, beta: Tensor, margin: Tensor | None = None) -> Tensor:
-        """Loss of every pair [B] in nats for `beta` and `margin`, [B] or 0-d; no gradient flows into either.
+        """Return the loss of every pair [B] for `beta` and `margin`, each [B] or 0-d, without gradient to either.
 
-        Raises ValueError for a margin that the loss has no place for.
+        Raises ValueError if a margin is given to a loss that takes none.
         """
         if margin is not None and not self.takes_margin:
             raise ValueError(f"{self} has no logit β·h to subtract a margin from")
-        # β arrives as float64 from the CPU; a float32 loss must not turn into a float64 one because of it.
+        # β arrives as float64 from the CPU and must not turn a float32 loss into a float64 one.
         like = logps.policy_chosen
         return self.per_pair(logps, beta.detach().to(like), None if margin is None else margin.detach().to(like))
 
@@ -62,11 +62,11 @@ class PairLoss(ABC):
 
     @abstractmethod
     def per_pair(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
-        """[B], with β and margin as constants of the right dtype; the margin is None unless `takes_margin`."""
+        """Return the loss [B]. β and margin have the log-probs' dtype; margin is None unless `takes_margin`."""
 
 
 class LogitLoss(PairLoss):
-    """A loss of the logit β·gap − margin: the family that a margin per pair has a meaning for."""
+    """A loss of the logit β·gap − margin: the family of losses for which a margin per pair is defined."""
 
     takes_margin = True
 
@@ -76,14 +76,14 @@ class LogitLoss(PairLoss):
 
     @abstractmethod
     def of_logits(self, logits: Tensor) -> Tensor:
-        """Loss [B] of the logits [B]."""
+        """Return the loss [B] of the logits [B]."""
 
 
 @checked
 class SigmoidLoss(LogitLoss):
     """DPO, −log σ(β·h) (arXiv 2305.18290, eq. 7); conservative DPO (cDPO) for `label_smoothing` ε > 0.
 
-    cDPO is (1 − ε)·−log σ(β·h) + ε·−log σ(−β·h): a label is taken to be swapped with probability ε.
+    cDPO is (1 − ε)·−log σ(β·h) + ε·−log σ(−β·h), which assumes that a label is swapped with probability ε.
     Raises ValueError unless 0 ≤ ε < 0.5.
     """
 
@@ -97,9 +97,9 @@ class SigmoidLoss(LogitLoss):
 
 @checked
 class RobustLoss(LogitLoss):
-    """Robust DPO (arXiv 2403.00409): an unbiased estimate of the DPO loss under labels swapped with rate ε.
+    """Robust DPO (arXiv 2403.00409): an unbiased estimate of the DPO loss when labels are swapped at rate ε.
 
-    ((1 − ε)·−log σ(β·h) − ε·−log σ(−β·h)) / (1 − 2ε). It can be negative, and it has no lower bound.
+    The loss is ((1 − ε)·−log σ(β·h) − ε·−log σ(−β·h)) / (1 − 2ε). It has no lower bound and can be negative.
     Raises ValueError unless 0 ≤ ε < 0.5.
     """
 
@@ -113,7 +113,7 @@ class RobustLoss(LogitLoss):
 
 
 class HingeLoss(LogitLoss):
-    """max(0, 1 − β·h), the hinge of SLiC (arXiv 2305.10425) on DPO's logits."""
+    """The hinge loss of SLiC (arXiv 2305.10425) on DPO's logits: max(0, 1 − β·h)."""
 
     def of_logits(self, logits: Tensor) -> Tensor:
         return F.relu(1.0 - logits)
@@ -123,8 +123,8 @@ class HingeLoss(LogitLoss):
 class SimPOLoss(LogitLoss):
     """SimPO, −log σ(β·(l_w/|y_w| − l_l/|y_l|) − γ) (arXiv 2405.14734, eq. 6); needs no reference.
 
-    A dynamic β scales the length-normalised gap and leaves the margin γ = `gamma` as it is. The β-DPO paper
-    does not say which; tying γ to β would move the target margin with every batch.
+    A dynamic β scales the length-normalised gap and leaves the margin γ = `gamma` unchanged. The β-DPO paper does
+    not say whether γ follows β; if it did, the target margin would change with every batch.
     Raises ValueError unless γ is finite and not negative.
     """
 
@@ -142,12 +142,13 @@ class SimPOLoss(LogitLoss):
 
 @checked
 class AlphaDPOLoss(SimPOLoss):
-    """α-DPO as its authors' code has it: −log σ(β·(l_w/|y_w| − l_l/|y_l|) − γ − β·α·z) (arXiv 2410.10148).
+    """α-DPO as in its authors' code: −log σ(β·(l_w/|y_w| − l_l/|y_l|) − γ − β·α·z) (arXiv 2410.10148).
 
-    z standardises the gap *with* reference, per token, over the global batch (sample standard deviation), without
-    gradient; the logit itself has no reference. Their code averages mean and deviation over steps from a start at
-    zero; here they are the batch's own. Their settings for Llama-3-8B-Instruct: β 2.5, γ/β 0.6, α 0.2.
-    Raises ValueError unless α is finite, or unless `for_batch` came first.
+    z is the per-token gap *with* reference, standardised over the global batch (sample standard deviation), without
+    gradient; the rest of the logit has no reference. The authors' code averages mean and deviation over steps,
+    starting at zero; this class takes them from the current batch. The authors' settings for Llama-3-8B-Instruct
+    are β 2.5, γ/β 0.6 and α 0.2. Raises ValueError if α is not finite, or γ is not finite or negative; a call
+    raises it if `for_batch` did not come first.
     """
 
     needs_reference = True
@@ -170,7 +171,7 @@ class AlphaDPOLoss(SimPOLoss):
             raise ValueError("AlphaDPOLoss needs the whole batch: call for_batch first")
         gap = logps.normalised_reward_gap.detach()
         mean, std = (moment.to(gap) for moment in self._moments)
-        # no spread to measure by, as when policy and reference are still equal: no pair stands out
+        # without a spread, as when policy and reference are still equal, no pair differs from the others
         z = torch.where(std > 1e-6, (gap - mean) / std.clamp(min=1e-6), 0.0)
         own = beta * self.alpha * z
         return super().per_pair(logps, beta, own if margin is None else own + margin)
@@ -180,7 +181,7 @@ class IPOLoss(PairLoss):
     """IPO, (h − 1/2β)² (arXiv 2310.12036, eq. 17), on summed log-probs as in that paper.
 
     β sets the target of the gap: a larger β asks for a smaller gap. The floor of β is a quarter of β0, so that the
-    target stays within four times that of β0; a hundredth would ask for 500 nats at β0 = 0.1.
+    target is at most four times the target at β0. A floor of a hundredth would ask for 500 nats at β0 = 0.1.
     """
 
     beta_floor = 0.25
@@ -190,10 +191,10 @@ class IPOLoss(PairLoss):
 
 
 class LengthNormalisedIPOLoss(IPOLoss):
-    """IPO on averages per token, (h̄ − 1/2β)²: the form that TRL ships as its `ipo` loss.
+    """IPO on averages per token, (h̄ − 1/2β)², which is TRL's `ipo` loss.
 
-    h̄ is the log-ratio per token of the chosen minus that of the rejected response. It is also the
-    discrepancy: the statistics watch the quantity that the target 1/2β is set for.
+    h̄ is the log-ratio per token of the chosen minus that of the rejected response. h̄ is also the discrepancy, so
+    that the statistics use the quantity to which the target 1/2β applies.
     """
 
     def discrepancy(self, logps: PairLogps) -> Tensor:
@@ -203,7 +204,7 @@ class LengthNormalisedIPOLoss(IPOLoss):
 class SPPOHardLoss(PairLoss):
     """SPPO with hard labels, (r_w − 1/2β)² + (r_l + 1/2β)² (arXiv 2405.00675, eq. 4.7 with P = 1 and 0).
 
-    r is a response's log-ratio to the reference. As in IPO, β sets targets, here one for each response.
+    r is a response's log-ratio to the reference. As in IPO, β sets a target, here one for each response.
     """
 
     beta_floor = 0.25
@@ -216,10 +217,10 @@ class SPPOHardLoss(PairLoss):
 class KTOPairLoss(PairLoss):
     """KTO on pairs (arXiv 2402.01306, in the paired form that TRL shipped as `kto_pair`).
 
-    ½·[1 − σ(β·(r_w − KL_l))] + ½·[1 − σ(β·(KL_w − r_l))], r being log-ratios to the reference and KL_w, KL_l
-    the means of r over the chosen and the rejected responses of the global batch, at least 0, without
-    gradient. All pairs of the batch count in them, those that a filter drops too: they estimate how far the
-    policy stands from the reference, not what is trained on. Raises ValueError unless `for_batch` came first.
+    The loss is ½·[1 − σ(β·(r_w − KL_l))] + ½·[1 − σ(β·(KL_w − r_l))], where r is a log-ratio to the reference. KL_w
+    and KL_l are the means of r over the chosen and the rejected responses of the global batch, clamped to at least
+    0, without gradient. They include pairs that a filter drops, because they estimate the distance between policy
+    and reference and not the training signal. A call raises ValueError if `for_batch` did not come first.
     """
 
     _divergences: tuple[Tensor, Tensor] | None = None  # KL_w, KL_l
@@ -243,11 +244,11 @@ class KTOPairLoss(PairLoss):
 
 @checked
 class WithSFTTerm(PairLoss):
-    """`loss` + w·−log π(y_w|x)/|y_w|: the likelihood of the chosen response beside any preference loss.
+    """A preference loss plus the negative log-likelihood of the chosen response: `loss` + w·−log π(y_w|x)/|y_w|.
 
-    The term of RPO (arXiv 2404.19733; `rpo_alpha` in TRL, which averages over the tokens of the batch and not
-    within each response). β does not touch it. Raises ValueError unless the weight w = `sft_weight` is finite
-    and positive.
+    This is the term of RPO (arXiv 2404.19733; `rpo_alpha` in TRL, which averages over the tokens of the batch and
+    not within each response). β does not affect the term. Raises ValueError unless the weight w = `sft_weight` is
+    finite and positive.
     """
 
     def __init__(self, loss: PairLoss, sft_weight: PositiveFloat) -> None:

@@ -1,4 +1,4 @@
-"""What is reported of a batch of pairs: per-pair quantities that any mean over pairs can be taken of."""
+"""Metrics of a batch of pairs, one value per pair, so that a mean can be taken over any set of pairs."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from app.method.losses import PairLoss
 
 
 def pair_metrics(logps: PairLogps, loss: PairLoss, beta: Tensor) -> dict[str, Tensor]:
-    """Per-pair metrics [B] under β [B]: rewards, their margin and accuracy, log-probabilities.
+    """Return per-pair metrics [B] under β [B]: rewards, their margin and accuracy, log-probabilities.
 
-    The implicit reward is β·(log π − log π_ref) (DPO eq. 6); without a reference, β·log π/|y| (SimPO eq. 4).
-    A tie counts as half right, so an untrained policy scores one half and not zero; what is not a number on
-    either side is NaN in every metric that it enters.
+    The implicit reward is β·(log π − log π_ref) (DPO eq. 6); without a reference, β·log π/|y| (SimPO eq. 4). A tie
+    counts as half correct, so that an untrained policy scores 0.5 and not 0. A NaN in either response gives NaN in
+    every metric that uses it.
     """
     ranked: dict[str, Tensor] = {}
     if loss.needs_reference:
         chosen, rejected = logps.chosen_log_ratio, logps.rejected_log_ratio
-        # what the SFT model itself ranked right before any preference training
+        # the accuracy of the SFT model itself, before preference training
         assert logps.reference_chosen is not None
         assert logps.reference_rejected is not None
         ranked["reference_accuracy"] = _ranked_right(logps.reference_chosen, logps.reference_rejected)
-        # displacement: how far the probability of each response has moved away from the reference's, in nats
+        # displacement: how far each response's log-probability has moved from the reference's, in nats
         ranked["log_ratio_chosen"], ranked["log_ratio_rejected"] = chosen, rejected
     else:
         chosen = logps.policy_chosen / logps.chosen_tokens
@@ -36,7 +36,7 @@ def pair_metrics(logps: PairLogps, loss: PairLoss, beta: Tensor) -> dict[str, Te
         "reward_rejected": beta * rejected,
         "logp_chosen": logps.policy_chosen,
         "logp_rejected": logps.policy_rejected,
-        # does the policy itself, reference aside, find the chosen response likelier?
+        # whether the policy alone, without the reference, gives the chosen response the higher probability
         "policy_accuracy": _ranked_right(logps.policy_chosen, logps.policy_rejected),
         **ranked,
     }

@@ -11,24 +11,24 @@ from torch import Tensor
 
 from app.method.ranges import ShareBelowOne, checked
 
-MINIMUM_STD = 1e-6  # σ of M below which all pairs count as equal
+MINIMUM_STD = 1e-6  # below this σ of M, all pairs count as equal
 
 
 def rounding_std(compute_dtype: torch.dtype) -> float:
-    """σ of h, in nats, that the rounding of a forward pass in `compute_dtype` explains.
+    """Return the σ of h, in nats, that rounding in a forward pass in `compute_dtype` can explain.
 
-    In bfloat16 two kernels that compute the same were seen to differ by a σ of .06 over a batch, and real first
-    steps to have a σ of .1 or more: the bound lies between.
+    In bfloat16, the gaps from two equivalent kernels differed with a σ of .06 over a batch, and the first steps of
+    real runs had a σ of .1 or more. The bound lies between the two.
     """
     return 0.08 if compute_dtype == torch.bfloat16 else MINIMUM_STD
 
 
 @dataclass(frozen=True)
 class Moments:
-    """M0 and σ as one step uses them, in the units of the discrepancy M.
+    """The M0 and σ that one step uses, in the units of the discrepancy M.
 
-    `std` is None until a batch with at least two pairs was seen: one pair says nothing about the spread. A σ below
-    `minimum_std` is taken for rounding.
+    `std` is None until the first batch with at least two pairs, because one pair has no spread. A σ below
+    `minimum_std` is treated as rounding.
     """
 
     mean: float
@@ -37,14 +37,14 @@ class Moments:
 
     @property
     def spread(self) -> float | None:
-        """σ, or None where it is unknown or too small to tell pairs apart."""
+        """Return σ, or None if it is unknown or too small to tell pairs apart."""
         return None if self.std is None or self.std < self.minimum_std else self.std
 
     def z_scores(self, discrepancy: Tensor) -> Tensor:
-        """(M_i − M0)/σ, float64 and detached, of the shape of `discrepancy`; NaN where M_i is NaN.
+        """Return (M_i − M0)/σ, float64 and detached, in the shape of `discrepancy`; NaN where M_i is NaN.
 
-        All zeros without a `spread`: at the normal first step the policy equals the reference, every gap is 0,
-        and so is σ.
+        Without a `spread` all scores are zero. This is normal at the first step: the policy equals the reference,
+        so every gap is 0 and σ is 0.
         """
         discrepancy = discrepancy.detach().to(torch.float64)
         if self.spread is None:
@@ -55,21 +55,21 @@ class Moments:
 @checked
 @dataclass
 class RunningMoments:
-    """Exponential moving averages of the batch mean and of the batch standard deviation.
+    """The exponential moving averages of the batch mean and of the batch standard deviation.
 
-    M0 ← m·M0 + (1−m)·mean(M) and σ ← m·σ + (1−m)·std(M), updated *before* the step uses them. The average of
-    the standard deviations is kept, not the root of an averaged variance, as in the paper.
+    M0 ← m·M0 + (1−m)·mean(M) and σ ← m·σ + (1−m)·std(M), updated *before* the step uses them. As in the paper, σ
+    averages the standard deviations; it is not the root of an averaged variance.
 
-    The averages lag: a mean that grows by d per step stands d·m/(1−m) above M0 (9·d for m = 0.9), so a
+    The averages lag. A batch mean that grows by d per step stays d·m/(1−m) above M0 (9·d for m = 0.9), so a
     steadily growing gap alone raises a batch-level β.
 
     momentum: m in [0, 1).
-    start: "bias_corrected" divides by 1 − m^t as Adam does; "zero" leaves the averages as they grow from
-        zero, like the authors' released code (σ is ten times too small at the first step).
+    start: "bias_corrected" divides by 1 − m^t as Adam does; "zero" uses the averages as they grow from zero, like
+        the authors' released code (with m = 0.9, σ is ten times too small at the first step).
     ddof: 0 is the population standard deviation, 1 Bessel's correction (the released code).
 
-    `mean`, `std`, `mean_updates` and `std_updates` are the raw state, Python numbers only so that any
-    checkpoint format keeps them to the bit. Raises ValueError for a momentum, start or ddof out of range.
+    `mean`, `std`, `mean_updates` and `std_updates` are the raw state. They are Python numbers, so that every
+    checkpoint format stores them exactly. Raises ValueError for a momentum, start or ddof out of range.
     """
 
     momentum: ShareBelowOne = 0.9
@@ -87,10 +87,10 @@ class RunningMoments:
             raise ValueError(f"ddof must be 0 or 1, got {self.ddof}")
 
     def update(self, values: Tensor) -> Moments:
-        """Take in the discrepancies `values` [n] of a global batch and return the moments to use for it.
+        """Add the discrepancies `values` [n] of a global batch and return the moments to use for that batch.
 
-        No value: nothing changes. One value: M0 moves and σ does not. Raises ValueError when a value is not
-        finite, because a NaN would stay in the averages for ever: leave such pairs out first.
+        Without values nothing changes; one value changes M0 and not σ. Raises ValueError for a value that is not
+        finite, because a NaN would never leave the averages. The caller must exclude such pairs.
         """
         values = values.detach().to("cpu", torch.float64).reshape(-1)
         if not bool(torch.isfinite(values).all()):
@@ -105,7 +105,7 @@ class RunningMoments:
         return self.current()
 
     def current(self) -> Moments:
-        """The moments as they stand; mean 0 and std None before the first update."""
+        """Return the current moments: mean 0 and std None before the first update."""
         return Moments(
             mean=self._corrected(self.mean, self.mean_updates),
             std=self._corrected(self.std, self.std_updates) if self.std_updates else None,
@@ -117,11 +117,11 @@ class RunningMoments:
         return average / (1.0 - self.momentum**updates)
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings and raw state; `load_state_dict` restores both exactly."""
+        """Return the settings and the raw state, for `load_state_dict`."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`. Raises ValueError when it was made with other settings than these."""
+        """Restore the raw state from `state` exactly. Raises ValueError when its settings differ from these."""
         for name in ("momentum", "start", "ddof"):
             if state[name] != getattr(self, name):
                 raise ValueError(

@@ -1,13 +1,13 @@
-"""Which pairs have a flipped label, by what the reference thinks of the two responses. Not in the paper.
+"""Estimate from the reference's margins which labels are flipped. Not in the paper.
 
-The reference prefers one response of a pair by a margin: r is its log-probability per token of the chosen response
-less that of the rejected one. Suppose that it prefers the better response with probability σ(κ·|r|), and that a
-label is flipped with probability ε, whatever the pair. The odds that a pair with margin r is flipped are then
-ε·σ(−κ·r) to (1 − ε)·σ(κ·r), and log p/(1 − p) = log ε/(1 − ε) − κ·r. Both numbers follow from the margins alone:
-how often the larger ones are positive says ε, how fast that share rises from one half with |r| says κ. They are
-fitted by maximum likelihood of the signs given |r|, the flips being the hidden variable of an EM algorithm.
+The margin r of a pair is the reference's log-probability per token of the chosen response minus that of the
+rejected one. Assume that the reference prefers the better response with probability σ(κ·|r|), and that every label
+is flipped with the same probability ε. The odds that a pair with margin r is flipped are then ε·σ(−κ·r) to
+(1 − ε)·σ(κ·r), so log p/(1 − p) = log ε/(1 − ε) − κ·r. The margins alone determine both numbers: the share of
+positive signs among large margins gives ε, and the rate at which this share rises from one half with |r| gives κ.
+EM fits them by maximum likelihood of the signs given |r|, with the flips as hidden variable.
 
-The reference never moves, so that the policy's own mistakes cannot confirm themselves.
+The reference is fixed, so the policy's mistakes cannot reinforce themselves.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LARGEST_RATE = 0.45  # a label that is flipped as often as not says nothing, and 1 − 2p would be all noise
-SMALLEST_RATE = 1e-3  # from 0, EM never gets away
-STEEPEST = 100.0  # κ times the mean |r|: then every margin is all or nothing, and the likelihood may grow for ever
-SILENT = 1e-9  # nats a token: a mean |r| below it is rounding
+LARGEST_RATE = 0.45  # a label that is flipped half of the time has no information, and 1 − 2p would be noise
+SMALLEST_RATE = 1e-3  # EM cannot leave a rate of 0
+STEEPEST = 100.0  # κ times the mean |r|; without a bound the likelihood may grow with κ indefinitely
+SILENT = 1e-9  # nats per token: a mean |r| below this is rounding
 
 
 @dataclass(frozen=True)
 class ReferenceFlips:
-    """ε, the share of flipped labels, and κ, per nat a token, how much the reference's margin is worth."""
+    """The fitted model: `rate` is ε, the share of flipped labels; `slope` is κ, per (nat per token) of margin."""
 
     rate: float
     slope: float
 
     def probability(self, margins: Tensor) -> Tensor:
-        """p [G] float64, the probability that each label is flipped, for `margins` r [G]; NaN where r is."""
+        """Return p [G] float64, the probability that each label is flipped, for `margins` r [G]; NaN where r is."""
         prior = math.log(self.rate / (1.0 - self.rate))
         return torch.sigmoid(prior - self.slope * margins.detach().to(torch.float64))
 
 
 def fitted(margins: Tensor, start: ReferenceFlips | None, rounds: int = 50) -> ReferenceFlips | None:
-    """ε and κ by `rounds` of EM on `margins` [n], from `start`, or from ε = .15 and κ = 1/mean |r|.
+    """Fit ε and κ by `rounds` of EM on `margins` [n], from `start`, or from ε = .15 and κ = 1/mean |r|.
 
-    `start` when the margins are all but zero, which say nothing.
+    Returns `start` if there are no margins or their mean size is below SILENT: they then have no information.
     """
     margins = margins.detach().to(torch.float64)
     size = float(margins.abs().mean()) if margins.numel() else 0.0
@@ -51,7 +51,7 @@ def fitted(margins: Tensor, start: ReferenceFlips | None, rounds: int = 50) -> R
     for _ in range(rounds):
         right = 1.0 - ReferenceFlips(rate, slope).probability(scaled)
         rate = min(max(float(1.0 - right.mean()), SMALLEST_RATE), LARGEST_RATE)
-        # one Newton step of the logistic regression of the right labels on the margins, at most a doubling
+        # one Newton step of the logistic regression of correct labels on margins; the bound keeps it from diverging
         agreed = torch.sigmoid(slope * scaled)
         curvature = float((scaled.square() * agreed * (1.0 - agreed)).sum())
         step = float((scaled * (right - agreed)).sum()) / curvature if curvature > 0 else 0.0
