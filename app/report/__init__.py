@@ -1,1 +1,1 @@
-"""The report of one or several runs: reading them, findings in words, charts, and the page around them."""
+"""The report on one or several runs: it reads them, states findings, draws charts and writes the HTML page."""

@@ -1,4 +1,4 @@
-"""What is worth telling about β and the filter. Pure functions of a `Run`: a finding, or None."""
+"""The report's checks of β and the filter: each is a pure function that maps a `Run` to a finding or None."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from app.report.finding import Finding
 from app.report.run import Run
 from callbacks.health import BOUND_SHARE, FAR_FROM_BETA0, FAR_SHARE, SMALL_SAMPLE
 
-SOME_STEPS = 0.01  # share of steps with β at a bound that is worth a word
+SOME_STEPS = 0.01  # smallest share of steps with β at a bound that gives a finding
 WIDE_SWING = 0.5  # mean change of β from step to step, as a share of β0
 
 
 def calmer_beta(run: Run) -> str:
-    """Return what this run's schedule can change so that β swings less: a sentence without its full stop."""
+    """Return the advice that makes this run's β vary less: a sentence without its full stop."""
     schedules = [entry for entry in run.callbacks if entry[0] in ("BetaScheduler", "EpsilonBeta")]
     name, settings = schedules[0] if schedules else ("BetaScheduler", {})
     if name == "EpsilonBeta":
@@ -25,7 +25,7 @@ def calmer_beta(run: Run) -> str:
 
 
 def beta_at_its_floor(run: Run) -> Finding | None:
-    """β at or below the smallest value allowed."""
+    """Return a finding if β is at its floor in at least SOME_STEPS of the steps."""
     beta, floor = run.curve("beta/used"), run.last("beta/floor")
     if beta is None or floor is None:
         return None
@@ -43,7 +43,7 @@ def beta_at_its_floor(run: Run) -> Finding | None:
 
 
 def beta_at_its_ceiling(run: Run) -> Finding | None:
-    """β at or above the largest value allowed."""
+    """Return a finding if β is at its ceiling in at least SOME_STEPS of the steps."""
     beta, ceiling = run.curve("beta/used"), run.last("beta/ceiling")
     if beta is None or ceiling is None:
         return None
@@ -61,7 +61,7 @@ def beta_at_its_ceiling(run: Run) -> Finding | None:
 
 
 def beta_far_from_base(run: Run) -> Finding | None:
-    """β beyond a factor of three from β0 in more steps than one in twenty."""
+    """Return a finding if β is over FAR_FROM_BETA0 times larger or smaller than β0 in over FAR_SHARE of the steps."""
     beta, base = run.curve("beta/used"), run.last("beta/base")
     if beta is None or base is None or not run.chooses_beta:
         return None
@@ -80,7 +80,7 @@ def beta_far_from_base(run: Run) -> Finding | None:
 
 
 def how_beta_moved(run: Run) -> Finding | None:
-    """The range of a dynamic β: hardly any, wild, or as meant."""
+    """Return a finding on a dynamic β: it hardly moved, varied too much between steps, or followed the data."""
     beta, base = run.curve("beta/used"), run.last("beta/base")
     if beta is None or base is None or not run.chooses_beta:
         return None
@@ -113,7 +113,7 @@ def how_beta_moved(run: Run) -> Finding | None:
 
 
 def few_pairs_carry_the_weight(run: Run) -> Finding | None:
-    """Effective sample size of the filter's weights in the second half."""
+    """Return a finding if the filter's weights have a small effective sample size in the second half of the run."""
     size = run.curve("filter/effective_sample_size")
     if size is None or run.audit is None or not len(size.part(0.5, 1)):
         return None
@@ -132,7 +132,7 @@ def few_pairs_carry_the_weight(run: Run) -> Finding | None:
 
 
 def who_is_dropped(run: Run) -> Finding | None:
-    """Whether the filter finds mislabelled pairs, where the data knows them."""
+    """Return a finding on whether the filter drops flipped pairs more often, if the data marks flipped pairs."""
     if run.audit is None or "flipped" not in run.audit or not run.filters:
         return None
     known = run.audit[run.audit.flipped.notna()]

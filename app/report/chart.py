@@ -1,4 +1,4 @@
-"""What a chart of the page consists of, and how long curves are made fit to be drawn."""
+"""The parts of a chart on the page, and the functions that thin and smooth long curves."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from markupsafe import Markup
 from app.report.run import Curve
 from app.report.svg import Scale
 
-MOST_POINTS = 400  # drawn of one curve; longer ones are averaged over equal numbers of steps
-SMOOTHING = 25  # the heavy line is a mean over this fraction of the run
+MOST_POINTS = 400  # drawn per curve; longer curves are averaged over groups of consecutive points
+SMOOTHING = 25  # the heavy line is a running mean over 1/SMOOTHING of the curve
 
 
 @dataclass
 class Panel:
-    """One picture. `readout` holds what the page needs to name the values under the pointer."""
+    """One picture; with `readout`, the page can show the values under the pointer."""
 
     title: str
     picture: Markup
@@ -27,7 +27,7 @@ class Panel:
 
 @dataclass
 class Chart:
-    """A heading, what to see, one or several panels, and the key to their marks: (text, classes) each."""
+    """A heading, an explanation, one or several panels, and the key to their marks as (text, classes)."""
 
     anchor: str
     title: str
@@ -37,12 +37,12 @@ class Chart:
 
 
 def style_of(number: int) -> str:
-    """The classes of a run's marks, by its place among the runs: a colour and a dash."""
+    """Return the CSS class (colour and dash) of the marks of run `number`; there are eight."""
     return f"run{number % 8}"
 
 
 def thinned(curve: Curve) -> Curve:
-    """`curve` with at most MOST_POINTS points, each the mean of as many steps."""
+    """Return `curve` with at most MOST_POINTS points, each the mean of equally many (at the end fewer) points."""
     size = -(-len(curve.values) // MOST_POINTS)
     if size <= 1:
         return curve
@@ -57,7 +57,7 @@ def thinned(curve: Curve) -> Curve:
 
 
 def smoothed(curve: Curve) -> Curve:
-    """A centred running mean over 1/SMOOTHING of the points, shorter at the ends; NaN counts as absent."""
+    """Return a centred running mean over 1/SMOOTHING of the points, over fewer at the ends; NaN is ignored."""
     half = max(len(curve.values) // SMOOTHING // 2, 0)
     known = np.isfinite(curve.values).astype(float)
     sums = np.concatenate([[0.0], np.cumsum(np.nan_to_num(curve.values))])
@@ -69,7 +69,7 @@ def smoothed(curve: Curve) -> Curve:
 
 
 def readout(x: Scale, x_name: str, curves: Sequence[tuple[str, Curve]]) -> dict[str, Any]:
-    """The numbers behind a panel's curves, for pointer and arrow keys."""
+    """Return the values of a panel's curves, which the page shows for the pointer and the arrow keys."""
     return {
         "x": x_name,
         "low": x.low,

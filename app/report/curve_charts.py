@@ -1,4 +1,4 @@
-"""The charts whose x axis is the step: β, the gap and its band, displacement and KL, accuracy."""
+"""The charts over the optimizer step: β, the gap and its band, displacement and KL, accuracy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BETA_RULES = {"beta/base": "β0", "beta/floor": "floor", "beta/ceiling": "ceilin
 
 
 class Drawn(NamedTuple):
-    """One curve of a panel, thinned, and its running mean."""
+    """A thinned curve of a panel, and its running mean."""
 
     name: str
     style: str
@@ -27,7 +27,7 @@ class Drawn(NamedTuple):
 
 
 def beta_chart(runs: Sequence[Run]) -> Chart | None:
-    """β used by every run, with base and bounds."""
+    """Return the chart of the β used by every run, with β0 and the bounds."""
     panel = curves_panel(runs, ["beta/used"], "β used", low=0.0, rules=BETA_RULES)
     if panel is None:
         return None
@@ -42,7 +42,7 @@ def beta_chart(runs: Sequence[Run]) -> Chart | None:
 
 
 def band_chart(runs: Sequence[Run]) -> Chart | None:
-    """The batch's mean gap against the running mean ± σ, one panel a run."""
+    """Return the chart of the batch's mean gap and the running mean ± σ, one panel per run."""
     panels = [panel for number, run in enumerate(runs) if (panel := band_panel(run, number))]
     if not panels:
         return None
@@ -57,7 +57,10 @@ def band_chart(runs: Sequence[Run]) -> Chart | None:
 
 
 def band_panel(run: Run, number: int) -> Panel | None:
-    """One run's batches in their band; in the units of M, which a run may take in β0 or from a reward model."""
+    """Return one run's panel of batch means and band, in the units of M; None without a gap.
+
+    M may be measured in multiples of β0 or come from a reward model.
+    """
     batch = run.curve("band/batch_mean") or run.curve("gap/mean")
     if batch is None:
         return None
@@ -85,7 +88,7 @@ def band_panel(run: Run, number: int) -> Panel | None:
 
 
 def drift_chart(runs: Sequence[Run]) -> Chart | None:
-    """Displacement of both sides, and the KL to the reference."""
+    """Return the chart of the log-ratios of both responses and of the KL to the reference."""
     sides = ["train/log_ratio_chosen", "train/log_ratio_rejected"]
     kl = ["train/kl_chosen", "train/kl_rejected"]
     panels = [
@@ -106,7 +109,7 @@ def drift_chart(runs: Sequence[Run]) -> Chart | None:
 
 
 def accuracy_chart(runs: Sequence[Run]) -> Chart | None:
-    """Reward accuracy over the run."""
+    """Return the chart of the reward accuracy over the run."""
     training, held_out = "train/reward_accuracy", "val/reward_accuracy"
     panel = curves_panel(
         runs,
@@ -139,10 +142,10 @@ def curves_panel(
     points: str | None = None,
     rules: Mapping[str, str] | None = None,
 ) -> Panel | None:
-    """The curves `tags` of all runs: smoothed and, if `raw`, as they are; the second tag thin.
+    """Return the panel of the curves `tags` of all runs: smoothed and, if `raw`, unsmoothed; the second tag thin.
 
-    `points` names a curve that is drawn as dots, `rules` maps those whose last value is drawn across to a name.
-    None without any curve.
+    `points` names a curve that is drawn as dots. `rules` maps a curve to the name of the line that is drawn across
+    the panel at the curve's last value. Returns None if no run has a curve in `tags`.
     """
     drawn = [
         Drawn(
@@ -177,11 +180,11 @@ def curves_panel(
 
 
 def rules_across(runs: Sequence[Run], rules: Mapping[str, str], y: svg.Scale) -> list[Markup]:
-    """A named line for the last value of each curve in `rules`, once where runs agree."""
+    """Return a named line at the last value of each curve in `rules`; runs with equal values share one line."""
     values = {(value, name) for run in runs for tag, name in rules.items() if (value := run.last(tag)) is not None}
     return [svg.rule(value, "bound", y=y, name=name) for value, name in sorted(values)]
 
 
 def key_of(runs: Sequence[Run], tags: Sequence[str]) -> list[tuple[str, str]]:
-    """Name and classes of every run that has one of the curves."""
+    """Return the name and the CSS class of every run that has one of the curves."""
     return [(run.name, style_of(number)) for number, run in enumerate(runs) if run.curves.keys() & set(tags)]

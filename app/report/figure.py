@@ -1,4 +1,4 @@
-"""The figure of a run as PNG: four panels for a slide or a README."""
+"""The figure of a run for a slide or a README, in four panels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 
 
 def draw(run: Run) -> Any:
-    """Four panels: β, the gap against its running band, gaps kept and dropped, held-in accuracy."""
+    """Draw four panels of a run with an audit: β, the gap and its running band, gaps kept and dropped, accuracy."""
     audit = run.audit
     assert audit is not None
     steps = audit.groupby("step")

@@ -1,4 +1,4 @@
-"""One thing that is worth telling about a run."""
+"""The record of one finding about a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Level = Literal["act", "watch", "good"]  # something to change, something to kno
 
 
 class Finding(NamedTuple):
-    """One sentence with its evidence, and what to do about it."""
+    """One sentence about a run, with its evidence and advice."""
 
     run: str
     level: Level

@@ -1,4 +1,4 @@
-"""The findings of a report: every check on every run, what asks for a change first."""
+"""The findings of a report: every check applied to every run, with findings that ask for a change first."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ CHECKS: tuple[Callable[[Run], Finding | None], ...] = (
 
 
 def findings(runs: Sequence[Run]) -> list[Finding]:
-    """All findings of all runs, by level and then by run."""
+    """Return all findings of all runs, sorted by level and then by run."""
     found = [finding for run in runs for check in CHECKS if (finding := check(run)) is not None]
     return sorted(found, key=lambda finding: get_args(Level).index(finding.level))

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: no network, no files beside it."""
+"""The report as one self-contained HTML page, which needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHARTS = (
 
 
 def page(runs: Sequence[Run], sampled: bool) -> str:
-    """The page for `runs`; `sampled` says whether samples of an SFT model were given to compare with."""
+    """Return the HTML page for `runs`; `sampled` says whether an SFT model's samples were given for comparison."""
     charts: list[Chart] = [chart for draw in CHARTS if (chart := draw(runs))]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(asset("page.html.j2")).render(
@@ -58,7 +58,7 @@ def asset(name: str) -> str:
 
 
 def missing(runs: Sequence[Run], sampled: bool) -> list[str]:
-    """What the runs did not leave behind, and how to have it next time."""
+    """Return a sentence for each missing part of the report, with advice on how to get it in the next run."""
     told = []
     for run in runs:
         logged, gaps = "train/loss" in run.curves, "gap/mean" in run.curves
@@ -84,18 +84,18 @@ def missing(runs: Sequence[Run], sampled: bool) -> list[str]:
 
 
 def by_row(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
-    """Columns of name → text as rows of a table, "–" where a column lacks the name."""
+    """Return columns (name → text) as rows of a table, with "–" where a column lacks the name."""
     names = dict.fromkeys(name for column in columns for name in column)
     return [(name, [column.get(name, "–") for column in columns]) for name in names]
 
 
 def differences(settings: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
-    """The rows in which the settings of the runs are not all the same."""
+    """Return the rows in which the settings of the runs differ."""
     return [row for row in by_row(settings) if len(set(row[1])) > 1]
 
 
 def flat(config: Any, path: str = "") -> dict[str, str]:
-    """Every leaf of a configuration by its dotted name; a callback is one leaf, with all that is set on it."""
+    """Return every leaf of a configuration by its dotted name; a callback with all its settings is one leaf."""
     if isinstance(config, Mapping):
         inner = {name: flat(value, f"{path}.{name}" if path else str(name)) for name, value in config.items()}
         return {name: text for part in inner.values() for name, text in part.items()}
@@ -105,5 +105,5 @@ def flat(config: Any, path: str = "") -> dict[str, str]:
 
 
 def told(settings: Mapping[str, Any]) -> str:
-    """The settings that have a value, in one line."""
+    """Return the settings that have a value, in one line."""
     return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None) or "yes"

@@ -1,4 +1,4 @@
-"""The charts of single pairs and batches: densities of the gap, β against the gap."""
+"""The charts of single pairs and batches: densities of the gap, and β against the gap."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from app.report.chart import Chart, Panel, readout, style_of
 from app.report.curve_charts import BETA_RULES, key_of, rules_across
 from app.report.run import Curve, Run
 
-POINTS = 160  # of a drawn density
-MOST_DOTS = 500  # of one run; more would be a blot
+POINTS = 160  # per drawn density
+MOST_DOTS = 500  # per run; more would overlap
 
 
 class Group(NamedTuple):
-    """Pairs whose gaps are drawn as one density."""
+    """A group of pairs whose gaps are drawn as one density."""
 
     name: str
     style: str
@@ -26,7 +26,7 @@ class Group(NamedTuple):
 
 
 def training_density_chart(runs: Sequence[Run]) -> Chart | None:
-    """The distribution of the gaps early and late in training."""
+    """Return the chart of the gap distribution early and late in training."""
     return densities(
         {
             run.name: [
@@ -46,7 +46,7 @@ def training_density_chart(runs: Sequence[Run]) -> Chart | None:
 
 
 def filter_density_chart(runs: Sequence[Run]) -> Chart | None:
-    """The distribution of the gaps before and after the filter."""
+    """Return the chart of the gap distribution before and after the filter."""
     return densities(
         {
             run.name: [
@@ -65,7 +65,7 @@ def filter_density_chart(runs: Sequence[Run]) -> Chart | None:
 
 
 def gaps(audit: pd.DataFrame, first: float, last: float, only: str | None = None) -> np.ndarray:
-    """Finite gaps of the pairs between these fractions of the run, of those for which column `only` is true."""
+    """Return the finite gaps between two fractions of the run; with `only`, of rows where that column is true."""
     low, high = audit.step.min(), audit.step.max() + 1
     part = audit[audit.step.between(low + first * (high - low), low + last * (high - low), inclusive="left")]
     if only is not None:
@@ -75,7 +75,7 @@ def gaps(audit: pd.DataFrame, first: float, last: float, only: str | None = None
 
 
 def densities(by_run: dict[str, list[Group]], anchor: str, title: str, text: str) -> Chart | None:
-    """One panel a run, all on the same axes; None where there is no group with a spread."""
+    """Return a chart with one panel per run, all on the same axes; None if no group has a spread."""
     spread = {
         name: [group for group in groups if len(group.gaps) > 1 and group.gaps.std() > 1e-9]
         for name, groups in by_run.items()
@@ -88,7 +88,7 @@ def densities(by_run: dict[str, list[Group]], anchor: str, title: str, text: str
     at = np.linspace(low, high, POINTS)
     curves = {name: [density(group.gaps, at) for group in groups] for name, groups in by_run.items()}
     x = svg.horizontal(at, margin=0.0)
-    # a young policy has its gaps in one high peak around 0, beside which nothing else could be seen
+    # early in training the gaps form one high peak around 0; the axis cuts it off to keep the rest visible
     peaks = {group.style: 0.0 for groups in by_run.values() for group in groups}
     for name, groups in by_run.items():
         for group, curve in zip(groups, curves[name], strict=True):
@@ -111,11 +111,11 @@ def densities(by_run: dict[str, list[Group]], anchor: str, title: str, text: str
 
 
 def density(values: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """A Gaussian kernel density of `values` at the points `at`; its width is Silverman's, of the robust spread."""
+    """Return a Gaussian kernel density of `values` at the points `at`, with Silverman's width (robust spread)."""
     quartiles = np.quantile(values, [0.25, 0.75])
     spread = min(values.std(), (quartiles[1] - quartiles[0]) / 1.349) or values.std()
     width = max(0.9 * spread * len(values) ** -0.2, 1e-9)
-    # binned first, finer than the kernel: a run may have millions of pairs
+    # bins finer than the kernel bound the cost for runs with millions of pairs
     edges = np.linspace(values.min(), values.max(), min(4096, int(np.ptp(values) / width * 8) + 2))
     counts, edges = np.histogram(values, edges)
     centres = (edges[:-1] + edges[1:]) / 2
@@ -124,7 +124,7 @@ def density(values: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def response_chart(runs: Sequence[Run]) -> Chart | None:
-    """β of each batch against its mean gap."""
+    """Return the chart of each batch's β against its mean gap."""
     drawn = []
     for number, run in enumerate(runs):
         beta, gap = run.curve("beta/used"), run.curve("gap/mean")

@@ -1,4 +1,4 @@
-"""What is worth telling about the policy and its training. Pure functions of a `Run`: a finding, or None."""
+"""The report's checks of the policy and its training: each is a pure function from a `Run` to a finding or None."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from app.report.finding import Finding, Level
 from app.report.run import Run
 from callbacks.health import SATURATED
 
-OVERFITTED = 0.1  # accuracy of training pairs above that of held-out pairs
-SLOWER = 0.75  # throughput at the end, as a share of that at the start
+OVERFITTED = 0.1  # training accuracy minus held-out accuracy that gives a finding
+SLOWER = 0.75  # late throughput as a share of early throughput, below which there is a finding
 
 
 def chosen_probability_falls(run: Run) -> Finding | None:
-    """Displacement: the chosen response loses against the reference, by more than the margin gains."""
+    """Return a finding if the chosen log-ratio rises, or if it falls together with the rejected one (displacement).
+
+    The fall is serious when the chosen response loses more than the margin gains.
+    """
     chosen, rejected = run.curve("train/log_ratio_chosen"), run.curve("train/log_ratio_rejected")
     if chosen is None or rejected is None or len(chosen.part(0.75, 1)) < 2:
         return None
@@ -45,7 +48,7 @@ def chosen_probability_falls(run: Run) -> Finding | None:
 
 
 def accuracy_is_saturated(run: Run) -> Finding | None:
-    """Training pairs ranked right before their own step."""
+    """Return a finding if nearly all training pairs are ranked correctly before the step that trains on them."""
     accuracy = run.curve("train/reward_accuracy")
     if accuracy is None or not len(accuracy.part(0.75, 1)):
         return None
@@ -63,7 +66,7 @@ def accuracy_is_saturated(run: Run) -> Finding | None:
 
 
 def overfitting(run: Run) -> Finding | None:
-    """Training accuracy far above held-out accuracy."""
+    """Return a finding if training accuracy is above held-out accuracy by at least OVERFITTED."""
     training, held_out = run.curve("train/reward_accuracy"), run.last("val/reward_accuracy")
     if training is None or held_out is None or not len(training.part(0.75, 1)):
         return None
@@ -81,7 +84,7 @@ def overfitting(run: Run) -> Finding | None:
 
 
 def against_the_baseline(run: Run) -> Finding | None:
-    """Win rate over the SFT model's samples."""
+    """Return a finding on the win rate over the SFT model's samples, if there is one."""
     rate = run.samples.get("win rate")
     if rate is None:
         return None
@@ -101,7 +104,7 @@ def against_the_baseline(run: Run) -> Finding | None:
 
 
 def against_other_runs(run: Run) -> Finding | None:
-    """Win rate over the samples of the other runs, prompt by prompt."""
+    """Return a finding on the win rates over the other runs' samples, compared per prompt, if there are any."""
     if not run.rivals:
         return None
     told = {
@@ -119,7 +122,7 @@ def against_other_runs(run: Run) -> Finding | None:
 
 
 def more_malformed_answers(run: Run) -> Finding | None:
-    """Samples that are no sentence of the task, against the SFT model's."""
+    """Return a finding if the policy's samples are malformed more often than the SFT model's."""
     ours, theirs = run.samples.get("malformed share"), run.baseline.get("malformed share")
     if ours is None or theirs is None or ours.low <= theirs.high:
         return None
@@ -134,7 +137,7 @@ def more_malformed_answers(run: Run) -> Finding | None:
 
 
 def slower_at_the_end(run: Run) -> Finding | None:
-    """Throughput of the last quarter against the first; the first steps warm up."""
+    """Return a finding if the last quarter is slower than the early quarter that follows 5 % of warm-up."""
     speed = run.curve("train/tokens_per_second")
     if speed is None or len(speed.values) < 20:
         return None
@@ -152,7 +155,7 @@ def slower_at_the_end(run: Run) -> Finding | None:
 
 
 def pairs_without_a_gap(run: Run) -> Finding | None:
-    """Pairs left out because their gap was not finite."""
+    """Return a finding if pairs were left out because their gap was not finite."""
     count = run.last("train/nonfinite_pairs")
     if not count:
         return None

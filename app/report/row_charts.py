@@ -1,4 +1,4 @@
-"""The charts of one number and its interval per run: quality, who is dropped, speed."""
+"""The charts of one number with its interval per run or group: quality, dropped pairs, speed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from app.report.run import Run
 from app.run_folder import grouping_labels
 
 ROW, ABOVE, BELOW = 48, 6, 40
-MOST_VALUES = 8  # of a label that are drawn, the most frequent first
+MOST_VALUES = 8  # drawn per label, the most frequent first
 
 
 NAMES = {("flipped", True): "flipped on purpose", ("flipped", False): "not flipped"}
 
 
 class Row(NamedTuple):
-    """One dot with its interval."""
+    """A dot with its interval."""
 
     name: str
     style: str
@@ -39,7 +39,10 @@ def rows_panel(
     mark_name: str = "",
     decimals: int = 3,
 ) -> Panel | None:
-    """A dot and an interval per row, name and numbers above each; `mark` is a line to compare with."""
+    """Return a panel with a dot and an interval per row, its name and numbers above; None without rows.
+
+    `mark` is the value of a line to compare with.
+    """
     if not rows:
         return None
     height = ABOVE + ROW * len(rows) + BELOW
@@ -73,17 +76,17 @@ def rows_panel(
 
 
 def lane_line(x: float, y: float, style: str) -> str:
-    """A short upright line where a row has its dot, out of the way of its text."""
+    """Return a short vertical line at the height of a row's dot, clear of the row's text."""
     return f'<line class="{style}" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 8}" y2="{y + 8}"/>'
 
 
 def shortened(text: str) -> str:
-    """`text` as it fits beside the numbers of its row."""
+    """Return `text`, cut to 20 characters so that it fits beside the numbers of its row."""
     return text if len(text) <= 20 else f"{text[:19]}…"
 
 
 def quality_chart(runs: Sequence[Run]) -> Chart | None:
-    """Held-out accuracy and what the samples are worth, with intervals."""
+    """Return the chart of held-out accuracy and of the samples' quality, with intervals."""
     held_out = {
         "reward accuracy on held-out pairs": "val/reward_accuracy",
         "held-out pairs that the policy itself ranks right": "val/policy_accuracy",
@@ -129,7 +132,7 @@ def quality_chart(runs: Sequence[Run]) -> Chart | None:
 
 
 def dropped_chart(runs: Sequence[Run]) -> Chart | None:
-    """Which pairs the filter leaves out, by the labels of the data and by whether the policy ranks them right."""
+    """Return the chart of the share dropped by the filter, per label of the data and per ranking by the policy."""
     panels = []
     for number, run in enumerate(runs):
         if run.audit is None or not run.filters:
@@ -170,7 +173,7 @@ def dropped_chart(runs: Sequence[Run]) -> Chart | None:
 
 
 def speed_chart(runs: Sequence[Run]) -> Chart | None:
-    """Throughput: the median step and the middle 80 % of steps."""
+    """Return the chart of throughput: the median step and the middle 80 % of steps."""
     panels = []
     for tag, unit in (
         ("train/pairs_per_second", "pairs per second"),

@@ -1,4 +1,4 @@
-"""What a training run left in its log folder, read as far as it is there."""
+"""The reader of a training run's log folder; every part of a run may be missing."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SAMPLES = "samples.jsonl"
 
 
 class Curve(NamedTuple):
-    """A measurement over the run; both arrays are [n], steps ascending."""
+    """A measurement over the run; both arrays are [n], with ascending steps."""
 
     steps: np.ndarray
     values: np.ndarray
 
     def part(self, first: float, last: float) -> np.ndarray:
-        """The finite values in this part of the curve, given as fractions of its points."""
+        """Return the finite values between two fractions of the curve's points."""
         begin, end = round(first * len(self.values)), round(last * len(self.values))
         part = self.values[begin:end]
         return part[np.isfinite(part)]
@@ -36,7 +36,7 @@ class Curve(NamedTuple):
 
 @dataclass
 class Run:
-    """One run. What it lacks is empty, and `missing` says so."""
+    """One run; parts that its folder lacks are empty (`app.report.page.missing` reports them)."""
 
     name: str
     folder: Path
@@ -45,45 +45,45 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)
     config_text: str = ""
     commands: Sequence[str] = ()
-    # of its samples: by name ("win rate", "mean true reward", …), and how the SFT model's compare
+    # figures of the run's samples by name ("win rate", "mean true reward", …), and the same of the SFT model's
     samples: dict[str, Estimate] = field(default_factory=dict)
     baseline: dict[str, Estimate] = field(default_factory=dict)
     rivals: dict[str, Estimate] = field(default_factory=dict)  # win rate over the samples of other runs, by name
 
     def curve(self, tag: str) -> Curve | None:
-        """The curve logged under `tag`, if any."""
+        """Return the curve logged under `tag`, if any."""
         return self.curves.get(tag)
 
     def last(self, tag: str) -> float | None:
-        """The last value logged under `tag`."""
+        """Return the last value logged under `tag`, if any."""
         curve = self.curves.get(tag)
         return float(curve.values[-1]) if curve is not None and len(curve.values) else None
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that left a trace."""
+        """Return the number of optimizer steps, from the last step with a logged value."""
         return max((int(curve.steps[-1]) + 1 for tag, curve in self.curves.items() if tag in PER_STEP), default=0)
 
     @property
     def chooses_beta(self) -> bool:
-        """Whether a schedule chose β: it logs the share that it clamped."""
+        """Return whether a schedule chose β; only a schedule logs the share of clamped β."""
         return "beta/clamped" in self.curves
 
     @property
     def callbacks(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """Class name and settings of every callback that config.yaml names."""
+        """Return the class name and the settings of every callback in config.yaml's trainer.callbacks."""
         entries = (self.config.get("trainer") or {}).get("callbacks") or []
         return [(last_word(entry.get("class_path")), arguments(entry)) for entry in entries]
 
     @property
     def filters(self) -> bool:
-        """Whether pairs were left out on purpose."""
+        """Return whether fewer pairs than the whole batch were kept in some step."""
         kept = self.curve("filter/kept_fraction")
         return kept is not None and bool((kept.values < 1).any())
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Everything that `folder` holds of a run. Raises UserError when it has neither scalars nor an audit."""
+    """Return the run in `folder`. Raises UserError if it has neither scalars nor an audit, or a damaged file."""
     curves, audit = read_curves(folder), read_audit(folder)
     if not curves and audit is None:
         raise UserError(
@@ -97,9 +97,9 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """All scalars in the TensorBoard events of a folder, else in the metrics.csv of Lightning's CSVLogger.
+    """Return all scalars in the TensorBoard events of a folder, else in the metrics.csv of Lightning's CSVLogger.
 
-    A step that was taken twice counts as the last time.
+    If a step was logged twice, its last value counts.
     """
     if not any(folder.glob("events.out.tfevents.*")):
         return read_csv(folder / "metrics.csv")
@@ -114,7 +114,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
 
 def read_csv(file: Path) -> dict[str, Curve]:
-    """The columns that have a "/" in their name, by step; none where there is no such file."""
+    """Return the columns with "/" in their name; none without the file. Raises UserError for another format."""
     if not file.is_file():
         return {}
     try:
@@ -126,12 +126,12 @@ def read_csv(file: Path) -> dict[str, Curve]:
 
 
 def read_audit(folder: Path) -> pd.DataFrame | None:
-    """All rows of the audit, if there is one. Raises UserError when a file of it is damaged."""
+    """Return all rows of the audit, if there is one. Raises UserError if one of its files is damaged."""
     return run_folder.read_audit(folder) if any((folder / "audit").glob("*.parquet")) else None
 
 
 def curves_of_audit(audit: pd.DataFrame) -> dict[str, Curve]:
-    """The curves that an audit holds as well, for a run without TensorBoard events."""
+    """Return the curves that can be computed from the audit, for a run without logged scalars."""
     audit = audit.assign(right=(1 + np.sign(audit.gap)) / 2, kept_gap=audit.gap.where(audit.kept))
     by_step = audit.groupby("step")
     found = {
@@ -154,7 +154,7 @@ PER_STEP = ("beta/used", "gap/mean", "train/loss")
 
 
 def read_config(folder: Path) -> tuple[Mapping[str, Any], str]:
-    """The configuration that the run recorded, as mapping and as text; both empty when there is none."""
+    """Return the run's config.yaml as mapping and as text, both empty without one. UserError unless it is YAML."""
     file = folder / "config.yaml"
     if not file.is_file():
         return {}, ""
@@ -167,14 +167,17 @@ def read_config(folder: Path) -> tuple[Mapping[str, Any], str]:
 
 
 def read_commands(folder: Path) -> list[str]:
-    """The `fit` commands that were given, the first first; more than one where the run was resumed."""
+    """Return the run's `fit` commands in order; a resumed run has more than one."""
     file = folder / COMMANDS_FILE
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return [line for line in lines if line.startswith("beta-dpo fit")]
 
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the folders apart: `version_0` of two runs says nothing."""
+    """Return the shortest path suffixes that differ, since two runs may both end in `version_0`.
+
+    Raises UserError if a folder is given twice.
+    """
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-length:]) for part in parts]

@@ -1,4 +1,4 @@
-"""Small SVG: scales, axes and marks. Colours are CSS classes of the page, so that they follow light and dark."""
+"""Scales, axes and marks as SVG. Colours are CSS classes of the page, which has a light and a dark scheme."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 400, 250
-LEFT, RIGHT, TOP, BOTTOM = 60, 388, 10, 208  # the plotting area; a phone shows it at about its own size
+LEFT, RIGHT, TOP, BOTTOM = 60, 388, 10, 208  # the plotting area; a phone shows it at about this size
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, about: int = 5) -> list[float]:
-        """Round numbers within the scale, `about` as many as asked for."""
+        """Return approximately `about` round numbers within the scale."""
         rough = (self.high - self.low) / about
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
@@ -35,19 +35,19 @@ class Scale:
 
 
 def horizontal(values: Iterable[float], margin: float = 0.04) -> Scale:
-    """The x scale of a chart of `values`, with a margin at both ends."""
+    """Return the x scale of a chart of `values`, with a margin at both ends."""
     return Scale(*span(values, margin), LEFT, RIGHT)
 
 
 def vertical(values: Iterable[float], low: float | None = None, high: float | None = None) -> Scale:
-    """The y scale of a chart of `values`, growing upwards."""
+    """Return the y scale of a chart of `values`, growing upwards; `low` and `high` fix its ends."""
     return Scale(*span(values, 0.04, low, high), BOTTOM, TOP)
 
 
 def span(
     values: Iterable[float], margin: float, low: float | None = None, high: float | None = None
 ) -> tuple[float, float]:
-    """The ends of a scale that holds all finite `values` with a margin, unless `low` or `high` are fixed."""
+    """Return the ends of a scale: those of the finite `values` plus a margin, or `low` and `high` where given."""
     found = np.asarray(list(values), dtype=float)
     found = found[np.isfinite(found)]
     least, most = (float(found.min()), float(found.max())) if len(found) else (0.0, 1.0)
@@ -58,7 +58,7 @@ def span(
 
 
 def axes(x: Scale, y: Scale, x_title: str, y_title: str) -> Markup:
-    """Grid, tick labels and titles; a numeric axis title always names its unit."""
+    """Return grid, tick labels and titles; the title of a numeric axis always names its unit."""
     parts = []
     y_text, x_text = numbers(y.ticks()), numbers(x.ticks())
     for value, text in zip(y.ticks(), y_text, strict=True):
@@ -79,7 +79,7 @@ def axes(x: Scale, y: Scale, x_title: str, y_title: str) -> Markup:
 
 
 def numbers(values: Sequence[float]) -> list[str]:
-    """`values` as text, all with the fewest decimals that tell them apart; thousands as k."""
+    """Return `values` as text with the fewest decimals that represent them all; from 10,000 on as thousands "k"."""
     largest = max((abs(value) for value in values), default=0.0)
     if largest >= 10_000:
         return [f"{value / 1000:g}k" if value else "0" for value in values]
@@ -91,7 +91,7 @@ def numbers(values: Sequence[float]) -> list[str]:
 
 
 def line(x: Scale, y: Scale, xs: Iterable[float], ys: Iterable[float], style: str) -> Markup:
-    """A line through the points that have a number, broken where one has none; `style` is a list of classes."""
+    """Return a line through the finite points, interrupted at others; `style` is a list of CSS classes."""
     path, pen_down = [], False
     for at, value in zip(xs, ys, strict=True):
         if math.isfinite(value):
@@ -103,7 +103,7 @@ def line(x: Scale, y: Scale, xs: Iterable[float], ys: Iterable[float], style: st
 def area(
     x: Scale, y: Scale, xs: Iterable[float], lower: Iterable[float], upper: Iterable[float], style: str
 ) -> Markup:
-    """The area between two curves."""
+    """Return the area between two curves."""
     points = [(at, value) for at, value in zip(xs, upper, strict=True) if math.isfinite(value)]
     points += [(at, value) for at, value in zip(xs, lower, strict=True) if math.isfinite(value)][::-1]
     text = " ".join(f"{x(at):.1f},{y(value):.1f}" for at, value in points)
@@ -111,7 +111,7 @@ def area(
 
 
 def dots(x: Scale, y: Scale, xs: Iterable[float], ys: Iterable[float], style: str, radius: float = 2.2) -> Markup:
-    """One dot per point."""
+    """Return one dot per finite point."""
     return Markup(
         "".join(
             f'<circle class="dot {style}" cx="{x(at):.1f}" cy="{y(value):.1f}" r="{radius}"/>'
@@ -122,9 +122,9 @@ def dots(x: Scale, y: Scale, xs: Iterable[float], ys: Iterable[float], style: st
 
 
 def rule(at: float, style: str, x: Scale | None = None, y: Scale | None = None, name: str = "") -> Markup:
-    """A straight line across the chart, at a value of x or of y; nothing where the scale does not reach.
+    """Return a straight line across the chart at a value of x or y; empty if the value is outside the scale.
 
-    A `name` stands above the right end of a line at a value of y.
+    `name` is written above the right end of a line at a value of y.
     """
     scale = x or y
     assert scale is not None
@@ -141,7 +141,7 @@ def rule(at: float, style: str, x: Scale | None = None, y: Scale | None = None, 
 
 
 def drawing(label: str, *parts: Markup, height: int = HEIGHT) -> Markup:
-    """The whole picture; `label` says in words what it shows, for those who cannot see it."""
+    """Return the whole picture; `label` describes it for screen readers."""
     return Markup(
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}" '
         f'preserveAspectRatio="xMidYMid meet">{"".join(parts)}</svg>'

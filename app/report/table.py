@@ -1,4 +1,4 @@
-"""The numbers of a run that stand in the table of the terminal and of the page."""
+"""The numbers of a run that the terminal and the page show in a table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from app.report.run import Run
 
 
 def numbers_of(run: Run) -> dict[str, str]:
-    """The rows of the table for one run, name → text; what the run does not know is left out."""
+    """Return the rows of the table for one run, name → text, without the rows that the run cannot fill."""
     column: dict[str, str] = {}
     for tag, name in (
         ("val/reference_accuracy", "held-out pairs ranked right by the SFT model"),
@@ -34,7 +34,7 @@ def numbers_of(run: Run) -> dict[str, str]:
 
 
 def numbers_of_pairs(run: Run) -> dict[str, str]:
-    """The rows that need the audit."""
+    """Return the rows that need the audit."""
     audit = run.audit
     assert audit is not None
     kept = audit.groupby("step").kept.sum()
