@@ -61,7 +61,7 @@ def beta_at_its_ceiling(run: Run) -> Finding | None:
 
 
 def beta_far_from_base(run: Run) -> Finding | None:
-    """Return a finding if β is over FAR_FROM_BETA0 times larger or smaller than β0 in over FAR_SHARE of the steps."""
+    """Return a finding if β is FAR_FROM_BETA0 times larger or smaller than β0 in more than FAR_SHARE of steps."""
     beta, base = run.curve("beta/used"), run.last("beta/base")
     if beta is None or base is None or not run.chooses_beta:
         return None
