@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals, the same everywhere a figure is reported."""
+"""Means with intervals (bootstrap or Wilson), computed in the same way for every reported figure."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-MOST_DRAWS = 4_000_000  # held in memory at a time
+MOST_DRAWS = 4_000_000  # at most so many bootstrap draws are in memory
 
 
 class Estimate(NamedTuple):
-    """A mean and its 95 % percentile bootstrap interval."""
+    """A mean and its interval, at 95 % unless its maker says otherwise."""
 
     mean: float
     low: float
@@ -22,12 +22,15 @@ class Estimate(NamedTuple):
 
 
 def bootstrap_mean(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
-    """The mean of `values` [n], resampling its n independent items (one per prompt). Raises ValueError if empty."""
+    """Return the mean of `values` [n] with its 95 % percentile bootstrap interval.
+
+    The n items, such as one per prompt, must be independent. Raises ValueError if there is none.
+    """
     values = np.asarray(values, dtype=float)
     if not len(values):
         raise ValueError("no values to take the mean of")
     random = np.random.default_rng(seed)
-    # some resamples at a time: the audit of a long run has millions of pairs
+    # in chunks, because the audit of a long run has millions of pairs
     at_once = max(MOST_DRAWS // len(values), 1)
     sizes = [min(at_once, resamples - done) for done in range(0, resamples, at_once)]
     means = [values[random.integers(len(values), size=(size, len(values)))].mean(axis=1) for size in sizes]
@@ -36,21 +39,21 @@ def bootstrap_mean(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> 
 
 
 def win_scores(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """1 where our answer to a prompt has the higher reward, ½ for a tie, else 0."""
+    """Return 1 where our answer to a prompt has the higher reward, ½ for a tie, else 0."""
     return (1 + np.sign(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float))) / 2
 
 
 def share_over(groups: np.ndarray, hits: np.ndarray) -> Estimate:
-    """Return the share of `hits` [n] bool with a 95 % interval over the distinct `groups` [n].
+    """Return the share of `hits` [n] bool with a 95 % Wilson interval that counts the distinct `groups` [n].
 
-    A pair that is met in several epochs is one item and not several. Where the looks at it differ, this is too wide
-    rather than too narrow. Raises ValueError if there is none.
+    A pair that occurs in several epochs counts as one item. If its hits differ between epochs, the interval is too
+    wide rather than too narrow. Raises ValueError if there is no item.
     """
     return wilson(float(np.mean(hits)) if len(hits) else 0.0, len(np.unique(groups)))
 
 
 def wilson(share: float, count: int) -> Estimate:
-    """A share of `count` independent items with its 95 % Wilson interval. Raises ValueError if there is none."""
+    """Return a share of `count` independent items with its 95 % Wilson interval. ValueError if there is no item."""
     if count < 1:
         raise ValueError("no values to take the mean of")
     z = 1.959964

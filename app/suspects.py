@@ -1,4 +1,4 @@
-"""Which pairs are likely mislabelled and which are outliers, judged from what a run measured of them."""
+"""Scores for pairs that are likely mislabelled and for outliers, computed from the audit of a run."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from app.run_folder import grouping_labels
 
 
 def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
-    """One row per pair of the audit's rows (one per pair and step), in order of first appearance.
+    """Return one row per pair, in order of first appearance, from an audit with one row per pair and step.
 
     Columns: `times_seen`, `times_dropped` (seen and not trained on), `first_step`, `last_step`, `first_gap`,
-    `last_gap` in nats, and the two scores, which grow with suspicion:
+    `last_gap` in nats, and two scores that are higher for more suspicious pairs:
 
-    * `mislabelled`: Σ −2·M0·h/σ² over the pair's steps, in nats. Where the gaps of rightly labelled pairs are
-      normal with mean M0 and deviation σ, those of swapped pairs are the mirror image; this is then the log of
-      the likelihood ratio of the two. It weighs a step by what the policy knew: zero while M0 is.
-    * `outlier`: the mean |h − M0|/σ over the pair's steps; an extreme gap of either sign.
+    * `mislabelled`: Σ −2·max(M0, 0)·h/σ² over the pair's steps, in nats. If the gaps of correctly labelled pairs
+    are
+      normal with mean M0 and deviation σ, those of swapped pairs have mean −M0, and this is the log-likelihood
+      ratio of the two. A step has weight zero while M0 ≤ 0: such a policy has not learned the labels yet.
+    * `outlier`: the mean of |h − M0|/σ over the pair's steps, large for an extreme gap of either sign; 0 if no step
+      of the pair counts.
 
-    M0 and σ are running moments of the gaps themselves, so that every arm is judged alike, plain DPO too. A
-    step without a finite gap counts as seen and says nothing; neither do steps before σ is known. Labels of the
-    data that group its pairs (an annotator, a language) come last, as `label_…` where a column has their name.
+    M0 and σ are running moments of the gaps themselves, so that all arms, plain DPO too, are scored in the same
+    way. A step without a finite gap, or before σ is known, counts as seen but adds to neither score. Labels of the
+    data that group its pairs (an annotator, a language) are the last columns, named `label_…` where the name is
+    taken.
     """
     seen = audit.sort_values("step", kind="stable")
     seen = seen.assign(finite=np.isfinite(seen.gap.to_numpy(float)))
@@ -31,7 +34,7 @@ def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
     known = (seen.finite & (std > 1e-6)).to_numpy()
     mean, std, gap = mean.to_numpy(), std.to_numpy(), seen.gap.to_numpy(float)
     evidence, distance = np.zeros(len(seen)), np.full(len(seen), np.nan)
-    # a policy whose mean gap is negative has not learned the labels yet: it cannot tell which are wrong
+    # a policy whose mean gap is negative has not learned the labels yet and cannot tell which are wrong
     evidence[known] = -2 * np.maximum(mean[known], 0) * gap[known] / std[known] ** 2
     distance[known] = np.abs(gap[known] - mean[known]) / std[known]
     seen = seen.assign(evidence=evidence, distance=distance, dropped=~seen.kept.astype(bool))
@@ -51,7 +54,7 @@ def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
 
 
 def running_moments(seen: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """M0 and σ (0 while unknown) at the step of every row, from the finite gaps of all pairs of that step."""
+    """Return M0 and σ (0 while unknown) per row: the running moments of the finite gaps up to the row's step."""
     running = RunningMoments()
     mean, std = {}, {}
     for step, rows in seen.groupby("step", sort=True):
@@ -61,9 +64,9 @@ def running_moments(seen: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
 
 
 def hits(scores: np.ndarray, wrong: np.ndarray, listed: int) -> np.ndarray:
-    """Whether each of the `listed` pairs with the highest `scores` [n] is `wrong` [n] bool, highest first: [k].
+    """Return [listed] bool: whether each pair with one of the highest `scores` [n] is `wrong` [n], highest first.
 
-    Ties are in the order of the pairs. Raises ValueError for a number outside [1, n].
+    Ties keep the order of the pairs. Raises ValueError unless `listed` lies in [1, n].
     """
     if not 1 <= listed <= len(scores):
         raise ValueError(f"cannot list {listed} of {len(scores)} pairs")

@@ -1,4 +1,4 @@
-"""Who decides which of two answers is better: a known reward, a reward model, or a language model that is asked."""
+"""The judges that decide which of two answers is better: a known reward, a reward model or a language model."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from typing import Any, Protocol
 
 import numpy as np
 
-Answer = dict[str, Any]  # one row of a sample file: `prompt_id`, `prompt`, `response` and what else it holds
+Answer = dict[str, Any]  # one row of a sample file: `prompt_id`, `prompt`, `response` and further columns
 
 
 class Judge(Protocol):
-    """Compares answers to the same prompts."""
+    """A judge that compares answers to the same prompts."""
 
     def scores(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> np.ndarray:
-        """[n]: 1 where our answer is better, 0 where theirs is, ½ for a tie, or their mean; NaN without verdict."""
+        """Return scores [n]: 1 if our answer is better, 0 if theirs is, ½ for a tie, NaN without a verdict.
+
+        A score may be the mean of several verdicts.
+        """
         ...
 
     def describe(self, answers: Sequence[Answer]) -> dict[str, float]:
-        """What there is to say of one model's answers by themselves, name → figure; maybe nothing."""
+        """Return figures about one model's answers alone, name → value; may be empty."""
         ...
 
     def notes(self) -> list[str]:
-        """What a reader of the scores should know, once they have been given."""
+        """Return notes for a reader of the scores; call it after `scores`."""
         ...

@@ -1,4 +1,4 @@
-"""A language model as judge, behind any server that speaks OpenAI's chat completions."""
+"""The judge that asks a language model on any server with OpenAI's chat-completions API."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from app.method.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, P
 PLACES = {"prompt", "first", "second"}
 SCORES = {"first": 1.0, "tie": 0.5, "second": 0.0}  # of the answer that is shown first
 NO_KEY = "none"
-NAMED = 3  # refused pairs and reasons that are printed
-REFUSALS = (400, 413, 422)  # of this question, whenever it is asked: too long, or a content filter
+NAMED = 3  # at most so many refused pairs and reasons are printed
+REFUSALS = (400, 413, 422)  # a retry would not help: the question is too long or hits a content filter
 _VERDICT = re.compile(r"verdict\W*\b(A|B|tie)\b", re.IGNORECASE)
 _ALONE = re.compile(r"\W*(A|B|tie)\W*", re.IGNORECASE)
 
@@ -33,19 +33,19 @@ _ALONE = re.compile(r"\W*(A|B|tie)\W*", re.IGNORECASE)
 @checked
 @dataclass(frozen=True)
 class Endpoint:
-    """How a language model is asked.
+    """Settings for asking a language model.
 
     Args:
-        url: base address of the server, up to /v1; null is OpenAI's own.
+        url: base address of the server, up to /v1; null is OpenAI's.
         instructions: text file with the places $prompt, $first and $second; see configs/judge.
-        temperature: of the judge; null leaves it to the server.
-        max_tokens: longest reply.
-        parallel: questions under way at a time.
-        retries: attempts after the first where the server is unreachable, busy or failing; the pause between
-            them doubles from half a second up to eight, or is what the server asks for.
+        temperature: of the judge; null uses the server's default.
+        max_tokens: longest reply, in tokens.
+        parallel: number of concurrent questions.
+        retries: further attempts when the server is unreachable, busy or failing; the pause doubles from half a
+            second up to eight seconds, or is what the server asks for.
         timeout: seconds to wait for a reply.
-        api_key_env: environment variable with the key; null is OPENAI_API_KEY for OpenAI's own url, and no key for
-            another.
+        api_key_env: environment variable with the key; null is OPENAI_API_KEY for OpenAI's url, and no key for
+            other urls.
     """
 
     url: str | None = None
@@ -59,16 +59,17 @@ class Endpoint:
 
 
 class Question(NamedTuple):
-    """One order of a pair as it is put to the judge."""
+    """A question to the judge: one order of a pair."""
 
     key: str
     text: str
 
 
 class EndpointJudge:
-    """Shows every pair in both orders; its score is the mean of the two verdicts.
+    """A judge that shows a language model every pair in both orders and scores it with the mean of both verdicts.
 
-    A pair with a verdict in one order or none has no score (NaN), and is counted. Equal answers are a tie, unasked.
+    A pair that lacks a verdict in either order has no score (NaN) and is counted. Equal answers are a tie without a
+    question.
     """
 
     def __init__(self, model: str, settings: Endpoint, verdicts: VerdictFile):
@@ -78,11 +79,14 @@ class EndpointJudge:
         self.template = read_instructions(settings.instructions)
         self.api_key = api_key(settings)
         self._seen: list[list[str | None]] = []
-        self._refused: dict[str, str] = {}  # of this run: key of the question → the server's reason
-        self._refused_pairs: dict[str, None] = {}  # their prompts' ids, in order
+        self._refused: dict[str, str] = {}  # refusals of this run: key of the question → the server's reason
+        self._refused_pairs: dict[str, None] = {}  # prompt ids of the refused pairs, in order
 
     def scores(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> np.ndarray:
-        """[n], after asking what the verdict file does not hold. Raises UserError when the server fails."""
+        """Return scores [n], asking only questions that the verdict file lacks.
+
+        Raises UserError when the server fails, or when no pair has a readable verdict in both orders.
+        """
         asked = [self._both_orders(row, rival) for row, rival in zip(ours, theirs, strict=True)]
         self._ask([question for pair in asked for question in pair])
         scores = np.full(len(asked), 0.5)
@@ -106,7 +110,7 @@ class EndpointJudge:
         return scores
 
     def _read(self) -> list[list[str]]:
-        """The verdicts of the pairs that have both."""
+        """Return the verdicts of the pairs that have both."""
         return [[said for said in pair if said is not None] for pair in self._seen if None not in pair]
 
     def _unread(self) -> int:
@@ -116,7 +120,7 @@ class EndpointJudge:
         return {}
 
     def notes(self) -> list[str]:
-        """How far the verdicts can be trusted."""
+        """Return how many verdicts depend on the order, and how many are missing or refused."""
         n = len(self._seen)
         if not n:
             return ["All answers are equal to their rivals: nothing was asked."]
@@ -172,7 +176,7 @@ class EndpointJudge:
             except openai.APIStatusError as error:
                 if error.status_code not in REFUSALS:
                     raise
-                self._refused[question.key] = self._reason(error)  # asked again by the next run
+                self._refused[question.key] = self._reason(error)  # not stored, so the next run asks again
                 return
             self.verdicts.add(question.key, model=self.model, verdict=parse_verdict(reply), reply=reply)
 
@@ -184,10 +188,10 @@ class EndpointJudge:
                     future.result()
                     progress.advance(bar)
             except openai.OpenAIError as error:
-                pool.shutdown(cancel_futures=True)  # before the verdicts are counted
+                pool.shutdown(cancel_futures=True)  # must end before `_failure` counts the verdicts
                 raise self._failure(error) from error
             finally:
-                pool.shutdown(cancel_futures=True)  # what is under way is waited for, and kept
+                pool.shutdown(cancel_futures=True)  # waits for running questions and keeps their verdicts
 
     def _reply(self, client: Any, text: str) -> str:
         options = {} if self.settings.temperature is None else {"temperature": self.settings.temperature}
@@ -213,13 +217,13 @@ class EndpointJudge:
 
 
 def parse_verdict(reply: str) -> str | None:
-    """ "first", "second" or "tie": the last `Verdict: …` of a reply, or all that it says; else None."""
+    """Return "first", "second" or "tie" by the last `Verdict: …` of a reply or by a bare verdict; else None."""
     found = _VERDICT.findall(reply) or [match[1] for match in [_ALONE.fullmatch(reply)] if match]
     return {"a": "first", "b": "second", "tie": "tie"}[found[-1].lower()] if found else None
 
 
 def read_instructions(path: str) -> Template:
-    """The judge's question. Raises UserError unless it has its places and no other."""
+    """Return the template of the question. Raises UserError unless it is readable with exactly the three places."""
     try:
         template = Template(Path(shipped(path)).read_text(encoding="utf-8"))
     except OSError as error:
@@ -232,7 +236,10 @@ def read_instructions(path: str) -> Template:
 
 
 def api_key(settings: Endpoint) -> str:
-    """The key in `api_key_env`, which is never written. OpenAI's own never leaves for another server unasked."""
+    """Return the key in `api_key_env`; without it, OPENAI_API_KEY for OpenAI's url and no key for another server.
+
+    The key is never written. Raises UserError if the environment variable is not set.
+    """
     name = settings.api_key_env or ("OPENAI_API_KEY" if settings.url is None else None)
     if name is None:
         return NO_KEY

@@ -1,4 +1,4 @@
-"""Judges that grade each answer by itself: the better one has the higher reward."""
+"""The judges that give each answer a reward; the answer with the higher reward is better."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from datamodules.reward_model import RewardModel
 
 
 class TrueReward:
-    """The exact reward of the controlled task."""
+    """A judge that uses the exact reward of the controlled task."""
 
     def scores(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> np.ndarray:
         return win_scores(self.rewards(ours), self.rewards(theirs))
 
     def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
-        """[n], 0 to 4.5. Raises UserError for prompts of anything but the controlled task."""
+        """Return rewards [n] from 0 to 4.5. Raises UserError if a prompt is not from the controlled task."""
         try:
             return np.array([true_reward(str(row["prompt"]), row["response"]) for row in answers])
         except UserError as error:
@@ -40,7 +40,7 @@ class TrueReward:
 
 
 class LearnedReward:
-    """A reward model from a folder or the Hub; what it has scored stands in the verdict file."""
+    """A judge that uses a reward model from a folder or the Hub, and stores its rewards in the verdict file."""
 
     def __init__(self, name: str, verdicts: VerdictFile):
         self.name = name
@@ -51,7 +51,7 @@ class LearnedReward:
         return win_scores(self.rewards(ours), self.rewards(theirs))
 
     def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
-        """[n], of answers that `scores` has seen."""
+        """Return rewards [n] of answers that `scores` has already scored."""
         return np.array([self.verdicts[self._key(row)]["reward"] for row in answers])
 
     def describe(self, answers: Sequence[Answer]) -> dict[str, float]:

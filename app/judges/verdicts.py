@@ -1,4 +1,4 @@
-"""Verdicts on disk: one line each, written the moment it is given, so that none is asked for twice."""
+"""The file of verdicts: each is one line, written as soon as it is given, so that no question is asked twice."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from app.locks import locked
 
 
 def verdict_key(*decisive: Any) -> str:
-    """A hash of everything that decides a verdict: who is asked, how, and what about."""
+    """Return a hash of everything that determines a verdict: judge, settings and question."""
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 class VerdictFile:
-    """A growing .jsonl file of verdicts by key; use within `opened`, which keeps other processes out."""
+    """An append-only .jsonl file of verdicts by key; use it within `opened`, which locks out other processes."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -33,7 +33,7 @@ class VerdictFile:
     @classmethod
     @contextmanager
     def opened(cls, path: str) -> Iterator[VerdictFile]:
-        """The file at `path`, created when missing. Raises UserError when it is damaged or in use."""
+        """Yield the file at `path`, created if missing. Raises UserError if it is damaged or in use."""
         with locked(Path(f"{path}.lock"), f"The file of verdicts {path}", "name another file", waits=False):
             verdicts = cls(Path(path))
             try:
@@ -51,7 +51,7 @@ class VerdictFile:
         return len(self._known)
 
     def add(self, key: str, **fields: Any) -> None:
-        """Record a verdict; it is on the disk when this returns. Safe to call from several threads."""
+        """Record a verdict and return once it is on disk. Safe to call from several threads."""
         with self._lock:
             self._known[key] = fields
             self._file.write(json.dumps({"key": key, **fields}, ensure_ascii=False) + "\n")
@@ -62,7 +62,7 @@ class VerdictFile:
         if not self.path.exists():
             return
         content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]  # a line that was cut short by a kill is asked again
+        whole = content[: content.rfind(b"\n") + 1]  # a kill may cut the last line; its question is asked again
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 fields = json.loads(line)
