@@ -1,10 +1,10 @@
-"""`make study`: every run that has no row yet, then docs/study.md.
+"""Do every run of the study that has no row yet, then write docs/study.md (`make study`).
 
-python -m benchmarks.study                      what is missing, two runs at a time
-python -m benchmarks.study --phase development  of one phase
-python -m benchmarks.study --list               every run by its number, and whether it is done
-python -m benchmarks.study --show NUMBER        the commands that make one run
-python -m benchmarks.study --again NUMBER       do one run again and show what came out beside its row
+python -m benchmarks.study                      do all missing runs, two at a time
+python -m benchmarks.study --phase development  do the missing runs of one phase
+python -m benchmarks.study --list               list all runs with their numbers, and whether they are done
+python -m benchmarks.study --show NUMBER        print the commands of one run
+python -m benchmarks.study --again NUMBER       repeat one run and print its figures beside its row
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def tasks_of(phase: str) -> Iterator[Task]:
 
 
 def carry_out(phase: str, jobs: int) -> None:
-    """Do what is missing of a phase, `jobs` runs at a time, in the order of the plan."""
+    """Do the missing runs of a phase, `jobs` at a time, in the order of the plan."""
     tasks, rows = list(tasks_of(phase)), read_results()
     missing = [(name, run) for name, run in tasks if not is_done(run, name, rows)]
     print(f"{phase}: {len(tasks)} runs, {len(missing)} to do", flush=True)
     if not missing:
         return
-    # forked, so that the libraries are imported once; a process for every run, so that none meets what another left
+    # fork imports the libraries only once; one process per run, so that a run leaves no state to another
     with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
         for _ in pool.imap_unordered(make_sft_model, dict.fromkeys(run.seed for _, run in missing), chunksize=1):
             pass
@@ -90,13 +90,13 @@ def list_runs(tasks: list[Task]) -> None:
 
 
 def show_commands(run: StudyRun) -> None:
-    """The commands of a run, for the folder of the project; the first three serve all runs of its seed."""
+    """Print the commands of a run, for the project's folder; all runs of a seed share the first three."""
     for command in [*sft_commands(run.seed), *run.commands()]:
         print("OMP_NUM_THREADS=1 beta-dpo", shlex.join(command))
 
 
 def do_again(phase: str, run: StudyRun) -> None:
-    """Print the figures of the table and of a new run side by side. The table stays as it is."""
+    """Repeat a run and print its figures beside those of the table, which does not change."""
     make_sft_model(run.seed)
     again, row = make_row(run, phase), row_of(run, phase, read_results())
     print(f"{run.id}\n{'':18} {'table':>12} {'again':>12}")

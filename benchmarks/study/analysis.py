@@ -1,4 +1,4 @@
-"""From the rows of the study to differences with intervals, and to verdicts."""
+"""The analysis of the study's rows: differences with intervals, and verdicts."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from app.intervals import bootstrap_mean
 from benchmarks.study.runs import STEPS
 
 KL_BUDGET = 1.0  # nats
-COLLAPSED = 0.25  # share of malformed answers
-ROBUST = 0.2  # points of reward
+COLLAPSED = 0.25  # a run with a larger share of malformed answers has collapsed
+ROBUST = 0.2  # points of reward: smaller differences count as robust
 
 Verdict = Literal["holds here", "does not hold here", "cannot be decided here"]
 
 
 def path_of(row: pd.Series) -> list[tuple[float, float]]:
-    """(KL, reward) from the SFT model over the checkpoints to the end."""
+    """Return (KL, reward) of the SFT model and of every checkpoint in order."""
     ends = ["" if step == STEPS[-1] else f"_{step}" for step in STEPS]
     return [(0.0, float(row.sft_reward)), *((float(row[f"kl{e}"]), float(row[f"reward{e}"])) for e in ends)]
 
 
 def reward_within(path: Sequence[tuple[float, float]], budget: float = KL_BUDGET) -> float:
-    """The highest reward on a path of (KL, reward), linear in between, where its KL is at most `budget` nats.
+    """Return the highest reward on a path of (KL, reward), linear in between, with a KL of at most `budget` nats.
 
-    What somebody gets who keeps the best checkpoint that is no further than that from the SFT model; a spike of the
-    KL in mid-training costs nothing by itself.
+    This is the reward of the best checkpoint within that distance of the SFT model. A temporary spike of the KL
+    does not lower it.
     """
     best = path[0][1]
     for (kl0, reward0), (kl1, reward1) in itertools.pairwise(path):
@@ -43,23 +43,23 @@ def reward_within(path: Sequence[tuple[float, float]], budget: float = KL_BUDGET
 
 
 def with_best(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with a column `within`, the highest reward within the KL budget."""
+    """Return the table with a further column `within`, the highest reward within the KL budget."""
     return table.assign(within=[reward_within(path_of(row)) for _, row in table.iterrows()])
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean over seeds of paired differences, with Student's t interval."""
+    """The mean over seeds of paired differences, with Student's t interval."""
 
     mean: float
     low: float
     high: float
     seeds: int
-    bootstrap: tuple[float, float]  # 95 %, for orientation: too narrow with few seeds
+    bootstrap: tuple[float, float]  # 95 %, for orientation only: too narrow with few seeds
 
     @classmethod
     def of(cls, values: np.ndarray, comparisons: int = 1) -> Difference:
-        """`values` [n] by seed; the level is 95 %, or Bonferroni's for so many comparisons.
+        """Return the difference for `values` [n], one per seed, at 95 % for all `comparisons` (Bonferroni).
 
         Raises ValueError for fewer than two seeds.
         """
@@ -83,7 +83,7 @@ class Difference:
 
 
 def better(end: Difference, within: Difference) -> Verdict:
-    """Whether an arm is better: on one of the two primary measures, and not worse on the other."""
+    """Return the verdict on whether an arm is better by one of the primary measures and not worse by the other."""
     if (end.above and not within.below) or (within.above and not end.below):
         return "holds here"
     if (end.below and not within.above) or (within.below and not end.above):
@@ -92,7 +92,7 @@ def better(end: Difference, within: Difference) -> Verdict:
 
 
 def robust(differences: Sequence[Difference]) -> Verdict:
-    """Whether all differences are small."""
+    """Return the verdict on whether every interval lies within ±ROBUST."""
     if any(each.low > ROBUST or each.high < -ROBUST for each in differences):
         return "does not hold here"
     if all(each.low >= -ROBUST and each.high <= ROBUST for each in differences):
@@ -101,7 +101,7 @@ def robust(differences: Sequence[Difference]) -> Verdict:
 
 
 class Rows:
-    """The rows of a phase, by cell."""
+    """The rows of one phase, grouped into cells."""
 
     def __init__(self, table: pd.DataFrame, phase: str = "confirmation") -> None:
         self.table = with_best(table[table.phase == phase])
@@ -116,7 +116,7 @@ class Rows:
         alpha: float = 0.6,
         keep: float = 0.8,
     ) -> pd.DataFrame:
-        """The rows of one arm, by seed. Raises LookupError when there is none."""
+        """Return the rows of one cell, indexed by seed. Raises LookupError when there is none."""
         t = self.table
         rows = t[(t.arm == arm) & (t.data == data) & (t.flip_rate == flips) & (t.loss == loss)]
         rows = rows[(rows.alpha == alpha) & (rows.keep_ratio == keep)]
@@ -129,7 +129,7 @@ class Rows:
     def difference(
         ours: pd.DataFrame, theirs: pd.DataFrame, figure: str = "reward", comparisons: int = 1
     ) -> Difference:
-        """Ours minus theirs over the seeds that both have."""
+        """Return ours minus theirs over the seeds that both have."""
         seeds = ours.index.intersection(theirs.index)
         values = ours.loc[seeds, figure].to_numpy(float) - theirs.loc[seeds, figure].to_numpy(float)
         return Difference.of(values, comparisons)

@@ -1,4 +1,4 @@
-"""The claims that the study looks at, each with its comparisons (docs/study/plan.md)."""
+"""The claims that the study tests, each with its comparisons (docs/study/plan.md)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.study.runs import GAPS
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm against another, by both primary measures."""
+    """A comparison of one arm with another by both primary measures."""
 
     label: str
     end: Difference
@@ -28,29 +28,29 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Claim:
-    """What is claimed, what was compared, and by which rule it is judged."""
+    """A claim, its comparisons, and the rule for its verdict."""
 
-    name: str  # of its figure
+    name: str  # file name of its figure
     title: str
-    source: str  # who says so, and what
+    source: str  # where the claim comes from, and what was compared
     comparisons: Sequence[Comparison]
     rule: Literal["each", "robust"] = "each"
     remark: str = ""
 
     def verdicts(self) -> dict[str, Verdict]:
-        """By comparison, or one for all."""
+        """Return a verdict per comparison, or one for all of them under the rule "robust"."""
         if self.rule == "robust":
             return {"all": robust([one for each in self.comparisons for one in (each.end, each.within)])}
         return {each.label: each.verdict for each in self.comparisons}
 
 
 def compare(rows: Rows, label: str, ours: pd.DataFrame, theirs: pd.DataFrame, comparisons: int = 1) -> Comparison:
-    """Ours less theirs by both primary measures; `comparisons` widens the intervals."""
+    """Return ours minus theirs by both primary measures, at 95 % for all `comparisons` together (Bonferroni)."""
     return Comparison(label, *(rows.difference(ours, theirs, figure, comparisons) for figure in MEASURES))
 
 
 def all_claims(rows: Rows) -> list[Claim]:
-    """The claims, in the order of the document."""
+    """Return the claims of the confirmation phase, in the order of the document."""
     best = chosen("dpo")[0]
     static = rows.cell("dpo", beta0=best)
     return [
@@ -120,7 +120,10 @@ def all_claims(rows: Rows) -> list[Claim]:
 
 
 def by_flip_rate(rows: Rows, arm: str, best: float, *bases: float) -> list[Comparison]:
-    """An arm on mixed data less the best static β and less β-DPO, at each β0 of `bases` if there are several."""
+    """Compare an arm on mixed data with the best static β and with β-DPO at every flip rate.
+
+    With `bases`, the arm is compared at each of these β0, and the intervals hold for all of them together.
+    """
     return [
         compare(
             rows,
@@ -139,7 +142,7 @@ def by_flip_rate(rows: Rows, arm: str, best: float, *bases: float) -> list[Compa
 
 
 def extension_claims(rows: Rows) -> list[Claim]:
-    """What the rows of the phase `extension` say."""
+    """Return the claims of the extension phase, in the order of the document."""
     best = chosen("dpo")[0]
     return [
         mixtures(rows, best),
@@ -184,7 +187,7 @@ def extension_claims(rows: Rows) -> list[Claim]:
 
 
 def mixtures(rows: Rows, best: float) -> Claim:
-    """By seed, the means over all shares of high-gap pairs, and every share by itself."""
+    """Return the claim on mixtures: β-DPO by seed, as the mean over all shares of high-gap pairs and per share."""
 
     def pooled(arm: str, beta0: float | None = None) -> pd.DataFrame:
         cells = [rows.cell(arm, data, beta0=beta0)[list(MEASURES)] for data in MIXTURES]
@@ -217,7 +220,7 @@ def mixtures(rows: Rows, best: float) -> Claim:
 
 
 def best_beta_by_gap(rows: Rows) -> Claim:
-    """The interaction: what a large β gains over a small one on one kind of data, less what it gains on another."""
+    """Return the claim on how β interacts with the gap: the gain of a large β over a small one, compared by data."""
     gains = {
         data: rows.cell("dpo", data, beta0=1.0)[["reward", "within"]]
         - rows.cell("dpo", data, beta0=0.1)[["reward", "within"]]

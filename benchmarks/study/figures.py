@@ -1,4 +1,4 @@
-"""The figures of docs/study.md, as SVG that comes out the same, byte by byte, from the same table."""
+"""The figures of docs/study.md as SVG; the same table gives the same bytes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SOLID = {"dpo": "tab:gray", "beta_dpo": "tab:blue", "flip_weights": "tab:red"}
 
 
 def svg(figure: Figure) -> str:
-    """Its text, without a date and with names that do not change from run to run."""
+    """Return the SVG text, without a date and with identifiers that are equal in every run."""
     with matplotlib.rc_context({"svg.hashsalt": "study", "svg.fonttype": "path"}):
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    # without the last digits, in which another machine's arithmetic may differ, and without spaces at the ends
+    # rounded, because the last digits may differ between machines, and without trailing spaces
     short = re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", text.getvalue())
     return "".join(line.rstrip() + "\n" for line in short.splitlines())
 
@@ -37,7 +37,7 @@ def panels(count: int, height: float = 3.4) -> tuple[Figure, Sequence[Any]]:
 
 
 def forest(claim: Claim) -> Figure:
-    """Every comparison of a claim by both measures: mean and interval, zero being no difference."""
+    """Draw the mean and the interval of every comparison of a claim, by both measures."""
     figure, axes = panels(2, 1.3 + 0.28 * len(claim.comparisons))
     for axis, measure, title in zip(axes, ("end", "within"), ("at the end", "within the KL budget"), strict=True):
         for place, comparison in enumerate(reversed(claim.comparisons)):
@@ -54,7 +54,7 @@ def forest(claim: Claim) -> Figure:
 
 
 def beta_by_gap(rows: Rows) -> Figure:
-    """Reward against static β, by data; a dot is a seed."""
+    """Draw reward against static β for each kind of data, with a dot per seed."""
     figure, axes = panels(2)
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
         for data, colour in (("low", "tab:green"), ("mixed", "tab:orange"), ("high", "tab:purple")):
@@ -70,7 +70,7 @@ def beta_by_gap(rows: Rows) -> Figure:
 
 
 def frontier(rows: Rows) -> Figure:
-    """Reward against KL over the checkpoints, means over seeds, of every arm on mixed data, flip rate .15."""
+    """Draw reward against KL over the checkpoints (means over seeds) of every arm on mixed data, flip rate .15."""
     figure, (axis,) = panels(1, 4.6)
     figure.set_figwidth(7.5)
     for arm, beta0 in [*(("dpo", beta) for beta in STATIC), *((arm, None) for arm in ARMS)]:

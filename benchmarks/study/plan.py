@@ -1,4 +1,4 @@
-"""Which runs the study is made of; docs/study/plan.md says why."""
+"""The runs of the study, by phase; docs/study/plan.md gives the reasons."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ TUNED = (
     *("beta_dpo", "dynamic_beta", "filter_only", "instance_level", "constant_m0", "head_filter", "tail_filter"),
     *("adaptive_margin", "epsilon_dpo", "flip_weights"),
 )
-CONTROLS = ("random_filter", "weight_matched")  # at β-DPO's own settings, because they are controls of it
+CONTROLS = ("random_filter", "weight_matched")  # controls of β-DPO, with its settings
 ARMS = (*TUNED, *CONTROLS)
-# arms that take the settings of another, so that nothing but the arm differs
+# arms that take the settings of another arm, so that only the arm differs
 SETTINGS_OF = dict.fromkeys((*CONTROLS, "explicit_reward"), "beta_dpo")
-LARGER = 1.0  # β0 of reference weights, beside the best static β
+LARGER = 1.0  # second β0 of reference weights; the first is the best static β
 FLIP_RATES = (0.0, 0.15, 0.3)
 MIXTURES = ("high10", "high20", "high40")
 OTHER_LOSSES = {"ipo": BASES, "simpo": (1.0, 3.0, 10.0)}  # loss → the β0 to choose from
 
 
 def exploration() -> Iterator[StudyRun]:
-    """What was looked at before and beside the grid of `development`; no setting is chosen by it."""
+    """Yield the exploratory runs outside the grid of `development`; they choose no setting."""
     yield StudyRun(DEVELOPMENT_SEED, "mixed", 0.15, "beta_dpo", 0.1, 6e-5)
     for rate in (6e-5, 1.2e-4):
         for beta in STATIC:
@@ -47,16 +47,16 @@ def exploration() -> Iterator[StudyRun]:
     for beta in BASES:
         for rate in RATES:
             yield StudyRun(DEVELOPMENT_SEED, "mixed", 0.15, "flip_weights_tail", beta, rate)
-    # the second arm of our own as the rule for all arms would have it, and what stood beside it
+    # our second arm at the settings that the rule for all arms would choose, and the arms it was compared with
     for seed, flips in ((31, 0.0), (31, 0.15), (31, 0.3), (32, 0.0), (32, 0.15), (32, 0.3), (33, 0.0)):
         yield StudyRun(seed, "mixed", flips, "reference_weights", 0.1, 3.6e-4)
-        if flips != 0.15:  # at .15 they are runs of the extension
+        if flips != 0.15:  # the runs at .15 belong to the extension
             yield StudyRun(seed, "mixed", flips, "dpo", 0.3, 3.6e-4)
             yield StudyRun(seed, "mixed", flips, "beta_dpo", 0.3, 2.4e-4)
 
 
 def development() -> Iterator[StudyRun]:
-    """The runs that β0 and the learning rate of every arm are chosen by."""
+    """Yield the runs that choose β0 and the learning rate of every arm."""
     for arm in ("dpo", *TUNED, "reference_weights"):
         for beta0 in STATIC if arm == "dpo" else BASES:
             for rate in RATES:
@@ -68,9 +68,9 @@ def development() -> Iterator[StudyRun]:
 
 
 def chosen(arm: str, loss: str = "sigmoid", beta0: float | None = None) -> tuple[float, float]:
-    """β0 (if not given) and learning rate of an arm: those of the development run with the highest reward.
+    """Return β0 (unless given) and learning rate of an arm: those of its development run with the highest reward.
 
-    Raises LookupError while a run of the development is missing.
+    Raises LookupError while a development run of the arm is missing.
     """
     arm = SETTINGS_OF.get(arm, arm)
     table = read_results()
@@ -88,17 +88,17 @@ def chosen(arm: str, loss: str = "sigmoid", beta0: float | None = None) -> tuple
 
 
 def tuned(seed: int, arm: str, data: str = "mixed", flips: float = 0.15, loss: str = "sigmoid") -> StudyRun:
-    """A run of an arm with its own settings. Raises LookupError while the development is not complete."""
+    """Return a run of an arm with its chosen settings. Raises LookupError while they cannot be chosen."""
     return StudyRun(seed, data, flips, arm, *chosen(arm, loss), loss)
 
 
 def static(seed: int, beta: float, data: str = "mixed", flips: float = 0.15) -> StudyRun:
-    """Plain DPO at a given β. Raises LookupError while the development is not complete."""
+    """Return a run of plain DPO at a given β. Raises LookupError while its learning rate cannot be chosen."""
     return StudyRun(seed, data, flips, "dpo", beta, chosen("dpo", beta0=beta)[1])
 
 
 def confirmation() -> Iterator[StudyRun]:
-    """The runs that the verdicts rest on."""
+    """Yield the runs on which the verdicts of `claims.all_claims` rest."""
     for seed in MAIN_SEEDS:
         yield from (static(seed, beta) for beta in STATIC)
         yield from (tuned(seed, arm) for arm in ARMS)
@@ -117,7 +117,7 @@ def confirmation() -> Iterator[StudyRun]:
 
 
 def extension() -> Iterator[StudyRun]:
-    """What the confirmation left out, on seeds of its own: mixtures, flips by gap, explicit rewards, a new arm."""
+    """Yield further runs on other seeds: mixtures, flips by gap, explicit rewards, reference weights."""
     best = chosen("dpo")[0]
     for seed, flips in itertools.product(OWN_SEEDS, FLIP_RATES):
         yield static(seed, best, flips=flips)

@@ -1,4 +1,4 @@
-"""docs/study.md and its figures, from the table and from nothing else.
+"""Write docs/study.md and its figures from the tables of the study, without any run.
 
 python -m benchmarks.study.report
 """
@@ -35,7 +35,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def documents(table: pd.DataFrame) -> dict[str, str]:
-    """Path below docs → text."""
+    """Return the content of every generated file, by its path below docs."""
     rows = Rows(table)
     later = Rows(table, "extension")
     claims = all_claims(rows) + extension_claims(later)
@@ -45,7 +45,7 @@ def documents(table: pd.DataFrame) -> dict[str, str]:
 
 
 def text(table: pd.DataFrame, rows: Rows, later: Rows, claims: Iterable[Claim]) -> str:
-    # what is written by hand, around what is written from the table
+    # head and tail are written by hand; the rest is generated
     head, tail = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("head.md", "tail.md"))
     claims = list(claims)
     parts = [
@@ -92,7 +92,7 @@ def by_verdict(verdicts: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def anchor(title: str) -> str:
-    """The fragment that a heading of Markdown is found by."""
+    """Return the fragment identifier of a Markdown heading."""
     kept = "".join(letter for letter in title.lower() if letter.isalnum() or letter in " -_")
     return kept.replace(" ", "-")
 
@@ -112,7 +112,7 @@ def arms_table(rows: Rows) -> str:
 
 
 def own_table(rows: Rows) -> str:
-    """What stands behind the last claim, by flip rate."""
+    """Return the table of the cells that the last claim compares, by flip rate."""
     best = chosen("dpo")[0]
     arms = {"static β": ("dpo", best), "beta_dpo": ("beta_dpo", None)}
     arms |= {f"reference_weights, β0 = {beta:g}": ("reference_weights", beta) for beta in (best, LARGER)}
@@ -125,7 +125,7 @@ def own_table(rows: Rows) -> str:
 
 
 def cells_table(cells: Mapping[str, pd.DataFrame], best: str | None = None) -> list[str]:
-    """The lines of a table of cells by name; the one named `best` in bold."""
+    """Return the lines of a table of the named cells; the name `best` is in bold."""
     lines = [
         "| arm | β0 | rate | reward | within 1 nat | win rate | accuracy | malformed | collapsed | KL "
         "| dropped, flipped : clean | β |",

@@ -2,7 +2,7 @@
 
     python -m benchmarks.study.smollm2 hh_harmless_base_test.jsonl.gz
 
-A few minutes on two cores for a few steps: it shows how β and the gaps move, and can decide nothing.
+It takes a few minutes on two cores. It shows how β and the gaps move; so few steps cannot decide a claim.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEPS = 6
 
 
 def command(arm: str, seed: int, data: str) -> Command:
-    """The words for `beta-dpo` that train an arm."""
+    """Return the arguments of `beta-dpo` that train an arm."""
     return [
         *("fit", "--config", "configs/smollm2_hh.yaml", "--config", f"configs/method/{arm}.yaml"),
         *("--data.path", data, "--seed_everything", str(seed), "--trainer.max_steps", str(STEPS)),
@@ -69,7 +69,7 @@ def row(task: tuple[str, int, str]) -> dict[str, object]:
 
 
 def section(table: pd.DataFrame) -> str:
-    """The section of docs/study.md."""
+    """Return the section of docs/study.md on this illustration."""
     lines = [
         "| arm | seed | β, lowest–highest | mean gap, last step | accuracy held out | log-ratio chosen, rejected |",
         "|" + "---|" * 6,

@@ -24,12 +24,12 @@ COLUMNS = ("phase", *SETTINGS, *FIGURES)
 
 
 def read_results(path: Path = RESULTS) -> pd.DataFrame:
-    """The rows that there are."""
+    """Return the table at `path`, empty if there is no file."""
     return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(COLUMNS))
 
 
 def append_result(row: Mapping[str, object], path: Path = RESULTS) -> None:
-    """Put a row in its place: a run has one row, and the file is whole at any moment."""
+    """Put a row in its place and replace an earlier row of the same run; the file is written atomically."""
     with locked(path.with_suffix(".lock"), f"The table {path}", "name another file"):
         before = read_results(path)
         fresh = pd.DataFrame([row], columns=list(COLUMNS))
@@ -41,7 +41,7 @@ def append_result(row: Mapping[str, object], path: Path = RESULTS) -> None:
 
 
 def row_of(run: StudyRun, phase: str, table: pd.DataFrame) -> pd.Series | None:
-    """The row of a run, if it has one."""
+    """Return the row of a run, if it has one."""
     same = table.phase == phase
     for name, value in run.settings().items():
         same &= table[name] == value
@@ -49,5 +49,5 @@ def row_of(run: StudyRun, phase: str, table: pd.DataFrame) -> pd.Series | None:
 
 
 def is_done(run: StudyRun, phase: str, table: pd.DataFrame) -> bool:
-    """Whether the table has the row of a run."""
+    """Return whether the table has a row of the run."""
     return row_of(run, phase, table) is not None
