@@ -1,9 +1,9 @@
-"""Does this project compute what it says? Against TRL, against NumPy, against plain PyTorch, in one table.
+"""Compare this project's losses and β-DPO step with TRL, NumPy and plain PyTorch, in one table.
 
     make parity        (or: python -m benchmarks.parity, with the extra `trl` installed)
 
 Exits with status 1 when a row is out of tolerance, or when TRL is missing and its rows could not be measured.
-Everything is trained anew from a random model of two layers, in about half a minute on one CPU core.
+All runs train a random model of two layers, in about half a minute on one CPU core.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.parity_runs import Bench, Run, distance, fit, norm
 
 @dataclass
 class Row:
-    """One comparison: the largest difference found, and the most that rounding explains."""
+    """One comparison: the largest difference found, and the largest that rounding can explain."""
 
     against: str
     subject: str
@@ -44,7 +44,7 @@ class Row:
 
 
 def trl_rows(bench: Bench) -> list[Row]:
-    """Losses at a fixed β, ten AdamW steps each."""
+    """Return the comparison of losses at a fixed β with TRL, over ten AdamW steps each."""
     from benchmarks import parity_trl
 
     against, start, rows = f"TRL {version('trl')}", bench.parameters(), []
@@ -62,7 +62,7 @@ def trl_rows(bench: Bench) -> list[Row]:
 
 
 def method_rows(bench: Bench, run: Run) -> list[Row]:
-    """The β-DPO step with configs/method/authors_code.yaml."""
+    """Return the comparison of the β-DPO step of configs/method/authors_code.yaml with NumPy and plain PyTorch."""
     steps = f"{len(run.steps)} steps"
     rows = [
         Row("NumPy float64", "β-DPO", f"{name}, {steps}", difference, 0.0 if name == "pairs kept" else 1e-6)
@@ -86,7 +86,7 @@ def method_rows(bench: Bench, run: Run) -> list[Row]:
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its columns aligned for reading in a terminal."""
+    """Return a Markdown table whose columns are aligned for reading in a terminal."""
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     rows = [header, ["-" * width for width in widths], *lines]
     return "\n".join(
@@ -128,11 +128,11 @@ def versions() -> str:
 
 
 def main() -> int:
-    """Run everything; the exit status."""
+    """Run and print all comparisons and return the exit status."""
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric", "transformers", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # standard output holds the tables alone
+    # only the tables go to standard output
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         os.environ["BETA_DPO_CACHE"] = f"{folder}/cache"
         bench = Bench.create(Path(folder), parity_method.STEPS * parity_method.BATCH_SIZE)

@@ -1,4 +1,4 @@
-"""The β-DPO step of a real run against NumPy and against plain PyTorch, and against this project's own default."""
+"""The comparison of a real run's β-DPO step with NumPy, with plain PyTorch and with this project's default."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ STEPS, BATCH_SIZE = 24, 16
 
 
 def step_differences(run: Run) -> dict[str, float]:
-    """Largest difference over all steps between a run of configs/method/authors_code.yaml and NumPy.
+    """Return the largest difference over all steps between a run of configs/method/authors_code.yaml and NumPy.
 
-    NumPy is given the gaps and the kept pairs of every step and nothing else. The selection probabilities are
-    left out where the released code has none, because σ is 0.
+    NumPy gets only the gaps and the kept pairs of every step. Selection probabilities are not compared while σ is
+    0, because the released code then has none.
     """
     statistics = AuthorsStatistics()
     largest = dict.fromkeys(("M0", "σ", "β", "loss", "selection probabilities", "pairs kept"), 0.0)
@@ -58,15 +58,16 @@ def step_differences(run: Run) -> dict[str, float]:
         if std > 0:
             ours = np.exp(step.log_weights) / np.exp(step.log_weights).sum()
             apart["selection probabilities"] = float(np.abs(ours - expected).max())
-        # not max(): it would swallow a NaN
+        # np.maximum, because max() may drop a NaN
         largest |= {name: float(np.maximum(largest[name], value)) for name, value in apart.items()}
     return largest
 
 
 def replay(bench: Bench, run: Run) -> tuple[list[NDArray[np.float64]], dict[str, Tensor]]:
-    """Train again in plain PyTorch, given kept pairs and β of every step: gaps per step and final parameters.
+    """Train again in plain PyTorch with the kept pairs and β of every step; return gaps per step and parameters.
 
-    Transformers' own forward pass, one padded row per response, log_softmax, AdamW: nothing of this project.
+    The replay uses Transformers' own forward pass with one padded row per response, log_softmax and AdamW, and no
+    code of the package.
     """
     policy, reference = (AutoModelForCausalLM.from_pretrained(bench.model, dtype=torch.float32) for _ in range(2))
     tokenizer = AutoTokenizer.from_pretrained(bench.model)
@@ -92,7 +93,7 @@ def replay(bench: Bench, run: Run) -> tuple[list[NDArray[np.float64]], dict[str,
 
 
 def response_logps(model: torch.nn.Module, texts: list[tuple[list[int], list[int]]]) -> Tensor:
-    """Summed log-probabilities [n] float64 of the responses in (prompt, response) token lists."""
+    """Return the summed log-probabilities [n] float64 of the responses in n (prompt, response) token lists."""
     rows = [torch.tensor(prompt + response) for prompt, response in texts]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -106,7 +107,7 @@ def response_logps(model: torch.nn.Module, texts: list[tuple[list[int], list[int
 
 @dataclass
 class State:
-    """What one setting made of one step; `beta` as text, because micro-batches have several."""
+    """The state of one step under one setting; `beta` is text, because micro-batches have several."""
 
     step: int  # from 1
     setting: str
@@ -118,7 +119,7 @@ class State:
 
 
 def differences(authors: Run, default: Run, steps: tuple[int, ...] = (1, 2, 10)) -> list[State]:
-    """M0, σ, β and kept pairs under both presets, and of the released code on four micro-batches of a batch."""
+    """Return M0, σ, β and kept pairs of both presets, and of the released code with four micro-batches per batch."""
     statistics, rng = AuthorsStatistics(), np.random.default_rng(0)
     states = []
     for number, (theirs, ours) in enumerate(zip(authors.steps, default.steps, strict=True), start=1):

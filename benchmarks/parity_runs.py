@@ -1,4 +1,4 @@
-"""What both sides of the comparison start from, a tiny random Llama and a file of pairs; runs of `beta-dpo fit`."""
+"""The common inputs of both sides of a comparison (a tiny random Llama, a file of pairs), and `beta-dpo fit` runs."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from datamodules.controlled_task import build_tokenizer, preference_pairs
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BETA0, ALPHA, KEEP_RATIO = 0.1, 0.6, 0.8
-LEARNING_RATE, MAX_GRAD_NORM = 1e-3, 0.5  # the gradient norm is above it: clipping is active
+LEARNING_RATE, MAX_GRAD_NORM = 1e-3, 0.5  # the gradient norm is larger, so that clipping is active
 
 
 @dataclass
 class Bench:
-    """A folder with `model/` (weights and tokenizer) and `pairs.jsonl`, which is all that either side is given."""
+    """A folder with `model/` (weights and tokenizer) and `pairs.jsonl`, the only inputs of both sides."""
 
     folder: Path
 
     @classmethod
     def create(cls, folder: Path, pairs: int) -> Bench:
-        """A Llama of two layers, its weights wide enough for gaps that soon spread; controlled pairs."""
+        """Write a Llama of two layers and `pairs` controlled pairs; large weights make the gaps spread soon."""
         tokenizer = build_tokenizer()
         config = LlamaConfig(
             vocab_size=len(tokenizer),
@@ -68,18 +68,18 @@ class Bench:
 
     @property
     def rows(self) -> dict[str, dict[str, str]]:
-        """The rows of the file by `pair_id`."""
+        """Return the rows of the file by `pair_id`."""
         lines = (self.folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
         return {row["pair_id"]: row for row in map(json.loads, lines)}
 
     def parameters(self) -> dict[str, Tensor]:
-        """The weights that training starts from."""
+        """Return the weights from which training starts."""
         return dict(AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).named_parameters())
 
 
 @dataclass
 class Step:
-    """One optimizer step of a run, from its audit and its log; arrays are [n] in the order of the batch."""
+    """One optimizer step of a run, read from its audit and log; arrays are [n] in the order of the batch."""
 
     pair_ids: list[str]
     gaps: NDArray[np.float64]
@@ -98,7 +98,7 @@ class Run:
 
 
 def fit(bench: Bench, name: str, method: str, steps: int, batch_size: int, *options: str) -> Run:
-    """`beta-dpo fit` with the overlay configs/method/`method`.yaml, exactly as on the command line."""
+    """Run `beta-dpo fit` with the overlay configs/method/`method`.yaml, exactly as on the command line."""
     base = bench.folder / f"{name}.yaml"
     base.write_text(yaml.safe_dump(_configuration(bench, name, steps, batch_size)), encoding="utf-8")
     main(["fit", "--config", str(base), "--config", str(CONFIGS / f"method/{method}.yaml"), *options])
@@ -121,7 +121,7 @@ def _configuration(bench: Bench, name: str, steps: int, batch_size: int) -> dict
         },
         "data": {
             "class_path": "datamodules.PreferenceData",
-            # several micro-batches a step
+            # micro_batch_tokens is small enough for several micro-batches per step
             "init_args": {
                 "path": str(bench.folder / "pairs.jsonl"),
                 "batch_size": batch_size,
@@ -140,7 +140,7 @@ def _configuration(bench: Bench, name: str, steps: int, batch_size: int) -> dict
 
 
 def read_run(folder: Path) -> Run:
-    """A finished run from its log folder: audit, logged loss and last checkpoint."""
+    """Read a finished run from its log folder: audit, logged loss and last checkpoint."""
     losses = pd.read_csv(folder / "metrics.csv", float_precision="round_trip")["train/loss"].dropna().to_numpy()
     audit = pq.read_table(folder / "audit").to_pandas()
     steps = [
@@ -163,14 +163,14 @@ def read_run(folder: Path) -> Run:
 
 
 def token_ids(row: dict[str, str], side: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Prompt and response of a row in tokens, EOS at the end of the response."""
+    """Return prompt and response of a row as tokens, with the end-of-turn token after the response."""
     prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
     response = tokenizer(row[side], add_special_tokens=False)["input_ids"]
     return prompt, [*response, tokenizer.eos_token_id]
 
 
 def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """‖left − right‖ over all parameters of `right`."""
+    """Return ‖left − right‖ over all parameters of `right`."""
     apart = (left[name].detach().double() - right[name].detach().double() for name in right)
     return sum(float(difference.square().sum()) for difference in apart) ** 0.5
 

@@ -1,4 +1,4 @@
-"""Losses at a fixed β against TRL's `DPOTrainer`: same weights, pairs, order, AdamW, clipping and precision."""
+"""The comparison with TRL's `DPOTrainer` at a fixed β: same weights, pairs, order, AdamW, clipping, precision."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS, BATCH_SIZE, SMOOTHING = 10, 8, 0.1
 
 @dataclass
 class Case:
-    """A loss under its name here and the options that make TRL compute it."""
+    """A loss: its options in this project, and the options that make TRL compute it."""
 
     name: str
     ours: list[str]
@@ -44,7 +44,7 @@ CASES = [
         ["RobustLoss", f"--model.loss.label_smoothing={SMOOTHING}"],
         {"loss_type": ["robust"], "label_smoothing": SMOOTHING},
     ),
-    # at β = 0.5 some pairs lie beyond the kink, where the gradient is zero
+    # β = 0.5 puts some pairs beyond the kink, where the gradient is zero
     Case("hinge, β = 0.5", ["HingeLoss"], {"loss_type": ["hinge"]}, beta=0.5),
     Case("IPO, per token", ["LengthNormalisedIPOLoss"], {"loss_type": ["ipo"]}),
     Case("SPPO, hard", ["SPPOHardLoss"], {"loss_type": ["sppo_hard"]}),
@@ -52,7 +52,7 @@ CASES = [
 
 
 class RecordingDPOTrainer(DPOTrainer):
-    """TRL's trainer; its own log rounds or averages losses, so they are kept as they are computed."""
+    """A TRL trainer that records every loss as computed, because TRL's log rounds or averages losses."""
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         result = super().compute_loss(*arguments, **options)
@@ -62,7 +62,7 @@ class RecordingDPOTrainer(DPOTrainer):
 
 @dataclass
 class Outcome:
-    """One loss, trained by both: losses per step and final parameters."""
+    """The losses per step and the final parameters of one case, trained by both."""
 
     name: str
     ours: list[float]
@@ -72,7 +72,7 @@ class Outcome:
 
 
 def compare(bench: Bench) -> list[Outcome]:
-    """Train every case with both. Raises AssertionError when TRL tokenises a pair in another way."""
+    """Train every case with both. Raises AssertionError when TRL tokenises a pair differently."""
     disable_progress_bars()
     outcomes = []
     for number, case in enumerate(CASES):
@@ -86,7 +86,7 @@ def compare(bench: Bench) -> list[Outcome]:
 
 
 def trl_settings(folder: Path, **options: Any) -> DPOConfig:
-    """The options under which TRL does what `parity_runs.fit` does; `options` are added."""
+    """Return the options that make TRL do what `parity_runs.fit` does; `options` are added or override them."""
     settings = {
         "per_device_train_batch_size": BATCH_SIZE,
         "max_steps": STEPS,
@@ -109,7 +109,7 @@ def trl_settings(folder: Path, **options: Any) -> DPOConfig:
 
 
 def train_trl(bench: Bench, order: list[str], case: Case, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses per step and final parameters of TRL on the pairs in this order."""
+    """Train TRL on the pairs in this order; return losses per step and final parameters."""
     tokenizer = AutoTokenizer.from_pretrained(bench.model)
     rows = [bench.rows[pair_id] for pair_id in order]
     trainer = RecordingDPOTrainer(
