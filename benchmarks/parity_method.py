@@ -119,7 +119,7 @@ class State:
 
 
 def differences(authors: Run, default: Run, steps: tuple[int, ...] = (1, 2, 10)) -> list[State]:
-    """Return M0, σ, β and kept pairs of both presets, and of the released code with four micro-batches per batch."""
+    """Return M0, σ, β and kept pairs of both presets and of the released code on four micro-batches per batch."""
     statistics, rng = AuthorsStatistics(), np.random.default_rng(0)
     states = []
     for number, (theirs, ours) in enumerate(zip(authors.steps, default.steps, strict=True), start=1):

@@ -1,4 +1,4 @@
-"""The common inputs of both sides of a comparison (a tiny random Llama, a file of pairs), and `beta-dpo fit` runs."""
+"""The common inputs of both sides of a comparison (a tiny random Llama, a file of pairs), and `fit` runs."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ def mixtures(rows: Rows, best: float) -> Claim:
 
 
 def best_beta_by_gap(rows: Rows) -> Claim:
-    """Return the claim on how β interacts with the gap: the gain of a large β over a small one, compared by data."""
+    """Return the claim that the best β depends on the gap: the gain of a large β over a small one, by data."""
     gains = {
         data: rows.cell("dpo", data, beta0=1.0)[["reward", "within"]]
         - rows.cell("dpo", data, beta0=0.1)[["reward", "within"]]
