@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-MOST_DRAWS = 4_000_000  # at most so many bootstrap draws are in memory
+MOST_DRAWS = 4_000_000  # largest number of bootstrap draws in memory
 
 
 class Estimate(NamedTuple):

@@ -24,7 +24,7 @@ from app.method.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, P
 PLACES = {"prompt", "first", "second"}
 SCORES = {"first": 1.0, "tie": 0.5, "second": 0.0}  # of the answer that is shown first
 NO_KEY = "none"
-NAMED = 3  # at most so many refused pairs and reasons are printed
+NAMED = 3  # number of refused pairs and reasons that are printed
 REFUSALS = (400, 413, 422)  # a retry would not help: the question is too long or hits a content filter
 _VERDICT = re.compile(r"verdict\W*\b(A|B|tie)\b", re.IGNORECASE)
 _ALONE = re.compile(r"\W*(A|B|tie)\W*", re.IGNORECASE)

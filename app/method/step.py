@@ -38,8 +38,7 @@ class StepDecision:
     loss_weight: Tensor  # [G] float64, factor on each pair's loss; starts as 1
     # [G] float64, nats per token: how strongly the reference prefers the chosen response; None without a reference
     reference_margin: Tensor | None = None
-    # the σ of M that rounding can explain, in the units of M; code that rescales the discrepancy must rescale it
-    # too
+    # the σ of M that rounding can explain, in the units of M; whatever rescales the discrepancy must rescale it too
     minimum_std: float = MINIMUM_STD
     margin: Tensor | None = None  # [G] float64, subtracted from the logits β·h; for losses that take one
     moments: Moments | None = None  # M0 and σ, updated with this batch
@@ -49,8 +48,7 @@ class StepDecision:
     # NaN for pairs that are not eligible. Every rank must call it.
     measure_perturbed: Callable[[Sequence[float]], Tensor] | None = None
     # Measures KL(π‖π_ref) summed over the tokens of the chosen and of the rejected response: [2, G] float64, NaN
-    # for pairs that are not eligible. Every rank must call it. None when there is no reference model or no need of
-    # one.
+    # for pairs that are not eligible. Every rank must call it. None without a loaded or needed reference model.
     measure_kl: Callable[[], Tensor] | None = None
 
     @classmethod
