@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,14 @@ def balanced_shares(tokens: Sequence[int], world_size: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
+class Packing(NamedTuple):
+    """How all pairs of a share are packed (see `OptimizerBatch.micro_batches`)."""
+
+    responses: tuple[str, ...]
+    layout: Layout
+    balanced_row: float
+
+
 class PreferenceBatch:
     """This rank's share of one optimizer batch (see `app.method.batch.OptimizerBatch`).
 
@@ -56,6 +65,12 @@ class PreferenceBatch:
         self.tokens = tokens
         self.micro_batch_tokens = micro_batch_tokens
         self.longest = longest  # tokens of the longest pair, and of the longest prompt with one response
+        self.packing: Packing | None = None  # as which all pairs were packed last
+        self._ahead: list[PackedRows] | None = None  # those rows, until they are asked for
+
+    def pack_ahead(self, packing: Packing) -> None:
+        """Pack all pairs now, for a call of `micro_batches` that asks for the same."""
+        self._ahead = self.micro_batches(*packing)
 
     @property
     def pair_keys(self) -> torch.Tensor:
@@ -74,8 +89,13 @@ class PreferenceBatch:
             raise UserError(
                 "This data holds demonstrations only, but preference optimisation needs rejected responses."
             )
-        chosen = range(len(self.share)) if pairs is None else pairs
-        return pack(self.share, list(chosen), responses, layout, self.micro_batch_tokens, balanced_row)
+        if pairs is None:
+            packing = Packing(tuple(responses), layout, balanced_row)
+            ahead, self._ahead = self._ahead, None
+            if ahead is not None and packing == self.packing:
+                return ahead
+            self.packing, pairs = packing, range(len(self.share))
+        return pack(self.share, list(pairs), responses, layout, self.micro_batch_tokens, balanced_row)
 
     def stretched(self) -> PreferenceBatch:
         """The longest pair that can come, and a short one beside it, of the share's own tokens."""
@@ -113,6 +133,9 @@ class OptimizerBatchLoader:
 
     The order is a permutation keyed by (seed, epoch), the same on any number of ranks. The last batch of an
     epoch may be smaller; no pair is dropped. Lightning stores `state_dict()` with every checkpoint.
+
+    While a batch is in use, a thread makes the next one and packs it as the last one was. What is made depends on
+    no state but its place in the order, and only what was handed out counts as served.
     """
 
     def __init__(
@@ -152,21 +175,30 @@ class OptimizerBatchLoader:
             self.epoch += 1
             self.pairs_served = 0
         order = self._order()
-        while self.pairs_served < len(order):
-            number = self.pairs_served // self.batch_size
-            rows = order[self.pairs_served : self.pairs_served + self.batch_size]
-            self.pairs_served += len(rows)
-            yield self._batch(rows if self.exchange is None else self.exchange(rows, self.epoch, number))
+        packing: Packing | None = None  # as which the last batch was packed
+        with ThreadPoolExecutor(1, "next-batch") as worker:
+            ahead: Future[PreferenceBatch] | None = None
+            while self.pairs_served < len(order):
+                batch = self._batch(order, self.pairs_served, None) if ahead is None else ahead.result()
+                self.pairs_served += len(batch.pair_ids)
+                left = self.pairs_served < len(order)
+                ahead = worker.submit(self._batch, order, self.pairs_served, packing) if left else None
+                yield batch
+                packing = batch.packing or packing
 
     def _order(self) -> np.ndarray:
         if not self.shuffle:
             return self.indices
         return np.random.default_rng([self.seed, self.epoch]).permutation(self.indices)
 
-    def _batch(self, rows: np.ndarray) -> PreferenceBatch:
+    def _batch(self, order: np.ndarray, start: int, packing: Packing | None) -> PreferenceBatch:
+        """The batch that begins at `start` in the order, packed already if it is known how."""
+        rows = order[start : start + self.batch_size]
+        if self.exchange is not None:
+            rows = self.exchange(rows, self.epoch, start // self.batch_size)
         tokens = self.table.lengths[rows]
         positions = balanced_shares(tokens.tolist(), self.world_size)[self.rank]
-        return PreferenceBatch(
+        batch = PreferenceBatch(
             share=[self.table[int(rows[position])] for position in positions],
             positions=positions,
             pair_ids=self.table.pair_ids(rows),
@@ -175,6 +207,9 @@ class OptimizerBatchLoader:
             micro_batch_tokens=self.micro_batch_tokens,
             longest=self.longest,
         )
+        if packing is not None:
+            batch.pack_ahead(packing)
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position, in pairs: a run that resumes with another `batch_size` loses and repeats none."""

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import controlled
+from torch import Tensor
 
 from app.errors import UserError
+from app.method.batch import PackedRows
 from datamodules.loader import OptimizerBatchLoader, PreferenceBatch, balanced_shares
+from datamodules.packing import pack
 from datamodules.table import TokenisedTable
 
 PAIRS, BATCH = 23, 5
+SIDES = ("chosen", "rejected")
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +98,35 @@ def test_continues_exactly_where_it_stopped(table: TokenisedTable, stop: int) ->
     resumed = loader(table, seed=99)
     resumed.load_state_dict(stopped.state_dict())
     assert before + ids(list(islice(endless(resumed), 15 - stop))) == whole
+
+
+def test_the_next_batch_is_made_and_packed_while_one_is_in_use(
+    table: TokenisedTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed_by: list[str] = []
+
+    def noting(*arguments: Any) -> list[PackedRows]:
+        packed_by.append(threading.current_thread().name)
+        return pack(*arguments)
+
+    monkeypatch.setattr("datamodules.loader.pack", noting)
+    source = loader(table)
+    states = []
+    for batch in source:
+        state = source.state_dict()
+        rows = batch.micro_batches(SIDES, "packed", 30.0)
+        expected = pack(batch.share, range(len(batch.share)), SIDES, "packed", 300, 30.0)
+        for mine, its in zip(rows, expected, strict=True):
+            for name, column in vars(its).items():
+                assert not isinstance(column, Tensor) or torch.equal(getattr(mine, name), column), name
+        states.append((state["pairs_served"], source.state_dict() == state))
+    # the place is that of the batch in use, whatever is made beside it
+    assert states == [(5, True), (10, True), (15, True), (20, True), (23, True)]
+    # how to pack is known when the first batch is given back
+    assert [name.startswith("next-batch") for name in packed_by] == [False, False, True, True, True]
+    # another layout than the one made ahead
+    batch = next(iter(source))
+    assert batch.micro_batches(SIDES, "separate", 30.0)[0].layout == "separate"
 
 
 def test_evaluation_starts_at_the_first_pair_every_time(table: TokenisedTable) -> None:
