@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,13 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
+from app.main import main
+
 ROOT = Path(__file__).parents[1]
 STEPS = 24
 LIMIT_SECONDS = 400  # generous: only to end a hang
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["app.main", "command_runs"])
 
 
 def write_config(folder: Path, model: str, version: str | None = "", **data: Any) -> None:
@@ -70,9 +77,36 @@ def command_line(
 
 
 def command(folder: Path, *arguments: str, fault: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """`beta-dpo ARGUMENTS` in `folder`; `fault` is for `injected_faults.InjectedFault`."""
+    """`beta-dpo ARGUMENTS` in `folder`; `fault` is for `injected_faults.InjectedFault`.
+
+    The process is a fork of one that has imported the program: importing it takes longer than most runs. A command
+    with an environment of its own, or of several ranks, starts as a user's does.
+    """
     line, settings = command_line(folder, *arguments, fault=fault, **environment)
-    return subprocess.run(line, **settings, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+    if environment or "--trainer.devices" in arguments:
+        return subprocess.run(line, **settings, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+    with tempfile.TemporaryDirectory() as logs:
+        said = [Path(logs, name) for name in ("stdout", "stderr")]
+        process = FORKS.Process(target=run_here, args=(folder, arguments, settings["env"], said))
+        process.start()
+        process.join(LIMIT_SECONDS)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(line, LIMIT_SECONDS)
+        return subprocess.CompletedProcess(line, process.exitcode, *(path.read_text() for path in said))
+
+
+def run_here(folder: Path, arguments: Sequence[str], variables: dict[str, str], said: Sequence[Path]) -> None:
+    """Be the process of one command: its folder, environment and output."""
+    for descriptor, path in zip((1, 2), said, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.argv = ["beta-dpo", *arguments]
+    torch.set_num_threads(1)
+    main(arguments)
 
 
 def fit(folder: Path, fault: str = "", *options: str) -> subprocess.CompletedProcess[str]:
