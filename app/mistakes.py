@@ -6,12 +6,17 @@ import errno
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, wraps
+from inspect import signature
+from typing import Any, TypeVar, get_type_hints
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from app import options
 from app.errors import UserError
+from app.method.ranges import refuse
 
+F = TypeVar("F", bound=Callable[..., Any])
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 PARTS = {"datamodules": "data", "lightning_modules": "model", "callbacks": "trainer.callbacks"}
@@ -106,3 +111,19 @@ def _about_the_disk(error: OSError) -> str:
     return (
         f"{place} may not be read or written here ({error.strerror}): choose another place or mend its permissions."
     )
+
+
+def checked_command(function: F) -> F:
+    """Have a command called from Python refuse what the command line refuses, by the annotations of its options."""
+    parameters, hints = signature(function), cache(lambda: get_type_hints(function))
+
+    @wraps(function)
+    def checking(*words: Any, **options: Any) -> Any:
+        for name, value in parameters.bind(*words, **options).arguments.items():
+            try:
+                refuse(name, hints().get(name), value)
+            except ValueError as error:
+                raise UserError(f"{error}.") from None
+        return function(*words, **options)
+
+    return checking  # type: ignore[return-value]

@@ -1,26 +1,53 @@
-"""Sample files, as `beta-dpo generate` writes them."""
+"""Sample files, as `beta-dpo generate` and `PolicySamples` write them: one JSON object a line."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from app.errors import UserError
 
+SAMPLE_FIELDS = (
+    *("prompt_id", "prompt", "response", "finished"),
+    *("temperature", "tokens", "logp", "reference_logp"),
+)
 
-def read_samples(path: str) -> Iterator[dict[str, Any]]:
-    """The rows that `generate` wrote. Raises UserError, naming the line, for anything else."""
+
+def sample_line(prompt_id: str, prompt: Any, response: str, finished: bool, **more: Any) -> str:
+    """Return the line of one sample. A prompt is text, or messages as objects of `role` and `content`."""
+    row = {"prompt_id": prompt_id, "prompt": prompt, "response": response, **more, "finished": finished}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read_samples(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (place in the file in bytes, row) of every sample. Raises UserError, naming a line that is none.
+
+    A line needs `prompt` and `response`. Without `prompt_id` its number is the id, and without `finished` it is.
+    """
+    place = 0
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                yield place, {"prompt_id": str(number), "finished": True, **_sample(line, f"{path}:{number}")}
+                place += len(line)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            yield {"prompt_id": row["prompt_id"], "prompt": row["prompt"], "response": row["response"], **row}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}:{number} is not a sample as `beta-dpo generate` writes it; sample anew."
-            ) from error
+        raise UserError(f"{path} cannot be read: {error.strerror}; `beta-dpo generate` writes samples.") from error
+
+
+def _sample(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        if _is_prompt(row["prompt"]) and isinstance(row["response"], str):
+            return dict(row)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{where} is not a sample as `beta-dpo generate` writes it; sample anew.")
+
+
+def _is_prompt(value: Any) -> bool:
+    """Return whether `value` is text, or turns: objects, or in older files lists of role and content."""
+    if isinstance(value, str):
+        return True
+    turns = [list(map(turn.get, ("role", "content"))) if isinstance(turn, dict) else turn for turn in value]
+    return all(len(turn) == 2 and all(isinstance(part, str) for part in turn) for turn in turns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from app.errors import UserError
 from app.files import atomic_file
 from app.log_folder import log_folder
 from app.method.ranges import PositiveInt, Seed, checked
+from app.samples import sample_line
 
 
 @checked
@@ -58,17 +58,16 @@ class PolicySamples(Callback):
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         answers = self.sample(pl_module, tokenizer.eos_token_id)
         with atomic_file(folder / f"step-{trainer.global_step:08d}.jsonl") as temporary:
-            rows = [
-                {
-                    "prompt": tokenizer.decode(prompt),
-                    "response": tokenizer.decode(answer[:-1] if finished else answer, skip_special_tokens=True),
-                    "finished": finished,
-                }
-                for prompt, (answer, finished) in zip(self._prompts, answers, strict=True)
+            lines = [
+                sample_line(
+                    str(number),
+                    tokenizer.decode(prompt),
+                    tokenizer.decode(answer[:-1] if finished else answer, skip_special_tokens=True),
+                    finished,
+                )
+                for number, (prompt, (answer, finished)) in enumerate(zip(self._prompts, answers, strict=True))
             ]
-            temporary.write_text(
-                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-            )
+            temporary.write_text("".join(lines), encoding="utf-8")
 
     @torch.no_grad()
     def sample(self, pl_module: LightningModule, pad: int) -> list[tuple[Tensor, bool]]:

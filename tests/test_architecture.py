@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("app", "lightning_modules", "datamodules", "callbacks")
 MIDDLE = ("lightning_modules", "datamodules", "callbacks")
 # what the middle packages stand on
-FOUNDATION = ("app.method", "app.errors", "app.cache", "app.files", "app.locks", "app.log_folder")
+FOUNDATION = ("app.method", "app.errors", "app.cache", "app.files", "app.locks", "app.log_folder", "app.samples")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 

@@ -13,12 +13,14 @@ from app.errors import UserError
 from app.files import atomic_file
 from app.intervals import bootstrap_mean, wilson
 from app.method.ranges import PositiveInt
+from app.mistakes import checked_command
 from app.run_folder import PairTexts, grouping_labels, read_audit
 from app.suspects import hits, pair_histories
 
 LABEL = "flipped"
 
 
+@checked_command
 def audit(run: str, out: str = "suspects.jsonl", count: PositiveInt = 100) -> None:
     """List the likely mislabelled pairs and the outliers of RUN, and write them with their texts to OUT.
 

@@ -14,7 +14,10 @@ from app.errors import UserError
 from app.export_check import LARGEST, check_equal, described_rounding, sequence_logps
 from app.export_spelling import plain_dialogue_template, spell_for_others
 from app.files import atomic_folder
+from app.mistakes import checked_command
 from app.model_card import model_card
+from datamodules.tokenisation import Tokenisation
+from datamodules.tokenizer import stop_ids
 from lightning_modules.checkpoint import read_for_export
 from lightning_modules.lora import Lora
 from lightning_modules.pretrained import bare_model, parameter_count
@@ -22,6 +25,7 @@ from lightning_modules.pretrained import bare_model, parameter_count
 POLICY_PREFIX = "policy.model."
 
 
+@checked_command
 def export(
     checkpoint: str,
     out: str,
@@ -72,6 +76,12 @@ def write_model(folder: Path, state: dict[str, Any], adapter: bool, dtype: str) 
         notes += ["the head is no longer tied to the embeddings, which alone have adapters"] if untied else []
     weights = [part for name, part in model.named_parameters() if not adapter or "lora_" in name]
     convert(weights, getattr(torch, dtype))
+    if logps is not None and dtype != "float32":
+        convert(weights, torch.float32)
+        rounded = sequence_logps(model)
+        notes.append(described_rounding(logps, rounded))
+        logps = rounded
+        convert(weights, getattr(torch, dtype))  # back again, which changes nothing
     if adapter:
         model.save_pretrained(folder, save_embedding_layers=False)
     else:
@@ -82,11 +92,9 @@ def write_model(folder: Path, state: dict[str, Any], adapter: bool, dtype: str) 
     spell_for_others(folder)
     if logps is None:
         return [*notes, f"not read again, for it has more than {LARGEST:.0e} parameters"]
-    if dtype != "float32":
-        convert(weights, torch.float32)
-        rounded = sequence_logps(model)
-        notes.append(described_rounding(logps, rounded))
-        logps = rounded
+    del model, weights  # one model at a time, unless an adapter needs its base
+    if not adapter:
+        state.pop("state_dict")
     check_equal(logps, sequence_logps(exported_model(folder, state if adapter else None)))
     return [*notes, "read again, it computes what the policy does"]
 
@@ -162,16 +170,15 @@ def write_chat_template(folder: Path, state: dict[str, Any]) -> list[str]:
 
 
 def generation_config(settings: dict[str, Any], tokenizer: Any) -> GenerationConfig:
-    """The start model's, with the tokenizer's special tokens: training ends every response with its EOS.
+    """Return the start model's, with the tokenizer's special tokens and all ids that end a response, EOS first.
 
-    Further tokens at which the start model stops stay (chat models have several).
+    They are the end of turn of the chat template and those at which the start model stops.
     """
-    given = settings.get("eos_token_id")
-    stops = dict.fromkeys([tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])])
-    ends = [token for token in stops if token is not None]
+    ends = stop_ids(tokenizer, Tokenisation(), settings.get("eos_token_id"))
+    ends.sort(key=lambda token: token != tokenizer.eos_token_id)
     tokens = {
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
         "pad_token_id": tokenizer.pad_token_id,
     }
     config = GenerationConfig(**settings | tokens)

@@ -19,15 +19,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from app.errors import UserError
 from app.files import Parts, atomic_file, folder_hash
 from app.method.ranges import NonNegativeFloat, PositiveInt, PositiveShare, Seed
+from app.mistakes import checked_command
+from app.samples import SAMPLE_FIELDS, sample_line
 from app.sampling import generator_state, restore_generator, sample, score
 from datamodules.controlled_task import prompts as controlled_prompts
 from datamodules.records import PreferencePair
-from datamodules.sources import read_pairs
+from datamodules.sources import PairReader, RowReading, SourceAddress, open_source
 from datamodules.tokenisation import Tokenisation, tokenise_prompts
 from datamodules.tokenizer import stop_ids
 from lightning_modules.pretrained import load_model
 
 
+@checked_command
 def generate(
     model: str,
     out: str,
@@ -38,12 +41,13 @@ def generate(
     seed: Seed = 0,
     temperature: NonNegativeFloat | list[NonNegativeFloat] = 1.0,
     top_p: PositiveShare = 1.0,
-    max_new_tokens: PositiveInt = 32,
+    max_new_tokens: PositiveInt = 256,
     max_prompt_length: PositiveInt = 256,
     batch_size: PositiveInt = 128,
     chat_template: bool | Literal["auto"] = "auto",
     chat_template_kwargs: dict[str, Any] | None = None,
     reference: str | None = None,
+    columns: list[str] | None = None,
 ) -> None:
     """Sample a response to each prompt from MODEL and write them to OUT, one JSON object per line.
 
@@ -54,7 +58,7 @@ def generate(
         model: folder or Hub id of the model to sample from; on CUDA where there is one.
         out: the .jsonl file to write; it appears only when complete.
         prompts: `controlled` for held-out prompts of the controlled task, or a file, dataset folder or Hub id of
-            preference pairs.
+            preference pairs, demonstrations or prompts alone (`prompt`, `instruction`, `question` or `messages`).
         split: of a Hub id or dataset folder.
         subset: of a Hub id or dataset folder, as data.subset.
         count: number of prompts; the first ones of a file; null takes all of them.
@@ -69,6 +73,7 @@ def generate(
             puts text there too.
         chat_template_kwargs: options of the template, as data.chat_template_kwargs.
         reference: a model under which the samples are scored too; the mean of logp − reference_logp is the KL.
+        columns: further columns of the prompts, with a number or a text each, to be copied into OUT.
     """
     temperatures = [float(one) for one in (temperature if isinstance(temperature, list) else [temperature])]
     if not out.endswith(".jsonl"):
@@ -79,7 +84,7 @@ def generate(
     names = [model] if reference is None else [model, reference]
     models = [load_model(name).eval().to(device) for name in names]
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    items = read_prompts(prompts, split, subset, count, seed)
+    items = read_prompts(prompts, split, subset, count, seed, columns or [])
     settings = Tokenisation(
         max_prompt_length + max_new_tokens,
         max_prompt_length,
@@ -96,6 +101,7 @@ def generate(
     job = {
         "models": [model_content(name, loaded) for name, loaded in zip(names, models, strict=True)],
         "prompts": prompts_hash(items, encoded),
+        "columns": columns,
         "seed": seed,
         "temperature": temperatures,
         "top_p": top_p,
@@ -106,16 +112,19 @@ def generate(
     }
     parts = Parts(Path(f"{out}.parts"), job)
     sample_parts(batches, parts, models, tokenizer, stops, seed, {"top_p": top_p, "max_new_tokens": max_new_tokens})
-    cut = 0
+    finished = 0
     with atomic_file(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for path in parts:
             lines = json.loads(path.read_text(encoding="utf-8"))["lines"]
-            cut += sum(not json.loads(line)["finished"] for line in lines)
+            finished += sum(json.loads(line)["finished"] for line in lines)
             file.writelines(lines)
     parts.remove()
-    print(f"{len(items) * len(temperatures)} samples of {model}: {out}")
-    if cut:
-        print(f"{cut} of them are cut at max_new_tokens = {max_new_tokens}: the model had not ended them")
+    total = len(items) * len(temperatures)
+    print(f"{total} samples of {model}: {out}; {finished} are finished")
+    if finished < total:
+        print(
+            f"{total - finished} of them are cut at max_new_tokens = {max_new_tokens}: the model had not ended them"
+        )
 
 
 class Batch(NamedTuple):
@@ -152,14 +161,14 @@ def sample_parts(
             sampling = {**settings, "do_sample": batch.temperature > 0, **warm}
             responses = sample(models[0], batch.prompts, stops, sampling)
             logps = [score(model, batch.prompts, responses) for model in models]
-            part = {"lines": list(sample_lines(batch, responses, logps, tokenizer, stops))}
+            part = {"lines": list(lines_of(batch, responses, logps, tokenizer, stops))}
             with atomic_file(parts.path(number)) as temporary:
                 text = json.dumps(part | {"generator": generator_state(device)})
                 temporary.write_text(text, encoding="utf-8")
             progress.update(len(batch.items))
 
 
-def sample_lines(
+def lines_of(
     batch: Batch,
     responses: Sequence[np.ndarray],
     logps: Sequence[Sequence[float]],
@@ -169,16 +178,17 @@ def sample_lines(
     """The lines of the sample file for one batch."""
     for index, (item, response) in enumerate(zip(batch.items, responses, strict=True)):
         finished = int(response[-1]) in stops
-        row = {
-            "prompt_id": item.pair_id,
-            "prompt": item.prompt,
-            "response": tokenizer.decode(response[:-1] if finished else response, skip_special_tokens=True),
-            "temperature": batch.temperature,
-            "tokens": len(response),
-            "finished": finished,
+        text = tokenizer.decode(response[:-1] if finished else response, skip_special_tokens=True)
+        yield sample_line(
+            item.pair_id,
+            item.prompt,
+            str(text),
+            finished,
+            temperature=batch.temperature,
+            tokens=len(response),
             **{name: column[index] for name, column in zip(("logp", "reference_logp"), logps, strict=False)},
-        }
-        yield json.dumps(row, ensure_ascii=False) + "\n"
+            **item.labels,
+        )
 
 
 def model_content(name: str, model: Any) -> str:
@@ -210,21 +220,28 @@ def encode_prompts(
 
 
 def read_prompts(
-    prompts: str, split: str, subset: str | None, count: int | None, seed: int
+    prompts: str, split: str, subset: str | None, count: int | None, seed: int, columns: Sequence[str]
 ) -> list[PreferencePair]:
-    """Return the prompts to answer; the records' responses are left out."""
+    """Return the prompts to answer, with `columns` as labels; the records' responses are left out."""
+    if taken := [name for name in columns if name in SAMPLE_FIELDS]:
+        raise UserError(f"columns: {taken[0]} is a field of every sample; rename that column of {prompts}.")
     if prompts == "controlled":
+        if columns:
+            raise UserError("columns: the prompts of the controlled task have none; leave it out.")
         if count is None:
             raise UserError("count: the controlled task has no end of prompts; give a number.")
         return [
             PreferencePair(f"held-out-{seed}-{number:06d}", text, "", None)
             for number, text in enumerate(controlled_prompts(count, seed))
         ]
-    reader = read_pairs(prompts, split=split, subset=subset, on_bad_row="skip")
-    items = [
-        replace(pair, chosen="", rejected=None, chosen_fields={}, rejected_fields={}, labels={})
-        for pair in islice(reader, count)
-    ]
+    reader = PairReader(open_source(SourceAddress(prompts, split, subset)), RowReading(prompts_only=True), "skip")
+    items = []
+    for pair in islice(reader, count):
+        if absent := [name for name in columns if name not in pair.labels]:
+            found = ", ".join(pair.labels) or "none"
+            raise UserError(f"columns: {prompts} ({pair.pair_id}) has no {absent[0]!r} to copy; it has {found}.")
+        labels = {name: pair.labels[name] for name in columns}
+        items.append(replace(pair, chosen="", rejected=None, chosen_fields={}, rejected_fields={}, labels=labels))
     if reader.report.skipped or (count is not None and len(items) < count):
         asked = "all" if count is None else f"the {count}"
         print(f"{prompts}: {len(items)} prompts of {asked} asked for; {reader.report.summary()}")

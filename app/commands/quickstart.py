@@ -11,10 +11,13 @@ from pathlib import Path
 
 from app.errors import UserError
 from app.method.ranges import Seed
+from app.mistakes import checked_command
 
+LENGTH = ("--max_new_tokens", "32")  # the longest true answer has fewer
 ARMS = ("beta_dpo", "dpo")  # the first prints here, the others to a log
 
 
+@checked_command
 def quickstart(seed: Seed = 1, out: str = "runs/quickstart") -> None:
     """Train SFT, then β-DPO and plain DPO from it, on a task with known rewards; print a table and write a page.
 
@@ -31,7 +34,7 @@ def quickstart(seed: Seed = 1, out: str = "runs/quickstart") -> None:
         print(f"the earlier {folder} is now {aside}")
     start, rival = folder / "sft-model", folder / "sft-samples.jsonl"
     train("quickstart/sft", "sft", start, [], seed, folder)
-    command("generate", str(start), str(rival), "--seed", str(seed))
+    command("generate", str(start), str(rival), "--seed", str(seed), *LENGTH)
     print(f"plain DPO, for comparison, runs on the other core: {folder / 'dpo.log'}", flush=True)
     with ThreadPoolExecutor(len(ARMS)) as workers:
         list(workers.map(lambda arm: train_arm(arm, start, seed, folder), ARMS))
@@ -47,7 +50,7 @@ def train_arm(arm: str, start: Path, seed: int, folder: Path) -> None:
     words = ["--config", f"method/{arm}", "--model.name", str(start)]
     train("quickstart", arm, model, words, seed, folder, log)
     samples = str(folder / arm / "samples.jsonl")
-    command("generate", str(model), samples, "--reference", str(start), "--seed", str(seed), log=log)
+    command("generate", str(model), samples, "--reference", str(start), "--seed", str(seed), *LENGTH, log=log)
 
 
 def train(

@@ -43,7 +43,7 @@ def aligned(ours: str, theirs: str) -> tuple[list[Answer], list[Answer]]:
 
 def sampled_answers(path: str) -> list[Answer]:
     """The rows of a sample file. Raises UserError where it has none or one that is no sample."""
-    rows = [row | {"prompt": read_prompt(row["prompt"])} for row in read_samples(path)]
+    rows = [row | {"prompt": read_prompt(row["prompt"])} for _, row in read_samples(path)]
     if not rows:
         raise UserError(f"{path} holds no answer.")
     return rows

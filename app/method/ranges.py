@@ -116,14 +116,15 @@ def checked(cls: C) -> C:
     @wraps(init)
     def checking(self: Any, *args: Any, **settings: Any) -> None:
         for name, value in parameters.bind(self, *args, **settings).arguments.items():
-            _refuse(f"{cls.__name__}: {name}", hints().get(name), value)
+            refuse(f"{cls.__name__}: {name}", hints().get(name), value)
         init(self, *args, **settings)
 
     cls.__init__ = checking  # type: ignore[misc]
     return cls
 
 
-def _refuse(what: str, hint: Any, value: Any) -> None:
+def refuse(what: str, hint: Any, value: Any) -> None:
+    """Raise ValueError for a number or a word that the annotation `hint` does not name."""
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise ValueError(f"{what} must be one of {', '.join(map(str, get_args(hint)))}, not {value!r:.60}")
     kinds = list(_kinds(hint))

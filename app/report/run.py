@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from app.run_record import COMMANDS_FILE
 from callbacks.hyperparameters import arguments, last_word
 
 SAMPLES = "samples.jsonl"
+_NUMBERED = re.compile(r"version_\d+")  # as Lightning's loggers call folders
 
 
 class Curve(NamedTuple):
@@ -174,13 +176,15 @@ def read_commands(folder: Path) -> list[str]:
 
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest path suffixes that differ, since two runs may both end in `version_0`.
+    """Return the shortest path suffixes that differ, without `version_0` where that is enough.
 
     Raises UserError if a folder is given twice.
     """
-    parts = [folder.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
+    whole = [folder.resolve().parts for folder in folders]
+    named = [parts[:-1] if _NUMBERED.fullmatch(parts[-1]) else parts for parts in whole]
+    for parts in (named, whole):
+        for length in range(1, max(map(len, parts), default=1) + 1):
+            names = ["/".join(part[-length:]) for part in parts]
+            if len(set(names)) == len(names):
+                return names
     raise UserError("runs: the same folder is given twice.")

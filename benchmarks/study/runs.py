@@ -11,6 +11,8 @@ STEPS = (16, 32, 48, 64)  # checkpoints that are sampled; the last is the end of
 FOLDER = Path("runs/study")
 PROMPTS = {step: 1024 if step == STEPS[-1] else 512 for step in STEPS}
 
+LENGTH = ("--max_new_tokens", "32")  # of an answer in the controlled task, with room
+
 Command = list[str]
 
 # data of the study: name → (gap, share of high-gap pairs)
@@ -107,6 +109,7 @@ class StudyRun:
                 [
                     *("generate", str(self.model(step)), str(self.samples(step))),
                     *("--reference", str(self.sft_model), "--seed", str(self.seed), "--count", str(PROMPTS[step])),
+                    *LENGTH,
                 ],
             ]
         return made
@@ -126,5 +129,5 @@ def sft_commands(seed: int) -> list[Command]:
             *("--trainer.logger.init_args.name", folder.name),
         ],
         ["export", str(folder / "checkpoints" / "last.ckpt"), str(folder / "model")],
-        ["generate", str(folder / "model"), str(folder / "samples.jsonl"), "--seed", str(seed)],
+        ["generate", str(folder / "model"), str(folder / "samples.jsonl"), "--seed", str(seed), *LENGTH],
     ]

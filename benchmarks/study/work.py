@@ -68,7 +68,7 @@ def quietly(log: Path) -> Iterator[None]:
 def measured(run: StudyRun) -> dict[str, float]:
     """The figures of a finished run."""
     read = read_run(run.folder, run.name)
-    rivals = list(read_samples(str(sft_folder(run.seed) / "samples.jsonl")))
+    rivals = [row for _, row in read_samples(str(sft_folder(run.seed) / "samples.jsonl"))]
     sft = summary(rivals)
     found: dict[str, float] = {
         "sft_reward": sft["mean true reward"].mean,
@@ -78,7 +78,7 @@ def measured(run: StudyRun) -> dict[str, float]:
         "log_ratio_rejected": last(read, "val/log_ratio_rejected"),
     }
     for step in STEPS:
-        answers = list(read_samples(str(run.samples(step))))
+        answers = [row for _, row in read_samples(str(run.samples(step)))]
         told, end = summary(answers), "" if step == STEPS[-1] else f"_{step}"
         found |= {
             f"reward{end}": told["mean true reward"].mean,

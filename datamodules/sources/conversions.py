@@ -90,6 +90,16 @@ def _with_history(history: object, prompt: str) -> object:
     return [{"role": role, "content": said} for role, said in [*turns, ("user", prompt)]]
 
 
+def asked(own: Convert) -> Convert:
+    """Return a conversion for rows that need no answer: any that there is gives way to one without meaning."""
+
+    def convert(row: Row, reading: Any) -> Row:
+        rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
+        return own({**rest, "response": "?"}, reading)
+
+    return convert
+
+
 def question(own: Convert) -> Convert:
     """Return a conversion for rows with a question; a row with a passage or choices beside it is a BadRow."""
 

@@ -11,7 +11,7 @@ from datamodules.records import PreferencePair
 from datamodules.sources.conversions import Row, refuse_unusable
 from datamodules.sources.fields import OwnFormat, ignored_fields, pair_from_row
 from datamodules.sources.pku_saferlhf import PreferredBy
-from datamodules.sources.registry import FIELDS, FORMATS, NAMES, Format, nearest
+from datamodules.sources.registry import FIELDS, FORMATS, NAMES, PROMPTS, Format, nearest
 from datamodules.sources.report import BadRow
 from datamodules.sources.template_fields import TEMPLATE_FIELDS
 from datamodules.sources.values import kind, missing
@@ -25,8 +25,9 @@ class RowReading:
     """The settings that decide how rows are read.
 
     `need_rejected`: a demonstration is a bad row. `min_score_ratio`: of SHP, see `shp_pair`. `preferred_by`:
-    of PKU-SafeRLHF, see `pku_saferlhf_pair`. `columns`: names of the data's columns by our field. Raises UserError
-    for settings that do not go together, and for unknown names.
+    of PKU-SafeRLHF, see `pku_saferlhf_pair`. `columns`: names of the data's columns by our field. `prompts_only`:
+    rows without an answer are read, too; the answer of any row means nothing. Raises UserError for settings that do
+    not go together, and for unknown names.
     """
 
     format: RowFormat = "auto"
@@ -34,6 +35,7 @@ class RowReading:
     min_score_ratio: float = 1.0
     preferred_by: PreferredBy = "better"
     columns: Mapping[str, str] = field(default_factory=dict)
+    prompts_only: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in ("auto", *NAMES):
@@ -104,7 +106,8 @@ def _format_of(row: Row, reading: RowReading) -> Format:
     """Return the format of a row. Raises BadRow with the nearest format and the fields that the row lacks."""
     if reading.format == "auto":
         refuse_unusable(row)
-    formats = tuple(one for one in FORMATS if reading.format in ("auto", one.name))
+    known = (*PROMPTS, *FORMATS) if reading.prompts_only else FORMATS
+    formats = tuple(one for one in known if reading.format in ("auto", one.name))
     if not missing(row.get("rejected")):  # a pair is no demonstration, even if it is damaged
         formats = tuple(one for one in formats if one.is_pair)
     for one in formats:
@@ -124,7 +127,7 @@ def _format_of(row: Row, reading: RowReading) -> Format:
     raise BadRow(
         "missing field",
         f"{', '.join(lacking)}; the nearest format is {one.name}: {', '.join(one.fields).replace('|', ' or ')}; "
-        f"{_found(row)}; data.columns: {{{yours}}} says what yours are called",
+        f"{_found(row)}" + f"; data.columns: {{{yours}}} says what yours are called" * (not reading.prompts_only),
     )
 
 

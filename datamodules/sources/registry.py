@@ -7,7 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from datamodules.sources.conversions import Convert, Row, alpaca, conversation, question, renamed, unchanged
+from datamodules.sources.conversions import (
+    Convert,
+    Row,
+    alpaca,
+    asked,
+    conversation,
+    first_of,
+    question,
+    renamed,
+    unchanged,
+)
 from datamodules.sources.hh import ASSISTANT
 from datamodules.sources.messages import spoken
 from datamodules.sources.pku_saferlhf import pku_saferlhf_pair
@@ -210,6 +220,27 @@ FORMATS = (
         lambda row, reading: ultrafeedback_pair(row),
         when=lambda row: False,  # its fields do not distinguish it from any pair in chat messages
     ),
+)
+
+
+def _asks(row: Row) -> bool:
+    """Return whether a row holds no pair, and its dialogue, if any, no answer."""
+    if any(not missing(row.get(side)) for side in _SIDES):
+        return False
+    name = first_of(row, "messages|conversations")
+    talk = () if missing(row.get(name)) else spoken(row[name], name)
+    return isinstance(talk, str) or not talk or talk[-1].role != "assistant"
+
+
+# what `generate` answers, beside the prompts of the formats above
+PROMPTS = tuple(
+    Format(name.partition("|")[0], (name,), "prompts alone", {name: "2 + 2?"}, asked(own), when=_asks)
+    for name, own in (
+        ("prompt", unchanged),
+        ("instruction|INSTRUCTION", alpaca),
+        ("question", question(renamed(prompt="question"))),
+        ("messages|conversations", renamed(prompt="messages|conversations")),
+    )
 )
 NAMES = tuple(dict.fromkeys(format.name for format in FORMATS))
 FIELDS = {name for format in FORMATS for either in (*format.fields, *format.optional) for name in either.split("|")}

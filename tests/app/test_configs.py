@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,10 @@ def test_report_takes_its_runs_as_words(capsys: pytest.CaptureFixture[str], tmp_
         main(["report", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "x.png")])
     assert stop.value.code == 2
     assert f"{tmp_path / 'one'} is not the log folder" in capsys.readouterr().err
+
+
+def test_help_and_version_load_no_library() -> None:
+    check = "import sys; from app.main import main; main([sys.argv[1]]); assert 'torch' not in sys.modules"
+    for option in ("--help", "--version"):
+        done = subprocess.run([sys.executable, "-c", check, option], cwd=ROOT, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr

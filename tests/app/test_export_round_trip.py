@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from app.commands.export import export
+from app.commands.export import export, generation_config
 from app.errors import UserError
 from app.export_spelling import spell_for_others
 from datamodules.controlled_task import build_tokenizer, preference_pairs
@@ -157,6 +157,19 @@ def test_what_is_no_checkpoint_of_ours_is_named(tiny_llama: str, tmp_path: Path)
     with pytest.raises(UserError, match=r"half\.ckpt is damaged"):
         export(str(tmp_path / "half.ckpt"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_stops_at_every_end_of_turn() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ' ' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    )
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert generation_config({"eos_token_id": [5, end]}, tokenizer).eos_token_id == [2, end, 5]
+    tokenizer.chat_template = None
+    assert generation_config({}, tokenizer).eos_token_id == 2
 
 
 # --- what others read ---------------------------------------------------------------------------------------

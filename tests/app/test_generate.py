@@ -16,9 +16,11 @@ import pytest
 from command_runs import LIMIT_SECONDS, ROOT, command
 from transformers import AutoTokenizer, GenerationConfig
 
+from app.commands.export import export
 from app.commands.generate import generate
 from app.errors import UserError
 from app.files import Parts
+from app.samples import read_samples
 from datamodules.controlled_task import preference_pairs
 
 OPTIONS = ["--count", "40", "--batch_size", "4", "--temperature", "[0.7, 1.0]", "--top_p", "0.9"]
@@ -137,6 +139,34 @@ def test_endless_prompts_need_a_number(tiny_llama: str, tmp_path: Path) -> None:
     for wrong in ([], [0.5, 0.5], [-1.0]):
         with pytest.raises(UserError, match="temperature must be"):
             generate(tiny_llama, str(tmp_path / "a.jsonl"), temperature=wrong)
+
+
+def test_prompts_alone_are_answered_and_their_columns_kept(tiny_llama: str, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "the cat", "topic": "cats", "level": 2},
+        {"instruction": "the", "input": "dog", "topic": "dogs"},
+        {"question": "the cat", "topic": None},
+        {"prompt": "the dog", "chosen": "yes", "rejected": "no", "topic": "pairs"},
+    ]
+    path, out = tmp_path / "prompts.jsonl", str(tmp_path / "out.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generate(tiny_llama, out, prompts=str(path), count=None, max_new_tokens=3, columns=["topic"])
+    samples = [row for _, row in read_samples(out)]
+    assert [row["prompt"] for row in samples] == ["the cat", "the\ndog", "the cat", "the dog"]
+    assert [row["topic"] for row in samples] == ["cats", "dogs", None, "pairs"]
+    for columns, told in ((["level"], "has no 'level' to copy; it has topic"), (["logp"], "is a field of every")):
+        with pytest.raises(UserError, match=told):
+            generate(tiny_llama, out, prompts=str(path), count=None, columns=columns)
+
+
+def test_python_is_refused_what_the_command_line_is(tiny_llama: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="count must be a whole number from 1"):
+        generate(tiny_llama, out, count=0)
+    with pytest.raises(UserError, match=r"top_p must be a finite number in \(0, 1\], not 2"):
+        generate(tiny_llama, out, top_p=2.0)
+    with pytest.raises(UserError, match="dtype must be one of float32"):
+        export("any.ckpt", out, dtype="float99")  # type: ignore[arg-type]
 
 
 def test_a_response_ends_at_an_end_of_turn_that_is_not_eos(tiny_llama: str, tmp_path: Path) -> None:

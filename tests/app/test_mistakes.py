@@ -16,7 +16,8 @@ import pytest
 import torch
 from command_runs import command, write_config
 
-from app.main import go_on, main
+from app.dispatch import go_on
+from app.main import main
 from app.mistakes import plain_sentence
 
 RUN = Path("runs") / "run"

@@ -17,8 +17,9 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 import callbacks
 from app.cli import BetaDPOCLI, lightning_options
 from app.commands import COMMANDS
+from app.dispatch import known_options
 from app.errors import UserError
-from app.main import known_options, main
+from app.main import main
 from app.options import check_numbers, sentence
 from datamodules import ControlledTask, PreferenceData
 from lightning_modules import PreferenceOptimization, ShardedStrategy, SupervisedFineTuning

@@ -57,7 +57,10 @@ def transformers(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(job["model"], torch_dtype=torch.float32)
+    # the SDPA that 4.57 takes by itself leaves out the soft capping of Gemma 2's attention
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], torch_dtype=torch.float32, attn_implementation="eager"
+    )
     if job["adapter"]:
         from peft import PeftModel
 

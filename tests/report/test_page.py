@@ -186,7 +186,8 @@ def test_a_run_with_a_csv_logger(tmp_path: Path) -> None:
 
 
 def test_names_tell_runs_apart() -> None:
-    assert unique_names([Path("/r/a/version_0"), Path("/r/b/version_0")]) == ["a/version_0", "b/version_0"]
+    assert unique_names([Path("/r/a/version_0"), Path("/r/b/version_0")]) == ["a", "b"]
+    assert unique_names([Path("/r/a/version_0"), Path("/r/a/version_1")]) == ["version_0", "version_1"]
     assert unique_names([Path("/r/a"), Path("/r/b")]) == ["a", "b"]
 
 

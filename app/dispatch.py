@@ -1,0 +1,113 @@
+"""Running one command of `beta-dpo`, and what the user is told when it cannot be done."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from inspect import signature
+from itertools import takewhile
+from typing import NoReturn
+
+from jsonargparse import ArgumentError, auto_cli
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from app.cli import be_quiet, run_trainer_command
+from app.commands import COMMANDS
+from app.errors import UserError
+from app.files import shipped
+from app.main import TRAINER_COMMANDS
+from app.mistakes import causes, plain_sentence
+from app.options import sentence, trainer_options
+from app.planning import run_plan
+from app.showing import run_show
+from callbacks.interruption import Interrupted
+
+GO_ON = "The same command with --ckpt_path last goes on from the last checkpoint."
+AGAIN = "Give the same command again; what it says it keeps is not done twice."
+
+# what gloo says on the ranks that are left
+RANK_LOST = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer")
+
+
+def run(command: str, arguments: list[str]) -> None:
+    """Run `command`, the first of `arguments`. Exits with status 2 and one sentence on a user's mistake."""
+    be_quiet()
+    try:
+        if command in TRAINER_COMMANDS:
+            arguments = with_shipped_configs(arguments)
+        if command == "plan":
+            run_plan(arguments)
+        elif command == "show":
+            run_show(arguments)
+        elif command in TRAINER_COMMANDS:
+            run_trainer_command(arguments)
+        else:
+            function = COMMANDS[command]
+            words = _leading_words_as_list(function, arguments[1:])
+            auto_cli(function, args=words, as_positional=True, exit_on_error=False)
+    except UserError as error:
+        _refuse(str(error))
+    except ArgumentError as error:
+        said = next((str(cause) for cause in causes(error) if isinstance(cause, UserError)), None)
+        _refuse(said or sentence(str(error), command, known_options(command)))
+    except Interrupted as stop:
+        _leave(f"{stop}: the same command with --ckpt_path last goes on from there.", stop.exit_status)
+    except SIGTERMException:
+        _leave(f"stopped by SIGTERM. {go_on(command)}", 143)
+    except KeyboardInterrupt:
+        _leave(f"stopped by Ctrl-C. {go_on(command)}", 130)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's answer to Ctrl-C, with status 1
+            _leave(f"stopped by Ctrl-C. {go_on(command)}", 130)
+        raise
+    except Exception as error:
+        if any(sign in str(error) for sign in RANK_LOST):
+            _leave(f"another rank has ended, or does not answer: its own messages tell more. {GO_ON}", 1)
+        told = plain_sentence(error)
+        if told is None:
+            raise
+        _refuse(told)
+
+
+def with_shipped_configs(arguments: list[str]) -> list[str]:
+    """Return the arguments with the path of each `--config` that names one of the shipped configurations."""
+    found = []
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        option, equals, value = word.partition("=")
+        if option == "--config" and equals:
+            word = f"--config={shipped(value)}"
+        found.append(shipped(word) if before == "--config" else word)
+    return found
+
+
+def go_on(command: str) -> str:
+    """What to do after an interruption."""
+    return GO_ON if command == "fit" else AGAIN
+
+
+def _leading_words_as_list(function: Callable[..., None], words: list[str]) -> list[str]:
+    """`report RUN RUN --out …`: words for a first parameter that is a list, as the one value jsonargparse takes."""
+    first = next(iter(signature(function).parameters.values()))
+    named = list(takewhile(lambda word: not word.startswith("-"), words))
+    if first.annotation != "list[str]" or not named:
+        return words
+    return [json.dumps(named), *words[len(named) :]]
+
+
+def _leave(sentence: str, status: int) -> NoReturn:
+    print(f"beta-dpo: {sentence}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _refuse(sentence: str) -> NoReturn:
+    if os.environ.get("BETA_DPO_TRACEBACK"):
+        traceback.print_exc()
+    _leave(sentence, 2)
+
+
+def known_options(command: str) -> list[str]:
+    """What may follow the command, classes' own options apart."""
+    return list(signature(COMMANDS[command]).parameters) if command in COMMANDS else trainer_options()
