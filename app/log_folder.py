@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def claimed_log_folder(trainer: Trainer) -> Iterator[None]:
     for logger in trainer.loggers:
         check_run_id(logger)
     folder = log_folder(trainer)
-    is_new = not folder.exists()
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     with locked(folder / LOCK, f"The log folder {folder}", ELSEWHERE, waits=False):
         try:
             for logger in trainer.loggers:
@@ -63,8 +63,8 @@ def claimed_log_folder(trainer: Trainer) -> Iterator[None]:
                     logger._experiment = ContinuedTable(logger.log_dir)
             yield
         finally:
-            if is_new:
-                remove_leftovers(folder)
+            if created:
+                remove_leftovers(created)
 
 
 def check_run_id(logger: Logger) -> None:
@@ -80,11 +80,14 @@ def check_run_id(logger: Logger) -> None:
         )
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the folder if it holds nothing but what a start leaves."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+def remove_leftovers(folders: Sequence[Path]) -> None:
+    """Remove the first folder, and its parents that follow, if it holds nothing but what a start leaves."""
+    files = [path for path in folders[0].rglob("*") if path.is_file()]
     if all(any(path.match(pattern) for pattern in LEFTOVERS) for path in files):
-        shutil.rmtree(folder)
+        shutil.rmtree(folders[0])
+        with suppress(OSError):  # of another run by now
+            for parent in folders[1:]:
+                parent.rmdir()
 
 
 def continue_curves(trainer: Trainer, resumes: bool) -> None:

@@ -79,7 +79,7 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path: Path) -> None:
     with claimed_log_folder(quiet_trainer(tmp_path, logger=logger)):  # and nothing is trained
         logger.log_hyperparams({})
         logger.save()
-    assert not list((tmp_path / "run").iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_table_of_curves_is_continued(tmp_path: Path) -> None:
