@@ -48,7 +48,7 @@ class StepDecision:
     # NaN for pairs that are not eligible. Every rank must call it.
     measure_perturbed: Callable[[Sequence[float]], Tensor] | None = None
     # Measures KL(π‖π_ref) summed over the tokens of the chosen and of the rejected response: [2, G] float64, NaN
-    # for pairs that are not eligible. Every rank must call it. None without a loaded or needed reference model.
+    # for pairs that are not eligible. Every rank must call it. None if no reference model is loaded.
     measure_kl: Callable[[], Tensor] | None = None
 
     @classmethod
