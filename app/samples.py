@@ -1,4 +1,4 @@
-"""Sample files, as `beta-dpo generate` and `PolicySamples` write them: one JSON object a line."""
+"""The format of the sample files that `beta-dpo generate` and `PolicySamples` write: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ SAMPLE_FIELDS = (
 
 
 def sample_line(prompt_id: str, prompt: Any, response: str, finished: bool, **more: Any) -> str:
-    """Return the line of one sample. A prompt is text, or messages as objects of `role` and `content`."""
+    """Return the line of one sample; the prompt is text, or messages as objects with `role` and `content`."""
     row = {"prompt_id": prompt_id, "prompt": prompt, "response": response, **more, "finished": finished}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def read_samples(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (place in the file in bytes, row) of every sample. Raises UserError, naming a line that is none.
+    """Yield (byte offset of the line, row) for every sample.
 
-    A line needs `prompt` and `response`. Without `prompt_id` its number is the id, and without `finished` it is.
+    A line needs `prompt` and `response`. `prompt_id` defaults to the line number, and `finished` to True. Raises
+    UserError if the file cannot be read, or with the line number if a line is not a sample.
     """
     place = 0
     try:
@@ -46,7 +47,7 @@ def _sample(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _is_prompt(value: Any) -> bool:
-    """Return whether `value` is text, or turns: objects, or in older files lists of role and content."""
+    """Return whether `value` is text, or turns as objects or (in older files) as lists of role and content."""
     if isinstance(value, str):
         return True
     turns = [list(map(turn.get, ("role", "content"))) if isinstance(turn, dict) else turn for turn in value]

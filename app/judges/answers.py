@@ -1,4 +1,4 @@
-"""The answers that are compared: sample files, or the chosen responses of preference pairs, prompt by prompt."""
+"""The answers to compare: those of sample files, or the chosen responses of preference pairs, matched by prompt."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from datamodules.sources import is_transcript_prompt, prompt_messages, read_pair
 
 
 def aligned(ours: str, theirs: str) -> tuple[list[Answer], list[Answer]]:
-    """The answers of both files, prompt by prompt.
+    """Return the answers of `ours` and, in the same order, the rival of each from `theirs`.
 
-    `theirs` may hold preference pairs, whose chosen responses are then the rivals. Where `theirs` has answers at
-    one temperature only, they meet those of `ours` at every temperature. Raises UserError unless both files
-    answer the same prompts (pairs: unless all prompts of `ours` are among theirs).
+    `theirs` may hold preference pairs, whose chosen responses are then the rivals. If all answers of `theirs` have
+    one temperature, each is the rival of `ours` at every temperature. Raises UserError if `theirs` answers a prompt
+    twice, or if the files answer different prompts (pairs may have more prompts than `ours`).
     """
     rows, everyone = sampled_answers(ours), rival_answers(theirs)
     alone = len({rival.get("temperature") for rival in everyone}) == 1
@@ -42,7 +42,7 @@ def aligned(ours: str, theirs: str) -> tuple[list[Answer], list[Answer]]:
 
 
 def sampled_answers(path: str) -> list[Answer]:
-    """The rows of a sample file. Raises UserError where it has none or one that is no sample."""
+    """Return the rows of a sample file. Raises UserError if it has no row, or a row that is not a sample."""
     rows = [row | {"prompt": read_prompt(row["prompt"])} for _, row in read_samples(path)]
     if not rows:
         raise UserError(f"{path} holds no answer.")
@@ -50,9 +50,9 @@ def sampled_answers(path: str) -> list[Answer]:
 
 
 def rival_answers(path: str) -> list[Answer]:
-    """Samples, or the chosen responses of the preference pairs at `path`, a file or Hub id.
+    """Return the samples at `path`, or the chosen responses of the preference pairs there (a file or Hub id).
 
-    Rows of pairs that cannot be read are left out, counted and told of.
+    Rows of pairs that cannot be read are left out, and their number is printed.
     """
     if holds_samples(path):
         return sampled_answers(path)
@@ -64,19 +64,19 @@ def rival_answers(path: str) -> list[Answer]:
 
 
 def holds_samples(path: str) -> bool:
-    """Whether `path` is a file of samples rather than of preference pairs."""
+    """Return whether `path` is a file of samples and not of preference pairs."""
     if not path.endswith(".jsonl") or not Path(path).is_file():
         return False
     with open(path, encoding="utf-8") as file:
         try:
             first = json.loads(file.readline())
         except ValueError:
-            return True  # reading it will tell what is wrong
+            return True  # `read_samples` then raises the error that names the line
     return isinstance(first, dict) and "chosen" not in first
 
 
 def dialogue_text(prompt: Prompt) -> str:
-    """A prompt for a reader: plain text as it is, the turns of a dialogue each under its speaker."""
+    """Return a prompt as readable text: plain text unchanged, a dialogue with its speaker before every turn."""
     if isinstance(prompt, str) and not is_transcript_prompt(prompt):
         return prompt.strip()
     try:

@@ -1,7 +1,7 @@
-"""The numbers that options take: every numeric option names its range by one of these types, in its signature.
+"""The ranges of numeric options: every numeric option has one of these types in its signature.
 
-Not a number, infinity and absurd values lie outside of all of them but `UpToInfinity`. The command line reads
-options by these types, and `checked` classes refuse the same values where they are built in Python.
+All of them exclude NaN and, except for `UpToInfinity`, infinity and absurdly large values. The command line parses
+options with these types, and `checked` classes refuse the same values when they are built in Python.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from inspect import signature
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
-LARGEST = {int: 10**12, float: 1e9}  # beyond this, a number is a slip of the pen
-LARGEST_SEED = 2**32 - 1  # what NumPy takes
+LARGEST = {int: 10**12, float: 1e9}  # a larger number is a typing error
+LARGEST_SEED = 2**32 - 1  # NumPy's limit
 C = TypeVar("C", bound=type)
 
 
 class Number:
-    """Base of the types below: `base` is the type of the values, `allowed` says in words which ones they are."""
+    """The base of the types below: `base` is the type of the values, `allowed` describes their range in words."""
 
     base: type = float
     allowed = ""
 
     def __new__(cls, value: Any) -> Any:
-        """`value` as a number of this type. Raises ValueError where it is none."""
+        """Return `value` as a number of this type. Raises ValueError if that is not possible."""
         try:
             number = value if isinstance(value, (bool, cls.base)) else cls._read(value)
         except (ValueError, TypeError, OverflowError):
@@ -40,12 +40,12 @@ class Number:
 
     @classmethod
     def holds(cls, value: Any) -> bool:
-        """Whether `value` is such a number as it is."""
+        """Return whether `value` is such a number without conversion."""
         return type(value) is cls.base and cls.within(value)
 
     @classmethod
     def within(cls, number: Any) -> bool:
-        """Whether a number of the right type lies in the range."""
+        """Return whether a number of the right type lies in the range."""
         raise NotImplementedError
 
 
@@ -103,15 +103,15 @@ else:
 
 
 def number_types() -> list[type[Number]]:
-    """All of them."""
+    """Return all range types."""
     return Number.__subclasses__()
 
 
 def checked(cls: C) -> C:
-    """Have `cls(…)` refuse numbers and words that the annotations of its `__init__` do not name, by ValueError."""
+    """Make `cls(…)` raise ValueError for numbers and words that the annotations of its `__init__` do not allow."""
     init = cls.__init__  # type: ignore[misc]
     parameters = signature(init)
-    hints = cache(lambda: get_type_hints(init))  # read when they are needed: a module may still be loading
+    hints = cache(lambda: get_type_hints(init))  # evaluated later: a module may still be loading
 
     @wraps(init)
     def checking(self: Any, *args: Any, **settings: Any) -> None:
@@ -124,13 +124,13 @@ def checked(cls: C) -> C:
 
 
 def refuse(what: str, hint: Any, value: Any) -> None:
-    """Raise ValueError for a number or a word that the annotation `hint` does not name."""
+    """Raise ValueError for a number or a word that the annotation `hint` does not allow."""
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise ValueError(f"{what} must be one of {', '.join(map(str, get_args(hint)))}, not {value!r:.60}")
     kinds = list(_kinds(hint))
     numbers = value if isinstance(value, (list, tuple)) else [value]
     for number in numbers if kinds else ():
-        if number is None or isinstance(number, str):  # of another member of a union
+        if number is None or isinstance(number, str):  # belongs to another member of a union
             continue
         try:
             kinds[0](number)

@@ -20,7 +20,7 @@ from app.run_record import COMMANDS_FILE
 from callbacks.hyperparameters import arguments, last_word
 
 SAMPLES = "samples.jsonl"
-_NUMBERED = re.compile(r"version_\d+")  # as Lightning's loggers call folders
+_NUMBERED = re.compile(r"version_\d+")  # Lightning's loggers number their folders in this way
 
 
 class Curve(NamedTuple):
