@@ -1,4 +1,4 @@
-"""One run of the study: what is varied, and the commands that make it."""
+"""One run of the study: the settings that vary, and the commands that carry it out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STEPS = (16, 32, 48, 64)  # checkpoints that are sampled; the last is the end of
 FOLDER = Path("runs/study")
 PROMPTS = {step: 1024 if step == STEPS[-1] else 512 for step in STEPS}
 
-LENGTH = ("--max_new_tokens", "32")  # of an answer in the controlled task, with room
+LENGTH = ("--max_new_tokens", "32")  # more than an answer of the controlled task needs
 
 Command = list[str]
 
@@ -25,19 +25,19 @@ GAPS: Mapping[str, tuple[str, float]] = MappingProxyType(
     }
 )
 
-# arms made of parts, so that α and ρ can be set; the others are files of configs/method
+# arms composed of several files, so that α and ρ can be set; each other arm is one file
 PARTS = ("beta_dpo",)
-DROPPED = ("flip_weights_tail",)  # tried, not kept: a file of configs/study
+DROPPED = ("flip_weights_tail",)  # arms that were tried and not kept: files of configs/study, not configs/method
 
 
 @dataclass(frozen=True, order=True)
 class StudyRun:
-    """A cell of the design at one seed. `alpha` and `keep_ratio` vary for β-DPO alone."""
+    """A cell of the design at one seed; `alpha` and `keep_ratio` vary only for β-DPO."""
 
     seed: int
     data: str  # a key of GAPS
     flip_rate: float
-    arm: str  # a file of configs/method
+    arm: str  # one of PARTS, or a file of configs/method or (DROPPED) configs/study
     beta0: float
     learning_rate: float
     loss: str = "sigmoid"  # a file of configs/loss
@@ -46,7 +46,7 @@ class StudyRun:
 
     @property
     def name(self) -> str:
-        """A name for rows and folders that no other run has."""
+        """Return a name for rows and folders that is unique among the runs of a seed."""
         own = [f"{self.data}-{self.flip_rate:g}", self.loss, self.arm, f"beta0={self.beta0:g}"]
         own += [f"lr={self.learning_rate:g}"]
         own += [f"alpha={self.alpha:g}", f"keep={self.keep_ratio:g}"] if self.arm in PARTS else []
@@ -58,7 +58,7 @@ class StudyRun:
 
     @property
     def folder(self) -> Path:
-        """The log folder."""
+        """Return the log folder."""
         return FOLDER / f"seed-{self.seed}" / self.name
 
     @property
@@ -66,11 +66,11 @@ class StudyRun:
         return sft_folder(self.seed) / "model"
 
     def settings(self) -> dict[str, object]:
-        """The columns of the table that say which run a row is of."""
+        """Return the columns of the table that identify the run of a row."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def fit(self) -> Command:
-        """The training."""
+        """Return the command that trains."""
         gap, share = GAPS[self.data]
         return [
             *("fit", "--config", "configs/study/preference.yaml", *self.arm_options()),
@@ -94,14 +94,14 @@ class StudyRun:
         ]
 
     def samples(self, step: int) -> Path:
-        """The file of the answers sampled after `step`."""
+        """Return the file of the answers that are sampled after `step`."""
         return self.folder / f"samples-{step}.jsonl"
 
     def model(self, step: int) -> Path:
         return self.folder / f"model-{step}"
 
     def commands(self) -> list[Command]:
-        """Everything that makes the row, from the SFT model on, as words for `beta-dpo`."""
+        """Return the arguments of all `beta-dpo` commands from the SFT model to the run's row."""
         made = [self.fit()]
         for step in STEPS:
             made += [
@@ -120,7 +120,7 @@ def sft_folder(seed: int) -> Path:
 
 
 def sft_commands(seed: int) -> list[Command]:
-    """What makes the SFT model of a seed and its samples, the rivals of every arm."""
+    """Return the commands for the SFT model of a seed and its samples, which are the rivals of every arm."""
     folder = sft_folder(seed)
     return [
         [

@@ -1,4 +1,4 @@
-"""Doing a run of the study, by the commands a reader would give, and measuring what came out."""
+"""The work of the study: it does a run with the commands a reader would give, and measures the result."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from benchmarks.study.runs import FOLDER, STEPS, Command, StudyRun, sft_commands
 
 
 def make_sft_model(seed: int) -> None:
-    """Train, export and sample the SFT model of a seed, if that is not done yet."""
+    """Train, export and sample the SFT model of a seed, unless its samples exist."""
     folder = sft_folder(seed)
     if not (folder / "samples.jsonl").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # of an interrupted try: a minute is not worth a resume
+        shutil.rmtree(folder, ignore_errors=True)  # an interrupted run of a minute needs no resume
         with quietly(FOLDER / "logs" / f"{seed}-sft.log"):
             do(sft_commands(seed))
 
 
 def make_row(run: StudyRun, phase: str) -> dict[str, object]:
-    """Train, export and sample a run, and return its row. Only its samples, curves and audit stay on disk."""
+    """Train, export and sample a run, and return its row; its models and checkpoints are deleted."""
     started = time.perf_counter()
     shutil.rmtree(run.folder, ignore_errors=True)
     with quietly(FOLDER / "logs" / f"{run.seed}-{run.name}.log"):
@@ -42,7 +42,7 @@ def make_row(run: StudyRun, phase: str) -> dict[str, object]:
 
 
 def do(commands: Sequence[Command]) -> None:
-    """What `beta-dpo COMMAND …` does, one after the other, in this process: its start-up is paid once."""
+    """Run `beta-dpo` commands one after the other in this process, so that its start-up is paid once."""
     torch.set_num_threads(1)
     for command in commands:
         print("beta-dpo", *command, flush=True)
@@ -51,7 +51,7 @@ def do(commands: Sequence[Command]) -> None:
 
 @contextlib.contextmanager
 def quietly(log: Path) -> Iterator[None]:
-    """Everything that is printed, by this process and from below Python, goes to a file."""
+    """Redirect all output of this process to a file, including output from outside Python."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as file:
         kept = [os.dup(1), os.dup(2)]
@@ -66,7 +66,7 @@ def quietly(log: Path) -> Iterator[None]:
 
 
 def measured(run: StudyRun) -> dict[str, float]:
-    """The figures of a finished run."""
+    """Return the figures of a finished run."""
     read = read_run(run.folder, run.name)
     rivals = [row for _, row in read_samples(str(sft_folder(run.seed) / "samples.jsonl"))]
     sft = summary(rivals)
