@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 STEPS = 24
 LIMIT_SECONDS = 400  # generous: only to end a hang
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["app.main", "command_runs"])
+FORKS.set_forkserver_preload(["app.dispatch", "command_runs"])
 
 
 def write_config(folder: Path, model: str, version: str | None = "", **data: Any) -> None:

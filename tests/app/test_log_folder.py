@@ -54,7 +54,11 @@ def test_a_second_run_is_refused_and_a_killed_one_goes_on_with_its_curves(tiny_l
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     arguments = ("fit", "--config", "config.yaml", "--ckpt_path", "last", "--trainer.max_steps")
     line, settings = command_line(tmp_path, *arguments, "24", fault="slow 20@7")
-    with subprocess.Popen(line, **settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+    log = tmp_path / "log"
+    with (
+        log.open("w") as shown,
+        subprocess.Popen(line, **settings, stdout=subprocess.DEVNULL, stderr=shown) as first,
+    ):
         try:
             until = time.monotonic() + LIMIT_SECONDS
             while not (tmp_path / RUN / "checkpoints" / "step=6.ckpt").exists() and time.monotonic() < until:
@@ -62,6 +66,7 @@ def test_a_second_run_is_refused_and_a_killed_one_goes_on_with_its_curves(tiny_l
             second = fit(tmp_path)
         finally:
             first.send_signal(signal.SIGKILL)
+    assert log.read_text().startswith("beta-dpo fit: loading PyTorch, Lightning and transformers\n")
     assert second.returncode == 2, second.stderr
     assert f"The log folder {RUN} is in use by process {first.pid} on " in second.stderr
     assert "choose another log folder" in second.stderr
