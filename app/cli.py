@@ -98,6 +98,8 @@ class BetaDPOCLI(LightningCLI):
             isinstance(c, ProgressBar) for c in callbacks
         ):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else TextProgress())
+        if options.get("enable_model_summary") is None:
+            kwargs["enable_model_summary"] = False  # it says 0 FLOPs; the stage tells what is trained
         try:
             trainer = super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
         except Exception as error:
@@ -167,7 +169,7 @@ def be_quiet() -> None:
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     for name in ("app", "lightning_modules", "datamodules", "callbacks"):
         logging.getLogger(name).setLevel(logging.INFO)
-        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).handlers = [handler]  # not one more for each command of a process
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers' bars would fill a log file
     # the arguments come from the command line by way of `main`
@@ -175,6 +177,10 @@ def be_quiet() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     # with manual optimisation Lightning warns that a checkpoint holds the weights after the step: as it should
     warnings.filterwarnings("ignore", message=".*ModelCheckpoint with manual optimization.*")
+    # every metric is that of the global batch when it is logged
+    warnings.filterwarnings("ignore", message=".*It is recommended to use `self.log.*sync_dist=True.*")
+    # a run without validation pairs
+    warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
     # Lightning advertises a logging service in every run
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()

@@ -12,7 +12,8 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import seed_everything
 
 from app.errors import UserError
-from datamodules.base import PairDataModule, reached
+from datamodules.base import PairDataModule
+from datamodules.gap_mixture import reached
 from datamodules.table import PairTable
 
 

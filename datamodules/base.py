@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from app.errors import UserError
 from datamodules.describe import cut_responses, describe, pairs_seen, repeats, shared_prompts, shown
-from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
+from datamodules.gap_mixture import GapMixedTable, GapMixture, reached, replaced_stream
 from datamodules.loader import Exchange, OptimizerBatchLoader, longest_of
 from datamodules.rewards import RewardedTable, RewardScoring, reward_scores, rows_with_reward
 from datamodules.sources import PairStream, is_transcript_prompt
@@ -225,6 +225,11 @@ class PairDataModule(LightningDataModule):
         pairs, rows = zip(*sizes, strict=True)
         return max(pairs), max(rows)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all splits of this stage."""
+        return max(table.largest_id for table, _ in self._tables.values())
+
     def batches_of(
         self, wanted: Callable[[np.ndarray], np.ndarray], most: int | None = None
     ) -> list[OptimizerBatchLoader]:
@@ -292,8 +297,3 @@ class PairDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["tokenizer_files"] != tokenizer_files(self.tokenizer):
             raise UserError("The checkpoint was trained with another tokenizer: check data.tokenizer.")
-
-
-def reached(table: PairTable, rows: np.ndarray) -> np.ndarray:
-    """All rows that a loader over `rows` may serve."""
-    return table.reachable(rows) if isinstance(table, GapMixedTable) else rows

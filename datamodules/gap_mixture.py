@@ -153,3 +153,8 @@ class GapMixedTable(JoinedTables):
     def reachable(self, rows: np.ndarray) -> np.ndarray:
         """Return all rows that `exchange` can return for these."""
         return np.union1d(rows, self._partner[rows])
+
+
+def reached(table: PairTable, rows: np.ndarray) -> np.ndarray:
+    """All rows that a loader over `rows` may serve."""
+    return table.reachable(rows) if isinstance(table, GapMixedTable) else rows

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from app.errors import UserError
 from app.method.ranges import FactorFromOne, PositiveInt, Seed, ShareBelowOne, checked
@@ -20,6 +20,7 @@ from datamodules.rewards import RewardScoring
 from datamodules.sources import OnBadRow, PairStream, PreferredBy, RowFormat, pair_stream
 from datamodules.table import JoinedTables, PairTable, Part, split_by_prompt
 from datamodules.tokenisation import Tokenisation
+from datamodules.tokenizer import read_tokenizer
 
 
 @checked
@@ -130,12 +131,7 @@ class PreferenceData(PairDataModule):
             raise UserError("data.tokenizer is missing: give the folder or Hub id of a tokenizer.")
         # asked for without a word, transformers would put the question to whatever stands at the standard input
         trusted = self.tokenizer_name is None and getattr(self.module, "trust_remote_code", False)
-        try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"data.tokenizer: no tokenizer at {name!r} ({str(error).strip().splitlines()[0]})."
-            ) from error
+        return read_tokenizer(name, "data.tokenizer", trusted)
 
     @property
     def held_out(self) -> bool:

@@ -8,6 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers import AutoTokenizer
+
+from app.errors import UserError
 from datamodules.chat_template import TEMPLATE_DATE, ChatTemplate, Refused
 from datamodules.records import Message
 
@@ -15,6 +18,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from datamodules.tokenisation import Tokenisation
+
+
+def read_tokenizer(name: str, option: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder or Hub id. Raises UserError, naming the `option`, where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever damaged files bring about
+        lines = [line.strip(" :") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UserError(f"{option}: no tokenizer at {name!r} ({lines[0]}): give the folder of one.") from error
 
 
 def stop_ids(

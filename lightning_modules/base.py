@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -23,11 +24,11 @@ from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.layout_check import agreeing_layout
 from lightning_modules.logged_training import LoggedTraining
 from lightning_modules.lora import Lora, add_lora
-from lightning_modules.pretrained import load_model, stop_at, store_linear_weights
+from lightning_modules.pretrained import load_model, refuse_beyond, stop_at, store_linear_weights
 from lightning_modules.resumption import apply_settings, count_batches_of
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharding import clip_gradients, gradient_sync
-from lightning_modules.start_checks import check_start
+from lightning_modules.start_checks import check_start, check_steps
 from lightning_modules.strategy import ShardedStrategy
 from lightning_modules.weight_reading import read_weights, weight_files
 
@@ -98,8 +99,14 @@ class LanguageModelTraining(LoggedTraining):
         check_start(self)
         return []
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            check_steps(self.trainer)
+
     def configure_model(self) -> None:
         if hasattr(self, "policy"):  # Lightning calls this hook again when fit follows validate
+            self.check_data(self.policy.model)
             return
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
@@ -113,6 +120,9 @@ class LanguageModelTraining(LoggedTraining):
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         # from_pretrained returns eval mode, in which transformers silently skips gradient checkpointing
         self.policy.train()
+        sizes = [(weight.numel(), weight.requires_grad) for weight in self.policy.parameters()]
+        trained = sum(size for size, wanted in sizes if wanted)
+        rank_zero_info(f"{trained:,} of {sum(size for size, _ in sizes):,} parameters are trained")
         self.place(self.policy)
         self.on_policy_ready()
 
@@ -126,12 +136,19 @@ class LanguageModelTraining(LoggedTraining):
             trust_remote_code=self.trust_remote_code,
             meta_above=getattr(self.trainer.strategy, "meta_init_above", math.inf),
         )
+        self.check_data(model)
         if self.lora is not None:
             add_lora(model, self.lora)
         scorer = ResponseScorer(model)
         if self.attention in OURS:
             scorer.use_attention(self.attention)
         return scorer
+
+    def check_data(self, model: Any) -> None:
+        """Raise UserError where the data has tokens or rows that the model has no embedding for."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "largest_id"):
+            refuse_beyond(model, data.longest[1], data.largest_id, "data.tokenizer", "data.max_length")
 
     @property
     def scorers(self) -> tuple[ResponseScorer, ...]:

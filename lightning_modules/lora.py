@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from app.errors import UserError
 from app.method.batch import PackedRows
@@ -15,6 +19,8 @@ from app.method.ranges import PositiveFloat, PositiveInt, checked
 
 if TYPE_CHECKING:
     from lightning_modules.scorer import ResponseScorer
+
+log = logging.getLogger(__name__)
 
 
 @checked
@@ -53,11 +59,55 @@ class Lora:
 
 
 def add_lora(model: Any, lora: Lora) -> None:
-    """Put adapters into `model`, in place; all other weights are frozen. Raises UserError when no layer fits."""
+    """Put adapters into `model`, in place; all other weights are frozen.
+
+    Raises UserError when no layer fits one of the `target_modules`; says which weights LoRA cannot reach.
+    """
+    refuse_unmatched(model, lora.target_modules)
     try:
         model.add_adapter(lora.peft_config())
     except ValueError as error:
         raise UserError(f"model.lora: {str(error).splitlines()[0]}") from error
+
+    experts = {re.sub(r"\.\d+\.", ".*.", name) for name, weight in model.named_parameters() if weight.ndim == 3}
+    if experts:
+        log.warning(
+            "model.lora: %s are no linear layers (the fused experts of a mixture) and get no adapter: they stay as "
+            "they are.",
+            ", ".join(sorted(experts)),
+        )
+
+
+def refuse_unmatched(model: Any, targets: str | list[str]) -> None:
+    """Raise UserError for entries of `target_modules` that no layer is called by, and for the output head."""
+    layers = {
+        name: kind for name, kind in model.named_modules() if isinstance(kind, (nn.Linear, nn.Embedding, Conv1D))
+    }
+    names = sorted({name.rpartition(".")[2] for name in layers})
+    found = {one: [name for name in layers if f".{name}".endswith(f".{one}")] for one in targets}
+    if targets == "all-linear":
+        return
+    if isinstance(targets, str):
+        try:
+            found = {targets: [name for name in layers if re.fullmatch(targets, name)]}
+        except re.error as error:
+            raise UserError(f"model.lora.target_modules: {targets!r} is no pattern: {error}.") from error
+    unmatched = [one for one, fitting in found.items() if not fitting]
+    if not targets or unmatched:
+        near = [name for one in unmatched for name in get_close_matches(one, names, 2)]
+        hint = f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else "."
+        if targets in names:
+            hint = f"; write [{targets}]: text by itself is a pattern for whole names."
+        raise UserError(
+            f"model.lora.target_modules: {', '.join(unmatched) or 'an empty list'} names no layer; there are "
+            f"{', '.join(names)}{hint}"
+        )
+    head = model.get_output_embeddings()
+    for one, fitting in found.items():
+        if any(layers[name] is head for name in fitting):
+            raise UserError(
+                f"model.lora.target_modules: {one} is the output head, which stays as it is: leave it out."
+            )
 
 
 @contextmanager

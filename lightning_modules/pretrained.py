@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pickle import UnpicklingError
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from app.errors import UserError
 
@@ -39,20 +39,84 @@ def load_config(name: str | None, architecture: dict[str, Any] | None, trust_rem
             raise UserError(
                 "model.architecture needs a field model_type that transformers knows, for example llama."
             ) from error
+        except Exception as error:  # whatever values that do not fit each other bring about
+            raise UserError(f"model.architecture: {_reason(error)}") from error
     else:
         assert name is not None
+        refuse_path(name)
         try:
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever a damaged config.json brings about
             raise UserError(
                 f"model.name: no model at {name!r} (give a folder that holds config.json and weights, "
                 f"or a Hub id that this machine can reach): {_reason(error)}"
             ) from error
+    refuse_config(config, name or "model.architecture")
     for field, value in config.to_dict().items():
         if ("dropout" in field or field.endswith("pdrop")) and isinstance(value, float) and value > 0:
             log.info("dropout is off during preference training: %s %s → 0", field, value)
             setattr(config, field, 0.0)
     return config
+
+
+def refuse_path(name: str) -> None:
+    """Raise UserError where `name` is a path to no model folder, with the command that makes one."""
+    path = Path(name)
+    if not path.exists():
+        return  # a Hub id, or nothing
+    found = path if path.suffix in (".ckpt", ".gguf") else next(_sources(path), None) if path.is_dir() else path
+    if found is not None and found.name == "adapter_config.json":
+        raise UserError(
+            f'model.name: {name} holds adapters alone: merge them into their model first, python -c "from peft '
+            f"import AutoPeftModelForCausalLM as M; M.from_pretrained('{name}').merge_and_unload()"
+            ".save_pretrained('MERGED')\", and copy the tokenizer's files there."
+        )
+    if found is not None and found.suffix in (".ckpt", ".gguf"):
+        command, kind = ("convert", "GGUF") if found.suffix == ".gguf" else ("export", "checkpoint")
+        of = f"{found} is a {kind} file" if found == path else f"{name} holds no model, but the {kind} {found.name}"
+        raise UserError(f"model.name: {of}: run `beta-dpo {command} {found} FOLDER` and give that FOLDER.")
+    if path.is_file():
+        raise UserError(f"model.name: {name} is a file: give the folder that holds config.json and weights.")
+    if found is not None and found.parent != path:
+        raise UserError(f"model.name: {name} has no config.json: did you mean {found.parent}?")
+    if found is None:
+        raise UserError(
+            f"model.name: {name!r} has no config.json: give the folder of a model, as transformers saves it."
+        )
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    """What tells the kind of a folder, the first first."""
+    for pattern in (
+        "adapter_config.json",
+        "config.json",
+        "last.ckpt",
+        "checkpoints/last.ckpt",
+        "*.ckpt",
+        "checkpoints/*.ckpt",
+        "*/checkpoints/*.ckpt",
+        "*.gguf",
+        "*/config.json",
+        "snapshots/*/config.json",
+    ):
+        yield from sorted(folder.glob(pattern))
+
+
+def refuse_config(config: Any, name: str) -> None:
+    """Raise UserError for a model that cannot be trained here, as far as its configuration tells."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise UserError(
+            f"model.name: {name} holds quantised weights ({method}), which cannot be trained: take the model that "
+            "they were made from."
+        )
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if encoder or getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"model.name: {name} is a {config.model_type}, whose tokens see those after them: take a causal model "
+            "(decoder only)."
+        )
 
 
 def load_model(
@@ -75,21 +139,93 @@ def load_model(
     base_dtype = config.dtype
     options = {"attn_implementation": attention, "dtype": torch.float32, "trust_remote_code": trust_remote_code}
     if name is None:
-        model = AutoModelForCausalLM.from_config(config, **options)
+        try:
+            model = AutoModelForCausalLM.from_config(config, **options)
+        except Exception as error:  # as above
+            raise UserError(f"model.architecture: {_reason(error)}") from error
     elif math.isfinite(meta_above) and parameter_count(bare := bare_model(config, **options)) > meta_above:
         model = bare
         with suppress(OSError):  # many models have none
             model.generation_config = GenerationConfig.from_pretrained(name)
     else:
         try:
-            model = AutoModelForCausalLM.from_pretrained(name, config=config, **options)
-        except (OSError, ValueError, RuntimeError, UnpicklingError, SafetensorError) as error:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        except Exception as error:  # whatever damaged files and a configuration of another model bring about
             raise UserError(f"model.name: cannot load {name!r}: {_reason(error)}") from error
+        model, found = loaded
+        refuse_missing(name, found)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.base_dtype = base_dtype
     return model
+
+
+def refuse_missing(name: str, found: dict[str, Any]) -> None:
+    """Raise UserError where weights that no other is tied to were not in the files: they would be random."""
+    other = sorted(
+        f"{key} ({list(stored)} in the files, not {list(own)})" for key, stored, own in found["mismatched_keys"]
+    )
+    if other:
+        raise UserError(
+            f"model.name: config.json of {name!r} is of another model than the weights: {_few(other)}; take both "
+            "from one place."
+        )
+    missing, more = (sorted(map(str, found[kind])) for kind in ("missing_keys", "unexpected_keys"))
+    instead = f" (they hold {_few(more)} instead)" if more else ""
+    if missing:
+        raise UserError(
+            f"model.name: the files of {name!r} lack {_few(missing)}{instead}, which would be random: take a "
+            "complete model."
+        )
+    if more:
+        log.warning("model.name: the files of %r hold %s, for which the model has no place", name, _few(more))
+
+
+def refuse_beyond(model: Any, longest: int, largest_id: int, tokenizer: str, length: str) -> None:
+    """Raise UserError where rows of `longest` tokens or the token `largest_id` lie beyond a model's tables.
+
+    `tokenizer` and `length` name the options that set them. A model without a table of positions is warned of.
+    """
+    known = model.get_input_embeddings().num_embeddings
+    if largest_id >= known:
+        raise UserError(
+            f"{tokenizer}: its token {largest_id} is beyond the {known} that the model embeds: take the tokenizer "
+            "of this model."
+        )
+    table, trained = learned_positions(model), getattr(model.config, "max_position_embeddings", None)
+    if table is not None and longest > table:
+        raise UserError(
+            f"{length}: the longest prompt with its response has {longest} tokens, and this "
+            f"{model.config.model_type} has no more than {table} positions: lower it to {table}."
+        )
+    if table is None and isinstance(trained, int) and longest > trained:
+        log.warning(
+            "the longest prompt with its response has %d tokens, and the model was trained on %d "
+            "(max_position_embeddings): lower %s",
+            longest,
+            trained,
+            length,
+        )
+
+
+def learned_positions(model: Any) -> int | None:
+    """Return for how many positions a model holds a table; None where it computes them for any."""
+    most = [getattr(model.config, "max_position_embeddings", math.inf)]
+    if model.config.model_type == "mpt":  # builds its biases for so many
+        return int(model.config.max_seq_len)
+    tables = [
+        len(table)
+        for name, table in (*model.named_parameters(), *model.named_buffers())
+        if re.search(r"\b(wpe|embed_positions|position_embeddings|pos_emb\w*)(\.weight)?$", name)
+    ]
+    return int(min(tables + most)) if tables else None  # OPT's table has two rows more
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def bare_model(config: Any, **options: Any) -> Any:
@@ -142,7 +278,9 @@ def parameter_count(model: nn.Module) -> int:
 def _reason(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "it brings code of its own, which is run only with model.trust_remote_code: true."
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return text if " " in text else f"{type(error).__name__} {text}"
 
 
 def stop_at(model: nn.Module, ends: Sequence[int]) -> None:

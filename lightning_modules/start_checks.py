@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from shutil import which
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from app.errors import UserError
+from lightning_modules.pretrained import refuse_path
 from lightning_modules.strategy import ShardedStrategy
 
 if TYPE_CHECKING:
@@ -87,6 +90,8 @@ def check_start(module: LanguageModelTraining) -> None:
             )
     if module.compile_layers is True and not which(os.environ.get("CXX", "g++")):
         raise UserError("model.compile_layers needs a C++ compiler: install g++, or name one by CXX.")
+    if module.name is not None:
+        refuse_path(module.name)  # before the data is read with its tokenizer
     refuse_callbacks(trainer)
     if trainer.state.fn == TrainerFn.FITTING:
         try_optimizer(module)
@@ -139,4 +144,25 @@ def check_horizon(schedule: LRScheduler, steps: int) -> None:
         raise UserError(
             f"model.lr_scheduler: {type(schedule).__name__} ends after total_steps = {total}, and the run takes "
             f"{steps} steps: raise total_steps, or lower trainer.max_steps."
+        )
+
+
+def check_steps(trainer: Trainer) -> None:
+    """Refuse a validation interval that no epoch reaches, by UserError; warn of one that the run does not reach."""
+    loader: Any = getattr(trainer.datamodule, "train_dataloader", list)()  # type: ignore[attr-defined]
+    interval, limit = trainer.val_check_interval, trainer.limit_train_batches
+    wanted = trainer.limit_val_batches > 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
+    if not wanted or not isinstance(interval, int) or not hasattr(loader, "__len__"):
+        return
+    batches = min(limit, len(loader)) if isinstance(limit, int) else int(len(loader) * limit)
+    if trainer.check_val_every_n_epoch is not None and interval > batches > 0:
+        raise UserError(
+            f"trainer.val_check_interval is {interval}, but an epoch has {batches} batches: set "
+            "trainer.check_val_every_n_epoch: null, which counts the batches of all epochs, or lower it."
+        )
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    steps = min(epochs * batches, math.inf if trainer.max_steps == -1 else trainer.max_steps)
+    if trainer.check_val_every_n_epoch is None and interval > steps:
+        rank_zero_warn(
+            f"nothing will be validated: trainer.val_check_interval is {interval}, and the run takes {steps} steps."
         )

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from app.errors import UserError
 from app.files import Parts, atomic_file, folder_hash
@@ -26,8 +26,8 @@ from datamodules.controlled_task import prompts as controlled_prompts
 from datamodules.records import PreferencePair
 from datamodules.sources import PairReader, RowReading, SourceAddress, open_source
 from datamodules.tokenisation import Tokenisation, tokenise_prompts
-from datamodules.tokenizer import stop_ids
-from lightning_modules.pretrained import load_model
+from datamodules.tokenizer import read_tokenizer, stop_ids
+from lightning_modules.pretrained import load_model, refuse_beyond
 
 
 @checked_command
@@ -83,7 +83,7 @@ def generate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = [model] if reference is None else [model, reference]
     models = [load_model(name).eval().to(device) for name in names]
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    tokenizer = read_tokenizer(model, "model")
     items = read_prompts(prompts, split, subset, count, seed, columns or [])
     settings = Tokenisation(
         max_prompt_length + max_new_tokens,
@@ -92,6 +92,10 @@ def generate(
         chat_template_kwargs=chat_template_kwargs or {},
     )
     encoded = encode_prompts(items, tokenizer, settings, prompts)
+    for name, loaded in zip(names, models, strict=True):
+        longest = max(map(len, encoded), default=0) + max_new_tokens
+        largest = max((int(ids.max()) for ids in encoded), default=-1)
+        refuse_beyond(loaded, longest, largest, f"The tokenizer of {name}", "max_prompt_length + max_new_tokens")
     stops = stop_ids(tokenizer, settings, models[0].generation_config.eos_token_id)
     batches = [
         Batch(warmth, items[start : start + batch_size], encoded[start : start + batch_size])

@@ -49,6 +49,10 @@ class RewardedTable:
     def id_column(self) -> pa.ChunkedArray:
         return self.table.id_column
 
+    @property
+    def largest_id(self) -> int:
+        return self.table.largest_id
+
     def pair_ids(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         return self.table.pair_ids(indices)
 

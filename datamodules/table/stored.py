@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,11 @@ class TokenisedTable:
     def __reduce__(self) -> tuple[object, ...]:
         return open_table, (self.folder,)  # a loader's worker maps the same file
 
+    @cached_property
+    def largest_id(self) -> int:
+        """The largest token id of all pairs; -1 of none."""
+        return max(column.largest() for column in (self._prompts, self._chosen, self._rejected))
+
     @property
     def id_column(self) -> pa.ChunkedArray:
         """The ids of all pairs, in the mapped file."""
@@ -118,6 +124,10 @@ class _TokenColumn:
         chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
         first, end = self._offsets[chunk][row - self._starts[chunk] :][:2]
         return self._values[chunk][first:end].astype(np.int64)
+
+    def largest(self) -> int:
+        """The largest id of all rows; -1 of none."""
+        return max((int(values.max(initial=-1)) for values in self._values), default=-1)
 
     def lengths(self) -> np.ndarray:
         """Tokens of every row, [N] int64."""

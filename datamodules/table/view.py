@@ -31,6 +31,9 @@ class PairTable(Protocol):
     @property
     def id_column(self) -> pa.ChunkedArray: ...
 
+    @property
+    def largest_id(self) -> int: ...
+
     def pair_ids(self, indices: Sequence[int] | np.ndarray) -> list[str]: ...
 
     def labels(self, indices: Sequence[int] | np.ndarray) -> dict[str, list[object]]: ...
@@ -83,6 +86,10 @@ class JoinedTables:
         index = int(index) % len(self)
         number = self.part_of(np.array([index]))[0]
         return self.parts[number].table[index - int(self.starts[number])]
+
+    @property
+    def largest_id(self) -> int:
+        return max(part.table.largest_id for part in self.parts)
 
     def keys(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         return np.array([self[int(index)].key for index in indices], dtype=np.int64)

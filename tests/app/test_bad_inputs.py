@@ -1,15 +1,21 @@
 """Bad inputs of every kind, each by the command itself: status 2, one sentence that names it, no traceback.
 
-docs/reliability.md lists the kinds with their numbers; one test here compares.
+docs/reliability.md lists the kinds with their numbers; the first test here compares.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_runs import write_config
+from safetensors.torch import load_file, save_file
+from tiny_runs import save_reward_model, tiny_model
 
 from app.main import main
 
@@ -151,6 +157,178 @@ OF_A_RUN: dict[str, list[tuple[str, str]]] = {
 }
 
 
+# --- model folders: what is done to a good one, and what the sentence says ------------------------------------
+
+
+def described(**settings: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+    return change
+
+
+def written(name: str, text: str | None) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        if text is not None:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+
+    return change
+
+
+def emptied(name: str, text: str = "x") -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        for file in folder.iterdir():
+            file.unlink()
+        written(name, text)(folder)
+
+    return change
+
+
+def without_weights(part: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        weights = {name: weight for name, weight in load_file(file).items() if part not in name}
+        save_file(weights, file, {"format": "pt"})
+
+    return change
+
+
+def another(family: str, **settings: Any) -> Callable[[Path], None]:
+    return lambda folder: tiny_model(family, **settings).save_pretrained(folder)
+
+
+def halved(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+OF_A_MODEL: dict[str, tuple[Callable[[Path], None], str]] = {
+    **{
+        f"weights of {method}": (
+            described(quantization_config={"quant_method": method}),
+            f"holds quantised weights ({method}), which cannot be trained: take the model",
+        )
+        for method in ("bitsandbytes", "gptq", "awq", "fp8", "unheard-of")
+    },
+    **{
+        f"a {family}": (described(model_type=family), f"is a {family}, whose tokens see those after them")
+        for family in ("bert", "roberta", "t5", "bart", "whisper")
+    },
+    "a clip": (described(model_type="clip"), "model.name: cannot load"),
+    "an unknown family": (described(model_type="nonesuch"), "model type `nonesuch`"),
+    "llama4_text over Llama's weights": (described(model_type="llama4_text"), "lack model.layers.0.feed_forward."),
+    "text for a number": (described(hidden_size="many"), "'hidden_size' expected int, got str"),
+    "heads that do not divide": (described(num_attention_heads=5), "not a multiple of the number of attention"),
+    "an activation that is none": (described(hidden_act="foo"), "cannot load"),
+    "another width": (described(hidden_size=64), "config.json of"),
+    "another vocabulary": (described(vocab_size=50), "lm_head.weight ([116, 32] in the files, not [50, 32])"),
+    "one layer more": (described(num_hidden_layers=3), "lack model.layers.2.input_layernorm.weight, "),
+    "a list for a configuration": (written("config.json", "[1]"), "model.name: no model at"),
+    "half a configuration": (written("config.json", "{"), "is not a valid JSON file"),
+    "an empty configuration": (written("config.json", "{}"), "Should have a `model_type` key"),
+    "no configuration": (written("config.json", None), "has no config.json: give the folder of a model"),
+    "no weights": (written("model.safetensors", None), "no file named model.safetensors"),
+    "half of the weights": (halved, "model.name: cannot load"),
+    "no output head": (without_weights("lm_head"), "lack lm_head.weight, which would be random: take a complete"),
+    "a layer lacking": (
+        without_weights("layers.1."),
+        "lack model.layers.1.input_layernorm.weight, model.layers.1.",
+    ),
+    "a reward model": (lambda folder: save_reward_model(folder), "they hold score.weight instead"),
+    "adapters alone": (emptied("adapter_config.json", "{}"), "holds adapters alone: merge them into their model"),
+    "adapters beside a model": (written("adapter_config.json", "{}"), "holds adapters alone: merge them"),
+    "a log folder": (emptied("checkpoints/last.ckpt"), "/checkpoints/last.ckpt FOLDER` and give that FOLDER"),
+    "a folder of checkpoints": (
+        emptied("step=4.ckpt"),
+        "holds no model, but the checkpoint step=4.ckpt: run `beta",
+    ),
+    "a folder of GGUF": (emptied("y.gguf"), "holds no model, but the GGUF y.gguf: run `beta-dpo convert "),
+    "a folder above the model": (emptied("inner/config.json"), "has no config.json: did you mean "),
+    "an empty folder": (emptied("readme"), "has no config.json"),
+    "a GPT-2 of few positions": (
+        another("gpt2", max_position_embeddings=16),
+        "tokens, and this gpt2 has no more than 16 positions",
+    ),
+    "an OPT of few positions": (
+        another("opt", max_position_embeddings=16),
+        "this opt has no more than 16 positions",
+    ),
+    "a GPT-J of few positions": (
+        another("gptj", max_position_embeddings=16),
+        "this gptj has no more than 16 positions",
+    ),
+    "an MPT of few positions": (another("mpt", max_seq_len=16), "this mpt has no more than 16 positions: lower it"),
+    "a model of few tokens": (another("llama", vocab_size=50), "data.tokenizer: its token 115 is beyond the 50"),
+}
+OF_ADAPTERS = [
+    ("[q_proj, v_prj]", "target_modules: v_prj names no layer; there are "),
+    ("[q_proj, v_prj]", "did you mean v_proj, q_proj?"),
+    ("[nonesuch]", "nonesuch names no layer"),
+    ("[]", "an empty list names no layer"),
+    ("q_proj", "write [q_proj]: text by itself is a pattern for whole names"),
+    (".*q_prj", ".*q_prj names no layer"),
+    ("(q_proj", "'(q_proj' is no pattern: missing )"),
+    ("[mlp]", "mlp names no layer"),
+    ("[lm_head]", "lm_head is the output head, which stays as it is: leave it out"),
+    ("1", "model.lora.target_modules"),
+]
+OF_A_RUN["adapters"] = [(f'--model.lora.target_modules="{names}"', said) for names, said in OF_ADAPTERS]
+OF_A_RUN["adapters"] += [
+    ("--model.lora.r 0", "model.lora.r: must be a whole number from 1"),
+    ("--model.lora.lora_alpha nan", "model.lora.lora_alpha: must be"),
+    ("--model.lora.rank 8", "model.lora.rank: Lora has no such option"),
+    (
+        "--model.lora.r 4 --trainer.strategy ShardedStrategy --trainer.strategy.replicas 1",
+        "model.lora has not been made to work with ShardedStrategy",
+    ),
+]
+OF_A_RUN["validation intervals"] = [
+    (
+        "--trainer.val_check_interval 500",
+        "trainer.val_check_interval is 500, but an epoch has 5 batches: set trainer.",
+    ),
+    ("--trainer.val_check_interval 6", "check_val_every_n_epoch: null, which counts the batches of all epochs"),
+    ("--trainer.limit_train_batches 2", "trainer.val_check_interval is 3, but an epoch has 2 batches"),
+    ("--trainer.limit_train_batches 0.4", "trainer.val_check_interval is 3, but an epoch has 2 batches"),
+    ("--data.batch_size 40", "trainer.val_check_interval is 3, but an epoch has 2 batches"),
+]
+OF_A_RUN["data"] = [
+    ("--data.pairs 0", "data.pairs: must be a whole number from 1"),
+    ("--data.flip_rate 2", "data.flip_rate: must be"),
+    ("--data.seed -1", "data.seed: must be"),
+    ("--data.nonesuch 1", "data.nonesuch: ControlledTask has no such option"),
+    ("--data.micro_batch_tokens 10", "data.micro_batch_tokens is 10, but the longest pair needs up to"),
+    ("--data PreferenceData --data.path nowhere.jsonl", "nowhere.jsonl"),
+    ("--data PreferenceData --data.path nowhere.jsonl --data.max_length 0", "data.max_length: must be"),
+    ("--data PreferenceData --data.path config.yaml", "config.yaml"),
+    ("--data Nope", "data: "),
+]
+SFT = "--model SupervisedFineTuning --model.name null --model.architecture"
+OF_A_RUN["new models"] = [
+    (f"{SFT} '{{hidden_size: 8}}'", "model.architecture needs a field model_type"),
+    (f"{SFT} '{{model_type: nonesuch}}'", "model.architecture"),
+    (
+        f"{SFT} '{{model_type: llama, hidden_size: x}}'",
+        "model.architecture: Validation error for field 'hidden_size'",
+    ),
+    (f"{SFT} '{{model_type: llama, hidden_size: 33}}'", "model.architecture"),
+    (
+        f"{SFT} '{{model_type: llama, hidden_size: 32, num_attention_heads: 4, hidden_act: foo}}'",
+        "model.architecture",
+    ),
+    (f"{SFT} '{{model_type: t5}}'", "model.architecture is a t5, whose tokens see those after them"),
+    (f"{SFT} [1]", "model.architecture"),
+    (f"{SFT} null", "Give either model.name"),
+    ("--model SupervisedFineTuning --model.architecture '{model_type: llama}'", "Give either model.name"),
+    ("--model.name nowhere/to/be/found", "model.name: no model at 'nowhere/to/be/found'"),
+    ("--model.name ''", "model.name: '' has no config.json"),
+    ("--model.name=null", "model: PreferenceOptimization needs a value for name"),
+]
+
+
 @pytest.fixture(scope="module")
 def folder(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `config.yaml` of a run of two steps."""
@@ -171,6 +349,14 @@ def refused(words: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     return sentence.removeprefix("beta-dpo: ")
 
 
+def test_the_table_in_the_docs() -> None:
+    counts = {kind: len(cases) for kind, cases in OF_A_RUN.items()} | {"model folders": len(OF_A_MODEL)}
+    assert sum(counts.values()) >= 150
+    page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    for kind, count in counts.items():
+        assert f"| {kind} | {count} |" in page, (kind, count)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [pytest.param(*case, id=f"{kind} {case[0]}") for kind, cases in OF_A_RUN.items() for case in cases],
@@ -180,4 +366,55 @@ def test_options_of_a_run(
 ) -> None:
     monkeypatch.chdir(folder)
     assert said in refused([*FIT.split(), "--trainer.max_steps=2", *shlex.split(words)], capfd)
-    assert not (folder / "runs").exists()
+    assert not list((folder / "runs").rglob("*"))
+
+
+@pytest.mark.parametrize("case", OF_A_MODEL)
+def test_model_folders(
+    case: str,
+    tiny_llama: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    change, said = OF_A_MODEL[case]
+    monkeypatch.chdir(folder)
+    shutil.copytree(tiny_llama, tmp_path / "m")
+    change(tmp_path / "m")
+    sentence = refused([*FIT.split(), "--trainer.max_steps=2", f"--model.name={tmp_path / 'm'}"], capfd)
+    assert said in sentence
+    assert sentence.startswith(("model.name: ", "data."))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "said"), [(".ckpt", "beta-dpo export"), (".gguf", "beta-dpo convert"), (".bin", "is a file: give")]
+)
+def test_files_as_models(
+    suffix: str, said: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / f"m{suffix}"
+    file.write_bytes(b"x")
+    assert said in refused(["fit", "--config", str(folder / "config.yaml"), f"--model.name={file}"], capfd)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            another("gpt2", max_position_embeddings=16),
+            "max_prompt_length + max_new_tokens: the longest prompt with its response",
+        ),
+        (another("llama", vocab_size=50), "m: its token 77 is beyond the 50 that the model embeds"),
+        (without_weights("lm_head"), "lack lm_head.weight"),
+        (emptied("adapter_config.json", "{}"), "holds adapters alone"),
+        (written("tokenizer.json", None), "model: no tokenizer at"),
+    ],
+)
+def test_models_to_sample_from(
+    change: Callable[[Path], None], said: str, tiny_llama: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "m")
+    change(tmp_path / "m")
+    assert said in refused(["generate", str(tmp_path / "m"), str(tmp_path / "out.jsonl"), "--count", "2"], capfd)
+    assert not (tmp_path / "out.jsonl").exists()
