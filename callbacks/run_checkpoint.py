@@ -71,7 +71,8 @@ class RunCheckpoint(ModelCheckpoint):
             )
         if trainer.is_global_zero and self.last.parent.is_dir():
             for part in self.last.parent.glob(f".*{self.FILE_EXTENSION}.*.part"):
-                part.unlink()  # of a run that was killed while it wrote
+                # of a run that was killed while it wrote
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
             resumed = Path(trainer.ckpt_path or "").resolve()
             if resumed.parent == self.last.parent.resolve():
                 # steps after an earlier checkpoint are taken again: a kill must not bring back the later one
@@ -161,8 +162,6 @@ class RunCheckpoint(ModelCheckpoint):
         previous, self.best_model_path, self.last_model_path = self.best_model_path, path, str(self.last)
         if self.save_top_k == 1 and previous and self._should_remove_checkpoint(trainer, previous, path):
             self._older.append(previous)
-        if trainer.is_global_zero and Path(path).is_dir():
-            shutil.rmtree(path)  # shards of a run that was killed while it wrote
         self._save_checkpoint(trainer, path)
         if trainer.is_global_zero:
             move_link(self.last, Path(path))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from datetime import timedelta
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
@@ -109,6 +113,32 @@ class ShardedStrategy(ModelParallelStrategy):
             mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
             shared = mesh["replicate", "shard"]
         self._sharding_mesh, self._tensor_mesh = shared, mesh["tensor_parallel"]
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write the shards beside the folder `filepath` and rename: a disk that fills leaves nothing half-written.
+
+        Raises UserError where they could not be written.
+        """
+        path = Path(self.broadcast(filepath))
+        part = path.with_name(f".{path.name}.shards.part")
+        if self.is_global_zero:
+            shutil.rmtree(part, ignore_errors=True)
+        self.barrier("shards of before")
+        try:
+            super().save_checkpoint(checkpoint, part, storage_options)
+        except (OSError, RuntimeError, CheckpointException) as error:  # torch's is no Exception
+            if self.is_global_zero:
+                shutil.rmtree(part, ignore_errors=True)
+            raise UserError(
+                f"{path} could not be written, most likely for want of space: free some and start again with "
+                "--ckpt_path last; the checkpoint before it is whole."
+            ) from error
+        self.barrier("shards written")
+        if self.is_global_zero:
+            if path.is_dir():  # of the same step, which was taken again
+                shutil.rmtree(path)
+            os.replace(part, path)
+        self.barrier("shards in place")
 
     def place(self, scorer: ResponseScorer, frozen: bool) -> None:
         """Shard `scorer` in place; a `frozen` one is stored in the compute type, and offloaded if asked for.

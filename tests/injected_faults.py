@@ -19,7 +19,7 @@ class InjectedFault(Callback):
     no pair of the step has finite log-probabilities; `raise` and `signal NAME` midway in the step; `kill STEPS`,
     by SIGKILL so many steps' time after this step, or the first one after a resume beyond it, began; `validation
     NAME` midway in the validation after so many steps; `write BYTES`, death when so much of the checkpoint then due
-    is written."""
+    is written; `full BYTES`, files can grow no larger from that checkpoint on."""
 
     def __init__(self) -> None:
         self.kind, _, when = os.environ.get("FAULT", "").partition("@")
@@ -57,6 +57,8 @@ class InjectedFault(Callback):
             os.kill(os.getpid(), signal.Signals[self.kind.split()[1]])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+        if self.kind.startswith("full") and trainer.global_step == self.when:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(self.kind.split()[1]),) * 2)
         if self.kind.startswith("write") and trainer.global_step == self.when:
             # the kernel ends the process in the write that would pass the limit: half a file stays behind
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)

@@ -19,6 +19,7 @@ from command_runs import command, write_config
 from app.dispatch import go_on
 from app.main import main
 from app.mistakes import plain_sentence
+from lightning_modules.checkpoint import check_checkpoint
 
 RUN = Path("runs") / "run"
 
@@ -163,6 +164,19 @@ def test_no_space_left(small_disk: Path, run_config: Path) -> None:
     # nothing half-written under a final name
     for checkpoint in (small_disk / "run" / "checkpoints").glob("step=*.ckpt"):
         torch.load(checkpoint, weights_only=True)
+
+
+def test_a_disk_that_fills_while_shards_are_written(run_config: Path) -> None:
+    strategy = ["--trainer.strategy", "ShardedStrategy", "--trainer.strategy.replicas", "1"]
+    stopped = command(
+        run_config, "fit", "--config", "config.yaml", *strategy, "--trainer.max_steps", "6", fault="full 20000@4"
+    )
+    assert stopped.returncode == 2, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert "step=4.ckpt could not be written, most likely for want of space: free some" in stopped.stderr
+    checkpoints = run_config / RUN / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["last.ckpt", "step=2.ckpt"]
+    assert check_checkpoint(checkpoints / "last.ckpt")["global_step"] == 2
 
 
 def test_samples_that_do_not_fit_the_disk(
