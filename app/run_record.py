@@ -36,7 +36,6 @@ class RunRecord(SaveConfigCallback):
         self.content: dict[str, str | None] = {}
         self._resumed: Mapping[str, Any] = {}  # what the checkpoint recorded
         self._differences: dict[str, tuple[Any, Any]] = {}
-        self._checkpointed = False  # with the step before: the curves on disk must reach as far
 
     def compare(self, checkpoint: Mapping[str, Any]) -> None:
         """Compare with the run that wrote `checkpoint`. Raises UserError for what it cannot be resumed with."""
@@ -79,10 +78,6 @@ class RunRecord(SaveConfigCallback):
             raise UserError(f"--ckpt_path: the settings of now give {what} ({because}): {START}.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self._checkpointed:
-            self._checkpointed = False
-            for logger in trainer.loggers:  # Lightning logs a step after its checkpoint is written
-                logger.save()
         if self.already_saved or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.already_saved = True
@@ -109,7 +104,6 @@ class RunRecord(SaveConfigCallback):
             file.write(shlex.join(["beta-dpo", *self.command]) + "\n")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._checkpointed = True
         checkpoint["config"] = self.text
         checkpoint["content"] = self.content
         checkpoint["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}

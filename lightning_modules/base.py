@@ -267,8 +267,8 @@ class LanguageModelTraining(LoggedTraining):
         grad_norm = clip_gradients(self.policy.parameters(), self.max_grad_norm or math.inf)
         if not math.isfinite(grad_norm):
             raise UserError(
-                f"The gradient norm is {grad_norm} at step {self.trainer.global_step}: the weights were left as "
-                "they were; lower model.optimizer's lr or use trainer.precision 32-true, and resume."
+                f"The gradient norm is {grad_norm} at step {self.trainer.global_step + 1}: the weights were left "
+                "as they were; lower model.optimizer's lr or use trainer.precision 32-true, and resume."
             )
         optimizer.step()
         optimizer.zero_grad()

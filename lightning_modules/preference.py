@@ -217,11 +217,11 @@ class PreferenceOptimization(PreferenceScoring):
         if len(bad) > self.max_nonfinite_share * len(decision.pair_ids):
             raise StepRefused(
                 f"{len(bad)} of {len(decision.pair_ids)} pairs have no finite reward gap at step "
-                f"{decision.step} ({named}): lower the learning rate, use trainer.precision 32-true, "
+                f"{decision.step + 1} ({named}): lower the learning rate, use trainer.precision 32-true, "
                 "or allow more by model.max_nonfinite_share."
             )
         self.nonfinite_pairs += len(bad)
-        log.warning("step %d: no finite reward gap, left out: %s", decision.step, named)
+        log.warning("step %d: no finite reward gap, left out: %s", decision.step + 1, named)
 
     # --- what is reported -------------------------------------------------------------------------------
 
