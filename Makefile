@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 SEED := 1
 # what a pipeline is made of: two configurations, and options for fit, generate and judge
-SFT_CONFIG := configs/quickstart/sft.yaml
+SFT_CONFIG := configs/quickstart_sft.yaml
 CONFIG := configs/quickstart.yaml
 FIT :=
 GENERATE := --max_new_tokens 32

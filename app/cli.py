@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import warnings
 from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -25,9 +29,12 @@ from app.resume import continue_newest_version, settle_checkpoint
 from app.run_record import RunRecord
 from app.seed import settled_seed
 from app.slurm import check_processes, slurm_environment
-from callbacks import ScoreWriter, TextProgress
+from callbacks import TextProgress
+from callbacks.slots import BY_NAME, SLOTS, in_order, refuse_listed
 from lightning_modules.checkpoint import SafeCheckpointIO
 from lightning_modules.start_checks import refuse_strategy
+
+CONFIG_WORDS = ("--config", "-c")
 
 set_up_parsing()  # whoever reads a configuration reads numbers by their ranges
 
@@ -36,7 +43,8 @@ class BetaDPOCLI(LightningCLI):
     """LightningCLI with any stage as model and any source as data, chosen by `class_path`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(ScoreWriter, "scores")
+        for slot in SLOTS:
+            parser.add_argument(f"--{slot.name}", type=slot.accepted, default=slot.default, help=slot.text)
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         text = "Seed of the run; null has one picked, which the log and config.yaml record."
@@ -47,6 +55,7 @@ class BetaDPOCLI(LightningCLI):
         command = self.config["subcommand"]
         options = self.config[command]
         check_numbers(options)
+        refuse_listed([class_at(entry["class_path"]) for entry in as_list(options["trainer"]["callbacks"])])
         options["seed_everything"] = settled_seed(
             options["seed_everything"],
             resumes=command == "fit" and options["ckpt_path"] is not None,
@@ -93,11 +102,11 @@ class BetaDPOCLI(LightningCLI):
         environment = slurm_environment()
         if environment is not None and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
             plugins.append(environment)
-        callbacks = as_list(options.get("callbacks"))
-        if options.get("enable_progress_bar") is not False and not any(
-            isinstance(c, ProgressBar) for c in callbacks
-        ):
-            callbacks.append(RichProgressBar() if sys.stdout.isatty() else TextProgress())
+        callbacks = self.callbacks(options)
+        # an empty slot: else Lightning would put a callback of its own there
+        for option, kind in (("enable_checkpointing", Checkpoint), ("enable_progress_bar", ProgressBar)):
+            if options[option] is None:
+                kwargs[option] = any(isinstance(one, kind) for one in callbacks)
         if options.get("enable_model_summary") is None:
             kwargs["enable_model_summary"] = False  # it says 0 FLOPs; the stage tells what is trained
         try:
@@ -111,6 +120,18 @@ class BetaDPOCLI(LightningCLI):
             raise UserError(f"trainer: {reason(error)} See `beta-dpo {self.subcommand} --help`.") from error
         check_processes(trainer)
         return trainer
+
+    def callbacks(self, trainer: Any) -> list[Callback]:
+        """Return the callbacks of the Trainer in their order, from the slots and the user's own list."""
+        filled = {slot.name: self._get(self.config_init, slot.name) for slot in SLOTS}
+        if trainer["enable_checkpointing"] is False:
+            filled["checkpoint"] = None
+        if trainer["enable_progress_bar"] is False:
+            filled["progress"] = None
+        progress = filled["progress"]
+        if isinstance(progress, TextProgress) and progress.every_n_steps is None and sys.stdout.isatty():
+            filled["progress"] = RichProgressBar()
+        return in_order(filled, as_list(trainer["callbacks"]))
 
     def before_fit(self) -> None:
         options = self.config_init[self.subcommand]
@@ -138,6 +159,43 @@ def as_list(given: Any) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
 
 
+def class_at(path: str) -> type:
+    """The class that an import path names."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def slots_as_wholes(arguments: list[str]) -> list[str]:
+    """Return `arguments` such that a slot in a later configuration file replaces the slot as a whole.
+
+    jsonargparse would mix the options of both; so the slot is emptied before such a file. An option on the command
+    line still changes one part.
+    """
+    found: list[str] = []
+    for at, word in enumerate(arguments):
+        before = arguments[at - 1] if at else ""
+        if before in CONFIG_WORDS or word.startswith("--config="):
+            given = word if before in CONFIG_WORDS else word.partition("=")[2]
+            empty = {
+                name: None for name, value in read_mapping(given).items() if name in BY_NAME and value is not None
+            }
+            if empty:
+                rest = found.pop() if before in CONFIG_WORDS else None
+                found += ["--config", json.dumps(empty), *([rest] if rest is not None else [])]
+        found.append(word)
+    return found
+
+
+def read_mapping(given: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file or text; an empty one where there is none, which the parser will refuse."""
+    try:
+        text = Path(given).read_text(encoding="utf-8") if os.path.isfile(given) else given
+        found = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def lightning_options(arguments: list[str]) -> dict[str, Any]:
     """How LightningCLI is set up to parse `arguments`, of which the first is the subcommand."""
     command = arguments[0]
@@ -153,7 +211,7 @@ def lightning_options(arguments: list[str]) -> dict[str, Any]:
         "save_config_callback": RunRecord,
         "auto_configure_optimizers": False,
         "parser_kwargs": {"exit_on_error": False, command: {"exit_on_error": False}},
-        "args": arguments,
+        "args": slots_as_wholes(arguments),
     }
 
 

@@ -18,9 +18,10 @@ from app.cli import be_quiet, run_trainer_command
 from app.commands import COMMANDS
 from app.errors import UserError
 from app.files import shipped
+from app.help import brief_help, trainer_options
 from app.main import TRAINER_COMMANDS
 from app.mistakes import causes, plain_sentence
-from app.options import sentence, trainer_options
+from app.options import sentence
 from app.planning import run_plan
 from app.showing import run_show
 from callbacks.interruption import Interrupted
@@ -42,6 +43,9 @@ def run(command: str, arguments: list[str]) -> None:
             run_plan(arguments)
         elif command == "show":
             run_show(arguments)
+        elif command in TRAINER_COMMANDS and {"-h", "--help"} & set(arguments):
+            print(brief_help(command))
+            sys.exit()
         elif command in TRAINER_COMMANDS:
             run_trainer_command(arguments)
         else:

@@ -19,7 +19,7 @@ from app.method.ranges import refuse
 F = TypeVar("F", bound=Callable[..., Any])
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-PARTS = {"datamodules": "data", "lightning_modules": "model", "callbacks": "trainer.callbacks"}
+PARTS = {"datamodules": "data", "lightning_modules": "model", "callbacks": "a callback"}
 # whose code raises what a user's options bring about, and the part of the configuration that has them
 CONFIGURED = {
     "lightning/pytorch/callbacks/": "trainer.callbacks",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from callbacks.slots import entries
 
 # of the trainer's settings, those that say what was trained; the others say where and how it was watched
 TRAINER_SETTINGS = ("max_epochs", "max_steps", "precision", "num_nodes", "devices", "strategy")
@@ -34,9 +37,7 @@ def model_card(state: dict[str, Any], checkpoint: str, dtype: str) -> str:
     lines += ["## Method", "", f"`{_name(model)}`, from {started}; the seed is {config['seed_everything']}.", ""]
     lines += _table("setting", [row for row in _arguments(model).items() if row[0] not in ("name", "architecture")])
     lines += ["β, filter and records are callbacks, in this order; without any the β of every step is `beta0`.", ""]
-    callbacks = trainer["callbacks"] or []
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    lines += _table("callback", [(_name(part), _arguments(part)) for part in callbacks])
+    lines += _table("callback", [(_name(part), _arguments(part)) for part in entries(config)])
     lines += ["## Data", "", f"`{_name(data)}`.", ""]
     lines += _table("setting", list(_arguments(data).items()))
     lines += ["## Hardware and length", ""]
@@ -46,11 +47,11 @@ def model_card(state: dict[str, Any], checkpoint: str, dtype: str) -> str:
     return "\n".join(lines)
 
 
-def _name(part: dict[str, Any]) -> str:
+def _name(part: Mapping[str, Any]) -> str:
     return part["class_path"]
 
 
-def _arguments(part: dict[str, Any]) -> dict[str, Any]:
+def _arguments(part: Mapping[str, Any]) -> dict[str, Any]:
     return part.get("init_args") or {}
 
 

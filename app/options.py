@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from jsonargparse import Namespace, add_instantiator
 from jsonargparse.typing import register_type
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from app.errors import UserError
@@ -25,6 +24,7 @@ from app.method.ranges import (
     PositiveInt,
     number_types,
 )
+from callbacks.slots import BY_NAME
 
 # options of Lightning's Trainer that it takes at any value, and fails on later or ignores
 TRAINER_RANGES: dict[str, Any] = {
@@ -49,6 +49,10 @@ WORDS = {
     "<class 'list'>": "a list",
     "<class 'dict'>": "a mapping, {name: value}",
 }
+# an alternative of a union that a jsonargparse error goes through
+WITHOUT_THE_OPTION = re.compile(
+    r"^    - Problem with given class_path '.+':\n +Option '.+' is not accepted\n", re.MULTILINE
+)
 BASES = {"optimizer": torch.optim.Optimizer, "lr_scheduler": torch.optim.lr_scheduler.LRScheduler}
 OWN_PACKAGES = ("app", "lightning_modules", "datamodules", "callbacks", "torch.optim")
 
@@ -144,9 +148,13 @@ def sentence(message: str, command: str, known: list[str]) -> str:
 def listed(command: str, found: Finding | None = None) -> str:
     """Where the options are listed that there are."""
     place = found.field.split(".")[0] if found else ""
-    if found and found.class_path and place in ("model", "data"):
+    if found and found.class_path and place in ("model", "data", *BY_NAME):
         package, _, name = found.class_path.rpartition(".")
-        within = package not in ("lightning_modules", "datamodules")  # a class among the options of a stage
+        within = package not in (
+            "lightning_modules",
+            "datamodules",
+            "callbacks",
+        )  # a class among the options of a stage
         inner = f".{found.field.split('.')[1]}" if within and "." in found.field else ""
         return f"See `beta-dpo {command} --{place}{inner}.help {name}`."
     return f"See `beta-dpo {command} --help`."
@@ -154,6 +162,9 @@ def listed(command: str, found: Finding | None = None) -> str:
 
 def finding(message: str) -> Finding | None:
     """What is wrong, of the first alternative that was gone into; None for a message of another form."""
+    others = WITHOUT_THE_OPTION.sub("", message)
+    if re.search(r"^    - Problem with given class_path", others, re.MULTILINE):
+        message = others  # of the classes that a slot takes, the one that has the option
     field: list[str] = []
     class_path, subtypes, wrong, depth = None, "", "", -1
     expected: list[str] = []
@@ -204,10 +215,10 @@ def finding(message: str) -> Finding | None:
             break
     if not field or not (wrong or expected):
         return None
-    return Finding(".".join(field), class_path, wrong or unmet(field[-1], expected, subtypes, value))
+    return Finding(".".join(field), class_path, wrong or unmet(field, expected, subtypes, value))
 
 
-def unmet(name: str, expected: list[str], subtypes: str, value: str) -> str:
+def unmet(field: list[str], expected: list[str], subtypes: str, value: str) -> str:
     """The value is none of what was expected."""
     value = f"{value[:60]}…" if len(value) > 60 else value
     ranged = next((words for words in expected if words.startswith("must be")), None)
@@ -217,7 +228,7 @@ def unmet(name: str, expected: list[str], subtypes: str, value: str) -> str:
         expected = [words for words in expected if words != "class"]
     if "class" not in expected:
         return f"expected {' or '.join(dict.fromkeys(expected))}, not {value!r}"
-    base = base_class(name, subtypes)
+    base = base_class(field[-1], subtypes)
     if base is None:
         others = [words for words in dict.fromkeys(expected) if words != "class"]
         return f"{value!r} is no class: give the path of one{''.join(f', or {words}' for words in others)}"
@@ -227,8 +238,8 @@ def unmet(name: str, expected: list[str], subtypes: str, value: str) -> str:
     classes = subclasses(base)
     near = [one for one in classes if value.lower().strip("'\"") in one.lower()] or classes[:1]
     return (
-        f"{value!r} names no class of {base.__name__}: name one, for example --model.{name} {near[0]}; there are "
-        f"{', '.join(classes)}"
+        f"{value!r} names no class of {base.__name__}: name one, for example --{'.'.join(field)} {near[0]}; "
+        f"there are {', '.join(classes)}"
         if classes
         else f"{value!r} names no class of {base.__name__}: give the path of one"
     )
@@ -263,7 +274,7 @@ def subclasses(base: type) -> list[str]:
     return sorted(
         f"torch.optim.{one.__name__}" if hasattr(torch.optim, one.__name__) else one.__name__
         for one in ours
-        if one is not base or one.__module__.startswith("app")
+        if one is not base or one.__module__.startswith(("app", "callbacks"))
     )
 
 
@@ -284,9 +295,3 @@ def suggestion(word: str, known: list[str], dashes: str = "") -> str:
     begin = partial(str.startswith, word)
     near = get_close_matches(word, known, 1, 0.6) or [one for one in known if one.startswith(word) or begin(one)]
     return f" Did you mean {dashes}{near[0]}?" if near else ""
-
-
-def trainer_options() -> list[str]:
-    """Options of `fit` and its like that do not depend on the classes chosen."""
-    names = [f"trainer.{name}" for name in inspect.signature(Trainer.__init__).parameters if name != "self"]
-    return ["config", "seed_everything", "model", "data", "trainer", "ckpt_path", "scores.path", *names]

@@ -79,9 +79,7 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
     strategy, precision = trainer["strategy"], str(trainer["precision"] or "32-true")
     sharded = isinstance(strategy, ShardedStrategy)
     if not sharded and not isinstance(strategy, DDPStrategy) and strategy not in ("auto", "ddp"):
-        raise UserError(
-            "plan: it knows the strategies of configs/strategy/ alone: single, ddp and ShardedStrategy."
-        )
+        raise UserError("plan: it knows one device, ddp and ShardedStrategy (configs/strategy) alone.")
     if precision not in ("32-true", "32", "bf16-mixed") or (sharded and precision == "bf16-mixed"):
         raise UserError(f"plan: trainer.precision {precision} does not go with this strategy (docs/clusters.md).")
     half = "bf16" in precision

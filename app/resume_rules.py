@@ -18,13 +18,13 @@ REFUSED = {
     "model.sft_weight": START,
     "model.lora*": START,
     "model.optimizer": START,
-    "callbacks.RewardGapStatistics.*": START,
+    "statistics*": START,
 }
 # keys whose old value stays in force, since it is part of the state
 KEPT = {
     "seed_everything": "the order of the pairs stays that of the checkpoint",
     "data.seed": "the order of the pairs stays that of the checkpoint",
-    "callbacks.PairFilter.seed": "the draws stay those of the checkpoint",
+    "filter.seed": "the draws stay those of the checkpoint",
 }
 IGNORED = ("ckpt_path", "scores*", "config")
 # what decides the content of these is compared as content (see `app.resume`), wherever it lies
@@ -32,7 +32,7 @@ CONTENTS = {"model": "model.name", "data": "data*"}
 
 
 def flattened(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of a configuration by name: `model.optimizer.lr`, `callbacks.PairFilter.keep_ratio`, …
+    """The leaves of a configuration by name: `model.optimizer.lr`, `filter.keep_ratio`, …
 
     An object's class stands under the name of the object, without its module.
     """
@@ -70,6 +70,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     keys = [key for key in old | new if not any(fnmatchcase(key, pattern) for pattern in IGNORED)]
     found = {key: (old.get(key, "not set"), new.get(key, "not set")) for key in keys}
     return {key: pair for key, pair in found.items() if pair[0] != pair[1]}
+
+
+def refuse_version_0_1(before: Mapping[str, Any]) -> None:
+    """Raise UserError for the configuration of a run whose callbacks were a list instead of slots."""
+    if "checkpoint" not in before:
+        raise UserError(
+            "--ckpt_path: the checkpoint is of version 0.1, whose configurations listed callbacks where there are "
+            "named slots now: finish that run with version 0.1, or start a run of its own from the checkpoint's "
+            "model (`beta-dpo export`)."
+        )
 
 
 def refuse_what_cannot_be_applied(found: Mapping[str, tuple[Any, Any]]) -> None:

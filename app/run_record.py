@@ -16,7 +16,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from app.errors import UserError
 from app.files import folder_hash
 from app.log_folder import continue_curves, log_folder
-from app.resume_rules import CONTENTS, START, described, differences, refuse_what_cannot_be_applied
+from app.resume_rules import (
+    CONTENTS,
+    START,
+    described,
+    differences,
+    refuse_version_0_1,
+    refuse_what_cannot_be_applied,
+)
 from datamodules.base import PairDataModule
 
 COMMANDS_FILE = "commands.txt"
@@ -41,7 +48,9 @@ class RunRecord(SaveConfigCallback):
         """Compare with the run that wrote `checkpoint`. Raises UserError for what it cannot be resumed with."""
         self._resumed = checkpoint
         if "config" in checkpoint:
-            self._differences = differences(yaml.safe_load(checkpoint["config"]), yaml.safe_load(self.text))
+            before = yaml.safe_load(checkpoint["config"])
+            refuse_version_0_1(before)
+            self._differences = differences(before, yaml.safe_load(self.text))
             refuse_what_cannot_be_applied(self._differences)
 
     @property

@@ -45,7 +45,7 @@ fit=(-m app.main fit --config configs/quickstart.yaml --trainer.accelerator $acc
 step device 120 $PYTHON -m pytest -q tests/test_cuda_runs.py
 step parity 90 $PYTHON -m pytest -q tests/lightning_modules/test_packed_forward.py -k "cuda"
 # FSDP2 in bf16, a sharded checkpoint, and its export
-step sft 60 $PYTHON -m app.main fit --config configs/quickstart/sft.yaml --trainer.accelerator $accelerator \
+step sft 60 $PYTHON -m app.main fit --config configs/quickstart_sft.yaml --trainer.accelerator $accelerator \
     --trainer.max_steps $sft_steps --trainer.logger.save_dir "$OUT" --trainer.logger.name sft --trainer.logger.version ''
 step sft_export 60 $PYTHON -m app.main export "$OUT/sft/checkpoints/last.ckpt" "$OUT/sft-model"
 step fsdp 90 $PYTHON "${fit[@]}" --config configs/strategy/fsdp.yaml --trainer.devices 1 --model.name "$OUT/sft-model" \

@@ -1,11 +1,10 @@
-"""The callbacks that make DPO into β-DPO, in the order in which a configuration should list them."""
+"""The callbacks that make DPO into β-DPO, and those that record it; `callbacks.slots` has their order."""
 
 from callbacks.adaptive_margin import AdaptiveMargin
 from callbacks.beta_scheduler import BetaScheduler
 from callbacks.dashboard import BetaDashboard
 from callbacks.epsilon_beta import EpsilonBeta
 from callbacks.explicit_reward_gap import ExplicitRewardGap
-from callbacks.flip_weights import FlipWeights
 from callbacks.health_monitor import HealthMonitor
 from callbacks.pair_audit import PairAudit
 from callbacks.pair_filter import PairFilter
@@ -22,7 +21,6 @@ __all__ = [
     "BetaScheduler",
     "EpsilonBeta",
     "ExplicitRewardGap",
-    "FlipWeights",
     "HealthMonitor",
     "PairAudit",
     "PairFilter",

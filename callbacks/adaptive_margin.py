@@ -18,7 +18,7 @@ class AdaptiveMargin(Callback):
     A variant of α-DPO (arXiv 2410.10148) with the running statistics of β-DPO, on any logit. α-DPO as published
     has no reference in its logit and multiplies the margin by β: `app.method.losses.AlphaDPOLoss`.
     For losses of that logit (sigmoid, cDPO, robust, hinge, SimPO); any other is refused at start-up. β is left
-    as it is, so this goes together with any `BetaScheduler`. Put it after `RewardGapStatistics`.
+    as it is, so this goes together with any schedule. In the slot `margin`.
 
     Args:
         alpha: α, the margin per standard deviation of M; 0 gives every pair the margin γ.
@@ -34,7 +34,7 @@ class AdaptiveMargin(Callback):
         if isinstance(loss, PairLoss) and not loss.takes_margin:
             raise UserError(
                 f"AdaptiveMargin: {loss} has no logit β·h to subtract a margin from: choose "
-                "another model.loss (sigmoid, cDPO, robust, hinge or SimPO) or remove the callback."
+                "another model.loss (sigmoid, cDPO, robust, hinge or SimPO) or --margin null."
             )
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:

@@ -17,8 +17,8 @@ from callbacks.bounded_beta import BoundedBeta
 class BetaScheduler(BoundedBeta):
     """β = β0·(1 + α·(mean M of the kept pairs − M0)), clamped (paper eq. 6). No gradient flows through β.
 
-    Put it after `PairFilter`, so that β comes from the pairs that are trained on, and after
-    `RewardGapStatistics`, which only a constant M0 can do without.
+    In the slot `schedule`, which comes after the filter: β comes from the pairs that are trained on. Needs the
+    slot `statistics`, except with a constant M0.
 
     Args:
         alpha: α; 0 leaves β at β0.
@@ -48,9 +48,9 @@ class BetaScheduler(BoundedBeta):
         except ValueError as error:
             raise UserError(f"BetaScheduler: {error}.") from error
         self.weight_matched = weight_matched
-        self.calmer = "lower BetaScheduler.alpha"
+        self.calmer = "lower schedule.alpha"
         if not z_normalised:
-            self.calmer += ", or set BetaScheduler.z_normalised: true, which measures gaps in standard deviations"
+            self.calmer += ", or set schedule.z_normalised: true, which measures gaps in standard deviations"
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         moments = decision.require_moments("BetaScheduler") if self.schedule.needs_moments else None

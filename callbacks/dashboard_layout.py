@@ -35,7 +35,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             "β used, between floor and ceiling",
             ("beta/used", "beta/base", "beta/floor", "beta/ceiling"),
             "The β of each step (mean over the kept pairs), β0, and the bounds that clamp it.",
-            "On the floor again and again: the gaps are wide for this α; lower `BetaScheduler.alpha`, or choose "
+            "On the floor again and again: the gaps are wide for this α; lower `schedule.alpha`, or choose "
             "`z_normalised: true`. Never leaves β0: raise α, or check that `BetaScheduler` is in the list. "
             "Swings by more than half of β0 from step to step: lower α, or raise the batch size.",
         ),

@@ -29,7 +29,7 @@ class EpsilonBeta(BoundedBeta):
         ceiling: largest β as a multiple of β0; none for no ceiling.
     """
 
-    calmer = "lower EpsilonBeta.epsilon or widen its bounds"
+    calmer = "lower schedule.epsilon or widen its bounds"
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class EpsilonBeta(BoundedBeta):
         if isinstance(loss, PairLoss) and not loss.needs_reference:
             raise UserError(
                 f"EpsilonBeta: {loss} has no reference whose logits perturb those of the policy: choose another "
-                "model.loss or remove the callback."
+                "model.loss or --schedule null."
             )
         if getattr(pl_module, "reference", "frozen") == "cached":
             raise UserError(

@@ -18,7 +18,7 @@ class ExplicitRewardGap(Callback):
     """M = r(y_w; x) − r(y_l; x) instead of the policy's own gap (paper §5, explicit reward model).
 
     Statistics, Gaussian filter and dynamic β then look at M; the logits of the loss stay β·h, and so do the
-    filters by gradient scale. Put it before `RewardGapStatistics`.
+    filters by gradient scale. In the slot `reward`.
 
     Args:
         chosen: column of the data that holds the reward of the chosen response.
@@ -33,7 +33,7 @@ class ExplicitRewardGap(Callback):
         if decision.moments is not None:
             raise UserError(
                 "ExplicitRewardGap comes too late, the statistics have taken in the policy's own gap: put it "
-                "before callbacks.RewardGapStatistics in trainer.callbacks."
+                "before RewardGapStatistics among the Trainer's callbacks."
             )
         decision.minimum_std = MINIMUM_STD  # a reward is not rounded as h is
         decision.discrepancy = rewards(decision, self.chosen) - rewards(decision, self.rejected)
@@ -46,7 +46,7 @@ def rewards(decision: StepDecision, column: str) -> Tensor:
         carried = ", ".join(decision.labels) or "none"
         raise UserError(
             f"ExplicitRewardGap: the data has no column {column!r}; it carries these: {carried}. Add it to the "
-            "data, or name another in the callback's `chosen` and `rejected`."
+            "data, or name another by --reward.chosen and --reward.rejected."
         )
     values: Sequence[object] = decision.labels[column]
     numbers = []

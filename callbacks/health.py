@@ -103,7 +103,7 @@ CONDITIONS = (
         ("train/reward_chosen", "train/reward_rejected", "train/reference_accuracy"),
         lambda chosen, rejected, _: chosen_falls_with_rejected(chosen, rejected),
         "the chosen responses lose more likelihood than the margin gains: lower the learning rate, raise β0, "
-        "or add configs/loss/sft_term.yaml",
+        "or set model.sft_weight: 1",
     ),
     Condition(
         "accuracy saturated",

@@ -31,8 +31,8 @@ class HealthMonitor(Callback):
 
     Args:
         window: steps that a condition is judged on.
-        stop_on: names of conditions that stop the run, with a checkpoint of the last step where `RunCheckpoint` is
-            in the list; the run ends with status 2 and says why.
+        stop_on: names of conditions that stop the run, with a checkpoint of the last step where `checkpoint` is
+            on; the run ends with status 2 and says why.
     """
 
     def __init__(self, window: AtLeastTwo = 20, stop_on: Sequence[str] = ()):

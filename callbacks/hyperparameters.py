@@ -14,17 +14,17 @@ Value = str | float | bool
 
 # title in the tab → where the run's config.yaml has it
 SETTINGS: dict[str, tuple[str, ...]] = {
-    "α": ("callbacks", "BetaScheduler", "alpha"),
-    "ρ": ("callbacks", "PairFilter", "keep_ratio"),
+    "α": ("schedule", "alpha"),
+    "ρ": ("filter", "keep_ratio"),
     "β0": ("model", "beta0"),
     "learning rate": ("model", "optimizer", "init_args", "lr"),
     "loss": ("model", "loss", "class_path"),
-    "filter": ("callbacks", "PairFilter", "by"),
-    "level of β": ("callbacks", "BetaScheduler", "level"),
-    "momentum": ("callbacks", "RewardGapStatistics", "momentum"),
-    "gap scale": ("callbacks", "RewardGapStatistics", "gap_scale"),
-    "ε": ("callbacks", "EpsilonBeta", "epsilon"),
-    "α of the margin": ("callbacks", "AdaptiveMargin", "alpha"),
+    "filter": ("filter", "by"),
+    "level of β": ("schedule", "level"),
+    "momentum": ("statistics", "momentum"),
+    "gap scale": ("statistics", "gap_scale"),
+    "ε": ("schedule", "epsilon"),
+    "α of the margin": ("margin", "alpha"),
     "sft weight": ("model", "sft_weight"),
     "optimizer": ("model", "optimizer", "class_path"),
     "max grad norm": ("model", "max_grad_norm"),
@@ -54,16 +54,8 @@ METRICS = (
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Value]:
     """The `SETTINGS` that the configuration of a run (config.yaml as read) has a value for."""
-    places = {
-        "model": arguments(config.get("model")),
-        "data": arguments(config.get("data")),
-        "trainer": config.get("trainer") or {},
-        "callbacks": {
-            last_word(entry.get("class_path")): arguments(entry)
-            for entry in (config.get("trainer") or {}).get("callbacks") or []
-        },
-        "seed": config.get("seed_everything"),
-    }
+    places = {name: arguments(config.get(name)) for name in {path[0] for path in SETTINGS.values()}}
+    places |= {"trainer": config.get("trainer") or {}, "seed": config.get("seed_everything")}
     found: dict[str, Value] = {}
     for title, path in SETTINGS.items():
         value: Any = places

@@ -27,12 +27,12 @@ class PairFilter(Callback):
     """Keeps the share ρ of the pairs, drawn without replacement ∝ exp(−(M − M0)²/2σ²) (paper §4.2).
 
     The draw depends on (seed, step, position in the global batch) alone: the same on every rank, on any number
-    of ranks and after a resume. No `PairFilter` is no filter.
+    of ranks and after a resume. In the slot `filter`; null keeps every pair.
 
     Args:
         keep_ratio: ρ, the share that is kept.
         seed: of the draw; none takes the run's `seed_everything`.
-        by: `gaussian` is the paper's and needs `RewardGapStatistics` before it; `random` draws all pairs
+        by: `gaussian` is the paper's and needs the slot `statistics`; `random` draws all pairs
             equally likely. The others drop by gradient scale σ(−β·h): `head` the largest scales, which are the
             smallest gaps, `tail` the smallest scales, `both` half from each end.
     """

@@ -40,7 +40,7 @@ class PolicySamples(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise UserError(
-                "PolicySamples cannot sample from a sharded policy: take it out of trainer.callbacks, and use "
+                "PolicySamples cannot sample from a sharded policy: set --samples null, and use "
                 "`beta-dpo generate` on an exported checkpoint."
             )
 

@@ -9,9 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from app.errors import UserError
-from app.method.flips import flip_weights
 from app.method.ranges import PositiveInt, checked
-from app.method.reference_flips import ReferenceFlips, fitted
+from app.method.reference_flips import ReferenceFlips, fitted, label_weights
 from app.method.step import StepDecision
 
 
@@ -34,15 +33,13 @@ class ReferenceWeights(Callback):
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         if decision.reference_margin is None:
-            raise UserError(
-                "ReferenceWeights needs a reference: choose a loss that has one, or remove the callback."
-            )
+            raise UserError("ReferenceWeights needs a reference: choose a loss that has one, or --weights null.")
         self._margins = [*self._margins, decision.reference_margin[decision.eligible]][-self.window :]
         self._flips = fitted(torch.cat(self._margins), self._flips)
         if self._flips is None:  # no pair with a margin yet
             return
         probability = self._flips.probability(decision.reference_margin)
-        decision.loss_weight = decision.loss_weight * flip_weights(probability, decision.kept)
+        decision.loss_weight = decision.loss_weight * label_weights(probability, decision.kept)
         pl_module.log("filter/flip_rate", self._flips.rate)
         pl_module.log("filter/reference_slope", self._flips.slope)
         if decision.kept_count:

@@ -17,7 +17,7 @@ from app.method.step import StepDecision
 class RewardGapStatistics(Callback):
     """Owns M0 and σ: once per optimizer step, over all pairs of the global batch, before they are used.
 
-    Put it before `PairFilter` and `BetaScheduler` in `trainer.callbacks`.
+    In the slot `statistics`, which comes before everything that uses them.
 
     Args:
         momentum: m, the share of the past in the moving averages.

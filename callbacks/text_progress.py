@@ -15,13 +15,12 @@ from app.method.ranges import PositiveInt, checked
 class TextProgress(ProgressBar):
     """What a bar shows, as lines without control characters: step, metrics, steps per second, time left.
 
-    The command takes it by itself where its output is no terminal, and Lightning's `RichProgressBar` where it is.
-
     Args:
-        every_n_steps: steps between two lines; the last step has a line of its own.
+        every_n_steps: steps between two lines; the last step has a line of its own. None prints every 10 steps, and
+            on a terminal the command shows Lightning's `RichProgressBar` instead.
     """
 
-    def __init__(self, every_n_steps: PositiveInt = 10):
+    def __init__(self, every_n_steps: PositiveInt | None = None):
         super().__init__()
         self.every_n_steps = every_n_steps
         self._enabled = True
@@ -41,7 +40,7 @@ class TextProgress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step, last = trainer.global_step, total_steps(trainer)
-        if self._enabled and (step % self.every_n_steps == 0 or step == last):
+        if self._enabled and (step % (self.every_n_steps or 10) == 0 or step == last):
             seconds, first = time.perf_counter() - self._began[0], self._began[1]
             shown = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
             print(progress_line(step, last, (step - first) / seconds, shown), flush=True)

@@ -86,7 +86,7 @@ def check_start(module: LanguageModelTraining) -> None:
             )
         if module.lora is not None:
             raise UserError(
-                "model.lora has not been made to work with ShardedStrategy: use configs/strategy/ddp.yaml."
+                "model.lora has not been made to work with ShardedStrategy: use --trainer.strategy ddp."
             )
     if module.compile_layers is True and not which(os.environ.get("CXX", "g++")):
         raise UserError("model.compile_layers needs a C++ compiler: install g++, or name one by CXX.")

@@ -32,14 +32,15 @@ def write_config(folder: Path, model: str, version: str | None = "", **data: Any
     if "path" in data:
         source = {"class_path": "datamodules.PreferenceData", "init_args": data}
     logger = {"save_dir": "runs", "name": "run"} | ({} if version is None else {"version": version})
-    callbacks = [
-        {"class_path": "callbacks.RewardGapStatistics"},
-        {"class_path": "callbacks.PairFilter", "init_args": {"keep_ratio": 0.6}},
-        {"class_path": "callbacks.BetaScheduler"},
-        {"class_path": "callbacks.PairAudit", "init_args": {"every_n_steps": 3}},
-        {"class_path": "injected_faults.InjectedFault"},
-        {"class_path": "callbacks.RunCheckpoint", "init_args": {"every_n_steps": 2}},
-    ]
+    slots = {
+        "statistics": {},
+        "filter": {"keep_ratio": 0.6},
+        "schedule": {},
+        "audit": {"every_n_steps": 3},
+        "checkpoint": {"every_n_steps": 2},
+        "dashboard": None,
+        "health": None,
+    }
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3.0e-3}}
     trainer = {
         "accelerator": "cpu",
@@ -52,7 +53,7 @@ def write_config(folder: Path, model: str, version: str | None = "", **data: Any
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger},
-        "callbacks": callbacks,
+        "callbacks": [{"class_path": "injected_faults.InjectedFault"}],
     }
     config = {
         "seed_everything": 1,
@@ -62,6 +63,7 @@ def write_config(folder: Path, model: str, version: str | None = "", **data: Any
         },
         "data": source,
         "trainer": trainer,
+        **slots,
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))

@@ -1,4 +1,4 @@
-"""Every β schedule × filter × loss that the overlays offer, trained for three steps; docs/combinations.md says how.
+"""Every β schedule × filter × loss, trained for three steps; docs/combinations.md says how.
 
 The default suite trains a covering part and holds it against the committed table; the slow test trains all and
 compares the whole text. `UPDATE_COMBINATIONS=1 python -m pytest tests/test_combinations.py -m slow` writes it.
@@ -6,7 +6,6 @@ compares the whole text. `UPDATE_COMBINATIONS=1 python -m pytest tests/test_comb
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import os
 import re
@@ -18,33 +17,71 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from tiny_runs import Recorder, controlled, preference, quiet_trainer, weights
 from transformers import AutoModelForCausalLM
 
 from app.errors import UserError
+from app.method.losses import (
+    AlphaDPOLoss,
+    HingeLoss,
+    IPOLoss,
+    KTOPairLoss,
+    LengthNormalisedIPOLoss,
+    PairLoss,
+    RobustLoss,
+    SigmoidLoss,
+    SimPOLoss,
+    SPPOHardLoss,
+    WithSFTTerm,
+)
 from app.method.selection import number_kept
 from app.method.step import StepDecision
-from callbacks import PairAudit
+from callbacks import (
+    AdaptiveMargin,
+    BetaScheduler,
+    EpsilonBeta,
+    ExplicitRewardGap,
+    PairAudit,
+    PairFilter,
+    RewardGapStatistics,
+)
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "combinations.md"
 
 
-def overlays(group: str) -> dict[str, dict[str, Any]]:
-    """The overlays of configs/`group` by name."""
-    paths = sorted((ROOT / "configs" / group).glob("*.yaml"))
-    return {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in paths}
-
-
-REWARDS = overlays("reward")
-SCHEDULES: dict[str, Any] = {"fixed": None, **overlays("schedule")}
-FILTERS: dict[str, Any] = {"none": None, **overlays("filter")}
-LOSSES = {name: text for name, text in overlays("loss").items() if "loss" in text["model"]["init_args"]}
+# by the names of the table: what the slots and model.loss are given
+REWARDS: dict[str, list[Any]] = {"implicit": [], "explicit": [ExplicitRewardGap]}
+SCHEDULES: dict[str, tuple[Any, dict[str, Any]] | None] = {
+    "fixed": None,
+    "adaptive_margin": (AdaptiveMargin, {"alpha": 0.1, "gamma": 0.0}),
+    "batch_level": (BetaScheduler, {"alpha": 0.6}),
+    "constant_m0": (BetaScheduler, {"alpha": 0.6, "m0": 0.0}),
+    "epsilon_dpo": (EpsilonBeta, {"epsilon": 0.01}),
+    "instance_level": (BetaScheduler, {"alpha": 0.6, "level": "instance"}),
+    "weight_matched": (BetaScheduler, {"alpha": 0.6, "weight_matched": True}),
+    "z_normalised": (BetaScheduler, {"alpha": 1.2, "floor": 0.2, "ceiling": 5, "z_normalised": True}),
+}
+FILTERS: dict[str, tuple[Any, dict[str, Any]] | None] = {
+    "none": None,
+    **{by: (PairFilter, {"keep_ratio": 0.8, "by": by}) for by in ("both", "gaussian", "head", "random", "tail")},
+}
+LOSSES: dict[str, tuple[PairLoss, float]] = {  # with β0
+    "alpha_dpo": (AlphaDPOLoss(alpha=0.2, gamma=1.5), 2.5),
+    "cdpo": (SigmoidLoss(label_smoothing=0.1), 0.1),
+    "hinge": (HingeLoss(), 0.1),
+    "ipo": (IPOLoss(), 0.1),
+    "ipo_length_normalised": (LengthNormalisedIPOLoss(), 0.1),
+    "kto_pair": (KTOPairLoss(), 0.1),
+    "robust": (RobustLoss(label_smoothing=0.1), 0.1),
+    "sigmoid": (SigmoidLoss(), 0.1),
+    "simpo": (SimPOLoss(gamma=1.0), 2.0),
+    "sppo_hard": (SPPOHardLoss(), 0.1),
+}
 
 
 class Combination(NamedTuple):
-    """One cell of the table, by the names of its overlays."""
+    """One cell of the table, by the names above."""
 
     loss: str
     filter: str
@@ -61,25 +98,21 @@ def covering() -> Iterator[Combination]:
             yield Combination(loss, list(FILTERS)[(i + j) % len(FILTERS)], schedule)
 
 
-def settings(overlay: Any) -> dict[str, Any]:
-    """init_args of the one callback that a filter or schedule adds."""
-    return overlay["trainer"]["callbacks+"][0]["init_args"] if overlay else {}
-
-
-def build(node: dict[str, Any]) -> Any:
-    module, _, name = node["class_path"].rpartition(".")
-    return getattr(importlib.import_module(module), name)(**node.get("init_args", {}))
+def settings(part: tuple[Any, dict[str, Any]] | None) -> dict[str, Any]:
+    """Return the options of a filter or schedule."""
+    return part[1] if part else {}
 
 
 def train(folder: Path, model: str, parts: Combination, reward: str) -> tuple[Any, list[StepDecision], float]:
     """Three steps of the arm that `reward` and `parts` name; UserError when it is refused."""
-    base = [c for c in REWARDS[reward]["trainer"]["callbacks"] if re.search("Reward", c["class_path"])]
     added = [FILTERS[parts.filter], SCHEDULES[parts.schedule]]
-    nodes = base + [node for overlay in added if overlay for node in overlay["trainer"]["callbacks+"]]
-    arguments = dict(LOSSES[parts.loss]["model"]["init_args"])
-    module = preference(model, lr=0.1, **(arguments | {"loss": build(arguments["loss"])}))
+    deciding = [(kind, {}) for kind in (*REWARDS[reward], RewardGapStatistics)] + [part for part in added if part]
+    loss, beta0 = LOSSES[parts.loss]
+    module = preference(model, lr=0.1, loss=loss, beta0=beta0)
     recorder = Recorder()
-    trainer = quiet_trainer(folder, [*map(build, nodes), PairAudit(), recorder], max_steps=3)
+    trainer = quiet_trainer(
+        folder, [*(kind(**given) for kind, given in deciding), PairAudit(), recorder], max_steps=3
+    )
     trainer.fit(module, controlled(18, batch_size=6, seed=5))
     return module, recorder.decisions, float(trainer.callback_metrics["train/loss"])
 
@@ -174,18 +207,18 @@ def table(outcomes: dict[Combination, str]) -> str:
         "",
         "Written by `UPDATE_COMBINATIONS=1 .venv/bin/python -m pytest tests/test_combinations.py -m slow`, which",
         "trains every combination for three steps on a tiny model and computes β, weight and margin of every",
-        "pair again with NumPy. Names are those of the overlays in `configs/loss`, `configs/filter` and",
-        "`configs/schedule`:",
+        "pair again with NumPy. A filter is `filter.by`, a schedule what the file of that name in",
+        "`configs/method` gives the slot `schedule` (`batch_level`: `beta_dpo`; `constant_m0`:",
+        "`--schedule.m0 0`; `adaptive_margin`: the slot `margin`):",
         "",
         "<!-- not run: needs the SFT model of the quickstart; tests/test_combinations.py trains it -->",
         "```bash",
-        "beta-dpo fit --config configs/quickstart.yaml --config configs/reward/implicit.yaml \\",
-        "  --config configs/filter/head.yaml --config configs/schedule/instance_level.yaml \\",
-        "  --config configs/loss/ipo.yaml",
+        "beta-dpo fit --config configs/quickstart.yaml --filter.by head --schedule.level instance \\",
+        "  --model.loss IPOLoss",
         "```",
         "",
-        "Reward, filter, schedule in this order; no filter overlay is `none`, no schedule overlay is `fixed`.",
-        "`configs/reward/explicit.yaml` and `configs/loss/sft_term.yaml` go with everything that runs here.",
+        "`none` is `--filter null`, `fixed` is `--schedule null`. The slot `reward` and `model.sft_weight` go with",
+        "everything that runs here.",
         "",
         "| loss | filter | " + " | ".join(SCHEDULES) + " |",
         "|---|---|" + "---|" * len(SCHEDULES),
@@ -211,7 +244,8 @@ def committed() -> dict[Combination, str]:
     return found
 
 
-def test_the_table_lists_every_overlay() -> None:
+def test_the_table_lists_everything() -> None:
+    assert {type(loss) for loss, _ in LOSSES.values()} == {*PairLoss.__subclasses__()} - {WithSFTTerm}
     assert list(committed()) == EVERY
     assert table(committed()) == TABLE.read_text(encoding="utf-8")
 

@@ -98,7 +98,7 @@ def test_commands_parse(
     line = [*arguments, "--print_config"] if name in TRAINER_COMMANDS and there else [*arguments, "--help"]
     with pytest.raises(SystemExit) as stop:
         main(line)
-    assert stop.value.code == 0, capsys.readouterr().err
+    assert not stop.value.code, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("block", BASH, ids=named)

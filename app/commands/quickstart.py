@@ -33,7 +33,7 @@ def quickstart(seed: Seed = 1, out: str = "runs/quickstart") -> None:
         folder.rename(aside)
         print(f"the earlier {folder} is now {aside}")
     start, rival = folder / "sft-model", folder / "sft-samples.jsonl"
-    train("quickstart/sft", "sft", start, [], seed, folder)
+    train("quickstart_sft", "sft", start, [], seed, folder)
     command("generate", str(start), str(rival), "--seed", str(seed), *LENGTH)
     print(f"plain DPO, for comparison, runs on the other core: {folder / 'dpo.log'}", flush=True)
     with ThreadPoolExecutor(len(ARMS)) as workers:

@@ -7,6 +7,9 @@ is flipped with the same probability ε. The odds that a pair with margin r is f
 positive signs among large margins gives ε, and the rate at which this share rises from one half with |r| gives κ.
 EM fits them by maximum likelihood of the signs given |r|, with the flips as hidden variable.
 
+The gradient of the sigmoid loss near β·h = 0 is −½·β·∇h for a correct label and +½·β·∇h for a flipped one, so its
+expectation is (1 − 2p) times the first. That factor, at least 0, is the weight of a pair.
+
 The reference is fixed, so the policy's mistakes cannot reinforce themselves.
 """
 
@@ -57,3 +60,13 @@ def fitted(margins: Tensor, start: ReferenceFlips | None, rounds: int = 50) -> R
         step = float((scaled * (right - agreed)).sum()) / curvature if curvature > 0 else 0.0
         slope = min(max(slope + step, 0.0), 2.0 * slope + 1.0, STEEPEST)
     return ReferenceFlips(rate, slope / size)
+
+
+def label_weights(probability: Tensor, kept: Tensor) -> Tensor:
+    """Return max(0, 1 − 2p) [G] for `probability` p [G], divided by its mean over the pairs `kept` [G] bool.
+
+    Divided, so that the weight of a step stays that of its pairs. All ones when every kept pair has p ≥ ½.
+    """
+    weights = (1.0 - 2.0 * probability).clamp(min=0.0).nan_to_num(0.0)
+    mean = weights[kept].mean() if bool(kept.any()) else weights.new_zeros(())
+    return weights / mean if mean > 0 else torch.ones_like(weights)

@@ -23,7 +23,7 @@ class StepDecision:
     """The measurements and decisions for the G pairs of a global batch, between the gaps and the loss.
 
     It starts as plain DPO: every eligible pair is kept and β = β0. Callbacks change `discrepancy`, `moments`,
-    `log_weights`, `kept`, `beta`, `loss_weight` and `margin`, in the order of trainer.callbacks. Every rank makes
+    `log_weights`, `kept`, `beta`, `loss_weight` and `margin`, in the order of `callbacks.slots`. Every rank makes
     the same changes to the same numbers. All tensors are on the CPU, outside any graph.
     """
 
@@ -113,8 +113,8 @@ class StepDecision:
         """Return M0 and σ of this step to the callback named `who`. Raises MissingStatistics if there are none."""
         if self.moments is None:
             raise MissingStatistics(
-                f"{who} needs the running reward-gap statistics: "
-                "put callbacks.RewardGapStatistics before it in trainer.callbacks"
+                f"{who} needs the running reward-gap statistics: fill the slot `statistics` "
+                "(`--statistics RewardGapStatistics`; in Python, put it earlier among the Trainer's callbacks)"
             )
         return self.moments
 

@@ -18,10 +18,10 @@ def calmer_beta(run: Run) -> str:
     schedules = [entry for entry in run.callbacks if entry[0] in ("BetaScheduler", "EpsilonBeta")]
     name, settings = schedules[0] if schedules else ("BetaScheduler", {})
     if name == "EpsilonBeta":
-        return "Lower EpsilonBeta.epsilon"
+        return "Lower schedule.epsilon"
     if settings.get("z_normalised"):
-        return "Lower BetaScheduler.alpha"
-    return "Lower BetaScheduler.alpha, or measure gaps in standard deviations by BetaScheduler.z_normalised: true"
+        return "Lower schedule.alpha"
+    return "Lower schedule.alpha, or measure gaps in standard deviations by schedule.z_normalised: true"
 
 
 def beta_at_its_floor(run: Run) -> Finding | None:
@@ -156,6 +156,6 @@ def who_is_dropped(run: Run) -> Finding | None:
         "watch",
         "The filter did not drop pairs marked as flipped more often than the others.",
         evidence,
-        "It needs gaps that tell them apart: train longer, or lower ρ (PairFilter.keep_ratio).",
+        "It needs gaps that tell them apart: train longer, or lower ρ (filter.keep_ratio).",
         "filter",
     )

@@ -18,6 +18,7 @@ from app.errors import UserError
 from app.intervals import Estimate
 from app.run_record import COMMANDS_FILE
 from callbacks.hyperparameters import arguments, last_word
+from callbacks.slots import entries
 
 SAMPLES = "samples.jsonl"
 _NUMBERED = re.compile(r"version_\d+")  # Lightning's loggers number their folders in this way
@@ -73,9 +74,8 @@ class Run:
 
     @property
     def callbacks(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """Return the class name and the settings of every callback in config.yaml's trainer.callbacks."""
-        entries = (self.config.get("trainer") or {}).get("callbacks") or []
-        return [(last_word(entry.get("class_path")), arguments(entry)) for entry in entries]
+        """Return the class name and the settings of every callback in config.yaml."""
+        return [(last_word(entry.get("class_path")), arguments(entry)) for entry in entries(self.config)]
 
     @property
     def filters(self) -> bool:

@@ -112,8 +112,9 @@ def all_claims(rows: Rows) -> list[Claim]:
         Claim(
             "own",
             "Flip weights, an arm of our own",
-            "Not in the paper ([flip-weights.md](flip-weights.md)): it was to beat the best static β and β-DPO on "
-            "mixed data with flips.",
+            "Not in the paper, and no longer in the package: pairs counted less by the probability, from the "
+            "policy's own gap, M0 and σ, that their label is flipped. It was to beat the best static β and β-DPO "
+            "on mixed data with flips.",
             by_flip_rate(rows, "flip_weights", best),
         ),
     ]

@@ -25,9 +25,24 @@ GAPS: Mapping[str, tuple[str, float]] = MappingProxyType(
     }
 )
 
-# arms composed of several files, so that α and ρ can be set; each other arm is one file
-PARTS = ("beta_dpo",)
-DROPPED = ("flip_weights_tail",)  # arms that were tried and not kept: files of configs/study, not configs/method
+# what the study sets otherwise than configs/quickstart.yaml: short runs, many of them
+BASE = (
+    *("--model.reference", "cached"),  # scored once for all runs on the same pairs from the same SFT model
+    *("--data.pairs", "4096"),  # 64 steps of 64, each pair seen once
+    *("--checkpoint.every_n_steps", str(STEPS[0]), "--checkpoint.keep_all", "true"),
+)
+# arms that are another file of configs/method with one option more
+OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "head_filter": ("filter_only", "--filter.by", "head"),
+        "tail_filter": ("filter_only", "--filter.by", "tail"),
+        "constant_m0": ("beta_dpo", "--schedule.m0", "0.0"),
+    }
+)
+GONE = ("flip_weights", "flip_weights_tail")  # tried and not kept: rows, but no longer a part of the package
+LOSSES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"sigmoid": (), "ipo": ("--model.loss", "IPOLoss"), "simpo": ("--config", "configs/loss/simpo.yaml")}
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -37,10 +52,10 @@ class StudyRun:
     seed: int
     data: str  # a key of GAPS
     flip_rate: float
-    arm: str  # one of PARTS, or a file of configs/method or (DROPPED) configs/study
+    arm: str  # a file of configs/method, or a key of OPTIONS
     beta0: float
     learning_rate: float
-    loss: str = "sigmoid"  # a file of configs/loss
+    loss: str = "sigmoid"  # a key of LOSSES
     alpha: float = 0.6
     keep_ratio: float = 0.8
 
@@ -49,7 +64,7 @@ class StudyRun:
         """Return a name for rows and folders that is unique among the runs of a seed."""
         own = [f"{self.data}-{self.flip_rate:g}", self.loss, self.arm, f"beta0={self.beta0:g}"]
         own += [f"lr={self.learning_rate:g}"]
-        own += [f"alpha={self.alpha:g}", f"keep={self.keep_ratio:g}"] if self.arm in PARTS else []
+        own += [f"alpha={self.alpha:g}", f"keep={self.keep_ratio:g}"] if self.arm == "beta_dpo" else []
         return ",".join(own)
 
     @property
@@ -73,8 +88,8 @@ class StudyRun:
         """Return the command that trains."""
         gap, share = GAPS[self.data]
         return [
-            *("fit", "--config", "configs/study/preference.yaml", *self.arm_options()),
-            *("--config", f"configs/loss/{self.loss}.yaml", "--model.beta0", f"{self.beta0:g}"),
+            *("fit", "--config", "configs/quickstart.yaml", *self.arm_options(), *LOSSES[self.loss], *BASE),
+            *("--model.beta0", f"{self.beta0:g}"),
             *("--model.optimizer.init_args.lr", f"{self.learning_rate:g}", "--model.name", str(self.sft_model)),
             *(("--model.reference", "frozen") if self.arm == "epsilon_dpo" else ()),  # it compares distributions
             *("--data.gap", gap, "--data.high_gap_share", f"{share:g}", "--data.flip_rate", f"{self.flip_rate:g}"),
@@ -83,15 +98,13 @@ class StudyRun:
         ]
 
     def arm_options(self) -> Command:
-        saved = ["--trainer.callbacks.every_n_steps", str(STEPS[0]), "--trainer.callbacks.keep_all", "true"]
-        if self.arm not in PARTS:
-            folder = "study" if self.arm in DROPPED else "method"
-            return ["--config", f"configs/{folder}/{self.arm}.yaml", *saved]  # RunCheckpoint is its last callback
-        return [
-            *("--config", "configs/reward/implicit.yaml", *saved),
-            *("--config", "configs/filter/gaussian.yaml", "--trainer.callbacks.keep_ratio", f"{self.keep_ratio:g}"),
-            *("--config", "configs/schedule/batch_level.yaml", "--trainer.callbacks.alpha", f"{self.alpha:g}"),
-        ]
+        """Return the words that choose the arm. Raises LookupError for an arm that is no longer a part of the package."""
+        if self.arm in GONE:
+            raise LookupError(f"{self.arm} is no longer a part of the package: version 0.1 has it")
+        file, *options = OPTIONS.get(self.arm, (self.arm,))
+        if self.arm == "beta_dpo":
+            options = ["--filter.keep_ratio", f"{self.keep_ratio:g}", "--schedule.alpha", f"{self.alpha:g}"]
+        return ["--config", f"configs/method/{file}.yaml", *options]
 
     def samples(self, step: int) -> Path:
         """Return the file of the answers that are sampled after `step`."""
@@ -124,7 +137,7 @@ def sft_commands(seed: int) -> list[Command]:
     folder = sft_folder(seed)
     return [
         [
-            *("fit", "--config", "configs/quickstart/sft.yaml", "--seed_everything", str(seed)),
+            *("fit", "--config", "configs/quickstart_sft.yaml", "--seed_everything", str(seed)),
             *("--trainer.logger.init_args.save_dir", str(folder.parent)),
             *("--trainer.logger.init_args.name", folder.name),
         ],

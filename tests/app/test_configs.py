@@ -11,9 +11,10 @@ import yaml
 
 from app.commands import COMMANDS
 from app.main import TRAINER_COMMANDS, main, overview
+from callbacks.slots import entries
 
 ROOT = Path(__file__).parents[2]
-COMPLETE = sorted((ROOT / "configs").glob("*.yaml")) + sorted((ROOT / "configs/quickstart").glob("*.yaml"))
+COMPLETE = sorted((ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path not in COMPLETE)
 
 # what a run is made of, in this order, after the overlay of the same name
@@ -22,8 +23,12 @@ METHOD = {
     "dynamic_beta": ["RewardGapStatistics", "BetaScheduler"],
     "filter_only": ["RewardGapStatistics", "PairFilter"],
     "dpo": [],
+    "explicit_reward": ["ExplicitRewardGap", "RewardGapStatistics", "PairFilter", "BetaScheduler"],
+    "reference_weights": ["RewardGapStatistics", "ReferenceWeights"],
+    "adaptive_margin": ["RewardGapStatistics", "PairFilter", "AdaptiveMargin"],
+    "epsilon_dpo": ["EpsilonBeta"],
 }
-RECORDS = ["PairAudit", "BetaDashboard", "HealthMonitor", "RunCheckpoint"]
+RECORDS = ["PairAudit", "BetaDashboard", "HealthMonitor", "RunCheckpoint", "TextProgress"]
 
 
 def printed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
@@ -36,7 +41,7 @@ def printed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
 
 
 def callbacks_of(config: dict) -> list[str]:
-    return [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
+    return [callback["class_path"].rpartition(".")[2] for callback in entries(config)]
 
 
 @pytest.mark.parametrize("path", COMPLETE, ids=lambda path: path.stem)
@@ -44,7 +49,7 @@ def test_complete_configurations_parse(path: Path, capsys: pytest.CaptureFixture
     config = printed(["fit", "--config", str(path)], capsys)
     if "sft" in path.stem:
         assert config["model"]["class_path"] == "lightning_modules.SupervisedFineTuning"
-        assert callbacks_of(config) == ["HealthMonitor", "RunCheckpoint"]
+        assert callbacks_of(config) == RECORDS
     else:
         assert config["model"]["class_path"] == "lightning_modules.PreferenceOptimization"
         assert callbacks_of(config) == METHOD["beta_dpo"] + RECORDS
@@ -58,6 +63,13 @@ def test_overlays_parse_on_the_quickstart(path: Path, capsys: pytest.CaptureFixt
         assert callbacks_of(config) == METHOD[path.stem] + RECORDS
 
 
+def test_there_are_few_files() -> None:
+    assert len(COMPLETE) + len(OVERLAYS) <= 35
+    for path in (ROOT / "configs/method").glob("*.yaml"):
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+        assert 3 <= len(lines) <= 7, path
+
+
 def test_the_papers_recipe_takes_another_model_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(ROOT / "configs/hh_pythia.yaml")
     config = printed(["fit", "--config", recipe, "--model.name", "EleutherAI/pythia-1.4b"], capsys)
@@ -69,6 +81,21 @@ def test_the_papers_recipe_takes_another_model_by_name(capsys: pytest.CaptureFix
 def test_help_names_every_command() -> None:
     for name in [*TRAINER_COMMANDS, *COMMANDS]:
         assert f"\n  {name} " in overview()
+
+
+def test_the_help_of_fit_names_slots_and_model_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--help"])
+    assert not stop.value.code
+    shown = capsys.readouterr().out
+    for words in (
+        "--schedule",
+        "EpsilonBeta: epsilon=0.01",
+        "PreferenceOptimization: name, beta0=0.1",
+        "--model.help",
+    ):
+        assert words in shown
+    assert len(shown.splitlines()) < 80
 
 
 def test_wrong_options_get_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,13 +14,13 @@ from command_runs import write_config
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-import callbacks
 from app.cli import BetaDPOCLI, lightning_options
 from app.commands import COMMANDS
 from app.dispatch import known_options
 from app.errors import UserError
 from app.main import main
 from app.options import check_numbers, sentence
+from callbacks.slots import SLOTS
 from datamodules import ControlledTask, PreferenceData
 from lightning_modules import PreferenceOptimization, ShardedStrategy, SupervisedFineTuning
 
@@ -47,7 +47,7 @@ CLASSES = [
     PreferenceData,
     ShardedStrategy,
 ]
-OURS = [getattr(callbacks, name) for name in callbacks.__all__]
+OURS = [kind for slot in SLOTS for kind in slot.kinds]
 
 
 class Parsed(BetaDPOCLI):
@@ -66,7 +66,7 @@ def parse(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Callable
     folder = tmp_path_factory.mktemp("options")
     write_config(folder, tiny_llama)
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    config["trainer"]["callbacks"] = None
+    config["trainer"]["callbacks"] = config["schedule"] = config["filter"] = None
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     base = ["fit", "--config", str(folder / "config.yaml")]
     parser = Parsed(LightningModule, LightningDataModule, **lightning_options(base)).parser
@@ -102,7 +102,7 @@ def options() -> Iterator[tuple[list[str], str]]:
         ([], "data", ControlledTask),
         (["--data", "PreferenceData", "--data.path", "x.jsonl"], "data", PreferenceData),
         (["--trainer.strategy", "ShardedStrategy"], "trainer.strategy", ShardedStrategy),
-        *((["--trainer.callbacks+", f"callbacks.{one.__name__}"], "trainer.callbacks", one) for one in OURS),
+        *(([f"--{slot.name}", kind.__name__], slot.name, kind) for slot in SLOTS for kind in slot.kinds),
     ):
         yield from ((chosen, f"{part}.{name}") for name in signature(kind.__init__).parameters if name != "self")
 
@@ -136,8 +136,9 @@ NUMBERS = [
     ("data.flip_rate", [], 2),
     ("data.batch_size", [], 0.5),
     ("trainer.strategy.replicas", ["--trainer.strategy", "ShardedStrategy"], 0),
-    ("trainer.callbacks.alpha", ["--trainer.callbacks+", "callbacks.BetaScheduler"], "x"),
-    ("trainer.callbacks.keep_ratio", ["--trainer.callbacks+", "callbacks.PairFilter"], 0),
+    ("schedule.alpha", [], "x"),
+    ("filter.keep_ratio", [], 0),
+    ("schedule.epsilon", [], 1),
     ("model.loss.gamma", ["--model.loss", "SimPOLoss"], -1),
     ("model.optimizer.lr", ["--model.optimizer", "torch.optim.SGD"], "x"),
 ]

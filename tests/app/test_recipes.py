@@ -38,11 +38,11 @@ def test_a_recipe_parses(
     name, source = re.split(" on |, ", recipe.what)[:2]
     if recipe.what.endswith("SFT"):
         assert config["model"]["class_path"] == "lightning_modules.SupervisedFineTuning"
-        assert callbacks_of(config) == ["HealthMonitor", "RunCheckpoint"]
+        assert callbacks_of(config) == RECORDS
     else:
         assert config["model"]["class_path"] == "lightning_modules.PreferenceOptimization"
         assert callbacks_of(config) == METHOD["beta_dpo"] + RECORDS
-    assert trainer["callbacks"][-1]["init_args"]["every_n_steps"] > 0
+    assert config["checkpoint"]["init_args"]["every_n_steps"] > 0
     # pythia_410m of runs/pythia_410m_hh_sft, Meta-Llama-3-8B-Instruct, …
     family, size = name.lower().split("-")[0], re.search(r"[\d.]+[MB]", name)[0].lower()
     assert family in model["name"].lower()

@@ -91,10 +91,17 @@ def test_unknown_keys_are_differences() -> None:
     before = {
         "model": {"class_path": "a.B", "init_args": {"x": 1}},
         "trainer": {"callbacks": [{"class_path": "c.D"}]},
+        "schedule": None,
     }
-    now = {"model": {"class_path": "other.B", "init_args": {"x": 1, "y": [2]}}, "ckpt_path": "last"}
+    now = {
+        "schedule": {"class_path": "c.S", "init_args": {"alpha": 2}},
+        "model": {"class_path": "other.B", "init_args": {"x": 1, "y": [2]}},
+        "ckpt_path": "last",
+    }
     assert differences(before, now) == {
         "callbacks": ("not set", {}),
         "callbacks.D": ("D", "not set"),
+        "schedule": (None, "S"),
+        "schedule.alpha": ("not set", 2),
         "model.y": ("not set", [2]),
     }

@@ -19,7 +19,6 @@ from callbacks import (
     AdaptiveMargin,
     BetaScheduler,
     ExplicitRewardGap,
-    FlipWeights,
     PairFilter,
     ReferenceWeights,
     RewardGapStatistics,
@@ -77,33 +76,6 @@ def test_the_control_moves_the_weight_of_the_loss_and_not_beta() -> None:
     assert control.loss_weight.tolist() == pytest.approx((arm.beta / 0.1).tolist())
     assert arm.loss_weight.tolist() == [1.0, 1.0]
     assert seen["beta/loss_weight"] == pytest.approx(1.9)
-
-
-def test_pairs_that_look_flipped_lose_their_weight() -> None:
-    decision = start(-3.0, 0.0, 3.0, math.nan)
-    decision.moments = Moments(1.0, 2.0)
-    decision.kept = torch.tensor([True, True, True, False])
-    decision.loss_weight[1] = 0.5
-    changed, seen = decided(decision, FlipWeights(0.2))
-    low, middle, high = changed.loss_weight[:3].tolist()
-    assert low == 0.0
-    assert 0.0 < middle < high
-    assert low + 2 * middle + high == pytest.approx(3.0)  # what was there before is multiplied, not replaced
-    assert changed.kept.tolist() == [True, True, True, False]
-    assert changed.beta.tolist() == pytest.approx([0.1] * 4)
-    assert seen["filter/weightless"] == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match="flip_rate must be a finite number in"):
-        FlipWeights(0.5)
-
-
-def test_flip_weights_of_a_rate_of_zero_are_plain_dpo(tiny_llama: str, tmp_path: Path) -> None:
-    plain, _, _ = run(tmp_path / "plain", tiny_llama, RewardGapStatistics())
-    weighted, _, _ = run(tmp_path / "weighted", tiny_llama, RewardGapStatistics(), FlipWeights(0.0))
-    assert same_bits(weights(plain), weights(weighted))
-    other, decisions, seen = run(tmp_path / "other", tiny_llama, RewardGapStatistics(), FlipWeights(0.3), lr=0.1)
-    assert 0 < seen["filter/flipped_expected"] < 1
-    assert not same_bits(weights(plain), weights(other))
-    assert all(float(one.loss_weight.mean()) == pytest.approx(1.0) for one in decisions)
 
 
 def doubted(step: int, flipped: int) -> StepDecision:
@@ -226,7 +198,7 @@ def unmeasured(**labels: list[object]) -> StepDecision:
 
 
 def test_an_explicit_reward_after_the_statistics_is_refused() -> None:
-    with pytest.raises(UserError, match=r"put it before callbacks\.RewardGapStatistics"):
+    with pytest.raises(UserError, match=r"put it before RewardGapStatistics"):
         decided(start(1.0, chosen_reward=[1.0], rejected_reward=[0.0]), ExplicitRewardGap())
 
 

@@ -26,7 +26,7 @@ def run(folder: Path, model: str, *callbacks: Callback, lr: float = 0.5) -> Reco
 @pytest.mark.parametrize("late", [False, True])
 def test_statistics_must_come_first(needy: type[Callback], late: bool, tiny_llama: str, tmp_path: Path) -> None:
     callbacks = [needy(), *([RewardGapStatistics()] if late else [])]
-    cure = f"{needy.__name__} needs .*: put callbacks.RewardGapStatistics before it in trainer.callbacks"
+    cure = f"{needy.__name__} needs .*: fill the slot `statistics`"
     with pytest.raises(UserError, match=cure):
         run(tmp_path, tiny_llama, *callbacks)
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
@@ -18,7 +17,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_runs import controlled, preference, quiet_trainer
 
-from callbacks import BetaDashboard
+from callbacks import BetaDashboard, BetaScheduler, PairFilter, RewardGapStatistics
 from callbacks.dashboard_layout import CHARTS, layout
 from callbacks.extreme_pairs import MeasuredPair, as_markdown
 from callbacks.hyperparameters import SETTINGS, settings_of, summaries
@@ -54,11 +53,12 @@ def board(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> EventAcc
     """A run with the callbacks of the quickstart, as its file lists them."""
     folder = tmp_path_factory.mktemp("board")
     quickstart = yaml.safe_load((Path(__file__).parents[2] / "configs/quickstart.yaml").read_text(encoding="utf-8"))
-    callbacks: list[Any] = [instantiate_class((), entry) for entry in quickstart["trainer"]["callbacks"]]
-    for callback in callbacks:
-        if isinstance(callback, BetaDashboard):
-            callback.histogram_every_n_steps = 1
-            callback.kl_every_n_steps = 2
+    callbacks: list[Any] = [
+        RewardGapStatistics(**quickstart["statistics"]),
+        PairFilter(**quickstart["filter"]),
+        BetaScheduler(**quickstart["schedule"]),
+        BetaDashboard(histogram_every_n_steps=1, kl_every_n_steps=2),
+    ]
     logger = TensorBoardLogger(str(folder), name="", version="run")
     trainer = quiet_trainer(
         folder,
@@ -176,6 +176,7 @@ def test_text_cannot_break_the_table() -> None:
 
 def test_settings_come_from_the_record_of_the_run() -> None:
     config = yaml.safe_load((Path(__file__).parents[2] / "configs/quickstart.yaml").read_text(encoding="utf-8"))
+    config |= {slot: {"init_args": config[slot]} for slot in ("statistics", "filter", "schedule")}  # as recorded
     found = settings_of(config)
     wanted = {"α": 0.6, "ρ": 0.8, "β0": 0.1, "learning rate": 2.2e-5, "optimizer": "Adam", "seed": 1}
     assert found.items() >= wanted.items()

@@ -156,7 +156,7 @@ def test_a_run_is_watched_stopped_and_goes_on_unchanged(
 
     unwatched = fit("unwatched")
     assert same_bits(fit("watched", HealthMonitor(window=3)), unwatched)
-    assert any("β at its bounds" in line and "lower BetaScheduler.alpha" in line for line in caplog.messages)
+    assert any("β at its bounds" in line and "lower schedule.alpha" in line for line in caplog.messages)
 
     with pytest.raises(StepRefused, match=r"after step [3-5]: β at its bounds .* go on with --ckpt_path last"):
         fit("stopped", HealthMonitor(window=3, stop_on=["β at its bounds"]))

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from app.method.flips import flip_weights
-from app.method.reference_flips import LARGEST_RATE, SMALLEST_RATE, ReferenceFlips, fitted
+from app.method.reference_flips import LARGEST_RATE, SMALLEST_RATE, ReferenceFlips, fitted, label_weights
 
 
 def margins_of(rate: float, slope: float, count: int = 20_000, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -63,7 +62,7 @@ def test_without_flips_hardly_any_weight_is_lost() -> None:
 def test_a_reference_that_knows_nothing_changes_nothing(rate: float) -> None:
     for seed in range(5):
         margins, _ = margins_of(rate, 0.0, 1024, seed)
-        weights = flip_weights(fit(margins, 200).probability(margins), torch.ones(1024, dtype=torch.bool))
+        weights = label_weights(fit(margins, 200).probability(margins), torch.ones(1024, dtype=torch.bool))
         assert float(weights.std()) < 0.3
 
 
@@ -102,3 +101,11 @@ def test_estimates_stay_in_bounds_and_know_no_unit(margins: list[float], unit: f
 def test_a_pair_without_a_margin_has_no_probability() -> None:
     found = ReferenceFlips(0.2, 1.0).probability(torch.tensor([math.nan, 0.0]))
     assert found.isnan().tolist() == [True, False]
+
+
+def test_weights_are_means_over_the_kept_pairs() -> None:
+    probability = torch.tensor([0.0, 0.25, 0.5, 0.9, math.nan], dtype=torch.float64)
+    kept = torch.tensor([True, True, True, False, False])
+    assert label_weights(probability, kept).tolist() == pytest.approx([2.0, 1.0, 0.0, 0.0, 0.0])
+    assert label_weights(torch.full((3,), 0.5), torch.ones(3, dtype=torch.bool)).tolist() == [1.0] * 3
+    assert label_weights(torch.zeros(2), torch.zeros(2, dtype=torch.bool)).tolist() == [1.0, 1.0]

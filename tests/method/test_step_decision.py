@@ -71,7 +71,8 @@ def test_missing_statistics_name_who_asks_and_the_cure() -> None:
         decision.require_moments("PairFilter")
     assert str(raised.value) == (
         "PairFilter needs the running reward-gap statistics: "
-        "put callbacks.RewardGapStatistics before it in trainer.callbacks"
+        "fill the slot `statistics` (`--statistics RewardGapStatistics`; in Python, put it earlier among the "
+        "Trainer's callbacks)"
     )
     decision.moments = Moments(0.5, None)
     assert decision.require_moments("PairFilter") == Moments(0.5, None)

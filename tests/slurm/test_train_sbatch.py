@@ -29,12 +29,19 @@ class Job:
     """A run of tiny steps on two nodes, submitted as a user would."""
 
     def __init__(
-        self, cluster: Cluster, folder: Path, model: str, *options: str, step_seconds: float = 0.5, **own: str
+        self,
+        cluster: Cluster,
+        folder: Path,
+        model: str,
+        *options: str,
+        step_seconds: float = 0.5,
+        words: tuple[str, ...] = (),
+        **own: str,
     ) -> None:
         self.cluster, self.folder = cluster, folder
         write_config(folder, model)
         strategy = {"": "DDPStrategy", ".process_group_backend": "gloo", ".timeout": f"0:00:{TIMEOUT}"}
-        words = [word for name, value in strategy.items() for word in (f"--trainer.strategy{name}", value)]
+        words += tuple(word for name, value in strategy.items() for word in (f"--trainer.strategy{name}", value))
         layout = ("--nodes=2", "--ntasks-per-node=1", f"--chdir={folder}", f"--output={folder}/log")
         self.number = cluster.run(
             *("sbatch", "--parsable", *layout, *options, str(SCRIPT), "--config", "config.yaml", *words),
@@ -136,19 +143,20 @@ def test_lost_ranks_and_nodes(cluster: Cluster, whole: Path, tiny_llama: str, tm
 
 def test_a_sweep_is_an_array(cluster: Cluster, tiny_llama: str, tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    grid = {"BETA0S": "0.1", "ALPHAS": "0.3", "KEEPS": "0.5 1.0"}
-    job = Job(cluster, tmp_path, tiny_llama, "--array=0-2", "--nodes=1", step_seconds=0, **grid)
+    grid = {"ARMS": "beta_dpo", "SEEDS": "3", "ALPHAS": "0.3", "KEEPS": "0.5 1.0"}
+    words = ("--model.reference", "cached")
+    job = Job(cluster, tmp_path, tiny_llama, "--array=0-2", "--nodes=1", step_seconds=0, words=words, **grid)
     for task, state in enumerate(["COMPLETED", "COMPLETED", "FAILED"]):
         cluster.wait_for(f"{job.number}_{task}", state, seconds=PATIENCE)
     assert "train.sbatch: task 2, but the sweep has 2 points: --array=0-1." in job.log
     assert job.log.count("scoring the pairs under the reference, once for all runs from this model") == 1
     for keep in (0.5, 1.0):
-        run = job.run.with_name(f"{job.run.name}_beta0-0.1_alpha-0.3_keep-{keep}")
+        run = job.run.with_name(f"{job.run.name}_arm-beta_dpo_seed-3_alpha-0.3_keep-{keep}")
         config = yaml.safe_load((run / "config.yaml").read_text())
-        arms = {node["class_path"]: node["init_args"] for node in config["trainer"]["callbacks"]}
-        assert arms["callbacks.PairFilter"]["keep_ratio"] == keep
-        assert arms["callbacks.BetaScheduler"]["alpha"] == 0.3
-        assert arms["callbacks.RunCheckpoint"]["every_n_steps"] == 500
+        assert config["seed_everything"] == 3
+        assert config["filter"]["init_args"]["keep_ratio"] == keep
+        assert config["schedule"]["init_args"]["alpha"] == 0.3
+        assert config["checkpoint"]["init_args"]["every_n_steps"] == 2  # as the configuration says
         table = audit_of(run).to_pandas()
         assert table.groupby("step")["kept"].mean()[0] == keep
 

@@ -1,0 +1,114 @@
+"""The named slots of a configuration: which callback each takes, its default, and the order in which they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ProgressBar
+
+from app.errors import UserError
+from callbacks.adaptive_margin import AdaptiveMargin
+from callbacks.beta_scheduler import BetaScheduler
+from callbacks.dashboard import BetaDashboard
+from callbacks.epsilon_beta import EpsilonBeta
+from callbacks.explicit_reward_gap import ExplicitRewardGap
+from callbacks.health_monitor import HealthMonitor
+from callbacks.pair_audit import PairAudit
+from callbacks.pair_filter import PairFilter
+from callbacks.policy_samples import PolicySamples
+from callbacks.reference_weights import ReferenceWeights
+from callbacks.reward_gap_statistics import RewardGapStatistics
+from callbacks.run_checkpoint import RunCheckpoint
+from callbacks.score_writer import ScoreWriter
+from callbacks.text_progress import TextProgress
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one callback: `name` is the key in a configuration, `kinds` the classes made for it."""
+
+    name: str
+    kinds: tuple[type[Callback], ...]
+    text: str  # what it does, for `fit --help`
+    on: bool = False  # whether the first kind, at its defaults, is the default
+    decides: bool = False  # whether it takes part in the step; all such slots empty is plain DPO
+
+    @property
+    def accepted(self) -> Any:
+        """Return the type that jsonargparse reads: one of the kinds, a callback of the user's own, or null."""
+        own = ProgressBar if self.kinds == (TextProgress,) else Callback
+        return Union[(*self.kinds, own, None)]
+
+    @property
+    def default(self) -> dict[str, str] | None:
+        return {"class_path": f"callbacks.{self.kinds[0].__name__}"} if self.on else None
+
+
+# in the order in which they run; trainer.callbacks, the user's own, come after those that decide
+SLOTS = (
+    Slot("reward", (ExplicitRewardGap,), "M from columns of the data; null: the policy's own gap", decides=True),
+    Slot("statistics", (RewardGapStatistics,), "running mean M0 and standard deviation σ of M", decides=True),
+    Slot("filter", (PairFilter,), "which pairs of the batch are trained on; null: all", decides=True),
+    Slot("weights", (ReferenceWeights,), "weight of each pair in the loss; null: 1", decides=True),
+    Slot("schedule", (BetaScheduler, EpsilonBeta), "β of the step or of each pair; null: β0", decides=True),
+    Slot("margin", (AdaptiveMargin,), "margin subtracted from each pair's logit; null: none", decides=True),
+    Slot("audit", (PairAudit,), "every pair of every step as parquet", on=True),
+    Slot("dashboard", (BetaDashboard,), "charts, histograms and KL in TensorBoard", on=True),
+    Slot("health", (HealthMonitor,), "warnings in the log, and a stop where wanted", on=True),
+    Slot("samples", (PolicySamples,), "answers sampled at every validation"),
+    Slot("scores", (ScoreWriter,), "the file that `predict` writes", on=True),
+    Slot("checkpoint", (RunCheckpoint,), "checkpoints, and a clean stop at a signal", on=True),
+    Slot("progress", (TextProgress,), "lines of progress; a bar on a terminal", on=True),
+)
+BY_NAME = {slot.name: slot for slot in SLOTS}
+
+
+def slot_of(kind: type) -> Slot | None:
+    """Return the slot that a class of callbacks belongs in; None for a callback of the user's own."""
+    if issubclass(kind, ProgressBar):
+        return BY_NAME["progress"]
+    return next((slot for slot in SLOTS if issubclass(kind, slot.kinds)), None)
+
+
+def in_order(filled: Mapping[str, Callback | None], own: Sequence[Callback] = ()) -> list[Callback]:
+    """Return the callbacks of a Trainer: those that decide, then the user's `own`, then those that look on.
+
+    Raises UserError for a class of this project that is in another slot than its own.
+    """
+    for name, callback in filled.items():
+        right = slot_of(type(callback))
+        if right is not None and right.name != name:
+            raise UserError(f"{name}: {type(callback).__name__} belongs in the slot {right.name!r}.")
+    found: dict[bool, list[Callback]] = {True: [], False: []}
+    for slot in SLOTS:
+        callback = filled.get(slot.name)
+        if callback is not None:
+            found[slot.decides].append(callback)
+    return [*found[True], *own, *found[False]]
+
+
+def refuse_listed(kinds: Sequence[type]) -> None:
+    """Raise UserError for a class of this project among the `kinds` that trainer.callbacks lists."""
+    for kind in kinds:
+        slot = slot_of(kind)
+        if slot is not None:
+            raise UserError(
+                f"trainer.callbacks is for callbacks of your own: give {kind.__name__} to the slot {slot.name!r}, "
+                f"`{slot.name}: {{option: value}}` at the top of the configuration or --{slot.name}.OPTION VALUE "
+                "on the command line (configurations of version 0.1 listed it here)."
+            )
+
+
+def entries(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the callbacks that a recorded configuration names, as `class_path` and `init_args`, in their order.
+
+    Reads the lists of version 0.1 too.
+    """
+    filled = [(slot, config.get(slot.name)) for slot in SLOTS]
+    own = (config.get("trainer") or {}).get("callbacks") or []
+    yield from (entry for slot, entry in filled if slot.decides and entry)
+    yield from own if isinstance(own, list) else [own]
+    yield from (entry for slot, entry in filled if not slot.decides and entry and slot.name != "scores")
