@@ -98,7 +98,7 @@ class StudyRun:
         ]
 
     def arm_options(self) -> Command:
-        """Return the words that choose the arm. Raises LookupError for an arm that is no longer a part of the package."""
+        """Return the words that choose the arm. Raises LookupError where the package no longer has it."""
         if self.arm in GONE:
             raise LookupError(f"{self.arm} is no longer a part of the package: version 0.1 has it")
         file, *options = OPTIONS.get(self.arm, (self.arm,))
