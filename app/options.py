@@ -200,7 +200,7 @@ def finding(message: str) -> Finding | None:
             wrong = text
             break
         elif ranged := re.match(r"Not of type \w+: (.*)", text):
-            expected.append(ranged[1])
+            expected.append(re.sub(r"^Expected | but got .*$", "", ranged[1]))
         elif named := re.search(r"Expected a dot import path string: ?(.*)$", text):
             value = value or named[1]
             expected.append("class")

@@ -69,7 +69,9 @@ def add_lora(model: Any, lora: Lora) -> None:
     except ValueError as error:
         raise UserError(f"model.lora: {str(error).splitlines()[0]}") from error
 
-    experts = {re.sub(r"\.\d+\.", ".*.", name) for name, weight in model.named_parameters() if weight.ndim == 3}
+    # peft wraps the experts of the families that it knows
+    left = [name for name, weight in model.named_parameters() if weight.ndim == 3 and ".base_layer." not in name]
+    experts = {re.sub(r"\.\d+\.", ".*.", name) for name in left if "lora_" not in name}
     if experts:
         log.warning(
             "model.lora: %s are no linear layers (the fused experts of a mixture) and get no adapter: they stay as "

@@ -27,7 +27,8 @@ class ResponseScorer(nn.Module):
     the positions that predict response tokens, and a slice of the vocabulary at a time (`head_logps`).
 
     Args:
-        model: a causal language model of transformers. Raises UserError when its head is no linear layer.
+        model: a causal language model of transformers. Raises UserError when its head is no linear layer, or
+            when it has no backbone apart from the head.
         slice_logits: most logits to hold at a time; none chooses by device.
     """
 
@@ -38,6 +39,11 @@ class ResponseScorer(nn.Module):
             raise UserError(
                 f"model.name: its output head is a {type(head).__name__}, and only a linear layer is supported: "
                 "choose another model, or keep adapters off the head."
+            )
+        if model.base_model is model:
+            raise UserError(
+                f"model.name: transformers has no backbone without the head for {model.config.model_type} models: "
+                "choose another model."
             )
         self.model = model
         self.slice_logits = slice_logits

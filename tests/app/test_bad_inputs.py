@@ -205,6 +205,7 @@ def halved(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:5000])
 
 
+LLAMA4 = {"model_type": "llama4_text", "head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2}
 OF_A_MODEL: dict[str, tuple[Callable[[Path], None], str]] = {
     **{
         f"weights of {method}": (
@@ -220,6 +221,7 @@ OF_A_MODEL: dict[str, tuple[Callable[[Path], None], str]] = {
     "a clip": (described(model_type="clip"), "model.name: cannot load"),
     "an unknown family": (described(model_type="nonesuch"), "model type `nonesuch`"),
     "llama4_text over Llama's weights": (described(model_type="llama4_text"), "lack model.layers.0.feed_forward."),
+    "a llama4_text": (another("llama", **LLAMA4), "no backbone without the head for llama4_text models"),
     "text for a number": (described(hidden_size="many"), "'hidden_size' expected int, got str"),
     "heads that do not divide": (described(num_attention_heads=5), "not a multiple of the number of attention"),
     "an activation that is none": (described(hidden_act="foo"), "cannot load"),

@@ -129,6 +129,11 @@ def test_a_sample_of_bad_values_gets_a_sentence(parse: Callable[[list[str]], str
     check(parse, drawn(60))
 
 
+@pytest.mark.slow
+def test_every_bad_value_of_every_option_gets_a_sentence(parse: Callable[[list[str]], str | None]) -> None:
+    check(parse, [(chosen, name, value) for chosen, name in options() for value in BAD])
+
+
 NUMBERS = [
     ("model.beta0", [], 0),
     ("model.max_grad_norm", [], 0),
