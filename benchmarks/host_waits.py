@@ -1,9 +1,11 @@
-"""What a step asks of the host: waits for the device, passes of the models, operations started.
+"""What a step asks of the host, waits, passes and operations, and of the device's memory beside its products.
 
 python -m benchmarks.host_waits [--places]
 
 Counted on the stand-in for a CUDA device (tests/support), on a tiny Llama and the third step of a run; no GPU is
-needed, and no time is measured. An operation is what PyTorch starts one kernel or more for.
+needed, and no time is measured. An operation is what PyTorch starts one kernel or more for. Bytes are those that
+conversions of weights and of logits from type to type read and write, and those of the reference's parameters.
+Attention is FlexAttention: in place of `varlen` the stand-in takes a loop of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 import torch
 from cuda_runs import Window, cuda_stand_in, cuda_trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from tiny_runs import beta_dpo, controlled, preference, save_tiny_model
+from tiny_runs import VOCABULARY, beta_dpo, controlled, preference, save_tiny_model
 
 import callbacks
 from lightning_modules.scorer import ResponseScorer
@@ -66,8 +68,14 @@ class Passes:
         return counting
 
 
+COLUMNS = (
+    *("step", "host waits", "passes with gradient", "passes without", "operations"),
+    *("bytes: weights converted", "logits converted", "reference"),
+)
+
+
 def measure(model: str, folder: str, made: Any, data: dict[str, int], settings: dict[str, Any]) -> tuple[int, ...]:
-    """Waits, forward passes with gradient and without, and operations of the last step."""
+    """What `COLUMNS` name, of the last step."""
     passes = Passes()
     with cuda_stand_in() as device:
 
@@ -75,22 +83,31 @@ def measure(model: str, folder: str, made: Any, data: dict[str, int], settings: 
             def on_train_batch_start(self, *args: object) -> None:
                 super().on_train_batch_start(*args)
                 passes.counts.clear()
+                device.converted.clear()
 
         window = Cleared(device)
         logger = TensorBoardLogger(folder, version="")
         trainer = cuda_trainer(Path(folder), [*made(), window], "bf16-mixed", max_steps=3, logger=logger)
         with mock.patch.object(ResponseScorer, "forward", passes.on_forward(ResponseScorer.forward)):
-            trainer.fit(preference(model, **settings), controlled(40, **data))
+            module = preference(model, attention="flex", **settings)
+            trainer.fit(module, controlled(40, **data))
     for event, number in sorted(Counter(window.waits).items()) if "--places" in sys.argv else ():
         print(f"{number:4}  {event.kind:9}  {event.operation:20}  {event.where}", file=sys.stderr)
-    return len(window.waits), passes.counts["with gradient"], passes.counts["without"], window.operations
+    moved: Counter[str] = Counter()
+    for (of_parameter, width), number in device.converted.items():
+        if of_parameter:
+            moved["weights"] += number
+        elif width == VOCABULARY:
+            moved["logits"] += number
+    reference = sum(p.nbytes for scorer in module.scorers[1:] for p in scorer.parameters())
+    counts = len(window.waits), passes.counts["with gradient"], passes.counts["without"], window.operations
+    return *counts, moved["weights"], moved["logits"], reference
 
 
 def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    print("| step | host waits | passes with gradient | passes without | operations |")
-    print("|---|---|---|---|---|")
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     with tempfile.TemporaryDirectory() as models:
         model = save_tiny_model("llama", Path(models))
         for name, run in RUNS.items():
@@ -98,7 +115,7 @@ def main() -> None:
                 try:
                     row = [f"{number}" for number in measure(model, folder, *run)]
                 except RuntimeError as error:
-                    row = [f"fails: {str(error).splitlines()[0]}", "", "", ""]
+                    row = [f"fails: {str(error).splitlines()[0]}"] + [""] * (len(COLUMNS) - 2)
             print(f"| {name} | {' | '.join(row)} |", flush=True)
 
 

@@ -48,6 +48,12 @@ def additive_mask(rows: PackedRows, window: int | None = None) -> Tensor:
     return zeros.masked_fill(forbidden, torch.finfo(zeros.dtype).min)
 
 
+def dense_mask_bytes(attention: str, config: Any) -> int:
+    """Return what all masks of a packed row (see `masks`) take for each two of its tokens: 0 for our attentions."""
+    kinds = len(set(getattr(config, "layer_types", None) or [""]))
+    return {"sdpa": 1, "eager": 4}.get(attention, 0) * kinds
+
+
 def attentions(model: Any, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Those of our own that this model may take on this device, in the order in which they are wanted."""
     if not model._supports_attention_backend:

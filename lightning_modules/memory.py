@@ -48,6 +48,7 @@ class Setup:
     reference: bool = True
     offload_reference: bool = False
     checkpointed: bool = False
+    dense_mask: int = 0  # bytes for each two tokens of a row, of the masks that an attention of transformers takes
     optimizer_state: float = 2.0  # numbers per parameter
     foreach_step: bool = True  # the optimizer works on all parameters at once
     reshard: bool = True
@@ -95,9 +96,9 @@ class MemoryPlan:
         # the running block, those fetched ahead of it, and the buffer that one arrives in
         blocks = block * (2 + setup.prefetch) if setup.reshard else compute * (sizes.all - sizes.root) + block
         blocks *= sharded
-        kept = int(self.activations.kept(setup.checkpointed) * tokens) + mask_bytes(tokens) * (
-            setup.device == "cuda"
-        )
+        # all tokens may come to lie in one row
+        masks = setup.dense_mask * tokens**2 or mask_bytes(tokens) * (setup.device == "cuda")
+        kept = int(self.activations.kept(setup.checkpointed) * tokens) + masks
         # gradients of the activations of the block at work
         working = int(self.activations.largest_block * tokens / 2)
         head_gradient = (compute if sharded else WEIGHT) * sizes.head

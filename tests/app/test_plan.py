@@ -178,6 +178,16 @@ def test_a_layer_that_is_split_takes_its_part(capsys: pytest.CaptureFixture[str]
     assert "tensor_parallel_size 3 does not divide the 8 ranks" in capsys.readouterr().err
 
 
+def test_dense_masks_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    fixed = ("--shape", SMALL, "--data.micro_batch_tokens", "32768", "--model.gradient_checkpointing", "true")
+    held = {}
+    for attention in ("pairwise", "sdpa", "eager"):
+        _, plan = plan_of(capsys, *HH, *fixed, "--trainer.accelerator", "cpu", "--model.attention", attention)
+        held[attention] = plan["activations"]
+    assert held["sdpa"] - held["pairwise"] == pytest.approx(32768**2, abs=2e7)  # a boolean for each two tokens
+    assert held["eager"] - held["pairwise"] == pytest.approx(4 * 32768**2, abs=2e7)
+
+
 def test_checkpointing_and_memory_move_the_largest_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
     model = (*HH, "--shape", SMALL, "--config", str(ROOT / "configs/strategy/fsdp.yaml"))
 

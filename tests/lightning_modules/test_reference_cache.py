@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cuda_runs import cuda_stand_in, cuda_trainer
 from tiny_runs import (
     Recorder,
     beta_dpo,
@@ -162,6 +163,17 @@ def test_another_attention_is_another_reference(tiny_llama: str, tmp_path: Path)
         module = preference(tiny_llama, reference="cached", attention=attention)
         quiet_trainer(tmp_path, max_steps=1).fit(module, controlled(10))
     assert len({path.parent for path in parts()}) == 2
+
+
+def test_another_layout_or_device_is_another_reference(tiny_llama: str, tmp_path: Path) -> None:
+    for settings in ({}, {"layout": "separate"}):
+        module = preference(tiny_llama, reference="cached", attention="sdpa", **settings)
+        quiet_trainer(tmp_path, max_steps=1).fit(module, controlled(10))
+    assert len({path.parent for path in parts()}) == 2
+    with cuda_stand_in():
+        module = preference(tiny_llama, reference="cached", attention="sdpa")
+        cuda_trainer(tmp_path, max_steps=1).fit(module, controlled(10))
+    assert len({path.parent for path in parts()}) == 3
 
 
 def test_evaluation_of_a_checkpoint_keeps_the_first_weights_as_reference(tiny_llama: str, tmp_path: Path) -> None:

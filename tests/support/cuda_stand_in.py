@@ -153,6 +153,10 @@ class CudaTensor(Tensor):
         else:
             made = func(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
         written = kwargs["out"] if func is aten.mul.out else args[0] if func is aten.copy_.default else None
+        if _current is not None and func is aten._to_copy.default:
+            source = args[0]
+            key = isinstance(source, torch.nn.Parameter), source.shape[-1] if source.ndim else 0
+            _current.converted[key] += source.nbytes + made.nbytes
         if written is not None and not isinstance(written, CudaTensor):
             return written
         return return_and_correct_aliasing(func, args, kwargs, tree_map(_wrap, made))
@@ -287,6 +291,12 @@ def _pin(tensor: Tensor, *_: Any) -> Tensor:
     return pinned
 
 
+def _set_data(tensor: Tensor, value: Tensor) -> None:
+    if isinstance(tensor, CudaTensor):
+        tensor.inner = _unwrap(value)
+    Tensor.data.__set__(tensor, value)  # type: ignore[attr-defined]
+
+
 def _new_tensor(tensor: Tensor, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
     made = _unwrap(tensor).new_tensor(*args, **kwargs)
     on_cuda = isinstance(tensor, CudaTensor) if device is None else names_cuda(device)
@@ -301,6 +311,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
     Tensor.__array__: _to_numpy,
     Tensor.tolist: _to_list,
     Tensor.pin_memory: _pin,
+    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.new_tensor: _new_tensor,
     Tensor.data_ptr: lambda tensor: Tensor.data_ptr(_unwrap(tensor)),
 }
@@ -316,6 +327,8 @@ class StandIn(TorchFunctionMode):
         self.waits: list[Event] = []
         self.pinned: list[Event] = []
         self.operations: Counter[str] = Counter()
+        # bytes read and written by conversions of type, by whether of a parameter, and by the last dimension
+        self.converted: Counter[tuple[bool, int]] = Counter()
         self._patches = contextlib.ExitStack()
 
     def __enter__(self) -> StandIn:
