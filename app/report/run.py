@@ -79,7 +79,9 @@ class Run:
 
     @property
     def filters(self) -> bool:
-        """Return whether fewer pairs than the whole batch were kept in some step."""
+        """Return whether some step left out pairs that it could have trained on: those with a finite gap."""
+        if self.audit is not None:
+            return bool((np.isfinite(self.audit.gap.to_numpy(float)) & ~self.audit.kept.astype(bool)).any())
         kept = self.curve("filter/kept_fraction")
         return kept is not None and bool((kept.values < 1).any())
 

@@ -97,7 +97,8 @@ def test_who_is_dropped() -> None:
     assert found.level == "watch"
     run.audit = audit.drop(columns="flipped")
     assert beta_checks.who_is_dropped(run) is None
-    assert beta_checks.who_is_dropped(run_with(audit=audit, filter__kept_fraction=[1.0])) is None
+    unfit = audit.assign(gap=np.where(audit.kept, audit.gap, np.nan))  # no filter left these out
+    assert beta_checks.who_is_dropped(run_with(audit=unfit, filter__kept_fraction=[0.8])) is None
 
 
 @pytest.mark.parametrize(
