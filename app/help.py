@@ -47,7 +47,7 @@ def lines(command: str) -> Iterator[str]:
 
 def options_with_defaults(kind: type, defaults: bool = True) -> str:
     """Return the names of the options of a class, with their defaults where these are short."""
-    parameters = [one for name, one in inspect.signature(kind.__init__).parameters.items() if name != "self"]
+    parameters = inspect.signature(kind).parameters.values()
     return ", ".join(f"{one.name}{default_of(one.default) if defaults else ''}" for one in parameters)
 
 

@@ -54,7 +54,7 @@ METRICS = (
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Value]:
     """The `SETTINGS` that the configuration of a run (config.yaml as read) has a value for."""
-    places = {name: arguments(config.get(name)) for name in {path[0] for path in SETTINGS.values()}}
+    places: dict[str, Any] = {name: arguments(config.get(name)) for name in {path[0] for path in SETTINGS.values()}}
     places |= {"trainer": config.get("trainer") or {}, "seed": config.get("seed_everything")}
     found: dict[str, Value] = {}
     for title, path in SETTINGS.items():
