@@ -122,7 +122,7 @@ def test_the_next_batch_is_made_and_packed_while_one_is_in_use(
         states.append((state["pairs_served"], source.state_dict() == state))
     # the place is that of the batch in use, whatever is made beside it
     assert states == [(5, True), (10, True), (15, True), (20, True), (23, True)]
-    # how to pack is known when the first batch is given back; the third may be packed before the second is asked for
+    # how to pack is known when the first batch is given back; the third may be packed before the second
     assert sorted(name.startswith("next-batch") for name in packed_by) == [False, False, True, True, True]
     # another layout than the one made ahead
     batch = next(iter(source))
