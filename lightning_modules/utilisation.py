@@ -11,8 +11,9 @@ import torch
 log = logging.getLogger(__name__)
 
 # TFLOP/s of bfloat16 products with float32 sums, dense, by the name that the driver gives the GPU. Datasheets
-# print most of them with sparsity, which doubles them. Each was checked on 2026-11-26 against public tables made
-# from the source named. Lightning's own table (lightning.fabric.utilities.throughput) takes the sparse figure for
+# print most of them with sparsity, which doubles them. Compared on 2026-11-26 with public tables at second
+# hand, not with the datasheets: all agree, H200 NVL to two digits; GeForce 5090 and 3090 by halving figures for
+# float16 sums. Lightning's own table (lightning.fabric.utilities.throughput) takes the sparse figure for
 # H200 and H100 NVL, that of the cores without matrix units for A40 and GeForce, and knows no B200.
 DENSE_BFLOAT16 = {
     "NVIDIA B200": 2250.0,  # datasheet DGX B200: 72 PFLOP/s in FP8 on 8 GPUs, sparse, and half of it in bfloat16
