@@ -1,5 +1,5 @@
 # make quickstart   set up, train SFT → β-DPO and plain DPO on the controlled task, table and page
-# make parity       the losses against TRL, the β-DPO step against NumPy and plain PyTorch: a table (docs/parity.md)
+# make parity       the losses against TRL, the β-DPO step against NumPy and plain PyTorch: a table (docs/method.md)
 # make pipeline     SFT, every arm of the paper, samples, one table of win rates; what is done is not done again
 # make pipeline-smollm2 HH=pairs.jsonl.gz   the same stages with a real model on real pairs, a few steps each
 # make study        every run of docs/study.md that has no row yet (hours), then the page

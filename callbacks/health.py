@@ -66,7 +66,7 @@ def throughput_lost(tokens_per_second: Sequence[float], best: float, share: floa
 class Condition:
     """A way of being ill: what it looks at, how it is recognised, and what to do about it."""
 
-    name: str  # in the log and, with hyphens, as the heading in docs/health.md
+    name: str  # in the log and, with hyphens, as the heading in docs/monitoring.md
     needs: Sequence[str]  # measurements without which it is not looked for
     holds: Callable[..., bool]  # of the values of `needs`, in that order
     advice: str
@@ -74,7 +74,7 @@ class Condition:
 
     @property
     def link(self) -> str:
-        return f"docs/health.md#{self.name.replace(' ', '-')}"
+        return f"docs/monitoring.md#{self.name.replace(' ', '-')}"
 
 
 CONDITIONS = (

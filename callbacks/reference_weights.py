@@ -20,7 +20,7 @@ class ReferenceWeights(Callback):
 
     p follows from the reference's log-probabilities of the two responses, and the share of flipped labels is
     estimated from the recent ones (`app.method.reference_flips`). Needs a loss with a reference. Not in the paper:
-    docs/reference-weights.md derives it, docs/study.md says what it is worth.
+    docs/method.md derives it, docs/study.md says what it is worth.
 
     Args:
         window: steps whose margins the estimate is made from.

@@ -1,4 +1,4 @@
-"""The recipes of docs/recipes.md as commands, for every test that has something to say about each of them."""
+"""The recipes of docs/pipeline.md as commands, for every test that has something to say about each of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+PAGE = Path(__file__).parents[1] / "docs" / "pipeline.md"
 ROW = re.compile(r"^\| (?P<name>[^|]+) \| (?P<cells>`.*`) \|$", re.MULTILINE)
 BATCH_SCRIPT = "configs/slurm/train.sbatch"
 
@@ -26,9 +26,11 @@ class Recipe:
 
 
 def recipes() -> list[Recipe]:
-    """All of them, in the order of the page."""
+    """Return all of them, in the order of the page."""
     what, where = {}, {}
-    for row in ROW.finditer(PAGE.read_text(encoding="utf-8")):
+    _, heading, text = PAGE.read_text(encoding="utf-8").partition("\n## Recipes\n")
+    assert heading, f"{PAGE} has no section Recipes"
+    for row in ROW.finditer(text):
         cells = re.findall(r"`([^`]*)`", row["cells"])
         if len(cells) == 1:
             what[row["name"]] = cells[0]

@@ -236,7 +236,7 @@ SIZES |= {"Mistral-7B-Instruct": "mistralai/Mistral-7B-Instruct-v0.2"}
 
 @pytest.mark.slow
 def test_every_recipe_has_a_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each row of docs/recipes.md on one of the places to train, in turn, so that both lists are gone through."""
+    """Each row of docs/pipeline.md on one of the places to train, in turn, so that both lists are gone through."""
     recipes = pytest.importorskip("recipes").recipes()
     monkeypatch.chdir(ROOT)
     places = len({recipe.where for recipe in recipes})

@@ -1,4 +1,4 @@
-"""Every recipe of docs/recipes.md is a command that parses to what its name promises."""
+"""Every recipe of docs/pipeline.md is a command that parses to what its name promises."""
 
 from __future__ import annotations
 

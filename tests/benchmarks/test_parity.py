@@ -120,7 +120,7 @@ def test_every_loss_is_that_of_trl(bench: Bench) -> None:
 
 def test_the_document_shows_the_table_as_printed(bench: Bench, authors: Run) -> None:
     # the differences vary with the machine: what is compared and how closely does not
-    document = (Path(__file__).parents[2] / "docs/parity.md").read_text(encoding="utf-8")
+    document = (Path(__file__).parents[2] / "docs/method.md").read_text(encoding="utf-8")
     for row in parity.method_rows(bench, authors):
         line = next(line for line in document.splitlines() if row.against in line and row.quantity in line)
         assert f"{row.tolerance:.0e}" in line

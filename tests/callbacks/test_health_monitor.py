@@ -103,7 +103,7 @@ def test_one_line_at_the_start_and_one_at_the_end(caplog: pytest.LogCaptureFixtu
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
     assert lines[0].startswith("step 3: β at its bounds: the gaps are wide for this schedule")
-    assert lines[0].endswith("(docs/health.md#β-at-its-bounds)")
+    assert lines[0].endswith("(docs/monitoring.md#β-at-its-bounds)")
     # the last window that holds a clamped step ends at step 9, and three more are needed
     assert lines[1] == "step 12: no longer: β at its bounds (since step 3)"
 
@@ -130,10 +130,10 @@ def test_wrong_settings_are_refused() -> None:
 
 
 def test_every_condition_has_its_section_in_the_docs() -> None:
-    headings = re.findall(r"^#+ (.*)$", (ROOT / "docs" / "health.md").read_text(encoding="utf-8"), re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8"), re.MULTILINE)
     for condition in CONDITIONS:
         assert condition.name in headings
-        assert condition.link == f"docs/health.md#{condition.name.replace(' ', '-')}"
+        assert condition.link == f"docs/monitoring.md#{condition.name.replace(' ', '-')}"
 
 
 def strong_beta() -> list:
@@ -173,4 +173,4 @@ def test_nothing_is_said_of_a_healthy_run(
     trainer = quiet_trainer(tmp_path, [HealthMonitor(window=2), *beta_dpo()], max_steps=4)
     trainer.fit(preference(tiny_llama, lr=1e-4), controlled(43))
     assert trainer.callback_metrics["train/loss"] > 0
-    assert not [line for line in caplog.messages if "throughput" not in line and "docs/health.md" in line]
+    assert not [line for line in caplog.messages if "throughput" not in line and "docs/monitoring.md" in line]
