@@ -149,10 +149,12 @@ def check_horizon(schedule: LRScheduler, steps: int) -> None:
 
 def check_steps(trainer: Trainer) -> None:
     """Refuse a validation interval that no epoch reaches, by UserError; warn of one that the run does not reach."""
-    loader: Any = getattr(trainer.datamodule, "train_dataloader", list)()  # type: ignore[attr-defined]
     interval, limit = trainer.val_check_interval, trainer.limit_train_batches
     wanted = trainer.limit_val_batches > 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
-    if not wanted or not isinstance(interval, int) or not hasattr(loader, "__len__"):
+    if not wanted or not isinstance(interval, int):
+        return
+    loader: Any = getattr(trainer.datamodule, "train_dataloader", list)()  # type: ignore[attr-defined]
+    if not hasattr(loader, "__len__"):
         return
     batches = min(limit, len(loader)) if isinstance(limit, int) else int(len(loader) * limit)
     if trainer.check_val_every_n_epoch is not None and interval > batches > 0:

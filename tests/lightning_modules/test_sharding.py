@@ -199,7 +199,7 @@ def test_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("strategy", "precision", "said"),
     [
-        (ModelParallelStrategy(1, 1), "32-true", r"use lightning_modules\.ShardedStrategy"),
+        (ModelParallelStrategy(1, 1), "32-true", r"the class lightning_modules\.ShardedStrategy"),
         (ShardedStrategy(), "bf16-mixed", "set 32-true with ShardedStrategy"),
         (ShardedStrategy(replicas=2), "32-true", "1 ranks do not make 2 replicas"),
     ],
