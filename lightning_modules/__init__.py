@@ -1,4 +1,4 @@
-"""The training stages as LightningModules: supervised fine-tuning, then preference optimisation."""
+"""The two training stages as LightningModules, supervised fine-tuning and preference optimisation."""
 
 from lightning_modules.preference import PreferenceOptimization
 from lightning_modules.sft import SupervisedFineTuning

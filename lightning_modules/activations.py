@@ -1,4 +1,4 @@
-"""How much a forward pass keeps for the backward pass, counted on tensors that have shapes and no memory."""
+"""Measure the activations that a forward pass keeps for the backward pass, on fake tensors that use no memory."""
 
 from __future__ import annotations
 
@@ -15,49 +15,51 @@ from app.errors import UserError
 from lightning_modules.sharding import transformer_blocks
 from lightning_modules.tensor_parallel import LOCAL, keep_local_part
 
-SHORT_ROW = 16  # tokens; so short that a mask, which FlexAttention does not have, weighs nothing
+SHORT_ROW = 16  # tokens; short, so that the dense mask, which FlexAttention does not need, adds almost nothing
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes per token of a micro-batch."""
+    """The activation memory of a model, in bytes per token of a micro-batch."""
 
     all_blocks: float  # kept by all transformer blocks together
     largest_block: float
     outside: float  # embeddings, final norm
-    block_input: float  # what gradient checkpointing keeps of a block; the head gets as much
+    block_input: float  # kept per block under gradient checkpointing; the head's input has the same size
     blocks: int
 
     def kept(self, checkpointed: bool) -> float:
-        """Most that is held at a time, when the backward pass begins or, recomputing, goes through a block."""
+        """Return the peak in bytes per token.
+
+        The peak is at the start of the backward pass or, with `checkpointed`, while a block is recomputed.
+        """
         if checkpointed:
             return self.outside + (self.blocks + 1) * self.block_input + self.largest_block
         return self.outside + self.block_input + self.all_blocks
 
 
 def activations(config: Any, dtype: torch.dtype, autocast: bool, split: int = 1) -> Activations:
-    """Of the decoder below the head, by running it once on fake tensors.
+    """Measure the decoder without its head by running it on fake tensors.
 
-    `dtype` is that of the weights as the forward pass sees them; `autocast` takes products in bfloat16 all the
-    same. Where `split` ranks share every layer (`tensor_parallel`), it is what one of them keeps. Attention counts
-    as an implementation that stores no scores (FlexAttention, SDPA).
-    Raises UserError for a model that does not run without data.
+    `dtype` is the dtype of the weights in the forward pass; with `autocast`, products are in bfloat16. If `split`
+    ranks share every layer (`tensor_parallel`), the result is for one rank. Attention is assumed to store no
+    scores (FlexAttention, SDPA). Raises UserError for a model that cannot run on fake tensors.
     """
     try:
         few, many = (_kept(config, dtype, autocast, split, rows) for rows in (1, 9))
-    except Exception as error:  # code of any family, on tensors without data
+    except Exception as error:  # the code of a model family may raise anything on fake tensors
         raise UserError(
             f"plan: a model of type {config.model_type} cannot be measured without weights: "
             f"{(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
-    # what does not grow with the tokens falls out
+    # the difference of two sizes cancels everything that does not grow with the number of tokens
     outside, *blocks = [(m - f) / (8 * SHORT_ROW) for m, f in zip(many, few, strict=True)]
     width = config.hidden_size * torch.empty((), dtype=dtype).element_size()
     return Activations(sum(blocks), max(blocks), outside, width, len(blocks))
 
 
 def _kept(config: Any, dtype: torch.dtype, autocast: bool, split: int, rows: int) -> list[int]:
-    """Bytes kept outside of the blocks, then by each block, in the order in which they first appear."""
+    """Return the bytes kept outside the blocks, then by each block in order; shared storage counts once."""
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
         keep_local_part(model, split, LOCAL)
@@ -89,5 +91,5 @@ def _kept(config: Any, dtype: torch.dtype, autocast: bool, split: int, rows: int
             torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         ):
             output = model.base_model(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False)
-        del output  # alive until here, so that no storage took the place of a freed one
+        del output  # alive until here, so that no new storage reuses the address of a freed one
     return kept

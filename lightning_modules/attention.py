@@ -1,4 +1,4 @@
-"""Who may look at whom in a packed row: every response sees its own prompt and itself, nothing else."""
+"""Attention masks and model inputs for packed rows, where a response attends only to its own prompt and itself."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from lightning_modules.varlen import VARLEN
 
 log = logging.getLogger(__name__)
 
-OURS = (VARLEN, FLEX, PAIRWISE)  # the implementations that take the runs of one row
-# What `attention: auto` tries on CUDA, the fastest first. None has run on a GPU yet: the first run there decides
-# the order.
+OURS = (VARLEN, FLEX, PAIRWISE)  # this project's implementations, which take the runs of one row and no mask
+# The order in which `attention: auto` tries them on CUDA: expected fastest first, not yet measured on a GPU.
 CUDA_ORDER = (VARLEN, FLEX, PAIRWISE)
 
 
 def dense_mask(rows: PackedRows, window: int | None = None) -> Tensor:
-    """Boolean mask [R, 1, T, T], True where the query (second last axis) may attend to the key (last).
+    """Return a boolean mask [R, 1, T, T], True where the query (second last axis) may attend to the key (last).
 
     Padding attends to padding, so no row of the softmax is empty. `window` counts positions within the pair,
-    as a model with sliding-window attention does on a plain row.
+    like sliding-window attention on a plain row.
     """
     same_group = rows.group[:, :, None] == rows.group[:, None, :]
     visible_part = (rows.part[:, None, :] == 0) | (rows.part[:, :, None] == rows.part[:, None, :])
@@ -42,20 +41,20 @@ def dense_mask(rows: PackedRows, window: int | None = None) -> Tensor:
 
 
 def additive_mask(rows: PackedRows, window: int | None = None) -> Tensor:
-    """The same rule as a float mask [R, 1, T, T] to be added to the scores: 0 where allowed, else very negative."""
+    """Return `dense_mask` as a float mask [R, 1, T, T] to add to the scores: 0 if allowed, else very negative."""
     forbidden = ~dense_mask(rows, window)
     zeros = torch.zeros(forbidden.shape, device=forbidden.device)
     return zeros.masked_fill(forbidden, torch.finfo(zeros.dtype).min)
 
 
 def dense_mask_bytes(attention: str, config: Any) -> int:
-    """Return what all masks of a packed row (see `masks`) take for each two of its tokens: 0 for our attentions."""
+    """Return the bytes per (query, key) entry of all masks of a packed row (see `masks`); 0 for `OURS`."""
     kinds = len(set(getattr(config, "layer_types", None) or [""]))
     return {"sdpa": 1, "eager": 4}.get(attention, 0) * kinds
 
 
 def attentions(model: Any, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Those of our own that this model may take on this device, in the order in which they are wanted."""
+    """Return the attentions of `OURS` that this model may use on this device, in order of preference."""
     if not model._supports_attention_backend:
         return []
     if device.type != "cuda":
@@ -66,9 +65,9 @@ def attentions(model: Any, device: torch.device, dtype: torch.dtype) -> list[str
 
 
 def model_inputs(rows: PackedRows, config: Any) -> dict[str, Any]:
-    """What a Hugging Face decoder with this `config` takes to score `rows`: every response sees its own pair only.
+    """Return the keyword arguments with which a Hugging Face decoder of this `config` scores `rows`.
 
-    Made once for each kind of attention and kept with the rows: layers, policy and reference share it.
+    They are built once per kind of attention and kept with the rows; layers, policy and reference share them.
     """
     implementation = config._attn_implementation
     if implementation in OURS:
@@ -76,11 +75,14 @@ def model_inputs(rows: PackedRows, config: Any) -> dict[str, Any]:
     return {"input_ids": rows.input_ids, "position_ids": rows.position_ids, **masks(rows, config)}
 
 
-ROW_OF = {FLEX: (BLOCK, LEAST)}  # by implementation, what the tokens of a row are a multiple of, and their least
+ROW_OF = {FLEX: (BLOCK, LEAST)}  # implementation → a row's length is a multiple of this, and at least this
 
 
 def one_row(rows: PackedRows, multiple: int, least: int) -> dict[str, Any]:
-    """Tokens and positions as one row, padded at its end to a multiple of so many tokens, and its runs."""
+    """Return tokens and positions as one row with its runs, padded at the end to a multiple of `multiple` tokens.
+
+    The row has at least `least` tokens.
+    """
     tokens = rows.input_ids.numel()
     padding = max(least, -(-tokens // multiple) * multiple) - tokens
     flat = {name: F.pad(getattr(rows, name).reshape(1, -1), (0, padding)) for name in ("input_ids", "position_ids")}
@@ -89,11 +91,11 @@ def one_row(rows: PackedRows, multiple: int, least: int) -> dict[str, Any]:
 
 
 def masks(rows: PackedRows, config: Any) -> dict[str, Any]:
-    """The mask of `rows` for an attention of transformers.
+    """Return the mask arguments of `rows` for an attention of transformers.
 
-    `separate` rows are plain right-padded rows: a two-dimensional mask, and the model does the rest. For a packed
-    row transformers leaves out the model's own sliding window, so it is put in here. Eager attention adds whatever
-    mask it is given: a boolean one would let every token see every other.
+    `separate` rows are plain right-padded rows and need only a two-dimensional mask. With a four-dimensional mask
+    transformers does not apply the model's sliding window, so the mask includes it. Eager attention adds the mask
+    to the scores: a boolean mask would let every token see every other, so it gets a float mask.
     """
     if rows.layout == "separate":
         return {"attention_mask": (rows.group >= 0).long()}

@@ -1,4 +1,4 @@
-"""What both training stages share: the policy, micro-batches that match across ranks, and the update."""
+"""The base class of both training stages: policy, micro-batches that match across ranks, and update."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CompileLayers = bool | Literal["auto"]
 
 
 class LanguageModelTraining(LoggedTraining):
-    """A policy trained by manual optimisation, one optimizer batch per `training_step`.
+    """A training stage that uses manual optimisation, one optimizer batch per `training_step`.
 
     Args:
         name: folder or Hub id of the model to start from.
@@ -48,16 +48,16 @@ class LanguageModelTraining(LoggedTraining):
         lr_scheduler: called with the optimizer; stepped once per optimizer step.
         max_grad_norm: gradients are clipped to this norm over all ranks; none turns clipping off.
         layout: `packed` rows hold the prompt once; `separate` rows are plain padded ones. `auto` packs unless
-            a check on the first batch shows that this model's log-probabilities do not survive it.
-        attention: `auto` takes the fastest that passes a check at the start: on CUDA `varlen` (FlashAttention, in
-            16 bits), `flex` (compiled FlexAttention), then `pairwise` (see `pairwise_attention`), the first on CPU,
-            then what transformers takes for the model: `sdpa`, or `eager` for a family that has no other.
+            the start-up check on the first batch finds that packing changes this model's log-probabilities.
+        attention: `auto` takes the first that passes the start-up check: on CUDA `varlen` (FlashAttention, in
+            16 bits), `flex` (compiled FlexAttention), `pairwise` (see `pairwise_attention`); on other devices
+            `pairwise`; then the choice of transformers: `sdpa`, or `eager` where the model has no `sdpa`.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        compile_layers: fuse what the layers do between their matrix products by `torch.compile`, which takes some
-            of the time and memory of a step away and costs the start of the run up to a minute. `auto` does so on
-            CUDA, where it works.
+        compile_layers: fuse the operations between a layer's matrix products by `torch.compile`. This saves time
+            and memory in every step and adds up to a minute to the start of the run. `auto` compiles on CUDA if
+            the start-up check passes.
         trust_remote_code: run model code that comes from the Hub.
-        lora: train low-rank adapters of these settings, and nothing else.
+        lora: train only low-rank adapters with these settings.
     """
 
     responses: Sequence[str]  # the sides of a pair that the stage trains on
@@ -95,7 +95,7 @@ class LanguageModelTraining(LoggedTraining):
     # --- set-up -----------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """Refuse what cannot work. The one hook before Lightning's own check, which does not know the cure."""
+        """Raise UserError for settings that cannot work, before Lightning's own check, which names no remedy."""
         check_start(self)
         return []
 
@@ -110,7 +110,7 @@ class LanguageModelTraining(LoggedTraining):
             return
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
-        # here rather than when Lightning does it: the reference is copied from it, and sharding fixes the type
+        # converted before Lightning does it, because the reference is a copy and sharding fixes the dtype
         self.policy = self.trainer.precision_plugin.convert_module(self.build_scorer())  # type: ignore[assignment]
         self.keep_reference(self.policy)
         stop_at(self.policy.model, getattr(self.trainer.datamodule, "stop_ids", []))  # type: ignore[attr-defined]
@@ -127,7 +127,7 @@ class LanguageModelTraining(LoggedTraining):
         self.on_policy_ready()
 
     def build_scorer(self) -> ResponseScorer:
-        """Load the model that the configuration names, with a packed forward around it."""
+        """Load the configured model, add adapters if asked for, and wrap it in a `ResponseScorer`."""
         asked = None if self.attention in ("auto", *OURS) else self.attention
         model = load_model(
             self.name,
@@ -145,26 +145,27 @@ class LanguageModelTraining(LoggedTraining):
         return scorer
 
     def check_data(self, model: Any) -> None:
-        """Raise UserError where the data has tokens or rows that the model has no embedding for."""
+        """Raise UserError if the data has token ids or row lengths beyond the model's embeddings."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "largest_id"):
             refuse_beyond(model, data.longest[1], data.largest_id, "data.tokenizer", "data.max_length")
 
     @property
     def scorers(self) -> tuple[ResponseScorer, ...]:
-        """Every model of the stage, the policy first."""
+        """Return every model of the stage, the policy first."""
         return (self.policy,)
 
     def keep_reference(self, fresh: ResponseScorer) -> None:
-        """Called with the fresh model before it is sharded: a stage with a reference copies it here."""
+        """Copy the reference from the `fresh` model, which is not sharded yet; does nothing by default."""
 
     def on_policy_ready(self) -> None:
-        """Called once the policy stands as it starts, sharded or not, and before any checkpoint is loaded."""
+        """Run code once the policy is placed and before any checkpoint is loaded; does nothing by default."""
 
     def place(self, scorer: ResponseScorer, frozen: bool = False) -> ResponseScorer:
-        """Shard the scorer under `ShardedStrategy`, reading its weights now if they were left out; returns it.
+        """Put the scorer on its device and return it.
 
-        Any other strategy moves the policy itself; a `frozen` scorer, which it does not know, moves here.
+        Under `ShardedStrategy` it is sharded, and weights that were left out at loading are read now. Any other
+        strategy moves the policy itself but does not know a `frozen` scorer, which is moved here.
         """
         strategy = self.trainer.strategy
         if not isinstance(strategy, ShardedStrategy):
@@ -181,7 +182,7 @@ class LanguageModelTraining(LoggedTraining):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of the forward pass: what rounding it has."""
+        """Return the dtype of the forward pass, which decides its rounding error."""
         strategy = self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):
             return strategy.compute_dtype
@@ -202,7 +203,7 @@ class LanguageModelTraining(LoggedTraining):
             count_batches_of(checkpoint["loops"]["fit_loop"], data.batch_size)
 
     def on_train_start(self) -> None:
-        """Put the settings of the optimizer and its schedule in force that were asked for, not restored."""
+        """Replace the restored settings of optimizer and schedule by those of this run's configuration."""
         super().on_train_start()
         if self.trainer.ckpt_path is None:
             return
@@ -217,7 +218,7 @@ class LanguageModelTraining(LoggedTraining):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # enough to rebuild the model without the run's configuration: `beta-dpo export` reads it
+        # `beta-dpo export` rebuilds the model from these, without the run's configuration
         checkpoint["model_config"] = self.policy.model.config.to_json_string(use_diff=False)
         checkpoint["lora"] = None if self.lora is None else {"base": self.name, **asdict(self.lora)}
         named = self.policy.model.base_dtype
@@ -227,18 +228,18 @@ class LanguageModelTraining(LoggedTraining):
     # --- one optimizer step -----------------------------------------------------------------------------
 
     def micro_batches(self, batch: OptimizerBatch, pairs: Sequence[int] | None = None) -> list[PackedRows]:
-        """This rank's rows of `pairs` (indices into its share; all when None), as many as on every rank.
+        """Return this rank's rows of `pairs` (indices into its share; None: all), the same number on every rank.
 
-        The layout is settled on the first batch seen (see `layout_check`).
+        The first call settles the layout (see `layout_check`).
         """
         if self.layout is None:
             self.layout = agreeing_layout(self, batch)
         return self.match_ranks(batch.micro_batches(self.responses, self.layout, self.policy.balanced_row, pairs))
 
     def match_ranks(self, rows: list[PackedRows]) -> list[PackedRows]:
-        """`rows` on this rank's device, with empty ones added up to the largest number that any rank has.
+        """Return `rows` on this rank's device, with empty rows added up to the largest number on any rank.
 
-        The sharded forward and backward passes are collective: every rank must run as many.
+        Sharded forward and backward passes are collective, so every rank must run the same number.
         """
         most = int(self.reduce(torch.tensor(len(rows)), "max"))
         return [each.to(self.device) for each in (*rows, *(PackedRows.empty() for _ in range(most - len(rows))))]
@@ -246,21 +247,21 @@ class LanguageModelTraining(LoggedTraining):
     def score(
         self, scorer: Callable[[PackedRows], Tensor], micro_batches: Sequence[PackedRows], share: int
     ) -> Tensor:
-        """Summed log-probabilities [share, sides] float64 of the rank's pairs; zero for pairs not in the rows."""
+        """Return summed log-probabilities [share, sides] float64 of this rank's pairs; 0 if not in the rows."""
         logps = torch.zeros(share, len(self.responses), dtype=torch.float64, device=self.device)
         for rows in micro_batches:
             logps = logps.index_copy(0, rows.pairs, scorer(rows).view(-1, len(self.responses)))
         return logps
 
     def backward_micro_batch(self, loss: Tensor, last: bool) -> None:
-        """Accumulate gradients; `gradient_sync` says what ranks exchange before the `last` one of a step."""
+        """Accumulate gradients; `gradient_sync` decides what ranks exchange before the `last` micro-batch."""
         with gradient_sync(self.trainer.strategy, self.policy, last):
             self.manual_backward(loss)
 
     def update(self) -> float:
-        """Clip, step the optimizer and the schedule; returns the gradient norm before clipping.
+        """Clip gradients, step the optimizer and the schedule, and return the gradient norm before clipping.
 
-        Raises UserError when the norm is not finite, before the weights are touched.
+        Raises UserError before the weights change if the norm is not finite.
         """
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
@@ -278,14 +279,14 @@ class LanguageModelTraining(LoggedTraining):
 
     @property
     def data_parallel_size(self) -> int:
-        """Shares of a batch: the number of ranks, or of tensor-parallel groups, whose ranks have the same share."""
+        """Return the number of shares of a batch: ranks, or tensor-parallel groups, whose ranks share one share."""
         sampling = self.trainer.distributed_sampler_kwargs
         return 1 if sampling is None else int(sampling["num_replicas"])
 
     def reduce(self, value: Tensor, how: str) -> Tensor:
-        """`value` reduced over all ranks (`sum`, `mean` or `max`), on the CPU; in a sum every share counts once."""
+        """Return `value` reduced over all ranks (`sum`, `mean` or `max`), on the CPU; a sum counts a share once."""
         if self.trainer.world_size == 1:
             return value.cpu()
         if how == "sum" and self.trainer.global_rank % (self.trainer.world_size // self.data_parallel_size):
-            value = torch.zeros_like(value)  # a neighbour adds the same
+            value = torch.zeros_like(value)  # the first rank of the tensor-parallel group adds it
         return self.trainer.strategy.reduce(value.to(self.device), reduce_op=how).cpu()

@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, and read without running any code that they hold."""
+"""Writing checkpoint files atomically and reading them without running code that they may hold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from app.errors import UserError
 from app.files import atomic_file
 
-# what the index of a sharded checkpoint is made of, besides torch's dtypes; anything else in it is refused
+# the classes that the index of a sharded checkpoint may hold, besides torch's dtypes; all others are refused
 _INDEX_MODULE = "torch.distributed.checkpoint.metadata"
 _INDEX_NAMES = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
@@ -27,22 +27,22 @@ _INDEX_NAMES = {
     ("collections", "OrderedDict"),
     *((module, name) for module in ("pathlib", "pathlib._local") for name in ("Path", "PosixPath", "WindowsPath")),
 }
-_LIGHTNING_METADATA = "meta.pt"  # what Lightning keeps beside the shards
+_LIGHTNING_METADATA = "meta.pt"  # Lightning's file beside the shards
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes under a temporary name in the same folder and renames; reads without pickle's power.
+    """A checkpoint plugin that writes to a temporary file in the same folder, renames it, and reads weights only.
 
-    Lightning's own goes through the system's temporary folder, and copies, not renames, where that is another
-    file system: killed in between, it leaves half a checkpoint under the final name. This one also streams to
-    the file where Lightning first holds it twice in memory.
+    Lightning's own plugin writes through the system's temporary folder. On another file system it copies instead
+    of renaming, and a kill during the copy leaves half a checkpoint under the final name. It also holds the
+    checkpoint twice in memory; this plugin streams to the file.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with atomic_file(path) as temporary:
             try:
                 torch.save(checkpoint, temporary)
-            except RuntimeError as error:  # torch's writer does not tell the system's reason
+            except RuntimeError as error:  # torch's writer hides the operating system's reason
                 raise UserError(
                     f"{path} could not be written, most likely for want of space: free some and start again with "
                     "--ckpt_path last; the checkpoint before it is whole."
@@ -51,14 +51,14 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Callable | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The contents on the CPU, whatever the arguments say. Raises UserError like `read_checkpoint`."""
+        """Return the contents on the CPU, whatever the arguments say. Raises UserError like `read_checkpoint`."""
         return read_checkpoint(Path(path), mmap=False)
 
 
 def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
-    """What `fit` saved in the file `path`, on the CPU; with `mmap`, tensors are read when they are used.
+    """Return the contents of the checkpoint file `path` on the CPU; with `mmap`, tensors are read when used.
 
-    Raises UserError when it is missing, damaged, holds code, or was not written by this project.
+    Raises UserError if the file is missing, damaged, holds code, or was not written by this project.
     """
     if path.is_dir():
         raise UserError(
@@ -73,10 +73,10 @@ def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
 
 
 def read_for_export(path: Path) -> dict[str, Any]:
-    """What is saved in `path`, file or folder of shards, without the state of optimizers.
+    """Return the contents of `path`, a file or a folder of shards, for export.
 
-    Of a folder, `state_dict` is read into memory, one model in all; of a file, it is mapped. Raises UserError
-    like `read_checkpoint`.
+    From a folder, `state_dict` is read into memory and the state of the optimizers is not read; a file is
+    memory-mapped. Raises UserError like `read_checkpoint`.
     """
     if not path.is_dir():
         return read_checkpoint(path)
@@ -89,16 +89,16 @@ def read_for_export(path: Path) -> dict[str, Any]:
     }
     try:
         dcp.load(weights, storage_reader=reader, no_dist=True)
-    except (Exception, CheckpointException) as error:  # a shard that is cut or missing; torch's is no Exception
+    except (Exception, CheckpointException) as error:  # CheckpointException is no subclass of Exception
         raise _refusal(path) from error
     state = {name.removeprefix("state_dict."): tensor for name, tensor in weights.items()}
     return _load(path, path / _LIGHTNING_METADATA) | {"state_dict": state}
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:
-    """What is saved in a file or a folder of shards, of the latter without tensors.
+    """Return the contents of a checkpoint file, or of a folder of shards without its tensors.
 
-    Refuses, with a UserError, what `fit` could not have written.
+    Raises UserError for anything that `fit` could not have written.
     """
     if not path.exists():
         raise UserError(f"--ckpt_path: there is no checkpoint {path}; give the path of one, or `last`.")
@@ -114,7 +114,7 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _check_shards(folder: Path) -> None:
-    """Torch reads the index, and every value that is no tensor, by plain pickle: look at them before it does."""
+    """Raise UserError for shards with unsafe contents, because torch unpickles the index and non-tensor values."""
     try:
         with open(folder / ".metadata", "rb") as file:
             index = _IndexUnpickler(file).load()
@@ -131,7 +131,7 @@ def _check_shards(folder: Path) -> None:
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Builds the plain records of an index and nothing else."""
+    """An unpickler that builds only the plain records of a checkpoint's index."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _INDEX_NAMES:

@@ -1,4 +1,4 @@
-"""A pair without finite log-probabilities must not cost the pairs that share a row with it theirs."""
+"""Re-scoring of pairs that are not finite, so that a NaN does not spread to other pairs of the same row."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def measured_alone(
     batch: OptimizerBatch,
     logps: PairLogps,
 ) -> PairLogps:
-    """`logps` [B] with every pair that is not finite scored again, without gradient, in plain rows of its own.
+    """Return `logps` [B], detached, with every pair that is not finite scored again in separate rows.
 
-    Attention gives what the mask hides the weight 0, and 0·NaN is NaN: in a packed row one bad pair spoils all.
-    Plain rows go through the model's own attention, which takes their mask. Called on every rank at once.
+    A masked key has the attention weight 0, and 0·NaN is NaN, so one bad pair makes its whole packed row NaN.
+    Separate rows use the model's own attention, which takes their mask. Must be called on every rank at once.
     """
     spoilt = ~logps.finite
     suspects = torch.nonzero(spoilt).flatten().tolist()

@@ -1,8 +1,9 @@
-"""FlexAttention over one row of pairs: on CUDA, blocks of tokens that see nothing of each other cost nothing.
+"""FlexAttention over one row of pairs, which on CUDA skips blocks of tokens that do not attend to each other.
 
-Transformers wraps FlexAttention as well. Its graphs multiply by the number of rows, by rows up to 128 tokens and by
-mask function; past the compiler's limit FlexAttention runs uncompiled, and holds the scores of the whole row. Here
-there is one row whose length is a multiple of the block, and one mask function: a window is part of its bounds.
+Transformers also wraps FlexAttention, but compiles one graph per number of rows, for rows up to 128 tokens and per
+mask function. Past the compiler's limit FlexAttention runs uncompiled and holds the scores of the whole row. This
+module needs one graph: one row, its length a multiple of the block, and one mask function with the window in its
+bounds.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from app.method.batch import PairRun, on_device
 from lightning_modules.pair_runs import PairRuns, one_dtype, register
 
-FLEX = "flex"  # the name under which transformers knows it
+FLEX = "flex"  # its name in transformers
 BLOCK = 128  # tokens; the block of FlexAttention's masks
-LEAST = 2 * BLOCK  # tokens of a row: a single block would be a graph of its own
+LEAST = 2 * BLOCK  # least tokens of a row, because a row of one block would compile a second graph
 
 
 def visible(runs: Sequence[PairRun], window: int | None) -> np.ndarray:
-    """Which keys each query sees, [3, T] int32: `own`, `first`, `end`.
+    """Return the bounds `own`, `first` and `end` of the keys that each query sees, [3, T] int32.
 
-    Query q sees the keys own[q] … q, of its own part of the pair, and first[q] … end[q] − 1, of its prompt. A
-    window of W tokens, counted in the pair as on a plain row, moves `own` and `first` up.
+    Query q sees the keys own[q] … q of its own part of the pair and the keys first[q] … end[q] − 1 of its prompt.
+    A window of W tokens, counted within the pair, raises `own` and `first`.
     """
     start = 0
     parts: list[tuple[int, int, int, int]] = []  # where a part begins, its tokens, where its prompt begins and ends
@@ -44,20 +45,23 @@ def visible(runs: Sequence[PairRun], window: int | None) -> np.ndarray:
     if window is not None:
         query = np.arange(start)
         own = np.maximum(begins, query - window + 1)
-        # the token stands at end − first + query − begins in its pair
+        # the position of the token in its pair is end − first + query − begins
         first = np.minimum(end, np.maximum(first, end + query - begins - window + 1))
     return np.stack([own, first, end]).astype(np.int32)
 
 
 def seen_per_block(bounds: np.ndarray) -> np.ndarray:
-    """How many pairs of tokens see each other in each block, [n, n] by query and key block; no T×T array."""
+    """Return the number of visible (query, key) pairs in each block, [n, n] by query and key block.
+
+    Needs no T×T array.
+    """
     own, first, end = bounds
     tokens = len(own)
     blocks = tokens // BLOCK
     query_block = np.arange(tokens) // BLOCK
 
     def keys_before(stop: np.ndarray) -> np.ndarray:
-        """Pairs of a query and a key before the query's `stop`, by block."""
+        """Return per block the number of (query, key) pairs with the key before the query's `stop`."""
         block, rest = np.divmod(stop, BLOCK)
         cell = query_block * (blocks + 1) + block
         shape = (blocks, blocks + 1)
@@ -70,9 +74,9 @@ def seen_per_block(bounds: np.ndarray) -> np.ndarray:
 
 
 class Blocks(NamedTuple):
-    """The block mask of one row as tensors, int32: blocks of keys by query, of queries by key, and the bounds."""
+    """The block mask of one row as int32 tensors: key blocks per query block, the reverse, and the bounds."""
 
-    kv_num_blocks: Tensor  # [1, 1, n], of blocks of which a part is seen
+    kv_num_blocks: Tensor  # [1, 1, n], counts blocks that are partly visible
     kv_indices: Tensor  # [1, 1, n, n]
     full_kv_num_blocks: Tensor
     full_kv_indices: Tensor
@@ -86,7 +90,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, runs: Sequence[PairRun], window: int | None, device: torch.device) -> Blocks:
-        """The mask of one row of whole blocks, made on the host from its runs, without a T×T array."""
+        """Return the block mask of a row of whole blocks, computed on the host without a T×T array."""
         bounds = visible(runs, window)
         seen = seen_per_block(bounds)
         full = seen == BLOCK * BLOCK
@@ -97,7 +101,7 @@ class Blocks(NamedTuple):
         )
 
     def mask(self, tokens: int) -> BlockMask:
-        """As FlexAttention takes it."""
+        """Return the `BlockMask` for FlexAttention."""
         own, first, end = self.own, self.first, self.end
 
         def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -108,13 +112,13 @@ class Blocks(NamedTuple):
 
 
 def ordered(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many blocks of each row of `chosen` [n, n] are, [1, 1, n], and their columns first, [1, 1, n, n]."""
+    """Return per row of `chosen` [n, n] the count of True [1, 1, n] and the columns, True first [1, 1, n, n]."""
     indices = np.argsort(~chosen, axis=-1, kind="stable")
     return chosen.sum(-1, dtype=np.int32)[None, None], indices.astype(np.int32)[None, None]
 
 
 def mask_bytes(tokens: int) -> int:
-    """Bytes of the block mask of a row: indices of partial and full blocks, by query and by key, and the bounds."""
+    """Return the bytes of the block mask of a row of `tokens` tokens: block counts and indices, and the bounds."""
     blocks = -(-max(tokens, LEAST) // BLOCK)
     return 4 * (4 * blocks * (blocks + 1) + 3 * blocks * BLOCK)
 
@@ -122,7 +126,10 @@ def mask_bytes(tokens: int) -> int:
 def packed_flex(
     query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float | None, softcap: float | None
 ) -> Tensor:
-    """FlexAttention of one row: `query` [1, heads, T, d], `key` and `value` [1, key heads, T, d], of one dtype."""
+    """Return FlexAttention's output [1, heads, T, d] for one row.
+
+    `query` is [1, heads, T, d], `key` and `value` are [1, key heads, T, d], all of one dtype.
+    """
 
     def capped(score: Tensor, *_: Tensor) -> Tensor:
         assert softcap is not None
@@ -142,10 +149,10 @@ def packed_flex(
 
 
 def compile_flex(backend: str | Callable[..., Any] = "inductor") -> Callable[..., Tensor]:
-    """`packed_flex` compiled, as one graph: past the compiler's limit it raises.
+    """Return `packed_flex` compiled as one graph, which raises past the compiler's limit.
 
-    `attend` marks what is as long as the row, so that one graph serves every length. `dynamic=True` would take
-    scale and soft cap for variables as well, which FlexAttention refuses.
+    `attend` marks the dimensions that follow the row's length as dynamic, so that one graph serves every length.
+    `dynamic=True` would also make scale and soft cap dynamic, which FlexAttention refuses.
     """
     return torch.compile(packed_flex, fullgraph=True, backend=backend)
 
@@ -162,11 +169,11 @@ def attend(
     scale: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """See `pair_runs.Attend`."""
+    """Compute FlexAttention; see `pair_runs.Attend` for the arguments."""
     blocks: Blocks = runs.made((FLEX, window), lambda: Blocks.of(runs.runs, window, query.device))
     states = one_dtype(query, key, value)
     for tensor in (*states, *blocks):
-        # [T], [1, 1, n], [1, 1, n, n], [1, heads, T, d]: what follows the length of the row
+        # dimensions that follow the row's length in [T], [1, 1, n], [1, 1, n, n], [1, heads, T, d]
         long = {1: (0,), 3: (2,), 4: (2,) if tensor.is_floating_point() else (2, 3)}[tensor.ndim]
         torch._dynamo.maybe_mark_dynamic(tensor, list(long))
     return compiled_flex(*states, blocks, scale, softcap)

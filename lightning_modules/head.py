@@ -1,4 +1,4 @@
-"""The head on response tokens alone: their log-probabilities, a slice of the vocabulary at a time."""
+"""Log-probabilities of response tokens from the head, computed in slices of the vocabulary to save memory."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Most logits that exist at a time, [N tokens, slice of the vocabulary]. On a CPU a slice should stay in the cache;
-# a GPU wants few large products.
+# Largest number of logits [N tokens, slice of the vocabulary] in memory at a time. On a CPU a slice should fit the
+# cache; a GPU is faster with few large products.
 SLICE_LOGITS = {"cpu": 2**22, "cuda": 2**26}
 NARROWEST_SLICE = 512  # below this a matrix product is mostly overhead
 
 
 class LogitRule(NamedTuple):
-    """What some families do to the logits after the head; the start-up check catches a family left out here."""
+    """The scale and soft cap that some model families apply to logits; the start-up check detects other rules."""
 
     scale: float = 1.0
     cap: float | None = None  # logits become cap·tanh(logits/cap)
 
     @classmethod
     def of(cls, config: Any) -> LogitRule:
-        """Read from a Hugging Face configuration."""
+        """Return the rule of a Hugging Face configuration."""
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
         divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
         return cls(scale / divisor, getattr(config, "final_logit_softcapping", None))  # Gemma 2
 
     def apply_(self, logits: Tensor) -> Tensor:
-        """The rule on `logits` of any shape, in place."""
+        """Apply the rule to `logits` of any shape in place and return them."""
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.cap is not None:
@@ -37,15 +37,15 @@ class LogitRule(NamedTuple):
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """`logits`, widened from half precision; float64 stays."""
+    """Return `logits` in float32, or in float64 if they already are."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def widened_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return `left` [N, K] @ `right` [K, M] in float32 (float64 where they are), without gradient.
+    """Return `left` [N, K] @ `right` [K, M] in float32 (float64 for float64 inputs), without gradient.
 
-    A GPU adds half-precision products up in float32 and can write the sums as they are; otherwise they are rounded
-    to half precision first.
+    A GPU accumulates half-precision products in float32 and can return the float32 sums; elsewhere the sums are
+    rounded to half precision first.
     """
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left, right, out_dtype=torch.float32)
@@ -53,7 +53,7 @@ def widened_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule) -> Tensor:
-    """Logits [N, V] in float32 (float64 where the weights are) of outputs `hidden` [N, width], without gradient."""
+    """Return logits [N, V] of `hidden` [N, width] in float32 (float64 for float64 weights), without gradient."""
     dtype = compute_dtype(weight)
     logits = widened_product(hidden.to(dtype), weight.to(dtype).t())
     if bias is not None:
@@ -69,17 +69,17 @@ def head_logps(
     rule: LogitRule,
     slice_logits: int | None = None,
 ) -> Tensor:
-    """Log-probabilities [N] of `targets` [N], float32 (float64 where the weights are), with gradient.
+    """Return log-probabilities [N] of `targets` [N] in float32 (float64 for float64 weights), with gradient.
 
-    Neither pass ever holds more than one slice of logits [N, slice]: the forward pass keeps a running
-    log-sum-exp, the backward pass computes the slices again. Sliced along the vocabulary rather than along the
-    tokens, because then every row of the weight's gradient [V, width] is written once. Tokens without a gradient
-    (those of dropped pairs) are left out of the backward pass.
+    Both passes hold one slice of logits [N, slice] at a time: the forward pass keeps the log-sum-exp of each slice
+    and the backward pass recomputes the slices. Slices of the vocabulary, unlike slices of the tokens, write every
+    row of the weight's gradient [V, width] once. The backward pass skips tokens without a gradient (those of
+    dropped pairs).
 
     Args:
         hidden: outputs of the decoder that predict the targets, [N, width].
         weight, bias: of the head, [V, width] and [V].
-        slice_logits: most logits to hold at a time; none chooses by device.
+        slice_logits: largest number of logits to hold at a time; None chooses by device.
     """
     most = SLICE_LOGITS.get(hidden.device.type, SLICE_LOGITS["cuda"]) if slice_logits is None else slice_logits
     narrowest = NARROWEST_SLICE if slice_logits is None else 1
@@ -88,7 +88,7 @@ def head_logps(
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The type in which products with `weight` are taken: that of autocast where it is on."""
+    """Return the dtype of products with `weight`: the autocast dtype if autocast is on, else the weight's."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
@@ -150,13 +150,13 @@ class _HeadLogps(torch.autograd.Function):
 
 
 def _slice(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule, start: int, width: int) -> Tensor:
-    """The logits of one slice of the vocabulary, [N, at most width], free to be changed in place."""
+    """Return the logits of one slice of the vocabulary, [N, at most width], which the caller may change."""
     part = slice(start, start + width)
     return head_logits(hidden, weight[part], None if bias is None else bias[part], rule)
 
 
 def _within(targets: Tensor, start: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Where in this slice each target stands, [N], and whether it does, [N]."""
+    """Return each target's index in this slice, clamped to the slice [N], and whether it lies in the slice [N]."""
     place = targets - start
     inside = (place >= 0) & (place < logits.shape[1])
     return place.clamp(0, logits.shape[1] - 1), inside

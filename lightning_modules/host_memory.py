@@ -1,4 +1,4 @@
-"""The allocator of the C library, which a step on a CPU asks for the same large blocks again and again."""
+"""Settings of the C library's allocator, because a CPU step allocates the same large blocks repeatedly."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Let freed memory stay with the process for its next tensor; returns whether the allocator agreed.
+    """Make the allocator keep freed memory for later tensors, and return whether it accepted the setting.
 
-    By default glibc hands every block above 32 MB, and the free end of its heap, back to the system, which then
-    has to clear and map the same pages again at every step (docs/benchmarks.md says what it costs). The peak stays
-    what it is; memory between two steps is not given back. Settings of the user's own (`MALLOC_…_`,
-    `GLIBC_TUNABLES`) stand, and so does any other C library.
+    By default glibc returns every block above 32 MB, and the free end of its heap, to the system, which then clears
+    and maps the same pages again at every step (cost: docs/benchmarks.md). The peak does not change; memory is not
+    returned between steps. Nothing changes if the user set `MALLOC_…_` or `GLIBC_TUNABLES`, or with another C
+    library.
     """
     if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
         return False
