@@ -1,4 +1,4 @@
-"""The callbacks that make DPO into β-DPO, and those that record it; `callbacks.slots` has their order."""
+"""The callbacks that turn DPO into β-DPO and those that record a run; `callbacks.slots` defines their order."""
 
 from callbacks.adaptive_margin import AdaptiveMargin
 from callbacks.beta_scheduler import BetaScheduler

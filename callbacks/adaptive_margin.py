@@ -1,4 +1,4 @@
-"""A margin per pair: the further its gap lies above the running mean, the more its logit must exceed."""
+"""A margin per pair that grows with the distance of the pair's gap above the running mean."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from app.method.step import StepDecision
 
 @checked
 class AdaptiveMargin(Callback):
-    """Subtracts γ + α·(M − M0)/σ from the logit β·h of every pair, without gradient.
+    """A callback that subtracts γ + α·(M − M0)/σ from the logit β·h of every pair, without gradient.
 
-    A variant of α-DPO (arXiv 2410.10148) with the running statistics of β-DPO, on any logit. α-DPO as published
-    has no reference in its logit and multiplies the margin by β: `app.method.losses.AlphaDPOLoss`.
-    For losses of that logit (sigmoid, cDPO, robust, hinge, SimPO); any other is refused at start-up. β is left
-    as it is, so this goes together with any schedule. In the slot `margin`.
+    This is a variant of α-DPO (arXiv 2410.10148) that uses the running statistics of β-DPO and works on any logit.
+    α-DPO as published has no reference in its logit and multiplies the margin by β; see
+    `app.method.losses.AlphaDPOLoss`. The loss must have the logit β·h (sigmoid, cDPO, robust, hinge, SimPO);
+    start-up refuses any other. β does not change, so any schedule may be used as well. Slot: `margin`.
 
     Args:
         alpha: α, the margin per standard deviation of M; 0 gives every pair the margin γ.
-        gamma: γ, the margin of a pair at M0. SimPO's loss has a γ of its own; this one comes on top.
+        gamma: γ, the margin of a pair at M0; it is added to the γ of SimPO's loss.
     """
 
     def __init__(self, alpha: FiniteFloat = 0.1, gamma: FiniteFloat = 0.0):

@@ -1,4 +1,4 @@
-"""Dynamic β: one value for the whole batch, or one for every pair, from the gap."""
+"""The β schedule of the paper: β follows the reward gap, per batch or per pair."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from callbacks.bounded_beta import BoundedBeta
 
 @checked
 class BetaScheduler(BoundedBeta):
-    """β = β0·(1 + α·(mean M of the kept pairs − M0)), clamped (paper eq. 6). No gradient flows through β.
+    """The schedule β = β0·(1 + α·(mean M of the kept pairs − M0)), clamped (paper eq. 6), without gradient.
 
-    In the slot `schedule`, which comes after the filter: β comes from the pairs that are trained on. Needs the
+    Slot: `schedule`, which runs after the filter, so that β depends on the pairs that are trained on. Needs the
     slot `statistics`, except with a constant M0.
 
     Args:
         alpha: α; 0 leaves β at β0.
-        floor: smallest β as a multiple of β0; none takes the loss's own: 0.01, or 0.25 for IPO and SPPO, whose
+        floor: smallest β as a multiple of β0; none takes the loss's default: 0.01, or 0.25 for IPO and SPPO, whose
             target is 1/(2β). The share of kept pairs that meet a bound is logged as `beta/clamped`.
         ceiling: largest β as a multiple of β0; none for no ceiling.
         level: `batch`, one β from the mean M of the kept pairs, or `instance`, a β from every pair's own M.
         m0: a constant M0; none takes the running mean.
-        z_normalised: measure M − M0 in running standard deviations, so that α does not hang on the scale of M.
-        weight_matched: the control: β stays β0 and the loss is multiplied by β/β0 instead. What is left of an
-            arm's effect under it comes from the size of the update, not from the shape of the loss.
+        z_normalised: measure M − M0 in running standard deviations, so that α does not depend on the scale of M.
+        weight_matched: use this arm as a control: β stays β0 and the loss is multiplied by β/β0 instead. An
+            effect that remains comes from the size of the update, not from the shape of the loss.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class BetaScheduler(BoundedBeta):
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         moments = decision.require_moments("BetaScheduler") if self.schedule.needs_moments else None
         wanted = self.schedule.beta(decision.beta0, decision.discrepancy, decision.kept, moments)
-        wanted[~decision.eligible] = decision.beta0  # no loss is computed of these: any number will do
+        wanted[~decision.eligible] = decision.beta0  # these pairs have no loss, so any value will do
         beta = self.clamp(pl_module, decision, wanted)
         if self.weight_matched:
             decision.loss_weight = decision.loss_weight * (beta / decision.beta0)

@@ -1,4 +1,4 @@
-"""What every β schedule does with the β that it wants: clamp it, count how often, and say so."""
+"""The base class of the β schedules, which clamps β and reports how often it did."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from app.method.step import StepDecision
 
 
 class BoundedBeta(Callback):
-    """Keeps β between `floor` and `ceiling`, both multiples of β0, and counts the steps that met one.
+    """A schedule that keeps β between `floor` and `ceiling`, multiples of β0, and counts the clamped steps.
 
-    Without a `floor` the loss decides: 0.01, or 0.25 where its target is 1/(2β) (`PairLoss.beta_floor`).
+    The default of `floor` comes from the loss: 0.01, or 0.25 where its target is 1/(2β) (`PairLoss.beta_floor`).
     """
 
-    calmer = ""  # what the user can change when β meets its bounds: a clause without a full stop
+    calmer = ""  # advice to the user when β meets its bounds: a clause without a full stop
 
     def __init__(self, floor: float | None, ceiling: float | None):
         try:

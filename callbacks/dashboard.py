@@ -1,4 +1,4 @@
-"""TensorBoard: charts with a guide, histograms of gaps, the most extreme pairs, and the settings of the run."""
+"""The TensorBoard dashboard: charts with a guide, histograms of gaps, extreme pairs, the settings of the run."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ class KnowsTexts(Protocol):
     """A DataModule that can show its training pairs."""
 
     def pair_texts(self, pair_ids: list[str]) -> dict[str, dict[str, str]]:
-        """`prompt`, `chosen` and `rejected` of training pairs, by pair id."""
+        """Return `prompt`, `chosen` and `rejected` of training pairs, by pair id."""
         ...
 
 
 @checked
 class BetaDashboard(Callback):
-    """Lays out the scalars that module and callbacks log, and adds what scalars cannot show.
+    """A callback that arranges the logged scalars in charts and adds histograms, extreme pairs and the KL.
 
-    The charts stand in TensorBoard's "custom scalars" tab, what they mean and what to do when they look wrong in
-    its "text" tab. Settings and final figures of a run that kept its config.yaml stand in the "HParams" tab. The
-    KL to the reference goes to every logger, as `train/kl_chosen` and `train/kl_rejected`.
+    TensorBoard shows the charts in its "custom scalars" tab. Its "text" tab explains them and says what to do when
+    they look wrong. Its "HParams" tab has the settings and final figures of runs with a config.yaml. The KL to the
+    reference goes to every logger, as `train/kl_chosen` and `train/kl_rejected`.
 
     Args:
         histogram_every_n_steps: steps between histograms of `gap/kept` and `gap/dropped`.
-        kl_every_n_steps: steps between measurements of the KL, each of which takes one more forward pass of policy
-            and reference; 0 measures none.
+        kl_every_n_steps: steps between measurements of the KL; each costs one more forward pass of policy and
+            reference; 0 measures none.
         pairs_every_n_steps: steps between lists of the pairs with the most extreme gaps.
-        pairs: how many pairs such a list shows of either end.
+        pairs: number of pairs in such a list at either end.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class BetaDashboard(Callback):
         self._laid_out = False
 
     def on_step_decided(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
-        self._decision = decision  # drawn when the step is over
+        self._decision = decision  # drawn at the end of the step
         due = self.kl_every_n_steps and decision.step % self.kl_every_n_steps == 0
-        # a measurement of all ranks together, and of the policy before its step, as every other curve
+        # here, because all ranks measure together, and before the policy's update, as for every other curve
         self._kl = decision.measure_kl() if due and decision.measure_kl and trainer.loggers else None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
@@ -76,7 +76,7 @@ class BetaDashboard(Callback):
         writer = tensorboard_writer(trainer)
         if writer is None:
             return
-        if not self._laid_out:  # the first step has told which curves this run has
+        if not self._laid_out:  # only after the first step are the curves of this run known
             lay_out(writer, {*trainer.callback_metrics, *curves}, decision.step)
             self._laid_out = True
         if decision.step % self.histogram_every_n_steps == 0:
@@ -98,7 +98,10 @@ class BetaDashboard(Callback):
         writer.flush()
 
     def _log_kl(self, trainer: Trainer, decision: StepDecision) -> dict[str, float]:
-        """To the loggers themselves: `self.log` would draw a measurement again at every step up to the next."""
+        """Log the KL and return its curves.
+
+        It goes to the loggers directly: `self.log` would repeat a measurement at every step up to the next one.
+        """
         if self._kl is None:
             return {}
         chosen, rejected = self._kl[:, decision.eligible].mean(dim=1).tolist()
@@ -117,14 +120,14 @@ class BetaDashboard(Callback):
 
 
 def lay_out(writer: SummaryWriter, tags: set[str], step: int) -> None:
-    """The charts that have a curve among `tags`, and the guide to them."""
+    """Write the charts that have a curve among `tags`, and the guide to them."""
     writer.add_custom_scalars(layout(tags))
     for number, (name, text) in enumerate(guide(tags).items(), 1):
         writer.add_text(f"{GUIDE}/{number} {name}", text, step)
 
 
 def add_histograms(writer: SummaryWriter, decision: StepDecision) -> None:
-    """`gap/kept` and `gap/dropped`, where there are such pairs."""
+    """Write the histograms `gap/kept` and `gap/dropped`; omit one without pairs."""
     gaps: dict[str, torch.Tensor] = {
         "gap/kept": decision.gaps[decision.kept],
         "gap/dropped": decision.gaps[decision.eligible & ~decision.kept],
@@ -135,7 +138,7 @@ def add_histograms(writer: SummaryWriter, decision: StepDecision) -> None:
 
 
 def tensorboard_writer(trainer: Trainer) -> SummaryWriter | None:
-    """The writer of the first TensorBoard logger, on the rank that writes."""
+    """Return the writer of the first TensorBoard logger on rank 0; None elsewhere or without such a logger."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             return logger.experiment

@@ -1,4 +1,4 @@
-"""The charts of the dashboard: which curves stand together, what they show, what to do when they look wrong."""
+"""The charts of the dashboard: their curves, what they show, and what to do when they look wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GUIDE = "how to read"
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart. `band` draws the first curve against an area between the second and the third."""
+    """A chart of the dashboard; `band` draws the first curve against an area between the second and the third."""
 
     title: str
     tags: tuple[str, ...]
@@ -22,10 +22,10 @@ class Chart:
 
     @property
     def layout(self) -> list[object]:
-        """The chart as `SummaryWriter.add_custom_scalars` takes it."""
+        """Return the chart as `SummaryWriter.add_custom_scalars` takes it."""
         if self.band:
             return ["Margin", list(self.tags)]
-        # TensorBoard takes a tag for the beginning of a regular expression
+        # TensorBoard matches a tag as the start of a regular expression
         return ["Multiline", [f"{re.escape(tag)}$" for tag in self.tags]]
 
 
@@ -155,15 +155,15 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
 
 
 def charts_with(tags: Collection[str]) -> dict[str, list[Chart]]:
-    """The charts of each category that have at least one of the curves `tags`.
+    """Return the charts of each category that have at least one of the curves `tags`.
 
-    A chart is the same in every run or not there at all: TensorBoard draws one twice that differs between runs.
+    A chart never loses single curves: TensorBoard draws a chart twice if it differs between runs.
     """
     return {name: [chart for chart in charts if set(chart.tags) & set(tags)] for name, charts in CHARTS.items()}
 
 
 def layout(tags: Collection[str]) -> dict[str, dict[str, list[object]]]:
-    """What `SummaryWriter.add_custom_scalars` takes, for a run that logs `tags`."""
+    """Return the layout for `SummaryWriter.add_custom_scalars` of a run that logs `tags`."""
     return {
         name: {chart.title: chart.layout for chart in charts}
         for name, charts in charts_with(tags).items()
@@ -172,7 +172,7 @@ def layout(tags: Collection[str]) -> dict[str, dict[str, list[object]]]:
 
 
 def guide(tags: Collection[str]) -> dict[str, str]:
-    """A Markdown text per category that explains its charts, for a run that logs `tags`."""
+    """Return a Markdown text per category that explains its charts, for a run that logs `tags`."""
     return {
         name: "\n".join(
             ["| chart | shows | when it looks wrong |", "|---|---|---|"]

@@ -1,4 +1,4 @@
-"""ε-DPO: β steps up or down with each pair's response to a perturbed β."""
+"""The β schedule of ε-DPO, which moves β by each pair's response to a perturbed β."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from callbacks.bounded_beta import BoundedBeta
 
 @checked
 class EpsilonBeta(BoundedBeta):
-    """β_i = β/(1 + ε·step_i), then β ← β/(1 + ε·mean step) for the next step (arXiv 2502.13177).
+    """The schedule β_i = β/(1 + ε·step_i), then β ← β/(1 + ε·mean step) for the next step (arXiv 2502.13177).
 
     step_i is +1 where the pair's log-probability gap grows as β is perturbed from β/(1−ε) to β/(1+ε), −1 where
-    it falls, else 0. β starts at β0 and lives in the checkpoint. Needs a reference, and one more forward pass
-    of policy and reference per step; no running statistics.
+    it falls, else 0. β starts at β0 and is saved in the checkpoint. Needs a reference and costs one more forward
+    pass of policy and reference per step; needs no running statistics.
 
     Args:
         epsilon: ε, in (0, 1).
-        floor: smallest β as a multiple of β0, also for the β of the next step; none takes the loss's own, as in
-            `BetaScheduler`. The share of kept pairs that meet a bound is logged as `beta/clamped`.
+        floor: smallest β as a multiple of β0, also for the β of the next step; none takes the loss's default, as
+            in `BetaScheduler`. The share of kept pairs that meet a bound is logged as `beta/clamped`.
         ceiling: largest β as a multiple of β0; none for no ceiling.
     """
 
@@ -39,7 +39,7 @@ class EpsilonBeta(BoundedBeta):
     ):
         super().__init__(floor, ceiling)
         self.epsilon = epsilon
-        self.beta: float | None = None  # of the coming step; none before the first, which takes β0
+        self.beta: float | None = None  # β of the next step; None before the first, which uses β0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

@@ -1,4 +1,4 @@
-"""M from the rewards that an external reward model gave, carried by the data as two columns."""
+"""The reward discrepancy M from the scores of an external reward model, which the data has in two columns."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from app.method.step import StepDecision
 
 
 class ExplicitRewardGap(Callback):
-    """M = r(y_w; x) − r(y_l; x) instead of the policy's own gap (paper §5, explicit reward model).
+    """A callback that sets M = r(y_w; x) − r(y_l; x) instead of the policy's gap (paper §5, explicit reward model).
 
-    Statistics, Gaussian filter and dynamic β then look at M; the logits of the loss stay β·h, and so do the
-    filters by gradient scale. In the slot `reward`.
+    Statistics, Gaussian filter and dynamic β then use this M. The logits of the loss stay β·h, and the filters by
+    gradient scale still use h. Slot: `reward`.
 
     Args:
         chosen: column of the data that holds the reward of the chosen response.
@@ -35,13 +35,13 @@ class ExplicitRewardGap(Callback):
                 "ExplicitRewardGap comes too late, the statistics have taken in the policy's own gap: put it "
                 "before RewardGapStatistics among the Trainer's callbacks."
             )
-        decision.minimum_std = MINIMUM_STD  # a reward is not rounded as h is
+        decision.minimum_std = MINIMUM_STD  # rewards do not have the rounding error of h
         decision.discrepancy = rewards(decision, self.chosen) - rewards(decision, self.rejected)
         pl_module.log("gap/explicit_mean", decision.discrepancy[decision.eligible].mean())
 
 
 def rewards(decision: StepDecision, column: str) -> Tensor:
-    """The label column `column`, [G] float64. Raises UserError where it or a finite number in it is missing."""
+    """Return the label column `column`, [G] float64; raise UserError if it is missing or not all finite numbers."""
     if column not in decision.labels:
         carried = ", ".join(decision.labels) or "none"
         raise UserError(

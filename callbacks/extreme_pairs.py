@@ -1,4 +1,4 @@
-"""The pairs with the lowest and the highest gaps, as a table for a text panel."""
+"""The pairs with the lowest and the highest gaps, collected and written as a Markdown table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in "&\\`*_[]<>|#"}
 
 
 class MeasuredPair(NamedTuple):
-    """A pair as one step saw it; sorts by its gap."""
+    """A pair as measured at one step; sorts by its gap."""
 
     gap: float
     step: int
@@ -23,7 +23,7 @@ class MeasuredPair(NamedTuple):
 
 
 class ExtremePairs:
-    """Holds the `count` lowest and the `count` highest gaps of all decisions since it was last emptied."""
+    """A collection of the `count` lowest and `count` highest gaps of all decisions since it was last emptied."""
 
     def __init__(self, count: int):
         self.count = count
@@ -31,7 +31,7 @@ class ExtremePairs:
         self.highest: list[MeasuredPair] = []
 
     def add(self, decision: StepDecision) -> None:
-        """Take in the eligible pairs of a step."""
+        """Add the eligible pairs of a step."""
         seen = [
             MeasuredPair(
                 gap, decision.step, decision.pair_ids[at], kept, {n: v[at] for n, v in decision.labels.items()}
@@ -45,14 +45,14 @@ class ExtremePairs:
         self.highest = heapq.nlargest(self.count, [*self.highest, *seen], key=lambda pair: pair.gap)
 
     def empty(self) -> tuple[list[MeasuredPair], list[MeasuredPair]]:
-        """Hand out both lists, the most extreme first, and begin anew."""
+        """Return both lists, the most extreme pairs first, and empty them."""
         lowest, highest, self.lowest, self.highest = self.lowest, self.highest, [], []
         return lowest, highest
 
 
 def as_markdown(pairs: Sequence[MeasuredPair], texts: Mapping[str, Mapping[str, str]]) -> str:
-    """A Markdown table of `pairs`, with prompt, chosen and rejected text where `texts` knows the pair id."""
-    # few columns: TensorBoard breaks the words of narrow ones
+    """Return a Markdown table of `pairs`, with prompt, chosen and rejected text where `texts` has the pair id."""
+    # few columns, because TensorBoard breaks the words in narrow ones
     lines = ["| pair | prompt | chosen | rejected |", "|---|---|---|---|"]
     for pair in pairs:
         labels = "".join(f"; {name}: {value}" for name, value in pair.labels.items() if value is not None)
@@ -65,7 +65,7 @@ def as_markdown(pairs: Sequence[MeasuredPair], texts: Mapping[str, Mapping[str, 
 
 
 def shown(text: str) -> str:
-    """`text` on one line of a Markdown table, cut with an ellipsis; nothing in it is taken for markup."""
+    """Return `text` on one line for a Markdown table, cut with an ellipsis, its markup escaped."""
     text = " ".join(text.split())
     if len(text) > LONGEST_TEXT:
         text = f"{text[:LONGEST_TEXT].rstrip()} …"

@@ -1,4 +1,4 @@
-"""When a run looks ill: conditions on the last steps, each a pure function of what those steps measured."""
+"""The health conditions of a run, each a pure function of the measurements of the last steps."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Any
 
-# what is too much or too little, by rule of thumb; `beta-dpo report` judges by the same
-BOUND_SHARE = 0.1  # of the kept pairs whose β met a bound
+# thresholds by rule of thumb; `beta-dpo report` uses the same
+BOUND_SHARE = 0.1  # share of the kept pairs whose β met a bound
 FAR_FROM_BETA0 = 3.0  # factor between β and β0, in either direction
-FAR_SHARE = 0.05  # of the steps that may lie further away
-SMALL_SAMPLE = 0.3  # effective share of the batch under the filter's weights; 0.87 for normal gaps
+FAR_SHARE = 0.05  # share of the steps whose β may exceed that factor
+SMALL_SAMPLE = 0.3  # effective sample size as a share of the batch; 0.87 for normal gaps
 SATURATED = 0.98  # accuracy of pairs not yet trained on
 
 Window = Mapping[str, Sequence[float]]  # a measurement's values at the last steps, oldest first
 
 
 def beta_at_bounds(clamped: Sequence[float], most: float = BOUND_SHARE) -> bool:
-    """Whether β met a bound for more than the share `most` of the kept pairs."""
+    """Return whether β met a bound for more than the share `most` of the kept pairs."""
     return fmean(clamped) > most
 
 
 def beta_far(beta: Sequence[float], base: Sequence[float], factor: float = FAR_FROM_BETA0) -> bool:
-    """Whether β lay beyond `factor` times β0, or below β0/`factor`, in more than `FAR_SHARE` of the steps."""
+    """Return whether β was above `factor` times β0 or below β0/`factor` in more than `FAR_SHARE` of the steps."""
     return fmean(not base / factor <= b <= base * factor for b, base in zip(beta, base, strict=True)) > FAR_SHARE
 
 
 def sample_size_collapsed(effective: Sequence[float], pairs: Sequence[float], least: float = SMALL_SAMPLE) -> bool:
-    """Whether the filter's weights are worth less than the share `least` of the pairs.
+    """Return whether the effective sample size of the filter is below the share `least` of the pairs.
 
-    Normal gaps give √3/2 = 0.87 of them: E[w]²/E[w²] for w = exp(−z²/2).
+    For normal gaps the share is √3/2 = 0.87: E[w]²/E[w²] for w = exp(−z²/2).
     """
     return sum(effective) < least * sum(pairs)
 
 
 def chosen_falls_with_rejected(chosen: Sequence[float], rejected: Sequence[float]) -> bool:
-    """Whether the mean log-ratios of both sides are negative and the chosen one fell by more than the margin grew.
+    """Return whether both mean log-ratios are negative and the chosen one fell by more than the margin grew.
 
-    In symbols c < 0, r < 0 and −c > c − r, for rewards at β0 (any β0: it cancels); c must lie two standard errors
-    below 0, because every step brings other pairs.
+    In symbols: c < 0, r < 0 and −c > c − r, for rewards at β0, which cancels. c must lie two standard errors
+    below 0, because every step has other pairs.
     """
     c, r = fmean(chosen), fmean(rejected)
     error = stdev(chosen) / math.sqrt(len(chosen)) if len(chosen) > 1 else math.inf
@@ -48,29 +48,29 @@ def chosen_falls_with_rejected(chosen: Sequence[float], rejected: Sequence[float
 
 
 def accuracy_saturated(accuracy: Sequence[float], most: float = SATURATED) -> bool:
-    """Whether nearly every training pair is ranked right before the policy has been trained on it."""
+    """Return whether nearly every training pair is ranked correctly before the policy's step on it."""
     return fmean(accuracy) > most
 
 
 def nonfinite_pairs(total: Sequence[float]) -> bool:
-    """Whether the running `total` of pairs without a finite gap has grown."""
+    """Return whether the running `total` of pairs without a finite gap has grown."""
     return total[-1] > total[0]
 
 
 def throughput_lost(tokens_per_second: Sequence[float], best: float, share: float = 0.5) -> bool:
-    """Whether the median falls below a `share` of the `best` median seen so far."""
+    """Return whether the median is below a `share` of the `best` median so far."""
     return median(tokens_per_second) < share * best
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A way of being ill: what it looks at, how it is recognised, and what to do about it."""
+    """A health problem: the measurements it needs, the test for it, and advice."""
 
     name: str  # in the log and, with hyphens, as the heading in docs/monitoring.md
-    needs: Sequence[str]  # measurements without which it is not looked for
-    holds: Callable[..., bool]  # of the values of `needs`, in that order
+    needs: Sequence[str]  # if a run lacks one of these measurements, the condition is not tested
+    holds: Callable[..., bool]  # takes the values of `needs`, in that order
     advice: str
-    whole_window: bool = True  # else it is looked for from the second step on
+    whole_window: bool = True  # if false, it is tested from the second step on
 
     @property
     def link(self) -> str:
@@ -99,7 +99,7 @@ CONDITIONS = (
     ),
     Condition(
         "chosen falls with rejected",
-        # the last is logged where there is a reference: only then is the reward a log-ratio
+        # the last is logged only with a reference, without which the reward is no log-ratio
         ("train/reward_chosen", "train/reward_rejected", "train/reference_accuracy"),
         lambda chosen, rejected, _: chosen_falls_with_rejected(chosen, rejected),
         "the chosen responses lose more likelihood than the margin gains: lower the learning rate, raise β0, "
@@ -128,7 +128,7 @@ CONDITIONS = (
 
 
 def conditions_that_hold(window: Window, length: int) -> set[str]:
-    """The names of the conditions that hold on the last `length` steps, or on fewer where one allows that."""
+    """Return the names of the conditions that hold on the last `length` steps, or on fewer if one allows that."""
     found = set()
     for condition in CONDITIONS:
         values: list[Any] = [window[name] for name in condition.needs if name in window]

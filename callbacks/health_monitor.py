@@ -1,4 +1,4 @@
-"""One line in the log when a run falls ill, one when it is well again, and a stop where that is wanted."""
+"""The monitor that logs when a health condition starts and ends, and can stop the run."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ BY_NAME = {condition.name: condition for condition in CONDITIONS}
 
 @checked
 class HealthMonitor(Callback):
-    """Watches the last steps for the conditions of `callbacks.health`; reads what is logged and changes nothing.
+    """A callback that tests the last steps for the conditions of `callbacks.health`; it only reads logged values.
 
-    A condition starts when it holds on the last `window` steps, and ends when it has not held for as many. What a
-    run does not log is not looked for (an SFT run has no β). Its place among the callbacks does not matter.
+    A condition starts when it holds on the last `window` steps (for some conditions, from the second step on) and
+    ends when it has not held for `window` steps. A condition whose values are not logged is not tested (an SFT run
+    has no β). The order among the callbacks does not matter.
 
     Args:
-        window: steps that a condition is judged on.
-        stop_on: names of conditions that stop the run, with a checkpoint of the last step where `checkpoint` is
-            on; the run ends with status 2 and says why.
+        window: number of steps that a condition is tested on.
+        stop_on: names of conditions that stop the run, with a checkpoint of the last step if `checkpoint` is on;
+            the run ends with exit status 2 and an error that names the condition.
     """
 
     def __init__(self, window: AtLeastTwo = 20, stop_on: Sequence[str] = ()):
@@ -41,10 +42,10 @@ class HealthMonitor(Callback):
         self.window = window
         self.stop_on = tuple(stop_on)
         self._values: dict[str, list[float]] = {}
-        self._since: dict[str, int] = {}  # the conditions that have started, and at which step
+        self._since: dict[str, int] = {}  # the step at which each current condition started
         self._last_held: dict[str, int] = {}
-        self._last_end: float | None = None  # of a step, on this process's clock
-        self._calmer = ""  # what this run's schedule advises against a wild β
+        self._last_end: float | None = None  # when the last step ended, on this process's clock
+        self._calmer = ""  # the schedule's advice for the conditions on β
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         schedules = [one for one in trainer.callbacks if isinstance(one, BoundedBeta)]  # type: ignore[attr-defined]
@@ -63,12 +64,12 @@ class HealthMonitor(Callback):
         )
 
     def speed(self, tokens: int) -> dict[str, float]:
-        """Tokens per second of wall time since the last step ended: loading, validation and saving included."""
+        """Return tokens per second of wall time since the last step ended, with loading, validation and saving."""
         before, self._last_end = self._last_end, time.perf_counter()
         return {} if before is None else {"tokens_per_second": tokens / (self._last_end - before)}
 
     def observe(self, step: int, measured: dict[str, float], tell: bool = True) -> None:
-        """Take in what step number `step` measured; tell what has started and what has ended."""
+        """Add the measurements of step `step`; log the conditions that start or end if `tell`."""
         for name, value in measured.items():
             self._append(name, value)
         speed = self._values.get("tokens_per_second", [])
@@ -96,7 +97,7 @@ class HealthMonitor(Callback):
         if not self.stop_on:
             return
         held = [name for name in self.stop_on if name in self._since]
-        # ranks measure their own speed, and must stop together
+        # each rank measures its own speed, but all must stop together
         name = trainer.strategy.broadcast(held[0] if held else None)
         if name is not None:
             raise StepRefused(
@@ -105,7 +106,7 @@ class HealthMonitor(Callback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        # without the speed, which is this machine's
+        # without the speed, which belongs to this machine
         values = {name: list(column) for name, column in self._values.items() if name in {*LOGGED, "pairs"}}
         return {"values": values, "since": dict(self._since), "last_held": dict(self._last_held)}
 

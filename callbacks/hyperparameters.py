@@ -1,4 +1,4 @@
-"""The settings and final figures by which TensorBoard's HParams tab compares the runs of a sweep."""
+"""The settings and final figures for TensorBoard's HParams tab, which compares the runs of a sweep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.tensorboard import summary as torch_summary
 
 Value = str | float | bool
 
-# title in the tab → where the run's config.yaml has it
+# title in the tab → key in the run's config.yaml
 SETTINGS: dict[str, tuple[str, ...]] = {
     "α": ("schedule", "alpha"),
     "ρ": ("filter", "keep_ratio"),
@@ -36,8 +36,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "seed": ("seed",),
 }
 TEXTS = {"loss", "filter", "level of β", "gap scale", "optimizer", "model", "data"}
-SHOWN = {"α", "ρ", "β0", "learning rate", "loss"}  # the five columns that the tab has room for before it is asked
-# the tab takes the last value that a run has logged; the first five are shown at once
+SHOWN = {"α", "ρ", "β0", "learning rate", "loss"}  # the tab shows five columns by default
+# the tab takes the last logged value of a run and shows the first five metrics by default
 METRICS = (
     "val/reward_accuracy",
     "val/policy_accuracy",
@@ -53,7 +53,7 @@ METRICS = (
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Value]:
-    """The `SETTINGS` that the configuration of a run (config.yaml as read) has a value for."""
+    """Return the `SETTINGS` that the configuration of a run (config.yaml as read) has a value for."""
     places: dict[str, Any] = {name: arguments(config.get(name)) for name in {path[0] for path in SETTINGS.values()}}
     places |= {"trainer": config.get("trainer") or {}, "seed": config.get("seed_everything")}
     found: dict[str, Value] = {}
@@ -63,12 +63,12 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Value]:
             value = value.get(part) if isinstance(value, Mapping) else None
         if isinstance(value, (str, int, float)):
             found[title] = last_word(value) if path[-1] == "class_path" else value
-    found.setdefault("loss", "SigmoidLoss")  # what the model takes where none is named
+    found.setdefault("loss", "SigmoidLoss")  # the model's default
     return found
 
 
 def arguments(entry: Any) -> Mapping[str, Any]:
-    """The `init_args` of a `class_path` entry; empty where there are none."""
+    """Return the `init_args` of a `class_path` entry; empty if there are none."""
     return (entry.get("init_args") if isinstance(entry, Mapping) else None) or {}
 
 
@@ -77,13 +77,13 @@ def last_word(class_path: Any) -> str:
 
 
 def summaries(settings: Mapping[str, Value]) -> tuple[Summary, ...]:
-    """What a finished run writes into its events to stand in the HParams tab.
+    """Return the summaries that a finished run writes to its event file to appear in the HParams tab.
 
-    The tab takes its columns from one run alone, so every run names all settings, its own or not.
+    The tab takes its columns from one run only, so every run names all settings, even those that it lacks.
     """
     columns = api_pb2.Experiment(
         hparam_infos=[
-            # the tab puts those that differ between runs first
+            # the tab puts the settings marked as different between runs first
             api_pb2.HParamInfo(name=title, type=data_type(title), differs=title in SHOWN)
             for title in SETTINGS
         ],

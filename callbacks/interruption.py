@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: noted when they come, obeyed when the step under way is finished and saved."""
+"""Handling of SIGTERM, SIGUSR1 and Ctrl-C: the run finishes and saves the current step, then ends."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """A signal ended the run between two steps, and `checkpoint` holds all of it up to `step`."""
+    """The exception for a run that a signal ended after `step`, which is saved in `checkpoint`."""
 
     def __init__(self, number: int, step: int, checkpoint: str):
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, saved in {checkpoint}")
-        self.exit_status = 128 + number  # as a shell reports a process that a signal ended
+        self.exit_status = 128 + number  # the status a shell reports for a process ended by a signal
 
 
 class SignalWatch:
-    """While it is on, these signals only leave their number in `received`; a second SIGINT breaks off.
+    """A signal handler that only stores the number of a signal in `received`; a second SIGINT interrupts at once.
 
-    SIGUSR1 is what SLURM sends, when asked to (`--signal`), some time before a job's time limit.
-    Lightning's own handler for SIGTERM calls a collective from within the handler, at whatever point of a step
-    each rank happens to be; this one leaves it to its owner to settle with the other ranks at the step's end.
+    SLURM can send SIGUSR1 some time before a job's time limit (`--signal`). Lightning's handler for SIGTERM calls a
+    collective inside the handler, while each rank may be at a different point of the step. This class leaves the
+    agreement between ranks to its owner, at the end of the step.
     """
 
     def __init__(self) -> None:
@@ -45,6 +45,6 @@ class SignalWatch:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         hint = " Press Ctrl-C again to stop at once." if number == signal.SIGINT else ""
-        # not by print or logging: the signal may have come while they hold their locks
+        # not by print or logging, which may hold their locks when the signal arrives
         os.write(2, f"\n{signal.Signals(number).name}: the step is finished and saved first.{hint}\n".encode())
         self.received = number

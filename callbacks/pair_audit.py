@@ -1,4 +1,4 @@
-"""The audit: what was measured and decided about every pair at every step, as parquet."""
+"""The audit: parquet files with the measurements and decisions for every pair at every step."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from app.method.step import StepDecision
 
 @checked
 class PairAudit(Callback):
-    """Writes `<log dir>/audit/*.parquet`, one row per pair and step.
+    """A callback that writes `<log dir>/audit/*.parquet`, one row per pair and step.
 
-    Columns: step, pair_id, gap, log_weight, kept, beta, running_mean, running_std, then the label columns that
-    the data carries; a label of one of these names is stored under `label_` and its name. Its place among the
-    callbacks does not matter: it takes down what all of them agreed on.
+    Columns: step, pair_id, gap, log_weight, kept, beta, running_mean, running_std, then the label columns of the
+    data; a label with one of these names gets the prefix `label_`. The order among the callbacks does not matter,
+    because it records the final decision of the step.
 
     Args:
         every_n_steps: steps per file; a file is written under a temporary name and renamed.
@@ -30,7 +30,7 @@ class PairAudit(Callback):
 
     def __init__(self, every_n_steps: PositiveInt = 100):
         self.every_n_steps = every_n_steps
-        # set where a run that never reached a checkpoint is begun again: its steps are taken again
+        # set when a run restarts that never reached a checkpoint and so repeats its steps
         self.replaces_steps = False
         self._decision: StepDecision | None = None
         self._tables: list[pa.Table] = []
@@ -40,11 +40,11 @@ class PairAudit(Callback):
         self._decision = decision
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # not in `setup`, where Lightning does not tell yet whether the run is resumed
+        # not in `setup`, where Lightning does not know yet whether the run is resumed
         self._folder = audit_folder(trainer)
         reads = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
         files = sorted(self._folder.glob("*.parquet")) if reads else []
-        # told to all ranks, or they would wait for the one that stopped
+        # broadcast, or the other ranks would wait for the one that stopped
         other_run = bool(files) and trainer.ckpt_path is None and not self.replaces_steps
         if trainer.strategy.broadcast(other_run):
             raise UserError(
@@ -65,7 +65,7 @@ class PairAudit(Callback):
             self.flush()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
-        self.flush()  # a resumed run must find every step up to its checkpoint
+        self.flush()  # a resumed run needs every step up to its checkpoint
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.flush()
@@ -74,10 +74,10 @@ class PairAudit(Callback):
         self.flush()
 
     def flush(self) -> None:
-        """Write the rows held in memory as one file named by its first and last step."""
+        """Write the rows in memory to one file named by its first and last step."""
         if not self._tables:
             return
-        # a label may be missing from all pairs of one step, or be whole numbers there and fractions elsewhere
+        # a label may be missing from all pairs of one step, or be integers there and floats elsewhere
         table = pa.concat_tables(self._tables, promote_options="permissive")
         self._tables = []
         first, last = table["step"][0].as_py(), table["step"][-1].as_py()
@@ -86,12 +86,12 @@ class PairAudit(Callback):
 
 
 def audit_folder(trainer: Trainer) -> Path:
-    """`<log dir>/audit`; every rank must ask, as for the log folder."""
+    """Return `<log dir>/audit`; every rank must call it, as for the log folder."""
     return log_folder(trainer) / "audit"
 
 
 def audit_rows(decision: StepDecision) -> pa.Table:
-    """One row per pair of the global batch."""
+    """Return a table with one row per pair of the global batch."""
     pairs = len(decision.pair_ids)
     moments = decision.moments
     columns: dict[str, Any] = {
@@ -114,7 +114,7 @@ def audit_rows(decision: StepDecision) -> pa.Table:
 
 
 def forget_steps_from(file: Path, step: int) -> None:
-    """Drop the rows of `step` and later: a run resumed from an earlier checkpoint takes these steps again."""
+    """Drop the rows of `step` and later, which a run resumed from an earlier checkpoint repeats."""
     table = pq.read_table(file)
     earlier = table.filter(pa.compute.less(table["step"], step))
     if earlier.num_rows == table.num_rows:

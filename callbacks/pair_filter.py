@@ -1,4 +1,4 @@
-"""β-guided filtering: which pairs of a batch are trained on."""
+"""The β-guided filter, which selects the pairs of a batch that are trained on."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Criterion = Literal["gaussian", "random", "head", "tail", "both"]
 
 @checked
 class PairFilter(Callback):
-    """Keeps the share ρ of the pairs, drawn without replacement ∝ exp(−(M − M0)²/2σ²) (paper §4.2).
+    """A filter that keeps the share ρ of the pairs, drawn without replacement ∝ exp(−(M − M0)²/2σ²) (paper §4.2).
 
-    The draw depends on (seed, step, position in the global batch) alone: the same on every rank, on any number
-    of ranks and after a resume. In the slot `filter`; null keeps every pair.
+    The draw depends only on (seed, step, position in the global batch), so it is the same on every rank, for any
+    number of ranks and after a resume. Slot: `filter`; null keeps every pair.
 
     Args:
-        keep_ratio: ρ, the share that is kept.
-        seed: of the draw; none takes the run's `seed_everything`.
-        by: `gaussian` is the paper's and needs the slot `statistics`; `random` draws all pairs
-            equally likely. The others drop by gradient scale σ(−β·h): `head` the largest scales, which are the
+        keep_ratio: ρ, the share of pairs to keep.
+        seed: seed of the draw; none takes the run's `seed_everything`.
+        by: `gaussian` is the paper's criterion and needs the slot `statistics`; `random` draws all pairs with equal
+            probability. The others drop by gradient scale σ(−β·h): `head` the largest scales, which are the
             smallest gaps, `tail` the smallest scales, `both` half from each end.
     """
 

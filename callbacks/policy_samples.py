@@ -1,4 +1,4 @@
-"""What the policy says now: a few sampled answers at every validation, as text."""
+"""Answers sampled from the policy at every validation, as text files."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from app.samples import sample_line
 
 @checked
 class PolicySamples(Callback):
-    """Writes `<log dir>/samples/step-*.jsonl`: answers to the first prompts of the validation pairs.
+    """A callback that writes answers to the first validation prompts to `<log dir>/samples/step-*.jsonl`.
 
-    The first rank samples from its own copy of the policy, one prompt at a time, while the others wait; sharded
-    policies (FSDP2) have no whole copy and are refused: use `beta-dpo generate` on an exported checkpoint there.
-    Neither weights nor the generators that training draws from are touched.
+    Rank 0 samples from its copy of the policy, one prompt at a time, while the other ranks wait. Sharded policies
+    (FSDP2) have no whole copy and are refused: use `beta-dpo generate` on an exported checkpoint. Sampling changes
+    neither the weights nor the random state of training.
 
     Args:
         prompts: number of prompts.
-        max_new_tokens: longest answer.
-        seed: of the sampling, the same at every validation, so that differences come from the policy.
+        max_new_tokens: length limit of an answer, in tokens.
+        seed: seed of the sampling, the same at every validation, so that differences come from the policy.
     """
 
     def __init__(self, prompts: PositiveInt = 4, max_new_tokens: PositiveInt = 64, seed: Seed = 0):
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
         self.seed = seed
-        self._prompts: list[Any] = []  # token ids of the validation's first batch
+        self._prompts: list[Any] = []  # token ids, from the first validation batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -51,7 +51,7 @@ class PolicySamples(Callback):
             self._prompts = [pair.prompt for pair in batch.share[: self.prompts]]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # every rank must ask for the log folder, because Lightning broadcasts it
+        # every rank must call log_folder, because Lightning broadcasts it
         folder = log_folder(trainer) / "samples"
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
@@ -71,18 +71,18 @@ class PolicySamples(Callback):
 
     @torch.no_grad()
     def sample(self, pl_module: LightningModule, pad: int) -> list[tuple[Tensor, bool]]:
-        """Return one answer [n] to each prompt, at temperature 1, and whether it came to an end.
+        """Return one answer [n] to each prompt, sampled at temperature 1, and whether it is finished.
 
-        It stops where the policy's generation config says: at the end of turn, or of text.
+        An answer ends at the stop tokens of the policy's generation config: end-of-turn or end-of-text.
         """
         policy: Any = pl_module.policy
         stops = policy.model.generation_config.eos_token_id
         stops = stops if isinstance(stops, list) else [stops]
         model, training = policy.model, policy.training
-        policy.eval()  # with gradient checkpointing, train mode would switch the key-value cache off
+        policy.eval()  # in train mode, gradient checkpointing switches the key-value cache off
         answers = []
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-        # that of the training step knows packed rows only
+        # the forward pass of the training step takes packed rows only
         with policy.as_loaded(), torch.random.fork_rng(devices):
             torch.manual_seed(self.seed)
             for prompt in self._prompts:

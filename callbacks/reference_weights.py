@@ -1,4 +1,4 @@
-"""Pairs whose label the reference doubts count less; nothing is drawn and nothing dropped."""
+"""Loss weights that count a pair less if the reference doubts its label; no pair is dropped."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from app.method.step import StepDecision
 
 @checked
 class ReferenceWeights(Callback):
-    """Multiplies every pair's loss by max(0, 1 − 2p), p being the probability that its label is flipped.
+    """A callback that multiplies every pair's loss by max(0, 1 − 2p), p being the probability of a flipped label.
 
-    p follows from the reference's log-probabilities of the two responses, and the share of flipped labels is
-    estimated from the recent ones (`app.method.reference_flips`). Needs a loss with a reference. Not in the paper:
-    docs/method.md derives it, docs/study.md says what it is worth.
+    p is computed from the reference's log-probabilities of the two responses. The share of flipped labels is
+    estimated from those of recent steps (`app.method.reference_flips`). Needs a loss with a reference. This is not
+    in the paper: docs/method.md derives it, docs/study.md reports its effect.
 
     Args:
-        window: steps whose margins the estimate is made from.
+        window: number of steps whose margins the estimate uses.
     """
 
     def __init__(self, window: PositiveInt = 16):

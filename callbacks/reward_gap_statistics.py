@@ -15,16 +15,16 @@ from app.method.step import StepDecision
 
 @checked
 class RewardGapStatistics(Callback):
-    """Owns M0 and σ: once per optimizer step, over all pairs of the global batch, before they are used.
+    """A callback that updates M0 and σ once per optimizer step, over all eligible pairs of the global batch.
 
-    In the slot `statistics`, which comes before everything that uses them.
+    Slot: `statistics`, which runs before the slots that use M0 and σ.
 
     Args:
         momentum: m, the share of the past in the moving averages.
-        gap_scale: M is the gap itself (`raw`: the released code and the published numbers) or β0 times the gap
-            (`beta0`: the paper's text, in which the same α acts β0 times as strongly).
-        start: `bias_corrected`, as in Adam, or `zero`, as the authors' code: M0 = σ = 0 before the first batch.
-        ddof: 0 for the population's standard deviation in a batch, 1 for the sample's (the authors' code).
+        gap_scale: `raw`: M is the gap itself, as in the released code and the published numbers; `beta0`: M is β0
+            times the gap, as in the paper's text, where the same α acts β0 times as strongly.
+        start: `bias_corrected`, as in Adam, or `zero`, as in the authors' code: M0 = σ = 0 before the first batch.
+        ddof: 0 for the population standard deviation of a batch, 1 for that of the sample (the authors' code).
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class RewardGapStatistics(Callback):
         mean, std = decision.moments.mean, decision.moments.std or 0.0
         pl_module.log("gap/running_mean", mean)
         pl_module.log("gap/running_std", std)
-        # 1 where the gaps are too close to tell pairs apart: the Gaussian filter then draws all equally likely
+        # 1 if the gaps are too close to tell pairs apart; the Gaussian filter then draws all with equal probability
         pl_module.log("gap/too_close", float(decision.moments.spread is None))
-        # for one chart of the batch against its band, all three in the units of M
+        # one chart shows the batch mean against this band; all three are in the units of M
         pl_module.log("band/batch_mean", decision.discrepancy[decision.eligible].mean())
         pl_module.log("band/lower", mean - std)
         pl_module.log("band/upper", mean + std)

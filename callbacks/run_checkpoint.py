@@ -1,4 +1,4 @@
-"""Checkpoints of a run: every so many steps, at a signal and at its end, `last.ckpt` always the newest."""
+"""The checkpoints of a run, saved every n steps, at a signal and at the end; `last.ckpt` is the newest."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from callbacks.interruption import Interrupted, SignalWatch
 
 @checked
 class RunCheckpoint(ModelCheckpoint):
-    """Lightning's `ModelCheckpoint` by steps, in an order that survives a kill at any moment.
+    """A `ModelCheckpoint` of Lightning that saves by steps and survives a kill at any moment.
 
-    The new checkpoint is written, then the link `last.ckpt` moves to it in one rename. The old one is deleted when
-    the next step, or the run, has ended well: until then nobody knows that the new weights are good. At SIGTERM,
-    SIGUSR1 or Ctrl-C the step is finished and saved, and `Interrupted` ends the run; the last step of the run is
-    saved whatever its number. A step that is refused before it changed anything (`StepRefused`) ends the run with a
-    checkpoint of the step before it. Nothing is saved when a step fails in any other way: the statistics would be
-    one batch ahead of the weights, or half of the weights ahead of the others.
+    It writes the new checkpoint, then moves the link `last.ckpt` to it in one rename. It deletes the old one only
+    when the next step or the run has ended without error, because only then are the new weights known to be good.
+    At SIGTERM, SIGUSR1 or Ctrl-C it finishes and saves the step, and `Interrupted` ends the run. It always saves
+    the last step of the run. If a step is refused before it changes anything (`StepRefused`), it saves the step
+    before. If a step fails in any other way it saves nothing: the statistics could be one batch ahead of the
+    weights, or the weights half updated.
 
     Args:
-        every_n_steps: optimizer steps between checkpoints; none saves at the end only.
-        keep_all: keep every checkpoint instead of the newest.
+        every_n_steps: optimizer steps between checkpoints; none saves only at the end.
+        keep_all: keep every checkpoint instead of only the newest.
         dirpath: folder; none takes `checkpoints` in the log folder.
     """
 
@@ -46,24 +46,24 @@ class RunCheckpoint(ModelCheckpoint):
             every_n_epochs=0,
             save_top_k=-1 if keep_all else 1,
             save_last="link",
-            enable_version_counter=False,  # else a resumed run leaves last.ckpt stale beside a last-v1.ckpt
+            enable_version_counter=False,  # else a resumed run writes last-v1.ckpt and leaves last.ckpt stale
         )
         self._signals = SignalWatch()
         self._stopped_by: int | None = None
-        self._progress: dict[str, Any] | None = None  # of loops and sampler at the end of the last step
-        self._older: list[str] = []  # checkpoints that the next good step deletes
-        self._within_epoch = False  # whether what is saved is as of the end of the last step
+        self._progress: dict[str, Any] | None = None  # state of loops and sampler after the last step
+        self._older: list[str] = []  # checkpoints to delete after the next good step
+        self._within_epoch = False  # whether a save uses `_progress` instead of the current state
 
     @property
     def last(self) -> Path:
-        """The link to the newest checkpoint."""
+        """Return the link to the newest checkpoint."""
         assert self.dirpath is not None
         return Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         taken = trainer.is_global_zero and os.path.lexists(self.last)
-        # told to all ranks, or they would wait for the one that stopped
+        # broadcast, or the other ranks would wait for the one that stopped
         if trainer.strategy.broadcast(taken and trainer.ckpt_path is None):
             raise UserError(
                 f"{self.dirpath} already holds the checkpoints of another run: choose another log folder "
@@ -71,11 +71,11 @@ class RunCheckpoint(ModelCheckpoint):
             )
         if trainer.is_global_zero and self.last.parent.is_dir():
             for part in self.last.parent.glob(f".*{self.FILE_EXTENSION}.*.part"):
-                # of a run that was killed while it wrote
+                # left by a run that was killed while it wrote
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
             resumed = Path(trainer.ckpt_path or "").resolve()
             if resumed.parent == self.last.parent.resolve():
-                # steps after an earlier checkpoint are taken again: a kill must not bring back the later one
+                # a run resumed from an earlier checkpoint must not return to the later one after a kill
                 move_link(self.last, resumed)
         self._signals.start()
 
@@ -83,7 +83,7 @@ class RunCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._delete_older(trainer)
-        # the next batch moves the sampler on before its step is known to be good
+        # fetching the next batch advances the sampler before that step is known to be good
         self._progress = copy.deepcopy(trainer.fit_loop.state_dict())
         self.note_signal(trainer)
         due = self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
@@ -96,11 +96,11 @@ class RunCheckpoint(ModelCheckpoint):
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: epochs are no occasion to save."""
+        """Do nothing: the end of an epoch does not save."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signals.stop()
-        # Lightning takes an epoch that max_steps cut short for a whole one: a resume would skip the rest of it
+        # Lightning counts an epoch cut short by max_steps as complete: a resume would skip the rest of it
         self._within_epoch = (
             self._progress is not None and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         )
@@ -118,7 +118,7 @@ class RunCheckpoint(ModelCheckpoint):
             kept = "".join(f"; {path} is kept, too" for path in self._older)
             rank_zero_info(f"step {trainer.global_step}, the last good one, is saved in {self.last}{kept}")
 
-    # --- stopping, once all that belongs to the finished step has been logged --------------------------------
+    # --- stopping, after everything of the finished step has been logged -------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
         self.stop_if_told(trainer)
@@ -127,9 +127,9 @@ class RunCheckpoint(ModelCheckpoint):
         self.stop_if_told(trainer)
 
     def note_signal(self, trainer: Trainer) -> None:
-        """Agree with the other ranks whether any of them was told to stop, and by which signal.
+        """Agree with the other ranks whether any of them received a signal, and which.
 
-        All report the same one: a batch script tells by the exit status what to do next. SIGTERM outranks SIGUSR1.
+        All ranks report the same signal, because batch scripts decide by the exit status. SIGTERM outranks SIGUSR1.
         """
         own = torch.tensor(self._signals.received or 0, device=trainer.strategy.root_device)
         self._stopped_by = int(trainer.strategy.reduce(own, reduce_op="max")) or None
@@ -145,7 +145,7 @@ class RunCheckpoint(ModelCheckpoint):
             checkpoint["epoch"] = self._progress["epoch_progress"]["current"]["processed"]
 
     def ruined(self, trainer: Trainer) -> str:
-        """Say that nothing was saved, and what an earlier step left."""
+        """Return the message that nothing was saved and which earlier checkpoint exists."""
         older = f"{self.best_model_path} is kept" if self.best_model_path else "no earlier checkpoint exists"
         return f"weights are not finite after {trainer.global_step} steps and were not saved; {older}."
 
@@ -158,7 +158,7 @@ class RunCheckpoint(ModelCheckpoint):
         if not weights_are_finite(trainer):
             raise UserError(self.ruined(trainer))
         path = self.format_checkpoint_name(self._monitor_candidates(trainer))
-        # set before saving, because a resumed run reads from its checkpoint what to delete
+        # set before saving, because a resumed run reads from its checkpoint which files to delete
         previous, self.best_model_path, self.last_model_path = self.best_model_path, path, str(self.last)
         if self.save_top_k == 1 and previous and self._should_remove_checkpoint(trainer, previous, path):
             self._older.append(previous)
@@ -192,7 +192,7 @@ def weights_are_finite(trainer: Trainer) -> bool:
 
 
 def move_link(link: Path, target: Path) -> None:
-    """Make `link` point to `target` in its folder; at no moment is there no link or one that leads nowhere."""
+    """Point `link` to `target` in its folder; a valid link exists at every moment."""
     temporary = link.with_name(f".{link.name}.link")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name, target_is_directory=target.is_dir())

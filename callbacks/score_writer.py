@@ -1,4 +1,4 @@
-"""`beta-dpo predict`: the scores of all pairs as one parquet file."""
+"""The parquet file of `beta-dpo predict`, with the scores of all pairs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ SCHEMA = pa.schema(
 
 
 class ScoreWriter(Callback):
-    """Writes what `predict_step` returns, from all ranks, to one file; it appears only when complete.
+    """A callback that writes the results of `predict_step` from all ranks to one file, visible only when complete.
 
     Args:
-        path: the file; relative to the current folder.
+        path: the file, relative to the current folder.
     """
 
     def __init__(self, path: str = "scores.parquet"):
@@ -52,7 +52,7 @@ class ScoreWriter(Callback):
             parts = [self.path.with_suffix(f".rank{rank}.part") for rank in range(trainer.world_size)]
             sampling = trainer.distributed_sampler_kwargs
             alike = 1 if sampling is None else trainer.world_size // sampling["num_replicas"]
-            with atomic_file(self.path) as temporary:  # neighbours under tensor parallelism have the same pairs
+            with atomic_file(self.path) as temporary:  # ranks of one tensor-parallel group have the same pairs
                 pq.write_table(pa.concat_tables([pq.read_table(one) for one in parts[::alike]]), temporary)
             for one in parts:
                 one.unlink()

@@ -1,4 +1,4 @@
-"""The named slots of a configuration: which callback each takes, its default, and the order in which they run."""
+"""The named slots of a configuration: the callbacks that each accepts, its default, and the order of the slots."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from callbacks.text_progress import TextProgress
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for one callback: `name` is the key in a configuration, `kinds` the classes made for it."""
+    """A slot for one callback; `name` is its key in a configuration, `kinds` are the classes made for it."""
 
     name: str
     kinds: tuple[type[Callback], ...]
-    text: str  # what it does, for `fit --help`
-    on: bool = False  # whether the first kind, at its defaults, is the default
-    decides: bool = False  # whether it takes part in the step; all such slots empty is plain DPO
+    text: str  # its line in `fit --help`
+    on: bool = False  # whether the first kind, with its default options, is the default
+    decides: bool = False  # whether it changes the step; with all such slots empty a run is plain DPO
 
     @property
     def accepted(self) -> Any:
-        """Return the type that jsonargparse reads: one of the kinds, a callback of the user's own, or null."""
+        """Return the type for jsonargparse: one of the kinds, a callback of the user's own, or null."""
         own = ProgressBar if self.kinds == (TextProgress,) else Callback
         return Union[(*self.kinds, own, None)]
 
@@ -47,7 +47,7 @@ class Slot:
         return {"class_path": f"callbacks.{self.kinds[0].__name__}"} if self.on else None
 
 
-# in the order in which they run; trainer.callbacks, the user's own, come after those that decide
+# in the order in which they run; the user's trainer.callbacks run after the slots that decide
 SLOTS = (
     Slot("reward", (ExplicitRewardGap,), "M from columns of the data; null: the policy's own gap", decides=True),
     Slot("statistics", (RewardGapStatistics,), "running mean M0 and standard deviation σ of M", decides=True),
@@ -67,16 +67,16 @@ BY_NAME = {slot.name: slot for slot in SLOTS}
 
 
 def slot_of(kind: type) -> Slot | None:
-    """Return the slot that a class of callbacks belongs in; None for a callback of the user's own."""
+    """Return the slot of a callback class; None for a callback of the user's own."""
     if issubclass(kind, ProgressBar):
         return BY_NAME["progress"]
     return next((slot for slot in SLOTS if issubclass(kind, slot.kinds)), None)
 
 
 def in_order(filled: Mapping[str, Callback | None], own: Sequence[Callback] = ()) -> list[Callback]:
-    """Return the callbacks of a Trainer: those that decide, then the user's `own`, then those that look on.
+    """Return the callbacks of a Trainer: those that decide, then the user's `own`, then those that only observe.
 
-    Raises UserError for a class of this project that is in another slot than its own.
+    Raises UserError for a class of this project in a slot other than its own.
     """
     for name, callback in filled.items():
         right = slot_of(type(callback))
@@ -103,9 +103,9 @@ def refuse_listed(kinds: Sequence[type]) -> None:
 
 
 def entries(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the callbacks that a recorded configuration names, as `class_path` and `init_args`, in their order.
+    """Yield the callbacks of a recorded configuration, as `class_path` and `init_args`, in their order.
 
-    Reads the lists of version 0.1 too.
+    It also reads the lists of version 0.1.
     """
     filled = [(slot, config.get(slot.name)) for slot in SLOTS]
     own = (config.get("trainer") or {}).get("callbacks") or []

@@ -1,4 +1,4 @@
-"""Progress in a log file: one plain line every so many steps."""
+"""Progress for a log file: one plain line every n steps."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from app.method.ranges import PositiveInt, checked
 
 @checked
 class TextProgress(ProgressBar):
-    """What a bar shows, as lines without control characters: step, metrics, steps per second, time left.
+    """A progress bar as lines without control characters: step, metrics, steps per second, time left.
 
     Args:
-        every_n_steps: steps between two lines; the last step has a line of its own. None prints every 10 steps, and
+        every_n_steps: steps between two lines; the last step always has a line. None prints every 10 steps, and
             on a terminal the command shows Lightning's `RichProgressBar` instead.
     """
 
@@ -27,7 +27,7 @@ class TextProgress(ProgressBar):
         self._began = (0.0, 0)  # when, and at which step
 
     def disable(self) -> None:
-        """Called by Lightning on all ranks but the first."""
+        """Switch the lines off; Lightning calls this on all ranks but the first."""
         self._enabled = False
 
     def enable(self) -> None:
@@ -52,9 +52,9 @@ class TextProgress(ProgressBar):
 
 
 def total_steps(trainer: Trainer) -> int | None:
-    """The number of the last step; None when the run has no end.
+    """Return the number of the last step; None if the run has no limit.
 
-    Not by `estimated_stepping_batches`, which costs a resumed loader its place.
+    `estimated_stepping_batches` is not used, because it makes a resumed loader lose its position.
     """
     ends = [trainer.max_steps] if trainer.max_steps >= 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0 and trainer.num_training_batches != float("inf"):
@@ -63,7 +63,7 @@ def total_steps(trainer: Trainer) -> int | None:
 
 
 def progress_line(step: int, last: int | None, steps_per_second: float, metrics: dict[str, Any]) -> str:
-    """`step 40/220  train/loss 0.653  beta/used 0.101  2.1 steps/s  1:26 left`"""
+    """Return a line such as `step 40/220  train/loss 0.653  beta/used 0.101  2.1 steps/s  1:26 left`."""
     parts = [f"step {step}" + (f"/{last}" if last is not None else ""), metrics_text(metrics)]
     parts.append(f"{steps_per_second:.3g} steps/s")
     if last is not None and steps_per_second > 0:
