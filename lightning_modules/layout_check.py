@@ -1,4 +1,4 @@
-"""The start-up check: the fastest attention, layout and layers whose log-probabilities are those of plain rows."""
+"""The start-up check, which picks the fastest attention, layout and layers that agree with plain rows."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Largest mean difference per response token, in nats, that rounding explains. A lost mask costs whole nats.
+# Largest mean difference per response token, in nats, that rounding explains. A lost mask changes whole nats.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 CHECKED_PAIRS = 4
 
 
 class Sample(NamedTuple):
-    """Pairs to compare on, with their log-probabilities [CHECKED_PAIRS, sides] as plain rows give them."""
+    """Pairs for a comparison, with their log-probabilities [CHECKED_PAIRS, sides] from plain rows."""
 
     batch: OptimizerBatch
     pairs: list[int]
@@ -39,15 +39,15 @@ class Sample(NamedTuple):
 
 
 def agreeing_layout(module: LanguageModelTraining, batch: OptimizerBatch) -> Layout:
-    """Settle attention and layers of the module's models, and return the layout to train with.
+    """Choose attention and layers of the module's models, and return the layout for training.
 
-    Compared are a few pairs of the batch, and a pair as long as any of the run beside a short one: what counts
-    places in a row (a local window), or looks at the longest row of a micro-batch (the scaling of rotary
-    positions), shows only there. In a run that trains, a backward pass is tried on CUDA and for compiled layers.
-    Raises UserError when what was asked for does not hold, when not even plain rows do, and out of memory.
+    The check compares a few pairs of the batch, and a pair as long as the longest of the run beside a short one.
+    Only the long pair reveals models that count positions in a row (a local window) or depend on the longest row
+    of a micro-batch (scaled rotary positions). In training, a backward pass is tried on CUDA and for compiled
+    layers. Raises UserError if the requested setting disagrees, if not even plain rows agree, or out of memory.
     """
     try:
-        with torch.inference_mode(False):  # what a validation settles must serve training
+        with torch.inference_mode(False):  # training uses what a validation has settled
             return _settled(module, batch)
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -93,7 +93,7 @@ def _settled(module: LanguageModelTraining, batch: OptimizerBatch) -> Layout:
 
 
 def _candidates(module: LanguageModelTraining) -> list[tuple[str, Layout]]:
-    """Attention and layout in the order in which they are wanted."""
+    """Return the combinations of attention and layout in order of preference."""
     own = module.policy.own_attention
     names = [module.policy.attention]
     if module.attention == "auto":
@@ -106,7 +106,7 @@ def _candidates(module: LanguageModelTraining) -> list[tuple[str, Layout]]:
 
 
 def _refusal(module: LanguageModelTraining, finding: str, attention: str, layout: Layout) -> str:
-    """The sentence for a run of which nothing holds, with the cure."""
+    """Return the error message, with a remedy, for a run in which no candidate agrees."""
     if module.requested_layout == "packed":
         return f"model.layout: {finding}; set it to auto or separate."
     if module.attention != "auto":
@@ -121,7 +121,7 @@ def _refusal(module: LanguageModelTraining, finding: str, attention: str, layout
 
 
 def _compile_layers(module: LanguageModelTraining, layout: Layout, samples: Sequence[Sample]) -> bool:
-    """Compile the layers where that is wanted and works; whether they are."""
+    """Compile the layers if that is wanted and works, and return whether they are compiled."""
     if module.compile_layers is False or (module.compile_layers == "auto" and module.device.type != "cuda"):
         return False
     for scorer in module.scorers:
@@ -142,12 +142,12 @@ def _compile_layers(module: LanguageModelTraining, layout: Layout, samples: Sequ
 def _finding(
     module: LanguageModelTraining, layout: Layout, samples: Sequence[Sample], backward: bool
 ) -> str | None:
-    """What is wrong with the module's attention and layers in this layout, on any rank; None where they agree.
+    """Return what is wrong with attention and layers in this layout on any rank, or None if they agree.
 
-    An error is told by its first line. Out of memory is no finding: it is raised.
+    An exception becomes a finding with its first line; out of memory and UserError are raised.
     """
     backward = _tries_backward(module, backward)
-    # as few rows as possible, so that several pairs share one
+    # as few rows as possible, so that several pairs share a row
     rows = [_rows(module, sample.batch, module.responses, layout, sample.pairs) for sample in samples]
     worst, error = torch.zeros((), dtype=torch.float64), ""
     try:
@@ -161,7 +161,7 @@ def _finding(
                 error = "its gradients are not finite"
     except (torch.OutOfMemoryError, UserError):
         raise
-    except Exception as refusal:  # a mask format of its own, a kernel that is not there, the compiler
+    except Exception as refusal:  # for example another mask format, a missing kernel, or the compiler
         error = f"{type(refusal).__name__}: {_first_line(refusal)}"
     failed, worst = module.reduce(torch.stack([torch.tensor(float(bool(error))).double(), worst]), "max").tolist()
     if failed:
@@ -176,8 +176,8 @@ def _tries_backward(module: LanguageModelTraining, wanted: bool) -> bool:
 
 
 def _has_gradient(module: LanguageModelTraining, scores: Tensor, judge: bool) -> bool:
-    """Back-propagate `scores` and forget the gradients; whether they are finite, if that is to be judged."""
-    # sharded gradients have to be reduced to be dropped; DDP's buckets must not see these
+    """Back-propagate `scores`, drop the gradients, and return whether they are finite (True if not `judge`)."""
+    # FSDP2 drops gradients only after their reduction; DDP's buckets must not see these
     with gradient_sync(module.trainer.strategy, module.policy, last=isinstance(module.policy, FSDPModule)):
         scores.sum().backward()
     gradients = [p.grad for p in module.policy.parameters() if p.grad is not None]
@@ -188,9 +188,9 @@ def _has_gradient(module: LanguageModelTraining, scores: Tensor, judge: bool) ->
 
 
 def _plain_sample(module: LanguageModelTraining, batch: OptimizerBatch) -> Sample:
-    """A few pairs of the batch in plain rows, by the model's own head.
+    """Return a few pairs of the batch, scored in plain rows by the model's own head.
 
-    Raises UserError where this project's head differs from it.
+    Raises UserError if this project's head differs from it.
     """
     pairs = list(range(min(CHECKED_PAIRS, len(batch.positions))))
     rows = _rows(module, batch, module.responses, "separate", pairs)
@@ -205,17 +205,17 @@ def _plain_sample(module: LanguageModelTraining, batch: OptimizerBatch) -> Sampl
             f"model.name: the output head of {module.name or 'this architecture'} is not supported: "
             "its log-probabilities differ from those of transformers' own forward pass."
         )
-    # a pair that is not finite says nothing about the model, and would spoil the row that it is packed into
+    # a pair that is not finite tests nothing, and would make its packed row NaN
     return sample._replace(pairs=[pair for pair in pairs if torch.isfinite(expected[pair]).all()])
 
 
 def _alone_sample(module: LanguageModelTraining, batch: OptimizerBatch) -> Sample:
-    """The pairs of the batch, every response by itself: nothing that shares its micro-batch can sway it."""
+    """Return the pairs of the batch, every response scored in a micro-batch of its own, free of other rows."""
     pairs = list(range(len(batch.positions)))
     expected = torch.zeros(CHECKED_PAIRS, len(module.responses), dtype=torch.float64)
     tokens = torch.ones_like(expected)
     with module.policy.as_loaded(), torch.no_grad():
-        for pair in range(2):  # on every rank, also where a share has no pair: forward passes may be collective
+        for pair in range(2):  # also on ranks without a pair, because forward passes may be collective
             for number, side in enumerate(module.responses):
                 for rows in _rows(module, batch, (side,), "separate", pairs[pair : pair + 1]):
                     score = module.policy(rows)
@@ -237,10 +237,10 @@ def _score(module: LanguageModelTraining, rows: Sequence[PackedRows], whole_logi
 
 
 def _response_tokens(rows: Sequence[PackedRows], like: Tensor) -> Tensor:
-    """Tokens of every response, like `like` [pairs, sides]; 1 for pairs that are not in the rows."""
+    """Return the tokens of every response in the form of `like` [pairs, sides]; 1 for pairs not in the rows."""
     tokens = torch.ones_like(like)
     for micro_batch in rows:
-        lengths = micro_batch.response_tokens.view(-1, tokens.shape[1])  # of an empty one as well
+        lengths = micro_batch.response_tokens.view(-1, tokens.shape[1])  # also valid for an empty micro-batch
         tokens = tokens.index_copy(0, micro_batch.pairs.cpu(), lengths.double().cpu())
     return tokens
 

@@ -1,4 +1,4 @@
-"""What a training stage logs with: numbers that stay on the CPU, the time of a step, exact means over all ranks."""
+"""Logging of the training stages without waiting for the device, step times, and exact means over all ranks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 
 
 class LoggedTraining(LightningModule):
-    """A LightningModule that logs without waiting for its device and knows how long a step took."""
+    """A LightningModule that logs without waiting for its device and measures the time of a step."""
 
-    _step_ended = 0.0  # on this process's clock, as the next
+    _step_ended = 0.0  # from time.perf_counter, like `_validation_started`
     _validation_started = 0.0
 
     def log(self, name: str, value: Any, *args: Any, **settings: Any) -> None:
-        """Log a number from the CPU: Lightning copies each to the device, and the host waits for every copy."""
+        """Log `value`, a number as a CPU tensor; Lightning would copy it to the device and wait for the copy."""
         if isinstance(value, (int, float)):
             value = torch.tensor(float(value))
         super().log(name, value, *args, **settings)
@@ -35,23 +35,23 @@ class LoggedTraining(LightningModule):
         self._step_ended += time.perf_counter() - self._validation_started
 
     def step_seconds(self) -> float:
-        """Return the seconds since the last step, or the start; loader and callbacks count, validation does not."""
+        """Return the seconds since the last step or the start, with loader and callbacks but without validation."""
         before, self._step_ended = self._step_ended, time.perf_counter()
         return self._step_ended - before
 
 
 def exact_mean() -> Metric:
-    """A weighted mean in float64 that counts every pair once, over uneven batches and all ranks."""
+    """Return a weighted-mean metric in float64 that counts every pair once, over uneven batches and all ranks."""
     return MeanMetric().set_dtype(torch.float64)
 
 
 def exact_count() -> Metric:
-    """A sum in float64 over all batches, of what every rank knows of the whole batch."""
+    """Return a sum metric in float64 that is not synchronised, because every rank adds the whole batch's count."""
     return SumMetric(sync_on_compute=False).set_dtype(torch.float64)
 
 
 def warn_of_nonfinite(stage: str, figures: Mapping[str, Tensor]) -> None:
-    """Say how many `nonfinite_pairs` the `figures` of an evaluation leave out, if any."""
+    """Warn if the `figures` of an evaluation leave out `nonfinite_pairs`."""
     left_out, counted = (int(figures.get(name, 0)) for name in ("nonfinite_pairs", "pairs"))
     if left_out:
         rest = f"the means are those of the other {counted}" if counted else "so there is no mean to report"

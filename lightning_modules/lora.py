@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) through `peft`: only they train; without them it is the reference."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through `peft`; the policy without its adapters is the reference."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 @checked
 @dataclass
 class Lora:
-    """W·x + (lora_alpha/r)·B·A·x in the chosen linear layers, B = 0 at the start. The names are those of `peft`.
+    """The settings of LoRA, W·x + (lora_alpha/r)·B·A·x with B = 0 at the start, under the names of `peft`.
 
     Args:
         r: rank of A and B.
-        lora_alpha: scale of the adapter, before it is divided by r.
-        target_modules: `all-linear` but the output head, or the names of the layers' last parts (`q_proj`, …).
+        lora_alpha: scale of the adapter, divided by r.
+        target_modules: `all-linear` (except the output head), or a list of last parts of layer names (`q_proj`, …).
         use_rslora: divide by √r instead of r.
     """
 
@@ -41,9 +41,9 @@ class Lora:
     use_rslora: bool = False
 
     def peft_config(self, base: str | None = None) -> Any:
-        """The `peft.LoraConfig` for adapters of the model `base`: no dropout, no biases.
+        """Return the `peft.LoraConfig` for adapters of the model `base`, without dropout and biases.
 
-        Raises UserError when peft is not installed.
+        Raises UserError if peft is not installed.
         """
         try:
             from peft import LoraConfig
@@ -59,9 +59,9 @@ class Lora:
 
 
 def add_lora(model: Any, lora: Lora) -> None:
-    """Put adapters into `model`, in place; all other weights are frozen.
+    """Add adapters to `model` in place and freeze all other weights.
 
-    Raises UserError when no layer fits one of the `target_modules`; says which weights LoRA cannot reach.
+    Raises UserError if one of the `target_modules` matches no layer; warns of fused experts, which get no adapter.
     """
     refuse_unmatched(model, lora.target_modules)
     try:
@@ -69,7 +69,7 @@ def add_lora(model: Any, lora: Lora) -> None:
     except ValueError as error:
         raise UserError(f"model.lora: {str(error).splitlines()[0]}") from error
 
-    # peft wraps the experts of the families that it knows
+    # peft wraps the experts of model families that it supports; those carry base_layer in their names
     left = [name for name, weight in model.named_parameters() if weight.ndim == 3 and ".base_layer." not in name]
     experts = {re.sub(r"\.\d+\.", ".*.", name) for name in left if "lora_" not in name}
     if experts:
@@ -81,7 +81,7 @@ def add_lora(model: Any, lora: Lora) -> None:
 
 
 def refuse_unmatched(model: Any, targets: str | list[str]) -> None:
-    """Raise UserError for entries of `target_modules` that no layer is called by, and for the output head."""
+    """Raise UserError for entries of `target_modules` that match no layer or the output head."""
     layers = {
         name: kind for name, kind in model.named_modules() if isinstance(kind, (nn.Linear, nn.Embedding, Conv1D))
     }
@@ -114,7 +114,7 @@ def refuse_unmatched(model: Any, targets: str | list[str]) -> None:
 
 @contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
-    """Within the block, the model computes what it did before `add_lora`, to the bit."""
+    """Disable the adapters within the block, so that outputs equal those before `add_lora` bit for bit."""
     model.disable_adapters()
     try:
         yield
@@ -123,7 +123,7 @@ def without_adapters(model: Any) -> Iterator[None]:
 
 
 class AdapterOff:
-    """The reference of a policy with adapters: the policy's own weights without them. No second model."""
+    """The reference of a policy with adapters: the policy with its adapters disabled, not a second model."""
 
     def __init__(self, policy: ResponseScorer):
         self.policy = policy

@@ -1,4 +1,4 @@
-"""Memory of a training step per device, from the shapes of a model: what `beta-dpo plan` adds up."""
+"""Memory of a training step per device, computed from the shapes of a model for `beta-dpo plan`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ WEIGHT = 4  # bytes of a master weight, of a gradient and of each number of opti
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters of a model, or under tensor parallelism of the part of it that one rank works with."""
+    """Parameter counts of a model, or under tensor parallelism of one rank's part of it."""
 
     all: int
     block: int  # of the largest transformer block
-    root: int  # outside of the blocks: embeddings, head, final norm
+    root: int  # outside the blocks: embeddings, head, final norm
     head: int
     vocabulary: int
-    linear: int  # weights of linear layers, which a frozen model keeps in the type of autocast
+    linear: int  # weights of linear layers, which a frozen model keeps in the autocast dtype
 
     @classmethod
     def of(cls, model: nn.Module) -> Sizes:
@@ -38,19 +38,19 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Setup:
-    """How the model is trained, as far as memory goes."""
+    """The training settings that affect memory."""
 
     kind: Literal["single", "ddp", "sharded"]
     device: Literal["cpu", "cuda"] = "cuda"
     shards: int = 1  # ranks that share one copy of the model
-    compute_bytes: int = 4  # of a number in the forward pass
+    compute_bytes: int = 4  # bytes of a number in the forward pass
     autocast: bool = False
     reference: bool = True
     offload_reference: bool = False
     checkpointed: bool = False
-    dense_mask: int = 0  # bytes for each two tokens of a row, of the masks that an attention of transformers takes
+    dense_mask: int = 0  # bytes per (query, key) entry of the masks of a transformers attention
     optimizer_state: float = 2.0  # numbers per parameter
-    foreach_step: bool = True  # the optimizer works on all parameters at once
+    foreach_step: bool = True  # the optimizer updates all parameters at once
     reshard: bool = True
     prefetch: int = 1
     accumulate_whole: bool = False
@@ -58,7 +58,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes per device. A step has several moments that may be its peak; each is a table of what is held then."""
+    """The bytes per device at each moment of a step that may be its peak."""
 
     sizes: Sizes
     setup: Setup
@@ -78,28 +78,28 @@ class MemoryPlan:
         object.__setattr__(self, "resident", resident)
 
     def logits(self, tokens: int) -> int:
-        """The head's working memory for `tokens` response tokens: one slice of logits and of their gradient."""
+        """Return the head's working memory for `tokens` response tokens: a slice of logits and its gradient."""
         slice_logits = max(SLICE_LOGITS[self.setup.device], NARROWEST_SLICE * tokens)
         return min(slice_logits, tokens * self.sizes.vocabulary) * (4 + self.setup.compute_bytes)
 
     def moments(self, tokens: int) -> dict[str, dict[str, int]]:
-        """What is held at each candidate for the peak, with micro-batches of `tokens` tokens."""
+        """Return the bytes held at each candidate for the peak, with micro-batches of `tokens` tokens."""
         sizes, setup = self.sizes, self.setup
         sharded = setup.kind == "sharded"
         compute = setup.compute_bytes
         share = WEIGHT * sizes.all // setup.shards
-        gradients = share + (WEIGHT * sizes.all if setup.kind == "ddp" else 0)  # DDP: and its buckets
+        gradients = share + (WEIGHT * sizes.all if setup.kind == "ddp" else 0)  # DDP adds its buckets
         if sharded and setup.accumulate_whole:
             gradients += WEIGHT * sizes.all
         root = compute * sizes.root if sharded else 0
         block = compute * sizes.block if sharded else 0
-        # the running block, those fetched ahead of it, and the buffer that one arrives in
+        # the running block, the prefetched blocks, and the receive buffer of one block
         blocks = block * (2 + setup.prefetch) if setup.reshard else compute * (sizes.all - sizes.root) + block
         blocks *= sharded
-        # all tokens may come to lie in one row
+        # in the worst case all tokens are in one row
         masks = setup.dense_mask * tokens**2 or mask_bytes(tokens) * (setup.device == "cuda")
         kept = int(self.activations.kept(setup.checkpointed) * tokens) + masks
-        # gradients of the activations of the block at work
+        # gradients of the running block's activations
         working = int(self.activations.largest_block * tokens / 2)
         head_gradient = (compute if sharded else WEIGHT) * sizes.head
         forward = {"gathered weights": root + blocks, "activations": kept, "logits": self.logits(tokens)}
@@ -133,11 +133,11 @@ class MemoryPlan:
         }
 
     def peak(self, tokens: int) -> tuple[str, dict[str, int]]:
-        """The moment that needs most, and what is held then."""
+        """Return the moment that needs most memory, and the bytes held then."""
         return max(self.moments(tokens).items(), key=lambda moment: sum(moment[1].values()))
 
     def largest_budget(self, limit: int, step: int = 256) -> int:
-        """The largest multiple of `step` tokens whose peak stays within `limit` bytes; 0 when none does."""
+        """Return the largest multiple of `step` tokens whose peak is within `limit` bytes; 0 if none is."""
         low, high = 0, 1
         while sum(self.peak(high * step)[1].values()) <= limit:
             low, high = high, high * 2

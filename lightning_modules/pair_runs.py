@@ -1,4 +1,4 @@
-"""What our own attentions share: the runs of a micro-batch, and how transformers calls an attention of ours."""
+"""The parts that this project's attentions share: the runs of a row, and registration with transformers."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from app.method.batch import PairRun
 
 @dataclass(frozen=True)
 class PairRuns:
-    """The runs of one row, in their order. What attentions make of them serves all layers, policy and reference."""
+    """The ordered runs of one row, with a store for derived values that all layers, policy and reference share."""
 
     runs: Sequence[PairRun]
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def made(self, name: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made on the first call."""
+        """Return the value of `make()`, which is called only the first time for a `name`."""
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
 
 
-# (query, key, value, runs, window, scale, softcap) → output, states [1, heads, T, d]
+# (query, key, value, runs, window, scale, softcap) → output; all states are [1, heads, T, d]
 Attend = Callable[[Tensor, Tensor, Tensor, PairRuns, int | None, float | None, float | None], Tensor]
 
 
 def register(name: str, attend: Attend) -> Callable[..., tuple[Tensor, None]]:
-    """Make `attend` known to transformers as the attention implementation `name`; returns what is registered."""
+    """Register `attend` with transformers as the attention implementation `name`, and return the implementation."""
 
-    @torch.compiler.disable  # compiled layers call it as it is; FlexAttention is compiled by itself
+    @torch.compiler.disable  # compiled layers call it uncompiled; FlexAttention is compiled separately
     def implementation(
         module: torch.nn.Module,
         query: Tensor,
@@ -47,10 +47,10 @@ def register(name: str, attend: Attend) -> Callable[..., tuple[Tensor, None]]:
         softcap: float | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        """Attention in which every response sees its own prompt and itself, as transformers calls it.
+        """Compute attention through `attend`, with the signature that transformers calls.
 
-        `query` [1, heads, T, d], `key` and `value` [1, key heads, T, d]; returns [1, T, heads, d] and no weights.
-        Raises ValueError for what it cannot do, which sends the start-up check to another attention.
+        `query` is [1, heads, T, d], `key` and `value` are [1, key heads, T, d]; returns [1, T, heads, d] and no
+        weights. Raises ValueError for unsupported options, so that the start-up check tries another attention.
         """
         if pair_runs is None:
             raise ValueError("this model does not hand the layout of the rows to its attention")
@@ -65,7 +65,10 @@ def register(name: str, attend: Attend) -> Callable[..., tuple[Tensor, None]]:
 
 
 def one_dtype(*states: Tensor) -> list[Tensor]:
-    """The states in the type of autocast, or as the last: rotary positions leave queries and keys in float32."""
+    """Return the states in the autocast dtype, or without autocast in the dtype of the last state.
+
+    Rotary positions leave queries and keys in float32.
+    """
     device = states[-1].device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states[-1].dtype
     return [each.to(dtype) for each in states]

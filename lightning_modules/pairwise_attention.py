@@ -1,7 +1,7 @@
-"""Attention pair by pair: what a row of pairs costs on a CPU when nobody computes what the mask would hide.
+"""Attention pair by pair, which skips everything that a dense mask would hide; it is the default on CPUs.
 
-A dense mask makes attention cost the square of the row; here it costs what the pairs cost by themselves, so that
-all pairs of a micro-batch can lie in one row without any padding. It needs no compiler and no kernel of its own.
+With a dense mask the cost of attention is quadratic in the row. Here it is the sum of the costs of the pairs, so
+all pairs of a micro-batch can be in one row without padding. It needs no compiler and no special kernel.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lightning_modules.pair_runs import PairRuns, register
 
-PAIRWISE = "pairwise"  # the name under which transformers knows it
+PAIRWISE = "pairwise"  # its name in transformers
 
 
 def piece_mask(runs: PairRuns, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor | None:
-    """Which of `keys` the last `queries` of them see, [queries, keys] additive; None where causal order does."""
+    """Return the additive mask [queries, keys] of the last `queries` of `keys` tokens; None if plain causal."""
     window = None if window is None or keys <= window else window
     if queries == keys and window is None:
         return None
@@ -38,12 +38,12 @@ def attend(
     scale: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """See `pair_runs.Attend`."""
+    """Compute attention pair by pair; see `pair_runs.Attend` for the arguments."""
     if softcap is not None:
         raise ValueError(f"attention {PAIRWISE} has no softcap")
-    # tokens of every piece: the prompt with the first response, then each other response
+    # a piece is the prompt with the first response, or one of the other responses
     sizes = [size for prompt, (first, *rest) in runs.runs for size in (prompt + first, *rest)]
-    # split, not sliced: a slice's gradient is as large as the whole
+    # split, because the gradient of a slice is as large as the whole tensor
     queries, keys, values = (states.split(sizes, dim=2) for states in (query, key, value))
     outputs: list[Tensor] = []
     for prompt, responses in runs.runs:

@@ -1,4 +1,4 @@
-"""Preference optimisation: the policy, its frozen reference, and the two-phase step of β-DPO."""
+"""The preference optimisation stage, with the two-phase step of β-DPO."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ SCALED_BY_BETA = ("reward_margin", "reward_chosen", "reward_rejected")
 
 @checked
 class PreferenceOptimization(PreferenceScoring):
-    """DPO and its relatives; with the callbacks `RewardGapStatistics`, `PairFilter`, `BetaScheduler`, β-DPO.
+    """The stage for DPO and its variants; with `RewardGapStatistics`, `PairFilter` and `BetaScheduler` it is β-DPO.
 
-    One step (method §1): measure the gap of every pair of the global batch; let the callbacks choose the pairs
-    to keep and β; back-propagate the loss of the kept pairs; update. The module knows the callbacks only as
-    `RewardGapHook`s; without any, this is plain DPO at β0.
+    One step (method §1): measure the reward gap of every pair of the global batch; let the callbacks choose β and
+    the pairs to keep; back-propagate the loss of the kept pairs; update. The module knows these callbacks only as
+    `RewardGapHook`s; without them it is plain DPO at β0.
 
     Args:
-        name: folder or Hub id of the SFT model; the policy starts from it, and it is the reference.
+        name: folder or Hub id of the SFT model, which is the start of the policy and the reference.
         beta0: β0, the base β; evaluation always uses it.
         loss: per-pair loss of the log-probabilities and β.
-        reference: `frozen` keeps the reference as a second model, or with `lora` takes the policy without its
+        reference: `frozen` keeps the reference as a second model or, with `lora`, uses the policy without its
             adapters; `cached` scores every pair once before training and keeps the log-probabilities on disk for
-            all runs from the same model, so that training takes the memory and time of the policy alone.
-        sft_weight: weight of −log π(y_w|x)/|y_w|, the likelihood of the chosen response, beside any loss.
-        max_nonfinite_share: a step in which more than this share of pairs has no finite gap stops the run;
-            up to it such pairs are left out, counted and named in the log.
+            all runs from the same model, so that training needs memory and time only for the policy.
+        sft_weight: weight of the term −log π(y_w|x)/|y_w| added to the loss.
+        max_nonfinite_share: the run stops at a step in which more than this share of pairs has no finite gap;
+            up to this share, such pairs are left out, counted and named in the log.
 
     The other arguments are those of `LanguageModelTraining`.
     """
@@ -110,7 +110,7 @@ class PreferenceOptimization(PreferenceScoring):
         if everyone is not None:
             decision = self.decide(everyone, batch)
         else:
-            # A single micro-batch is scored once, its graph kept; more are measured without gradient first.
+            # A single micro-batch keeps its graph for the backward pass; several would need too much memory.
             with torch.set_grad_enabled(len(micro_batches) == 1):
                 logps, everyone = self.measure(batch, micro_batches)
             decision = self.decide(everyone, batch)
@@ -122,19 +122,20 @@ class PreferenceOptimization(PreferenceScoring):
 
     @property
     def needs_gaps_first(self) -> bool:
-        """Whether a callback or the loss has to see all pairs before the loss of any is known.
+        """Return whether the gaps of all pairs must be known before the first backward pass.
 
-        Also where gradients of a first micro-batch, once taken, could not be taken back (see `keeps_gradients`).
+        True if a callback or the loss depends on all pairs, or if `zero_grad` could not drop the gradients of an
+        earlier micro-batch (see `keeps_gradients`).
         """
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         decided = self.loss.needs_batch or any(isinstance(callback, RewardGapHook) for callback in callbacks)
         return decided or keeps_gradients(self.trainer.strategy)
 
     def backward_all(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> PairLogps | None:
-        """Back-propagate plain DPO's loss of every pair as it is scored; returns what `gather` does.
+        """Back-propagate the loss at β0 of every pair as it is scored, and return the result of `gather`.
 
-        None, and no gradient, where a pair is not finite: then the gaps have to be known first. Found out before
-        the last backward pass, because DDP exchanges gradients once a step.
+        If a pair is not finite, drop the gradients and return None: the gaps have to be known first. This is
+        checked before the last backward pass, in which DDP exchanges the gradients.
         """
         parts: list[PairLogps] = []
         for number, rows in enumerate(micro_batches, 1):
@@ -154,7 +155,7 @@ class PreferenceOptimization(PreferenceScoring):
     def backward_kept(
         self, batch: OptimizerBatch, logps: PairLogps, everyone: PairLogps, decision: StepDecision
     ) -> None:
-        """Back-propagate the loss of the kept pairs, from the graph of `logps` where it has one."""
+        """Back-propagate the loss of the kept pairs, through the graph of `logps` if it has one."""
         batch_loss = self.loss.for_batch(everyone)
         here = torch.nonzero(decision.kept[batch.positions]).flatten()  # indices into this rank's share
         terms = on_device(decision.terms(batch.positions), self.device)
@@ -163,7 +164,7 @@ class PreferenceOptimization(PreferenceScoring):
             losses = weighted_losses(batch_loss, logps.select(pairs), terms[:, pairs])
             self.backward_share(losses, decision.kept_count, last=True)
             return
-        # re-packed, so that a dropped pair costs no backward pass and its NaN, if any, cannot enter one
+        # packed again without the dropped pairs, so that they cost no backward pass and their NaN cannot enter it
         kept = self.micro_batches(batch, here.tolist())
         for number, rows in enumerate(kept, 1):
             policy = self.score(self.policy, [rows], len(batch.positions))
@@ -174,12 +175,12 @@ class PreferenceOptimization(PreferenceScoring):
     def backward_share(self, losses: Tensor, kept_count: int, last: bool) -> None:
         """Back-propagate these pairs' part of (1/|K|) Σ_{i∈K} loss_i.
 
-        DDP and FSDP2 average gradients over the shares of the batch, hence the factor: their sum is what is meant.
+        The factor `data_parallel_size` turns the average over shares, which DDP and FSDP2 take, into a sum.
         """
         self.backward_micro_batch(losses.sum() * (self.data_parallel_size / kept_count), last)
 
     def decide(self, everyone: PairLogps, batch: OptimizerBatch) -> StepDecision:
-        """Start from plain DPO and let every callback with the typed hook have its say, in trainer order."""
+        """Return the decision of the step: plain DPO, changed by every `RewardGapHook` in trainer order."""
         decision = StepDecision.start(
             step=self.trainer.global_step,
             pair_ids=batch.pair_ids,
@@ -190,7 +191,7 @@ class PreferenceOptimization(PreferenceScoring):
         decision.reference_margin = everyone.reference_margin
         decision.minimum_std = self.minimum_std(everyone)
         decision.measure_perturbed = partial(perturbed_gaps, self, batch, decision.eligible)
-        if self._reference:  # a cached one has no distributions to compare
+        if self._reference:  # a cached reference has no distributions to compare
             decision.measure_kl = partial(reference_kl, self, batch, decision.eligible)
         self.report_nonfinite(decision)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -202,14 +203,14 @@ class PreferenceOptimization(PreferenceScoring):
         return decision
 
     def minimum_std(self, everyone: PairLogps) -> float:
-        """σ of the discrepancy that rounding explains: what the rounding of h comes to in the loss's own units."""
+        """Return the σ that rounding of h explains, in the units of the loss's discrepancy."""
         rounding = rounding_std(self.compute_dtype)
         rounded = replace(everyone, policy_chosen=everyone.policy_chosen + rounding)
         change = self.loss.discrepancy(rounded) - self.loss.discrepancy(everyone)
         return max(float(change[torch.isfinite(change)].abs().mean().nan_to_num()), MINIMUM_STD)
 
     def report_nonfinite(self, decision: StepDecision) -> None:
-        """Name the pairs without a finite gap. Raises StepRefused when there are too many of them."""
+        """Log and count the pairs without a finite gap; raise StepRefused if there are too many."""
         bad = [id for id, good in zip(decision.pair_ids, decision.eligible.tolist(), strict=True) if not good]
         if not bad:
             return
@@ -228,9 +229,10 @@ class PreferenceOptimization(PreferenceScoring):
     def log_step(
         self, everyone: PairLogps, decision: StepDecision, batch: OptimizerBatch, grad_norm: float
     ) -> Tensor:
-        """Log the step as it was for the whole global batch; rewards at β0 and, named apart, at the β used.
+        """Log the step of the whole global batch and return the loss.
 
-        Returns the loss. All of it is computed on the CPU, from what was gathered before the update.
+        Rewards are logged at β0 and, under other names, at the β used. Everything is computed on the CPU from the
+        values gathered before the update.
         """
         pairs = torch.nonzero(decision.eligible).flatten()
         seen = everyone.select(pairs)
@@ -262,7 +264,7 @@ class PreferenceOptimization(PreferenceScoring):
                 "train/grad_norm": grad_norm,
                 "train/tokens_per_second": batch.tokens / seconds,
                 "train/nonfinite_pairs": float(self.nonfinite_pairs),
-                "train/tera_operations_per_second": rate / 1e12,  # of each device
+                "train/tera_operations_per_second": rate / 1e12,  # per device
             }
         )
         peak = peak_operations(self.device, self.compute_dtype)

@@ -1,4 +1,4 @@
-"""Scoring pairs: the policy and its frozen reference side by side, and everything that only reads them."""
+"""Scoring of pairs under policy and reference, and the stages that need no update: evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Reference = Literal["frozen", "cached"]
 
 
 class PreferenceScoring(LanguageModelTraining):
-    """Measures pairs under policy and reference: what a training step, an evaluation and `predict` start from.
+    """A stage that scores pairs under policy and reference for training steps, evaluation and `predict`.
 
     Args:
-        beta0: β0, at which evaluation takes rewards and loss.
+        beta0: β0, which evaluation uses for rewards and loss.
         loss: per-pair loss of the log-probabilities and β.
-        reference: `frozen`, a second copy of the model, or `cached`, log-probabilities that are scored once with
-            the policy before it is trained, and kept on disk (see `reference_cache`).
-        settings: those of `LanguageModelTraining`, in its order.
+        reference: `frozen`, a second copy of the model, or `cached`, log-probabilities that the untrained policy
+            scores once and that are kept on disk (see `reference_cache`).
+        settings: the arguments of `LanguageModelTraining`, in its order.
     """
 
     responses = ("chosen", "rejected")
@@ -58,7 +58,7 @@ class PreferenceScoring(LanguageModelTraining):
 
     def on_policy_ready(self) -> None:
         if self.loss.needs_reference and self.reference == "cached":
-            # now, while the policy's weights are those of the reference: also when a checkpoint is loaded next
+            # before a checkpoint is loaded, while the policy's weights are still those of the reference
             self.to(self.trainer.strategy.root_device)
             self._reference_cache = filled_reference_cache(self)
 
@@ -69,10 +69,10 @@ class PreferenceScoring(LanguageModelTraining):
     # --- measuring --------------------------------------------------------------------------------------
 
     def measure(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> tuple[PairLogps, PairLogps]:
-        """Log-probabilities [B] of the rank's pairs under the policy, and under the reference without gradient.
+        """Return the log-probabilities [B] of this rank's pairs, and those of all G pairs as `gather` returns them.
 
-        Where any rank has a pair without finite ones, detached (see `measured_alone`); else with their graph.
-        And the same of all G pairs, as `gather` returns them: this is where the host waits for the device.
+        Those of the policy keep their graph, but in packed rows are detached if any rank has a pair that is not
+        finite (see `measured_alone`). Those of the reference have no gradient. The host waits for the device here.
         """
         logps = self.measure_rows(batch, micro_batches)
         everyone = self.gather(logps, batch)
@@ -82,12 +82,12 @@ class PreferenceScoring(LanguageModelTraining):
         return logps, everyone
 
     def measure_rows(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> PairLogps:
-        """The log-probabilities as the rows give them; a pair that is in none of them has zeros."""
+        """Return the log-probabilities of the pairs in the rows; other pairs of the share get zeros."""
         share = len(batch.positions)
         reference = None
         if self._reference_cache is not None:
             reference = on_device(self._reference_cache.logps(batch.pair_keys.numpy()), self.device)
-        elif self._reference:  # before the policy, whose activations stay
+        elif self._reference:  # before the policy, whose activations stay in memory
             with torch.no_grad():
                 reference = self.score(self._reference[0], micro_batches, share)
         policy = self.score(self.policy, micro_batches, share)
@@ -104,9 +104,10 @@ class PreferenceScoring(LanguageModelTraining):
         )
 
     def gather(self, logps: PairLogps, batch: OptimizerBatch) -> PairLogps:
-        """The same for all G pairs of the global batch, detached, on the CPU, equal on every rank.
+        """Return `logps` of all G pairs of the global batch, detached, on the CPU, equal on every rank.
 
-        Each rank writes its pairs at their positions in the global batch and the ranks add up: O(G) numbers.
+        Each rank writes its pairs at their positions in the global batch, and one sum over ranks of O(G) numbers
+        joins them.
         """
         own = {name: column.detach() for name, column in vars(logps).items() if column is not None}
         table = torch.zeros(len(own), len(batch.pair_ids), dtype=torch.float64, device=self.device)
@@ -130,9 +131,9 @@ class PreferenceScoring(LanguageModelTraining):
         self.log_evaluation("test")
 
     def evaluate(self, batch: OptimizerBatch) -> None:
-        """Add this rank's pairs to the running means; every pair counts once, however ranks share them.
+        """Add this rank's pairs to the running means, in which every pair counts once for any number of ranks.
 
-        A pair without a finite gap is in none of the means, and is counted.
+        A pair without a finite gap enters no mean and is counted in `nonfinite_pairs`.
         """
         logps, everyone = self.measure(batch, self.micro_batches(batch))
         batch_loss = self.loss.for_batch(everyone)
@@ -146,7 +147,7 @@ class PreferenceScoring(LanguageModelTraining):
             if name not in self._evaluation:
                 self._evaluation[name] = exact_mean().to(self.device)
             self._evaluation[name].update(column[finite])
-        # how many pairs the means stand for, without which nobody can tell how sure they are
+        # the number of pairs in the means, which their uncertainty depends on
         good = int(self.loss.discrepancy(everyone).isfinite().sum())
         for name, count in (("pairs", good), ("nonfinite_pairs", len(batch.pair_ids) - good)):
             self._evaluation.setdefault(name, exact_count().to(self.device)).update(float(count))
@@ -158,7 +159,7 @@ class PreferenceScoring(LanguageModelTraining):
         self._evaluation.clear()
 
     def predict_step(self, batch: OptimizerBatch, batch_idx: int) -> dict[str, Any]:
-        """The columns of `scores.parquet` for this rank's pairs."""
+        """Return the columns of `scores.parquet` for this rank's pairs."""
         logps, _ = self.measure(batch, self.micro_batches(batch))
         columns: dict[str, Any] = {"pair_id": [batch.pair_ids[p] for p in batch.positions.tolist()]}
         for name in ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"):
