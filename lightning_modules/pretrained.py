@@ -1,4 +1,4 @@
-"""Loading a causal language model, from a folder or the Hub, or building one at random from a description."""
+"""Loading a causal language model from a folder or the Hub, or building a random one from a description."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 def load_config(name: str | None, architecture: dict[str, Any] | None, trust_remote_code: bool) -> Any:
-    """The Hugging Face configuration, with every dropout set to zero.
+    """Return the Hugging Face configuration with every dropout set to zero.
 
-    Dropout would make the policy differ from the reference at step 0 and the two passes of a step from each
-    other. Raises UserError unless exactly one of `name` and `architecture` is given, or if it cannot be read.
+    With dropout the policy would differ from the reference at step 0, and the two passes of a step from each
+    other. Raises UserError unless exactly one of `name` and `architecture` is given and can be read.
     """
     if (name is None) == (architecture is None):
         raise UserError(
@@ -39,14 +39,14 @@ def load_config(name: str | None, architecture: dict[str, Any] | None, trust_rem
             raise UserError(
                 "model.architecture needs a field model_type that transformers knows, for example llama."
             ) from error
-        except Exception as error:  # whatever values that do not fit each other bring about
+        except Exception as error:  # inconsistent values may raise anything
             raise UserError(f"model.architecture: {_reason(error)}") from error
     else:
         assert name is not None
         refuse_path(name)
         try:
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        except Exception as error:  # whatever a damaged config.json brings about
+        except Exception as error:  # a damaged config.json may raise anything
             raise UserError(
                 f"model.name: no model at {name!r} (give a folder that holds config.json and weights, "
                 f"or a Hub id that this machine can reach): {_reason(error)}"
@@ -60,10 +60,10 @@ def load_config(name: str | None, architecture: dict[str, Any] | None, trust_rem
 
 
 def refuse_path(name: str) -> None:
-    """Raise UserError where `name` is a path to no model folder, with the command that makes one."""
+    """Raise UserError if `name` is an existing path but no model folder, and name the remedy."""
     path = Path(name)
     if not path.exists():
-        return  # a Hub id, or nothing
+        return  # a Hub id, or a path that does not exist
     found = path if path.suffix in (".ckpt", ".gguf") else next(_sources(path), None) if path.is_dir() else path
     if found is not None and found.name == "adapter_config.json":
         raise UserError(
@@ -86,7 +86,7 @@ def refuse_path(name: str) -> None:
 
 
 def _sources(folder: Path) -> Iterator[Path]:
-    """What tells the kind of a folder, the first first."""
+    """Yield the files that identify the kind of a folder, the most telling first."""
     for pattern in (
         "adapter_config.json",
         "config.json",
@@ -103,7 +103,7 @@ def _sources(folder: Path) -> Iterator[Path]:
 
 
 def refuse_config(config: Any, name: str) -> None:
-    """Raise UserError for a model that cannot be trained here, as far as its configuration tells."""
+    """Raise UserError for a model whose configuration shows that it cannot be trained here."""
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
@@ -127,13 +127,12 @@ def load_model(
     trust_remote_code: bool = False,
     meta_above: float = math.inf,
 ) -> Any:
-    """A float32 `transformers` causal language model.
+    """Return a float32 `transformers` causal language model.
 
-    From `architecture` the weights are random, drawn from the global generator (Lightning seeds it).
-    `attention` None leaves the choice to transformers. A model that has a `name` and more than `meta_above`
-    parameters comes without weights: its parameters are on the meta device, for `read_weights` to fill.
-    `base_dtype` of the model is the type that its configuration names, None where it names none.
-    Raises UserError when the model cannot be found or read.
+    With `architecture` the weights are random, drawn from the global generator (Lightning seeds it). If `attention`
+    is None, transformers chooses. A named model of more than `meta_above` parameters has its parameters on the meta
+    device, and `read_weights` must fill them. The attribute `base_dtype` is the dtype in its configuration, or
+    None. Raises UserError if the model cannot be found or read.
     """
     config = load_config(name, architecture, trust_remote_code)
     base_dtype = config.dtype
@@ -141,18 +140,18 @@ def load_model(
     if name is None:
         try:
             model = AutoModelForCausalLM.from_config(config, **options)
-        except Exception as error:  # as above
+        except Exception as error:  # inconsistent values again
             raise UserError(f"model.architecture: {_reason(error)}") from error
     elif math.isfinite(meta_above) and parameter_count(bare := bare_model(config, **options)) > meta_above:
         model = bare
-        with suppress(OSError):  # many models have none
+        with suppress(OSError):  # many models have no generation config
             model.generation_config = GenerationConfig.from_pretrained(name)
     else:
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-        except Exception as error:  # whatever damaged files and a configuration of another model bring about
+        except Exception as error:  # damaged files or another model's configuration may raise anything
             raise UserError(f"model.name: cannot load {name!r}: {_reason(error)}") from error
         model, found = loaded
         refuse_missing(name, found)
@@ -164,7 +163,10 @@ def load_model(
 
 
 def refuse_missing(name: str, found: dict[str, Any]) -> None:
-    """Raise UserError where weights that no other is tied to were not in the files: they would be random."""
+    """Raise UserError for weights that the files lack or hold in another shape, because they would be random.
+
+    Warns of stored weights that the model does not use.
+    """
     other = sorted(
         f"{key} ({list(stored)} in the files, not {list(own)})" for key, stored, own in found["mismatched_keys"]
     )
@@ -185,9 +187,10 @@ def refuse_missing(name: str, found: dict[str, Any]) -> None:
 
 
 def refuse_beyond(model: Any, longest: int, largest_id: int, tokenizer: str, length: str) -> None:
-    """Raise UserError where rows of `longest` tokens or the token `largest_id` lie beyond a model's tables.
+    """Raise UserError if `largest_id` or rows of `longest` tokens exceed the model's embedding tables.
 
-    `tokenizer` and `length` name the options that set them. A model without a table of positions is warned of.
+    `tokenizer` and `length` name the options to blame. A model without a table of positions, trained on shorter
+    rows, only causes a warning.
     """
     known = model.get_input_embeddings().num_embeddings
     if largest_id >= known:
@@ -212,16 +215,16 @@ def refuse_beyond(model: Any, longest: int, largest_id: int, tokenizer: str, len
 
 
 def learned_positions(model: Any) -> int | None:
-    """Return for how many positions a model holds a table; None where it computes them for any."""
+    """Return the number of positions in a model's table of positions, or None if it has no table."""
     most = [getattr(model.config, "max_position_embeddings", math.inf)]
-    if model.config.model_type == "mpt":  # builds its biases for so many
+    if model.config.model_type == "mpt":  # its attention biases have this length
         return int(model.config.max_seq_len)
     tables = [
         len(table)
         for name, table in (*model.named_parameters(), *model.named_buffers())
         if re.search(r"\b(wpe|embed_positions|position_embeddings|pos_emb\w*)(\.weight)?$", name)
     ]
-    return int(min(tables + most)) if tables else None  # OPT's table has two rows more
+    return int(min(tables + most)) if tables else None  # OPT's table has two extra rows
 
 
 def _few(names: Sequence[str]) -> str:
@@ -229,9 +232,9 @@ def _few(names: Sequence[str]) -> str:
 
 
 def bare_model(config: Any, **options: Any) -> Any:
-    """The model of `config` with parameters on the meta device and buffers, such as rotary frequencies, real.
+    """Return the model of `config` with parameters on the meta device and real buffers (rotary frequencies).
 
-    The model's own constructor computes the buffers: those that no checkpoint holds are right.
+    The constructor computes the buffers, so those that no checkpoint holds are correct.
     """
     with parameters_on_meta():
         return AutoModelForCausalLM.from_config(config, **options)
@@ -239,11 +242,11 @@ def bare_model(config: Any, **options: Any) -> Any:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Within the block, every parameter that a module registers keeps its shape and type and loses its memory."""
+    """Put every parameter that a module registers within the block on the meta device."""
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.is_meta:
-            return None  # as it is: tied weights stay one parameter
+            return None  # unchanged, so that tied weights stay one parameter
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
     hook = register_module_parameter_registration_hook(to_meta)
@@ -254,24 +257,24 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def linear_weights(model: nn.Module) -> list[torch.Tensor]:
-    """Return the weights of linear layers that no embedding shares: what autocast rounds before each use."""
+    """Return the weights of linear layers that no embedding shares; autocast rounds these before each use."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     weights = {id(module.weight): module.weight for module in model.modules() if type(module) is nn.Linear}
     return [weight for key, weight in weights.items() if key not in embeddings]
 
 
 def store_linear_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the linear weights of a frozen `model` in the `dtype` of its autocast, in place.
+    """Convert the linear weights of a frozen `model` to the autocast `dtype`, in place.
 
-    Autocast would round them to it at every forward pass: the outputs are the same, to the bit. Biases, norms and
-    embeddings stay as they are, because some families use them outside of products.
+    Autocast would round them to it in every forward pass, so the outputs are the same bit for bit. Biases, norms
+    and embeddings keep their dtype, because some families use them outside of matrix products.
     """
     for weight in linear_weights(model):
         weight.data = weight.data.to(dtype)
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of parameters, tied ones once."""
+    """Return the number of parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -284,9 +287,9 @@ def _reason(error: Exception) -> str:
 
 
 def stop_at(model: nn.Module, ends: Sequence[int]) -> None:
-    """Have a model stop at the ids that its trained responses end with, before those that it stopped at.
+    """Put the ids `ends` of the trained responses' ends first among the model's stop ids.
 
-    They are saved with the policy, so that whatever serves an export stops at the end of turn, too.
+    They are saved with the policy, so that a server of an exported model also stops at the end-of-turn token.
     """
     generation: Any = model.generation_config
     given = generation.eos_token_id

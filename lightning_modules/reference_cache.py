@@ -1,4 +1,4 @@
-"""Log-probabilities under the reference, scored once and kept on disk for every later run from the same model."""
+"""The cache of reference log-probabilities on disk, scored once for every later run from the same model."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # raise when what is stored, or how a pair is named, changes
+VERSION = 2  # raise when the stored values or the keys of pairs change
 _ROW = np.dtype([("key", np.int64), ("chosen", np.float64), ("rejected", np.float64)])
-_BATCHES_PER_PART = 32  # what an interruption costs at most
+_BATCHES_PER_PART = 32  # an interruption loses at most this many batches
 _CHECKED_PAIRS = 4
-_WAIT_SECONDS = 5.0  # for the lock, between the collectives that keep waiting ranks together
+_WAIT_SECONDS = 5.0  # for the lock, between collectives, so that no collective times out
 
 
 class ReferenceCache:
-    """log π_ref(y_w|x) and log π_ref(y_l|x) by pair, in a folder of parts that are written whole or not at all.
+    """A store of log π_ref(y_w|x) and log π_ref(y_l|x) by pair, in a folder of atomically written parts.
 
-    A pair is named by a hash of its tokens (`OptimizerBatch.pair_keys`): tokenizer, truncation and template are in
-    it, and the same pair in another mixture of data is found again. A part is named by a hash of its content; one
-    that does not match is left out, with a warning, and its pairs are scored anew.
+    The key of a pair is a hash of its tokens (`OptimizerBatch.pair_keys`), so it covers tokenizer, truncation and
+    template, and the same pair in another mixture of data is found. The name of a part is a hash of its content; a
+    part that does not match is skipped with a warning, and its pairs are scored again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,7 +48,7 @@ class ReferenceCache:
         self.load()
 
     def load(self) -> None:
-        """Read every part that is in the folder now."""
+        """Read every part in the folder."""
         parts = [rows for path in sorted(self.folder.glob("*.npy")) if (rows := _read_part(path)) is not None]
         rows = np.concatenate([np.zeros(0, _ROW), *parts])
         _, first = np.unique(rows["key"], return_index=True)
@@ -58,12 +58,12 @@ class ReferenceCache:
         return len(self._rows)
 
     def knows(self, keys: np.ndarray) -> np.ndarray:
-        """Which of the pairs `keys` [n] int64 are stored, [n] bool."""
+        """Return which of the pairs `keys` [n] int64 are stored, [n] bool."""
         place = np.searchsorted(self._rows["key"], keys)
         return np.append(self._rows["key"], 0)[place] == keys if len(self) else np.zeros(len(keys), bool)
 
     def logps(self, keys: np.ndarray) -> Tensor:
-        """Log-probabilities [n, 2] float64 of the pairs `keys` [n]. Raises KeyError when one is not stored."""
+        """Return log-probabilities [n, 2] float64 of the pairs `keys` [n]. Raises KeyError if one is missing."""
         if not self.knows(keys).all():
             raise KeyError(f"{int((~self.knows(keys)).sum())} pairs have no reference log-probabilities")
         rows = self._rows[np.searchsorted(self._rows["key"], keys)]
@@ -75,7 +75,7 @@ class ReferenceCache:
             path.unlink()
 
     def add(self, keys: np.ndarray, logps: np.ndarray) -> None:
-        """Store the log-probabilities [n, 2] of the pairs `keys` [n] as a part of their own."""
+        """Write the log-probabilities [n, 2] of the pairs `keys` [n] as a new part; `load` reads it."""
         rows = np.zeros(len(keys), _ROW)
         rows["key"], rows["chosen"], rows["rejected"] = keys, logps[:, 0], logps[:, 1]
         with atomic_file(self.folder / f"{_content_hash(rows)}.npy") as temporary, open(temporary, "wb") as file:
@@ -98,9 +98,10 @@ def _read_part(path: Path) -> np.ndarray | None:
 
 
 def reference_fingerprint(module: PreferenceScoring) -> str:
-    """Return the cache key: what decides a reference's log-probabilities beside the pair.
+    """Return the cache key of a reference: weights, compute dtype and kernel.
 
-    The weights by content, the type computed in, and the kernel: noise of another one would pass for gaps.
+    A folder counts by its content, a Hub model by its id and commit. The kernel (device type, attention, layout) is
+    included because the rounding noise of another kernel would look like reward gaps.
     """
     name = str(module.name)
     commit = getattr(module.policy.model.config, "_commit_hash", None)
@@ -110,18 +111,18 @@ def reference_fingerprint(module: PreferenceScoring) -> str:
 
 
 def filled_reference_cache(module: PreferenceScoring) -> ReferenceCache:
-    """The cache of the module's model, every pair of the stage in it; called while the policy is the reference.
+    """Return the cache of the module's model with every pair of the stage; call it before the policy is trained.
 
-    All ranks score together; one run scores while other runs from the same model wait. What is found is believed
-    only after a few pairs of it were scored again; where they differ, all are, with a warning. Raises UserError
-    when the folder cannot be written or is not the same for all ranks.
+    All ranks score together, while other runs from the same model wait for the lock. A few stored pairs are scored
+    again as a check; if they differ, all pairs are scored again, with a warning. Raises UserError if the folder
+    cannot be written or differs between ranks.
     """
     trainer = module.trainer
     data = trainer.datamodule  # type: ignore[attr-defined]
-    # Lightning makes the root device the default one meanwhile, and batches are made on the CPU
+    # batches are made on the CPU, but Lightning sets the root device as the default device here
     with torch.no_grad(), torch.device("cpu"), trainer.precision_plugin.forward_context():
         for batch in chain.from_iterable(data.batches_of(lambda keys: np.ones(len(keys), bool), _CHECKED_PAIRS)):
-            module.micro_batches(batch)  # settles layout and attention, which are in the cache key
+            module.micro_batches(batch)  # settles layout and attention, which are part of the cache key
         own = reference_fingerprint(module) if trainer.is_global_zero else ""
         return _filled(module, cache_root("references") / trainer.strategy.broadcast(own))
 
@@ -155,7 +156,7 @@ def _filled(module: PreferenceScoring, folder: Path) -> ReferenceCache:
 
 @contextmanager
 def _lock(module: PreferenceScoring, folder: Path) -> Iterator[None]:
-    """Hold the folder's lock in rank 0; the other ranks wait with it, never longer than a collective may take."""
+    """Hold the folder's lock in rank 0; the other ranks wait in short collectives, which cannot time out."""
     lock: Lock | None = None
     if module.trainer.is_global_zero:
         lock = Lock(*lock_of("references", folder.name))
@@ -172,13 +173,13 @@ def _lock(module: PreferenceScoring, folder: Path) -> Iterator[None]:
 
 
 def _score(module: PreferenceScoring, cache: ReferenceCache, loaders: Sequence[Collection[OptimizerBatch]]) -> None:
-    """Score the pairs of `loaders` with the policy as it is; every rank adds its own to the cache, by parts."""
+    """Score the pairs of `loaders` with the policy; every rank adds its own pairs to the cache in parts."""
     total = sum(map(len, loaders))
     if not total:
         return
     log.info("scoring the pairs under the reference, once for all runs from this model: %s", cache.folder)
     scored: list[tuple[np.ndarray, np.ndarray]] = []
-    quiet = None if module.trainer.is_global_zero else True  # None: where nobody watches
+    quiet = None if module.trainer.is_global_zero else True  # None: tqdm is quiet without a terminal
     batches = tqdm(chain.from_iterable(loaders), "reference", total, unit=" batches", disable=quiet)
     for number, batch in enumerate(batches, 1):
         logps, _ = module.measure(batch, module.micro_batches(batch))
@@ -194,9 +195,9 @@ def _score(module: PreferenceScoring, cache: ReferenceCache, loaders: Sequence[C
 def _largest_error(
     module: PreferenceScoring, cache: ReferenceCache, loaders: Sequence[Collection[OptimizerBatch]]
 ) -> float:
-    """Score the pairs of `loaders` again; return by how many nats per token the stored ones differ at most.
+    """Score the pairs of `loaders` again and return the largest difference from the cache in nats per token.
 
-    A pair that is not finite in either way agrees; one that is finite in one of them alone is infinitely apart.
+    It is 0 for a value that is not finite in both, and infinite for a value that is finite in only one.
     """
     largest = torch.zeros((), dtype=torch.float64)
     for batch in chain.from_iterable(loaders):

@@ -1,4 +1,4 @@
-"""What a resumed run takes from its own settings and not from the checkpoint: optimizer, schedule, batch size."""
+"""Applying a resumed run's own settings of optimizer, schedule and batch size instead of the checkpoint's."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def apply_settings(
     make_schedule: Callable[[Optimizer], Any] | None,
     steps: int,
 ) -> None:
-    """Give restored `optimizer` and `schedule` the settings that are asked for, as they would be after `steps`.
+    """Give the restored `optimizer` and `schedule` the current settings, as they would be after `steps` steps.
 
-    A restored state brings the learning rate and every other hyperparameter of the earlier run with it, silently.
-    Here a new optimizer and its schedule take `steps` steps of the schedule alone, so that the same settings give
-    the same values to the bit, and others apply from here on with the schedule at its position.
+    A restored state silently contains the learning rate and all other hyperparameters of the earlier run. Here the
+    schedule of a new optimizer takes `steps` steps: the same settings give the same values bit for bit, and changed
+    settings apply from now on with the schedule at its position.
     """
     fresh = make_optimizer([parameter for group in optimizer.param_groups for parameter in group["params"]])
     replayed = None if make_schedule is None else make_schedule(fresh)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch misses the optimizer's own steps
+        warnings.simplefilter("ignore")  # torch warns that the optimizer took no steps
         for _ in range(steps if replayed is not None else 0):
             replayed.step()  # type: ignore[union-attr]
     for group, asked in zip(optimizer.param_groups, fresh.param_groups, strict=True):
@@ -36,9 +36,9 @@ def apply_settings(
 
 
 def count_batches_of(fit_loop: dict[str, Any], batch_size: int) -> None:
-    """Make `fit_loop`, as a checkpoint has it, count the batches of its epoch as if each had `batch_size` pairs.
+    """Change the batch counters of a checkpoint's `fit_loop` to batches of `batch_size` pairs.
 
-    Lightning ends an epoch when it has counted as many batches as the loader has; the loader itself counts pairs.
+    Lightning ends an epoch after as many batches as the loader has, while the loader itself counts pairs.
     """
     for loader in fit_loop["state_dict"].get("combined_loader", []):
         if loader.get("batch_size", batch_size) == batch_size:
@@ -46,5 +46,6 @@ def count_batches_of(fit_loop: dict[str, Any], batch_size: int) -> None:
         left = -(-(loader["pairs"] - loader["pairs_served"]) // batch_size)
         done = -(-loader["pairs"] // batch_size) - left
         counters = fit_loop["epoch_loop.batch_progress"]["current"]
-        more = done - counters["ready"]  # the others may be one behind it: Lightning reads from that where it was
+        # the counters may differ by one, which tells Lightning where it stopped: shift them all alike
+        more = done - counters["ready"]
         counters.update({name: count + more for name, count in counters.items()})

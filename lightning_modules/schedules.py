@@ -1,4 +1,4 @@
-"""Learning-rate schedules that torch has no class for: a configuration names classes, by `class_path`."""
+"""Learning-rate schedules that torch has no class for, as classes because configurations use `class_path`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from app.method.ranges import NonNegativeInt, PositiveInt, checked
 
 @checked
 class WarmupCosine(LambdaLR):
-    """Linearly up to the optimizer's lr over `warmup_steps`, then down to 0 along half a cosine at `total_steps`.
+    """A linear warm-up to the optimizer's lr over `warmup_steps`, then half a cosine down to 0 at `total_steps`.
 
-    The schedule of SimPO's authors (`lr_scheduler_type: cosine` of transformers). Raises UserError unless
+    SimPO's authors use this schedule (`lr_scheduler_type: cosine` of transformers). Raises UserError unless
     0 ≤ `warmup_steps` < `total_steps`.
     """
 

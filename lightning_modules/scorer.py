@@ -1,4 +1,4 @@
-"""The packed forward: a Hugging Face decoder that returns log-probabilities of responses, never whole logits."""
+"""The packed forward pass of a Hugging Face decoder, which returns response log-probabilities, not all logits."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lightning_modules.attention import OURS, model_inputs
 from lightning_modules.head import LogitRule, at_least_float32, head_logits, head_logps
 from lightning_modules.sharding import transformer_blocks
 
-RECOMPILE_LIMIT = 64  # graphs of a layer's code that the compiler keeps
+RECOMPILE_LIMIT = 64  # most graphs that the compiler keeps of a layer's code
 
 
 class ResponseScorer(nn.Module):
-    """log π(y|x) for every response of a micro-batch: the root module that DDP and FSDP2 wrap.
+    """The root module that DDP and FSDP2 wrap; it computes log π(y|x) of every response of a micro-batch.
 
-    Backbone and head run in one `forward`, so a sharded head is gathered where it is used. The head sees only
-    the positions that predict response tokens, and a slice of the vocabulary at a time (`head_logps`).
+    Backbone and head run in one `forward`, so a sharded head is gathered for its use. The head processes only the
+    positions that predict response tokens, one slice of the vocabulary at a time (`head_logps`).
 
     Args:
-        model: a causal language model of transformers. Raises UserError when its head is no linear layer, or
-            when it has no backbone apart from the head.
-        slice_logits: most logits to hold at a time; none chooses by device.
+        model: a causal language model of transformers. Raises UserError if its head is not a linear layer or if
+            it has no backbone separate from the head.
+        slice_logits: largest number of logits to hold at a time; None chooses by device.
     """
 
     def __init__(self, model: Any, slice_logits: int | None = None):
@@ -47,22 +47,22 @@ class ResponseScorer(nn.Module):
             )
         self.model = model
         self.slice_logits = slice_logits
-        # what the model does where pair by pair is not possible, and what the start-up check compares with
+        # the fallback if none of this project's attentions works, and the baseline of the start-up check
         self.own_attention: str = model.config._attn_implementation
 
     @property
     def attention(self) -> str:
-        """The attention implementation in use."""
+        """Return the name of the attention implementation in use."""
         return str(self.model.config._attn_implementation)
 
     def use_attention(self, name: str) -> None:
-        """Choose the attention implementation, by its name in transformers."""
-        if name != self.attention:  # a family that has but one way warns when it is set
+        """Set the attention implementation by its name in transformers."""
+        if name != self.attention:  # families with a single implementation warn when it is set
             self.model.set_attn_implementation(name)
 
     @contextmanager
     def as_loaded(self) -> Iterator[None]:
-        """Within the block, the model attends as transformers chose for it, and its layers are not compiled."""
+        """Use the attention that transformers chose at loading, and uncompiled layers, within the block."""
         attention = self.attention
         compiled = [(block, block._compiled_call_impl) for block in self._blocks()]
         self.use_attention(self.own_attention)
@@ -76,12 +76,12 @@ class ResponseScorer(nn.Module):
 
     @property
     def compiled(self) -> bool:
-        """Whether `torch.compile` runs the layers."""
+        """Return whether the layers are compiled."""
         return any(block._compiled_call_impl is not None for block in self._blocks())
 
     def compile_layers(self) -> None:
-        """Have `torch.compile` fuse the transformer blocks, once for every length of rows."""
-        # gradients or not, training mode, kinds of layers: graphs of one code, of which 8 are kept otherwise
+        """Compile the transformer blocks by `torch.compile`, with one graph for all row lengths."""
+        # grad mode, training mode and kinds of layers each need a graph of the same code; torch keeps only 8
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         for block in self._blocks():
             block.compile(dynamic=True)
@@ -96,22 +96,22 @@ class ResponseScorer(nn.Module):
 
     @property
     def balanced_row(self) -> float:
-        """The row length at which attention costs a token as much as the rest of a layer.
+        """Return the row length at which attention costs as much per token as the rest of a layer.
 
-        A layer of width d takes about 24·d² operations a token, attention over a row of T tokens 4·d·T: equal
-        at T = 6·d. On a CPU attention under a dense mask runs at about a third of the speed of a matrix product.
-        Attentions of our own compute nothing of what the mask would hide: a longer row costs nothing.
+        A layer of width d takes about 24·d² operations per token, and attention over a row of T tokens 4·d·T: equal
+        at T = 6·d. On a CPU, attention with a dense mask runs at about a third of the speed of a matrix product,
+        hence 2·d. This project's attentions skip what the mask would hide, so the result for them is infinite.
         """
         if self.attention in OURS:
             return math.inf
         return 2.0 * self.model.config.hidden_size
 
     def forward(self, rows: PackedRows, whole_logits: bool = False, hidden_only: bool = False) -> Tensor:
-        """Summed log-probabilities [S], float64, EOS included, prompt excluded (method §1).
+        """Return summed log-probabilities [S] float64, with EOS and without the prompt (method §1).
 
-        `whole_logits` computes them the plain way, with the model's own head on every position: slow and
-        large, the yardstick of the start-up check. `hidden_only` stops before the head and returns the outputs
-        [N, width] that predict the response tokens.
+        With `whole_logits` the model's own head runs on every position, which is slow and needs much memory; the
+        start-up check compares with it. With `hidden_only` the result is the outputs [N, width] that predict the
+        response tokens, before the head.
         """
         inputs = {**model_inputs(rows, self.model.config), "use_cache": False}
         if whole_logits:
@@ -129,7 +129,7 @@ class ResponseScorer(nn.Module):
         return LogitRule.of(self.model.config)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head on outputs [N, width]: [N, V]. Outside of `forward`, call `sharding.gather_root` first."""
+        """Return logits [N, V] of outputs [N, width]. Outside `forward`, call `sharding.gather_root` first."""
         return head_logits(hidden, *self._head(), self.logit_rule)
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
@@ -138,12 +138,12 @@ class ResponseScorer(nn.Module):
 
 
 def response_sums(per_token: Tensor, rows: PackedRows) -> Tensor:
-    """Sums [S] float64 over the tokens of each response, of `per_token` [N]."""
+    """Return the sums [S] float64 of `per_token` [N] over the tokens of each response."""
     # float64, because h is a small difference of large sums
     sums = torch.zeros(len(rows.response_tokens), dtype=torch.float64, device=per_token.device)
     return sums.index_add(0, rows.response_index, per_token.double())
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities [N] of `targets` [N] under `logits` [N, V], in float32, or float64 where the logits are."""
+    """Return log-probabilities [N] of `targets` [N] under `logits` [N, V], float32 (float64 for float64 logits)."""
     return -F.cross_entropy(at_least_float32(logits), targets, reduction="none")

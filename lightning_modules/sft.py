@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the stage before preference optimisation, on the chosen responses alone."""
+"""Supervised fine-tuning on the chosen responses, the stage before preference optimisation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_modules.lora import Lora
 
 @checked
 class SupervisedFineTuning(LanguageModelTraining):
-    """Mean negative log-likelihood per response token over the global batch; the prompt carries no loss.
+    """The stage whose loss is the mean negative log-likelihood per response token of the global batch.
 
     Args: see `LanguageModelTraining`. Give `architecture` instead of `name` to train a new small model.
     """
@@ -61,7 +61,7 @@ class SupervisedFineTuning(LanguageModelTraining):
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, rows in enumerate(micro_batches):
             logps = self.score(self.policy, [rows], len(batch.positions))
-            # gradients are averaged over the shares of the batch, and the mean is over the tokens of all
+            # ranks average gradients over shares, but the loss is a mean over the tokens of the global batch
             part = -logps.sum() * (self.data_parallel_size / float(tokens))
             self.backward_micro_batch(part, last=number == len(micro_batches) - 1)
             loss += part.detach()

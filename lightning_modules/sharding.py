@@ -1,4 +1,4 @@
-"""Parallelism: FSDP2 sharding of a scorer, and when gradients are exchanged."""
+"""FSDP2 sharding of a scorer, gradient exchange between ranks, and gradient clipping across meshes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from app.errors import UserError
 
 
 def transformer_blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder's list of layers: the largest `ModuleList` by parameters, found rather than named.
+    """Return the decoder's list of layers, which is the `ModuleList` with the most parameters.
 
-    Raises UserError when the model has none.
+    Raises UserError if the model has none.
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
@@ -37,10 +37,10 @@ def shard(
     prefetch_blocks: int = 0,
     offload: OffloadPolicy | None = None,
 ) -> None:
-    """Apply FSDP2 in place: one group per transformer block, the rest (embeddings, head) with the root.
+    """Apply FSDP2 in place: one group per transformer block, the rest (embeddings, head) in the root group.
 
-    `mesh` has one dimension, or two: replicas, then shards. `prefetch_blocks` blocks ahead of the running one
-    are gathered meanwhile. Tied embeddings stay one tensor, as both their modules lie with the root.
+    `mesh` has one dimension, or two: replicas, then shards. While a block runs, the next `prefetch_blocks` blocks
+    are gathered. Tied embeddings stay one tensor because both their modules are in the root group.
     """
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload or OffloadPolicy()}
     blocks = [
@@ -54,9 +54,9 @@ def shard(
 
 
 def gather_root(scorer: nn.Module) -> None:
-    """Make whole, under FSDP2, the parameters that lie with the root (embeddings, head), for use outside `forward`.
+    """Gather the FSDP2 root group (embeddings, head), for use outside `forward`; do nothing without FSDP2.
 
-    FSDP2 leaves them so after a forward pass anyway; the next backward pass or optimizer step reshards them.
+    After a forward pass FSDP2 keeps it gathered anyway; the next backward pass or optimizer step reshards it.
     """
     if isinstance(scorer, FSDPModule):
         scorer.unshard()
@@ -64,10 +64,11 @@ def gather_root(scorer: nn.Module) -> None:
 
 @contextmanager
 def gradient_sync(strategy: Any, policy: nn.Module, last: bool) -> Iterator[None]:
-    """Within the block, gradients are reduced across ranks only when this is the `last` micro-batch.
+    """Reduce gradients across ranks within the block only for the `last` micro-batch, except as follows.
 
-    Under FSDP2 earlier micro-batches are reduced too, to shards, unless the strategy says to accumulate whole
-    gradients: they would cost what sharding saves. Replicas of a sharded model wait for the last one.
+    FSDP2 reduces those of earlier micro-batches to shards as well, because whole gradients would cost the memory
+    that sharding saves; `accumulate_whole_gradients` of the strategy turns this off. Replicas of a sharded model
+    exchange theirs only for the last micro-batch.
     """
     if isinstance(policy, FSDPModule):
         policy.set_requires_gradient_sync(last or not strategy.accumulate_whole_gradients)
@@ -81,16 +82,16 @@ def gradient_sync(strategy: Any, policy: nn.Module, last: bool) -> Iterator[None
 
 
 def keeps_gradients(strategy: Any) -> bool:
-    """Whether FSDP2 keeps gradients between micro-batches in buffers of its own, out of reach of `zero_grad`."""
+    """Return whether FSDP2 keeps gradients between micro-batches in buffers that `zero_grad` cannot reach."""
     return getattr(strategy, "accumulate_whole_gradients", False) or getattr(strategy, "replicas", 1) != 1
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Clip the norm of all gradients together to `max_norm`; returns what it was, for which the host waits.
+    """Clip the norm of all gradients to `max_norm` and return the norm before; the host waits for the device.
 
-    Gradients of a smaller norm are left alone, where torch multiplies them by one. torch's `clip_grad_norm_`
-    refuses parameters on several meshes, and under tensor parallelism those that are split lie on another than
-    those that are not.
+    Gradients of a smaller norm are not touched, while torch multiplies them by one. torch's `clip_grad_norm_`
+    refuses parameters on several meshes, and under tensor parallelism split and whole parameters are on different
+    meshes.
     """
     groups: dict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:

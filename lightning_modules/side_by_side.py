@@ -1,4 +1,4 @@
-"""What needs the logits of policy and reference at once: gaps under perturbation (ε-DPO), and the KL."""
+"""Values that need the logits of policy and reference together: gaps under perturbation (ε-DPO) and the KL."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_modules.sharding import gather_root
 if TYPE_CHECKING:
     from lightning_modules.preference_scoring import PreferenceScoring
 
-CHUNK_TOKENS = 512  # response tokens whose logits [chunk, V] exist at a time, of both models
+CHUNK_TOKENS = 512  # response tokens whose logits [chunk, V] of both models are in memory at a time
 # logits [n, V] of the policy, of the reference, targets [n] → K numbers per response token, [K, n]
 Comparison = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -26,9 +26,9 @@ Comparison = Callable[[Tensor, Tensor, Tensor], Tensor]
 def perturbed_gaps(
     module: PreferenceScoring, batch: OptimizerBatch, eligible: Tensor, epsilons: Sequence[float]
 ) -> Tensor:
-    """log π(y_w|x) − log π(y_l|x) under (1+ε)·logits_θ − ε·logits_ref, [len(epsilons), G] float64 on the CPU.
+    """Return log π(y_w|x) − log π(y_l|x) under (1+ε)·logits_θ − ε·logits_ref, [len(epsilons), G] float64, CPU.
 
-    Pairs that are not `eligible` get NaN. Costs what `response_table` costs.
+    Pairs that are not `eligible` get NaN. The cost is that of `response_table`.
     """
 
     def perturbed(logits: Tensor, fixed: Tensor, targets: Tensor) -> Tensor:
@@ -39,11 +39,11 @@ def perturbed_gaps(
 
 
 def reference_kl(module: PreferenceScoring, batch: OptimizerBatch, eligible: Tensor) -> Tensor:
-    """KL(π‖π_ref) summed over the tokens of the chosen and of the rejected responses, [2, G] float64 on the CPU.
+    """Return KL(π‖π_ref) summed over the tokens of chosen and rejected responses, [2, G] float64 on the CPU.
 
-    At every position of a response the whole next-token distributions are compared, so each is exact and not
-    sampled; the prefixes are the data's (TDPO's sequential KL, arXiv 2404.11999, in the direction of RLHF's
-    penalty). Pairs that are not `eligible` get NaN. Costs what `response_table` costs.
+    The KL at every position is exact, because it compares the full next-token distributions; the prefixes are those
+    of the data (TDPO's sequential KL, arXiv 2404.11999, in the direction of RLHF's penalty). Pairs that are not
+    `eligible` get NaN. The cost is that of `response_table`.
     """
 
     def kl(logits: Tensor, fixed: Tensor, targets: Tensor) -> Tensor:
@@ -56,10 +56,10 @@ def reference_kl(module: PreferenceScoring, batch: OptimizerBatch, eligible: Ten
 def response_table(
     module: PreferenceScoring, batch: OptimizerBatch, eligible: Tensor, compare: Comparison, size: int
 ) -> Tensor:
-    """`compare`, whose K is `size`, summed over each response of the global batch: [K, G, 2] float64 on the CPU.
+    """Return `compare` (K = `size`) summed over each response of the global batch, [K, G, 2] float64 on the CPU.
 
-    Pairs that are not `eligible` [G] are left out of the rows, which they would spoil, and get NaN. Costs one
-    forward pass of policy and reference more; called on every rank at once.
+    Pairs that are not `eligible` [G] are left out of the rows, which they could make NaN, and get NaN. It costs an
+    extra forward pass of policy and reference and must be called on every rank at once.
     """
     (reference,) = module._reference
     here = torch.nonzero(eligible[batch.positions]).flatten().tolist()
@@ -74,13 +74,13 @@ def response_table(
 def compared_sums(
     policy: ResponseScorer, reference: ResponseScorer | AdapterOff, rows: PackedRows, compare: Comparison, size: int
 ) -> Tensor:
-    """`compare` summed over each of the S responses: [K, S] float64.
+    """Return `compare` summed over each of the S responses, [K, S] float64.
 
-    Never more than one chunk of logits [chunk, V] of either model exists at a time.
+    At most one chunk of logits [chunk, V] of each model is in memory at a time.
     """
     hidden = [scorer(rows, hidden_only=True) for scorer in (policy, reference)]
     for scorer in (policy, reference):
-        if isinstance(scorer, ResponseScorer):  # without a second model the policy's root is all there is
+        if isinstance(scorer, ResponseScorer):  # `AdapterOff` uses the policy's root
             gather_root(scorer)
     chunks = [part.split(CHUNK_TOKENS) for part in (*hidden, rows.target_ids)]
     per_token = [
