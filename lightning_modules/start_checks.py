@@ -1,4 +1,4 @@
-"""What cannot work is refused before data and model are loaded: options, callbacks, optimizers, schedules."""
+"""Checks that refuse unsuitable options, callbacks, optimizers and schedules before data and model are loaded."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ UNSUITABLE: dict[type, str] = {
 
 
 def refuse_strategy(strategy: str | Strategy) -> None:
-    """Raise UserError for a strategy, or the name of one, that the stages do not train with.
+    """Raise UserError for a strategy, or the name of one, that the stages do not support.
 
-    Processes that are spawned or forked hand their weights back by a checkpoint that is none of the stages'.
+    Spawned or forked processes return their weights in a temporary checkpoint that the stages do not write.
     """
     if isinstance(strategy, str):
         name, launched = strategy, any(word in strategy for word in ("spawn", "fork", "notebook"))
@@ -62,7 +62,7 @@ def refuse_strategy(strategy: str | Strategy) -> None:
 
 
 def check_start(module: LanguageModelTraining) -> None:
-    """Raise UserError for what cannot work with these settings, before data and model are loaded."""
+    """Raise UserError for settings that cannot work, before data and model are loaded."""
     trainer = module.trainer
     precision = str(trainer.precision)
     refuse_strategy(trainer.strategy)
@@ -98,7 +98,7 @@ def check_start(module: LanguageModelTraining) -> None:
 
 
 def refuse_callbacks(trainer: Trainer) -> None:
-    """Raise UserError for callbacks of Lightning that would be without effect, or spoil the weights."""
+    """Raise UserError for callbacks of Lightning that would have no effect or damage the weights."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for kind, cure in UNSUITABLE.items():
             if isinstance(callback, kind):
@@ -106,10 +106,11 @@ def refuse_callbacks(trainer: Trainer) -> None:
 
 
 def try_optimizer(module: LanguageModelTraining) -> None:
-    """Take a step of the optimizer and its schedule as training takes them, on a matrix and a vector.
+    """Try a step of the optimizer and its schedule on a matrix and a vector (with adapters, on a matrix only).
 
-    So no class has to be known by name. Adapters are matrices alone. Raises UserError for what refuses it: an
-    optimizer that needs a closure or sparse gradients, a schedule that needs a metric or other options.
+    The trial needs no list of supported classes. Raises UserError if the optimizer or the schedule fails, for
+    example an optimizer that needs a closure or sparse gradients, or a schedule that needs a metric. Also raises it
+    for a schedule that is shorter than the run.
     """
     device = module.trainer.strategy.root_device
     shapes = [(4, 4)] if module.lora is not None else [(4, 4), (4,)]
@@ -118,7 +119,7 @@ def try_optimizer(module: LanguageModelTraining) -> None:
         weight.grad = torch.ones_like(weight)
     option, cure = "model.optimizer", "take another, for example torch.optim.AdamW"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a schedule is stepped at its end
+        warnings.simplefilter("ignore")  # the trial step may be past the end of a schedule
         try:
             optimizer = module.make_optimizer(weights)
             optimizer.step()
@@ -138,7 +139,7 @@ def try_optimizer(module: LanguageModelTraining) -> None:
 
 
 def check_horizon(schedule: LRScheduler, steps: int) -> None:
-    """Raise UserError where a schedule of a fixed number of steps, such as OneCycleLR, is shorter than the run."""
+    """Raise UserError if a schedule with a fixed number of steps, such as OneCycleLR, is shorter than the run."""
     total = getattr(schedule, "total_steps", None)
     if total is not None and total < steps:
         raise UserError(
@@ -148,7 +149,7 @@ def check_horizon(schedule: LRScheduler, steps: int) -> None:
 
 
 def check_steps(trainer: Trainer) -> None:
-    """Refuse a validation interval that no epoch reaches, by UserError; warn of one that the run does not reach."""
+    """Raise UserError if the validation interval exceeds an epoch; warn if it exceeds the run."""
     interval, limit = trainer.val_check_interval, trainer.limit_train_batches
     wanted = trainer.limit_val_batches > 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
     if not wanted or not isinstance(interval, int):

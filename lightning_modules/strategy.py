@@ -1,4 +1,4 @@
-"""The strategy of large models: FSDP2 over all ranks or within replicas (HSDP), and tensor parallelism below it."""
+"""The strategy for large models: FSDP2 over all ranks or within replicas (HSDP), and tensor parallelism."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from lightning_modules.tensor_parallel import SUMMED, split_layers
 
 @checked
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2: weights, gradients and optimizer state are split over the ranks; so is the frozen reference.
+    """An FSDP2 strategy that shards weights, gradients, optimizer state and the frozen reference over the ranks.
 
-    The device mesh follows from the number of ranks. Weights, gradients after reduction and optimizer state are
-    float32 whatever `compute_dtype` says; use it with `trainer.precision: 32-true`. Checkpoints are folders, to
-    which every rank writes its part (torch.distributed.checkpoint).
+    The device mesh follows from the number of ranks. Weights, reduced gradients and optimizer state are always
+    float32; use `trainer.precision: 32-true`. Checkpoints are folders to which every rank writes its part
+    (torch.distributed.checkpoint).
 
     Args:
-        replicas: copies of the model. 1 is FSDP2 over all ranks; `nodes` or a number is HSDP: each copy is
+        replicas: copies of the model. 1 is FSDP2 over all ranks; `nodes` or a larger number is HSDP: each copy is
             sharded over neighbouring ranks, and gradients are averaged over the copies.
-        compute_dtype: of the weights as they are gathered, and so of the forward and the backward pass, and of
-            the stored reference; `auto` is bfloat16 on CUDA and float32 elsewhere.
-        reshard_after_forward: give a block's gathered weights up after its forward pass and gather them again
-            for the backward pass; false saves communication and costs the memory of the whole gathered model.
-        prefetch_blocks: how many blocks ahead of the running one are gathered; 0 leaves it to FSDP2.
-        offload_reference: keep the shards of the reference in the host's memory and copy them when they are used.
-        accumulate_whole_gradients: exchange gradients on the last micro-batch of a step only. Every rank then
-            holds the float32 gradient of the whole model meanwhile. Without it, replicas still exchange theirs
-            on the last micro-batch only.
-        meta_init_above: models of more parameters are never whole on any rank: each reads its shards from the
-            safetensors files.
-        tensor_parallel_size: neighbouring ranks that split every layer of a block between them, by the plan that
-            transformers has for the model; they work on the same pairs. Embeddings and head are whole on each.
-        process_group_backend: of torch.distributed; none takes NCCL on CUDA and gloo on CPUs.
-        timeout: after which a collective that a rank does not join ends the run.
+        compute_dtype: dtype of the gathered weights, of forward and backward pass, and of the stored reference;
+            `auto` is bfloat16 on CUDA and float32 elsewhere.
+        reshard_after_forward: free a block's gathered weights after its forward pass and gather them again for
+            the backward pass; false saves communication but needs memory for the whole gathered model.
+        prefetch_blocks: number of blocks gathered ahead of the running one; 0 leaves the choice to FSDP2.
+        offload_reference: keep the shards of the reference in the host's memory and copy them for each use.
+        accumulate_whole_gradients: exchange gradients only on the last micro-batch of a step; until then every
+            rank holds the float32 gradient of the whole model. Replicas always exchange theirs only on the last
+            micro-batch.
+        meta_init_above: no rank ever holds the whole of a model with more parameters: each rank reads its shards
+            from the safetensors files.
+        tensor_parallel_size: number of neighbouring ranks that split every layer of a block, by the model's plan
+            in transformers, and work on the same pairs. Each has the whole embeddings and head.
+        process_group_backend: backend of torch.distributed; None is NCCL on CUDA and gloo on CPUs.
+        timeout: the run ends if a rank does not join a collective within this time.
     """
 
     def __init__(
@@ -81,15 +81,15 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What `compute_dtype: auto` means on this device."""
+        """Return the compute dtype; `auto` depends on the device."""
         if self.requested_dtype == "auto":
             return torch.bfloat16 if self.root_device.type == "cuda" else torch.float32
         return getattr(torch, self.requested_dtype)
 
     def shards(self, nodes: int, ranks: int) -> int:
-        """Shards of a copy of the model, each on one rank or, split further, on `tensor_parallel_size` ranks.
+        """Return the number of shards per copy of the model; `tensor_parallel_size` ranks share a shard.
 
-        Raises UserError when the ranks do not make tensor-parallel groups, or those no copies, of equal size.
+        Raises UserError if the ranks do not form tensor-parallel groups, and these copies, of equal size.
         """
         replicas, split = nodes if self.replicas == "nodes" else self.replicas, self.tensor_parallel_size
         if ranks % split:
@@ -100,7 +100,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return ranks // split // replicas
 
     def setup_environment(self) -> None:
-        """Start the processes and lay out their mesh. Raises UserError like `shards`."""
+        """Set up the processes and their device mesh. Raises UserError like `shards`."""
         ranks = self.num_nodes * self.num_processes
         shards = self.shards(self.num_nodes, ranks)
         split = self.tensor_parallel_size
@@ -108,16 +108,16 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
         if shards == self._data_parallel_size:
             mesh, shared = self.device_mesh, self.device_mesh["data_parallel"]
-        else:  # neighbouring ranks, which share a node, share a replica
+        else:  # neighbouring ranks share a replica, because they share a node
             shape, names = (ranks // split // shards, shards, split), ("replicate", "shard", "tensor_parallel")
             mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
             shared = mesh["replicate", "shard"]
         self._sharding_mesh, self._tensor_mesh = shared, mesh["tensor_parallel"]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write the shards beside the folder `filepath` and rename: a disk that fills leaves nothing half-written.
+        """Write the shards beside the folder `filepath` and rename, so that a full disk leaves no partial folder.
 
-        Raises UserError where they could not be written.
+        Raises UserError if the shards cannot be written.
         """
         path = Path(self.broadcast(filepath))
         part = path.with_name(f".{path.name}.shards.part")
@@ -126,7 +126,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.barrier("shards of before")
         try:
             super().save_checkpoint(checkpoint, part, storage_options)
-        except (OSError, RuntimeError, CheckpointException) as error:  # torch's is no Exception
+        except (OSError, RuntimeError, CheckpointException) as error:  # CheckpointException is no Exception
             if self.is_global_zero:
                 shutil.rmtree(part, ignore_errors=True)
             raise UserError(
@@ -135,25 +135,26 @@ class ShardedStrategy(ModelParallelStrategy):
             ) from error
         self.barrier("shards written")
         if self.is_global_zero:
-            if path.is_dir():  # of the same step, which was taken again
+            if path.is_dir():  # a checkpoint of the same step, which was repeated
                 shutil.rmtree(path)
             os.replace(part, path)
         self.barrier("shards in place")
 
     def place(self, scorer: ResponseScorer, frozen: bool) -> None:
-        """Shard `scorer` in place; a `frozen` one is stored in the compute type, and offloaded if asked for.
+        """Shard `scorer` in place; a `frozen` one is stored in `compute_dtype`, and offloaded if asked for.
 
-        Raises UserError when the model cannot be split over `tensor_parallel_size` ranks.
+        Raises UserError if the model cannot be split over `tensor_parallel_size` ranks.
         """
         assert self._sharding_mesh is not None
         assert self._tensor_mesh is not None
         if frozen:
-            for parameter in scorer.parameters():  # buffers stay: rotary positions need their float32
+            for parameter in scorer.parameters():  # not buffers: rotary positions need float32
                 parameter.data = parameter.data.to(self.compute_dtype)
         if self.tensor_parallel_size > 1:
             plan = split_layers(scorer.model, self._tensor_mesh)
             if self.accumulate_whole_gradients and SUMMED in plan.values():
-                # transformers sums such gradients in place after every backward pass, so those before it again
+                # transformers sums these gradients in place after every backward pass, so it would sum earlier
+                # micro-batches again
                 raise UserError(
                     "trainer.strategy: accumulate_whole_gradients does not go with tensor_parallel_size above 1 "
                     f"for {scorer.model.config.model_type} models: set it to false."
@@ -163,7 +164,7 @@ class ShardedStrategy(ModelParallelStrategy):
             self._sharding_mesh,
             MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=torch.float32),
             reshard_after_forward=self.reshard_after_forward,
-            # FSDP2 keeps the root gathered for a backward pass, which a frozen model never has
+            # FSDP2 keeps the root gathered for the backward pass, but a frozen model has none
             reshard_root=frozen,
             prefetch_blocks=self.prefetch_blocks,
             offload=CPUOffloadPolicy(pin_memory=torch.cuda.is_available())

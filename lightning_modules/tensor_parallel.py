@@ -1,4 +1,4 @@
-"""Tensor parallelism: the matrices of every block split over a group of ranks, by the model's own plan."""
+"""Tensor parallelism, which splits the matrices of every block over a group of ranks by the model's own plan."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from transformers.integrations.tensor_parallel import apply_tensor_parallelism, 
 from app.errors import UserError
 from lightning_modules.sharding import transformer_blocks
 
-# transformers' names of the ways to split a linear layer, and which dimension of its weight each splits
+# transformers' style of splitting a linear layer → the dimension of the weight that it splits
 _SPLIT = {"colwise": 0, "colwise_gather_output": 0, "rowwise": 1, "rowwise_split_input": 1}
-LOCAL = ("colwise", "rowwise")  # those between which a rank computes its part of the activations alone
-SUMMED = "replicated_with_grad_allreduce"  # whole weights that meet this rank's heads alone (Qwen 3's norms)
+LOCAL = ("colwise", "rowwise")  # styles between which a rank holds only its part of the activations
+SUMMED = "replicated_with_grad_allreduce"  # whole weights applied only to this rank's heads (Qwen 3's norms)
 
 
 def split_plan(model: Any, size: int) -> dict[str, str]:
-    """Module of a transformer block → how `size` ranks share it, by the model's own plan (`tp_plan`).
+    """Return for modules of transformer blocks how `size` ranks split them, by the model's own plan (`tp_plan`).
 
-    What lies outside of the blocks (embeddings, final norm, head) is left out of the plan: every rank has it whole.
-    Raises UserError when the model has no plan, when it splits more than linear layers, and when `size` does not
-    divide the heads or a layer's width.
+    Modules outside the blocks (embeddings, final norm, head) are left out, so every rank has them whole. Raises
+    UserError if the model has no plan, if the plan splits other than linear layers, or if `size` does not divide
+    the number of heads or a layer's width.
     """
     blocks = transformer_blocks(model)
     inside = next(name for name, module in model.named_modules() if module is blocks) + "."
@@ -57,16 +57,16 @@ def split_plan(model: Any, size: int) -> dict[str, str]:
 
 
 def split_layers(model: Any, mesh: DeviceMesh) -> dict[str, str]:
-    """Split the layers of the plan over the ranks of a one-dimensional `mesh`, in place; returns `split_plan`.
+    """Split the layers of `split_plan` over the ranks of a one-dimensional `mesh` in place, and return the plan.
 
-    To be followed by FSDP2 over the other dimensions. transformers' own layers do the communication: one
-    all-reduce after attention and after the MLP, in the forward pass and, of the inputs' gradients, in the backward
-    pass (Megatron, arXiv 1909.08053 §3).
+    Apply FSDP2 over the other mesh dimensions afterwards. The hooks of transformers communicate: one all-reduce
+    after attention and one after the MLP in the forward pass, and the same for the inputs' gradients in the
+    backward pass (Megatron, arXiv 1909.08053 §3).
     """
     plan = split_plan(model, mesh.size())
     modules = dict(model.named_modules())
     entries: dict[str, str] = {}
-    for name, style in plan.items():  # parameters first: they are split, then their module is hooked
+    for name, style in plan.items():  # parameters first: they must be split before their module is hooked
         entries |= {f"{name}.{own}": style for own, _ in modules[name].named_parameters(recurse=False)}
         entries[name] = style
     apply_tensor_parallelism(model, mesh, entries)
@@ -74,13 +74,13 @@ def split_layers(model: Any, mesh: DeviceMesh) -> dict[str, str]:
 
 
 def keep_local_part(model: Any, size: int, styles: Collection[str] = tuple(_SPLIT)) -> None:
-    """Cut the layers of the plan to the first of `size` parts, in place: the shapes that one rank has."""
+    """Cut the layers of the plan with a style in `styles` to the first of `size` parts, in place."""
     for name, style in split_plan(model, size).items() if size > 1 else ():
         if style not in _SPLIT or style not in styles:
             continue
         module, dimension = model.get_submodule(name), _SPLIT[style]
         for own, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.ndim > dimension:  # the bias of a layer split along its inputs stays
+            if parameter.ndim > dimension:  # a layer split along its inputs keeps its whole bias
                 part = parameter.detach().narrow(dimension, 0, parameter.shape[dimension] // size)
                 setattr(module, own, nn.Parameter(part.clone()))
 

@@ -1,4 +1,4 @@
-"""How much of the device the step uses: operations that it cannot avoid, against what the device can do."""
+"""Model FLOPs utilisation (MFU): the operations that a step cannot avoid, and the peak rate of the device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 log = logging.getLogger(__name__)
 
-# TFLOP/s of bfloat16 products with float32 sums, dense, by the name that the driver gives the GPU. Datasheets
-# print most of them with sparsity, which doubles them. Compared on 2026-11-26 with public tables at second
-# hand, not with the datasheets: all agree, H200 NVL to two digits; GeForce 5090 and 3090 by halving figures for
-# float16 sums. Lightning's own table (lightning.fabric.utilities.throughput) takes the sparse figure for
-# H200 and H100 NVL, that of the cores without matrix units for A40 and GeForce, and knows no B200.
+# Dense TFLOP/s of bfloat16 products with float32 sums, by the driver's name of the GPU. Most datasheets print the
+# figure with sparsity, which is twice as large. On 2026-11-26 the table was compared with public second-hand
+# tables, not with the datasheets: all agree, H200 NVL to two digits, GeForce 5090 and 3090 after halving figures
+# for float16 sums. Lightning's own table (lightning.fabric.utilities.throughput) has the sparse figure for H200 and
+# H100 NVL, the figure without tensor cores for A40 and GeForce, and no B200.
 DENSE_BFLOAT16 = {
     "NVIDIA B200": 2250.0,  # datasheet DGX B200: 72 PFLOP/s in FP8 on 8 GPUs, sparse, and half of it in bfloat16
     "NVIDIA GB200": 2500.0,  # datasheet GB200 NVL72: 360 PFLOP/s on 72 GPUs, sparse
@@ -41,8 +41,9 @@ DENSE_BFLOAT16 = {
 
 
 def forward_operations(model: Any, tokens: int, response_tokens: int) -> float:
-    """Floating-point operations of one forward pass: matrices of the layers on every unique token, and of the head
-    on the response tokens. Attention and everything element by element are left out, so this is a lower bound.
+    """Return the FLOPs of one forward pass, without attention and element-wise operations (a lower bound).
+
+    The layers' matrices count for every unique token, the head for every response token.
     """
     head = model.get_output_embeddings().weight
     embeddings = model.get_input_embeddings().weight
@@ -54,19 +55,20 @@ def forward_operations(model: Any, tokens: int, response_tokens: int) -> float:
 def step_operations(
     model: Any, tokens: int, response_tokens: int, kept_fraction: float, online_reference: bool
 ) -> float:
-    """Those of one step of preference optimisation: a forward pass of the policy on all pairs, and of an online
-    reference; a backward pass, which takes two, on the kept ones (with adapters less: weights that stay have no
-    gradient).
+    """Return the FLOPs of one step of preference optimisation.
+
+    A forward pass of the policy, and of an online reference, counts for all pairs; a backward pass counts as two
+    forward passes for the kept pairs. With adapters this is too high, because frozen weights have no gradient.
     """
     return forward_operations(model, tokens, response_tokens) * (1 + online_reference + 2 * kept_fraction)
 
 
 def peak_operations(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return what a known GPU does at most per second in `dtype`; None for any other device or type."""
+    """Return the peak FLOP/s of a known GPU in `dtype`; None for any other device or dtype."""
     return peak_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
 
 
-@cache  # so that what is not known is said once
+@cache  # so that an unknown GPU is logged once
 def peak_of(name: str, dtype: torch.dtype) -> float | None:
     """Return `peak_operations` of the GPU that the driver calls `name`."""
     if dtype == torch.bfloat16 and name in DENSE_BFLOAT16:

@@ -1,7 +1,7 @@
-"""FlashAttention over the pieces of one row: no mask and no compiler, for bfloat16 and float16 on CUDA.
+"""FlashAttention over the pieces of one row, without mask or compiler, for bfloat16 and float16 on CUDA.
 
-A piece is the prompt with its first response, or another response; its keys are itself, after its prompt where it
-has none of its own. `torch.nn.attention.varlen` aligns causal order at the ends, so the keys before are all seen.
+A piece is the prompt with its first response, or another response, whose keys then start with a copy of the prompt.
+`torch.nn.attention.varlen` aligns causal order at the ends of queries and keys, so a response sees all the prompt.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ try:
 except ImportError:  # torch before 2.9
     varlen_attn = None  # type: ignore[assignment]
 
-VARLEN = "varlen"  # the name under which transformers knows it
+VARLEN = "varlen"  # its name in transformers
 DTYPES = (torch.bfloat16, torch.float16)
-WIDEST_HEAD = 256  # and a multiple of 8: what FlashAttention's kernels take
+WIDEST_HEAD = 256  # FlashAttention's kernels take widths up to this that are multiples of 8
 
 
 class Pieces(NamedTuple):
-    """The pieces of a row: keys are gathered by `keys` [K] int64; pieces begin at offsets [pieces + 1] int32."""
+    """The pieces of a row: `keys` [K] int64 gathers the keys; offsets [pieces + 1] int32 bound the pieces."""
 
     keys: Tensor
     query_offsets: Tensor
     key_offsets: Tensor
-    longest_query: int  # as a number: a tensor would make the host wait, or recompile
+    longest_query: int  # an int, because a tensor would make the host wait or recompile
     longest_key: int
 
     @classmethod
@@ -56,7 +56,7 @@ class Pieces(NamedTuple):
 
 
 def lacking(config: Any, dtype: torch.dtype) -> str | None:
-    """Why this attention is not for such a model in this type, as its description tells; None if it may be."""
+    """Return why this attention cannot run a model of this `config` in `dtype`, or None if it may."""
     if (
         varlen_attn is None
         or not {"window_size", "enable_gqa", "scale"} <= signature(varlen_attn).parameters.keys()
@@ -79,7 +79,7 @@ def attend(
     scale: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """See `pair_runs.Attend`."""
+    """Compute FlashAttention; see `pair_runs.Attend` for the arguments."""
     if softcap is not None:
         raise ValueError(f"attention {VARLEN} has no softcap")
     pieces: Pieces = runs.made(VARLEN, lambda: Pieces.of(runs, query.device))
@@ -96,7 +96,7 @@ def attend(
         pieces.longest_query,
         pieces.longest_key,
         scale=scale,
-        # keys before the query, then after: a window of W tokens holds the query itself
+        # (keys before the query, keys after): a window of W tokens includes the query itself
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )

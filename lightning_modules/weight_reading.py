@@ -1,4 +1,4 @@
-"""Filling a sharded model from safetensors files: every rank reads its own rows of each tensor, and no more."""
+"""Filling a sharded model from safetensors files; every rank reads only its own part of each tensor."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from app.errors import UserError
 
 
 def weight_files(name: str) -> dict[str, Path]:
-    """Tensor name → the safetensors file that holds it, for a folder or Hub id.
+    """Return for each tensor name the safetensors file that holds it, for a folder or Hub id.
 
-    Raises UserError when there is no such file, or a damaged one.
+    Raises UserError if there is no such file or one is damaged.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -47,12 +47,12 @@ def weight_files(name: str) -> dict[str, Path]:
 def read_weights(model: Any, files: dict[str, Path], device: torch.device | str = "cpu") -> None:
     """Fill a Hugging Face model whose parameters are on the meta device, sharded or not, in place.
 
-    Every tensor takes the type that its parameter has, on `device`. At no time does this rank hold more than
-    its shards and its part of one tensor more. Raises UserError when one is missing or has another shape.
+    Every tensor gets the dtype of its parameter, on `device`. This rank never holds more than its shards and its
+    part of one more tensor. Raises UserError if a tensor is missing or has another shape.
     """
     state = model.state_dict(keep_vars=True)
     stored = _stored_names(model, state, files)
-    # by identity of the parameter: tied ones are read once and stay one
+    # keyed by the identity of the parameter, so that tied parameters are read once and stay tied
     sources = {id(tensor): stored[name] for name, tensor in state.items() if name in stored}
     read: dict[int, Tensor] = {}
     for name, tensor in state.items():
@@ -68,7 +68,7 @@ def read_weights(model: Any, files: dict[str, Path], device: torch.device | str 
 
 
 def _stored_names(model: Any, state: dict[str, Tensor], files: dict[str, Path]) -> dict[str, str]:
-    """Name in the model → name in the files, by transformers' table of the names that families once had."""
+    """Return the name in the files for each name in the model, by transformers' table of earlier names."""
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -81,11 +81,11 @@ def _stored_names(model: Any, state: dict[str, Tensor], files: dict[str, Path]) 
 
 
 def _read(path: Path, name: str, like: Tensor, device: torch.device | str) -> Tensor:
-    """The rows of a stored tensor that belong to this rank, laid out and typed as `like`."""
+    """Return this rank's part of a stored tensor, with the layout and dtype of `like`."""
     shape, start = tuple(like.shape), (0,) * like.ndim
     if isinstance(like, DTensor):
         shape, start = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-    # opened for each tensor: closing it gives the mapped pages back
+    # the file is opened for each tensor, because closing it frees the mapped pages
     with safe_open(path, "pt") as file:
         stored = file.get_slice(name)
         if tuple(stored.get_shape()) != tuple(like.shape):
@@ -94,10 +94,10 @@ def _read(path: Path, name: str, like: Tensor, device: torch.device | str) -> Te
                 f"but the model's configuration asks for {list(like.shape)}."
             )
         here = tuple(slice(begin, begin + size) for begin, size in zip(start, shape, strict=True))
-        # a rank beyond the last row has none, and a scalar no dimension to cut
+        # a rank beyond the last row has an empty part, and a scalar has no dimension to slice
         local = stored[here] if 0 not in shape and shape else torch.zeros(shape) if shape else file.get_tensor(name)
         local = local.to(device, like.dtype, copy=True)
     if isinstance(like, DTensor):
-        # as FSDP2 makes its own: `from_local` would move the shards of an offloaded model to the mesh's device
+        # like FSDP2 itself, because `from_local` would move the shards of an offloaded model to the mesh's device
         local = DTensor(local, like._spec, requires_grad=False)
     return nn.Parameter(local, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else local
