@@ -20,7 +20,7 @@ from app.main import main
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24
-LIMIT_SECONDS = 400  # generous: only to end a hang
+LIMIT_SECONDS = 900  # generous: only to end a hang
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["app.dispatch", "command_runs"])
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-LIMIT_SECONDS = 400  # generous: only to end a deadlock
+LIMIT_SECONDS = 900  # generous: only to end a deadlock
 
 
 def run_ranks(script: Path, *arguments: str, logs: Path, ranks: int = 2) -> None:
