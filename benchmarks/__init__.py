@@ -1,1 +1,1 @@
-"""Comparisons that anyone can run; no part of the installed package."""
+"""Benchmarks and parity checks that anyone can run; they are not part of the installed package."""

@@ -1,7 +1,7 @@
-"""β-DPO as the authors' released code computes it, written anew in NumPy float64 from its description.
+"""β-DPO as the authors' released code computes it, rewritten in NumPy float64 from its description.
 
-It shares no line with `app.method`: agreement between the two means something. Where the released code crashes,
-the numbers here are NaN.
+It shares no code with `app.method`, so agreement between the two is evidence. The result is NaN where the released
+code would crash.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ Floats = NDArray[np.float64]
 
 @dataclass
 class AuthorsStatistics:
-    """M0 and σ: exponential averages that start at zero and are used after the update, without correction."""
+    """M0 and σ as exponential averages that start at zero, without bias correction, used after the update."""
 
     momentum: float = 0.9
     mean: float = 0.0
     std: float = 0.0
 
     def update(self, gaps: Floats) -> None:
-        """Take in the gaps [n] of one batch; one pair alone makes σ NaN for ever, as there."""
+        """Update with the gaps [n] of a batch; a batch of one pair makes σ NaN from then on, like the authors'."""
         with np.errstate(invalid="ignore", divide="ignore"):
             spread = np.sqrt(np.sum((gaps - gaps.mean()) ** 2) / np.float64(len(gaps) - 1))
         self.mean = self.momentum * self.mean + (1 - self.momentum) * float(gaps.mean())
@@ -31,33 +31,33 @@ class AuthorsStatistics:
 
 
 def selection_probabilities(gaps: Floats, mean: float, std: float) -> Floats:
-    """The normal density at every gap, normalised [n]; NaN where σ is 0 or every density underflows."""
+    """Return the normalised normal densities of the gaps [n]; NaN if σ is 0 or every density underflows."""
     with np.errstate(invalid="ignore", divide="ignore"):
         density = np.exp(-0.5 * ((gaps - mean) / np.float64(std)) ** 2) / (np.float64(std) * np.sqrt(2 * np.pi))
         return density / density.sum()
 
 
 def number_kept(n: int, keep_ratio: float) -> int:
-    """⌊n·ρ⌋, which is 0 for a batch that is small enough."""
+    """Return ⌊n·ρ⌋, which is 0 for a very small batch."""
     return int(n * keep_ratio)
 
 
 def batch_beta(beta0: float, alpha: float, kept_gaps: Floats, mean: float, floor: float = 1e-3) -> float:
-    """β0·(1 + α·(mean gap of the kept pairs − M0)), not below `floor`."""
+    """Return β0·(1 + α·(mean gap of the kept pairs − M0)), but at least `floor`."""
     return max(floor, beta0 * (1 + alpha * (float(kept_gaps.mean()) - mean)))
 
 
 def dpo_loss(kept_gaps: Floats, beta: float) -> float:
-    """Mean of −log σ(β·h) over the kept pairs."""
+    """Return the mean of −log σ(β·h) over the kept pairs."""
     return float(np.logaddexp(0.0, -beta * kept_gaps).mean())
 
 
 def micro_batch_betas(
     statistics: AuthorsStatistics, gaps: Floats, size: int, rng: np.random.Generator, keep_ratio: float = 0.8
 ) -> Floats:
-    """The β of every micro-batch of `size` pairs when each keeps its own share of pairs and its own β, in turn.
+    """Return the β of every micro-batch of `size` pairs if each in turn selects its own pairs and its own β.
 
-    β0 = 0.1 and α = 0.6. Where the released code would stop (no probabilities to draw by), NaN.
+    β0 = 0.1 and α = 0.6. NaN if the released code would stop because it has no selection probabilities.
     """
     betas = []
     for start in range(0, len(gaps), size):

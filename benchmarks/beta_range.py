@@ -1,12 +1,11 @@
-"""How far β strays from β0: schedules over simulated gaps, or over the gaps that a run's audit recorded.
+"""Measure the range of β around β0 for several schedules, on simulated gaps or on the gaps in a run's audit.
 
 python -m benchmarks.beta_range                      # simulated runs of 478 steps of 128 pairs, ρ = 0.8
-python -m benchmarks.beta_range --audit RUN [RUN …]  # log folders of runs that had PairAudit
+python -m benchmarks.beta_range --audit RUN [RUN …]  # log folders of runs with PairAudit
 
-A simulated run opens like a real one: the mean gap grows from 0 to σ, the standard deviation of the gaps at the
-end; their spread grows with it, and the tails are those of Student's t with 5 degrees of freedom. A replay takes
-the recorded gaps as they are, although another β would have moved the policy otherwise: it shows how β would have
-followed these gaps, not what would have been trained.
+In a simulated run the mean gap grows from 0 to σ, the standard deviation of the gaps at the end, and their variance
+grows linearly. Gaps have the tails of Student's t with 5 degrees of freedom. A replay uses the recorded gaps
+unchanged, although another β would have trained another policy: it shows how β would have followed these gaps.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""FlexAttention compiled for an H100 on a machine without a GPU: `make codegen`, table in docs/benchmarks.md.
+"""Compile FlexAttention for an H100 without a GPU: `make codegen`, table in docs/benchmarks.md.
 
-Dynamo captures the product's own call on the CPU; Inductor lowers it for fake CUDA tensors, and Triton and ptxas
-assemble each kernel for sm_90. Nothing is launched: that a kernel is built, and which shared memory, registers and
-spills it takes, is all that this shows. Needs a CUDA build of torch.
+Dynamo captures the package's own call on the CPU, Inductor lowers it for fake CUDA tensors, and Triton and ptxas
+assemble each kernel for sm_90. No kernel is launched. The result shows only that a kernel can be built, and its
+shared memory, registers and spills. Needs a CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CELLS: dict[str, tuple[int, int, int, int | None, float | None]] = {
     "256, GQA 2:1": (256, 4, 2, None, None),
     "256, GQA 2:1, window, soft cap": (256, 4, 2, 200, 50.0),
 }
-SHARED_MEMORY = 232448  # bytes that a block of an H100 may ask for
+SHARED_MEMORY = 232448  # most bytes for a thread block of an H100
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def in_a_process(name: str, limit: int) -> dict[str, Any]:
-    """Compile one cell; what it gave, or why it did not."""
+    """Compile one cell in a process of its own; return its kernels and seconds, or why it stopped."""
     started = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.codegen", "--cell", name]
     try:
@@ -81,7 +81,7 @@ def in_a_process(name: str, limit: int) -> dict[str, Any]:
 def kernels_of(
     width: int, heads: int, key_heads: int, window: int | None, softcap: float | None
 ) -> list[dict[str, Any]]:
-    """Every kernel of forward and backward of the product's FlexAttention, in bf16, on a row of some pairs."""
+    """Return every kernel of the forward and backward pass of `flex.attend`, in bf16, on a row of three pairs."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     import torch
@@ -119,7 +119,7 @@ def kernels_of(
 
 
 def collect_kernels(built: list[dict[str, Any]]) -> None:
-    """From now on Inductor assembles every configuration of a kernel into `built`, and loads and launches none."""
+    """Make Inductor assemble every configuration of a kernel into `built`, without loading or launching it."""
     import torch
     import torch._inductor.config as settings
     import torch._inductor.runtime.triton_heuristics as heuristics
@@ -158,7 +158,7 @@ def collect_kernels(built: list[dict[str, Any]]) -> None:
 
 
 def assembled(ptx: str) -> dict[str, Any]:
-    """Registers and spilled bytes of a thread, as ptxas says, and whether Hopper's own matrix products are used."""
+    """Return ptxas's registers and spilled bytes per thread, and whether Hopper's matrix instructions are used."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     architecture = re.search(r"\.target (sm_\w+)", ptx)
@@ -212,7 +212,7 @@ def for_an_h100(title: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def an_h100() -> Iterator[None]:
-    """Within the block, an H100 seems to be there."""
+    """Make torch and Triton believe within the block that an H100 is present."""
     import torch
     import torch._inductor.runtime.triton_helpers as helpers
     import torch._inductor.scheduler as scheduler

@@ -1,4 +1,4 @@
-"""Who is measured, each in its own process: `python -m benchmarks.contestants NAME SETTING` prints one result."""
+"""The contestants of the benchmarks; `python -m benchmarks.contestants NAME SETTING` prints the result of one."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from datamodules import PreferenceData
 from datamodules.loader import OptimizerBatchLoader
 from lightning_modules import PreferenceOptimization
 
-SPLIT_TOKENS = 1536  # the smallest budget that any pair of 512 tokens fits
+SPLIT_TOKENS = 1536  # the smallest budget for any pair with max_length 512
 
 
 def result(setting: Setting, seconds: float, how: str) -> dict[str, Any]:
-    """What a contestant reports; `how` it worked: attention, layout of the rows, compiled or not."""
+    """Return a contestant's result; `how` names attention, layout of the rows, and compiled or eager layers."""
     peak = (
         torch.cuda.max_memory_allocated() / 1e9
         if setting.device == "cuda"
@@ -47,7 +47,7 @@ def now(setting: Setting) -> float:
 
 
 class FileOrder(PreferenceData):
-    """Training pairs in the order of the file."""
+    """A data module that serves training pairs in the order of the file."""
 
     def train_dataloader(self) -> OptimizerBatchLoader | list:
         loader = super().train_dataloader()
@@ -57,7 +57,7 @@ class FileOrder(PreferenceData):
 
 
 class Clock(Callback):
-    """Times all steps but the first."""
+    """A callback that times all steps except the first."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -77,7 +77,7 @@ def train_ours(
     compiled: bool = False,
     attention: str = "auto",
 ) -> dict[str, Any]:
-    """`PreferenceOptimization` in a Lightning Trainer, as a user runs it."""
+    """Measure `PreferenceOptimization` in a Lightning Trainer, as a user runs it."""
     clock = Clock(setting)
     method = [RewardGapStatistics(), PairFilter(keep_ratio=0.8), BetaScheduler()] if beta_dpo else []
     trainer = Trainer(
@@ -113,7 +113,7 @@ def train_ours(
 
 
 def train_plain(setting: Setting) -> dict[str, Any]:
-    """The step as one writes it in transformers: two padded rows per pair, logits of response positions only."""
+    """Measure a plain transformers step: two padded rows per pair, logits of response positions only."""
     pairs = pairs_of(setting)
     policy = AutoModelForCausalLM.from_pretrained(setting.model).train().to(setting.device)
     reference = AutoModelForCausalLM.from_pretrained(setting.model).eval().requires_grad_(False)
@@ -165,7 +165,7 @@ def train_plain(setting: Setting) -> dict[str, Any]:
 
 
 def train_trl(setting: Setting) -> dict[str, Any]:
-    """TRL's `DPOTrainer` with its defaults, on the same token ids decoded to text and in the same order."""
+    """Measure TRL's `DPOTrainer` with its defaults, on the same token ids decoded to text, in the same order."""
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
     from transformers import TrainerCallback
@@ -229,10 +229,10 @@ def train_trl(setting: Setting) -> dict[str, Any]:
 
 
 def matrix_products(setting: Setting) -> dict[str, Any]:
-    """The rate at which this machine multiplies matrices of the model's own shapes, in operations per second.
+    """Measure this machine's matrix products in the model's shapes, in operations per second.
 
-    The products of the feed-forward network on one batch's tokens, and those of the head on a slice of the
-    vocabulary: the faster of the two.
+    Returns the faster of two: the feed-forward network on one batch's tokens, and the head on a slice of the
+    vocabulary.
     """
     dtype = torch.bfloat16 if setting.device == "cuda" else torch.float32
     tokens = 215 * setting.batch_size
@@ -251,7 +251,7 @@ def matrix_products(setting: Setting) -> dict[str, Any]:
 
 
 def split(setting: Setting) -> Setting:
-    """A larger batch in several micro-batches."""
+    """Return the setting with a larger batch in several micro-batches."""
     return replace(setting, micro_batch_tokens=SPLIT_TOKENS, batch_size=SPLIT_BATCHES * setting.batch_size)
 
 
@@ -270,7 +270,7 @@ CONTESTANTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
 
 
 def profile(name: str, setting: Setting) -> None:
-    """Print where the time of all steps goes, by torch operation."""
+    """Print the time per torch operation over all steps."""
     with torch.profiler.profile() as recorded:
         CONTESTANTS[name](setting)
     print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60))

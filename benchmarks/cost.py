@@ -1,10 +1,10 @@
-"""What a pair costs by its length, by the share of its prompt and by the batch: this project and a plain step.
+"""Measure the cost of a pair by length, prompt share and batch size, for this project and a plain step.
 
     python -m benchmarks.cost --out docs/benchmarks.json
 
-One property is varied at a time around a pair of 256 unique tokens, half of them prompt, eight to a step; both
-contestants take turns at every point, and what is kept goes into the tables of `python -m benchmarks.tables`. How
-the start of a run grows with the number of pairs is measured by `benchmarks.scaling`.
+One property at a time varies around pairs of 256 unique tokens, half of them prompt, eight pairs per step. Both
+contestants take turns at every point. `python -m benchmarks.tables` turns the saved entry into a table.
+`benchmarks.scaling` measures how the start of a run grows with the number of pairs.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from benchmarks.throughput import machine, run
 
 MIDDLE = Setting(layers=4, vocabulary=8192, prompt_tokens=128, chosen_tokens=64, rejected_tokens=64, spread=0.0)
 LENGTHS = ((32, 16), (64, 32), (128, 64), (256, 128))  # prompt, each response
-# the point in the middle stands among the lengths
+# LENGTHS already has the middle point
 PROMPTS = ((16, 120), (240, 8))
 BATCHES = (2, 4, 16)
 CONTESTANTS = ("ours", "plain")
 
 
 def points(middle: Setting) -> list[tuple[str, Setting]]:
-    """What is varied and the setting, one property at a time."""
+    """Return (label, setting) for every point, with one property varied at a time."""
 
     def pair(prompt: int, response: int) -> Setting:
         return replace(middle, prompt_tokens=prompt, chosen_tokens=response, rejected_tokens=response)
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def measure(setting: Setting, repeats: int) -> dict[str, Any]:
-    """Milliseconds a pair and peak GB of every contestant, medians over interleaved turns."""
+    """Return each contestant's median ms per pair and highest peak GB over interleaved turns, and the ratio."""
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(setting, folder)
         turns = [{name: run(name, prepared, folder) for name in CONTESTANTS} for _ in range(repeats)]

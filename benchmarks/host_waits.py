@@ -1,11 +1,11 @@
-"""What a step asks of the host, waits, passes and operations, and of the device's memory beside its products.
+"""Count the host waits, forward passes, operations and converted bytes of a training step.
 
 python -m benchmarks.host_waits [--places]
 
-Counted on the stand-in for a CUDA device (tests/support), on a tiny Llama and the third step of a run; no GPU is
-needed, and no time is measured. An operation is what PyTorch starts one kernel or more for. Bytes are those that
-conversions of weights and of logits from type to type read and write, and those of the reference's parameters.
-Attention is FlexAttention: in place of `varlen` the stand-in takes a loop of its own.
+Counts are from the stand-in for a CUDA device (tests/support), for a tiny Llama and the third step of a run. No GPU
+is needed and no time is measured. An operation is one for which PyTorch starts one or more kernels. Bytes are those
+that dtype conversions of weights and logits read and write, and those of the reference's parameters. Attention is
+FlexAttention, because the stand-in replaces `varlen` by a loop.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ RUNS: dict[str, tuple[Any, dict[str, int], dict[str, Any]]] = {
 
 
 class Passes:
-    """Counts forward passes with and without gradient."""
+    """A counter of forward passes with and without gradient."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -75,7 +75,7 @@ COLUMNS = (
 
 
 def measure(model: str, folder: str, made: Any, data: dict[str, int], settings: dict[str, Any]) -> tuple[int, ...]:
-    """What `COLUMNS` name, of the last step."""
+    """Return the counts of `COLUMNS` (without the label) for the last step."""
     passes = Passes()
     with cuda_stand_in() as device:
 

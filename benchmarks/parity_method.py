@@ -1,4 +1,4 @@
-"""The comparison of a real run's β-DPO step with NumPy, with plain PyTorch and with this project's default."""
+"""Comparison of the β-DPO steps of a real run with NumPy, with plain PyTorch and with this project's default."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def response_logps(model: torch.nn.Module, texts: list[tuple[list[int], list[int
 
 @dataclass
 class State:
-    """The state of one step under one setting; `beta` is text, because micro-batches have several."""
+    """The state of one step under one setting; `beta` is text, because it may be a range over micro-batches."""
 
     step: int  # from 1
     setting: str

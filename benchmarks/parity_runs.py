@@ -1,4 +1,4 @@
-"""The common inputs of both sides of a comparison (a tiny random Llama, a file of pairs), and `fit` runs."""
+"""Inputs that both sides of a comparison share (a tiny random Llama, a file of pairs), and `beta-dpo fit` runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Bench:
 
     @classmethod
     def create(cls, folder: Path, pairs: int) -> Bench:
-        """Write a Llama of two layers and `pairs` controlled pairs; large weights make the gaps spread soon."""
+        """Write a Llama of two layers and `pairs` controlled pairs; large weights soon make the gaps differ."""
         tokenizer = build_tokenizer()
         config = LlamaConfig(
             vocab_size=len(tokenizer),
@@ -98,7 +98,7 @@ class Run:
 
 
 def fit(bench: Bench, name: str, method: str, steps: int, batch_size: int, *options: str) -> Run:
-    """Run `beta-dpo fit` with the overlay configs/method/`method`.yaml, exactly as on the command line."""
+    """Run `beta-dpo fit` with the overlay configs/method/`method`.yaml, as on the command line; return the run."""
     base = bench.folder / f"{name}.yaml"
     base.write_text(yaml.safe_dump(_configuration(bench, name, steps, batch_size)), encoding="utf-8")
     main(["fit", "--config", str(base), "--config", str(CONFIGS / f"method/{method}.yaml"), *options])

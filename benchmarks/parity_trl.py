@@ -1,4 +1,4 @@
-"""The comparison with TRL's `DPOTrainer` at a fixed β: same weights, pairs, order, AdamW, clipping, precision."""
+"""Comparison with TRL's `DPOTrainer` at a fixed β: same weights, pairs, order, AdamW, clipping and precision."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Outcome:
 
 
 def compare(bench: Bench) -> list[Outcome]:
-    """Train every case with both. Raises AssertionError when TRL tokenises a pair differently."""
+    """Train every case with both and return the outcomes. Raises AssertionError if TRL tokenises differently."""
     disable_progress_bars()
     outcomes = []
     for number, case in enumerate(CASES):

@@ -1,12 +1,12 @@
-"""What ranks exchange in a step, and how a run starts on several ranks: DDP on gloo, all ranks on this machine.
+"""Measure the bytes that ranks exchange per step, and the start of a run, with DDP on gloo on one machine.
 
     python -m benchmarks.scaling steps --ranks 1 2 --pairs 64 256 1024
     python -m benchmarks.scaling startup --ranks 1 2 --data hh_harmless_base_test.jsonl.gz
 
-`steps` trains a small random model with β-DPO on the controlled task. Bytes are those that the process has written
-to its own TCP connections (Linux's TCP_INFO), so the framing of gloo and all barriers are in them; the exchange of
-the gaps is counted apart. `startup` repeats the lines of a file until there are enough of them, and times
-`prepare_data` and `setup` on every rank, first with an empty cache, then with the table in it.
+`steps` trains a small random model with β-DPO on the controlled task. It counts the bytes that the process writes
+to its TCP connections (Linux's TCP_INFO), including gloo's framing and all barriers, and the exchange of the gaps
+separately. `startup` repeats the lines of a file up to `--rows`, and times `prepare_data` and `setup` on every
+rank, first with an empty cache, then with the table in the cache.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from datamodules.controlled_task import build_tokenizer
 from lightning_modules import PreferenceOptimization
 
 WARM_UP = 3  # steps that are not counted
-# where they stand in Linux's struct tcp_info: u32 not yet sent; u64 sent, and of these sent again
+# offsets in Linux's struct tcp_info: u32 not yet sent; u64 sent, then u64 sent again
 NOT_SENT, SENT = 144, 200
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--data", help="of startup: .jsonl or .jsonl.gz")
     parser.add_argument("--tokenizer", default="models/smollm2", help="of startup (make smollm2)")
     parser.add_argument("--rows", type=int, default=160_000, help="of startup")
-    parser.add_argument("--folder", help=argparse.SUPPRESS)  # of one run, whose ranks leave their figures there
+    parser.add_argument("--folder", help=argparse.SUPPRESS)  # internal: the ranks of one run write figures there
     options = parser.parse_args()
     if options.folder:
         train(options)
@@ -96,7 +96,7 @@ def compare_starts(options: argparse.Namespace, folder: Path) -> None:
 
 
 def save_model(folder: Path, tokenizer: Any, hidden: int) -> None:
-    """A random Llama of two layers."""
+    """Save a random Llama of two layers and the tokenizer."""
     sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": 2}
     config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), num_attention_heads=4, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -104,7 +104,7 @@ def save_model(folder: Path, tokenizer: Any, hidden: int) -> None:
 
 
 def run(options: argparse.Namespace, folder: Path, ranks: int, pairs: int, cache: str = "") -> list[dict]:
-    """The figures of each rank of one run."""
+    """Start one run in a process of its own and return the figures of each rank."""
     words = ["--ranks", ranks, "--pairs", pairs, "--steps", options.steps if options.what == "steps" else 1]
     words += ["--data", options.data] if options.data else []
     command = [sys.executable, "-m", "benchmarks.scaling", options.what, *map(str, words), "--folder", str(folder)]
@@ -146,9 +146,9 @@ def train(options: argparse.Namespace) -> None:
 
 
 def sent_bytes() -> int:
-    """Bytes that this process has written to its TCP connections, each once.
+    """Return the bytes that this process has written to its TCP connections, without retransmissions.
 
-    What is still on its way counts too: an exchange ends before the last bytes are acknowledged.
+    Bytes that are not sent yet count too, because an exchange may end before the last bytes leave.
     """
     total = 0
     for entry in Path("/proc/self/fd").iterdir():
@@ -158,13 +158,13 @@ def sent_bytes() -> int:
                     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
                 sent, again = struct.unpack_from("QQ", info, SENT)
                 total += sent - again + struct.unpack_from("I", info, NOT_SENT)[0]
-        except OSError:  # closed meanwhile, or no TCP connection
+        except OSError:  # closed in the meantime, or no TCP connection
             continue
     return total
 
 
 class CountedGather(PreferenceOptimization):
-    """Counts what the one exchange of the gaps of all pairs sends."""
+    """A stage that counts the bytes sent to gather the gaps of all pairs."""
 
     gathered = 0
 
@@ -176,7 +176,7 @@ class CountedGather(PreferenceOptimization):
 
 
 class Meter(Callback):
-    """Leaves in `module.figures` the time and the bytes of a step, the first ones not counted."""
+    """A callback that writes time and bytes per step, after the warm-up, to `module.figures`."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -206,7 +206,7 @@ class Meter(Callback):
 
 
 class TimedData(PreferenceData):
-    """Times what Lightning asks of it before the first step."""
+    """A data module that times `prepare_data` and `setup`."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)

@@ -1,4 +1,4 @@
-"""What every contestant of a benchmark is given: one random model, the same pairs in the same order."""
+"""The inputs that all contestants of a benchmark share: a random model, and the same pairs in the same order."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ LEARNING_RATE = 1e-6
 MAX_LENGTH = 512
 TOKENISATION = Tokenisation(max_length=MAX_LENGTH)
 SYNTHETIC = "synthetic"
-SPLIT_BATCHES = 3  # how much larger the batch is where it is split into several micro-batches
+SPLIT_BATCHES = 3  # factor of the batch size in the contestants with several micro-batches
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One benchmark: a Llama shape, data, and how much of it.
+    """The settings of one benchmark: the shape of a Llama, the data, and the number of steps.
 
-    data: preference pairs as `data.path` takes them, or `synthetic`: random words, by default with the lengths of
-        Anthropic-HH's pairs (in tokens: prompt 125, chosen 40, rejected 50 on average, widely spread).
-    spread: of synthetic lengths, as the deviation of their logarithm; 0 makes them all equal.
-    tokenizer: folder of a tokenizer; not used for synthetic data, which brings one of `vocabulary` words.
+    data: preference pairs as for `data.path`, or `synthetic`: random words, by default with the lengths of
+        Anthropic-HH's pairs (mean tokens: prompt 125, chosen 40, rejected 50, with a large spread).
+    spread: standard deviation of the logarithm of synthetic lengths; 0 makes all lengths equal.
+    tokenizer: folder of a tokenizer; not used for synthetic data, which has its own of `vocabulary` words.
     """
 
     hidden: int = 384
@@ -45,14 +45,14 @@ class Setting:
     spread: float = 0.75
     tokenizer: str = "models/smollm2"
     batch_size: int = 8
-    steps: int = 6  # measured, after one that is not counted
+    steps: int = 6  # measured steps, after one warm-up step
     micro_batch_tokens: int = 8192
     device: str = "cpu"  # float32; on `cuda` bf16 autocast over float32 weights
-    model: str = ""  # folder of the model and, beside it, the data, once `prepare` has made them
+    model: str = ""  # folder that `prepare` fills with the model and the data
 
     @property
     def pairs(self) -> int:
-        """As many as any contestant takes."""
+        """Return the number of pairs that is enough for every contestant."""
         return SPLIT_BATCHES * self.batch_size * (self.steps + 1)
 
     @classmethod
@@ -64,7 +64,7 @@ class Setting:
 
 
 def prepare(setting: Setting, folder: str) -> Setting:
-    """Save the model and the pairs in `folder`."""
+    """Save the model and the pairs in `folder`, and return the setting that points to them."""
     if setting.data == SYNTHETIC:
         tokenizer: Any = word_tokenizer(setting.vocabulary)
         rows = synthetic_pairs(setting)
@@ -94,7 +94,7 @@ def prepare(setting: Setting, folder: str) -> Setting:
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One token a word: `w0`, `w1`, …"""
+    """Return a tokenizer with one token per word `w2`, `w3`, …, and tokens for end and padding."""
     words = {"<eos>": 0, "<pad>": 1, **{f"w{number}": number for number in range(2, vocabulary)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -102,7 +102,7 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def synthetic_pairs(setting: Setting) -> list[dict[str, str]]:
-    """Random words; lengths are log-normal with the means and the spread of the setting."""
+    """Return pairs of random words; lengths are log-normal with the means and the spread of the setting."""
     random = np.random.default_rng(0)
 
     def text(mean: float, most: int) -> str:
@@ -112,7 +112,7 @@ def synthetic_pairs(setting: Setting) -> list[dict[str, str]]:
     return [
         {
             "prompt": text(setting.prompt_tokens, 256),
-            # the tokeniser adds the end of the response, which counts as a token
+            # tokenisation adds the end-of-turn token to the response
             "chosen": text(setting.chosen_tokens - 1, 200),
             "rejected": text(setting.rejected_tokens - 1, 200),
         }
@@ -121,7 +121,7 @@ def synthetic_pairs(setting: Setting) -> list[dict[str, str]]:
 
 
 def first_pairs(setting: Setting, tokenizer: Any) -> list[dict[str, str]]:
-    """The first pairs of the data, as the text of the tokens that are left after truncation."""
+    """Return the first pairs of the data, truncated and decoded to text."""
     table = load_table(setting.data, tokenizer, TOKENISATION, on_bad_row="skip", need_rejected=True)
     if len(table) < setting.pairs:
         raise SystemExit(f"{setting.data} holds {len(table)} pairs, but {setting.pairs} are needed: lower --steps.")
@@ -134,17 +134,17 @@ def first_pairs(setting: Setting, tokenizer: Any) -> list[dict[str, str]]:
 
 
 def pairs_of(setting: Setting) -> list[TokenisedPair]:
-    """The pairs of all steps, in order."""
+    """Return the pairs of all steps in order."""
     tokenizer = AutoTokenizer.from_pretrained(setting.model)
     table = load_table(setting.data, tokenizer, TOKENISATION, need_rejected=True)
     return [table[index] for index in range(setting.batch_size * (setting.steps + 1))]
 
 
 def unavoidable_operations(setting: Setting) -> float:
-    """Floating-point operations of the measured steps that DPO with an online reference cannot do without.
+    """Return the FLOPs that DPO with an online reference needs at least for the measured steps.
 
-    Unique tokens through the trunk's matrices and response tokens through the head: once for the reference, three
-    times (forward, and backward twice) for the policy. Attention and everything element by element come on top.
+    Unique tokens pass the matrices of the layers and response tokens the head: once for the reference, three times
+    (forward, and backward twice) for the policy. Attention and element-wise operations are not counted.
     """
     pairs = pairs_of(setting)[setting.batch_size :]
     tokens = sum(len(part) for pair in pairs for part in pair if part is not None)

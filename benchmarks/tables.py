@@ -1,6 +1,6 @@
-"""The tables of README and docs/benchmarks.md, written from docs/benchmarks.json: `python -m benchmarks.tables`.
+"""Write the tables of README and docs/benchmarks.md from docs/benchmarks.json: `python -m benchmarks.tables`.
 
-Each stands between `<!-- benchmark NAME -->` and `<!-- end -->`; a test checks that they are what the file says.
+Each table is between `<!-- benchmark NAME -->` and `<!-- end -->`; a test checks that the tables match the file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def filled(page: str, entries: dict[str, Any]) -> str:
-    """`page` with every marked place holding the table of its entry."""
+    """Return `page` with the table of its entry in every marked place."""
 
     def table(name: str) -> str:
         special = {"cost": costs, "codegen": kernels}
@@ -50,7 +50,7 @@ def filled(page: str, entries: dict[str, Any]) -> str:
 
 
 def kernels(entry: dict[str, Any]) -> str:
-    """What FlexAttention's kernels for an H100 take, as Markdown: the main kernel of each pass."""
+    """Return a Markdown table of FlexAttention's main H100 kernel of each pass, the one that spills most."""
     versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
     lines = [
         f"{entry['date']}, {versions}; assembled for sm_90, not launched. Bytes of shared memory of a block, of "
@@ -72,7 +72,7 @@ def kernels(entry: dict[str, Any]) -> str:
 
 
 def costs(entry: dict[str, Any]) -> str:
-    """What a pair costs where one property is varied at a time, as Markdown."""
+    """Return the cost of a pair, with one property varied at a time, as a Markdown table."""
     setting, versions = entry["setting"], entry["versions"]
     lines = [
         f"{entry['date']}, {entry['machine']}, torch {versions['torch']}, transformers {versions['transformers']}."
@@ -92,7 +92,7 @@ def costs(entry: dict[str, Any]) -> str:
 
 
 def comparison(entry: dict[str, Any]) -> str:
-    """What an entry measured, as Markdown: medians, lowest and highest over the turns, ratios turn by turn."""
+    """Return the results of an entry as Markdown: median, lowest and highest over the turns, ratios per turn."""
     setting, turns, versions = entry["setting"], entry["turns"], entry["versions"]
     base = "plain" if "plain" in turns else next(iter(turns))
     lines = [

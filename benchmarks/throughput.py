@@ -1,11 +1,11 @@
-"""Pairs per second and peak memory of one DPO step: this project, a plain transformers step, TRL.
+"""Measure pairs per second and peak memory of a DPO step for this project, a plain transformers step, and TRL.
 
     python -m benchmarks.throughput --data hh_harmless_base_test.jsonl.gz --name hh-33M --out docs/benchmarks.json
 
-Every contestant trains the same random model on the same pairs in the same order with the same optimizer, in a
-process of its own (so that the peak memory is its own); the contestants take turns, and medians and ratios over
-the turns are printed and, with `--out`, kept for the tables of README and docs (`python -m benchmarks.tables`).
-Nothing is quoted from elsewhere: whoever is not installed is left out, and said so.
+Every contestant trains the same random model on the same pairs in the same order with the same optimizer. Each runs
+in a process of its own, so that the peak memory is its own. The contestants take turns. Medians and ratios over the
+turns are printed and, with `--out`, saved for the tables of README and docs (`python -m benchmarks.tables`). All
+figures are measured here; TRL is left out, with a message, if it is not installed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
             print(output_of(profiled, prepare(Setting(**options), folder), folder, "--profile"))
         return
     entry: dict[str, Any] = {}
-    for entry in measure(Setting(**options), contestants, repeats):  # kept after every turn of every contestant
+    for entry in measure(Setting(**options), contestants, repeats):  # saved after every turn of every contestant
         if out:
             entries = json.loads(Path(out).read_text(encoding="utf-8")) if Path(out).exists() else {}
             with atomic_file(out) as temporary:
@@ -64,13 +64,13 @@ def main() -> None:
 
 
 class ContestantFailed(Exception):
-    """A contestant ended with an error; its last lines."""
+    """The error of a contestant that failed, with the end of its error output."""
 
 
 def measure(setting: Setting, contestants: list[str], repeats: int) -> Iterator[dict[str, Any]]:
-    """All contestants in turn, `repeats` times; what was measured so far, and on what.
+    """Run all contestants in turn, `repeats` times, and yield the entry so far after each, with the machine.
 
-    One that fails takes part in no later turn, and is named with its error.
+    A contestant that fails takes part in no later turn and is named with its error.
     """
     if "trl" in contestants and importlib.util.find_spec("trl") is None:
         contestants.remove("trl")
@@ -107,12 +107,12 @@ def measure(setting: Setting, contestants: list[str], repeats: int) -> Iterator[
 
 
 def run(name: str, setting: Setting, folder: str) -> dict[str, Any]:
-    """One turn."""
+    """Return the result of one turn of a contestant."""
     return dict(json.loads(output_of(name, setting, folder).splitlines()[-1]))
 
 
 def output_of(name: str, setting: Setting, folder: str, *options: str) -> str:
-    """What a contestant prints, in a process of its own with a cache of its own."""
+    """Return the output of a contestant in a process of its own; all runs with one `folder` share its cache."""
     command = [sys.executable, "-m", "benchmarks.contestants", name, setting.write(), *options]
     environment = {**os.environ, "BETA_DPO_CACHE": f"{folder}/cache"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -122,7 +122,7 @@ def output_of(name: str, setting: Setting, folder: str, *options: str) -> str:
 
 
 def machine(device: str) -> str:
-    """What it ran on, in words."""
+    """Return a description of the machine."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]

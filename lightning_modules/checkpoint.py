@@ -126,7 +126,7 @@ def _check_shards(folder: Path) -> None:
             with open(folder / place.relative_path, "rb") as file:
                 file.seek(place.offset)
                 torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file brings about
+    except Exception as error:  # a damaged or hostile file may raise anything
         raise _refusal(folder) from error
 
 
@@ -148,7 +148,7 @@ def _load(checkpoint: Path, file: Path, mmap: bool = True) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except PermissionError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    except Exception as error:  # whatever a damaged or hostile file brings about
+    except Exception as error:  # a damaged or hostile file may raise anything
         raise _refusal(checkpoint) from error
 
 

@@ -100,7 +100,8 @@ class ResponseScorer(nn.Module):
 
         A layer of width d takes about 24·d² operations per token, and attention over a row of T tokens 4·d·T: equal
         at T = 6·d. On a CPU, attention with a dense mask runs at about a third of the speed of a matrix product,
-        hence 2·d. This project's attentions skip what the mask would hide, so the result for them is infinite.
+        hence 2·d, which is used on every device. This project's attentions skip what a mask would hide, so their
+        length is infinite.
         """
         if self.attention in OURS:
             return math.inf
