@@ -1,1 +1,1 @@
-"""Composition root of beta-dpo: the command, its sub-commands and the method itself."""
+"""The application layer of beta-dpo: the command, its sub-commands and the method itself."""

@@ -1,4 +1,4 @@
-"""LightningCLI as this project uses it: any stage as model, any source as data, safe checkpoints, a known seed."""
+"""The LightningCLI of this project: any stage as model, any source as data, safe checkpoints, a known seed."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from lightning_modules.start_checks import refuse_strategy
 
 CONFIG_WORDS = ("--config", "-c")
 
-set_up_parsing()  # whoever reads a configuration reads numbers by their ranges
+set_up_parsing()  # at import, so that every reader of a configuration checks the ranges of numbers
 
 
 class BetaDPOCLI(LightningCLI):
-    """LightningCLI with any stage as model and any source as data, chosen by `class_path`."""
+    """A LightningCLI with any stage as model and any source as data, chosen by `class_path`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for slot in SLOTS:
@@ -64,20 +64,20 @@ class BetaDPOCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        # checkpoints are never loaded in a way that runs code in them, so there is nothing to choose
+        # checkpoints are never loaded in a way that runs their code, so the option has no use
         return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Set up the command that was given, and not the other three, which take most of the time of a start."""
+        """Set up only the given command, because setting up the other three takes most of the start-up time."""
         given = {name: skipped for name, skipped in self.subcommands().items() if name in kwargs}
         self.subcommands = lambda: given  # type: ignore[method-assign]
         super()._add_subcommands(parser, **kwargs)
 
     def _add_instantiators(self) -> None:
-        """Nothing: Lightning would write the configuration out for hyperparameters that no stage saves."""
+        """Do nothing: Lightning would dump the configuration for hyperparameters that no stage saves."""
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning would let hyperparameters in a checkpoint override the command line."""
+        """Do nothing: Lightning would let hyperparameters in a checkpoint override the command line."""
 
     def instantiate_classes(self) -> None:
         with refusing("The configuration"):
@@ -88,14 +88,14 @@ class BetaDPOCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def trainer_has_begun(self) -> bool:
-        """Whether a batch has been taken: what fails from then on is no mistake in the configuration."""
+        """Return whether a batch has been taken; a later error is no mistake in the configuration."""
         loops = (self.trainer.fit_loop.epoch_loop, self.trainer.validate_loop, self.trainer.test_loop)
         begun = any(loop.batch_progress.total.ready for loop in loops)
         return begun or self.trainer.predict_loop.batch_progress.total.ready > 0
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self._get(self.config_init, "trainer")
-        refuse_strategy(options.get("strategy"))  # before processes are started
+        refuse_strategy(options.get("strategy"))  # before Lightning starts processes
         plugins = as_list(options.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(SafeCheckpointIO())
@@ -103,12 +103,12 @@ class BetaDPOCLI(LightningCLI):
         if environment is not None and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
             plugins.append(environment)
         callbacks = self.callbacks(options)
-        # an empty slot: else Lightning would put a callback of its own there
+        # if a slot is empty, Lightning would add its own callback
         for option, kind in (("enable_checkpointing", Checkpoint), ("enable_progress_bar", ProgressBar)):
             if options[option] is None:
                 kwargs[option] = any(isinstance(one, kind) for one in callbacks)
         if options.get("enable_model_summary") is None:
-            kwargs["enable_model_summary"] = False  # it says 0 FLOPs; the stage tells what is trained
+            kwargs["enable_model_summary"] = False  # it reports 0 FLOPs; the stage logs the trained parameters
         try:
             trainer = super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
         except Exception as error:
@@ -145,31 +145,31 @@ class BetaDPOCLI(LightningCLI):
 
 
 class PartsCLI(BetaDPOCLI):
-    """Reads what `fit` reads, and builds stage and data but no Trainer, which would look for the devices."""
+    """A CLI that parses the options of `fit` and builds stage and data; a Trainer would look for the devices."""
 
     def instantiate_classes(self) -> None:
         self.config_init = self.parser.instantiate_classes(self.config)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def as_list(given: Any) -> list[Any]:
-    """What Lightning takes as one object, several or none, as a list."""
+    """Return as a list what Lightning accepts as one object, several or none."""
     return list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
 
 
 def class_at(path: str) -> type:
-    """The class that an import path names."""
+    """Return the class at an import path."""
     module, _, name = path.rpartition(".")
     return getattr(import_module(module), name)
 
 
 def slots_as_wholes(arguments: list[str]) -> list[str]:
-    """Return `arguments` such that a slot in a later configuration file replaces the slot as a whole.
+    """Return `arguments` changed so that a slot in a later configuration file replaces the whole slot.
 
-    jsonargparse would mix the options of both; so the slot is emptied before such a file. An option on the command
-    line still changes one part.
+    jsonargparse would merge the options of both, so the slot is emptied before such a file. An option on the
+    command line still changes one part.
     """
     found: list[str] = []
     for at, word in enumerate(arguments):
@@ -187,7 +187,7 @@ def slots_as_wholes(arguments: list[str]) -> list[str]:
 
 
 def read_mapping(given: str) -> dict[str, Any]:
-    """Return the mapping in a YAML file or text; an empty one where there is none, which the parser will refuse."""
+    """Return the mapping in a YAML file or text; an empty one if there is none, which the parser refuses later."""
     try:
         text = Path(given).read_text(encoding="utf-8") if os.path.isfile(given) else given
         found = yaml.safe_load(text)
@@ -197,12 +197,12 @@ def read_mapping(given: str) -> dict[str, Any]:
 
 
 def lightning_options(arguments: list[str]) -> dict[str, Any]:
-    """How LightningCLI is set up to parse `arguments`, of which the first is the subcommand."""
+    """Return the settings of LightningCLI to parse `arguments`, the first of which is the subcommand."""
     command = arguments[0]
     return {
         "subclass_mode_model": True,
         "subclass_mode_data": True,
-        # one name for each command: a test must not write over the record of the training
+        # one file name per command, so that `test` does not overwrite the record of the training
         "save_config_kwargs": {
             "overwrite": True,
             "config_filename": "config.yaml" if command == "fit" else f"config-{command}.yaml",
@@ -216,28 +216,28 @@ def lightning_options(arguments: list[str]) -> dict[str, Any]:
 
 
 def run_trainer_command(arguments: list[str]) -> None:
-    """Parse and run `fit`, `validate`, `test` or `predict`, the first of the arguments."""
+    """Parse `arguments` and run the command, their first word: `fit`, `validate`, `test` or `predict`."""
     BetaDPOCLI(LightningModule, LightningDataModule, **lightning_options(arguments))
 
 
 def be_quiet() -> None:
-    """Leave out warnings that a user of this command can do nothing about."""
+    """Silence warnings that the user cannot act on, and set the format of the log."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     for name in ("app", "lightning_modules", "datamodules", "callbacks"):
         logging.getLogger(name).setLevel(logging.INFO)
-        logging.getLogger(name).handlers = [handler]  # not one more for each command of a process
+        logging.getLogger(name).handlers = [handler]  # set, not appended: a process may run several commands
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers' bars would fill a log file
-    # the arguments come from the command line by way of `main`
+    # `main` passes the command line as arguments on purpose
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    # with manual optimisation Lightning warns that a checkpoint holds the weights after the step: as it should
+    # Lightning warns that with manual optimisation a checkpoint has the weights after the step, which is intended
     warnings.filterwarnings("ignore", message=".*ModelCheckpoint with manual optimization.*")
-    # every metric is that of the global batch when it is logged
+    # every logged metric is already that of the global batch
     warnings.filterwarnings("ignore", message=".*It is recommended to use `self.log.*sync_dist=True.*")
-    # a run without validation pairs
+    # appears in a run without validation pairs
     warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
     # Lightning advertises a logging service in every run
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

@@ -1,4 +1,4 @@
-"""Running one command of `beta-dpo`, and what the user is told when it cannot be done."""
+"""Running one command of `beta-dpo`, with one sentence for the user if it fails."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from callbacks.interruption import Interrupted
 GO_ON = "The same command with --ckpt_path last goes on from the last checkpoint."
 AGAIN = "Give the same command again; what it says it keeps is not done twice."
 
-# what gloo says on the ranks that are left
+# gloo's messages on the remaining ranks when one is lost
 RANK_LOST = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer")
 
 
 def run(command: str, arguments: list[str]) -> None:
-    """Run `command`, the first of `arguments`. Exits with status 2 and one sentence on a user's mistake."""
+    """Run `command`, the first of `arguments`. Exits with status 2 and one sentence if the user made a mistake."""
     be_quiet()
     try:
         if command in TRAINER_COMMANDS:
@@ -64,7 +64,7 @@ def run(command: str, arguments: list[str]) -> None:
     except KeyboardInterrupt:
         _leave(f"stopped by Ctrl-C. {go_on(command)}", 130)
     except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's answer to Ctrl-C, with status 1
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning exits with status 1 on Ctrl-C
             _leave(f"stopped by Ctrl-C. {go_on(command)}", 130)
         raise
     except Exception as error:
@@ -77,7 +77,7 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 def with_shipped_configs(arguments: list[str]) -> list[str]:
-    """Return the arguments with the path of each `--config` that names one of the shipped configurations."""
+    """Return the arguments, with the name of a shipped configuration after `--config` replaced by its path."""
     found = []
     for before, word in zip(["", *arguments], arguments, strict=False):
         option, equals, value = word.partition("=")
@@ -88,12 +88,15 @@ def with_shipped_configs(arguments: list[str]) -> list[str]:
 
 
 def go_on(command: str) -> str:
-    """What to do after an interruption."""
+    """Return the advice after an interruption."""
     return GO_ON if command == "fit" else AGAIN
 
 
 def _leading_words_as_list(function: Callable[..., None], words: list[str]) -> list[str]:
-    """`report RUN RUN --out …`: words for a first parameter that is a list, as the one value jsonargparse takes."""
+    """Return `words` with the leading ones joined into one JSON list if the first parameter is a list.
+
+    jsonargparse takes one value per parameter, and `report RUN RUN --out …` has several.
+    """
     first = next(iter(signature(function).parameters.values()))
     named = list(takewhile(lambda word: not word.startswith("-"), words))
     if first.annotation != "list[str]" or not named:
@@ -113,5 +116,5 @@ def _refuse(sentence: str) -> NoReturn:
 
 
 def known_options(command: str) -> list[str]:
-    """What may follow the command, classes' own options apart."""
+    """Return the options of the command, without those of model and data."""
     return list(signature(COMMANDS[command]).parameters) if command in COMMANDS else trainer_options()

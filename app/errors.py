@@ -1,15 +1,15 @@
-"""The exceptions that stand for a user's mistake."""
+"""The exceptions for a user's mistake."""
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: its text is one sentence that names file, line or field, and the cure.
+    """A mistake that the user can correct; its text is one sentence with the file, line or field and the cure.
 
     The `beta-dpo` command prints the text without a traceback and exits with status 2.
     """
 
 
 class StepRefused(UserError):
-    """A step given up before it changed weights, optimizer or callbacks: they are as the step before left them.
+    """The exception for a step that was refused before it changed weights, optimizer or callbacks.
 
-    Raised on every rank alike, so that a checkpoint can still be written together.
+    Every rank raises it, so that all ranks can still write a checkpoint together.
     """

@@ -1,4 +1,4 @@
-"""Whether a folder holds the policy: log-probabilities of a few sequences, before writing and after reading."""
+"""The check of an export, which compares log-probabilities of the policy before writing and after reading back."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from app.errors import UserError
 
 SEQUENCES, TOKENS = 2, 48
-LARGEST = 2_000_000_000  # parameters; a larger model would take minutes and tens of GB to read once more
-TOLERANCE = 2e-3  # nats per token: rounding of merged adapters is far below, a lost tie or rotary base far above
+LARGEST = 2_000_000_000  # parameters; a larger model would take minutes and tens of GB to read back
+TOLERANCE = 2e-3  # nats per token; merged adapters round far less, a lost tie or rotary base changes far more
 
 
 @torch.no_grad()
 def sequence_logps(model: Any) -> Tensor:
-    """Return log π [2, 47] of the tokens of random sequences, the same for every model of one vocabulary.
+    """Return log π [2, 47] of the tokens of random sequences, the same sequences for every model of a vocabulary.
 
-    Raises UserError when one is not finite.
+    Fewer tokens are used if the model takes fewer positions. Raises UserError if a value is not finite.
     """
     longest = getattr(model.config, "max_position_embeddings", None) or TOKENS
     draw = torch.Generator().manual_seed(0)
@@ -31,7 +31,7 @@ def sequence_logps(model: Any) -> Tensor:
 
 
 def check_equal(policy: Tensor, exported: Tensor) -> None:
-    """Raise UserError unless the two agree but for rounding."""
+    """Raise UserError unless the two agree up to rounding."""
     apart = float((policy - exported).abs().max())
     if not apart <= TOLERANCE:
         raise UserError(
@@ -41,6 +41,6 @@ def check_equal(policy: Tensor, exported: Tensor) -> None:
 
 
 def described_rounding(policy: Tensor, rounded: Tensor) -> str:
-    """Say what a narrower type costs."""
+    """Return in words how much the rounding to a narrower type changes the log-probabilities."""
     apart = (policy - rounded).abs()
     return f"rounding moves log-probabilities by {apart.mean():.2g} nats per token, at most {apart.max():.2g}"

@@ -1,4 +1,4 @@
-"""The fields by which transformers 4.57 and vLLM read the model that transformers 5 wrote, and a chat template."""
+"""The field names by which transformers 4.57 and vLLM read a model of transformers 5, and a chat template."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 Fields = dict[str, Any]
-# what transformers notes for itself when it reads a folder
+# internal fields that transformers adds when it reads a folder
 _NOTES = ("is_local", "local_files_only", "backend", "_from_model_config", "_commit_hash")
-# a dialogue in plain text, as Anthropic's HH data writes it; the answer is followed by the EOS
+# a dialogue in plain text as in Anthropic's HH data; the EOS follows the answer
 _PLAIN_DIALOGUE = """\
 {%- for message in messages %}
 {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}
@@ -25,7 +25,7 @@ _PLAIN_DIALOGUE = """\
 
 
 def spell_for_others(folder: Path) -> None:
-    """Rewrite the JSON files in `folder` so that transformers 4.57, 5 and vLLM read the same from them."""
+    """Rewrite the JSON files in `folder` so that transformers 4.57, transformers 5 and vLLM read the same model."""
     for name, respelt in _FILES.items():
         if (folder / name).is_file():
             fields = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -34,9 +34,9 @@ def spell_for_others(folder: Path) -> None:
 
 
 def plain_dialogue_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template that renders what training on HH-style text tokenises, leading special tokens included.
+    """Return the chat template that renders a dialogue as training on HH-style text tokenises it.
 
-    A chat template's text is tokenised without the special tokens that the tokenizer puts before plain text.
+    It writes the leading special tokens itself, because the text of a chat template is tokenised without them.
     """
     ids = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -45,7 +45,7 @@ def plain_dialogue_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _config(fields: Fields) -> Fields:
-    """Add `rope_theta` and `rope_scaling`, which transformers 4 knows (else it takes 10000), and `torch_dtype`."""
+    """Add `torch_dtype`, `rope_theta` and `rope_scaling` for transformers 4, which else takes a base of 10000."""
     if "dtype" in fields:
         fields |= {"torch_dtype": fields["dtype"]}
     rope = fields.get("rope_parameters") or {}
@@ -65,7 +65,7 @@ def _rope(rope: Fields, config: Fields) -> Fields:
         older |= {"rotary_emb_base": older["rope_theta"], "rotary_pct": share}
     if rest.get("rope_type", "default") == "default":
         return older
-    if config["model_type"] == "phi3":  # takes these three fields and no other
+    if config["model_type"] == "phi3":  # accepts only these three fields
         rest = {"type": rest["rope_type"], **{name: rest[name] for name in ("short_factor", "long_factor")}}
     return older | {"rope_scaling": rest}
 
@@ -73,7 +73,7 @@ def _rope(rope: Fields, config: Fields) -> Fields:
 def _tokenizer_config(fields: Fields) -> Fields:
     if fields.get("tokenizer_class") == "TokenizersBackend":
         fields["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(fields.get("extra_special_tokens"), list):  # transformers 4 takes a mapping under this name
+    if isinstance(fields.get("extra_special_tokens"), list):  # transformers 4 expects a mapping under this name
         fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
     return fields
 

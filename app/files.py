@@ -1,4 +1,4 @@
-"""Writing to disk so that a crash never leaves half a file behind."""
+"""Writing to disk so that a crash never leaves a partial file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from pathlib import Path
 
 from app.errors import UserError
 
-CONFIGS = Path(__file__).parents[1] / "configs"  # in the clone, or where the wheel put them
+CONFIGS = Path(__file__).parents[1] / "configs"  # in the clone, or where the wheel installed them
 
 
 def shipped(name: str) -> str:
-    """Return `name` where it is a file here, else the path of the shipped configuration of that name.
+    """Return `name` if it is a file, else the path of the shipped configuration of that name.
 
-    `quickstart`, `method/dpo` and `configs/method/dpo.yaml` work in any folder. Another name is returned as it is.
+    `quickstart`, `method/dpo` and `configs/method/dpo.yaml` work in any folder. An unknown name is returned
+    unchanged.
     """
     inside = name.removeprefix("configs/")
     found = (path for path in (Path(name), CONFIGS / inside, CONFIGS / f"{inside}.yaml") if path.is_file())
@@ -28,10 +29,9 @@ def shipped(name: str) -> str:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; rename it to `path` when the block ends well.
+    """Yield a temporary path in the folder of `path`; rename it to `path` when the block ends without error.
 
-    The folder is created when missing. On an exception the temporary file is removed and an existing
-    `path` is left as it was.
+    The folder is created if missing. On an exception the temporary file is removed and `path` does not change.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,9 +50,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; rename it to `path` when the block ends well.
+    """Yield a temporary folder beside `path`; rename it to `path` when the block ends without error.
 
-    Raises FileExistsError when `path` exists already and is not an empty folder.
+    Raises FileExistsError if `path` exists already and is not an empty folder.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         for written in (temporary, *temporary.rglob("*")):
             obey_umask(written)
-        # rename onto an existing folder works only when that folder is empty: exactly what is wanted
+        # renaming onto an existing folder works only if that folder is empty, as intended
         try:
             os.replace(temporary, target)
         except OSError as error:
@@ -71,14 +71,14 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def obey_umask(path: Path) -> None:
-    """Give a file or folder the mode of any other: mkstemp, mkdtemp and safetensors make private ones."""
+    """Give a file or folder the default mode, because mkstemp, mkdtemp and safetensors create private ones."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
-    """A hash of a file's bytes."""
+    """Return a hash of a file's bytes."""
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -87,7 +87,7 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 
 
 def folder_hash(folder: str | os.PathLike[str]) -> str:
-    """A hash of the names and bytes of the files in a folder, without those in its folders."""
+    """Return a hash of the names and bytes of the files in a folder, without subfolders."""
     files = sorted(path for path in Path(folder).iterdir() if path.is_file())
     return hashlib.blake2b(
         json.dumps([(path.name, file_hash(path)) for path in files]).encode(), digest_size=16
@@ -95,10 +95,10 @@ def folder_hash(folder: str | os.PathLike[str]) -> str:
 
 
 class Parts:
-    """Work in numbered parts, kept in a folder until it is whole: what was killed goes on where it stopped.
+    """A folder of numbered parts of unfinished work, from which a killed process resumes.
 
-    Parts are written in order, each by `atomic_file`, so that those that exist are whole. `job` says what decides
-    their content, in JSON values; a folder that holds parts of another job is refused with a UserError.
+    Parts are written in order, each by `atomic_file`, so that every existing part is complete. `job` has the
+    settings on which their content depends, as JSON values. Raises UserError if the folder has another job's parts.
     """
 
     def __init__(self, folder: Path, job: Mapping[str, object]) -> None:
@@ -118,19 +118,19 @@ class Parts:
                 temporary.write_text(json.dumps(described, indent=1), encoding="utf-8")
 
     def __len__(self) -> int:
-        """How many parts are done."""
+        """Return the number of finished parts."""
         done = 0
         while self.path(done).exists():
             done += 1
         return done
 
     def path(self, number: int) -> Path:
-        """The file of part `number`, from 0."""
+        """Return the file of part `number`, from 0."""
         return self.folder / f"{number:06d}"
 
     def __iter__(self) -> Iterator[Path]:
         return (self.path(number) for number in range(len(self)))
 
     def remove(self) -> None:
-        """Forget the parts, once their content has its final place."""
+        """Delete the parts, after their content was written to its final place."""
         shutil.rmtree(self.folder)

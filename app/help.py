@@ -1,4 +1,4 @@
-"""`beta-dpo fit --help` on one screen: the slots, the options of model and data, and where the rest is."""
+"""The text of `beta-dpo fit --help`: the slots, the options of model and data, and where to find the rest."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def lines(command: str) -> Iterator[str]:
 
 
 def options_with_defaults(kind: type, defaults: bool = True) -> str:
-    """Return the names of the options of a class, with their defaults where these are short."""
+    """Return the names of the options of a class, with the defaults that are booleans, numbers or text."""
     parameters = inspect.signature(kind).parameters.values()
     return ", ".join(f"{one.name}{default_of(one.default) if defaults else ''}" for one in parameters)
 
@@ -62,7 +62,7 @@ def wrapped(text: str, indent: str) -> list[str]:
 
 
 def trainer_options() -> list[str]:
-    """Return the options of `fit` and its like, for a suggestion; not those of model and data."""
+    """Return the options of `fit`, `validate`, `test` and `predict` for suggestions, without model and data."""
     names = [f"trainer.{name}" for name in inspect.signature(Trainer.__init__).parameters if name != "self"]
     for slot in SLOTS:
         parameters = {one: None for kind in slot.kinds for one in inspect.signature(kind.__init__).parameters}

@@ -11,7 +11,7 @@ MOST_DRAWS = 4_000_000  # largest number of bootstrap draws in memory
 
 
 class Estimate(NamedTuple):
-    """A mean and its interval, at 95 % unless its maker says otherwise."""
+    """A mean and its interval, at 95 % unless stated otherwise."""
 
     mean: float
     low: float

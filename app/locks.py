@@ -1,4 +1,4 @@
-"""One lock between processes: for log folders, cache entries, verdicts and tables of results."""
+"""The lock between processes for log folders, cache entries, verdicts and tables of results."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from app.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_GRACE_SECONDS = 1.0  # for whoever is about to let go
+_GRACE_SECONDS = 1.0  # for a holder that is about to release it
 _NO_KERNEL_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class Lock:
-    """A lock on `what`, kept in `file`, which stays when the lock is released.
+    """A lock on `what` in `file`; a kernel lock leaves the file in place when it is released.
 
-    The kernel ties it to the process, so that it ends with the process in whatever way, and network file systems
-    pass it on between nodes (NFS by lockd or version 4, Lustre with the option flock). Where a file system has no
-    such locks, the file itself is the lock: that of a dead process of this machine is taken over, and that of
-    another machine must be removed by hand.
+    The kernel releases the lock when the process ends for any reason. Network file systems share it between nodes
+    (NFS with lockd or version 4, Lustre with the option flock). If the file system has no kernel locks, the file
+    itself is the lock: the file of a dead process on this machine is taken over, that of another machine must be
+    removed by hand.
     """
 
     def __init__(self, file: Path, what: str, elsewhere: str) -> None:
-        """Lock nothing yet. `elsewhere` tells, in a refusal, how to name another place."""
+        """Prepare the lock without taking it. `elsewhere` tells, in a message, how to choose another place."""
         self.file, self.what, self.elsewhere = file, what, elsewhere
         with self._writing():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -40,16 +40,16 @@ class Lock:
         self._lock = FileLock(file) if self._by_kernel else SoftFileLock(file)
 
     def acquire(self, seconds: float) -> bool:
-        """Return whether the lock is held now, after waiting up to `seconds`; a negative number waits for ever.
+        """Return whether the lock is held now, after waiting up to `seconds`; negative waits without limit.
 
-        Raises UserError when the file cannot be written.
+        Raises UserError if the file cannot be written.
         """
         with self._writing():
             try:
                 self._lock.acquire(timeout=seconds)
             except Timeout:
                 return False
-            if self._by_kernel:  # the other kind writes the same two lines
+            if self._by_kernel:  # SoftFileLock writes these two lines itself
                 self.file.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
         return True
 
@@ -63,11 +63,11 @@ class Lock:
 
     @property
     def held(self) -> bool:
-        """Whether this object holds the lock."""
+        """Return whether this object holds the lock."""
         return self._lock.is_locked
 
     def holder(self) -> str:
-        """Return which process holds the lock, as it wrote into the file."""
+        """Return which process holds the lock, according to the file."""
         try:
             process, host = self.file.read_text(encoding="utf-8").splitlines()[:2]
         except (OSError, ValueError):
@@ -78,7 +78,7 @@ class Lock:
         return found
 
     def release(self) -> None:
-        """Let go of the lock, if it is held."""
+        """Release the lock if it is held."""
         self._lock.release()
 
 
@@ -96,7 +96,7 @@ def has_kernel_locks(folder: Path) -> bool:
 
 @contextmanager
 def locked(file: Path, what: str, elsewhere: str, waits: bool = True) -> Iterator[None]:
-    """Hold the lock in `file`. While another process holds it, wait and say so, or raise UserError."""
+    """Hold the lock in `file` for the block. If another process holds it, log that and wait, or raise UserError."""
     lock = Lock(file, what, elsewhere)
     if not lock.acquire(_GRACE_SECONDS):
         if not waits:

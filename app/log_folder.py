@@ -1,4 +1,4 @@
-"""The log folder of a run: which it is, whose it is, and the curves in it, which a resumed run continues."""
+"""The log folder of a run: its path, its lock, and the curves in it, which a resumed run continues."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from app.locks import locked
 
 LOCK = ".beta-dpo.lock"
 ELSEWHERE = "choose another log folder (trainer.logger)"
-# what loggers write before the first step
+# files that loggers write before the first step
 LEFTOVERS = (LOCK, "hparams.yaml", "events.out.tfevents.*")
 
 
 WITH_FOLDERS = (TensorBoardLogger, CSVLogger)
-NOT_IN_IDS = "/\\:;,#?'"  # in no run id of Weights & Biases, and in no name of a folder that is easy to type
+NOT_IN_IDS = "/\\:;,#?'"  # Weights & Biases refuses these in a run id, and they make folder names hard to type
 
 
 def log_folder(trainer: Trainer) -> Path:
-    """Return the folder that a run has for itself; every rank must call it, because the first tells the others.
+    """Return the run's own folder; every rank must call it, because rank 0 broadcasts it.
 
-    Lightning's `log_dir` is that only with TensorBoard and CSV. With other loggers, of Weights & Biases for one, it
-    is a folder that several runs share; this is the one in which `ModelCheckpoint` puts its own.
+    Lightning's `log_dir` is this folder only with TensorBoard and CSV. With other loggers, such as Weights &
+    Biases, several runs share `log_dir`; this function returns the folder in which `ModelCheckpoint` saves.
     """
     logger = trainer.logger
     if logger is None or isinstance(logger, WITH_FOLDERS):
@@ -45,9 +45,9 @@ def log_folder(trainer: Trainer) -> Path:
 
 @contextmanager
 def claimed_log_folder(trainer: Trainer) -> Iterator[None]:
-    """Keep other runs out of the log folder, and what earlier starts logged in it.
+    """Lock the log folder against other runs for the block, and keep what earlier starts logged in it.
 
-    A start that ends before the first step leaves no folder. Raises UserError when another process has the folder.
+    A start that ends before the first step leaves no folder. Raises UserError if another process uses the folder.
     """
     if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
         yield
@@ -68,7 +68,7 @@ def claimed_log_folder(trainer: Trainer) -> Iterator[None]:
 
 
 def check_run_id(logger: Logger) -> None:
-    """Have a service draw the id that names the folder of a run, if none is given; refuse one that cannot."""
+    """Make a logger draw its run id if it has none; raise UserError if the id cannot name a folder."""
     if isinstance(logger, WITH_FOLDERS):
         return
     if logger.version is None:
@@ -81,24 +81,24 @@ def check_run_id(logger: Logger) -> None:
 
 
 def remove_leftovers(folders: Sequence[Path]) -> None:
-    """Remove the first folder, and its parents that follow, if it holds nothing but what a start leaves."""
+    """Remove the first folder, and its empty parents that follow, if it has only files of a start without steps."""
     files = [path for path in folders[0].rglob("*") if path.is_file()]
     if all(any(path.match(pattern) for pattern in LEFTOVERS) for path in files):
         shutil.rmtree(folders[0])
-        with suppress(OSError):  # of another run by now
+        with suppress(OSError):  # a parent may have files of another run by now
             for parent in folders[1:]:
                 parent.rmdir()
 
 
 def continue_curves(trainer: Trainer, resumes: bool) -> None:
-    """Let loggers go on after the step that training resumes from: later ones of an earlier attempt are dropped.
+    """Make the loggers continue at the step that training resumes from; drop later steps of an earlier attempt.
 
-    Every rank must call it at the start of training. Raises UserError when the curves are those of another run.
+    Every rank must call it at the start of training. Raises UserError if the curves are those of another run.
     """
     step = trainer.global_step
     writers = [getattr(logger, "_experiment", None) for logger in trainer.loggers]
     tables = [writer for writer in writers if isinstance(writer, ContinuedTable)]
-    # told to all ranks, or they would wait for the one that stopped
+    # broadcast, or the other ranks would wait for the one that stopped
     if trainer.strategy.broadcast(any(table.rows() for table in tables) and not resumes):
         raise UserError(
             f"{log_folder(trainer)} already holds the curves of another run: {ELSEWHERE}, or resume that run with "
@@ -109,13 +109,13 @@ def continue_curves(trainer: Trainer, resumes: bool) -> None:
             rank_zero_info(f"{table.path}: {dropped} rows from step {step} on are dropped")
     for logger in trainer.loggers:
         if resumes and isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            # TensorBoard and its reader leave out what earlier files hold from this step on
+            # after this event TensorBoard and its reader ignore steps from here on in earlier files
             start = Event(session_log=SessionLog(status=SessionLog.START))
             logger.experiment.file_writer.add_event(start, step)
 
 
 class ContinuedTable(ExperimentWriter):
-    """Writes metrics.csv and keeps what an earlier start of the run wrote, where Lightning's writer deletes it."""
+    """A writer of metrics.csv that keeps the rows of earlier starts of the run; Lightning's writer deletes them."""
 
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir=log_dir)
@@ -123,14 +123,14 @@ class ContinuedTable(ExperimentWriter):
         self.metrics_keys = self._read()[0]
 
     def _check_log_dir_exists(self) -> None:
-        """Nothing: Lightning's deletes the file here."""
+        """Do nothing: Lightning's method deletes the file."""
 
     def rows(self) -> list[dict[str, str]]:
-        """Return the rows on disk; a line that a kill cut short is none."""
+        """Return the rows on disk, without a last line that a kill cut short."""
         return self._read()[1]
 
     def drop_from(self, step: int) -> int:
-        """Drop the rows of `step` and later, and return how many they were."""
+        """Drop the rows of `step` and later, and return their number."""
         rows = self.rows()
         kept = [row for row in rows if int(row["step"]) < step]
         if self.path.exists():

@@ -1,4 +1,4 @@
-"""The `beta-dpo` command: what needs no library is answered at once, the rest is said before it is loaded.
+"""The `beta-dpo` command, which answers at once if it needs no library, and else announces that it loads them.
 
 beta-dpo quickstart
 """
@@ -21,13 +21,13 @@ TRAINER_COMMANDS = {
     "plan": "memory of a `fit` per device, and the largest micro-batch that fits",
 }
 
-# one file and one function each in app/commands, whose docstring begins with what it does
+# each has a file and a function in app/commands; the first line of its docstring appears in the overview
 SMALL_COMMANDS = ("quickstart", "generate", "judge", "report", "audit", "export", "convert")
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # torchrun's, Slurm's and Lightning's
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command. Exits with status 2 and one sentence on a user's mistake."""
+    """Run one command. Exits with status 2 and one sentence if the user made a mistake."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
@@ -60,7 +60,7 @@ def overview() -> str:
 
 
 def summary(command: str) -> str:
-    """Return the first line of a small command's docstring, without importing what the command needs."""
+    """Return the first line of a small command's docstring, without importing the command."""
     source = (Path(__file__).parent / "commands" / f"{command}.py").read_text(encoding="utf-8")
     functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
     text = next(ast.get_docstring(node) for node in functions if node.name == command)

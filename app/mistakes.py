@@ -1,4 +1,4 @@
-"""What a library's exception means to a user: one sentence, or nothing where it is a defect of the program."""
+"""Translation of library exceptions to one sentence for the user, unless they show a defect of the program."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 PARTS = {"datamodules": "data", "lightning_modules": "model", "callbacks": "a callback"}
-# whose code raises what a user's options bring about, and the part of the configuration that has them
+# library code that raises errors about a user's options → the part of the configuration with these options
 CONFIGURED = {
     "lightning/pytorch/callbacks/": "trainer.callbacks",
     "lightning/pytorch/loggers/": "trainer.logger",
@@ -32,7 +32,7 @@ MISPLACED = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 def plain_sentence(error: BaseException) -> str | None:
-    """The mistake behind `error` and its cure, or None: then a traceback is what helps."""
+    """Return the user's mistake that caused `error` and its cure; None if a traceback helps more."""
     text = str(error)
     if "loading state_dict" in text or "loaded state dict" in text:
         return "--ckpt_path: the checkpoint is of another model or optimizer than the configuration names."
@@ -50,7 +50,7 @@ def plain_sentence(error: BaseException) -> str | None:
 
 
 def raised_in(error: BaseException) -> str | None:
-    """Return the part of the configuration whose library code raised `error` on purpose; None for any other."""
+    """Return the part of the configuration whose library code raised `error` on purpose; None if there is none."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames or not isinstance(error, (ValueError, TypeError, RuntimeError)):
         return None
@@ -59,16 +59,16 @@ def raised_in(error: BaseException) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of its text, or its type where it has none."""
+    """Return the first line of the error's text, or its type if it has no text."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if line.endswith((".", "!", "`")) else f"{line}."
 
 
 @contextmanager
 def refusing(doing: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Within the block, any exception is a mistake in the configuration, and becomes a UserError.
+    """Turn any exception in the block, as a mistake in the configuration, into a UserError.
 
-    Not those that have a meaning of their own (`plain_sentence`), nor any once `unless` is true.
+    Exceptions with a `plain_sentence` pass unchanged, and so does any while `unless()` is true.
     `BETA_DPO_TRACEBACK=1` shows where an exception came from.
     """
     options.built.refusal = None  # type: ignore[attr-defined]
@@ -85,7 +85,7 @@ def refusing(doing: str, unless: Callable[[], bool] = lambda: False) -> Iterator
 
 
 def place(error: BaseException) -> str:
-    """Which part of the configuration an exception came from, by the code of ours that it left last."""
+    """Return the part of the configuration that an exception came from, by the innermost frame in our packages."""
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     for file in reversed(files):
         for package, part in PARTS.items():
@@ -95,7 +95,7 @@ def place(error: BaseException) -> str:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """`error`, what it was raised from, and so on."""
+    """Yield `error`, its cause, the cause of that, and so on."""
     found: BaseException | None = error
     while found is not None:
         yield found
@@ -114,7 +114,7 @@ def _about_the_disk(error: OSError) -> str:
 
 
 def checked_command(function: F) -> F:
-    """Have a command called from Python refuse what the command line refuses, by the annotations of its options."""
+    """Return the command with the option checks of the command line, by annotation, for calls from Python."""
     parameters, hints = signature(function), cache(lambda: get_type_hints(function))
 
     @wraps(function)

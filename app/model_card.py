@@ -1,4 +1,4 @@
-"""The README.md of an exported model: where it comes from, how it was trained, what it reached."""
+"""The README.md of an exported model: its origin, its training and its final metrics."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import yaml
 
 from callbacks.slots import entries
 
-# of the trainer's settings, those that say what was trained; the others say where and how it was watched
+# the trainer settings that affect the training; the others concern places and logging
 TRAINER_SETTINGS = ("max_epochs", "max_steps", "precision", "num_nodes", "devices", "strategy")
 UNRECORDED = "Not recorded: the checkpoint was not written by the `beta-dpo` command."
 
 
 def model_card(state: dict[str, Any], checkpoint: str, dtype: str) -> str:
-    """The card of a `checkpoint` with this `state`: data, method, β settings and final metrics, as recorded."""
+    """Return the card of a `checkpoint` with this `state`: data, method, β settings, final metrics, as recorded."""
     config = yaml.safe_load(state["config"]) if "config" in state else None
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["beta-dpo"]}
     base = _arguments(config["model"]).get("name") if config else None
     if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
-        head["base_model"] = base  # a Hub id; the Hub refuses anything else here
+        head["base_model"] = base  # the Hub accepts only Hub ids here
     lines = ["---", yaml.safe_dump(head).strip(), "---", "", "# Model card", ""]
     lines += [
         f"Trained by beta-dpo {version('beta-dpo')} ({state['global_step']} optimizer steps) and exported from "
@@ -56,7 +56,7 @@ def _arguments(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(title: str, rows: list[tuple[str, Any]]) -> list[str]:
-    """A table of two columns; nested values in one line of YAML."""
+    """Return a table of two columns, with nested values in one line of YAML."""
     if not rows:
         return ["None.", ""]
     lines = [f"| {title} | value |", "|---|---|"]

@@ -1,4 +1,4 @@
-"""Anything wrong in a configuration becomes one sentence here: what jsonargparse says, reads and builds."""
+"""One sentence per mistake in a configuration, from the errors of jsonargparse and of the classes it builds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from app.method.ranges import (
 )
 from callbacks.slots import BY_NAME
 
-# options of Lightning's Trainer that it takes at any value, and fails on later or ignores
+# options of Lightning's Trainer that it accepts at any value but later ignores or fails on
 TRAINER_RANGES: dict[str, Any] = {
     "log_every_n_steps": PositiveInt,
     "check_val_every_n_epoch": PositiveInt,
@@ -38,7 +38,7 @@ TRAINER_RANGES: dict[str, Any] = {
     "num_sanity_val_steps": FromMinusOne,
 }
 MAY_BE_INFINITE = ("meta_init_above",)
-LARGEST = 1e15  # of a number that is not one of our own options
+LARGEST = 1e15  # limit for numbers, ours or Lightning's
 
 WORDS = {
     "<class 'float'>": "a number",
@@ -49,7 +49,7 @@ WORDS = {
     "<class 'list'>": "a list",
     "<class 'dict'>": "a mapping, {name: value}",
 }
-# an alternative of a union that a jsonargparse error goes through
+# one alternative of a union in a jsonargparse error: a class without the given option
 WITHOUT_THE_OPTION = re.compile(
     r"^    - Problem with given class_path '.+':\n +Option '.+' is not accepted\n", re.MULTILINE
 )
@@ -58,7 +58,7 @@ OWN_PACKAGES = ("app", "lightning_modules", "datamodules", "callbacks", "torch.o
 
 
 def set_up_parsing() -> None:
-    """Let jsonargparse read numbers by their ranges, and say which class could not be built."""
+    """Make jsonargparse check the ranges of numbers, and name the class that could not be built."""
     for kind in number_types():
         register_type(
             kind, serializer=kind.base, deserializer=kind, type_check=lambda value, kind: kind.holds(value)
@@ -67,7 +67,7 @@ def set_up_parsing() -> None:
 
 
 def built(class_type: type, *args: Any, applied_instantiation_links: dict, **settings: Any) -> Any:
-    """`class_type(…)`, as the configuration wants it. Raises UserError, naming the class, where that fails."""
+    """Return `class_type(…)` with the configured settings. Raises UserError with the class name if that fails."""
     try:
         return class_type(*args, **settings)
     except (UserError, ModuleNotFoundError) as error:
@@ -80,11 +80,11 @@ def built(class_type: type, *args: Any, applied_instantiation_links: dict, **set
         raise built.refusal from error  # type: ignore[attr-defined]
 
 
-built.refusal = None  # type: ignore[attr-defined]  # jsonargparse keeps the text of what a union's members raise alone
+built.refusal = None  # type: ignore[attr-defined]  # jsonargparse keeps only the text of errors from members of a union
 
 
 def reason(error: BaseException) -> str:
-    """The first line of its text, with its type where the text alone would say little."""
+    """Return the first line of the error's text, with the error's type if the text alone says little."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     plain = isinstance(error, (ValueError, TypeError, MisconfigurationException, UserError)) and lines[0]
     text = lines[0] if plain else f"{type(error).__name__} {lines[0]}".strip()
@@ -92,7 +92,7 @@ def reason(error: BaseException) -> str:
 
 
 def check_numbers(config: Namespace) -> None:
-    """Refuse a number that is none, infinite or absurd, and what lies outside of `TRAINER_RANGES`, by UserError."""
+    """Raise UserError for a number that is NaN, infinite, absurdly large or outside of `TRAINER_RANGES`."""
     for key, value in numbers(config.as_dict()):
         name = key.removeprefix("trainer.")
         if key != name and name in TRAINER_RANGES:
@@ -106,7 +106,7 @@ def check_numbers(config: Namespace) -> None:
 
 
 def numbers(config: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in a configuration with the name of its option, `trainer.callbacks[2].alpha`."""
+    """Yield every number in a configuration with the name of its option, such as `trainer.callbacks[2].alpha`."""
     if isinstance(config, (int, float)) and not isinstance(config, bool):
         yield key, config
     named = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
@@ -115,11 +115,11 @@ def numbers(config: Any, key: str = "") -> Iterator[tuple[str, float]]:
         yield from numbers(value, inner.removeprefix("."))
 
 
-# --- what jsonargparse says --------------------------------------------------------------------------------
+# --- the messages of jsonargparse --------------------------------------------------------------------------
 
 
 class Finding(NamedTuple):
-    """The first thing wrong of a jsonargparse error: where, in which class, and what."""
+    """The first mistake in a jsonargparse error: its field, the class and the fault."""
 
     field: str
     class_path: str | None
@@ -127,7 +127,7 @@ class Finding(NamedTuple):
 
 
 def sentence(message: str, command: str, known: list[str]) -> str:
-    """What a jsonargparse error `message` of a `command` means; `known` are the options to suggest one of."""
+    """Return a jsonargparse error `message` of a `command` as one sentence; `known` are options to suggest."""
     missing = re.match(r"the following arguments are required: (.*)", message)
     if missing:
         names = missing[1].replace(f"{command}.", "")
@@ -146,7 +146,7 @@ def sentence(message: str, command: str, known: list[str]) -> str:
 
 
 def listed(command: str, found: Finding | None = None) -> str:
-    """Where the options are listed that there are."""
+    """Return a sentence with the command that lists the valid options."""
     place = found.field.split(".")[0] if found else ""
     if found and found.class_path and place in ("model", "data", *BY_NAME):
         package, _, name = found.class_path.rpartition(".")
@@ -161,10 +161,10 @@ def listed(command: str, found: Finding | None = None) -> str:
 
 
 def finding(message: str) -> Finding | None:
-    """What is wrong, of the first alternative that was gone into; None for a message of another form."""
+    """Return the mistake in the first alternative that jsonargparse tried; None for a message of another form."""
     others = WITHOUT_THE_OPTION.sub("", message)
     if re.search(r"^    - Problem with given class_path", others, re.MULTILINE):
-        message = others  # of the classes that a slot takes, the one that has the option
+        message = others  # keep the class of the slot that has the option
     field: list[str] = []
     class_path, subtypes, wrong, depth = None, "", "", -1
     expected: list[str] = []
@@ -219,12 +219,12 @@ def finding(message: str) -> Finding | None:
 
 
 def unmet(field: list[str], expected: list[str], subtypes: str, value: str) -> str:
-    """The value is none of what was expected."""
+    """Return a text that says that `value` is none of the `expected` ones."""
     value = f"{value[:60]}…" if len(value) > 60 else value
     ranged = next((words for words in expected if words.startswith("must be")), None)
     if ranged is not None:
         return ranged.replace("must be", "must be null or", 1) if "null" in expected else ranged
-    if "a number" in expected:  # a tensor would do as well
+    if "a number" in expected:  # the class is that of a tensor, which no user gives
         expected = [words for words in expected if words != "class"]
     if "class" not in expected:
         return f"expected {' or '.join(dict.fromkeys(expected))}, not {value!r}"
@@ -246,13 +246,13 @@ def unmet(field: list[str], expected: list[str], subtypes: str, value: str) -> s
 
 
 def literal(text: str) -> str:
-    """`typing.Literal['a', 'b']` in words."""
+    """Return `typing.Literal['a', 'b']` in words, and other text unchanged."""
     found = re.match(r"typing\.Literal\[(.*)\]", text)
     return f"one of {found[1]}" if found else text
 
 
 def base_class(name: str, subtypes: str) -> type | None:
-    """The class that an option takes subclasses of."""
+    """Return the base class of the classes that an option accepts; None if unknown."""
     found = re.search(r"<class '([\w.]+)\.(\w+)'>", subtypes)
     if found is None:
         return BASES.get(name)
@@ -260,7 +260,7 @@ def base_class(name: str, subtypes: str) -> type | None:
 
 
 def subclasses(base: type) -> list[str]:
-    """Of this project or of torch.optim, in the shortest form that a configuration takes."""
+    """Return the subclasses in this project and torch.optim, in the shortest form that a configuration accepts."""
     found: set[type] = {base}
     for _ in range(4):
         found |= set().union(*(one.__subclasses__() for one in found))
@@ -279,7 +279,7 @@ def subclasses(base: type) -> list[str]:
 
 
 def options_of(class_path: str | None) -> list[str]:
-    """Names of the options of a class; none where it cannot be found."""
+    """Return the names of a class's options; an empty list if the class cannot be found."""
     module, _, name = (class_path or "").rpartition(".")
     try:
         found = getattr(import_module(module), name)
@@ -291,7 +291,7 @@ def options_of(class_path: str | None) -> list[str]:
 
 
 def suggestion(word: str, known: list[str], dashes: str = "") -> str:
-    """` Did you mean …?`, or nothing."""
+    """Return ` Did you mean …?` with the nearest known word, or an empty text."""
     begin = partial(str.startswith, word)
     near = get_close_matches(word, known, 1, 0.6) or [one for one in known if one.startswith(word) or begin(one)]
     return f" Did you mean {dashes}{near[0]}?" if near else ""

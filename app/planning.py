@@ -1,4 +1,4 @@
-"""`beta-dpo plan`: the memory of a run per device, without weights, data or the devices."""
+"""The command `beta-dpo plan`: the memory of a run per device, computed without weights, data or devices."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from lightning_modules.pretrained import bare_model, load_config, parameter_coun
 from lightning_modules.strategy import ShardedStrategy
 from lightning_modules.tensor_parallel import keep_local_part
 
-SHAPES = CONFIGS / "shapes"  # <owner>/<name>.json, as config.json on the Hub
-RESERVED = 0.1  # share of a device left to CUDA, to buffers of communication and to fragments
+SHAPES = CONFIGS / "shapes"  # <owner>/<name>.json, with the content of config.json on the Hub
+RESERVED = 0.1  # share of a device reserved for CUDA, communication buffers and fragmentation
 
 
 class PlanCLI(PartsCLI):
-    """The options of `fit`, and those of the plan."""
+    """A CLI with the options of `fit` and those of the plan."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -42,7 +42,7 @@ class PlanCLI(PartsCLI):
 
 
 def run_plan(arguments: list[str]) -> None:
-    """Parse the options of `fit` and a few more, and print the plan."""
+    """Parse the options of `fit` and of the plan, and print the plan."""
     cli = PlanCLI(LightningModule, LightningDataModule, **lightning_options(["fit", *arguments[1:]]))
     options = cli.config_init["fit"]
     module: LanguageModelTraining = options["model"]
@@ -52,7 +52,7 @@ def run_plan(arguments: list[str]) -> None:
 
 
 def model_config(module: LanguageModelTraining, shape: str | None) -> Any:
-    """The configuration of the model, from its own place or from a file of its shape."""
+    """Return the configuration of the model, from its folder, a shape file or the Hub. Raises UserError."""
     if shape is None and (module.name is None or Path(module.name).is_dir()):
         return load_config(module.name, module.architecture, module.trust_remote_code)
     for candidate in (Path(shape or ""), SHAPES / f"{shape or module.name}.json"):
@@ -71,7 +71,7 @@ def model_config(module: LanguageModelTraining, shape: str | None) -> Any:
 
 
 def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tuple[MemoryPlan, str]:
-    """The plan, and in words what it is for."""
+    """Return the plan and one line about the model and devices. Raises UserError for settings without a plan."""
     trainer = options["trainer"]
     on_cpu = trainer["accelerator"] == "cpu"
     per_node = devices_per_node(trainer["devices"], options["devices_per_node"], on_cpu)
@@ -116,7 +116,7 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
 
 
 def devices_per_node(devices: Any, given: int | None, on_cpu: bool) -> int:
-    """What `trainer.devices` means. Raises UserError for `auto`, which depends on the node."""
+    """Return the number of devices per node. Raises UserError for `auto` on GPUs, which depends on the node."""
     if given is not None:
         return given
     if isinstance(devices, list):
@@ -129,7 +129,7 @@ def devices_per_node(devices: Any, given: int | None, on_cpu: bool) -> int:
 
 
 def optimizer_state(make_optimizer: Any) -> float:
-    """Numbers of state per parameter, seen on one step of a small matrix."""
+    """Return the numbers of optimizer state per parameter, measured by one step on a small matrix."""
     weight = torch.nn.Parameter(torch.zeros(256, 256))
     optimizer = make_optimizer([weight])
     weight.grad = torch.ones_like(weight)
@@ -139,7 +139,7 @@ def optimizer_state(make_optimizer: Any) -> float:
 
 
 def report(plan: MemoryPlan, words: str, tokens: int, memory_gb: float | None) -> list[str]:
-    """The plan in lines."""
+    """Return the plan as lines of text."""
     moment, held = plan.peak(tokens)
     lines = [words, f"data.micro_batch_tokens {tokens}: the peak is {moment}; per device, in GB:", ""]
     lines += [f"  {name:<28}{size / 1e9:>9.2f}" for name, size in held.items() if size]

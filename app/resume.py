@@ -1,4 +1,4 @@
-"""What `--ckpt_path` means: a checkpoint that is looked at before it is loaded, or the last one of this run."""
+"""Resolution of `--ckpt_path` to a checkpoint, which is checked before it is loaded."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_modules.checkpoint import check_checkpoint
 
 
 def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str | None:
-    """The checkpoint to load for `--ckpt_path`, or None to start afresh.
+    """Return the checkpoint to load for `--ckpt_path`, or None to start a new run.
 
-    `last` is the newest checkpoint in the log folder of the configuration; where the logger numbers its folders,
-    that of the highest number, and the run goes on in it. With no checkpoint there yet, `fitting` starts afresh.
-    Raises UserError when the checkpoint is missing, damaged or foreign, or cannot be resumed with these settings.
+    `last` is the newest checkpoint in the log folder of the configuration. If the logger numbers its folders, this
+    is the folder with the highest number, and the run continues in it. Without a checkpoint, `fitting` starts a new
+    run. Raises UserError if the checkpoint is missing, damaged, foreign or cannot be resumed with these settings.
     """
     if asked is None:
         return None
@@ -43,21 +43,21 @@ def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str
 
 
 def compare(trainer: Trainer, checkpoint: dict[str, Any], fitting: bool) -> None:
-    """Compare the run that wrote `checkpoint` with the one that resumes it (see `RunRecord.compare`)."""
+    """Compare the run that wrote `checkpoint` with the run that resumes it (see `RunRecord.compare`)."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if fitting and isinstance(callback, RunRecord):
             callback.compare({name: checkpoint[name] for name in ("config", "content") if name in checkpoint})
 
 
 def continue_newest_version(trainer: Trainer) -> None:
-    """Let loggers that number their folders go on in the newest one instead of taking the next number."""
+    """Make loggers that number their folders continue in the newest one instead of a new one."""
     for logger in trainer.loggers:
-        # set by Lightning's loggers with numbered folders, None until the number is asked for
+        # Lightning's loggers with numbered folders have `_version`, which is None until `version` is read
         if getattr(logger, "_version", "") is None and isinstance(logger.version, int):
             logger._version = max(logger.version - 1, 0)  # type: ignore[attr-defined]
 
 
 def last_checkpoints(trainer: Trainer) -> list[Path]:
-    """The `last.ckpt` of every checkpoint callback, whether or not it leads anywhere."""
+    """Return the `last.ckpt` of every checkpoint callback, including links without a target."""
     callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     return [Path(path) for callback in callbacks for path in callback._find_last_checkpoints(trainer)]

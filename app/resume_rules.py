@@ -1,4 +1,4 @@
-"""What may differ between the run of a checkpoint and the one that resumes it: a table of configuration keys."""
+"""The configuration keys that may or may not differ between the run of a checkpoint and the run that resumes it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from app.errors import UserError
 
 START = "give the old value, or start a run of its own from the checkpoint's model (`beta-dpo export`)"
-# What cannot be applied to a checkpoint: pattern of a key as `flattened` names it → the cure. A key in no table is
-# in force as it is asked for now, and listed.
+# Changes that cannot be applied to a checkpoint: pattern of a key as `flattened` names it → the cure. For a key in
+# no table the new value applies, and the change is listed.
 REFUSED = {
     "model": START,
     "model.architecture*": START,
@@ -20,21 +20,21 @@ REFUSED = {
     "model.optimizer": START,
     "statistics*": START,
 }
-# keys whose old value stays in force, since it is part of the state
+# keys whose old value still applies, because it is part of the state
 KEPT = {
     "seed_everything": "the order of the pairs stays that of the checkpoint",
     "data.seed": "the order of the pairs stays that of the checkpoint",
     "filter.seed": "the draws stay those of the checkpoint",
 }
 IGNORED = ("ckpt_path", "scores*", "config")
-# what decides the content of these is compared as content (see `app.resume`), wherever it lies
+# keys of model and data, whose content is compared by hash (see `app.run_record`), wherever it is stored
 CONTENTS = {"model": "model.name", "data": "data*"}
 
 
 def flattened(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of a configuration by name: `model.optimizer.lr`, `filter.keep_ratio`, …
+    """Return the leaves of a configuration by name: `model.optimizer.lr`, `filter.keep_ratio`, …
 
-    An object's class stands under the name of the object, without its module.
+    The class of an object, without its module, is the value of the object's name.
     """
     trainer = dict(config.get("trainer") or {})
     callbacks = trainer.pop("callbacks", None) or []
@@ -65,7 +65,7 @@ def _leaves(name: str, node: Any) -> Iterator[tuple[str, Any]]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys of two configurations that differ, with the old and the new value; "not set" for none."""
+    """Return the keys that differ between two configurations, with old and new value; "not set" if absent."""
     old, new = flattened(before), flattened(now)
     keys = [key for key in old | new if not any(fnmatchcase(key, pattern) for pattern in IGNORED)]
     found = {key: (old.get(key, "not set"), new.get(key, "not set")) for key in keys}
@@ -73,7 +73,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
 
 def refuse_version_0_1(before: Mapping[str, Any]) -> None:
-    """Raise UserError for the configuration of a run whose callbacks were a list instead of slots."""
+    """Raise UserError for a configuration of version 0.1, which listed callbacks and had no slots."""
     if "checkpoint" not in before:
         raise UserError(
             "--ckpt_path: the checkpoint is of version 0.1, whose configurations listed callbacks where there are "
@@ -83,7 +83,7 @@ def refuse_version_0_1(before: Mapping[str, Any]) -> None:
 
 
 def refuse_what_cannot_be_applied(found: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raises UserError for the first difference that a checkpoint cannot be resumed with."""
+    """Raise UserError for the first difference with which a checkpoint cannot be resumed."""
     for key, (old, new) in found.items():
         for pattern, cure in REFUSED.items():
             if fnmatchcase(key, pattern):
@@ -94,7 +94,7 @@ def refuse_what_cannot_be_applied(found: Mapping[str, tuple[Any, Any]]) -> None:
 
 
 def described(found: Mapping[str, tuple[Any, Any]]) -> str:
-    """The differences as one block, a line each."""
+    """Return the differences as one block, a line each."""
     lines = [
         f"  {key}: {old} → {new}" + (f" ({KEPT[key]})" if key in KEPT else "") for key, (old, new) in found.items()
     ]

@@ -1,4 +1,4 @@
-"""What can be had again from the log folder of a run: its audit, its configuration, the pairs it was trained on."""
+"""Reading of the log folder of a run: its audit, its configuration and the pairs that it was trained on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from datamodules.table import PairTable
 
 
 def read_audit(folder: Path) -> pd.DataFrame:
-    """All rows that `PairAudit` wrote, one per pair and step. Raises UserError when there are none."""
+    """Return all rows of `PairAudit`, one per pair and step. Raises UserError if there are none."""
     files = sorted((folder / "audit").glob("*.parquet"))
     if not files:
         raise UserError(f"{folder} holds no audit/*.parquet: give the log folder of a run that had PairAudit.")
@@ -28,9 +28,9 @@ def read_audit(folder: Path) -> pd.DataFrame:
         raise UserError(f"{folder}/audit cannot be read: {str(error).splitlines()[0]}") from error
 
 
-# what `PairAudit` writes by itself; every other column is a label of the data
+# the columns of `PairAudit` itself; every other column is a label of the data
 AUDIT_COLUMNS = ("step", "pair_id", "gap", "log_weight", "kept", "beta", "running_mean", "running_std")
-MOST_GROUPS = 20  # values of a label by which pairs are grouped
+MOST_GROUPS = 20  # a label with more values does not group the pairs
 
 
 def grouping_labels(audit: pd.DataFrame) -> list[str]:
@@ -41,7 +41,7 @@ def grouping_labels(audit: pd.DataFrame) -> list[str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration that the run recorded. Raises UserError when it is missing or no configuration of `fit`."""
+    """Return the recorded configuration. Raises UserError if it is missing or no configuration of `fit`."""
     file = folder / "config.yaml"
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -57,8 +57,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 class PairTexts:
     """The training pairs of a run as text, by pair id, decoded from its table of tokens.
 
-    The data is opened as the run's config.yaml describes it, so relative paths are taken from the current folder,
-    and a table that is no longer cached is built anew. A prompt that was cut is cut here too.
+    The data is opened as in the run's config.yaml: relative paths start at the current folder, and a table that is
+    no longer cached is built again. Prompts are cut as in the run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,7 +70,7 @@ class PairTexts:
         self.rows = dict(zip(self.table.pair_ids(rows), rows.tolist(), strict=True))
 
     def row(self, pair_id: str) -> int:
-        """The pair's place in the table. Raises UserError when the data has no such pair (any more)."""
+        """Return the pair's row in the table. Raises UserError if the data does not have the pair (any more)."""
         if pair_id not in self.rows:
             raise UserError(
                 f"The run's data has no pair {pair_id}: it has changed since the run, or a relative data.path "
@@ -79,7 +79,7 @@ class PairTexts:
         return self.rows[pair_id]
 
     def texts(self, pair_id: str) -> dict[str, str]:
-        """`prompt`, `chosen` and `rejected` as they were trained on, special tokens shown, but for BOS and EOS."""
+        """Return `prompt`, `chosen` and `rejected` as trained on, with special tokens except BOS and EOS."""
         tokenizer, pair = self.data.tokenizer, self.table[self.row(pair_id)]
         ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
         sides = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
@@ -90,14 +90,14 @@ class PairTexts:
         }
 
     def extra_tokens_of_rejected(self, pair_ids: list[str]) -> list[int]:
-        """|y_l| − |y_w| of these pairs, in tokens."""
+        """Return |y_l| − |y_w| of these pairs, in tokens."""
         rows = [self.row(pair_id) for pair_id in pair_ids]
         pairs = [self.table[row] for row in rows]
         return [(0 if pair.rejected is None else len(pair.rejected)) - len(pair.chosen) for pair in pairs]
 
 
 def training_data(config: dict[str, Any]) -> PairDataModule:
-    """The DataModule that a recorded configuration describes, with the model's tokenizer where none is named."""
+    """Return the DataModule of a recorded configuration, with the model's tokenizer if none is named."""
     recorded = config["data"]
     settings = {"class_path": recorded["class_path"], "init_args": dict(recorded.get("init_args") or {})}
     # generated data depends on the seed of the run

@@ -1,4 +1,4 @@
-"""What a run leaves behind about itself: configuration and commands beside its log, and within every checkpoint."""
+"""The record of a run: its configuration and commands in the log folder, and its configuration in checkpoints."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ COMMANDS_FILE = "commands.txt"
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes config.yaml, and adds the command to `commands.txt`, one line per start: a resumed run has several.
+    """A callback that writes config.yaml and appends the command to `commands.txt`, one line per start.
 
-    Both are written with the first batch of a fit: a start that fails leaves nothing. Where a resumed run has other
-    settings, the earlier file is kept as `config.until-step-N.yaml`. Configuration, content of model and data, and
-    newest metrics also go into every checkpoint: for a resume to compare with, and for the model card of `export`.
+    Both are written at the first batch of a fit, so a start that fails before leaves neither. If a resumed run has
+    other settings, the earlier file is kept as `config.until-step-N.yaml`. Every checkpoint gets the configuration,
+    hashes of model and data, and the newest metrics, for the checks of a resume and the model card of `export`.
     """
 
     def __init__(self, *settings: Any, command: Sequence[str], **more: Any):
@@ -45,7 +45,7 @@ class RunRecord(SaveConfigCallback):
         self._differences: dict[str, tuple[Any, Any]] = {}
 
     def compare(self, checkpoint: Mapping[str, Any]) -> None:
-        """Compare with the run that wrote `checkpoint`. Raises UserError for what it cannot be resumed with."""
+        """Compare with the run that wrote `checkpoint`. Raises UserError if these settings cannot resume it."""
         self._resumed = checkpoint
         if "config" in checkpoint:
             before = yaml.safe_load(checkpoint["config"])
@@ -55,11 +55,11 @@ class RunRecord(SaveConfigCallback):
 
     @property
     def text(self) -> str:
-        """The configuration in force, as YAML."""
+        """Return the configuration of the run as YAML."""
         return self.parser.dump(self.config, skip_none=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # on every rank: Lightning asks the others for the folder
+        # on every rank, because the folder is broadcast
         self.folder = log_folder(trainer)
         if stage != "fit":
             super().setup(trainer, pl_module, stage)
@@ -108,7 +108,7 @@ class RunRecord(SaveConfigCallback):
             rank_zero_info(f"log folder: {self.folder}")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called on the first rank, once config.yaml is written."""
+        """Append the command to `commands.txt`; called on rank 0 after config.yaml is written."""
         with open(self.folder / COMMANDS_FILE, "a", encoding="utf-8") as file:
             file.write(shlex.join(["beta-dpo", *self.command]) + "\n")
 
@@ -119,7 +119,7 @@ class RunRecord(SaveConfigCallback):
 
 
 def content_of(module: LightningModule, data: Any) -> dict[str, str | None]:
-    """Hashes of the model folder that a run starts from and of its training pairs as tokens; None where unknown."""
+    """Return hashes of the start model's folder and of the training pairs as tokens; None if unknown."""
     name = str(getattr(module, "name", None) or "")
     return {
         "model": folder_hash(name) if name and Path(name).is_dir() else None,

@@ -15,7 +15,7 @@ SAMPLE_FIELDS = (
 
 
 def sample_line(prompt_id: str, prompt: Any, response: str, finished: bool, **more: Any) -> str:
-    """Return the line of one sample; the prompt is text, or messages as objects with `role` and `content`."""
+    """Return the JSON line of one sample; the prompt is text, or messages as objects with `role` and `content`."""
     row = {"prompt_id": prompt_id, "prompt": prompt, "response": response, **more, "finished": finished}
     return json.dumps(row, ensure_ascii=False) + "\n"
 

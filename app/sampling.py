@@ -1,4 +1,4 @@
-"""Sampling responses from a model, a batch at a time, and their log-probabilities."""
+"""Sampling of responses from a model in batches, and their log-probabilities."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lightning_modules.scorer import ResponseScorer
 def sample(
     model: Any, prompts: Sequence[np.ndarray], stops: Sequence[int], sampling: dict[str, Any]
 ) -> list[np.ndarray]:
-    """Return one response per prompt, up to the first of the ids `stops`, which is included."""
+    """Return one response per prompt, up to and including the first of the ids `stops`."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), stops[0])
     mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # generation continues the right end, so padding stands on the left
+    for row, prompt in enumerate(prompts):  # generation continues the right end, so padding is on the left
         ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
         mask[row, width - len(prompt) :] = 1
     output = model.generate(
@@ -42,7 +42,7 @@ def _up_to_stop(ids: np.ndarray, stops: Sequence[int]) -> np.ndarray:
 
 @torch.no_grad()
 def score(model: Any, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> list[float]:
-    """log π(y|x) of every response, EOS included, at temperature 1."""
+    """Return log π(y|x) of every response, EOS included, at temperature 1."""
     scorer = ResponseScorer(model)
     pairs = [TokenisedPair(prompt, response, None) for prompt, response in zip(prompts, responses, strict=True)]
     budget = len(pairs) * max(len(pair.prompt) + len(pair.chosen) for pair in pairs)
@@ -53,13 +53,13 @@ def score(model: Any, prompts: Sequence[np.ndarray], responses: Sequence[np.ndar
 
 
 def generator_state(device: torch.device) -> str:
-    """The state of the generator that sampling on `device` draws from, as text."""
+    """Return as text the state of the random generator that sampling on `device` uses."""
     state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
     return base64.b64encode(state.numpy().tobytes()).decode()
 
 
 def restore_generator(state: str, device: torch.device) -> None:
-    """Go on drawing from `state`, as `generator_state` gave it."""
+    """Set the random generator of `device` to `state`, as `generator_state` returned it."""
     tensor = torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8)
     if device.type == "cuda":
         torch.cuda.set_rng_state(tensor, device)

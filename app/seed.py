@@ -1,4 +1,4 @@
-"""The seed of a run: given, or picked and recorded; no run goes without."""
+"""The seed of a run, which is given, or picked and recorded."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from app.errors import UserError
 
 log = logging.getLogger(__name__)
 
-LARGEST = 2**32 - 1  # what NumPy takes
+LARGEST = 2**32 - 1  # the largest seed that NumPy accepts
 
 
 def settled_seed(seed: bool | int | None, *, resumes: bool = False, nodes: int = 1) -> int:
-    """The number behind `seed_everything`: itself, or for null and true one that is picked.
+    """Return the seed for `seed_everything`: the given number, or a picked one for null and true.
 
-    `resumes`: the run goes on from a checkpoint, if there is one. A rank that Lightning starts finds the seed
-    of the first one in PL_GLOBAL_SEED. Raises UserError for false, for a number out of range, and where a picked
-    seed would not be the same in every process or after a restart.
+    `resumes` says that the run resumes from a checkpoint, if there is one. A rank that Lightning starts finds the
+    seed of rank 0 in PL_GLOBAL_SEED. Raises UserError for false, for a number out of range, and if a picked seed
+    would differ between processes or after a restart.
     """
     if seed is False:
         raise UserError("seed_everything: every run has a seed; give a number, or null to have one picked.")
@@ -50,7 +50,7 @@ def _check_that_one_may_be_picked(resumes: bool, nodes: int) -> None:
             "--ckpt_path needs the seed of the run, or its data and draws would change when it is resumed: "
             f"{cure}; a run's config.yaml holds the one that it had."
         )
-    # torchrun and srun start every process by themselves, each of which would pick another
+    # torchrun and srun start the processes separately, and each would pick another seed
     processes = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1"
     if nodes > 1 or processes != "1":
         raise UserError(f"seed_everything: processes that are started apart cannot agree on a picked seed; {cure}.")

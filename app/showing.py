@@ -1,4 +1,4 @@
-"""`beta-dpo show`: the pairs as they will be trained, without the model's weights."""
+"""The command `beta-dpo show`, which prints pairs as the run trains on them, without the model's weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from datamodules.describe import cut_responses, describe, repeats
 
 
 class ShowCLI(PartsCLI):
-    """The options of `fit`, and how many pairs are shown."""
+    """A CLI with the options of `fit` and the number of pairs to show."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -22,7 +22,7 @@ class ShowCLI(PartsCLI):
 
 
 def run_show(arguments: list[str]) -> None:
-    """Parse the options of `fit` and a few more, and print the first pairs with what was cut and left out."""
+    """Parse the options of `fit` and `--pairs`; print the first pairs and what was cut and left out."""
     cli = ShowCLI(LightningModule, LightningDataModule, **lightning_options(["fit", *arguments[1:]]))
     options = cli.config_init["fit"]
     if options["pairs"] < 0:
@@ -33,12 +33,12 @@ def run_show(arguments: list[str]) -> None:
 
 
 def lines(data: PairDataModule, count: int) -> Iterator[str]:
-    """Give the training pairs in lines: what was read, cut and left out, then the first pairs."""
+    """Yield lines about the training pairs: what was read, cut and left out, then the first pairs."""
     if data.reward_model is not None:
         yield "data.reward_model is not run: the pairs that its chat template refuses are still among these"
         data.reward_model = None
     opened = data.open_table("train")
-    assert opened is not None  # no source is without training pairs
+    assert opened is not None  # every source has training pairs
     table, rows = opened
     yield from (f"train: {line}" for line in describe(table, rows))
     if table.label_kinds:

@@ -1,7 +1,7 @@
-"""What SLURM started, read as Lightning reads it, and refused where Lightning would misread it.
+"""Checks of SLURM's variables, which refuse a job that Lightning would misread.
 
-Two tasks that both take themselves for rank 0, or one that waits for a second for ever, cost hours on a cluster:
-such cases are found here, before a process waits for another.
+Two tasks that each assume rank 0, or a task that waits without end for another, cost hours on a cluster. The checks
+find such cases before a process waits for another.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from lightning.pytorch import Trainer
 
 from app.errors import UserError
 
-IGNORED_NAMES = ("bash", "interactive")  # of a job in which Lightning does not look at SLURM's variables
+IGNORED_NAMES = ("bash", "interactive")  # job names for which Lightning ignores SLURM's variables
 
 
 def slurm_environment() -> SLURMEnvironment | None:
-    """SLURM's variables as Lightning reads them, without its requeueing; None where it does not read them.
+    """Return Lightning's SLURM environment without requeueing; None if Lightning does not read SLURM's variables.
 
-    Lightning requeues from within a signal handler, at whatever point of a step each rank happens to be; here
-    `RunCheckpoint` saves and the batch script requeues. Raises UserError.
+    Lightning requeues inside a signal handler, while each rank may be at a different point of the step. Here
+    `RunCheckpoint` saves and the batch script requeues. Raises UserError if Lightning would misread the variables.
     """
     if TorchElasticEnvironment.detect() or "SLURM_JOB_ID" not in os.environ:
         return None
@@ -49,7 +49,7 @@ def slurm_environment() -> SLURMEnvironment | None:
 
 
 def check_processes(trainer: Trainer) -> None:
-    """Refuse, by UserError, a trainer that expects other processes than were started."""
+    """Raise UserError if the trainer expects other processes than were started."""
     devices, nodes = trainer.num_devices, trainer.num_nodes
     environment = trainer._accelerator_connector.cluster_environment
     if (

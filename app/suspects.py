@@ -17,16 +17,15 @@ def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
     `last_gap` in nats, and two scores that are higher for more suspicious pairs:
 
     * `mislabelled`: Σ −2·max(M0, 0)·h/σ² over the pair's steps, in nats. If the gaps of correctly labelled pairs
-    are
-      normal with mean M0 and deviation σ, those of swapped pairs have mean −M0, and this is the log-likelihood
+      are normal with mean M0 and deviation σ, those of swapped pairs have mean −M0, and this is the log-likelihood
       ratio of the two. A step has weight zero while M0 ≤ 0: such a policy has not learned the labels yet.
     * `outlier`: the mean of |h − M0|/σ over the pair's steps, large for an extreme gap of either sign; 0 if no step
       of the pair counts.
 
     M0 and σ are running moments of the gaps themselves, so that all arms, plain DPO too, are scored in the same
     way. A step without a finite gap, or before σ is known, counts as seen but adds to neither score. Labels of the
-    data that group its pairs (an annotator, a language) are the last columns, named `label_…` where the name is
-    taken.
+    data that group its pairs (an annotator, a language) are the last columns, with the prefix `label_` if the name
+    is taken.
     """
     seen = audit.sort_values("step", kind="stable")
     seen = seen.assign(finite=np.isfinite(seen.gap.to_numpy(float)))
@@ -34,7 +33,7 @@ def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
     known = (seen.finite & (std > 1e-6)).to_numpy()
     mean, std, gap = mean.to_numpy(), std.to_numpy(), seen.gap.to_numpy(float)
     evidence, distance = np.zeros(len(seen)), np.full(len(seen), np.nan)
-    # a policy whose mean gap is negative has not learned the labels yet and cannot tell which are wrong
+    # a policy with a negative mean gap has not learned the labels yet and cannot tell which are wrong
     evidence[known] = -2 * np.maximum(mean[known], 0) * gap[known] / std[known] ** 2
     distance[known] = np.abs(gap[known] - mean[known]) / std[known]
     seen = seen.assign(evidence=evidence, distance=distance, dropped=~seen.kept.astype(bool))

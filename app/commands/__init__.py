@@ -1,4 +1,4 @@
-"""The small commands: one file and one function each; the function's signature is its command line."""
+"""The small commands, each a file with one function, whose signature is the command line."""
 
 from collections.abc import Callable
 

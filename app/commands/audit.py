@@ -1,4 +1,4 @@
-"""`beta-dpo audit`: the pairs of a run that are likely mislabelled, and the outliers, with their texts."""
+"""The command `beta-dpo audit`, which lists the likely mislabelled pairs of a run and its outliers, with texts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ LABEL = "flipped"
 def audit(run: str, out: str = "suspects.jsonl", count: PositiveInt = 100) -> None:
     """List the likely mislabelled pairs and the outliers of RUN, and write them with their texts to OUT.
 
-    Where the data carries a column `flipped`, precision and recall of the list are printed beside two baselines:
-    the difference in length of the two responses, and a list drawn at random.
+    If the data has a column `flipped`, the command prints precision and recall of the list and of two baselines:
+    the length difference of the two responses, and a random list.
 
     Args:
-        run: log folder of a run that had `PairAudit`.
+        run: log folder of a run with `PairAudit`.
         out: the .jsonl or .csv file to write; it appears only when complete.
-        count: most pairs to list of each kind; the most suspicious come first.
+        count: number of pairs to list of each kind, at most; the most suspicious come first.
     """
     if not out.endswith((".jsonl", ".csv")):
         raise UserError(f"out must end in .jsonl or .csv, not {out!r}.")
@@ -57,7 +57,7 @@ def audit(run: str, out: str = "suspects.jsonl", count: PositiveInt = 100) -> No
 
 
 def why_no_suspects(rows: pd.DataFrame) -> str:
-    """Return why no pair is listed as mislabelled: the policy knew nothing, or no pair spoke against its label."""
+    """Return the reason why no pair is listed: the policy had learned nothing, or the gaps support every label."""
     if rows.groupby("step").gap.mean().max() <= 0:
         return "No pair looks mislabelled: the mean gap never rose above 0, so nothing had been learned yet."
     return "No pair looks mislabelled: once the mean gap was above 0, every pair's gaps spoke for its label."
@@ -77,7 +77,7 @@ def suspects_by(label: str, histories: pd.DataFrame, listed: pd.DataFrame) -> Ta
 
 
 def how_often_seen(histories: pd.DataFrame) -> str:
-    """What the scores rest on, in one line."""
+    """Return one line on how often the pairs were seen and dropped, which is the evidence for the scores."""
     seen, dropped = histories.times_seen, histories.times_dropped
     often = f"{seen.min()}" if seen.min() == seen.max() else f"{seen.min()} to {seen.max()}"
     once = "; one look at a pair is weak evidence, above all early in the run" if seen.max() == 1 else ""
@@ -86,7 +86,7 @@ def how_often_seen(histories: pd.DataFrame) -> str:
 
 
 def suspects(histories: pd.DataFrame, kind: str, count: int) -> pd.DataFrame:
-    """The `count` pairs with the highest score of this kind, those without any suspicion left out."""
+    """Return the `count` pairs with the highest score of this kind, without pairs whose score is not positive."""
     ranked = histories.sort_values(kind, ascending=False, kind="stable").head(count)
     ranked = ranked[ranked[kind] > 0]
     return ranked.assign(listed_as=kind)[["listed_as", *histories.columns]]
@@ -100,10 +100,10 @@ def write(listed: pd.DataFrame, file: Path, name: str) -> None:
 
 
 def comparison(scores: np.ndarray, extra_tokens: np.ndarray, wrong: np.ndarray, count: int) -> Table:
-    """Precision and recall of the wrong labels for lists of `count` pairs and of as many as are wrong.
+    """Return a table of precision and recall for lists of `count` pairs and of as many pairs as have wrong labels.
 
-    The length baseline ranks by |y_l| − |y_w| and is given the better of its two directions, which a user could
-    not know; a random list is as good as the share of wrong labels.
+    The length baseline ranks by |y_l| − |y_w| in the better of its two directions, which a user could not know. The
+    expected precision of a random list is the share of wrong labels.
     """
     total = int(wrong.sum())
     table = Table(title=f"finding the {total} flipped of {len(wrong)} pairs [95 % interval]")

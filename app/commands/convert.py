@@ -1,4 +1,4 @@
-"""`beta-dpo convert`: a GGUF file becomes a folder that transformers and this project load at once."""
+"""The command `beta-dpo convert`, which writes a GGUF file as a folder that transformers and this project load."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from app.errors import UserError
 from app.files import atomic_folder
 
-# what transformers leaves on a model that it dequantised, and what makes save_pretrained refuse to write it
+# attributes that transformers leaves on a dequantised model and that make save_pretrained refuse it
 QUANTISATION_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
 
 
@@ -19,7 +19,7 @@ def convert(gguf: str, out: str) -> None:
     """Write the model in the file GGUF to the folder OUT in float32, with its tokenizer.
 
     Args:
-        gguf: a .gguf file, or the name of an installed Python package that holds one.
+        gguf: a .gguf file, or the name of an installed Python package that contains one.
         out: the folder to create; it appears only when complete.
     """
     if Path(out).exists():
@@ -44,12 +44,12 @@ def convert(gguf: str, out: str) -> None:
 
 
 def find_gguf(name: str) -> Path:
-    """The file itself, or the only .gguf file of an installed package. Raises UserError when there is none."""
+    """Return the file itself, or the only .gguf file of an installed package. Raises UserError if there is none."""
     if name.endswith(".gguf"):
         if not Path(name).is_file():
             raise UserError(f"There is no file {name}.")
         return Path(name)
-    # found without importing it: the package may need others that only its own purpose needs
+    # without importing the package, which may need other packages
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"{name} is neither a .gguf file nor an installed package: install it first.")

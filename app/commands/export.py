@@ -1,4 +1,4 @@
-"""`beta-dpo export`: a checkpoint becomes a folder that transformers, vLLM and others load."""
+"""The command `beta-dpo export`, which writes a checkpoint as a folder that transformers, vLLM and others load."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def export(
 
     Args:
         checkpoint: a file, or a folder of shards, written by `beta-dpo fit`.
-        out: the folder to create; it appears only when it is complete and, read again, computes what the policy
-            does.
-        adapter: of a run with model.lora, write the adapter alone, for `peft`; else it is merged into the weights.
-        dtype: of the weights. float32 is what was trained, to the bit; auto is the type of the model that training
-            started from.
+        out: the folder to create; it appears only when it is complete and the model read back agrees with the
+            policy.
+        adapter: for a run with model.lora, write only the adapter, for `peft`; else it is merged into the weights.
+        dtype: type of the weights; float32 gives the trained weights exactly, auto the type of the model that
+            training started from.
     """
     if Path(out).exists():
         raise UserError(f"{out} exists already: choose another folder, or remove it first.")
@@ -63,9 +63,9 @@ def export(
 
 
 def write_model(folder: Path, state: dict[str, Any], adapter: bool, dtype: str) -> list[str]:
-    """Write weights and configuration, read them again, and return what to say of them.
+    """Write weights and configuration, read them back, and return notes for the user.
 
-    Raises UserError when what was read does not compute what the policy does.
+    Raises UserError if the model read back does not compute what the policy computes.
     """
     model = policy_model(state)
     checked = parameter_count(model) <= LARGEST
@@ -81,7 +81,7 @@ def write_model(folder: Path, state: dict[str, Any], adapter: bool, dtype: str) 
         rounded = sequence_logps(model)
         notes.append(described_rounding(logps, rounded))
         logps = rounded
-        convert(weights, getattr(torch, dtype))  # back again, which changes nothing
+        convert(weights, getattr(torch, dtype))  # exact, because the weights are already rounded
     if adapter:
         model.save_pretrained(folder, save_embedding_layers=False)
     else:
@@ -100,7 +100,7 @@ def write_model(folder: Path, state: dict[str, Any], adapter: bool, dtype: str) 
 
 
 def exported_model(folder: Path, state: dict[str, Any] | None) -> Any:
-    """Read the model in `folder` as a user would, in float32; an adapter is put on the base of `state`."""
+    """Return the model in `folder`, read as a user would in float32; an adapter goes on the base of `state`."""
     if state is None:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     from peft import PeftModel
@@ -119,7 +119,7 @@ def unfilled_model(state: dict[str, Any]) -> Any:
 
 
 def policy_model(state: dict[str, Any]) -> Any:
-    """The policy of a checkpoint; one with adapters as a `PeftModel`."""
+    """Return the policy of a checkpoint; a policy with adapters is a `PeftModel`."""
     model, weights = unfilled_model(state), policy_weights(state)
     lora = state.get("lora")
     if lora is None:
@@ -137,9 +137,9 @@ def policy_model(state: dict[str, Any]) -> Any:
 
 
 def merge(model: Any) -> tuple[Any, bool]:
-    """The plain model with adapters added to its weights, and whether its head had to be untied for that.
+    """Return the plain model with adapters merged into its weights, and whether its head had to be untied.
 
-    Adapters on the embeddings do not move a head that shares their weights: merging would.
+    In training, adapters on the embeddings do not change a head that shares the weights; merging would change it.
     """
     base = model.get_base_model()
     head = base.get_output_embeddings()
@@ -151,7 +151,7 @@ def merge(model: Any) -> tuple[Any, bool]:
 
 
 def convert(weights: list[nn.Parameter], dtype: torch.dtype) -> None:
-    """Change the type of floating-point weights in place. Raises UserError where a value is beyond its range."""
+    """Change the type of floating-point weights in place. Raises UserError if a value exceeds the type's range."""
     for weight in weights:
         if weight.is_floating_point() and weight.dtype != dtype:
             weight.data = weight.data.to(dtype)
@@ -160,7 +160,7 @@ def convert(weights: list[nn.Parameter], dtype: torch.dtype) -> None:
 
 
 def write_chat_template(folder: Path, state: dict[str, Any]) -> list[str]:
-    """After training on plain dialogue, write the chat template that renders it; return what to say of it."""
+    """Write the chat template of plain dialogue if training used that; return notes for the user."""
     if not any(part["plain_dialogue"] for part in state.values() if "plain_dialogue" in _keys(part)):
         return []
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -170,9 +170,9 @@ def write_chat_template(folder: Path, state: dict[str, Any]) -> list[str]:
 
 
 def generation_config(settings: dict[str, Any], tokenizer: Any) -> GenerationConfig:
-    """Return the start model's, with the tokenizer's special tokens and all ids that end a response, EOS first.
+    """Return the start model's generation config with the tokenizer's special tokens and stop ids, EOS first.
 
-    They are the end of turn of the chat template and those at which the start model stops.
+    The stop ids are EOS, the end-of-turn of the chat template and those of the start model.
     """
     ends = stop_ids(tokenizer, Tokenisation(), settings.get("eos_token_id"))
     ends.sort(key=lambda token: token != tokenizer.eos_token_id)
@@ -184,13 +184,13 @@ def generation_config(settings: dict[str, Any], tokenizer: Any) -> GenerationCon
     config = GenerationConfig(**settings | tokens)
     try:
         config.validate(strict=True)
-    except ValueError:  # published ones often set a temperature but no sampling, which transformers does not save
+    except ValueError:  # transformers refuses to save a temperature without sampling, which is common
         config.do_sample = True
     return config
 
 
 def policy_weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The policy's parameters under the names that transformers gives them."""
+    """Return the policy's parameters under their names in transformers."""
     return {
         name.removeprefix(POLICY_PREFIX): tensor
         for name, tensor in state["state_dict"].items()
@@ -199,9 +199,9 @@ def policy_weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def tokenizer_files(state: dict[str, Any], checkpoint: str) -> dict[str, str]:
-    """File name → text, as the data module put them in the checkpoint (under its class name).
+    """Return the tokenizer files, name → text, that the data module put in the checkpoint (under its class name).
 
-    Raises UserError when there are none, or when one is no plain name: it would be written outside the folder.
+    Raises UserError if there are none, or if a name is not a plain file name and could lead outside the folder.
     """
     files = next((part["tokenizer_files"] for part in state.values() if "tokenizer_files" in _keys(part)), None)
     if files is None or any(Path(name).name != name for name in files):

@@ -1,4 +1,4 @@
-"""`beta-dpo generate`: sample responses from a model, outside training."""
+"""The command `beta-dpo generate`, which samples responses from a model outside training."""
 
 from __future__ import annotations
 
@@ -51,29 +51,30 @@ def generate(
 ) -> None:
     """Sample a response to each prompt from MODEL and write them to OUT, one JSON object per line.
 
-    The same command goes on where one that was stopped left off, to the same bytes: until OUT is complete, what is
-    done stands in the folder OUT.parts.
+    If the command is stopped, the same command resumes it and gives the same bytes: finished batches are kept in
+    the folder OUT.parts until OUT is complete.
 
     Args:
-        model: folder or Hub id of the model to sample from; on CUDA where there is one.
+        model: folder or Hub id of the model to sample from; CUDA is used if available.
         out: the .jsonl file to write; it appears only when complete.
         prompts: `controlled` for held-out prompts of the controlled task, or a file, dataset folder or Hub id of
             preference pairs, demonstrations or prompts alone (`prompt`, `instruction`, `question` or `messages`).
-        split: of a Hub id or dataset folder.
-        subset: of a Hub id or dataset folder, as data.subset.
-        count: number of prompts; the first ones of a file; null takes all of them.
-        seed: of the sampling, and of the controlled task's prompts.
-        temperature: 0 takes the likeliest token each time; a list samples once at each.
-        top_p: nucleus of the sampling.
-        max_new_tokens: longest response, the token that ends it included. It ends at EOS, at the chat template's
-            end of turn and at what the model's generation config names; only then `finished` is true.
-        max_prompt_length: a longer prompt is cut as in training: whole old turns first.
+        split: split of a Hub id or dataset folder.
+        subset: subset of a Hub id or dataset folder, as data.subset.
+        count: number of prompts, the first of a file; null takes all.
+        seed: seed of the sampling and of the controlled task's prompts.
+        temperature: 0 takes the most likely token each time; a list samples once at each temperature.
+        top_p: probability mass of nucleus sampling.
+        max_new_tokens: length limit of a response, with the token that ends it. A response ends at EOS, at the
+            chat template's end-of-turn and at the stop ids of the model's generation config; then `finished` is
+            true.
+        max_prompt_length: length limit of a prompt; a longer one is cut as in training, whole old turns first.
         batch_size: prompts per generation call.
         chat_template: `auto` puts chat messages into the tokenizer's chat template and leaves text as it is; true
             puts text there too.
         chat_template_kwargs: options of the template, as data.chat_template_kwargs.
-        reference: a model under which the samples are scored too; the mean of logp − reference_logp is the KL.
-        columns: further columns of the prompts, with a number or a text each, to be copied into OUT.
+        reference: a model that scores the samples too; the mean of logp − reference_logp is the KL.
+        columns: further columns of the prompts, with numbers or text, to copy into OUT.
     """
     temperatures = [float(one) for one in (temperature if isinstance(temperature, list) else [temperature])]
     if not out.endswith(".jsonl"):
@@ -112,7 +113,7 @@ def generate(
         "max_new_tokens": max_new_tokens,
         "stops": stops,
         "batch_size": batch_size,
-        "device": device.type,  # another kind draws other numbers
+        "device": device.type,  # another kind of device draws other numbers
     }
     parts = Parts(Path(f"{out}.parts"), job)
     sample_parts(batches, parts, models, tokenizer, stops, seed, {"top_p": top_p, "max_new_tokens": max_new_tokens})
@@ -132,7 +133,7 @@ def generate(
 
 
 class Batch(NamedTuple):
-    """What one generation call answers."""
+    """The prompts of one generation call, with their temperature."""
 
     temperature: float
     items: Sequence[PreferencePair]
@@ -148,9 +149,9 @@ def sample_parts(
     seed: int,
     settings: dict[str, Any],
 ) -> None:
-    """Write the batches that are not done yet, each with the state of the generator behind it.
+    """Write the batches that are not done yet, each with the state of the random generator after it.
 
-    `models`: the one to sample from, and the reference if there is one.
+    `models` has the model to sample from, and the reference if there is one.
     """
     done, device = len(parts), models[0].device
     torch.manual_seed(seed)
@@ -179,7 +180,7 @@ def lines_of(
     tokenizer: PreTrainedTokenizerBase,
     stops: Sequence[int],
 ) -> Iterator[str]:
-    """The lines of the sample file for one batch."""
+    """Yield the lines of the sample file for one batch."""
     for index, (item, response) in enumerate(zip(batch.items, responses, strict=True)):
         finished = int(response[-1]) in stops
         text = tokenizer.decode(response[:-1] if finished else response, skip_special_tokens=True)
@@ -196,12 +197,12 @@ def lines_of(
 
 
 def model_content(name: str, model: Any) -> str:
-    """What stands for a model's weights: a hash of its folder, or the commit of its Hub id."""
+    """Return an identifier of a model's weights: a hash of its folder, or the commit of its Hub id."""
     return folder_hash(name) if Path(name).is_dir() else f"{name}@{model.config._commit_hash}"
 
 
 def prompts_hash(items: Sequence[PreferencePair], encoded: Sequence[np.ndarray]) -> str:
-    """A hash of the prompts' ids and tokens."""
+    """Return a hash of the prompts' ids and tokens."""
     digest = hashlib.blake2b(digest_size=16)
     for item, ids in zip(items, encoded, strict=True):
         digest.update(json.dumps([item.pair_id, ids.tolist()]).encode())
@@ -211,7 +212,7 @@ def prompts_hash(items: Sequence[PreferencePair], encoded: Sequence[np.ndarray])
 def encode_prompts(
     items: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, settings: Tokenisation, prompts: str
 ) -> list[np.ndarray]:
-    """Return the tokens of the prompts; say what was cut. Raises UserError when one has none."""
+    """Return the tokens of the prompts and print what was cut. Raises UserError if a prompt cannot be tokenised."""
     found = tokenise_prompts(items, tokenizer, settings)
     lost = Counter(notes[0] for ids, notes in found if ids is None)
     if lost:
@@ -226,7 +227,7 @@ def encode_prompts(
 def read_prompts(
     prompts: str, split: str, subset: str | None, count: int | None, seed: int, columns: Sequence[str]
 ) -> list[PreferencePair]:
-    """Return the prompts to answer, with `columns` as labels; the records' responses are left out."""
+    """Return the prompts to answer, with `columns` as labels and without the records' responses."""
     if taken := [name for name in columns if name in SAMPLE_FIELDS]:
         raise UserError(f"columns: {taken[0]} is a field of every sample; rename that column of {prompts}.")
     if prompts == "controlled":

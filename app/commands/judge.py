@@ -1,4 +1,4 @@
-"""`beta-dpo judge`: how often one model's answers beat another's."""
+"""The command `beta-dpo judge`, which prints how often one model's answers beat another's."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def judge(
     """Print how often each file of ANSWERS beats the last one, with 95 % bootstrap intervals over prompts.
 
     Args:
-        answers: samples written by `beta-dpo generate`; the last may be the file of preference pairs that the
-            prompts are from: its chosen responses are then the rivals.
+        answers: samples written by `beta-dpo generate`; the last may be the file of preference pairs that has the
+            prompts, and then its chosen responses are the rivals.
         by: `true_reward` of the controlled task, a `reward_model` (Hugging Face sequence classification), or an
-            `endpoint` that speaks OpenAI's chat completions and is shown every pair in both orders.
-        model: folder or Hub id of the reward model; name of the model at the endpoint.
-        verdicts: .jsonl file that keeps what a reward model or endpoint said; nothing in it is asked again.
-        endpoint: how a language model is asked.
+            `endpoint` with OpenAI's chat completions API, which judges every pair in both orders.
+        model: folder or Hub id of the reward model, or name of the model at the endpoint.
+        verdicts: .jsonl file that keeps the verdicts of a reward model or endpoint, which are not asked for again.
+        endpoint: settings of the requests to a language model.
     """
     if len(answers) < 2:
         raise UserError("answers: give at least two files, the last of which is the rival of the others.")
@@ -61,7 +61,7 @@ def judge(
         table.add_column(name)
     for row in rows:
         table.add_row(*(row.get(name, "") for name in columns))
-    # in a file nothing limits the width; cells of a table that is cut to 80 columns are hard to read
+    # a file has no width limit, and a table cut to 80 columns is hard to read
     Console(width=None if os.isatty(1) else 200).print(table)
     for note in notes:
         print(note)
@@ -69,7 +69,7 @@ def judge(
 
 @contextmanager
 def chosen_judge(by: By, model: str | None, verdicts: str, endpoint: Endpoint) -> Iterator[Judge]:
-    """The judge that the arguments name. Raises UserError when they do not fit together."""
+    """Yield the judge for these arguments. Raises UserError if they do not fit together."""
     if by == "true_reward":
         if model is not None:
             raise UserError("model has no part in the true reward: give --by reward_model or --by endpoint.")
@@ -84,7 +84,7 @@ def chosen_judge(by: By, model: str | None, verdicts: str, endpoint: Endpoint) -
 def by_temperature(
     rows: list[Answer], rivals: list[Answer]
 ) -> Iterator[tuple[float | None, tuple[list[Answer], list[Answer]]]]:
-    """The comparisons of each temperature of `rows`, lowest first; None where samples do not tell theirs."""
+    """Yield (temperature, comparisons), lowest first; the temperature is None for samples that do not record it."""
     temperatures = {row.get("temperature") for row in rows}
     for wanted in sorted(temperatures, key=lambda t: -1.0 if t is None else t):
         here = [index for index, row in enumerate(rows) if row.get("temperature") == wanted]
@@ -94,7 +94,7 @@ def by_temperature(
 def table_row(
     name: str, temperature: float | None, rows: list[Answer], rivals: list[Answer], judge: Judge
 ) -> dict[str, str]:
-    """Column → text for one model at one temperature."""
+    """Return the table row, column → text, of one model at one temperature."""
     scores = judge.scores(rows, rivals)
     at = {} if temperature is None else {"temperature": f"{temperature:g}"}
     won, tied, lost = (int(where.sum()) for where in (scores > 0.5, scores == 0.5, scores < 0.5))
@@ -110,7 +110,7 @@ def table_row(
 
 
 def described(rows: list[Answer], judge: Judge) -> dict[str, str]:
-    """Length of the answers, the judge's own figures, and the KL where the samples carry it."""
+    """Return the mean length of the answers, the judge's figures, and the KL if the samples have a reference."""
     figures = {"words": float(np.mean([len(row["response"].split()) for row in rows]))} | judge.describe(rows)
     if all("reference_logp" in row for row in rows):
         figures["KL"] = float(np.mean([row["logp"] - row["reference_logp"] for row in rows]))
@@ -118,7 +118,7 @@ def described(rows: list[Answer], judge: Judge) -> dict[str, str]:
 
 
 def mean_by_prompt(rows: Sequence[Answer], scores: np.ndarray) -> Estimate:
-    """The mean of the scores that are not NaN; prompts are resampled, each with all of its answers."""
+    """Return the mean of the scores that are not NaN; the bootstrap resamples prompts with all their answers."""
     prompts: dict[str, list[float]] = {}
     for row, score in zip(rows, scores, strict=True):
         if not np.isnan(score):
@@ -127,22 +127,22 @@ def mean_by_prompt(rows: Sequence[Answer], scores: np.ndarray) -> Estimate:
 
 
 def distinct_names(paths: Sequence[str]) -> dict[str, str]:
-    """A short name for each file: `dpo` for `runs/dpo/samples.jsonl` beside `runs/beta_dpo/samples.jsonl`."""
+    """Return a short name per file: `dpo` for `runs/dpo/samples.jsonl` beside `runs/beta_dpo/samples.jsonl`."""
     folder = Path(os.path.commonpath([Path(path).absolute().parent for path in paths]))
     names = {path: Path(path).absolute().relative_to(folder).with_suffix("") for path in paths}
     nested = [name for name in names.values() if len(name.parts) > 1]
-    if len({name.name for name in nested}) == 1:  # the same file in several folders: the folders tell them apart
+    if len({name.name for name in nested}) == 1:  # one file name in several folders: use the folders' names
         names = {path: name.parent if name in nested else name for path, name in names.items()}
     return {path: str(name) for path, name in names.items()}
 
 
 def win_rate(rows: list[Answer], rivals: list[Answer]) -> Estimate:
-    """P(better) + ½ P(tie) by the controlled task's true reward, resampled by prompt."""
+    """Return P(better) + ½ P(tie) by the controlled task's true reward, resampled by prompt."""
     return mean_by_prompt(rows, TrueReward().scores(rows, rivals))
 
 
 def summary(rows: list[Answer]) -> dict[str, Estimate]:
-    """What there is to say of one model's samples on the controlled task by themselves."""
+    """Return the figures of one model's samples on the controlled task: reward, malformed share, tokens and KL."""
     malformed = [not is_well_formed(row["prompt"], row["response"]) for row in rows]
     found = {
         "mean true reward": bootstrap_mean(TrueReward().rewards(rows)),

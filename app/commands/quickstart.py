@@ -1,4 +1,4 @@
-"""`beta-dpo quickstart`: the whole way on the controlled task, in any folder, without a network."""
+"""The command `beta-dpo quickstart`, which runs all stages on the controlled task, without a network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from app.errors import UserError
 from app.method.ranges import Seed
 from app.mistakes import checked_command
 
-LENGTH = ("--max_new_tokens", "32")  # the longest true answer has fewer
+LENGTH = ("--max_new_tokens", "32")  # more than the longest true answer
 ARMS = ("beta_dpo", "dpo")  # the first prints here, the others to a log
 
 
@@ -64,7 +64,7 @@ def train(
 
 
 def command(*words: str, log: Path | None = None) -> None:
-    """Run one `beta-dpo` command on one core. Raises UserError where it fails."""
+    """Run one `beta-dpo` command on one core. Raises UserError if it fails."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     with open(log or os.devnull, "a", encoding="utf-8") as file:
         target = None if log is None else file

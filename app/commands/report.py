@@ -1,4 +1,4 @@
-"""`beta-dpo report`: what runs did, as a short table, a page or a figure."""
+"""The command `beta-dpo report`, which summarises runs in a table and a page or a figure."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from app.report.table import numbers_of
 
 
 def report(runs: list[str], baseline: str | None = None, out: str = "report.png") -> None:
-    """Print a table that compares RUNS and write a page (.html) or a figure (.png) of what β, gaps and filter did.
+    """Print a table that compares RUNS and write a page (.html) or a figure (.png) of β, gaps and filter.
 
-    The page compares all runs: findings in words, charts, the command and configuration of each. It is one file
-    that needs no network, and says what a run did not leave behind.
+    The page compares all runs with findings in words, charts, commands and configurations. It is one file that
+    needs no network, and it lists the records that a run lacks.
 
     Args:
         runs: log folders of runs; the figure shows the first, which needs `PairAudit`.
-        baseline: samples of the SFT model; samples of a run are looked for in its folder as samples.jsonl.
+        baseline: samples of the SFT model; the samples of a run are read from samples.jsonl in its folder.
         out: the .html or .png file to write; it appears only when complete.
     """
     if not out.endswith((".html", ".png")):
@@ -62,7 +62,7 @@ def report(runs: list[str], baseline: str | None = None, out: str = "report.png"
 
 
 def add_samples(run: Run, baseline: str) -> None:
-    """Judge the samples in the run's folder, if there are any, against those of the SFT model."""
+    """Compare the samples in the run's folder, if there are any, with those of the SFT model."""
     samples = run.folder / SAMPLES
     if samples.exists():
         rows, rivals = aligned(str(samples), baseline)
@@ -71,6 +71,6 @@ def add_samples(run: Run, baseline: str) -> None:
 
 
 def add_rival(run: Run, rival: Run) -> None:
-    """Judge the samples of `run`, prompt by prompt, against those of another run, where both were sampled."""
+    """Compare the samples of `run`, prompt by prompt, with those of another run, if both have samples."""
     if run.samples and rival.samples:
         run.rivals[rival.name] = win_rate(*aligned(str(run.folder / SAMPLES), str(rival.folder / SAMPLES)))
