@@ -1,4 +1,4 @@
-"""What every source of pairs shares: tables per split, rank-aware loaders, and the tokenizer."""
+"""The base class of all sources of pairs, with a table per split, rank-aware loaders, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 SIDES = ("chosen", "rejected")
 Split = Literal["train", "validation", "test", "predict"]
-# which splits a Lightning stage reads
+# the splits that each Lightning stage reads
 SPLITS: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
     "validate": ("validation",),
@@ -41,14 +41,14 @@ SPLITS: dict[str, tuple[Split, ...]] = {
 
 
 class PairDataModule(LightningDataModule):
-    """Loaders of optimizer batches over tables of tokenised pairs.
+    """A DataModule with loaders of optimizer batches over tables of tokenised pairs.
 
     Args:
         batch_size: pairs per optimizer step, over all ranks.
-        micro_batch_tokens: most tokens, padding included, that one forward pass of a rank takes.
-        seed: of the order of the pairs; none takes the run's `seed_everything`.
-        gap_mixture: replaces a share of the rejected responses that are trained on by samples.
-        reward_model: scores the pairs that are trained on; the rewards are labels, for `ExplicitRewardGap`.
+        micro_batch_tokens: limit of tokens, padding included, in one forward pass of a rank.
+        seed: seed of the order of the pairs; none takes the run's `seed_everything`.
+        gap_mixture: replaces a share of the rejected responses of the training pairs by samples.
+        reward_model: scores the training pairs; the rewards become labels, for `ExplicitRewardGap`.
     """
 
     tokenisation = Tokenisation()
@@ -73,7 +73,7 @@ class PairDataModule(LightningDataModule):
 
     @property
     def module(self) -> LightningModule | None:
-        """The stage that the pairs are for: the trainer's, or what was set where there is no trainer."""
+        """Return the stage that uses the pairs: the trainer's, or the one that was set if there is no trainer."""
         return self.trainer.lightning_module if self.trainer else self._module
 
     @module.setter
@@ -82,23 +82,23 @@ class PairDataModule(LightningDataModule):
 
     @abstractmethod
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of this data."""
+        """Return the tokenizer of this data."""
 
     @abstractmethod
     def streams(self, split: Split) -> Sequence[PairStream] | None:
-        """The pairs that a split is taken from, source by source; None where there is no such split."""
+        """Return the pairs from which a split is taken, one stream per source; None if the split does not exist."""
 
     def join(self, streams: Sequence[PairStream], tables: Sequence[PairTable]) -> PairTable:
-        """The tables of these streams as one."""
+        """Return the tables of these streams as one."""
         (table,) = tables
         return table
 
     def rows_of(self, table: PairTable, split: Split) -> np.ndarray:
-        """The rows of the joined table that belong to the split."""
+        """Return the rows of the joined table that belong to the split."""
         return np.arange(len(table))
 
     def open_table(self, split: Split) -> tuple[PairTable, np.ndarray] | None:
-        """The table of a split (from the cache once it is built) and the rows of it that belong to the split."""
+        """Return the table of a split (from the cache if it is built) and its rows that belong to the split."""
         streams = self.streams(split)
         if streams is None:
             return None
@@ -113,7 +113,7 @@ class PairDataModule(LightningDataModule):
         return GapMixedTable(table, replaced, self.gap_mixture, rows), rows
 
     def open_stream(self, stream: PairStream, trained_on: bool) -> PairTable:
-        """The table of one stream, with the rewards of its pairs where they are trained on."""
+        """Return the table of one stream, with rewards if `trained_on` and a reward model is set."""
         table = cached_table(stream, self.tokenizer, self.tokenisation)
         if self.reward_model is None or not trained_on:
             return table
@@ -128,16 +128,16 @@ class PairDataModule(LightningDataModule):
 
     @property
     def stop_ids(self) -> list[int]:
-        """The ids that end a response: what chat template and tokenizer end one with."""
+        """Return the ids that end a response: the end-of-turn of the chat template and the tokenizer's EOS."""
         return stop_ids(self.tokenizer, self.tokenisation)
 
     @property
     def need_rejected(self) -> bool:
-        """Whether the stage being run trains on both sides of a pair, so that a lone response is a bad row."""
+        """Return whether the stage trains on both sides of a pair, so that a single response is a bad row."""
         return "rejected" in getattr(self.module, "responses", SIDES)
 
     def shown(self, table: PairTable, row: int) -> list[str]:
-        """Return a pair as the stage trains on it, in lines for a person."""
+        """Return a pair as the stage trains on it, in readable lines."""
         return shown(table, row, self.tokenizer, self.stop_ids, getattr(self.module, "responses", SIDES))
 
     def prepare_data(self) -> None:
@@ -149,7 +149,7 @@ class PairDataModule(LightningDataModule):
 
     @property
     def run_seed(self) -> int:
-        """`seed`, or what `seed_everything` set for the run."""
+        """Return `seed`, or the run's `seed_everything` if it is None."""
         return int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
 
     def setup(self, stage: str) -> None:
@@ -164,7 +164,7 @@ class PairDataModule(LightningDataModule):
             if split == "train":
                 rank_zero_info("\n".join(["the first pair as it is trained:", *self.shown(table, int(rows[0]))]))
             longest, _ = longest_of(table, reached(table, rows))
-            # in separate rows a pair takes twice the longer one: never more than twice the packed length
+            # in separate rows a pair takes twice its longer row, which is at most twice its packed length
             if 2 * longest > self.micro_batch_tokens:
                 raise UserError(
                     f"data.micro_batch_tokens is {self.micro_batch_tokens}, but the longest pair needs up to "
@@ -174,7 +174,7 @@ class PairDataModule(LightningDataModule):
 
     @rank_zero_only
     def _tell(self, split: Split) -> None:
-        """Say what is odd about the pairs of a split, and how many of those to train on a run will see."""
+        """Log anomalies in the pairs of a split, and how many training pairs the run will see."""
         table, rows = self._tables[split]
         warnings = [cut_responses(table, self.tokenisation.max_length)]
         if split == "train":
@@ -194,7 +194,7 @@ class PairDataModule(LightningDataModule):
 
     def loader(self, split: Split) -> OptimizerBatchLoader | list:
         if split not in self._tables:
-            return []  # Lightning's way of saying that there is nothing to validate on
+            return []  # Lightning takes an empty list as no validation data
         table, rows = self._tables[split]
         exchange = table.exchange if isinstance(table, GapMixedTable) else None
         return self._loader(table, rows, split == "train", exchange)
@@ -203,7 +203,7 @@ class PairDataModule(LightningDataModule):
         self, table: PairTable, rows: np.ndarray, shuffle: bool, exchange: Exchange | None = None
     ) -> OptimizerBatchLoader:
         assert self.trainer is not None
-        # the strategy knows which ranks get the same share: those of one tensor-parallel group
+        # only the strategy knows which ranks get the same share: those of one tensor-parallel group
         place = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         return OptimizerBatchLoader(
             table,
@@ -220,22 +220,22 @@ class PairDataModule(LightningDataModule):
 
     @property
     def longest(self) -> tuple[int, int]:
-        """Tokens of the longest pair of all splits of this stage, and of the longest prompt with one response."""
+        """Return the tokens of the stage's longest pair, and of its longest prompt with one response."""
         sizes = [longest_of(table, reached(table, rows)) for table, rows in self._tables.values()]
         pairs, rows = zip(*sizes, strict=True)
         return max(pairs), max(rows)
 
     @property
     def largest_id(self) -> int:
-        """The largest token id of all splits of this stage."""
+        """Return the largest token id in all splits of this stage."""
         return max(table.largest_id for table, _ in self._tables.values())
 
     def batches_of(
         self, wanted: Callable[[np.ndarray], np.ndarray], most: int | None = None
     ) -> list[OptimizerBatchLoader]:
-        """Loaders, in file order, of the pairs of this stage whose keys [n] are `wanted` [n] bool, each pair once.
+        """Return loaders, in file order, of the stage's pairs whose keys [n] are `wanted` [n] bool, each pair once.
 
-        At most `most` pairs, all of them when None. The same batches on every rank, of which each sees its share.
+        They have at most `most` pairs; None means no limit. Every rank forms the same batches and gets its share.
         """
         loaders: list[OptimizerBatchLoader] = []
         seen = np.zeros(0, np.int64)
@@ -249,12 +249,12 @@ class PairDataModule(LightningDataModule):
         return loaders
 
     def content(self, split: Split) -> str:
-        """A hash of the pairs that a split may serve, as tokens and in their order."""
+        """Return a hash of the tokens of the pairs that a split may serve, in their order."""
         table, rows = self._tables[split]
         return hashlib.blake2b(table.keys(reached(table, rows)).tobytes(), digest_size=16).hexdigest()
 
     def pair_texts(self, pair_ids: list[str]) -> dict[str, dict[str, str]]:
-        """`prompt`, `chosen` and `rejected` of training pairs as text, without special tokens, by pair id."""
+        """Return prompt, chosen and rejected text of training pairs by pair id, without special tokens."""
         table, _ = self._tables["train"]
         texts: dict[str, dict[str, str]] = {}
         for pair_id, row in zip(pair_ids, find(table, pair_ids), strict=True):
@@ -279,15 +279,15 @@ class PairDataModule(LightningDataModule):
         return self.loader("predict")
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch  # its rows move one micro-batch at a time
+        return batch  # the stage moves one micro-batch at a time
 
     def state_dict(self) -> dict[str, Any]:
-        """The tokenizer, file by file, so that a checkpoint can be exported without its run's folder."""
+        """Return the tokenizer files, so that a checkpoint can be exported without the folder of its run."""
         return {"tokenizer_files": tokenizer_files(self.tokenizer), "plain_dialogue": self.plain_dialogue}
 
     @cached_property
     def plain_dialogue(self) -> bool:
-        """Whether the first hundred training prompts are HH transcripts, tokenised without a chat template."""
+        """Return whether the first hundred training prompts are HH transcripts that bypassed the chat template."""
         if self.tokenisation.chat_template is True or "train" not in self._tables:
             return False
         table, rows = self._tables["train"]

@@ -1,4 +1,4 @@
-"""The loader: which pairs form each optimizer batch, which of them this rank gets, and where it stopped."""
+"""The loader, which forms optimizer batches, selects this rank's pairs, and stores its position for a resume."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from datamodules.packing import pack
 from datamodules.records import TokenisedPair
 from datamodules.table import PairTable
 
-# (rows of a batch, epoch, number of the batch in it) → the rows that it is made of instead
+# (rows of a batch, epoch, number of the batch in the epoch) → the rows that replace them
 Exchange = Callable[[np.ndarray, int, int], np.ndarray]
 
 
 def balanced_shares(tokens: Sequence[int], world_size: int) -> list[list[int]]:
-    """Positions of a global batch by rank: longest pair first, to the rank with the fewest tokens so far.
+    """Return the positions of a global batch per rank; the longest pair goes first to the least loaded rank.
 
-    Every rank computes the same answer from the same lengths, so nothing needs to be sent.
+    Every rank computes the same result from the same lengths, so ranks need not communicate.
     """
     shares: list[list[int]] = [[] for _ in range(world_size)]
     loads = [(0, rank) for rank in range(world_size)]
@@ -35,7 +35,7 @@ def balanced_shares(tokens: Sequence[int], world_size: int) -> list[list[int]]:
 
 
 class Packing(NamedTuple):
-    """How all pairs of a share are packed (see `OptimizerBatch.micro_batches`)."""
+    """The settings by which all pairs of a share are packed (see `OptimizerBatch.micro_batches`)."""
 
     responses: tuple[str, ...]
     layout: Layout
@@ -43,9 +43,9 @@ class Packing(NamedTuple):
 
 
 class PreferenceBatch:
-    """This rank's share of one optimizer batch (see `app.method.batch.OptimizerBatch`).
+    """A rank's share of one optimizer batch (see `app.method.batch.OptimizerBatch`).
 
-    A plain class rather than a container of tensors: nothing is moved to the device until it is packed.
+    It is not a container of tensors, so that nothing moves to the device before it is packed.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class PreferenceBatch:
         self.tokens = tokens
         self.micro_batch_tokens = micro_batch_tokens
         self.longest = longest  # tokens of the longest pair, and of the longest prompt with one response
-        self.packing: Packing | None = None  # as which all pairs were packed last
-        self._ahead: list[PackedRows] | None = None  # those rows, until they are asked for
+        self.packing: Packing | None = None  # the settings with which all pairs were last packed
+        self._ahead: list[PackedRows] | None = None  # rows packed in advance, until they are used
 
     def pack_ahead(self, packing: Packing) -> None:
-        """Pack all pairs now, for a call of `micro_batches` that asks for the same."""
+        """Pack all pairs now, for a later call of `micro_batches` with the same settings."""
         self._ahead = self.micro_batches(*packing)
 
     @property
     def pair_keys(self) -> torch.Tensor:
-        """Keys [B] int64 of this rank's pairs."""
+        """Return the keys [B] int64 of this rank's pairs."""
         return torch.tensor([pair.key for pair in self.share], dtype=torch.int64)
 
     def micro_batches(
@@ -84,7 +84,10 @@ class PreferenceBatch:
         balanced_row: float,
         pairs: Sequence[int] | None = None,
     ) -> list[PackedRows]:
-        """Pack `pairs` of the share (all when None) under the token budget."""
+        """Return `pairs` of the share (all if None) packed under the token budget.
+
+        Raises UserError if rejected responses are asked for and missing.
+        """
         if "rejected" in responses and any(pair.rejected is None for pair in self.share):
             raise UserError(
                 "This data holds demonstrations only, but preference optimisation needs rejected responses."
@@ -98,7 +101,7 @@ class PreferenceBatch:
         return pack(self.share, list(pairs), responses, layout, self.micro_batch_tokens, balanced_row)
 
     def stretched(self) -> PreferenceBatch:
-        """The longest pair that can come, and a short one beside it, of the share's own tokens."""
+        """Return a batch with a pair of the run's largest size and a short one, made of the share's tokens."""
         pairs = [stretched_pair(self.share, *sizes) for sizes in (self.longest, short(*self.longest)) if self.share]
         return PreferenceBatch(
             pairs, range(len(pairs)), ["", ""], {}, sum(self.longest), self.micro_batch_tokens, self.longest
@@ -106,13 +109,13 @@ class PreferenceBatch:
 
 
 def short(tokens: int, row: int) -> tuple[int, int]:
-    """The sizes of a pair that is short beside the longest: up to 16 tokens in every part."""
+    """Return the sizes of a pair that is short compared to the longest: up to 16 tokens in every part."""
     part = min(16, max(1, tokens // 8))
     return (3 * part if tokens > row else 2 * part), 2 * part
 
 
 def stretched_pair(share: Sequence[TokenisedPair], tokens: int, row: int) -> TokenisedPair:
-    """A pair of `tokens` tokens, of which prompt and chosen response are `row`, that repeats those of `share`.
+    """Return a pair of `tokens` tokens, `row` of them in prompt and chosen response, that repeats those of `share`.
 
     The rejected response begins as far from its prompt as these sizes allow.
     """
@@ -124,18 +127,18 @@ def stretched_pair(share: Sequence[TokenisedPair], tokens: int, row: int) -> Tok
 
 
 def longest_of(table: PairTable, rows: np.ndarray) -> tuple[int, int]:
-    """Tokens of the longest of these pairs, and of the longest prompt with one response; (0, 0) of none."""
+    """Return the tokens of the longest pair, and of the longest prompt with one response; (0, 0) without pairs."""
     return int(table.lengths[rows].max(initial=0)), int(table.row_lengths[rows].max(initial=0))
 
 
 class OptimizerBatchLoader:
-    """Yields a `PreferenceBatch` per optimizer step and continues exactly where it stopped.
+    """A loader that yields a `PreferenceBatch` per optimizer step and resumes exactly where it stopped.
 
     The order is a permutation keyed by (seed, epoch), the same on any number of ranks. The last batch of an
     epoch may be smaller; no pair is dropped. Lightning stores `state_dict()` with every checkpoint.
 
-    While a batch is in use, a thread makes the next one and packs it as the last one was. What is made depends on
-    no state but its place in the order, and only what was handed out counts as served.
+    While a batch is in use, a thread makes the next one and packs it with the settings of the last. A batch depends
+    only on its place in the order, and only batches that were yielded count as served.
     """
 
     def __init__(
@@ -161,21 +164,21 @@ class OptimizerBatchLoader:
         self.rank = rank
         self.world_size = world_size
         self.exchange = exchange
-        self.longest = longest or longest_of(table, indices)  # of all that the run reads, where that is more
+        self.longest = longest or longest_of(table, indices)  # may cover all splits of the run
         self.epoch = 0
-        self.pairs_served = 0  # of this epoch
+        self.pairs_served = 0  # in this epoch
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[PreferenceBatch]:
-        # Lightning asks for an iterator without having drained the last one: a finished epoch ends here. An
-        # evaluation always starts at its first pair, also after one that was cut short (the sanity check is).
+        # Lightning asks for a new iterator before it exhausts the last one, so a finished epoch ends here. An
+        # evaluation always starts at its first pair, even after one that was cut short, as the sanity check is.
         if self.pairs_served >= len(self.indices) or not self.shuffle:
             self.epoch += 1
             self.pairs_served = 0
         order = self._order()
-        packing: Packing | None = None  # as which the last batch was packed
+        packing: Packing | None = None  # settings with which the last batch was packed
         with ThreadPoolExecutor(1, "next-batch") as worker:
             ahead: Future[PreferenceBatch] | None = None
             while self.pairs_served < len(order):
@@ -192,7 +195,7 @@ class OptimizerBatchLoader:
         return np.random.default_rng([self.seed, self.epoch]).permutation(self.indices)
 
     def _batch(self, order: np.ndarray, start: int, packing: Packing | None) -> PreferenceBatch:
-        """The batch that begins at `start` in the order, packed already if it is known how."""
+        """Return the batch that begins at `start` in the order, packed in advance if `packing` is given."""
         rows = order[start : start + self.batch_size]
         if self.exchange is not None:
             rows = self.exchange(rows, self.epoch, start // self.batch_size)
@@ -212,7 +215,7 @@ class OptimizerBatchLoader:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, in pairs: a run that resumes with another `batch_size` loses and repeats none."""
+        """Return the position in pairs, so that a resume with another `batch_size` loses or repeats none."""
         return {
             "epoch": self.epoch,
             "pairs_served": self.pairs_served,

@@ -1,7 +1,7 @@
-"""Packing: pairs of any length into micro-batches of rows under a token budget.
+"""Packing of pairs of any length into micro-batches of rows under a token budget.
 
-A row holds several pairs, each as `[prompt | chosen | rejected]` with the prompt once. Short rows leave more
-of themselves empty, long rows cost more attention on a dense mask: the packer weighs one against the other.
+A row holds several pairs, each as `[prompt | chosen | rejected]` with the prompt once. Short rows waste more space
+on padding, and long rows cost more attention on a dense mask; the packer balances the two costs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from datamodules.records import TokenisedPair
 
 
 class Run(NamedTuple):
-    """One run of tokens that share a prompt: what the packer moves as a unit."""
+    """A run of tokens that share a prompt, which the packer places as a unit."""
 
-    pair: int  # index into the rank's share
+    pair: int  # index in the rank's share
     prompt: np.ndarray
     responses: list[np.ndarray]
     first_response: int  # index of its first response among all responses of the micro-batch's pairs
@@ -30,7 +30,7 @@ class Run(NamedTuple):
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: rows of indices whose lengths sum to at most `capacity`."""
+    """Return rows of indices whose lengths sum to at most `capacity`, by best-fit decreasing."""
     rows: list[list[int]] = []
     free: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -47,11 +47,11 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def plan_rows(lengths: Sequence[int], budget: int, balanced_row: float) -> list[list[list[int]]]:
-    """Micro-batches of rows of indices; every micro-batch holds at most `budget` tokens, padding included.
+    """Return micro-batches of rows of indices, each with at most `budget` tokens, padding included.
 
-    R rows of T tokens cost R·T·(1 + T/balanced_row): `balanced_row` is the row length at which attention costs
-    a token as much as everything else. Row lengths from the longest run upwards are tried, in steps of an
-    eighth, and the cheapest is taken. Raises ValueError when a single run exceeds `budget`.
+    R rows of T tokens cost R·T·(1 + T/balanced_row), where `balanced_row` is the row length at which attention
+    costs a token as much as everything else. The function tries row lengths from the longest run upwards, in steps
+    of an eighth, and takes the cheapest. Raises ValueError if a single run exceeds `budget`.
     """
     if not lengths:
         return []
@@ -73,7 +73,7 @@ def plan_rows(lengths: Sequence[int], budget: int, balanced_row: float) -> list[
 
 
 def plan_separate(lengths: Sequence[int], budget: int) -> list[list[list[int]]]:
-    """Like `plan_rows`, one run to a row; runs of like length share a micro-batch to pad little."""
+    """Return micro-batches like `plan_rows`, with one run per row and runs of similar length together."""
     batches: list[list[list[int]]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[index] > budget:
@@ -94,7 +94,7 @@ def pack(
     budget: int,
     balanced_row: float,
 ) -> list[PackedRows]:
-    """Pack the chosen `pairs` of a rank's `share` into micro-batches of at most `budget` tokens each."""
+    """Return the given `pairs` of a rank's `share`, packed in micro-batches of at most `budget` tokens each."""
     runs: list[Run] = []
     for pair in pairs:
         sides = [getattr(share[pair], side) for side in responses]
@@ -105,7 +105,7 @@ def pack(
     if layout == "packed":
         plan = plan_rows([run.tokens for run in runs], budget, balanced_row)
         return [lay_out([[runs[i] for i in row] for row in rows], len(responses), layout) for rows in plan]
-    # both rows of a pair must stand in one micro-batch: plan pairs by their longer row
+    # both rows of a pair must be in one micro-batch, so pairs are planned by their longer row
     per_pair = [runs[start : start + len(responses)] for start in range(0, len(runs), len(responses))]
     plan = plan_separate([max(run.tokens for run in group) for group in per_pair], max(1, budget // len(responses)))
     return [
@@ -115,7 +115,7 @@ def pack(
 
 
 def lay_out(rows: Sequence[Sequence[Run]], responses_per_pair: int, layout: Layout) -> PackedRows:
-    """Write runs into the tensors of a `PackedRows`, without a Python loop over tokens."""
+    """Return the runs as tensors in a `PackedRows`, without a Python loop over tokens."""
     width = max(sum(run.tokens for run in row) for row in rows)
     segments: list[np.ndarray] = []
     row_of, column_of, group_of, part_of, first_position, response_of, prompt_end = ([] for _ in range(7))
@@ -145,7 +145,7 @@ def lay_out(rows: Sequence[Sequence[Run]], responses_per_pair: int, layout: Layo
     lengths = np.array([len(segment) for segment in segments])
     starts = np.cumsum(lengths) - lengths
     tokens = np.concatenate(segments)
-    offset = np.arange(len(tokens)) - np.repeat(starts, lengths)  # of each token within its segment
+    offset = np.arange(len(tokens)) - np.repeat(starts, lengths)  # position of each token in its segment
     place = np.repeat(np.array(row_of) * width + np.array(column_of), lengths) + offset
 
     def grid(values: np.ndarray, fill: int) -> torch.Tensor:

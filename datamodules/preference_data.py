@@ -1,4 +1,4 @@
-"""Preference pairs from files and the Hub, as a LightningDataModule."""
+"""The LightningDataModule for preference pairs from files and the Hub."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from datamodules.tokenizer import read_tokenizer
 
 @checked
 class PreferenceData(PairDataModule):
-    """Pairs from files (.jsonl, .json, .csv, .tsv, .parquet, .arrow), a folder of them, or a Hub id.
+    """A DataModule with pairs from files (.jsonl, .json, .csv, .tsv, .parquet, .arrow), folders, or a Hub id.
 
     Args:
-        path: the training pairs; `predict` scores all of them. A pattern (`data/*.csv`) takes all files of such a
-            name. A list mixes several sources: paths, for which the options here hold, or entries with the fields
-            of `WeightedSource`; what these can give (splits, subset, format, …) is then not given here.
+        path: the training pairs; `predict` scores all of them. A pattern (`data/*.csv`) takes all matching files. A
+            list mixes several sources: paths, which use the options here, or entries with the fields of
+            `WeightedSource`; options that such entries have (splits, subset, format, …) are then not set here.
         validation_path: pairs for validation; none takes `validation_split` or `validation_share` of `path`.
         test_path: pairs for `test`; none takes `test_split` of `path`.
         split, validation_split, test_split: splits of a Hub id.
         subset: part of the Hub id `path`: a configuration (`alpaca-7b` of PKU-SafeRLHF) or a folder
             (`harmless-base` of Anthropic/hh-rlhf).
         revision: branch, tag or commit of the Hub id `path`.
-        validation_share: share of the prompts of `path` that is held out, with all their pairs.
+        validation_share: share of the prompts of `path` to hold out, with all their pairs.
         tokenizer: folder or Hub id; none takes the model's (`model.name`).
-        format: a name in the table of docs/data.md; `auto` tells the formats apart by row.
-        columns: what the data calls a field: `{prompt: question, chosen: good, rejected: bad}`.
-        min_score_ratio: pairs of SHP whose preferred comment scores less than this many times the other's are
-            left out, and counted.
-        preferred_by: which id of PKU-SafeRLHF decides: `better` is the more helpful, `safer` the less harmful.
-        on_bad_row: `error` stops at the first malformed row, naming file and line; `skip` counts it.
-        max_length, max_prompt_length: in tokens; a prompt is cut only when the longer response does not fit.
-        prompt_truncation: which end of a text that is cut stays; whole old turns of a dialogue go first.
-        chat_template: `auto` puts chat messages into the tokenizer's chat template and leaves text as it is; true
-            puts text and HH transcripts there too.
-        chat_template_kwargs: options of the template, say `enable_thinking: false`; a row's field of this name
-            comes before them.
+        format: a name in the table of docs/data.md; `auto` detects the format of each row.
+        columns: the data's name of each field: `{prompt: question, chosen: good, rejected: bad}`.
+        min_score_ratio: leave out (and count) pairs of SHP whose preferred comment scores less than this many times
+            the other's.
+        preferred_by: the id of PKU-SafeRLHF that decides: `better` is the more helpful, `safer` the less harmful.
+        on_bad_row: `error` stops at the first malformed row and names file and line; `skip` counts it.
+        max_length, max_prompt_length: in tokens; a prompt is cut only if the longer response does not fit.
+        prompt_truncation: the end of a cut text that is kept; whole old turns of a dialogue are cut first.
+        chat_template: `auto` formats chat messages with the tokenizer's chat template and leaves text unchanged;
+            true formats text and HH transcripts too.
+        chat_template_kwargs: options of the template, such as `enable_thinking: false`; a row's field of this name
+            overrides them.
 
     The other arguments are those of `PairDataModule`.
     """
@@ -96,8 +96,8 @@ class PreferenceData(PairDataModule):
             "preferred_by": preferred_by,
             "columns": columns,
         }
-        # `Path` stands in the type of `path` for jsonargparse: without it, it would take the content of the file
-        # for the option's value, as it does where an option may hold an object
+        # the type of `path` includes `Path` for jsonargparse, which otherwise would read the file and take its
+        # content as the value of the option, as for any option that may be an object
         self.mixed = isinstance(path, list)
         entries = path if isinstance(path, list) else [str(path)]
         self.sources = [WeightedSource(entry, **single) if isinstance(entry, str) else entry for entry in entries]
@@ -113,7 +113,7 @@ class PreferenceData(PairDataModule):
                         f"set data.{name}: {json.dumps(getattr(WeightedSource, name))}."
                     )
         for source in self.sources:
-            source.reading()  # refuses before a download
+            source.reading()  # raises for bad settings before a download
         self.paths: dict[Split, str | None] = {"validation": validation_path, "test": test_path}
         self.tokenizer_name = tokenizer
         self.on_bad_row: OnBadRow = on_bad_row
@@ -129,18 +129,18 @@ class PreferenceData(PairDataModule):
         name = self.tokenizer_name or getattr(self.module, "name", None)
         if name is None:
             raise UserError("data.tokenizer is missing: give the folder or Hub id of a tokenizer.")
-        # asked for without a word, transformers would put the question to whatever stands at the standard input
+        # an explicit value, because transformers otherwise asks on the standard input
         trusted = self.tokenizer_name is None and getattr(self.module, "trust_remote_code", False)
         return read_tokenizer(name, "data.tokenizer", trusted)
 
     @property
     def held_out(self) -> bool:
-        """Whether the validation pairs are a share of the prompts of the training pairs' sources."""
+        """Return whether the validation pairs are a share of the prompts of the training sources."""
         named = self.paths["validation"] or any(source.validation_split for source in self.sources)
         return self.validation_share > 0 and not named
 
     def sources_of(self, split: Split) -> list[tuple[WeightedSource, str]]:
-        """Where the pairs of a split come from: sources, each with the name of one of its splits."""
+        """Return the sources of the pairs of a split, each with the name of one of its splits."""
         if split in ("train", "predict") or (split == "validation" and self.held_out):
             return [(source, source.split) for source in self.sources]
         attribute = f"{split}_split"
@@ -176,7 +176,7 @@ class PreferenceData(PairDataModule):
     def rows_of(self, table: PairTable, split: Split) -> np.ndarray:
         rows = np.arange(len(table))
         if self.held_out and split in ("train", "validation"):
-            # the split must not move with the run's seed: a pair held out once is held out in every run
+            # a fixed seed, so that every run holds out the same pairs
             sides = split_by_prompt(table.prompt_keys, self.validation_share, seed=0)
             rows = sides[split == "validation"]
         if split == "predict" or not isinstance(table, JoinedTables):
@@ -184,6 +184,6 @@ class PreferenceData(PairDataModule):
         weight = {source.label: source.weight for source in self.sources}
         names = [str(part.labels["source"]) for part in table.parts]
         weights = [found for name in names if (found := weight.get(name)) is not None]
-        if len(weights) < len(names):  # a source without a weight gives all its pairs
+        if len(weights) < len(names):  # without weights every source gives all its pairs
             return rows
         return drawn_rows(table.part_of(rows), rows, weights, names)

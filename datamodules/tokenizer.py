@@ -1,4 +1,4 @@
-"""What decides the tokens of a tokenizer, and which of them end a response."""
+"""Functions on tokenizers: reading one, its stop ids, its fingerprint and its files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def read_tokenizer(name: str, option: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder or Hub id. Raises UserError, naming the `option`, where there is none."""
+    """Return the tokenizer of a folder or Hub id. Raises UserError that names the `option` if there is none."""
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever damaged files bring about
+    except Exception as error:  # damaged files raise errors of many types
         lines = [line.strip(" :") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise UserError(f"{option}: no tokenizer at {name!r} ({lines[0]}): give the folder of one.") from error
 
@@ -32,13 +32,13 @@ def read_tokenizer(name: str, option: str, trust_remote_code: bool = False) -> P
 def stop_ids(
     tokenizer: PreTrainedTokenizerBase, settings: Tokenisation, *further: int | list[int] | None
 ) -> list[int]:
-    """Return the ids that end a response: the end of turn of the chat template, EOS, and those of `further`."""
+    """Return the ids that end a response: the end-of-turn of the chat template, EOS, and those of `further`."""
     ends: list[int | None] = []
     if tokenizer.chat_template and settings.chat_template is not False:
         try:
             template = ChatTemplate(tokenizer, settings.chat_template_kwargs)
             ends.append(template.frame([Message("user", "Hello")]).stop)
-        except Refused:  # what no conversation can be put into ends none
+        except Refused:  # a template that accepts no conversation has no end-of-turn
             pass
     ends.append(tokenizer.eos_token_id)
     for given in further:
@@ -47,12 +47,12 @@ def stop_ids(
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that decides the tokens: vocabulary, rules, special tokens, chat template."""
+    """Return a hash of everything that decides the tokens: vocabulary, rules, special tokens, chat template."""
     digest = hashlib.blake2b(digest_size=16)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
-        # the last call's truncation and padding are kept there, and never ours
+        # truncation and padding are state of the last call, and this project uses neither
         rules.pop("truncation", None)
         rules.pop("padding", None)
         digest.update(json.dumps(rules, sort_keys=True).encode())
@@ -67,7 +67,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         tokenizer.eos_token_id,
         tokenizer.chat_template,
         getattr(tokenizer, "split_special_tokens", False),
-        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},  # templates know them
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},  # chat templates may use them
         TEMPLATE_DATE.isoformat(),
     ]
     digest.update(json.dumps(rest, sort_keys=True).encode())
@@ -75,7 +75,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What `save_pretrained` writes, by file name."""
+    """Return the text of the files that `save_pretrained` writes, by name."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("*.*"))}

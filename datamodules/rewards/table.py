@@ -1,4 +1,4 @@
-"""A table of pairs with their rewards as two more label columns."""
+"""The view of a table of pairs that adds their rewards as two label columns."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from datamodules.table.labels import make_room
 
 
 class RewardedTable:
-    """`table` as a `PairTable` with the labels `chosen_reward` and `rejected_reward`.
+    """A `PairTable` view of `table` with the labels `chosen_reward` and `rejected_reward`.
 
-    `rewards` has the columns `pair_id` and these two for every pair of the table, in any order. A column of the
-    data of one of these names is called `<name>_in_data`. `scored` [N] says which pairs have rewards.
+    `rewards` has the columns `pair_id` and these two for every pair of the table, in any order. A data column with
+    one of these names is renamed to `<name>_in_data`. `scored` [N] says which pairs have rewards.
     """
 
     def __init__(self, table: PairTable, rewards: pa.Table) -> None:
@@ -30,7 +30,7 @@ class RewardedTable:
         self.answer_keys = table.answer_keys
         self.label_kinds = make_room(table.label_kinds, COLUMNS) | {name: ["float"] for name in COLUMNS}
         places = pc.index_in(table.id_column, value_set=rewards.column("pair_id").combine_chunks())
-        self._places = places.to_numpy()  # [N] int, where the rewards of each pair stand
+        self._places = places.to_numpy()  # [N] int, row in `rewards` of each pair
         if places.null_count:
             raise ValueError(f"{places.null_count} pairs were not scored")
         self._rewards = rewards
@@ -63,9 +63,9 @@ class RewardedTable:
 
 
 def rows_with_reward(tables: Sequence[PairTable], rows: np.ndarray) -> np.ndarray:
-    """Those of `rows` of these tables, one behind the other, that have rewards or need none.
+    """Return those `rows` of the concatenated tables that have rewards or need none.
 
-    Raises UserError when none is left.
+    Raises UserError if none remains.
     """
     scored = [table.scored if isinstance(table, RewardedTable) else np.ones(len(table), bool) for table in tables]
     kept = rows[np.concatenate(scored)[rows]]

@@ -24,10 +24,10 @@ _COLUMNS = {*FIELDS, *TEMPLATE_FIELDS, "pair_id", "chosen_reward", "rejected_rew
 class RowReading:
     """The settings that decide how rows are read.
 
-    `need_rejected`: a demonstration is a bad row. `min_score_ratio`: of SHP, see `shp_pair`. `preferred_by`:
-    of PKU-SafeRLHF, see `pku_saferlhf_pair`. `columns`: names of the data's columns by our field. `prompts_only`:
-    rows without an answer are read, too; the answer of any row means nothing. Raises UserError for settings that do
-    not go together, and for unknown names.
+    `need_rejected`: a demonstration is a bad row. `min_score_ratio`: for SHP, see `shp_pair`. `preferred_by`: for
+    PKU-SafeRLHF, see `pku_saferlhf_pair`. `columns`: names of the data's columns by our field. `prompts_only`: rows
+    without an answer are read too, and answers are ignored. Raises UserError for settings that do not go together,
+    and for unknown names.
     """
 
     format: RowFormat = "auto"

@@ -1,4 +1,4 @@
-"""Lookup by prompt of the samples that `beta-dpo generate` wrote."""
+"""Lookup of the samples of `beta-dpo generate` by prompt."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Sample(NamedTuple):
 
 
 class SampleFile:
-    """The samples of a file. Memory holds only the position of each, little more than 8 bytes."""
+    """The samples of a file, of which memory holds only the positions."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._places: dict[int, list[int]] = {}  # the samples of a prompt, by its key, as places in the file
+        self._places: dict[int, list[int]] = {}  # byte offsets of the samples of each prompt, by its key
         for place, row in read_samples(path):
             self._places.setdefault(prompt_key(read_prompt(row["prompt"])), []).append(place)
 

@@ -1,4 +1,4 @@
-"""Tokenised pairs on disk, mapped into memory, so that RAM does not grow with their number."""
+"""Tokenised pairs on disk, mapped into memory so that RAM use does not grow with their number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from app.files import file_hash
 from datamodules.records import TokenisedPair
 from datamodules.table.labels import as_text, kept_as_text
 
-TABLE_VERSION = 5  # raise when reading, tokenising or the layout below changes what a table holds
+TABLE_VERSION = 5  # raise if a change of reading, tokenising or the layout below changes the content of tables
 _TOKENS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     [
@@ -36,13 +36,13 @@ class DamagedTable(Exception):
 
 
 class TokenisedTable:
-    """N tokenised pairs, read-only, in a folder of `pairs.arrow` and `table.json`. Open by `open_table`.
+    """A read-only table of N tokenised pairs in a folder of `pairs.arrow` and `table.json`; see `open_table`.
 
     Attributes: `prompt_lengths`, `chosen_lengths`, `rejected_lengths` (0 for a demonstration), their sum
     `lengths`, and `row_lengths` of the prompt with the longer response, each [N] int64 in tokens; `prompt_keys`
     [N] int64, equal for equal prompts; `answer_keys` [N, 2] int64 of chosen and rejected response, likewise;
     `label_kinds`, the types of the values by label; `has_rejected`, whether every pair has a rejected response;
-    `report`, counts by what happened to the rows, and `examples`, the first few places for each kind of loss.
+    `report`, counts of rows by outcome, and `examples`, the first few places for each kind of loss.
     """
 
     def __init__(self, folder: Path, table: pa.Table, meta: dict[str, Any]) -> None:
@@ -71,7 +71,7 @@ class TokenisedTable:
         return len(self._table)
 
     def __getitem__(self, index: int) -> TokenisedPair:
-        """The tokens of pair `index`. Raises IndexError."""
+        """Return the tokens of pair `index`. Raises IndexError if there is no such pair."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         index = int(index) % len(self)
@@ -79,28 +79,28 @@ class TokenisedTable:
         return TokenisedPair(self._prompts[index], self._chosen[index], rejected)
 
     def keys(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """`TokenisedPair.key` of these pairs, [n] int64."""
+        """Return `TokenisedPair.key` of these pairs, [n] int64."""
         return np.array([self[int(index)].key for index in indices], dtype=np.int64)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return open_table, (self.folder,)  # a loader's worker maps the same file
+        return open_table, (self.folder,)  # another process maps the same file
 
     @cached_property
     def largest_id(self) -> int:
-        """The largest token id of all pairs; -1 of none."""
+        """Return the largest token id of all pairs; -1 without tokens."""
         return max(column.largest() for column in (self._prompts, self._chosen, self._rejected))
 
     @property
     def id_column(self) -> pa.ChunkedArray:
-        """The ids of all pairs, in the mapped file."""
+        """Return the ids of all pairs as a column of the mapped file."""
         return self._table.column("pair_id")
 
     def pair_ids(self, indices: Sequence[int] | np.ndarray) -> list[str]:
-        """The ids of these pairs."""
+        """Return the ids of these pairs."""
         return self._take("pair_id", indices)
 
     def labels(self, indices: Sequence[int] | np.ndarray) -> dict[str, list[object]]:
-        """Each label's values for these pairs: None where a row lacks it, text where types are mixed."""
+        """Return each label's values for these pairs: None if a row lacks the label, text if types are mixed."""
         rows = [json.loads(text) for text in self._take("labels", indices)] if self.label_kinds else []
         columns = {name: [row.get(name) for row in rows] for name in self.label_kinds}
         for name, kinds in self.label_kinds.items():
@@ -113,7 +113,7 @@ class TokenisedTable:
 
 
 class _TokenColumn:
-    """Token ids by row, read where they lie: offsets and values of every chunk as arrays, nothing copied."""
+    """A column of token ids by row, read without a copy by the offsets and values of every chunk."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self._starts = np.cumsum([0, *map(len, column.chunks)])  # row where each chunk begins
@@ -126,17 +126,17 @@ class _TokenColumn:
         return self._values[chunk][first:end].astype(np.int64)
 
     def largest(self) -> int:
-        """The largest id of all rows; -1 of none."""
+        """Return the largest id of all rows; -1 without ids."""
         return max((int(values.max(initial=-1)) for values in self._values), default=-1)
 
     def lengths(self) -> np.ndarray:
-        """Tokens of every row, [N] int64."""
+        """Return the number of tokens of every row, [N] int64."""
         lengths = [np.diff(offsets) for offsets in self._offsets]
         return np.concatenate(lengths).astype(np.int64) if lengths else np.zeros(0, np.int64)
 
 
 def open_table(folder: Path) -> TokenisedTable:
-    """Map the table in `folder` into memory. Raises DamagedTable when it is incomplete or altered."""
+    """Return the table in `folder`, mapped into memory. Raises DamagedTable if it is incomplete or altered."""
     try:
         meta = json.loads((folder / "table.json").read_text(encoding="utf-8"))
         if meta["version"] != TABLE_VERSION:

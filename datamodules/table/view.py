@@ -1,4 +1,4 @@
-"""What a loader asks of pairs, and pairs of several tables as one."""
+"""The interface of a table of pairs that loaders use, and a view that joins several tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from datamodules.table.labels import as_text, kept_as_text, label_kind, make_roo
 
 
 class PairTable(Protocol):
-    """N tokenised pairs: `TokenisedTable`, or a view of several that copies nothing."""
+    """A table of N tokenised pairs: a `TokenisedTable`, or a view of tables that copies nothing."""
 
     lengths: np.ndarray  # [N] int64, tokens of a pair, its prompt once
     row_lengths: np.ndarray  # [N] int64, tokens of its prompt and its longer response
@@ -40,7 +40,7 @@ class PairTable(Protocol):
 
 
 def find(table: PairTable, pair_ids: Sequence[str]) -> list[int]:
-    """Where the pairs of these ids stand. Raises KeyError for an id that is not in the table."""
+    """Return the rows of the pairs with these ids. Raises KeyError for an id that is not in the table."""
     found = pc.index_in(pa.array(pair_ids, pa.string()), value_set=table.id_column).to_pylist()
     if None in found:
         raise KeyError(pair_ids[found.index(None)])
@@ -48,7 +48,7 @@ def find(table: PairTable, pair_ids: Sequence[str]) -> list[int]:
 
 
 class Part(NamedTuple):
-    """A table that is joined to others, the labels that all its pairs get, and what is put before their ids."""
+    """A table to be joined to others, with the labels for all its pairs and the prefix of their ids."""
 
     table: PairTable
     labels: Mapping[str, object]
@@ -56,9 +56,9 @@ class Part(NamedTuple):
 
 
 class JoinedTables:
-    """Tables one behind the other, as a `PairTable`.
+    """A concatenation of tables, as a `PairTable`.
 
-    A pair has the labels of its part beside its own; of two columns of one name, that of the data is called
+    A pair has its own labels and those of its part; a data column with the name of a part's label is renamed to
     `<name>_in_data`.
     """
 
@@ -95,7 +95,7 @@ class JoinedTables:
         return np.array([self[int(index)].key for index in indices], dtype=np.int64)
 
     def part_of(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The numbers of the parts where these pairs stand, [n] int64."""
+        """Return the number of the part of each of these pairs, [n] int64."""
         return np.searchsorted(self.starts, np.asarray(indices, dtype=np.int64), side="right") - 1
 
     @property
@@ -124,7 +124,7 @@ class JoinedTables:
         return columns
 
     def _by_part(self, indices: Sequence[int] | np.ndarray) -> list[tuple[Part, list[int], np.ndarray]]:
-        """Of every part that has any of these pairs: their places among `indices`, and their rows in its table."""
+        """Return each part with any of these pairs, their places among `indices`, and their rows in its table."""
         found = np.asarray(indices, dtype=np.int64)
         numbers = self.part_of(found)
         return [
