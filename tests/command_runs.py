@@ -85,7 +85,8 @@ def command(folder: Path, *arguments: str, fault: str = "", **environment: str) 
     with an environment of its own, or of several ranks, starts as a user's does.
     """
     line, settings = command_line(folder, *arguments, fault=fault, **environment)
-    if environment or "--trainer.devices" in arguments:
+    read_at_import = any(not name.startswith("BETA_DPO_") for name in environment)
+    if read_at_import or "--trainer.devices" in arguments:
         return subprocess.run(line, **settings, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
     with tempfile.TemporaryDirectory() as logs:
         said = [Path(logs, name) for name in ("stdout", "stderr")]

@@ -28,6 +28,14 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_launcher() -> Iterator[None]:
+    """Forget what a strategy of several ranks leaves behind: a later run would take it for its launcher."""
+    yield
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a random Llama over the tokens of the controlled task."""

@@ -257,7 +257,12 @@ def test_the_table_lists_everything() -> None:
     assert table(committed()) == TABLE.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+QUICK = ("sigmoid", "ipo", "simpo")  # a logit, a square with a target, and no reference
+
+
+@pytest.mark.parametrize(
+    "loss", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES]
+)
 def test_every_schedule_under_every_loss(loss: str, tiny_llama: str, tmp_path: Path) -> None:
     told = committed()
     for parts in covering():

@@ -166,6 +166,7 @@ def test_no_space_left(small_disk: Path, run_config: Path) -> None:
         torch.load(checkpoint, weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_shards_are_written(run_config: Path) -> None:
     strategy = ["--trainer.strategy", "ShardedStrategy", "--trainer.strategy.replicas", "1"]
     stopped = command(

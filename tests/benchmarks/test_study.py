@@ -115,6 +115,7 @@ def test_headings_are_found() -> None:
     assert anchor("β-DPO is robust to α and ρ") == "β-dpo-is-robust-to-α-and-ρ"
 
 
+@pytest.mark.slow
 def test_the_commands_of_a_run_are_listed() -> None:
     line = [sys.executable, "-m", "benchmarks.study"]
     done = subprocess.run([*line, "--list"], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -215,6 +215,7 @@ print(hashlib.sha256(repr(made).encode()).hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_every_process_makes_the_same_texts() -> None:
     made = preference_pairs(50, seed=3, gap="any"), demonstrations(50, seed=3), prompts(50, seed=3)
     expected = hashlib.sha256(repr(made).encode()).hexdigest()

@@ -22,6 +22,7 @@ def two_ranks(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_two_ranks_equal_one_in_every_part(scenario: str, two_ranks: Path, tiny_llama: str, tmp_path: Path) -> None:
     expected_final = train_arm(tiny_llama, tmp_path, *SCENARIOS[scenario])

@@ -22,6 +22,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator is glibc's")
 @pytest.mark.parametrize("own_setting", [{}, {"MALLOC_MMAP_THRESHOLD_": "1048576"}])
 def test_a_freed_tensor_is_not_mapped_again(own_setting: dict[str, str]) -> None:
