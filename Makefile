@@ -151,4 +151,4 @@ test: lint
 
 test-slow: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
-	$(BIN)/python -m pytest --durations 15 -m slow
+	$(BIN)/python -m pytest $(PYTEST) -m slow
