@@ -62,7 +62,8 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel: Path) -> None:
 def test_recipes_and_shapes_are_found_by_name(elsewhere: Path) -> None:
     where = beta_dpo(elsewhere, "fit", "--config", "quickstart", "--config=method/dpo", "--print_config")
     assert "class_path: lightning_modules.PreferenceOptimization" in where
-    plan = beta_dpo(elsewhere, "plan", "--config", "configs/hh_pythia.yaml", "--devices_per_node", "1")
+    shape = ("--shape", "EleutherAI/pythia-410m")
+    plan = beta_dpo(elsewhere, "plan", "--config", "configs/hh_pythia.yaml", "--devices_per_node", "1", *shape)
     assert "micro_batch_tokens" in plan
 
 
