@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -130,6 +131,9 @@ def test_a_sample_of_bad_values_gets_a_sentence(parse: Callable[[list[str]], str
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "EVERY_OPTION" not in os.environ, reason="two thousand starts, a quarter of an hour: EVERY_OPTION=1"
+)
 def test_every_bad_value_of_every_option_gets_a_sentence(parse: Callable[[list[str]], str | None]) -> None:
     check(parse, [(chosen, name, value) for chosen, name in options() for value in BAD])
 
