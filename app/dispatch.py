@@ -19,7 +19,6 @@ from app.commands import COMMANDS
 from app.errors import UserError
 from app.files import shipped
 from app.help import brief_help, trainer_options
-from app.main import TRAINER_COMMANDS
 from app.mistakes import causes, plain_sentence
 from app.options import sentence
 from app.planning import run_plan
@@ -37,16 +36,16 @@ def run(command: str, arguments: list[str]) -> None:
     """Run `command`, the first of `arguments`. Exits with status 2 and one sentence if the user made a mistake."""
     be_quiet()
     try:
-        if command in TRAINER_COMMANDS:
+        if command not in COMMANDS:
             arguments = with_shipped_configs(arguments)
         if command == "plan":
             run_plan(arguments)
         elif command == "show":
             run_show(arguments)
-        elif command in TRAINER_COMMANDS and {"-h", "--help"} & set(arguments):
+        elif command not in COMMANDS and {"-h", "--help"} & set(arguments):
             print(brief_help(command))
             sys.exit()
-        elif command in TRAINER_COMMANDS:
+        elif command not in COMMANDS:
             run_trainer_command(arguments)
         else:
             function = COMMANDS[command]

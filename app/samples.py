@@ -43,7 +43,7 @@ def _sample(line: bytes, where: str) -> dict[str, Any]:
             return dict(row)
     except (ValueError, KeyError, TypeError):
         pass
-    raise UserError(f"{where} is not a sample as `beta-dpo generate` writes it; sample anew.")
+    raise UserError(f"{where} is not a sample as `beta-dpo generate` writes it; sample again.")
 
 
 def _is_prompt(value: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 import yaml
 
@@ -110,6 +111,20 @@ def run_here(folder: Path, arguments: Sequence[str], variables: dict[str, str], 
     sys.argv = ["beta-dpo", *arguments]
     torch.set_num_threads(1)
     main(arguments)
+
+
+def refusal(arguments: Sequence[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """Run a command here that must be refused; return its one sentence, which is the last line of stderr."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    shown = capfd.readouterr().err
+    assert stop.value.code == 2, shown
+    assert "Traceback" not in shown
+    sentences = [line for line in shown.splitlines() if line.startswith("beta-dpo: ")]
+    assert len(sentences) == 1, shown
+    assert sentences[0] == shown.splitlines()[-1]
+    return sentences[0].removeprefix("beta-dpo: ")
 
 
 def fit(folder: Path, fault: str = "", *options: str) -> subprocess.CompletedProcess[str]:

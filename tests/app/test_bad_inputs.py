@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_runs import write_config
+from command_runs import refusal, write_config
 from safetensors.torch import load_file, save_file
 from tiny_runs import save_reward_model, tiny_model
-
-from app.main import main
 
 LIGHTNING = "lightning.pytorch"
 TORCH = "torch.optim"
@@ -339,18 +337,6 @@ def folder(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def refused(words: list[str], capfd: pytest.CaptureFixture[str]) -> str:
-    """Return the one sentence with which a command ends."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    shown = capfd.readouterr().err
-    assert stop.value.code == 2, shown
-    assert "Traceback" not in shown
-    (sentence,) = [line for line in shown.splitlines() if line.startswith("beta-dpo: ")]
-    return sentence.removeprefix("beta-dpo: ")
-
-
 def test_the_table_in_the_docs() -> None:
     counts = {kind: len(cases) for kind, cases in OF_A_RUN.items()} | {"model folders": len(OF_A_MODEL)}
     assert sum(counts.values()) >= 150
@@ -367,7 +353,7 @@ def test_options_of_a_run(
     words: str, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    assert said in refused([*FIT.split(), "--trainer.max_steps=2", *shlex.split(words)], capfd)
+    assert said in refusal([*FIT.split(), "--trainer.max_steps=2", *shlex.split(words)], capfd)
     assert not list((folder / "runs").rglob("*"))
 
 
@@ -384,7 +370,7 @@ def test_model_folders(
     monkeypatch.chdir(folder)
     shutil.copytree(tiny_llama, tmp_path / "m")
     change(tmp_path / "m")
-    sentence = refused([*FIT.split(), "--trainer.max_steps=2", f"--model.name={tmp_path / 'm'}"], capfd)
+    sentence = refusal([*FIT.split(), "--trainer.max_steps=2", f"--model.name={tmp_path / 'm'}"], capfd)
     assert said in sentence
     assert sentence.startswith(("model.name: ", "data."))
 
@@ -397,7 +383,7 @@ def test_files_as_models(
 ) -> None:
     file = tmp_path / f"m{suffix}"
     file.write_bytes(b"x")
-    assert said in refused(["fit", "--config", str(folder / "config.yaml"), f"--model.name={file}"], capfd)
+    assert said in refusal(["fit", "--config", str(folder / "config.yaml"), f"--model.name={file}"], capfd)
 
 
 @pytest.mark.parametrize(
@@ -418,5 +404,5 @@ def test_models_to_sample_from(
 ) -> None:
     shutil.copytree(tiny_llama, tmp_path / "m")
     change(tmp_path / "m")
-    assert said in refused(["generate", str(tmp_path / "m"), str(tmp_path / "out.jsonl"), "--count", "2"], capfd)
+    assert said in refusal(["generate", str(tmp_path / "m"), str(tmp_path / "out.jsonl"), "--count", "2"], capfd)
     assert not (tmp_path / "out.jsonl").exists()

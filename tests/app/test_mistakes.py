@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_runs import command, write_config
+from command_runs import command, refusal, write_config
 
 from app.dispatch import go_on
 from app.main import main
@@ -26,21 +26,9 @@ RUN = Path("runs") / "run"
 
 @pytest.fixture
 def told(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must be refused; returns its one sentence."""
+    """Return a function that runs a command that must be refused, and returns its one sentence."""
 
-    def run(*arguments: str) -> str:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main(arguments)
-        shown = capfd.readouterr().err
-        assert stop.value.code == 2, shown
-        assert "Traceback" not in shown
-        sentences = [line for line in shown.splitlines() if line.startswith("beta-dpo: ")]
-        assert len(sentences) == 1
-        assert sentences[0] == shown.splitlines()[-1]
-        return sentences[0].removeprefix("beta-dpo: ")
-
-    return run
+    return lambda *arguments: refusal(arguments, capfd)
 
 
 @pytest.fixture
