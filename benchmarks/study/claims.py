@@ -179,9 +179,9 @@ def extension_claims(rows: Rows) -> list[Claim]:
         Claim(
             "reference",
             "Reference weights, a second arm of our own",
-            "Not in the paper ([reference weights](method.md#reference-weights)): pairs count less by the "
-            "probability, estimated from the reference's margins, that their label is flipped. At β and rate of the best "
-            f"static β, and at β0 = {LARGER:g}; intervals are 95 % for both together (Bonferroni).",
+            "Not in the paper ([reference weights](method.md#reference-weights)): pairs count less by "
+            "the probability, estimated from the reference's margins, that their label is flipped. At β and rate "
+            f"of the best static β, and at β0 = {LARGER:g}; intervals are 95 % for both together (Bonferroni).",
             by_flip_rate(rows, "reference_weights", best, best, LARGER),
         ),
     ]
