@@ -16,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from app.method.beta import BetaBounds, BetaSchedule
 from app.method.moments import RunningMoments
 from app.method.selection import gaussian_log_weights, gumbel_top_k, number_kept, selection_noise
 from app.run_folder import read_audit
+from benchmarks.tables import markdown
 
 STEPS, PAIRS, KEEP_RATIO = 478, 128, 0.8  # configs/ultrafeedback_instruct.yaml
 SCHEDULES = {
@@ -64,31 +63,28 @@ def multiples(batches: Sequence[torch.Tensor], schedule: BetaSchedule, bounds: B
     return np.array(found)
 
 
-def table_of(title: str, batches: Sequence[torch.Tensor]) -> Table:
-    """Return one row per schedule: the spread of β/β0, and how often it is near 1 or at a bound."""
-    table = Table(title=title, title_justify="left")
-    for column in ("schedule", "β/β0, 5 % to 95 % of steps", "within a factor of 3", "at a bound"):
-        table.add_column(column)
+def print_table(title: str, batches: Sequence[torch.Tensor]) -> None:
+    """Print one row per schedule: the spread of β/β0, and how often it is near 1 or at a bound."""
+    rows = []
     for name, (schedule, bounds) in SCHEDULES.items():
         beta = multiples(batches, schedule, bounds)
         low, high = np.quantile(beta, [0.05, 0.95])
         met = (beta <= bounds.floor) | (beta >= (bounds.ceiling or np.inf))
         inside = (beta >= 1 / 3) & (beta <= 3)
-        table.add_row(name, f"{low:.2f} to {high:.2f}", f"{inside.mean():.1%}", f"{met.mean():.1%}")
-    return table
+        rows.append([name, f"{low:.2f} to {high:.2f}", f"{inside.mean():.1%}", f"{met.mean():.1%}"])
+    header = ["schedule", "β/β0, 5 % to 95 % of steps", "within a factor of 3", "at a bound"]
+    print(f"{title}\n\n{markdown(header, rows, aligned=True)}\n", flush=True)
 
 
 def main() -> None:
-    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--audit", nargs="+", type=Path, metavar="RUN", help="log folders to replay")
-    console = Console(width=100)
     if runs := parser.parse_args().audit:
         for run in runs:
-            console.print(table_of(f"{run}, recorded gaps", list(recorded_gaps(run))))
+            print_table(f"{run}, recorded gaps", list(recorded_gaps(run)))
         return
     for std in (2.0, 10.0, 20.0, 40.0, 60.0):
-        console.print(table_of(f"simulated gaps, σ = {std:g} nats at the end", list(simulated_gaps(std))))
+        print_table(f"simulated gaps, σ = {std:g} nats at the end", list(simulated_gaps(std)))
 
 
 if __name__ == "__main__":

@@ -18,16 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from app.files import atomic_file
-from benchmarks.tables import RESULTS
+from benchmarks.tables import ROOT, save, today
 
-ROOT = Path(__file__).parents[1]
 # head width, query heads, key heads, window, soft cap
 CELLS: dict[str, tuple[int, int, int, int | None, float | None]] = {
     "64": (64, 4, 4, None, None),
@@ -56,13 +52,11 @@ def main() -> None:
     import triton
 
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    entry: dict[str, Any] = {"date": date.today().isoformat(), "versions": versions, "cells": {}}
+    entry: dict[str, Any] = {"date": today(), "versions": versions, "cells": {}}
     for name in CELLS:
         entry["cells"][name] = in_a_process(name, options.limit)
         print(name, entry["cells"][name], flush=True)
-        entries = json.loads(RESULTS.read_text(encoding="utf-8")) | {"codegen": entry}
-        with atomic_file(RESULTS) as temporary:
-            temporary.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        save(entry, "codegen")
 
 
 def in_a_process(name: str, limit: int) -> dict[str, Any]:

@@ -30,18 +30,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tiny_runs import VOCABULARY, beta_dpo, controlled, preference, save_tiny_model
 
 import callbacks
+from benchmarks.tables import markdown
 from lightning_modules.scorer import ResponseScorer
 
 SEVERAL = {"micro_batch_tokens": 130}
 
 
 def every_callback() -> list[Any]:
-    return [
-        *beta_dpo(),
-        callbacks.PairAudit(),
-        callbacks.BetaDashboard(kl_every_n_steps=1),
-        callbacks.HealthMonitor(),
-    ]
+    dashboard = callbacks.BetaDashboard(kl_every_n_steps=1)
+    return [*beta_dpo(), callbacks.PairAudit(), dashboard, callbacks.HealthMonitor()]
 
 
 RUNS: dict[str, tuple[Any, dict[str, int], dict[str, Any]]] = {
@@ -54,20 +51,6 @@ RUNS: dict[str, tuple[Any, dict[str, int], dict[str, Any]]] = {
 }
 
 
-class Passes:
-    """A counter of forward passes with and without gradient."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-
-    def on_forward(self, forward: Any) -> Any:
-        def counting(scorer: ResponseScorer, *args: Any, **settings: Any) -> Any:
-            self.counts["with gradient" if torch.is_grad_enabled() else "without"] += 1
-            return forward(scorer, *args, **settings)
-
-        return counting
-
-
 COLUMNS = (
     *("step", "host waits", "passes with gradient", "passes without", "operations"),
     *("bytes: weights converted", "logits converted", "reference"),
@@ -76,19 +59,25 @@ COLUMNS = (
 
 def measure(model: str, folder: str, made: Any, data: dict[str, int], settings: dict[str, Any]) -> tuple[int, ...]:
     """Return the counts of `COLUMNS` (without the label) for the last step."""
-    passes = Passes()
+    passes: Counter[bool] = Counter()  # by whether there is a gradient
+    forward = ResponseScorer.forward
+
+    def counted(scorer: ResponseScorer, *args: Any, **settings: Any) -> Any:
+        passes[torch.is_grad_enabled()] += 1
+        return forward(scorer, *args, **settings)
+
     with cuda_stand_in() as device:
 
         class Cleared(Window):
             def on_train_batch_start(self, *args: object) -> None:
                 super().on_train_batch_start(*args)
-                passes.counts.clear()
+                passes.clear()
                 device.converted.clear()
 
         window = Cleared(device)
         logger = TensorBoardLogger(folder, version="")
         trainer = cuda_trainer(Path(folder), [*made(), window], "bf16-mixed", max_steps=3, logger=logger)
-        with mock.patch.object(ResponseScorer, "forward", passes.on_forward(ResponseScorer.forward)):
+        with mock.patch.object(ResponseScorer, "forward", counted):
             module = preference(model, attention="flex", **settings)
             trainer.fit(module, controlled(40, **data))
     for event, number in sorted(Counter(window.waits).items()) if "--places" in sys.argv else ():
@@ -100,23 +89,24 @@ def measure(model: str, folder: str, made: Any, data: dict[str, int], settings: 
         elif width == VOCABULARY:
             moved["logits"] += number
     reference = sum(p.nbytes for scorer in module.scorers[1:] for p in scorer.parameters())
-    counts = len(window.waits), passes.counts["with gradient"], passes.counts["without"], window.operations
+    counts = len(window.waits), passes[True], passes[False], window.operations
     return *counts, moved["weights"], moved["logits"], reference
 
 
 def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    rows = []
     with tempfile.TemporaryDirectory() as models:
         model = save_tiny_model("llama", Path(models))
         for name, run in RUNS.items():
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    row = [f"{number}" for number in measure(model, folder, *run)]
+                    found = [f"{number}" for number in measure(model, folder, *run)]
                 except RuntimeError as error:
-                    row = [f"fails: {str(error).splitlines()[0]}"] + [""] * (len(COLUMNS) - 2)
-            print(f"| {name} | {' | '.join(row)} |", flush=True)
+                    found = [f"fails: {str(error).splitlines()[0]}"] + [""] * (len(COLUMNS) - 2)
+            rows.append([name, *found])
+    print(markdown(COLUMNS, rows, aligned=True))
 
 
 if __name__ == "__main__":

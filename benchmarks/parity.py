@@ -17,15 +17,18 @@ import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from benchmarks import parity_method
-from benchmarks.parity_method import State
 from benchmarks.parity_runs import Bench, Run, distance, fit, norm
+from benchmarks.tables import markdown, versions
+
+Parameters = dict[str, Tensor]
 
 
 @dataclass
@@ -43,21 +46,25 @@ class Row:
         return self.difference <= self.tolerance  # False for NaN
 
 
+def parameter_rows(against: str, subject: str, bench: Bench, ours: Parameters, theirs: Parameters) -> list[Row]:
+    """Return how far apart two policies are that were trained from the weights of `bench`."""
+    apart = distance(ours, theirs)
+    return [
+        Row(against, subject, "parameters ÷ their norm", apart / norm(theirs), 1e-5),
+        Row(against, subject, "parameters ÷ way travelled", apart / distance(bench.parameters(), theirs), 1e-3),
+    ]
+
+
 def trl_rows(bench: Bench) -> list[Row]:
     """Return the comparison of losses at a fixed β with TRL, over ten AdamW steps each."""
     from benchmarks import parity_trl
 
-    against, start, rows = f"TRL {version('trl')}", bench.parameters(), []
+    against, rows = f"TRL {version('trl')}", []
     for outcome in parity_trl.compare(bench):
         # relative for IPO and SPPO, whose losses start at 25 and 50
         losses = [abs(a - b) / max(1.0, abs(b)) for a, b in zip(outcome.ours, outcome.theirs, strict=True)]
-        apart = distance(outcome.our_parameters, outcome.their_parameters)
-        moved = distance(start, outcome.their_parameters)
-        rows += [
-            Row(against, outcome.name, f"loss, {len(losses)} steps", float(np.max(losses)), 1e-5),
-            Row(against, outcome.name, "parameters ÷ their norm", apart / norm(outcome.their_parameters), 1e-5),
-            Row(against, outcome.name, "parameters ÷ way travelled", apart / moved, 1e-3),
-        ]
+        rows.append(Row(against, outcome.name, f"loss, {len(losses)} steps", float(np.max(losses)), 1e-5))
+        rows += parameter_rows(against, outcome.name, bench, outcome.our_parameters, outcome.their_parameters)
     return rows
 
 
@@ -69,62 +76,23 @@ def method_rows(bench: Bench, run: Run) -> list[Row]:
         for name, difference in parity_method.step_differences(run).items()
     ]
     gaps, parameters = parity_method.replay(bench, run)
-    apart = distance(run.parameters, parameters)
     worst = max(float(np.abs(step.gaps - seen).max()) for step, seen in zip(run.steps, gaps, strict=True))
-    return [
-        *rows,
-        Row("plain PyTorch", "β-DPO", f"gap in nats, {steps}", worst, 1e-3),
-        Row("plain PyTorch", "β-DPO", "parameters ÷ their norm", apart / norm(parameters), 1e-5),
-        Row(
-            "plain PyTorch",
-            "β-DPO",
-            "parameters ÷ way travelled",
-            apart / distance(bench.parameters(), parameters),
-            1e-3,
-        ),
-    ]
-
-
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table whose columns are aligned for reading in a terminal."""
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    rows = [header, ["-" * width for width in widths], *lines]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    )
+    rows.append(Row("plain PyTorch", "β-DPO", f"gap in nats, {steps}", worst, 1e-3))
+    return rows + parameter_rows("plain PyTorch", "β-DPO", bench, run.parameters, parameters)
 
 
 def parity_table(rows: Sequence[Row]) -> str:
+    header = ["against", "loss or method", "quantity", "largest difference", "tolerance", "holds"]
     lines = [
         [
-            row.against,
-            row.subject,
-            row.quantity,
-            f"{row.difference:.1e}",
-            f"{row.tolerance:.0e}",
-            "yes" if row.holds else "NO",
+            *(r.against, r.subject, r.quantity),
+            f"{r.difference:.1e}",
+            f"{r.tolerance:.0e}",
+            "yes" if r.holds else "NO",
         ]
-        for row in rows
+        for r in rows
     ]
-    return table(["against", "loss or method", "quantity", "largest difference", "tolerance", "holds"], lines)
-
-
-def difference_table(states: Sequence[State]) -> str:
-    lines = [
-        [str(s.step), s.setting, f"{s.gap:.4f}", f"{s.mean:.4f}", f"{s.std:.4f}", s.beta, s.kept] for s in states
-    ]
-    return table(["step", "setting", "mean gap", "M0", "σ", "β", "kept"], lines)
-
-
-def versions() -> str:
-    names = ("torch", "transformers", "lightning", "numpy", "trl")
-    found = []
-    for name in names:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            found.append(f"{name} missing")
-    return f"Python {platform.python_version()}, {', '.join(found)}"
+    return markdown(header, lines, aligned=True)
 
 
 def main() -> int:
@@ -142,10 +110,13 @@ def main() -> int:
         )
         with_trl = find_spec("trl") is not None
         rows = [*(trl_rows(bench) if with_trl else []), *method_rows(bench, authors)]
-    print(versions(), end="\n\n")
+    found = versions("torch", "transformers", "lightning", "numpy", "trl")
+    told = ", ".join(f"{name} {number or 'missing'}" for name, number in found.items())
+    print(f"Python {platform.python_version()}, {told}\n")
     print(parity_table(rows), end="\n\n")
     print("What the default makes of the same data:\n")
-    print(difference_table(parity_method.differences(authors, default)))
+    header = ["step", "setting", "mean gap", "M0", "σ", "β", "kept"]
+    print(markdown(header, parity_method.differences(authors, default), aligned=True))
     if not with_trl:
         print("\nTRL is not installed, so no loss was compared with it: pip install '.[trl]'.", file=sys.stderr)
     return 0 if with_trl and all(row.holds for row in rows) else 1

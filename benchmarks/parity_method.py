@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,17 +20,7 @@ from benchmarks.authors_semantics import (
     number_kept,
     selection_probabilities,
 )
-from benchmarks.parity_runs import (
-    ALPHA,
-    BETA0,
-    KEEP_RATIO,
-    LEARNING_RATE,
-    MAX_GRAD_NORM,
-    Bench,
-    Run,
-    Step,
-    token_ids,
-)
+from benchmarks.parity_runs import ALPHA, BETA0, KEEP_RATIO, LEARNING_RATE, MAX_GRAD_NORM, Bench, Run, token_ids
 
 STEPS, BATCH_SIZE = 24, 16
 
@@ -40,27 +31,26 @@ def step_differences(run: Run) -> dict[str, float]:
     NumPy gets only the gaps and the kept pairs of every step. Selection probabilities are not compared while σ is
     0, because the released code then has none.
     """
-    statistics = AuthorsStatistics()
-    largest = dict.fromkeys(("M0", "σ", "β", "loss", "selection probabilities", "pairs kept"), 0.0)
+    statistics, apart = AuthorsStatistics(), []
     for step in run.steps:
         statistics.update(step.gaps)
         mean, std = statistics.mean, statistics.std
         kept = step.gaps[step.kept]
         beta = batch_beta(BETA0, ALPHA, kept, mean)
-        apart = {
-            "M0": abs(step.mean - mean),
-            "σ": abs(step.std - std),
-            "β": abs(step.beta - beta),
-            "loss": abs(step.loss - dpo_loss(kept, beta)),
-            "pairs kept": float(abs(step.kept.sum() - number_kept(len(step.gaps), KEEP_RATIO))),
-        }
+        ours = np.exp(step.log_weights) / np.exp(step.log_weights).sum()
         expected = selection_probabilities(step.gaps, mean, std)
-        if std > 0:
-            ours = np.exp(step.log_weights) / np.exp(step.log_weights).sum()
-            apart["selection probabilities"] = float(np.abs(ours - expected).max())
-        # np.maximum, because max() may drop a NaN
-        largest |= {name: float(np.maximum(largest[name], value)) for name, value in apart.items()}
-    return largest
+        apart.append(
+            {
+                "M0": step.mean - mean,
+                "σ": step.std - std,
+                "β": step.beta - beta,
+                "loss": step.loss - dpo_loss(kept, beta),
+                "selection probabilities": np.abs(ours - expected).max() if std > 0 else 0.0,
+                "pairs kept": float(step.kept.sum() - number_kept(len(step.gaps), KEEP_RATIO)),
+            }
+        )
+    # NumPy's max, because that of Python may drop a NaN
+    return {name: float(np.max([abs(each[name]) for each in apart])) for name in apart[0]}
 
 
 def replay(bench: Bench, run: Run) -> tuple[list[NDArray[np.float64]], dict[str, Tensor]]:
@@ -74,11 +64,8 @@ def replay(bench: Bench, run: Run) -> tuple[list[NDArray[np.float64]], dict[str,
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     file, measured = bench.rows, []
     for step in run.steps:
-        texts = [
-            token_ids(file[pair_id], side, tokenizer)
-            for side in ("chosen", "rejected")
-            for pair_id in step.pair_ids
-        ]
+        sides = itertools.product(("chosen", "rejected"), step.pair_ids)
+        texts = [token_ids(file[pair_id], side, tokenizer) for side, pair_id in sides]
         with torch.no_grad():
             base = response_logps(reference, texts)
         chosen, rejected = (response_logps(policy, texts) - base).chunk(2)
@@ -105,43 +92,34 @@ def response_logps(model: torch.nn.Module, texts: list[tuple[list[int], list[int
     return (taken * ((position >= first) & (position < last))).sum(-1)
 
 
-@dataclass
-class State:
-    """The state of one step under one setting; `beta` is text, because it may be a range over micro-batches."""
+class State(NamedTuple):
+    """The state of one step under one setting, as text."""
 
-    step: int  # from 1
+    step: str  # from 1
     setting: str
-    gap: float
-    mean: float
-    std: float
-    beta: str
+    gap: str
+    mean: str
+    std: str
+    beta: str  # a range over micro-batches for the released code
     kept: str
 
 
 def differences(authors: Run, default: Run, steps: tuple[int, ...] = (1, 2, 10)) -> list[State]:
     """Return M0, σ, β and kept pairs of both presets and of the released code on four micro-batches per batch."""
-    statistics, rng = AuthorsStatistics(), np.random.default_rng(0)
-    states = []
+    statistics, rng, states = AuthorsStatistics(), np.random.default_rng(0), []
+
+    def add(setting: str, gaps: NDArray[np.float64], moments: Any, beta: str, kept: object) -> None:
+        numbers = (f"{each:.4f}" for each in (gaps.mean(), moments.mean, moments.std))
+        states.append(State(str(number), setting, *numbers, beta, str(kept)))
+
     for number, (theirs, ours) in enumerate(zip(authors.steps, default.steps, strict=True), start=1):
         betas = micro_batch_betas(statistics, theirs.gaps, BATCH_SIZE // 4, rng)
         if number not in steps:
             continue
         stopped = bool(np.isnan(betas).any())
-        states += [
-            State(
-                number,
-                "released code, 4 micro-batches",
-                theirs.gaps.mean(),
-                statistics.mean,
-                statistics.std,
-                "stops: σ = 0" if stopped else f"{betas.min():.4f} … {betas.max():.4f}",
-                "none" if stopped else f"{4 * number_kept(BATCH_SIZE // 4, KEEP_RATIO)}",
-            ),
-            _state(number, "authors_code.yaml", theirs),
-            _state(number, "beta_dpo.yaml (default)", ours),
-        ]
+        beta = "stops: σ = 0" if stopped else f"{betas.min():.4f} … {betas.max():.4f}"
+        kept = "none" if stopped else 4 * number_kept(BATCH_SIZE // 4, KEEP_RATIO)
+        add("released code, 4 micro-batches", theirs.gaps, statistics, beta, kept)
+        for setting, step in (("authors_code.yaml", theirs), ("beta_dpo.yaml (default)", ours)):
+            add(setting, step.gaps, step, f"{step.beta:.4f}", step.kept.sum())
     return states
-
-
-def _state(number: int, setting: str, step: Step) -> State:
-    return State(number, setting, step.gaps.mean(), step.mean, step.std, f"{step.beta:.4f}", f"{step.kept.sum()}")

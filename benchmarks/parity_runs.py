@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,12 +13,12 @@ import torch
 import yaml
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from app.main import main
+from benchmarks.setting import save_llama
 from datamodules.controlled_task import build_tokenizer, preference_pairs
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 BETA0, ALPHA, KEEP_RATIO = 0.1, 0.6, 0.8
 LEARNING_RATE, MAX_GRAD_NORM = 1e-3, 0.5  # the gradient norm is larger, so that clipping is active
 
@@ -33,33 +32,14 @@ class Bench:
     @classmethod
     def create(cls, folder: Path, pairs: int) -> Bench:
         """Write a Llama of two layers and `pairs` controlled pairs; large weights soon make the gaps differ."""
-        tokenizer = build_tokenizer()
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        save_llama(
+            folder / "model", build_tokenizer(), 5.0, **sizes, num_key_value_heads=2, max_position_embeddings=256
         )
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    parameter *= 5
-        model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        rows = [
-            {"pair_id": pair.pair_id, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-            for pair in preference_pairs(pairs, seed=7, flip_rate=0.2)
-        ]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / "pairs.jsonl").write_text(text, encoding="utf-8")
+        fields = ("pair_id", "prompt", "chosen", "rejected")
+        made = preference_pairs(pairs, seed=7, flip_rate=0.2)
+        lines = [json.dumps({name: getattr(pair, name) for name in fields}) + "\n" for pair in made]
+        (folder / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
         return cls(folder)
 
     @property
@@ -99,35 +79,19 @@ class Run:
 
 def fit(bench: Bench, name: str, method: str, steps: int, batch_size: int, *options: str) -> Run:
     """Run `beta-dpo fit` with the overlay configs/method/`method`.yaml, as on the command line; return the run."""
-    base = bench.folder / f"{name}.yaml"
-    base.write_text(yaml.safe_dump(_configuration(bench, name, steps, batch_size)), encoding="utf-8")
-    main(["fit", "--config", str(base), "--config", str(CONFIGS / f"method/{method}.yaml"), *options])
-    return read_run(bench.folder / name)
-
-
-def _configuration(bench: Bench, name: str, steps: int, batch_size: int) -> dict[str, Any]:
-    adam = {"lr": LEARNING_RATE, "weight_decay": 0.0}
+    model = {
+        "name": str(bench.model),
+        "beta0": BETA0,
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": LEARNING_RATE, "weight_decay": 0.0}},
+        "max_grad_norm": MAX_GRAD_NORM,
+    }
+    # micro_batch_tokens is small enough for several micro-batches per step
+    data = {"path": str(bench.folder / "pairs.jsonl"), "batch_size": batch_size, "micro_batch_tokens": 600}
     log = {"save_dir": str(bench.folder), "name": name, "version": ""}
-    return {
+    configuration = {
         "seed_everything": 5,
-        "model": {
-            "class_path": "lightning_modules.PreferenceOptimization",
-            "init_args": {
-                "name": str(bench.model),
-                "beta0": BETA0,
-                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": adam},
-                "max_grad_norm": MAX_GRAD_NORM,
-            },
-        },
-        "data": {
-            "class_path": "datamodules.PreferenceData",
-            # micro_batch_tokens is small enough for several micro-batches per step
-            "init_args": {
-                "path": str(bench.folder / "pairs.jsonl"),
-                "batch_size": batch_size,
-                "micro_batch_tokens": 600,
-            },
-        },
+        "model": {"class_path": "lightning_modules.PreferenceOptimization", "init_args": model},
+        "data": {"class_path": "datamodules.PreferenceData", "init_args": data},
         "trainer": {
             "accelerator": "cpu",
             "max_steps": steps,
@@ -137,6 +101,10 @@ def _configuration(bench: Bench, name: str, steps: int, batch_size: int) -> dict
             "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": log},
         },
     }
+    base = bench.folder / f"{name}.yaml"
+    base.write_text(yaml.safe_dump(configuration), encoding="utf-8")
+    main(["fit", "--config", str(base), "--config", f"configs/method/{method}.yaml", *options])
+    return read_run(bench.folder / name)
 
 
 def read_run(folder: Path) -> Run:
@@ -156,10 +124,8 @@ def read_run(folder: Path) -> Run:
         )
         for (_, rows), loss in zip(audit.groupby("step"), losses, strict=True)
     ]
-    checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
-    prefix = "policy.model."
-    parameters = {name.removeprefix(prefix): value for name, value in checkpoint["state_dict"].items()}
-    return Run(steps, parameters)
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    return Run(steps, {name.removeprefix("policy.model."): value for name, value in state.items()})
 
 
 def token_ids(row: dict[str, str], side: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

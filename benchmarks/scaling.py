@@ -24,8 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from app.cli import be_quiet
 from app.method.batch import OptimizerBatch
 from app.method.logps import PairLogps
+from benchmarks.setting import save_llama
+from benchmarks.tables import markdown
 from callbacks import BetaScheduler, PairFilter, RewardGapStatistics
 from datamodules import ControlledTask, PreferenceData
 from datamodules.controlled_task import build_tokenizer
@@ -69,38 +70,38 @@ def main() -> None:
 
 
 def compare_steps(options: argparse.Namespace, folder: Path) -> None:
-    save_model(folder / "model", build_tokenizer(), options.hidden)
-    print(f"{'ranks':>5} {'pairs':>6} {'s/step':>7} {'sent per rank':>14} {'gaps':>8} {'gaps per pair':>14}")
+    save_model(folder, build_tokenizer(), options)
+    rows = []
     for pairs, ranks in itertools.product(options.pairs, options.ranks):
         figures = run(options, folder, ranks, pairs)
         seconds, sent, gaps = (max(rank[name] for rank in figures) for name in ("seconds", "sent", "gaps"))
-        print(f"{ranks:>5} {pairs:>6} {seconds:>7.3f} {sent:>14,.0f} {gaps:>8,.0f} {gaps / pairs:>14.1f}")
+        rows.append(
+            [f"{ranks}", f"{pairs}", f"{seconds:.3f}", f"{sent:,.0f}", f"{gaps:,.0f}", f"{gaps / pairs:.1f}"]
+        )
+    print(markdown(["ranks", "pairs", "s/step", "sent per rank", "gaps", "gaps per pair"], rows, aligned=True))
     print(f"{figures[0]['parameters']:,} parameters: {4 * figures[0]['parameters']:,} bytes of float32 gradients")
 
 
 def compare_starts(options: argparse.Namespace, folder: Path) -> None:
     if not options.data:
         sys.exit("startup needs --data")
-    save_model(folder / "model", AutoTokenizer.from_pretrained(options.tokenizer), options.hidden)
+    save_model(folder, AutoTokenizer.from_pretrained(options.tokenizer), options)
     with (gzip.open if options.data.endswith(".gz") else open)(options.data, "rt", encoding="utf-8") as file:
         lines = file.read().splitlines()
     options.data = str(folder / "pairs.jsonl")
     Path(options.data).write_text("\n".join(itertools.islice(itertools.cycle(lines), options.rows)), "utf-8")
     print(f"{options.rows:,} rows, {os.path.getsize(options.data) / 1e6:.0f} MB")
-    print(f"{'ranks':>5} {'cache':>6} {'rank':>5} {'prepare, s':>15} {'setup, s':>8} {'step 1, s':>13} {'GB':>8}")
-    for ranks in options.ranks:
-        for cache in ("empty", "full"):
-            for rank, figures in enumerate(run(options, folder, ranks, 64, str(folder / f"cache-{ranks}"))):
-                row = f"{ranks:>5} {cache:>6} {rank:>5} {figures.get('prepare_data', '-'):>15}"
-                print(f"{row} {figures['setup']:>8} {figures['first_step']:>13} {figures['peak']:>8.2f}")
+    measured = ("prepare_data", "setup", "first_step", "peak")
+    rows = []
+    for ranks, cache in itertools.product(options.ranks, ("empty", "full")):
+        for rank, figures in enumerate(run(options, folder, ranks, 64, str(folder / f"cache-{ranks}"))):
+            rows.append([f"{ranks}", cache, f"{rank}", *(str(figures.get(name, "-")) for name in measured)])
+    header = ["ranks", "cache", "rank", "prepare, s", "setup, s", "step 1, s", "GB"]
+    print(markdown(header, rows, aligned=True))
 
 
-def save_model(folder: Path, tokenizer: Any, hidden: int) -> None:
-    """Save a random Llama of two layers and the tokenizer."""
-    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": 2}
-    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), num_attention_heads=4, **sizes)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def save_model(folder: Path, tokenizer: Any, options: argparse.Namespace) -> None:
+    save_llama(folder / "model", tokenizer, hidden_size=options.hidden, num_hidden_layers=2, num_attention_heads=4)
 
 
 def run(options: argparse.Namespace, folder: Path, ranks: int, pairs: int, cache: str = "") -> list[dict]:
@@ -192,7 +193,7 @@ class Meter(Callback):
         if trainer.global_step == 1:
             module.figures = {
                 "first_step": round(time.time() - float(os.environ["BEGAN"]), 1),
-                "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+                "peak": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
             }
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
@@ -213,17 +214,14 @@ class TimedData(PreferenceData):
         self.figures: dict[str, float] = {}
 
     def prepare_data(self) -> None:
-        with self.timed("prepare_data"):
-            super().prepare_data()
+        self.timed("prepare_data", super().prepare_data)
 
     def setup(self, stage: str) -> None:
-        with self.timed("setup"):
-            super().setup(stage)
+        self.timed("setup", super().setup, stage)
 
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
+    def timed(self, name: str, method: Callable[..., None], *arguments: str) -> None:
         began = time.perf_counter()
-        yield
+        method(*arguments)
         self.figures[name] = round(time.perf_counter() - began, 1)
 
 

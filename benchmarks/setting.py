@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,6 @@ class Setting:
         """Return the number of pairs that is enough for every contestant."""
         return SPLIT_BATCHES * self.batch_size * (self.steps + 1)
 
-    @classmethod
-    def read(cls, text: str) -> Setting:
-        return cls(**json.loads(text))
-
-    def write(self) -> str:
-        return json.dumps(asdict(self))
-
 
 def prepare(setting: Setting, folder: str) -> Setting:
     """Save the model and the pairs in `folder`, and return the setting that points to them."""
@@ -73,24 +66,24 @@ def prepare(setting: Setting, folder: str) -> Setting:
         rows = first_pairs(setting, tokenizer)
     path = Path(folder) / "pairs.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=max(len(tokenizer), setting.vocabulary),
-        hidden_size=setting.hidden,
-        intermediate_size=4 * setting.hidden,
-        num_hidden_layers=setting.layers,
-        num_attention_heads=setting.hidden // 64,
-        num_key_value_heads=setting.hidden // 64,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = {"hidden_size": setting.hidden, "num_hidden_layers": setting.layers, "tie_word_embeddings": True}
+    vocabulary = max(len(tokenizer), setting.vocabulary)
+    save_llama(folder, tokenizer, vocab_size=vocabulary, num_attention_heads=setting.hidden // 64, **sizes)
+    return replace(setting, model=folder, data=str(path))
+
+
+def save_llama(folder: str | Path, tokenizer: Any, scale: float = 1.0, **sizes: Any) -> None:
+    """Save a random Llama (seed 0) and its tokenizer; `scale` multiplies the matrices."""
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    usual = {"vocab_size": len(tokenizer), "intermediate_size": 4 * sizes["hidden_size"], **special}
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **(usual | sizes)), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter *= scale
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return Setting(**{**asdict(setting), "model": folder, "data": str(path)})
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:

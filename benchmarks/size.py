@@ -39,14 +39,13 @@ def imports(files: list[Path]) -> dict[str, set[str]]:
     names = {module(path): path for path in files}
     graph: dict[str, set[str]] = {}
     for name, path in names.items():
-        graph[name] = set()
+        wanted: list[str] = []
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            wanted = []
             if isinstance(node, ast.ImportFrom) and node.module:
-                wanted = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                wanted += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Import):
-                wanted = [alias.name for alias in node.names]
-            graph[name] |= {other for other in wanted if other in names and other != name}
+                wanted += [alias.name for alias in node.names]
+        graph[name] = set(wanted) & names.keys() - {name}
     return graph
 
 
@@ -57,31 +56,19 @@ def module(path: Path) -> str:
 
 
 def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Return the groups of modules that import one another, directly or through others (Tarjan's components)."""
-    index: dict[str, int] = {}
-    low: dict[str, int] = {}
-    stack: list[str] = []
-    found: list[list[str]] = []
+    """Return the groups of modules that import one another, directly or through others."""
 
-    def visit(name: str) -> None:
-        index[name] = low[name] = len(index)
-        stack.append(name)
-        for other in graph[name]:
-            if other not in index:
-                visit(other)
-                low[name] = min(low[name], low[other])
-            elif other in stack:
-                low[name] = min(low[name], index[other])
-        if low[name] == index[name]:
-            group = stack[stack.index(name) :]
-            del stack[stack.index(name) :]
-            if len(group) > 1:
-                found.append(sorted(group))
+    def reached(name: str) -> set[str]:
+        found: set[str] = set()
+        ahead = [name]
+        while ahead:
+            ahead += (fresh := graph[ahead.pop()] - found)
+            found |= fresh
+        return found
 
-    for name in graph:
-        if name not in index:
-            visit(name)
-    return found
+    after = {name: reached(name) for name in graph}
+    groups = {frozenset(other for other in after[name] if name in after[other]) for name in graph}
+    return [sorted(group) for group in groups if group]
 
 
 if __name__ == "__main__":

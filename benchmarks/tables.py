@@ -5,9 +5,12 @@ Each table is between `<!-- benchmark NAME -->` and `<!-- end -->`; a test check
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import statistics
+from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,42 @@ def main() -> None:
             temporary.write_text(text, encoding="utf-8")
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], aligned: bool = False) -> str:
+    """Return a Markdown table; `aligned` pads its cells for reading in a terminal."""
+    if not aligned:
+        lines = ["|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in (header, *rows)]
+        return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    padded = [
+        [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        for row in (header, ["-" * width for width in widths], *rows)
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Return the version of each package, None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def today() -> str:
+    return date.today().isoformat()
+
+
+def save(entry: dict[str, Any], name: str, path: Path = RESULTS) -> None:
+    """Put an entry into a JSON file of results, in place of an earlier one of that name."""
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    with atomic_file(path) as temporary:
+        text = json.dumps(entries | {name: entry}, indent=1, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
 def filled(page: str, entries: dict[str, Any]) -> str:
     """Return `page` with the table of its entry in every marked place."""
 
@@ -51,94 +90,87 @@ def filled(page: str, entries: dict[str, Any]) -> str:
 
 def kernels(entry: dict[str, Any]) -> str:
     """Return a Markdown table of FlexAttention's main H100 kernel of each pass, the one that spills most."""
-    versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
-    lines = [
-        f"{entry['date']}, {versions}; assembled for sm_90, not launched. Bytes of shared memory of a block, of "
-        "232448; bytes that a thread spills.",
-        "",
-        "| head width | forward: shared, spilled | backward: shared, spilled | seconds |",
-        "|---|---|---|---|",
-    ]
+    built = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
+    rows = []
     for name, cell in entry["cells"].items():
         if "stopped" in cell:
-            lines.append(f"| {name} | {cell['stopped']} | | |")
+            rows.append([name, cell["stopped"], "", ""])
             continue
         main = [kernel for kernel in cell["kernels"] if "_tem_" in kernel["name"]]
         passes = [[k for k in main if ("backward" in k["name"]) == backward] for backward in (False, True)]
         worst = [max(found, key=lambda kernel: kernel["spilled"]) for found in passes]
-        figures = [f"{kernel['shared']}, {kernel['spilled']}" for kernel in worst]
-        lines.append(f"| {name} | {figures[0]} | {figures[1]} | {cell['seconds']} |")
-    return "\n".join(lines)
+        rows.append([name, *(f"{kernel['shared']}, {kernel['spilled']}" for kernel in worst), str(cell["seconds"])])
+    head = (
+        f"{entry['date']}, {built}; assembled for sm_90, not launched. Bytes of shared memory of a block, of "
+        "232448; bytes that a thread spills.\n\n"
+    )
+    return head + markdown(["head width", "forward: shared, spilled", "backward: shared, spilled", "seconds"], rows)
+
+
+def told(entry: dict[str, Any], data: str, turns: int) -> str:
+    """Return the sentence above a table: date, machine, versions, model, data, steps and turns."""
+    setting = entry["setting"]
+    names = {"torch": "torch", "transformers": "transformers", "trl": "TRL"}
+    found = [f"{names[name]} {version}" for name, version in entry["versions"].items() if version]
+    return (
+        f"{', '.join([entry['date'], entry['machine'], *found])}. Llama, {setting['layers']} layers, "
+        f"hidden {setting['hidden']}, vocabulary {setting['vocabulary']}; {data}, {setting['steps']} steps after "
+        f"one warm-up, {turns} turns.\n\n"
+    )
 
 
 def costs(entry: dict[str, Any]) -> str:
     """Return the cost of a pair, with one property varied at a time, as a Markdown table."""
-    setting, versions = entry["setting"], entry["versions"]
-    lines = [
-        f"{entry['date']}, {entry['machine']}, torch {versions['torch']}, transformers {versions['transformers']}."
-        f" Llama, {setting['layers']} layers, hidden {setting['hidden']}, vocabulary {setting['vocabulary']}; "
-        f"random words, {setting['steps']} steps after one warm-up, {entry['repeats']} turns.",
-        "",
-        "| | beta-dpo, ms a pair | plain step, ms a pair | beta-dpo is faster by | peak memory |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for name, point in entry["points"].items():
-        ours, plain, (middle, low, high) = point["ours"], point["plain"], point["ratio"]
-        lines.append(
-            f"| {name} | {ours['ms_per_pair']:.0f} | {plain['ms_per_pair']:.0f} "
-            f"| {middle:.2f} ({low:.2f}–{high:.2f}) | {ours['peak_gb']:.2f} and {plain['peak_gb']:.2f} GB |"
-        )
-    return "\n".join(lines)
+        ours, plain = point["ours"], point["plain"]
+        memory = f"{ours['peak_gb']:.2f} and {plain['peak_gb']:.2f} GB"
+        times = [f"{each['ms_per_pair']:.0f}" for each in (ours, plain)]
+        rows.append([name, *times, spread(point["ratio"]), memory])
+    header = ["", "beta-dpo, ms a pair", "plain step, ms a pair", "beta-dpo is faster by", "peak memory"]
+    return told(entry, "random words", entry["repeats"]) + markdown(header, rows)
 
 
 def comparison(entry: dict[str, Any]) -> str:
     """Return the results of an entry as Markdown: median, lowest and highest over the turns, ratios per turn."""
-    setting, turns, versions = entry["setting"], entry["turns"], entry["versions"]
+    setting, turns = entry["setting"], entry["turns"]
     base = "plain" if "plain" in turns else next(iter(turns))
-    lines = [
-        f"{entry['date']}, {entry['machine']}, torch {versions['torch']}, transformers {versions['transformers']}"
-        + (f", TRL {versions['trl']}" if versions["trl"] else "")
-        + f". Llama, {setting['layers']} layers, hidden {setting['hidden']}, vocabulary {setting['vocabulary']}; "
-        f"{setting['data']}, {setting['batch_size']} pairs a step, {setting['steps']} steps after one warm-up, "
-        f"{max(map(len, turns.values()), default=0)} turns.",
-        "",
-        f"| | pairs/s (lowest–highest) | speed-up over {NAMES.get(base, base)} | peak memory |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for name, results in turns.items():
         if name not in LABELS:
             continue
-        pairs = zip(results, turns[base], strict=False)  # an interrupted turn has fewer
-        row = [
-            f"{LABELS[name]} ({results[0]['how']})" if "how" in results[0] else LABELS[name],
-            spread([result["pairs_per_second"] for result in results]),
-            spread([mine["pairs_per_second"] / other["pairs_per_second"] for mine, other in pairs]),
-            f"{peak(results):.2f} GB",
-        ]
-        lines.append(f"| {' | '.join(row)} |")
-    lines += [f"| {LABELS.get(name, name)} | failed | | |" for name in entry.get("failed", {})]
-    ours = turns.get("ours")
-    if ours is not None and "gemm" in turns:
-        used = [
-            entry["unavoidable_operations"] / mine["seconds"] / gemm["operations_per_second"]
-            for mine, gemm in zip(ours, turns["gemm"], strict=False)
-        ]
-        rate = statistics.median(gemm["operations_per_second"] for gemm in turns["gemm"])
-        lines += [
-            "",
-            "Operations that the step cannot avoid: "
-            f"{entry['unavoidable_operations'] / setting['steps'] / 1e9:.0f} billion a step, done at "
-            f"{spread([100 * share for share in used])} % of the rate of this machine's matrix products in the "
-            f"same turns ({rate / 1e9:.0f} billion a second).",
-        ]
-    return "\n".join(lines)
+        how = f" ({results[0]['how']})" if "how" in results[0] else ""
+        speeds = [result["pairs_per_second"] for result in results]
+        ratios = speed_ups(turns, name, base)
+        peak = max(result["peak_gb"] for result in results)
+        rows.append([LABELS[name] + how, spread(speeds), spread(ratios), f"{peak:.2f} GB"])
+    rows += [[LABELS.get(name, name), "failed", "", ""] for name in entry.get("failed", {})]
+    speed_up = f"speed-up over {NAMES.get(base, base)}"
+    header = ["", "pairs/s (lowest–highest)", speed_up, "peak memory"]
+    pairs = f"{setting['data']}, {setting['batch_size']} pairs a step"
+    text = told(entry, pairs, max(map(len, turns.values()), default=0)) + markdown(header, rows)
+    if "ours" not in turns or "gemm" not in turns:
+        return text
+    rates = [gemm["operations_per_second"] for gemm in turns["gemm"]]
+    used = [
+        100 * entry["unavoidable_operations"] / ours["seconds"] / rate
+        for ours, rate in zip(turns["ours"], rates, strict=False)
+    ]
+    return (
+        f"{text}\n\nOperations that the step cannot avoid: "
+        f"{entry['unavoidable_operations'] / setting['steps'] / 1e9:.0f} billion a step, done at {spread(used)} % "
+        "of the rate of this machine's matrix products in the same turns "
+        f"({statistics.median(rates) / 1e9:.0f} billion a second)."
+    )
 
 
-def peak(results: list[dict[str, Any]]) -> float:
-    return max(result["peak_gb"] for result in results)
+def speed_ups(turns: dict[str, list[dict[str, Any]]], name: str, base: str) -> list[float]:
+    """Return how many times as fast as `base` a contestant was in each turn; an interrupted turn has fewer."""
+    both = zip(turns[name], turns[base], strict=False)
+    return [mine["pairs_per_second"] / other["pairs_per_second"] for mine, other in both]
 
 
-def spread(values: list[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 

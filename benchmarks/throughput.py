@@ -11,7 +11,6 @@ figures are measured here; TRL is left out, with a message, if it is not install
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -19,20 +18,15 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from datetime import date
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from app.files import atomic_file
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.setting import Setting, prepare, unavoidable_operations
-from benchmarks.tables import comparison
-
-ROOT = Path(__file__).parents[1]
+from benchmarks.tables import ROOT, comparison, save, today, versions
 
 
 def main() -> None:
@@ -46,19 +40,28 @@ def main() -> None:
         "--profile", choices=list(CONTESTANTS), help="one contestant by torch operation, and no turns"
     )
     parser.add_argument("--name", default="benchmark", help="of this entry in --out")
-    parser.add_argument("--out", help="JSON file that the entry is added to")
-    options = vars(parser.parse_args())
-    repeats, contestants, name, out = (options.pop(key) for key in ("repeats", "contestants", "name", "out"))
-    if profiled := options.pop("profile"):
-        with tempfile.TemporaryDirectory() as folder:
-            print(output_of(profiled, prepare(Setting(**options), folder), folder, "--profile"))
-        return
-    entry: dict[str, Any] = {}
-    for entry in measure(Setting(**options), contestants, repeats):  # saved after every turn of every contestant
-        if out:
-            entries = json.loads(Path(out).read_text(encoding="utf-8")) if Path(out).exists() else {}
-            with atomic_file(out) as temporary:
-                temporary.write_text(json.dumps(entries | {name: entry}, indent=1, ensure_ascii=False) + "\n")
+    parser.add_argument("--out", type=Path, help="JSON file that the entry is added to")
+    given = vars(parser.parse_args())
+    repeats, contestants, name, out, profiled = (
+        given.pop(key) for key in ("repeats", "contestants", "name", "out", "profile")
+    )
+    setting = Setting(**given)
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = prepare(setting, folder)
+        if profiled:
+            print(output_of(profiled, prepared, "--profile"))
+            return
+        if "trl" in contestants and importlib.util.find_spec("trl") is None:
+            contestants.remove("trl")
+            print("trl is not installed here and is left out")
+        entry = {
+            **conditions(setting, "torch", "transformers", "trl"),
+            "unavoidable_operations": unavoidable_operations(prepared),
+        }
+        for measured in take_turns(prepared, contestants, repeats):
+            entry |= measured
+            if out:
+                save(entry, name, out)
     print(comparison(entry))
     sys.exit(1 if entry["failed"] else 0)
 
@@ -67,71 +70,51 @@ class ContestantFailed(Exception):
     """The error of a contestant that failed, with the end of its error output."""
 
 
-def measure(setting: Setting, contestants: list[str], repeats: int) -> Iterator[dict[str, Any]]:
-    """Run all contestants in turn, `repeats` times, and yield the entry so far after each, with the machine.
+def take_turns(prepared: Setting, contestants: Sequence[str], repeats: int) -> Iterator[dict[str, dict[str, Any]]]:
+    """Run all contestants in turn, `repeats` times; yield `turns` and `failed` so far after each.
 
     A contestant that fails takes part in no later turn and is named with its error.
     """
-    if "trl" in contestants and importlib.util.find_spec("trl") is None:
-        contestants.remove("trl")
-        print("trl is not installed here and is left out")
-    with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare(setting, folder)
-        entry: dict[str, Any] = {
-            "date": date.today().isoformat(),
-            "machine": machine(setting.device),
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "trl": version("trl"),
-            },
-            "setting": vars(setting) | {"data": Path(setting.data).name},
-            "unavoidable_operations": unavoidable_operations(prepared),
-            "turns": {},
-            "failed": {},
-        }
-        for turn in range(repeats):
-            for name in contestants:
-                if name in entry["failed"]:
-                    continue
-                try:
-                    result = run(name, prepared, folder)
-                except ContestantFailed as error:
-                    entry["failed"][name] = str(error)
-                    entry["turns"].pop(name, None)
-                    print(f"turn {turn + 1}: {name} failed:\n{error}", flush=True)
-                else:
-                    entry["turns"].setdefault(name, []).append(result)
-                    print(f"turn {turn + 1}: {name} {result}", flush=True)
-                yield entry
+    turns: dict[str, list[dict[str, Any]]] = {}
+    failed: dict[str, str] = {}
+    for turn in range(1, repeats + 1):
+        for name in contestants:
+            if name in failed:
+                continue
+            try:
+                result = json.loads(output_of(name, prepared).splitlines()[-1])
+            except ContestantFailed as error:
+                failed[name] = str(error)
+                turns.pop(name, None)
+                print(f"turn {turn}: {name} failed:\n{error}", flush=True)
+            else:
+                turns.setdefault(name, []).append(result)
+                print(f"turn {turn}: {name} {result}", flush=True)
+            yield {"turns": turns, "failed": failed}
 
 
-def run(name: str, setting: Setting, folder: str) -> dict[str, Any]:
-    """Return the result of one turn of a contestant."""
-    return dict(json.loads(output_of(name, setting, folder).splitlines()[-1]))
-
-
-def output_of(name: str, setting: Setting, folder: str, *options: str) -> str:
-    """Return the output of a contestant in a process of its own; all runs with one `folder` share its cache."""
-    command = [sys.executable, "-m", "benchmarks.contestants", name, setting.write(), *options]
-    environment = {**os.environ, "BETA_DPO_CACHE": f"{folder}/cache"}
+def output_of(name: str, prepared: Setting, *options: str) -> str:
+    """Return the output of a contestant in a process of its own; all runs of one model share its cache."""
+    command = [sys.executable, "-m", "benchmarks.contestants", name, json.dumps(vars(prepared)), *options]
+    environment = {**os.environ, "BETA_DPO_CACHE": f"{prepared.model}/cache"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode:
         raise ContestantFailed(done.stderr[-3000:])
     return done.stdout.strip()
 
 
-def machine(device: str) -> str:
-    """Return a description of the machine."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    kind = names[0].partition(":")[2].strip() if names else platform.processor()
-    return f"{torch.get_num_threads()} cores of {kind}"
-
-
-def version(package: str) -> str | None:
-    return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
+def conditions(setting: Setting, *packages: str) -> dict[str, Any]:
+    """Return date, machine, versions and setting of an entry."""
+    if setting.device == "cuda":
+        machine = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        kind = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+        machine = f"{torch.get_num_threads()} cores of {kind or platform.processor()}"
+    told = vars(setting) | {"data": Path(setting.data).name}
+    # torch says more of itself than its package: the build for CPU or CUDA
+    found = versions(*packages) | {"torch": torch.__version__}
+    return {"date": today(), "machine": machine, "versions": found, "setting": told}
 
 
 if __name__ == "__main__":

@@ -17,10 +17,8 @@ def test_the_exchange_of_gaps_grows_with_the_pairs_alone() -> None:
     words = ["-m", "benchmarks.scaling", "steps", "--ranks", "2", "--pairs", "16", "272", "--steps", "4"]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    figures = {
-        int(pairs): (int(sent.replace(",", "")), int(gaps.replace(",", "")))
-        for pairs, sent, gaps in re.findall(r"^ +2 +(\d+) +[\d.]+ +([\d,]+) +([\d,]+)", done.stdout, re.MULTILINE)
-    }
+    rows = re.findall(r"^\| 2 +\| (\d+) +\| [\d.]+ +\| ([\d,]+) +\| ([\d,]+)", done.stdout, re.MULTILINE)
+    figures = {int(pairs): tuple(int(each.replace(",", "")) for each in found) for pairs, *found in rows}
     (sent, gaps), (sent_more, gaps_more) = figures[16], figures[272]
     # six float64 a pair; the barrier beside them is the same for both
     assert (gaps_more - gaps) / (272 - 16) == pytest.approx(48, rel=0.01)
