@@ -109,7 +109,7 @@ codegen:
 	PYTHONPATH=. .venv-codegen/bin/python -m benchmarks.codegen
 	PYTHONPATH=. .venv-codegen/bin/python -m benchmarks.tables
 
-# what docs/study/plan.md names and docs/study/results.csv has no row of, then docs/study.md; goes on after an interruption
+# what docs/study/plan.md names and docs/study/results.csv has no row of, then docs/study.md; resumes after an interruption
 study: export OMP_NUM_THREADS = 1
 study: install
 	$(BIN)/python -m benchmarks.study
@@ -117,8 +117,7 @@ study: install
 # the page's illustration with a real model: HH is a file of Anthropic-HH pairs
 study-smollm2: export OMP_NUM_THREADS = 1
 study-smollm2: smollm2
-	$(BIN)/python -m benchmarks.study.smollm2 $(HH)
-	$(BIN)/python -m benchmarks.study.report
+	HH=$(HH) $(BIN)/python -m benchmarks.study --only smollm2 --redo
 
 # figures of the documents, and a reference of every class and command (build/api.md), from the code
 docs: install

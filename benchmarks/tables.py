@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import platform
 import re
 import statistics
 from collections.abc import Sequence
@@ -68,6 +69,13 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 def today() -> str:
     return date.today().isoformat()
+
+
+def processor() -> str:
+    """Return the name of this machine's processor."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    return found or platform.processor()
 
 
 def save(entry: dict[str, Any], name: str, path: Path = RESULTS) -> None:

@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import torch
 
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.setting import Setting, prepare, unavoidable_operations
-from benchmarks.tables import ROOT, comparison, save, today, versions
+from benchmarks.tables import ROOT, comparison, processor, save, today, versions
 
 
 def main() -> None:
@@ -105,12 +104,8 @@ def output_of(name: str, prepared: Setting, *options: str) -> str:
 
 def conditions(setting: Setting, *packages: str) -> dict[str, Any]:
     """Return date, machine, versions and setting of an entry."""
-    if setting.device == "cuda":
-        machine = torch.cuda.get_device_name()
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        kind = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
-        machine = f"{torch.get_num_threads()} cores of {kind or platform.processor()}"
+    cores = f"{torch.get_num_threads()} cores of {processor()}"
+    machine = torch.cuda.get_device_name() if setting.device == "cuda" else cores
     told = vars(setting) | {"data": Path(setting.data).name}
     # torch says more of itself than its package: the build for CPU or CUDA
     found = versions(*packages) | {"torch": torch.__version__}

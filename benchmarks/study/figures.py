@@ -11,9 +11,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.study.analysis import Difference, Rows, path_of
-from benchmarks.study.claims import MEASURES, Claim
-from benchmarks.study.plan import ARMS, STATIC, chosen
+from benchmarks.study.questions import ARMS, MEASURES, STATIC, Question, Rows
+from benchmarks.study.runs import path_of
+from benchmarks.study.verdicts import Difference
 
 SOLID = {"dpo": "tab:gray", "beta_dpo": "tab:blue", "flip_weights": "tab:red"}
 
@@ -36,13 +36,15 @@ def panels(count: int, height: float = 3.4) -> tuple[Figure, Sequence[Any]]:
     return figure, axes
 
 
-def forest(claim: Claim) -> Figure:
+def forest(claim: Question) -> Figure:
     """Draw the mean and the interval of every comparison of a claim, by both measures."""
     figure, axes = panels(2, 1.3 + 0.28 * len(claim.comparisons))
     for axis, measure, title in zip(axes, ("end", "within"), ("at the end", "within the KL budget"), strict=True):
         for place, comparison in enumerate(reversed(claim.comparisons)):
             one: Difference = getattr(comparison, measure)
-            colour = "tab:green" if one.above else "tab:red" if one.below else "tab:gray"
+            colour = {"better": "tab:green", "worse": "tab:red", "equal within the margin": "tab:blue"}.get(
+                one.verdict, "tab:gray"
+            )
             axis.plot([one.low, one.high], [place, place], color=colour)
             axis.plot(one.mean, place, "o", color=colour)
         axis.axvline(0, color="black", linewidth=0.8)
@@ -76,8 +78,8 @@ def frontier(rows: Rows) -> Figure:
     for arm, beta0 in [*(("dpo", beta) for beta in STATIC), *((arm, None) for arm in ARMS)]:
         cell = rows.cell(arm, beta0=beta0)
         path = np.mean([path_of(row) for _, row in cell.iterrows()], axis=0)
-        label = f"static β = {beta0:g}" if beta0 else f"{arm}, β0 = {chosen(arm)[0]:g}"
-        width = 2.2 if arm in SOLID and beta0 in (None, chosen("dpo")[0]) else 1.0
+        label = f"static β = {beta0:g}" if beta0 else f"{arm}, β0 = {rows.chosen(arm)[0]:g}"
+        width = 2.2 if arm in SOLID and beta0 in (None, rows.chosen("dpo")[0]) else 1.0
         line = {"color": SOLID[arm], "linestyle": "-"} if arm in SOLID else {"linestyle": "--"}
         axis.plot(*path.T, marker="o", markersize=3, linewidth=width, label=label, **line)
     axis.set_xscale("symlog", linthresh=1.0)

@@ -1,74 +1,118 @@
-"""The study: its plan, its table, the arithmetic of its verdicts, and docs/study.md from the table byte by byte."""
+"""The study: its questions, its table, the arithmetic of its verdicts, and docs/study.md from the table."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.study.analysis import Difference, better, reward_within, robust
-from benchmarks.study.plan import OWN_SEEDS, PHASES, chosen
-from benchmarks.study.report import DOCS, anchor, documents
-from benchmarks.study.runs import STEPS, StudyRun
-from benchmarks.study.table import COLUMNS, append_result, is_done, read_results, row_of
-from benchmarks.study.work import make_row, measured
+from benchmarks.study.page import DOCS, anchor, documents
+from benchmarks.study.questions import OWN_SEEDS, Comparison, Rows, confirmation, extension, planned
+from benchmarks.study.runs import (
+    COLUMNS,
+    STEPS,
+    Run,
+    append_result,
+    make_row,
+    make_sft_model,
+    measured,
+    read_results,
+    runs_of,
+)
+from benchmarks.study.verdicts import Difference, reward_within
 
 ROOT = Path(__file__).parents[2]
+RUN = Run("controlled", "development", 3, "mixed", 0.15, "sigmoid", "beta_dpo", 0.3, 2.4e-4)
 
 
 def test_the_page_and_its_figures_follow_from_the_table() -> None:
     for name, text in documents(read_results()).items():
-        assert (DOCS / name).read_text(encoding="utf-8") == text, f"{name}: python -m benchmarks.study.report"
+        assert (DOCS / name).read_text(encoding="utf-8") == text, f"{name}: python -m benchmarks.study --page"
 
 
-def test_every_run_of_the_plan_has_its_row_and_no_row_is_of_another() -> None:
+def test_every_planned_run_has_its_row_and_every_run_one() -> None:
     table = read_results()
-    tasks = [(phase, run) for phase, runs in PHASES.items() for run in runs()]
-    assert len(set(tasks)) == len(tasks) == len(table)
-    assert len({run.id for _, run in tasks}) == len(tasks)
-    assert all(is_done(run, phase, table) for phase, run in tasks)
+    runs = runs_of(table)
+    assert len(set(runs)) == len(runs)
+    assert set(planned(table)) <= set(runs)
+    assert table.processor.notna().all()
 
 
 def test_settings_were_chosen_on_other_seeds_than_they_are_judged_on() -> None:
     table = read_results()
-    seeds = {phase: set(rows.seed) for phase, rows in table.groupby("phase")}
+    seeds = {phase: set(rows.seed) for phase, rows in table[table.task == "controlled"].groupby("phase")}
     assert not seeds["confirmation"] & (seeds["development"] | seeds["exploration"])
     assert not set(OWN_SEEDS) & (seeds["development"] | seeds["exploration"] | seeds["confirmation"])
-    assert set(table[(table.phase == "extension") & (table.arm == "reference_weights")].seed) == set(OWN_SEEDS)
     rows = table[(table.phase == "development") & (table.arm == "dpo") & (table.loss == "sigmoid")]
     best = rows.sort_values("reward").iloc[-1]
+    chosen = Rows(table).chosen
     assert chosen("dpo") == (best.beta0, best.learning_rate)
     assert chosen("random_filter") == chosen("beta_dpo")
 
 
-def row(run: StudyRun, reward: float) -> dict[str, object]:
-    figures = dict.fromkeys(COLUMNS, 0.125)
-    return {**figures, "phase": "development", **run.settings(), "reward": reward}
+def test_without_development_no_further_run_is_planned() -> None:
+    table = read_results()
+    runs = list(planned(table[table.arm != "epsilon_dpo"]))
+    assert {run.phase for run in runs} == {"development", "illustration"}
+    with pytest.raises(LookupError, match="6 development runs of epsilon_dpo"):
+        Rows(table[table.arm != "epsilon_dpo"]).chosen("epsilon_dpo")
+
+
+def row(run: Run, reward: float, processor: str = "one") -> dict[str, object]:
+    return {**dict.fromkeys(COLUMNS, 0.125), **asdict(run), "reward": reward, "processor": processor}
 
 
 def test_a_run_has_one_row_and_rows_have_an_order(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
-    first, second = (StudyRun(seed, "mixed", 0.15, "dpo", 0.1, 2.4e-4) for seed in (2, 1))
+    first, second = replace(RUN, seed=2), replace(RUN, seed=1, options="--data.batch_size 128")
     append_result(row(first, 1 / 3), path)
     append_result(row(second, 2.0), path)
     append_result(row(first, 3.0), path)
     table = read_results(path)
-    assert table.seed.tolist() == [1, 2]
+    assert runs_of(table) == [second, first]
     assert table.reward.tolist() == [2.0, 3.0]
-    assert is_done(first, "development", table)
-    assert not is_done(first, "confirmation", table)
-    assert not is_done(StudyRun(2, "mixed", 0.15, "dpo", 0.3, 2.4e-4), "development", table)
-    found = row_of(second, "development", table)
-    assert found is not None
-    assert found.reward == 2.0
     before = path.read_bytes()
     append_result(table.iloc[0].to_dict(), path)
     assert path.read_bytes() == before
+
+
+def test_a_row_survives_the_file(tmp_path: Path) -> None:
+    table = read_results()
+    path = tmp_path / "results.csv"
+    for _, each in table.head(3).iterrows():
+        append_result(each.to_dict(), path)
+    pd.testing.assert_frame_equal(read_results(path), table.head(3), check_dtype=False)
+
+
+def test_rows_of_different_processors_are_not_compared() -> None:
+    ours, theirs = (replace(RUN, seed=-1, arm=arm) for arm in ("beta_dpo", "filter_only"))
+    comparison = Comparison("", {ours: 1.0, theirs: -1.0})
+    rows = [row(replace(ours, seed=seed), reward, "one") for seed, reward in enumerate((3.0, 3.5, 4.0, 4.5))]
+    rows += [row(replace(theirs, seed=seed), 2.0, "one" if seed < 3 else "other") for seed in range(4)]
+    result = Rows(pd.DataFrame(rows), "development").result(comparison)
+    assert result.end is not None
+    assert (result.end.mean, result.end.seeds, result.unpaired) == (1.5, 3, 1)
+    unknown = pd.DataFrame(rows).assign(processor="unknown")
+    with pytest.raises(ValueError, match="at least two"):
+        Rows(unknown, "development").result(comparison)
+
+
+def test_comparisons_are_weighted_sums_by_seed() -> None:
+    table = read_results()
+    rows = Rows(table)
+    gain = confirmation(rows)[0].comparisons[0]  # (β = 1 − β = .1) on high, less the same on low
+    assert sorted(gain.weights.values()) == [-1, -1, 1, 1]
+    signs = {("high", 1.0): 1, ("high", 0.1): -1, ("low", 1.0): -1, ("low", 0.1): 1}
+    found = sum(sign * rows.cell("dpo", data, beta0=beta).reward for (data, beta), sign in signs.items())
+    assert rows.result(gain).end == Difference.of(found.dropna().to_numpy(), 0.1)
+    for question in (*confirmation(rows), *extension(Rows(table, "extension"))):
+        assert all(abs(sum(one.weights.values())) < 1e-9 for one in question.comparisons)
 
 
 def test_the_highest_reward_within_a_budget() -> None:
@@ -82,33 +126,45 @@ def test_the_highest_reward_within_a_budget() -> None:
 
 def test_intervals_over_seeds() -> None:
     values = np.array([0.1, 0.3, 0.2, 0.4, 0.25])
-    one = Difference.of(values)
-    half = 2.776445 * values.std(ddof=1) / 5**0.5  # t of 97.5 % at 4 degrees of freedom, from a printed table
-    assert (one.low, one.high) == pytest.approx((0.25 - half, 0.25 + half), rel=1e-5)
-    wider = Difference.of(values, 12)
-    assert wider.low < one.low < one.bootstrap[0]
+    one = Difference.of(values, 0.1)
+    error = values.std(ddof=1) / 5**0.5
+    # t of 97.5 % and 95 % at 4 degrees of freedom, from a printed table
+    assert (one.low, one.high) == pytest.approx((0.25 - 2.776445 * error, 0.25 + 2.776445 * error), rel=1e-5)
+    assert (one.equal_low, one.equal_high) == pytest.approx((0.25 - 2.131847 * error, 0.25 + 2.131847 * error))
+    wider = Difference.of(values, 0.1, 12)
+    assert wider.low < one.low
+    assert wider.equal_low < one.equal_low
     assert wider.mean == one.mean
-    with pytest.raises(ValueError, match="two"):
-        Difference.of(values[:1])
+    for wrong in (values[:1], np.array([0.1, np.nan])):
+        with pytest.raises(ValueError, match="at least two"):
+            Difference.of(wrong, 0.1)
 
 
-def test_intervals_hold_what_they_promise() -> None:
+def test_intervals_and_tests_for_equality_hold_what_they_promise() -> None:
     random = np.random.default_rng(0)
-    draws = [Difference.of(random.normal(size=5)) for _ in range(1000)]
+    draws = [Difference.of(random.normal(size=5), 0.1) for _ in range(1000)]
     assert np.mean([one.low <= 0 <= one.high for one in draws]) == pytest.approx(0.95, abs=0.02)
+    # a true difference of just the margin is called equal in at most 5 % of the cases
+    edge = [Difference.of(random.normal(0.1, 0.05, size=8), 0.1) for _ in range(1000)]
+    assert np.mean([one.verdict == "equal within the margin" for one in edge]) == pytest.approx(0.05, abs=0.02)
+    same = [Difference.of(random.normal(0, 0.05, size=8), 0.1) for _ in range(200)]
+    assert np.mean([one.verdict == "equal within the margin" for one in same]) > 0.95
 
 
 def test_verdicts() -> None:
-    def interval(low: float, high: float) -> Difference:
-        return Difference((low + high) / 2, low, high, 5, (low, high))
+    values = np.array([-0.02, -0.01, 0.0, 0.01, 0.02])
 
-    above, below, open_ = interval(0.1, 0.2), interval(-0.2, -0.1), interval(-0.1, 0.1)
-    assert better(above, open_) == better(open_, above) == better(above, above) == "holds here"
-    assert better(below, open_) == better(open_, below) == "does not hold here"
-    assert better(open_, open_) == better(above, below) == better(below, above) == "cannot be decided here"
-    assert robust([open_, above]) == "holds here"
-    assert robust([open_, interval(0.1, 0.3)]) == "cannot be decided here"
-    assert robust([open_, interval(0.25, 0.3)]) == "does not hold here"
+    def verdict(shift: float, scale: float = 1.0, comparisons: int = 1) -> str:
+        return Difference.of(shift + scale * values, 0.1, comparisons).verdict
+
+    assert verdict(0.0) == "equal within the margin"
+    assert verdict(0.05) == "equal within the margin"  # not zero, but too small to matter
+    assert verdict(0.3) == "better"
+    assert verdict(-0.3) == "worse"
+    assert verdict(0.0, 20) == "undecided"
+    assert verdict(0.09) == "better"
+    assert verdict(0.05, 4) == "undecided"
+    assert verdict(0.05, comparisons=50) == "undecided"
 
 
 def test_headings_are_found() -> None:
@@ -128,28 +184,20 @@ def test_the_commands_of_a_run_are_listed() -> None:
     assert "there is no run 9999" in wrong.stderr
 
 
-def test_a_row_survives_the_file(tmp_path: Path) -> None:
-    table = read_results()
-    path = tmp_path / "results.csv"
-    for _, each in table.head(3).iterrows():
-        append_result(each.to_dict(), path)
-    pd.testing.assert_frame_equal(read_results(path), table.head(3))
-
-
 @pytest.mark.slow
 def test_the_printed_commands_make_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process for each command, as a reader gives them, against what `make study` does in one process."""
-    run = StudyRun(3, "mixed", 0.15, "beta_dpo", 0.3, 2.4e-4)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
-    line = [sys.executable, "-m", "benchmarks.study", "--show"]
-    number = next(i for i, other in enumerate(of for runs in PHASES.values() for of in runs()) if other == run)
-    shown = subprocess.run([*line, str(number)], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    number = runs_of(read_results()).index(RUN)
+    line = [sys.executable, "-m", "benchmarks.study", "--show", str(number)]
+    shown = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     places = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     for command in shown.splitlines():
         done = subprocess.run(["bash", "-c", command], env=places, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
-    by_commands = measured(run)
+    by_commands = measured(RUN)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    row = make_row(run, "development")
+    make_sft_model((RUN.task, RUN.seed))
+    row = make_row(RUN)
     assert {name: row[name] for name in by_commands} == pytest.approx(by_commands, rel=1e-6, nan_ok=True)
