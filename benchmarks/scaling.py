@@ -171,9 +171,9 @@ class CountedGather(PreferenceOptimization):
 
     def gather(self, logps: PairLogps, batch: OptimizerBatch) -> PairLogps:
         before = sent_bytes()
-        everyone = super().gather(logps, batch)
+        global_logps = super().gather(logps, batch)
         self.gathered += sent_bytes() - before
-        return everyone
+        return global_logps
 
 
 class Meter(Callback):

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from datamodules.records import TokenisedPair
 from datamodules.table import load_table
 from datamodules.tokenisation import Tokenisation
-from lightning_modules.utilisation import step_operations
+from lightning_modules.flops import step_operations
 
 BETA = 0.1
 LEARNING_RATE = 1e-6

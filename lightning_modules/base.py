@@ -27,10 +27,10 @@ from lightning_modules.lora import Lora, add_lora
 from lightning_modules.pretrained import load_model, refuse_beyond, stop_at, store_linear_weights
 from lightning_modules.resumption import apply_settings, count_batches_of
 from lightning_modules.scorer import ResponseScorer
+from lightning_modules.sharded_loading import read_weights, weight_files
 from lightning_modules.sharding import clip_gradients, gradient_sync
 from lightning_modules.start_checks import check_start, check_steps
 from lightning_modules.strategy import ShardedStrategy
-from lightning_modules.weight_reading import read_weights, weight_files
 
 log = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from app.method.moments import MINIMUM_STD, rounding_std
 from app.method.ranges import NonNegativeFloat, PositiveFloat, ShareBelowOne, checked
 from app.method.step import MissingStatistics, RewardGapHook, StepDecision, StepObserver, weighted_losses
 from lightning_modules.base import Attention, CompileLayers
+from lightning_modules.divergence import perturbed_gaps, reference_kl
+from lightning_modules.flops import peak_operations, step_operations
 from lightning_modules.lora import Lora
 from lightning_modules.preference_scoring import PreferenceScoring, Reference
 from lightning_modules.sharding import keeps_gradients
-from lightning_modules.side_by_side import perturbed_gaps, reference_kl
-from lightning_modules.utilisation import peak_operations, step_operations
 
 log = logging.getLogger(__name__)
 
@@ -104,21 +104,21 @@ class PreferenceOptimization(PreferenceScoring):
 
     def training_step(self, batch: OptimizerBatch, batch_idx: int) -> Tensor:
         micro_batches = self.micro_batches(batch)
-        everyone = None
+        global_logps = None
         if len(micro_batches) > 1 and not self.needs_gaps_first:
-            everyone = self.backward_all(batch, micro_batches)
-        if everyone is not None:
-            decision = self.decide(everyone, batch)
+            global_logps = self.backward_all(batch, micro_batches)
+        if global_logps is not None:
+            decision = self.decide(global_logps, batch)
         else:
             # A single micro-batch keeps its graph for the backward pass; several would need too much memory.
             with torch.set_grad_enabled(len(micro_batches) == 1):
-                logps, everyone = self.measure(batch, micro_batches)
-            decision = self.decide(everyone, batch)
-            self.backward_kept(batch, logps, everyone, decision)
+                logps, global_logps = self.measure(batch, micro_batches)
+            decision = self.decide(global_logps, batch)
+            self.backward_kept(batch, logps, global_logps, decision)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, StepObserver):
                 callback.on_step_decided(self.trainer, self, decision)
-        return self.log_step(everyone, decision, batch, self.update())
+        return self.log_step(global_logps, decision, batch, self.update())
 
     @property
     def needs_gaps_first(self) -> bool:
@@ -145,18 +145,18 @@ class PreferenceOptimization(PreferenceScoring):
                 self.backward_share(losses, len(batch.pair_ids), last=False)
             parts.append(part.detach())
         order = torch.cat([rows.pairs for rows in micro_batches]).argsort()
-        everyone = self.gather(PairLogps.cat(parts).select(order), batch)
-        if not everyone.finite.all():
+        global_logps = self.gather(PairLogps.cat(parts).select(order), batch)
+        if not global_logps.finite.all():
             self.policy.zero_grad()
             return None
         self.backward_share(losses, len(batch.pair_ids), last=True)
-        return everyone
+        return global_logps
 
     def backward_kept(
-        self, batch: OptimizerBatch, logps: PairLogps, everyone: PairLogps, decision: StepDecision
+        self, batch: OptimizerBatch, logps: PairLogps, global_logps: PairLogps, decision: StepDecision
     ) -> None:
         """Back-propagate the loss of the kept pairs, through the graph of `logps` if it has one."""
-        batch_loss = self.loss.for_batch(everyone)
+        batch_loss = self.loss.for_batch(global_logps)
         here = torch.nonzero(decision.kept[batch.positions]).flatten()  # indices into this rank's share
         terms = on_device(decision.terms(batch.positions), self.device)
         if logps.policy_chosen.requires_grad and decision.eligible.all():
@@ -179,17 +179,17 @@ class PreferenceOptimization(PreferenceScoring):
         """
         self.backward_micro_batch(losses.sum() * (self.data_parallel_size / kept_count), last)
 
-    def decide(self, everyone: PairLogps, batch: OptimizerBatch) -> StepDecision:
+    def decide(self, global_logps: PairLogps, batch: OptimizerBatch) -> StepDecision:
         """Return the decision of the step: plain DPO, changed by every `RewardGapHook` in trainer order."""
         decision = StepDecision.start(
             step=self.trainer.global_step,
             pair_ids=batch.pair_ids,
-            gaps=self.loss.discrepancy(everyone),
+            gaps=self.loss.discrepancy(global_logps),
             beta0=self.beta0,
             labels=batch.labels,
         )
-        decision.reference_margin = everyone.reference_margin
-        decision.minimum_std = self.minimum_std(everyone)
+        decision.reference_margin = global_logps.reference_margin
+        decision.minimum_std = self.minimum_std(global_logps)
         decision.measure_perturbed = partial(perturbed_gaps, self, batch, decision.eligible)
         if self._reference:  # a cached reference has no distributions to compare
             decision.measure_kl = partial(reference_kl, self, batch, decision.eligible)
@@ -202,11 +202,11 @@ class PreferenceOptimization(PreferenceScoring):
                     raise UserError(str(error)) from error
         return decision
 
-    def minimum_std(self, everyone: PairLogps) -> float:
+    def minimum_std(self, global_logps: PairLogps) -> float:
         """Return the σ that rounding of h explains, in the units of the loss's discrepancy."""
         rounding = rounding_std(self.compute_dtype)
-        rounded = replace(everyone, policy_chosen=everyone.policy_chosen + rounding)
-        change = self.loss.discrepancy(rounded) - self.loss.discrepancy(everyone)
+        rounded = replace(global_logps, policy_chosen=global_logps.policy_chosen + rounding)
+        change = self.loss.discrepancy(rounded) - self.loss.discrepancy(global_logps)
         return max(float(change[torch.isfinite(change)].abs().mean().nan_to_num()), MINIMUM_STD)
 
     def report_nonfinite(self, decision: StepDecision) -> None:
@@ -227,7 +227,7 @@ class PreferenceOptimization(PreferenceScoring):
     # --- what is reported -------------------------------------------------------------------------------
 
     def log_step(
-        self, everyone: PairLogps, decision: StepDecision, batch: OptimizerBatch, grad_norm: float
+        self, global_logps: PairLogps, decision: StepDecision, batch: OptimizerBatch, grad_norm: float
     ) -> Tensor:
         """Log the step of the whole global batch and return the loss.
 
@@ -235,12 +235,12 @@ class PreferenceOptimization(PreferenceScoring):
         values gathered before the update.
         """
         pairs = torch.nonzero(decision.eligible).flatten()
-        seen = everyone.select(pairs)
+        seen = global_logps.select(pairs)
         at_base = pair_metrics(seen, self.loss, torch.full_like(decision.beta, self.beta0)[pairs])
         at_used = pair_metrics(seen, self.loss, decision.beta[pairs])
         kept = torch.nonzero(decision.kept).flatten()
-        loss = decision.losses(self.loss.for_batch(everyone), everyone.select(kept), kept).mean()
-        responses = int(everyone.chosen_tokens.sum() + everyone.rejected_tokens.sum())
+        loss = decision.losses(self.loss.for_batch(global_logps), global_logps.select(kept), kept).mean()
+        responses = int(global_logps.chosen_tokens.sum() + global_logps.rejected_tokens.sum())
         operations = step_operations(
             self.policy.model, batch.tokens, responses, decision.kept_fraction, bool(self._reference)
         )

@@ -75,11 +75,11 @@ class PreferenceScoring(LanguageModelTraining):
         finite (see `measured_alone`). Those of the reference have no gradient. The host waits for the device here.
         """
         logps = self.measure_rows(batch, micro_batches)
-        everyone = self.gather(logps, batch)
-        if self.layout == "packed" and not everyone.finite.all():
+        global_logps = self.gather(logps, batch)
+        if self.layout == "packed" and not global_logps.finite.all():
             logps = measured_alone(self, self.measure_rows, batch, logps)
-            everyone = self.gather(logps, batch)
-        return logps, everyone
+            global_logps = self.gather(logps, batch)
+        return logps, global_logps
 
     def measure_rows(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> PairLogps:
         """Return the log-probabilities of the pairs in the rows; other pairs of the share get zeros."""
@@ -112,9 +112,9 @@ class PreferenceScoring(LanguageModelTraining):
         own = {name: column.detach() for name, column in vars(logps).items() if column is not None}
         table = torch.zeros(len(own), len(batch.pair_ids), dtype=torch.float64, device=self.device)
         table[:, on_device(batch.positions, self.device)] = torch.stack([c.double() for c in own.values()])
-        everyone: dict[str, Any] = dict.fromkeys(vars(logps))
-        everyone.update(zip(own, self.reduce(table, "sum"), strict=True))
-        return PairLogps(**everyone)
+        global_logps: dict[str, Any] = dict.fromkeys(vars(logps))
+        global_logps.update(zip(own, self.reduce(table, "sum"), strict=True))
+        return PairLogps(**global_logps)
 
     # --- evaluation: no filter, β0, nothing of the training state is touched ------------------------------
 
@@ -135,8 +135,8 @@ class PreferenceScoring(LanguageModelTraining):
 
         A pair without a finite gap enters no mean and is counted in `nonfinite_pairs`.
         """
-        logps, everyone = self.measure(batch, self.micro_batches(batch))
-        batch_loss = self.loss.for_batch(everyone)
+        logps, global_logps = self.measure(batch, self.micro_batches(batch))
+        batch_loss = self.loss.for_batch(global_logps)
         beta = torch.full((len(batch.positions),), self.beta0, device=self.device)
         values = pair_metrics(logps, self.loss, beta) | {
             "loss": batch_loss(logps, beta),
@@ -148,7 +148,7 @@ class PreferenceScoring(LanguageModelTraining):
                 self._evaluation[name] = exact_mean().to(self.device)
             self._evaluation[name].update(column[finite])
         # the number of pairs in the means, which their uncertainty depends on
-        good = int(self.loss.discrepancy(everyone).isfinite().sum())
+        good = int(self.loss.discrepancy(global_logps).isfinite().sum())
         for name, count in (("pairs", good), ("nonfinite_pairs", len(batch.pair_ids) - good)):
             self._evaluation.setdefault(name, exact_count().to(self.device)).update(float(count))
 

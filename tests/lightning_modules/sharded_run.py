@@ -28,8 +28,8 @@ from datamodules.packing import pack  # noqa: E402
 from lightning_modules import ShardedStrategy  # noqa: E402
 from lightning_modules.pretrained import load_model  # noqa: E402
 from lightning_modules.scorer import ResponseScorer  # noqa: E402
+from lightning_modules.sharded_loading import read_weights, weight_files  # noqa: E402
 from lightning_modules.sharding import shard, transformer_blocks  # noqa: E402
-from lightning_modules.weight_reading import read_weights, weight_files  # noqa: E402
 
 # strategy settings and module settings; a name with `tied` is trained on the tied model
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -22,7 +22,7 @@ from app.errors import UserError
 from lightning_modules import ShardedStrategy
 from lightning_modules.pretrained import load_model
 from lightning_modules.scorer import ResponseScorer
-from lightning_modules.weight_reading import read_weights, weight_files
+from lightning_modules.sharded_loading import read_weights, weight_files
 
 
 @pytest.fixture(scope="module")

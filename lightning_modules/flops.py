@@ -73,5 +73,5 @@ def peak_of(name: str, dtype: torch.dtype) -> float | None:
     """Return `peak_operations` of the GPU that the driver calls `name`."""
     if dtype == torch.bfloat16 and name in DENSE_BFLOAT16:
         return 1e12 * DENSE_BFLOAT16[name]
-    log.info("no train/mfu: the peak of %s in %s is not in lightning_modules/utilisation.py", name, dtype)
+    log.info("no train/mfu: the peak of %s in %s is not in lightning_modules/flops.py", name, dtype)
     return None

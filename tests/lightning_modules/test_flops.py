@@ -12,8 +12,8 @@ from tiny_runs import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.packing import pack
+from lightning_modules.flops import forward_operations, peak_of, peak_operations, step_operations
 from lightning_modules.scorer import ResponseScorer
-from lightning_modules.utilisation import forward_operations, peak_of, peak_operations, step_operations
 
 
 @pytest.mark.parametrize("tied", [False, True])
