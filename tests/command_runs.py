@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,47 +74,92 @@ def write_config(folder: Path, model: str, version: str | None = "", **data: Any
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
 
-def command_line(
-    folder: Path, *arguments: str, fault: str = "", **environment: str
-) -> tuple[list[str], dict[str, Any]]:
-    """The words of `beta-dpo ARGUMENTS`, and where and with which environment they are run."""
+def environment(fault: str = "", **more: str) -> dict[str, str]:
+    """The environment of a process under test; `fault` is for `injected_faults.InjectedFault`."""
     places = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places, "FAULT": fault, **environment}
-    return [sys.executable, "-m", "app.main", *arguments], {"cwd": folder, "env": variables}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places, "FAULT": fault, **more}
 
 
-def command(folder: Path, *arguments: str, fault: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """`beta-dpo ARGUMENTS` in `folder`; `fault` is for `injected_faults.InjectedFault`.
+def command(
+    folder: Path, *arguments: str, fault: str = "", fresh: bool = False, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """`beta-dpo ARGUMENTS` in `folder`, with `more` in its environment.
 
-    The process is a fork of one that has imported the program: importing it takes longer than most runs. A command
-    with an environment of its own, or of several ranks, starts as a user's does.
+    The processes are forks (see `begin`): importing the program takes longer than most runs. Of several ranks the
+    status is that of the first. With `fresh`, and where libraries read `more` as they are imported, the command
+    starts as a user's does, and Lightning starts the other ranks.
     """
-    line, settings = command_line(folder, *arguments, fault=fault, **environment)
-    read_at_import = any(not name.startswith("BETA_DPO_") for name in environment)
-    if read_at_import or "--trainer.devices" in arguments:
-        return subprocess.run(line, **settings, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+    variables = environment(fault, **more)
+    if fresh or any(name != "PYTHONPATH" and not name.startswith("BETA_DPO_") for name in more):
+        line = [sys.executable, "-m", "app.main", *arguments]
+        settings: dict[str, Any] = {"cwd": folder, "env": variables, "timeout": LIMIT_SECONDS}
+        return subprocess.run(line, **settings, capture_output=True, text=True, check=False)
+    ranks = int(dict(pairwise(arguments)).get("--trainer.devices", 1))
     with tempfile.TemporaryDirectory() as logs:
-        said = [Path(logs, name) for name in ("stdout", "stderr")]
-        process = FORKS.Process(target=run_here, args=(folder, arguments, settings["env"], said))
-        process.start()
-        process.join(LIMIT_SECONDS)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(line, LIMIT_SECONDS)
-        return subprocess.CompletedProcess(line, process.exitcode, *(path.read_text() for path in said))
+        status, *_ = ended(begin(partial(main_in, folder, arguments), variables, Path(logs), ranks))
+        said = [
+            "".join(file.read_text() for file in sorted(Path(logs).glob(f"*.{name}"))) for name in ("out", "err")
+        ]
+    return subprocess.CompletedProcess(["beta-dpo", *arguments], status, *said)
 
 
-def run_here(folder: Path, arguments: Sequence[str], variables: dict[str, str], said: Sequence[Path]) -> None:
-    """Be the process of one command: its folder, environment and output."""
+def main_in(folder: Path, arguments: Sequence[str]) -> None:
+    os.chdir(folder)
+    sys.argv = ["beta-dpo", *arguments]
+    main(arguments)
+
+
+def begin(work: Callable[[], None], variables: dict[str, str], logs: Path, ranks: int = 1) -> list[Any]:
+    """Start `work` in as many forks of one process that has imported the program, with LOGS/RANK.out and .err.
+
+    Several are told to be the ranks of one run on this machine, as a launcher would tell them.
+    """
+    places: list[dict[str, str]] = [{}]
+    if ranks > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            shared = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        places = [shared | {"LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    started = []
+    for rank, place in enumerate(places):
+        settings = (work, variables | place, logs / f"{rank}.out", logs / f"{rank}.err")
+        started.append(FORKS.Process(target=fork, args=settings))
+        started[-1].start()
+    return started
+
+
+def fork(work: Callable[[], None], variables: dict[str, str], *said: Path) -> None:
+    """Be one of the processes: its output, its environment, and what a start would have read there."""
     for descriptor, path in zip((1, 2), said, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
-    os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    sys.argv = ["beta-dpo", *arguments]
+    sys.path[:0] = variables["PYTHONPATH"].split(os.pathsep)
     torch.set_num_threads(1)
-    main(arguments)
+    work()
+
+
+def ended(processes: Sequence[Any]) -> list[int]:
+    """The statuses of the processes, once they have ended."""
+    try:
+        for process in processes:
+            process.join(LIMIT_SECONDS)
+        assert all(process.exitcode is not None for process in processes), f"no end in {LIMIT_SECONDS} s"
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def run_ranks(script: Path, *arguments: str, logs: Path, ranks: int = 2) -> None:
+    """Run `python SCRIPT ARGUMENTS` as `ranks` ranks; fails with the end of their logs unless all end well."""
+    codes = ended(begin(partial(run_script, script, arguments), environment(), logs, ranks))
+    assert codes == [0] * ranks, "\n".join((logs / f"{rank}.err").read_text()[-3000:] for rank in range(ranks))
+
+
+def run_script(script: Path, arguments: Sequence[str]) -> None:
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def refusal(arguments: Sequence[str], capfd: pytest.CaptureFixture[str]) -> str:

@@ -13,11 +13,11 @@ import cuda_ranks
 import numpy as np
 import pytest
 import torch
+from command_runs import run_ranks
 from cuda_runs import Window, cuda_stand_in, cuda_trainer
 from cuda_stand_in import counted
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from rank_runs import run_ranks
 from tiny_runs import (
     Recorder,
     beta_dpo,
@@ -27,6 +27,7 @@ from tiny_runs import (
     rarest_token,
     relative_difference,
     same_bits,
+    save_tiny_model,
     tiny_model,
     weights,
 )
@@ -41,7 +42,13 @@ from lightning_modules.lora import Lora
 from lightning_modules.pretrained import load_model
 from lightning_modules.scorer import ResponseScorer
 
-SEVERAL = {"micro_batch_tokens": 150}  # five micro-batches of ten pairs
+SEVERAL = {"micro_batch_tokens": 250}  # three micro-batches of ten pairs
+
+
+@pytest.fixture(scope="module")
+def shallow_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One layer: the stand-in takes its time for every operation, and a second layer does the same ones."""
+    return save_tiny_model("llama", tmp_path_factory.mktemp("model") / "shallow", num_hidden_layers=1)
 
 
 def run(make: Callable[..., Any], folder: Path, module: Any, hooks: Sequence[Callback], **data: Any) -> Any:
@@ -79,14 +86,14 @@ RUNS: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any], dict[str, An
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_trains_as_on_the_cpu(name: str, tiny_llama: str, tmp_path: Path) -> None:
+def test_trains_as_on_the_cpu(name: str, shallow_llama: str, tmp_path: Path) -> None:
     hooks, data, settings = RUNS[name]
     torch.manual_seed(0)  # of the adapters
-    expected = preference(tiny_llama, **settings)
+    expected = preference(shallow_llama, **settings)
     run(quiet_trainer, tmp_path, expected, hooks(), **data)
     with cuda_stand_in() as device:
         torch.manual_seed(0)
-        seen = preference(tiny_llama, **settings)
+        seen = preference(shallow_llama, **settings)
         run(cuda_trainer, tmp_path, seen, hooks(), **data)
     assert device.violations == []
     assert seen.policy.attention == settings.get("attention", "flex")
@@ -125,25 +132,25 @@ def everything(folder: Path) -> list[Callback]:
     ids=["one micro-batch", "several", "plain", "epsilon", "every callback"],
 )
 def test_the_host_waits_for_little(
-    hooks: Any, data: dict[str, Any], gathers: int, tiny_llama: str, tmp_path: Path
+    hooks: Any, data: dict[str, Any], gathers: int, shallow_llama: str, tmp_path: Path
 ) -> None:
     with cuda_stand_in() as device:
         window = Window(device)
         logger = TensorBoardLogger(tmp_path, version="")
         settings = {"logger": logger, "limit_val_batches": 1, "val_check_interval": 1, "enable_checkpointing": True}
         trainer = cuda_trainer(tmp_path, [*hooks(tmp_path), window], "bf16-mixed", max_steps=2, **settings)
-        trainer.fit(preference(tiny_llama), controlled(20, **data))
+        trainer.fit(preference(shallow_llama), controlled(20, **data))
     assert device.violations == []
     waits = counted(window.waits)
     backwards = waits.pop(HEAD)
     assert waits == {GATHER: gathers, NORM: 1}
-    assert backwards == 1 if not data else 1 < backwards <= 5
+    assert backwards == 1 if not data else 1 < backwards <= 3
 
 
-def test_stages_and_resume(tiny_llama: str, tmp_path: Path) -> None:
+def test_stages_and_resume(shallow_llama: str, tmp_path: Path) -> None:
     """SFT, predict, validate and test as on the CPU; a resumed run equals an uninterrupted one to the bit."""
     with cuda_stand_in() as device:
-        sft = [SupervisedFineTuning(tiny_llama, optimizer=torch.optim.SGD) for _ in range(2)]
+        sft = [SupervisedFineTuning(shallow_llama, optimizer=torch.optim.SGD) for _ in range(2)]
         losses = []
         for make, module in zip((quiet_trainer, cuda_trainer), sft, strict=True):
             trainer = make(tmp_path, max_steps=2, limit_val_batches=1, val_check_interval=1)
@@ -153,15 +160,15 @@ def test_stages_and_resume(tiny_llama: str, tmp_path: Path) -> None:
         scores, figures = [], []
         for make in (quiet_trainer, cuda_trainer):
             trainer = make(tmp_path, limit_val_batches=1, limit_test_batches=1)
-            parts = trainer.predict(preference(tiny_llama), controlled(10, **SEVERAL))
+            parts = trainer.predict(preference(shallow_llama), controlled(10, **SEVERAL))
             scores.append(torch.tensor([value for part in parts for value in part["policy_chosen_logp"]]))
-            trainer.validate(preference(tiny_llama), controlled(10, **SEVERAL), verbose=False)
+            trainer.validate(preference(shallow_llama), controlled(10, **SEVERAL), verbose=False)
             found = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            trainer.test(preference(tiny_llama), controlled(10, **SEVERAL), verbose=False)
+            trainer.test(preference(shallow_llama), controlled(10, **SEVERAL), verbose=False)
             figures.append(found | {name: float(value) for name, value in trainer.callback_metrics.items()})
         torch.testing.assert_close(scores[1], scores[0], rtol=0, atol=1e-4)
         assert figures[1] == pytest.approx(figures[0], abs=1e-4)
-        whole, parts_of = preference(tiny_llama), [preference(tiny_llama) for _ in range(2)]
+        whole, parts_of = preference(shallow_llama), [preference(shallow_llama) for _ in range(2)]
         data = {"batch_size": 5}
         cuda_trainer(tmp_path, beta_dpo(), max_steps=3).fit(whole, controlled(20, **data))
         checkpoint = cb.RunCheckpoint(dirpath=str(tmp_path / "c"))
@@ -173,13 +180,13 @@ def test_stages_and_resume(tiny_llama: str, tmp_path: Path) -> None:
     assert device.violations == []
 
 
-def test_generation(tiny_llama: str) -> None:
+def test_generation(shallow_llama: str) -> None:
     prompts = [np.array([5, 6, 7]), np.array([5, 6, 7, 8, 9])]
     sampling = {"max_new_tokens": 4, "do_sample": True, "top_k": 0}
     found = []
     for kind in ("cpu", "cuda"):
         with cuda_stand_in() as device:
-            model = load_model(tiny_llama).eval().to(kind)
+            model = load_model(shallow_llama).eval().to(kind)
             restore_generator(found[0][0] if found else generator_state(model.device), model.device)
             state = generator_state(model.device)
             responses = sample(model, prompts, [build_tokenizer().eos_token_id], sampling)
@@ -192,7 +199,7 @@ def test_generation(tiny_llama: str) -> None:
 @pytest.fixture(scope="module")
 def spoilt(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model with an infinite embedding for a token that one training pair alone holds."""
-    model = tiny_model("llama")
+    model = tiny_model("llama", num_hidden_layers=1)
     with torch.no_grad():
         model.get_input_embeddings().weight[rarest_token()] = math.inf
     folder = tmp_path_factory.mktemp("spoilt")
@@ -219,7 +226,9 @@ def test_a_pair_that_is_not_finite(
     assert relative_difference(*found) < 1e-5
 
 
-def test_plain_dpo_scores_the_policy_once(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_dpo_scores_the_policy_once(
+    shallow_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a callback that needs the gaps there is no measuring pass; the numbers are those with one."""
 
     class NeedsTheGaps(Callback):
@@ -237,7 +246,7 @@ def test_plain_dpo_scores_the_policy_once(tiny_llama: str, tmp_path: Path, monke
     found, counts = [], []
     # an observer is told the decision, and asks for no pass
     for hooks in ([cb.PairAudit()], [NeedsTheGaps()]):
-        module = preference(tiny_llama)
+        module = preference(shallow_llama)
         trainer = run(quiet_trainer, tmp_path / str(len(found)), module, hooks, **SEVERAL)
         counts.append(Counter(passes))
         passes.clear()
@@ -250,7 +259,7 @@ def test_plain_dpo_scores_the_policy_once(tiny_llama: str, tmp_path: Path, monke
     assert list((tmp_path / "0" / "audit").glob("*.parquet"))
 
 
-def test_rounding_selects_nobody(tiny_llama: str, tmp_path: Path) -> None:
+def test_rounding_selects_nobody(shallow_llama: str, tmp_path: Path) -> None:
     """A cached reference that another kernel made: σ is all rounding, and the first draw is uniform."""
     recorder = Recorder()
 
@@ -262,17 +271,17 @@ def test_rounding_selects_nobody(tiny_llama: str, tmp_path: Path) -> None:
     for precision in ("bf16-mixed", "32-true"):
         with cuda_stand_in():
             trainer = cuda_trainer(tmp_path, [Rounded(), *beta_dpo(), recorder], precision, max_steps=1)
-            trainer.fit(preference(tiny_llama), controlled(10))
+            trainer.fit(preference(shallow_llama), controlled(10))
         assert float(trainer.callback_metrics["gap/too_close"]) == (precision == "bf16-mixed")
     assert recorder.decisions[0].log_weights.unique().tolist() == [0.0]
     assert len(recorder.decisions[1].log_weights.unique()) > 1
 
 
-def test_two_ranks_are_one_process_on_the_cpu(tiny_llama: str, spoilt: str, tmp_path: Path) -> None:
+def test_two_ranks_are_one_process_on_the_cpu(shallow_llama: str, spoilt: str, tmp_path: Path) -> None:
     """DDP: the exchanges, the cache under Lightning's default device, and a step whose gradients are taken back."""
-    run_ranks(Path(cuda_ranks.__file__), str(tmp_path), tiny_llama, spoilt, logs=tmp_path)
+    run_ranks(Path(cuda_ranks.__file__), str(tmp_path), shallow_llama, spoilt, logs=tmp_path)
     for name, (hooks, settings) in cuda_ranks.RUNS.items():
-        module = preference(spoilt if settings.get("spoilt") else tiny_llama)
+        module = preference(spoilt if settings.get("spoilt") else shallow_llama)
         run(quiet_trainer, tmp_path, module, hooks(), **cuda_ranks.DATA)
         found = torch.load(tmp_path / f"{name}.pt")
         ours, theirs = ({n: t for n, t in w.items() if "embed_tokens" not in n} for w in (weights(module), found))

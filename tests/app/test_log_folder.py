@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
-from command_runs import LIMIT_SECONDS, command_line, fit, write_config
+from command_runs import LIMIT_SECONDS, begin, environment, fit, main_in, write_config
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tiny_runs import controlled, preference, quiet_trainer
@@ -52,21 +51,15 @@ def test_a_second_run_is_refused_and_a_killed_one_goes_on_with_its_curves(tiny_l
     csv = tensorboard | {"class_path": "lightning.pytorch.loggers.CSVLogger"}
     config["trainer"]["logger"] = [csv, tensorboard]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    arguments = ("fit", "--config", "config.yaml", "--ckpt_path", "last", "--trainer.max_steps")
-    line, settings = command_line(tmp_path, *arguments, "24", fault="slow 20@7")
-    log = tmp_path / "log"
-    with (
-        log.open("w") as shown,
-        subprocess.Popen(line, **settings, stdout=subprocess.DEVNULL, stderr=shown) as first,
-    ):
-        try:
-            until = time.monotonic() + LIMIT_SECONDS
-            while not (tmp_path / RUN / "checkpoints" / "step=6.ckpt").exists() and time.monotonic() < until:
-                time.sleep(0.2)
-            second = fit(tmp_path)
-        finally:
-            first.send_signal(signal.SIGKILL)
-    assert log.read_text().startswith("beta-dpo fit: loading PyTorch, Lightning and transformers\n")
+    work = partial(main_in, tmp_path, ("fit", "--config", "config.yaml"))
+    (first,) = begin(work, environment(fault="slow 20@7"), tmp_path)
+    try:
+        until = time.monotonic() + LIMIT_SECONDS
+        while not (tmp_path / RUN / "checkpoints" / "step=6.ckpt").exists() and time.monotonic() < until:
+            time.sleep(0.2)
+        second = fit(tmp_path)
+    finally:
+        first.kill()
     assert second.returncode == 2, second.stderr
     assert f"The log folder {RUN} is in use by process {first.pid} on " in second.stderr
     assert "choose another log folder" in second.stderr

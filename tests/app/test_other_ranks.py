@@ -87,8 +87,11 @@ def test_the_shipped_configuration_runs_on_two_ranks(strategy: str, tiny_llama: 
     sizes = {"pairs": 40, "validation_pairs": 8, "batch_size": 10}
     options += [word for name, size in sizes.items() for word in (f"--data.{name}", str(size))]
     place = ("--trainer.devices", "2", "--trainer.logger.save_dir", "runs", "--model.name", tiny_llama)
-    done = command(tmp_path, "fit", *options, *place)
+    done = command(tmp_path, "fit", *options, *place, fresh=strategy == "ddp")
     assert done.returncode == 0, done.stderr
+    # said by the first rank alone; a fork has loaded all
+    loading = "beta-dpo fit: loading PyTorch, Lightning and transformers\n"
+    assert done.stderr.count(loading) == done.stderr.startswith(loading) == (strategy == "ddp")
     run = tmp_path / "runs" / "beta_dpo"
     assert audit_of(run)["step"].to_pylist()[-1] == 3
     assert (run / "commands.txt").read_text(encoding="utf-8").count("beta-dpo fit") == 1

@@ -101,9 +101,10 @@ def test_an_evaluation_leaves_the_record_of_the_training(seeded: Path) -> None:
 
 @pytest.mark.slow
 def test_every_rank_gets_the_seed_that_the_first_one_picked(tiny_llama: str, tmp_path: Path) -> None:
-    done = fit(
-        tmp_path, tiny_llama, "--seed_everything", "null", "--trainer.devices", "2", "--trainer.strategy", "ddp"
-    )
+    write_config(tmp_path, tiny_llama)
+    options = ("--seed_everything", "null", "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    done = command(tmp_path, "fit", "--config", "config.yaml", *SHORT, *options, fresh=True)
+    assert done.returncode == 0, done.stderr
     seed = recorded_seed(tmp_path)
     assert re.findall(r"\[rank: (\d)\] Seed set to (\d+)", done.stderr + done.stdout)
     assert set(re.findall(r"Seed set to (\d+)", done.stderr + done.stdout)) == {str(seed)}

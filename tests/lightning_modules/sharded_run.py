@@ -1,17 +1,15 @@
 """One rank of a run on gloo, started by test_sharding.
 
-`python sharded_run.py RANKS MODEL TIED_MODEL FAMILIES FOLDER`: for every variant the audit is left in
+`python sharded_run.py RANKS MODEL TIED_MODEL FOLDER [VARIANT …]`: for every variant the audit is left in
 FOLDER/<variant> and, beside it, the whole final weights and facts about the run in <variant>.pt.
-Every model in the folder FAMILIES is built without weights, sharded, filled and scored: FOLDER/scores.pt.
-Four ranks train the variant `replicas` alone: two copies in two shards each.
+Every model in FOLDER/families, if there are any, is built without weights, sharded, filled and scored:
+FOLDER/scores.pt.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
@@ -42,9 +40,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied_meta": ({"meta_init_above": 0}, {}),
     "bfloat16": ({"compute_dtype": "bfloat16", "meta_init_above": 0}, {}),
     "bfloat16_eager": ({"compute_dtype": "bfloat16", "offload_reference": True}, {}),
+    "compiled": ({}, {"compile_layers": True}),
 }
-if which(os.environ.get("CXX", "g++")):
-    VARIANTS["compiled"] = ({}, {"compile_layers": True})
 PAIRS, TOKENS = 21, 115  # several micro-batches; of the last batch one rank has no pair
 
 
@@ -104,14 +101,14 @@ def sharded_scores(name: str) -> torch.Tensor:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    ranks, model, tied_model, families, folder = int(sys.argv[1]), *sys.argv[2:4], *map(Path, sys.argv[4:])
-    chosen = {"replicas": VARIANTS["replicas"]} if ranks == 4 else VARIANTS
-    for name, (strategy, settings) in chosen.items():
+    ranks, model, tied_model, folder = int(sys.argv[1]), *sys.argv[2:4], Path(sys.argv[4])
+    for name in sys.argv[5:]:
+        strategy, settings = VARIANTS[name]
         source = tied_model if "tied" in name else model
         sharded = ShardedStrategy(process_group_backend="gloo", **strategy)
         final = train(source, folder / name, settings, devices=ranks, strategy=sharded)
         if torch.distributed.get_rank() == 0:
             torch.save(final, folder / f"{name}.pt")
-    scores = {family.name: sharded_scores(str(family)) for family in sorted(families.iterdir()) if ranks == 2}
+    scores = {family.name: sharded_scores(str(family)) for family in sorted(folder.glob("families/*"))}
     if torch.distributed.get_rank() == 0:
         torch.save(scores, folder / "scores.pt")

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_runs import run_ranks
 from distributed_run import EXACT, SCENARIOS, STRATEGIES, fine_tune, train, train_exactly
-from rank_runs import run_ranks
 from tiny_runs import relative_difference, save_tiny_model
 from torch import Tensor
 

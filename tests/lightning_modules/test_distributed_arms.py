@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_runs import run_ranks
 from distributed_arms import train_arm
 from distributed_run import SCENARIOS, STRATEGIES
-from rank_runs import run_ranks
 from tiny_runs import relative_difference
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_runs import run_ranks
 from lightning.pytorch.strategies import ModelParallelStrategy
-from rank_runs import run_ranks
 from safetensors.torch import load_file, save_file
 from sharded_run import VARIANTS, rows, train
 from tiny_runs import FAMILIES, controlled, preference, quiet_trainer, relative_difference, save_tiny_model
@@ -24,6 +24,9 @@ from lightning_modules.pretrained import load_model
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharded_loading import read_weights, weight_files
 
+SCRIPT = Path(__file__).with_name("sharded_run.py")
+EAGER = [name for name in VARIANTS if name != "compiled"]
+
 
 @pytest.fixture(scope="module")
 def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -33,17 +36,16 @@ def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One model of each family; some of them tie their embeddings by default."""
-    folder = tmp_path_factory.mktemp("families")
+    folder = tmp_path_factory.mktemp("two-shards") / "families"
     for family in FAMILIES:
         save_tiny_model(family, folder / family)
     return folder
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tiny_llama: str, tied_llama: str, families: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two-shards")
-    script = Path(__file__).with_name("sharded_run.py")
-    run_ranks(script, "2", tiny_llama, tied_llama, str(families), str(folder), logs=folder)
+def two_ranks(tiny_llama: str, tied_llama: str, families: Path) -> Path:
+    folder = families.parent
+    run_ranks(SCRIPT, "2", tiny_llama, tied_llama, str(folder), *EAGER, logs=folder)
     return folder
 
 
@@ -57,8 +59,19 @@ def one_rank(tiny_llama: str, tied_llama: str, tmp_path_factory: pytest.TempPath
     }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_two_ranks_equal_one(variant: str, two_ranks: Path, one_rank: dict[bool, Any], tiny_llama: str) -> None:
+@pytest.mark.parametrize("variant", EAGER)
+def test_two_ranks_equal_one(variant: str, two_ranks: Path, one_rank: dict[bool, Any]) -> None:
+    assert_one_process_agrees(variant, two_ranks, one_rank)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_two_ranks_of_compiled_layers_equal_one(one_rank: dict[bool, Any], tiny_llama: str, tmp_path: Path) -> None:
+    run_ranks(SCRIPT, "2", tiny_llama, tiny_llama, str(tmp_path), "compiled", logs=tmp_path)
+    assert_one_process_agrees("compiled", tmp_path, one_rank)
+
+
+def assert_one_process_agrees(variant: str, two_ranks: Path, one_rank: dict[bool, Any]) -> None:
     expected, expected_audit = one_rank["tied" in variant]
     seen = torch.load(two_ranks / f"{variant}.pt", weights_only=False)
     audit = pq.read_table(two_ranks / variant / "audit")
@@ -81,10 +94,9 @@ def test_two_ranks_equal_one(variant: str, two_ranks: Path, one_rank: dict[bool,
 
 @pytest.mark.slow
 def test_two_replicas_of_two_shards_equal_one_rank(
-    one_rank: dict[bool, Any], tiny_llama: str, families: Path, tmp_path: Path
+    one_rank: dict[bool, Any], tiny_llama: str, tmp_path: Path
 ) -> None:
-    script = Path(__file__).with_name("sharded_run.py")
-    run_ranks(script, "4", tiny_llama, tiny_llama, str(families), str(tmp_path), logs=tmp_path, ranks=4)
+    run_ranks(SCRIPT, "4", tiny_llama, tiny_llama, str(tmp_path), "replicas", logs=tmp_path, ranks=4)
     expected, expected_audit = one_rank[False]
     seen, audit = (
         torch.load(tmp_path / "replicas.pt", weights_only=False),

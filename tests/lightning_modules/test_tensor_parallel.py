@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_runs import run_ranks
 from distributed_run import SCENARIOS, fine_tune, train
-from rank_runs import run_ranks
 from sharded_run import train as train_and_save
 from tensor_parallel_run import VARIANTS, score
 from tiny_runs import controlled, preference, quiet_trainer, relative_difference, save_tiny_model, tiny_model
