@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from app.errors import UserError
+from lightning_modules.weight_reading import few, refuse_values
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ def load_model(
             raise UserError(f"model.name: cannot load {name!r}: {_reason(error)}") from error
         model, found = loaded
         refuse_missing(name, found)
+        refuse_values(name, model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -172,18 +174,18 @@ def refuse_missing(name: str, found: dict[str, Any]) -> None:
     )
     if other:
         raise UserError(
-            f"model.name: config.json of {name!r} is of another model than the weights: {_few(other)}; take both "
+            f"model.name: config.json of {name!r} is of another model than the weights: {few(other)}; take both "
             "from one place."
         )
     missing, more = (sorted(map(str, found[kind])) for kind in ("missing_keys", "unexpected_keys"))
-    instead = f" (they hold {_few(more)} instead)" if more else ""
+    instead = f" (they hold {few(more)} instead)" if more else ""
     if missing:
         raise UserError(
-            f"model.name: the files of {name!r} lack {_few(missing)}{instead}, which would be random: take a "
+            f"model.name: the files of {name!r} lack {few(missing)}{instead}, which would be random: take a "
             "complete model."
         )
     if more:
-        log.warning("model.name: the files of %r hold %s, for which the model has no place", name, _few(more))
+        log.warning("model.name: the files of %r hold %s, for which the model has no place", name, few(more))
 
 
 def refuse_beyond(model: Any, longest: int, largest_id: int, tokenizer: str, length: str) -> None:
@@ -225,10 +227,6 @@ def learned_positions(model: Any) -> int | None:
         if re.search(r"\b(wpe|embed_positions|position_embeddings|pos_emb\w*)(\.weight)?$", name)
     ]
     return int(min(tables + most)) if tables else None  # OPT's table has two extra rows
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def bare_model(config: Any, **options: Any) -> Any:

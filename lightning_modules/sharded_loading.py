@@ -1,7 +1,9 @@
-"""Filling a sharded model from safetensors files; every rank reads only its own part of each tensor."""
+"""Safetensors files: refusal of values that cannot be trained, and filling a sharded model part by part."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from app.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes in safetensors' spelling
 
 
 def weight_files(name: str) -> dict[str, Path]:
@@ -42,6 +48,54 @@ def weight_files(name: str) -> dict[str, Path]:
             "meta_init_above is read from: convert it by save_pretrained, or raise that number."
         )
     return files
+
+
+def few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def refuse_values(name: str, model: nn.Module) -> None:
+    """Raise UserError if weights are not finite, or if the files of the folder `name` hold them as codes.
+
+    transformers would convert the integers or float8 of a quantised model to float without their scales.
+    """
+    state = {key: tensor for key, tensor in model.named_parameters() if tensor.is_floating_point()}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for key, tensor in state.items():
+        refuse_nonfinite(name, key, tensor.data, id(tensor) in tables)
+    for path in sorted(Path(name).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in state.keys() & set(file.keys()):
+                refuse_codes(path, key, file.get_slice(key).get_dtype())
+
+
+def refuse_nonfinite(source: str, name: str, values: Tensor, embeds: bool) -> None:
+    """Raise UserError if `values` are not finite; warn if they embed tokens, because nobody may use those."""
+    if values.isfinite().all():
+        return
+    if not embeds:
+        raise UserError(
+            f"model.name: {name} of {source!r} is not finite (NaN or infinite): take a sound copy, or an earlier "
+            "checkpoint of the run that made it."
+        )
+    rows = (~values.isfinite()).any(-1)
+    log.warning(
+        "model.name: %d of the %d tokens that %s of %r embeds are not finite (NaN or infinite), token %d first: "
+        "pairs with them will be left out",
+        int(rows.sum()),
+        len(rows),
+        name,
+        source,
+        int(rows.nonzero()[0]),
+    )
+
+
+def refuse_codes(path: Path, tensor: str, dtype: str) -> None:
+    if dtype not in FLOATS:
+        raise UserError(
+            f"model.name: {path} holds quantised weights ({tensor} is {dtype}), which cannot be trained: take the "
+            "model that they were made from."
+        )
 
 
 def read_weights(model: Any, files: dict[str, Path], device: torch.device | str = "cpu") -> None:
@@ -94,9 +148,12 @@ def _read(path: Path, name: str, like: Tensor, device: torch.device | str) -> Te
                 f"but the model's configuration asks for {list(like.shape)}."
             )
         here = tuple(slice(begin, begin + size) for begin, size in zip(start, shape, strict=True))
+        if like.is_floating_point():
+            refuse_codes(path, name, stored.get_dtype())
         # a rank beyond the last row has an empty part, and a scalar has no dimension to slice
         local = stored[here] if 0 not in shape and shape else torch.zeros(shape) if shape else file.get_tensor(name)
         local = local.to(device, like.dtype, copy=True)
+    refuse_nonfinite(str(path), name, local, "embed" in name or "wte" in name)
     if isinstance(like, DTensor):
         # like FSDP2 itself, because `from_local` would move the shards of an offloaded model to the mesh's device
         local = DTensor(local, like._spec, requires_grad=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_runs import refusal, write_config
 from safetensors.torch import load_file, save_file
 from tiny_runs import save_reward_model, tiny_model
@@ -194,6 +195,18 @@ def without_weights(part: str) -> Callable[[Path], None]:
     return change
 
 
+def stored(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    """Change the tensors with `name` in their names."""
+
+    def changed(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        for key in weights:
+            weights[key] = change(weights[key]) if name in key else weights[key]
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    return changed
+
+
 def another(family: str, **settings: Any) -> Callable[[Path], None]:
     return lambda folder: tiny_model(family, **settings).save_pretrained(folder)
 
@@ -236,6 +249,22 @@ OF_A_MODEL: dict[str, tuple[Callable[[Path], None], str]] = {
     "a layer lacking": (
         without_weights("layers.1."),
         "lack model.layers.1.input_layernorm.weight, model.layers.1.",
+    ),
+    "codes without their scales": (
+        stored("mlp.up_proj", lambda w: (w * 9).to(torch.int8)),
+        "up_proj.weight is I8), which cannot be trained: take the model that they were made from",
+    ),
+    "codes of eight bits with an exponent": (
+        stored("down_proj", lambda w: w.to(torch.float8_e4m3fn)),
+        "down_proj.weight is F8_E4M3)",
+    ),
+    "a layer of NaN": (
+        stored("layers.1.self_attn.q", lambda w: w * torch.nan),
+        "model.layers.1.self_attn.q_proj.weight of ",
+    ),
+    "an output head with one infinite value": (
+        stored("lm_head", lambda w: w.index_fill(0, torch.tensor(3), torch.inf)),
+        "is not finite (NaN or infinite): take a sound copy",
     ),
     "a reward model": (lambda folder: save_reward_model(folder), "they hold score.weight instead"),
     "adapters alone": (emptied("adapter_config.json", "{}"), "holds adapters alone: merge them into their model"),
