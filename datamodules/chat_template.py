@@ -13,7 +13,7 @@ from jinja2.exceptions import TemplateSyntaxError
 
 from app.errors import UserError
 from datamodules.records import Message, Prompt
-from datamodules.sources.hh import prompt_messages
+from datamodules.sources.prompts import prompt_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -46,6 +46,10 @@ def describe(table: PairTable, rows: np.ndarray) -> list[str]:
         own, replaced = table.parts
         samples = [f"samples: {line}" for line in describe(replaced.table, np.arange(len(replaced.table)))]
         return [*describe(own.table, rows), *samples, table.note]
+    if isinstance(table, RewardedTable):
+        (line,) = describe(table.parts[0].table, rows)
+        left_out = int((~table.scored).sum())
+        return [line + f"; {left_out} left out, the reward model's chat template refuses them" * bool(left_out)]
     if isinstance(table, JoinedTables):
         counts = np.bincount(table.part_of(rows), minlength=len(table.parts)).tolist()
         sources = [
@@ -54,10 +58,6 @@ def describe(table: PairTable, rows: np.ndarray) -> list[str]:
             for line in describe(part.table, np.arange(len(part.table)))
         ]
         return [f"{len(rows)} pairs of {len(sources)} sources", *sources]
-    if isinstance(table, RewardedTable):
-        (line,) = describe(table.table, rows)
-        left_out = int((~table.scored).sum())
-        return [line + f"; {left_out} left out, the reward model's chat template refuses them" * bool(left_out)]
     assert isinstance(table, TokenisedTable)
     counts_by_reason = [
         f"{count} {reason}" + (f" (first: {', '.join(table.examples[reason])})" if reason in table.examples else "")
@@ -133,8 +133,6 @@ def _leaves(table: PairTable) -> Iterator[TokenisedTable]:
     if isinstance(table, JoinedTables):
         for part in table.parts:
             yield from _leaves(part.table)
-    elif isinstance(table, RewardedTable):
-        yield from _leaves(table.table)
     elif isinstance(table, TokenisedTable):
         yield table
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -14,9 +15,9 @@ import pyarrow.compute as pc
 from app.errors import UserError
 from app.files import file_hash
 from app.method.ranges import Seed, Share, checked
-from datamodules.records import PreferencePair
+from app.samples import read_samples
+from datamodules.records import PreferencePair, Prompt, read_prompt
 from datamodules.sources import PairStream, RowReport, prompt_key
-from datamodules.sources.samples import Sample, SampleFile
 from datamodules.table import JoinedTables, PairTable, Part
 
 
@@ -51,6 +52,36 @@ class GapMixture:
     def draws_batch(self, epoch: int, number: int) -> bool:
         """Return whether this optimizer batch is replaced, if the unit is the batch."""
         return bool(np.random.default_rng([self.seed, epoch, number]).random() < self.share)
+
+
+class Sample(NamedTuple):
+    """A sampled response; `finished` says whether it ended before its length limit."""
+
+    response: str
+    finished: bool
+
+
+class SampleFile:
+    """The samples of a file, of which memory holds only the positions."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._places: dict[int, list[int]] = {}  # byte offsets of the samples of each prompt, by its key
+        for place, row in read_samples(path):
+            self._places.setdefault(prompt_key(read_prompt(row["prompt"])), []).append(place)
+
+    def of_prompt(self, prompt: Prompt, turn: int) -> Sample | None:
+        """Return the sample for the pair with number `turn` (from 0) of this prompt; None if there is none.
+
+        If a prompt has fewer samples than pairs, they are used again from the first.
+        """
+        places = self._places.get(prompt_key(prompt))
+        if places is None:
+            return None
+        with open(self.path, "rb") as file:
+            file.seek(places[turn % len(places)])
+            row = json.loads(file.readline())
+        return Sample(row["response"], row.get("finished", True))
 
 
 class ReplacedPairs(Iterator[PreferencePair]):
@@ -156,5 +187,5 @@ class GapMixedTable(JoinedTables):
 
 
 def reached(table: PairTable, rows: np.ndarray) -> np.ndarray:
-    """All rows that a loader over `rows` may serve."""
+    """Return all rows that a loader over `rows` may serve."""
     return table.reachable(rows) if isinstance(table, GapMixedTable) else rows

@@ -15,10 +15,9 @@ from app.errors import UserError
 from app.method.ranges import FactorFromOne, PositiveInt, Seed, ShareBelowOne, checked
 from datamodules.base import PairDataModule, Split
 from datamodules.gap_mixture import GapMixture
-from datamodules.mixing import WeightedSource, check_sources, drawn_rows, told_apart
 from datamodules.rewards import RewardScoring
-from datamodules.sources import OnBadRow, PairStream, PreferredBy, RowFormat, pair_stream
-from datamodules.table import JoinedTables, PairTable, Part, split_by_prompt
+from datamodules.sources import OnBadRow, PairStream, PreferredBy, RowFormat, Source, pair_stream
+from datamodules.table import JoinedTables, PairTable, Part
 from datamodules.tokenisation import Tokenisation
 from datamodules.tokenizer import read_tokenizer
 
@@ -30,7 +29,7 @@ class PreferenceData(PairDataModule):
     Args:
         path: the training pairs; `predict` scores all of them. A pattern (`data/*.csv`) takes all matching files. A
             list mixes several sources: paths, which use the options here, or entries with the fields of
-            `WeightedSource`; options that such entries have (splits, subset, format, …) are then not set here.
+            `Source`; options that such entries have (splits, subset, format, …) are then not set here.
         validation_path: pairs for validation; none takes `validation_split` or `validation_share` of `path`.
         test_path: pairs for `test`; none takes `test_split` of `path`.
         split, validation_split, test_split: splits of a Hub id.
@@ -57,7 +56,7 @@ class PreferenceData(PairDataModule):
 
     def __init__(
         self,
-        path: str | Path | list[str | WeightedSource],
+        path: str | Path | list[str | Source],
         validation_path: str | None = None,
         test_path: str | None = None,
         split: str = "train",
@@ -100,20 +99,20 @@ class PreferenceData(PairDataModule):
         # content as the value of the option, as for any option that may be an object
         self.mixed = isinstance(path, list)
         entries = path if isinstance(path, list) else [str(path)]
-        self.sources = [WeightedSource(entry, **single) if isinstance(entry, str) else entry for entry in entries]
+        self.sources = [Source(entry, **single) if isinstance(entry, str) else entry for entry in entries]
         if all(isinstance(entry, str) for entry in entries):
             self.sources = told_apart(self.sources)
         if self.mixed:
             check_sources(self.sources)
-        if any(isinstance(entry, WeightedSource) for entry in entries):
+        if any(isinstance(entry, Source) for entry in entries):
             for name, value in single.items():
-                if value != getattr(WeightedSource, name):
+                if value != getattr(Source, name):
                     raise UserError(
                         f"data.{name} is {value!r}, but data.path lists several sources: give each its own, and "
-                        f"set data.{name}: {json.dumps(getattr(WeightedSource, name))}."
+                        f"set data.{name}: {json.dumps(getattr(Source, name))}."
                     )
         for source in self.sources:
-            source.reading()  # raises for bad settings before a download
+            source.check()  # before a download
         self.paths: dict[Split, str | None] = {"validation": validation_path, "test": test_path}
         self.tokenizer_name = tokenizer
         self.on_bad_row: OnBadRow = on_bad_row
@@ -139,14 +138,14 @@ class PreferenceData(PairDataModule):
         named = self.paths["validation"] or any(source.validation_split for source in self.sources)
         return self.validation_share > 0 and not named
 
-    def sources_of(self, split: Split) -> list[tuple[WeightedSource, str]]:
+    def sources_of(self, split: Split) -> list[tuple[Source, str]]:
         """Return the sources of the pairs of a split, each with the name of one of its splits."""
         if split in ("train", "predict") or (split == "validation" and self.held_out):
             return [(source, source.split) for source in self.sources]
         attribute = f"{split}_split"
         path = self.paths[split]
         if path is not None and self.mixed:
-            return [(WeightedSource(path), "train")]
+            return [(Source(path), "train")]
         if path is not None:
             (source,) = self.sources
             alike = replace(source, path=path, subset=None, revision=None)
@@ -159,8 +158,7 @@ class PreferenceData(PairDataModule):
             raise UserError("There are no test pairs: give data.test_path, or data.test_split of a Hub id.")
         streams = []
         for source, name in sources:
-            stream = pair_stream(source.address(name), source.reading(self.need_rejected), self.on_bad_row)
-            streams.append(replace(stream, name=source.label))
+            streams.append(pair_stream(replace(source, split=name), self.on_bad_row, self.need_rejected))
         return streams or None
 
     def join(self, streams: Sequence[PairStream], tables: Sequence[PairTable]) -> PairTable:
@@ -187,3 +185,71 @@ class PreferenceData(PairDataModule):
         if len(weights) < len(names):  # without weights every source gives all its pairs
             return rows
         return drawn_rows(table.part_of(rows), rows, weights, names)
+
+
+def told_apart(sources: Sequence[Source]) -> list[Source]:
+    """Return the sources; those that share a label are named by their whole paths."""
+    labels = [source.label for source in sources]
+    return [replace(source, name=source.path) if labels.count(source.label) > 1 else source for source in sources]
+
+
+def check_sources(sources: Sequence[Source]) -> None:
+    """Raise UserError for an empty list, a repeated label, or weights for only some of the sources."""
+    if not sources:
+        raise UserError("data.path is an empty list: name at least one source.")
+    labels = [source.label for source in sources]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise UserError(f"data.path has two sources called {twice[0]!r}: give each a name of its own.")
+    weights = [source.weight for source in sources if source.weight is not None]
+    if weights and len(weights) < len(sources):
+        raise UserError("data.path: give every source a weight, or none of them.")
+
+
+def drawn_rows(
+    part_of_row: np.ndarray, rows: np.ndarray, weights: Sequence[float], names: Sequence[str]
+) -> np.ndarray:
+    """Return, sorted, the rows of the largest mixture with these weights that uses no pair twice.
+
+    `part_of_row` [rows] is the source number of each row. The source with the fewest pairs for its weight gives all
+    of them. The draw from each other source is seeded by its name alone and is nested: a larger draw contains every
+    smaller one. Raises UserError when a source has so few pairs, or so small a weight, that it would give none.
+    """
+    shares = np.array(weights) / sum(weights)
+    counts = np.bincount(part_of_row, minlength=len(weights))
+    total = float((counts / shares).min())
+    wanted = np.minimum(np.round(shares * total).astype(int), counts)
+    if not wanted.all():
+        empty = names[int(np.argmin(wanted))]
+        raise UserError(
+            f"data.path: with these weights the source {empty!r} gives no pair ({total:.1f} in all): change its "
+            "weight, or take it out."
+        )
+    chosen = []
+    for number, count in enumerate(wanted.tolist()):
+        own = rows[part_of_row == number]
+        key = list(names[number].encode())
+        chosen.append(np.random.default_rng(key).permutation(own)[:count])
+    return np.sort(np.concatenate(chosen))
+
+
+def split_by_prompt(prompt_keys: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (training, held-out) indices of N pairs, both sorted int64, with all pairs of a prompt on one side.
+
+    Whole prompts are drawn at random until the held-out side has at least `share` of the pairs. The draw depends on
+    the prompts and `seed`, not on the order of the pairs. Raises UserError if `share` is not in [0, 1) or leaves
+    nothing to train on.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"The held-out share is {share}: it must be at least 0 and less than 1.")
+    keys, prompt_of_pair, sizes = np.unique(prompt_keys, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(keys))
+    before = np.cumsum(sizes[order]) - sizes[order]  # pairs held out before each prompt is drawn
+    held_out_prompt = np.zeros(len(keys), dtype=bool)
+    held_out_prompt[order] = before < share * len(prompt_keys)
+    held_out = held_out_prompt[prompt_of_pair]
+    if len(prompt_keys) and held_out.all():
+        raise UserError(
+            f"A held-out share of {share} takes all {len(keys)} prompts: give more data or a smaller share."
+        )
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)

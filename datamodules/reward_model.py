@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from app.errors import UserError
 from datamodules.records import Prompt
-from datamodules.sources.hh import prompt_messages
+from datamodules.sources.prompts import prompt_messages
 
 log = logging.getLogger(__name__)
 

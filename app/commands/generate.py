@@ -24,7 +24,7 @@ from app.samples import SAMPLE_FIELDS, sample_line
 from app.sampling import generator_state, restore_generator, sample, score
 from datamodules.controlled_task import prompts as controlled_prompts
 from datamodules.records import PreferencePair
-from datamodules.sources import PairReader, RowReading, SourceAddress, open_source
+from datamodules.sources import read_pairs
 from datamodules.tokenisation import Tokenisation, tokenise_prompts
 from datamodules.tokenizer import read_tokenizer, stop_ids
 from lightning_modules.pretrained import load_model, refuse_beyond
@@ -239,7 +239,7 @@ def read_prompts(
             PreferencePair(f"held-out-{seed}-{number:06d}", text, "", None)
             for number, text in enumerate(controlled_prompts(count, seed))
         ]
-    reader = PairReader(open_source(SourceAddress(prompts, split, subset)), RowReading(prompts_only=True), "skip")
+    reader = read_pairs(prompts, split=split, subset=subset, on_bad_row="skip", prompts_only=True)
     items = []
     for pair in islice(reader, count):
         if absent := [name for name in columns if name not in pair.labels]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from datamodules.sources.messages import spoken
-from datamodules.sources.report import BadRow
-from datamodules.sources.values import decoded, kind, missing, text, typed
+from datamodules.sources.published import Row
+from datamodules.sources.rows import BadRow, decoded, kind, missing, text, typed
 
-Row = Mapping[str, object]
-Convert = Callable[[Row, Any], Row]  # the second argument is the RowReading
+Convert = Callable[[Row, Any], Row]  # the second argument is the `Source`
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _ANSWERS = ("completion", "output", "response")
 
 
-def unchanged(row: Row, reading: Any = None) -> Row:
+def unchanged(row: Row, source: Any = None) -> Row:
     """Return the row as it is, because its fields already have the pair's names."""
     return row
 
@@ -23,7 +22,7 @@ def unchanged(row: Row, reading: Any = None) -> Row:
 def renamed(**names: str) -> Convert:
     """Return a conversion that renames fields to ours: `own="theirs"` or `own="either|other"`."""
 
-    def convert(row: Row, reading: Any) -> Row:
+    def convert(row: Row, source: Any) -> Row:
         theirs = {first_of(row, alternatives): own for own, alternatives in names.items()}
         rest = {name: value for name, value in row.items() if name not in theirs and name not in names}
         return {**rest, **{own: row[name] for name, own in theirs.items()}}
@@ -37,21 +36,21 @@ def first_of(row: Row, alternatives: str) -> str:
     return next((name for name in names if not missing(row.get(name))), names[0])
 
 
-def conversation(row: Row, reading: Any) -> Row:
+def conversation(row: Row, source: Any) -> Row:
     """Return the fields of a row with one answer or two whose `messages` or `conversations` hold the dialogue.
 
     If the sides are whole conversations themselves, as in UltraFeedback, the row stays as it is.
     """
     name = first_of(row, "messages|conversations")
     if missing(row.get("chosen")) and missing(row.get("rejected")):
-        return renamed(response=name)({key: row[key] for key in row if key not in ("chosen", "rejected")}, reading)
+        return renamed(response=name)({key: row[key] for key in row if key not in ("chosen", "rejected")}, source)
     chosen = spoken(row["chosen"], "chosen")
     if isinstance(chosen, str):  # the answer is text, but the prompt is messages
-        return renamed(prompt=name)(row, reading)
-    return row if chosen[0].role != "assistant" else renamed(prompt=name)(row, reading)
+        return renamed(prompt=name)(row, source)
+    return row if chosen[0].role != "assistant" else renamed(prompt=name)(row, source)
 
 
-def alpaca(row: Row, reading: Any) -> Row:
+def alpaca(row: Row, source: Any) -> Row:
     """Return the fields of a row in the Alpaca format.
 
     The prompt is `instruction` and `input`, joined by a line break, after the turns of `history`. `output` may be a
@@ -93,9 +92,9 @@ def _with_history(history: object, prompt: str) -> object:
 def asked(own: Convert) -> Convert:
     """Return a conversion for rows that need no answer: any that there is gives way to one without meaning."""
 
-    def convert(row: Row, reading: Any) -> Row:
+    def convert(row: Row, source: Any) -> Row:
         rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
-        return own({**rest, "response": "?"}, reading)
+        return own({**rest, "response": "?"}, source)
 
     return convert
 
@@ -103,11 +102,11 @@ def asked(own: Convert) -> Convert:
 def question(own: Convert) -> Convert:
     """Return a conversion for rows with a question; a row with a passage or choices beside it is a BadRow."""
 
-    def convert(row: Row, reading: Any) -> Row:
+    def convert(row: Row, source: Any) -> Row:
         for name in ("context", "article", "choices"):
             if not missing(row.get(name)):
                 raise BadRow("two fields make the prompt", f"{name} and question: write them as one field prompt")
-        return own(row, reading)
+        return own(row, source)
 
     return convert
 

@@ -5,28 +5,31 @@ from __future__ import annotations
 import gzip
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from app.cache import fingerprint
 from app.errors import UserError
 from app.files import file_hash
-from datamodules.sources.arrow_files import arrow_file_rows, parquet_rows
-from datamodules.sources.json_files import json_rows, jsonl_rows
-from datamodules.sources.tables import csv_rows, tsv_rows
+from datamodules.sources.rows import BadRow
+from datamodules.sources.text_files import csv_rows, first_line, json_rows, jsonl_rows, refuse_same_names
 
 log = logging.getLogger(__name__)
 
 Rows = Iterator[tuple[int, object]]
+ROWS_PER_BATCH = 1024
 _TEXT: dict[str, Callable[[IO[bytes], Path], Rows]] = {
     ".jsonl": jsonl_rows,
     ".json": json_rows,
     ".csv": csv_rows,
-    ".tsv": tsv_rows,
+    ".tsv": partial(csv_rows, delimiters="\t"),
 }
-_BINARY: dict[str, Callable[[Path], Rows]] = {".parquet": parquet_rows, ".arrow": arrow_file_rows}
-SUFFIXES = (*_TEXT, *(f"{suffix}.gz" for suffix in _TEXT), *_BINARY)
+SUFFIXES = (*_TEXT, *(f"{suffix}.gz" for suffix in _TEXT), ".parquet", ".arrow")
 
 
 def readable(path: str | Path) -> bool:
@@ -66,15 +69,55 @@ class LocalFiles:
 
 def _rows(path: Path) -> Rows:
     name = path.name.lower()
-    packed = name.endswith(".gz")
-    suffix = Path(name.removesuffix(".gz")).suffix
     try:
-        if suffix in _BINARY:
-            yield from _BINARY[suffix](path)
-        else:
-            with gzip.open(path, "rb") if packed else open(path, "rb") as file:
-                yield from _TEXT[suffix](file, path)  # type: ignore[arg-type]
+        if name.endswith((".parquet", ".arrow")):
+            yield from _binary_rows(path, "parquet" if name.endswith(".parquet") else "Arrow")
+            return
+        with gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb") as file:
+            yield from _TEXT[Path(name.removesuffix(".gz")).suffix](file, path)  # type: ignore[arg-type]
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror or error}): check the path that you gave."
         ) from error
+
+
+def _binary_rows(path: Path, kind: str) -> Rows:
+    """Yield the rows of a parquet file, an Arrow file, or an Arrow stream (which `datasets` writes)."""
+    try:
+        batches: Iterable[pa.RecordBatch]
+        if kind == "parquet":
+            file = pq.ParquetFile(path)
+            schema, batches = file.schema_arrow, file.iter_batches(ROWS_PER_BATCH)
+        else:
+            source = pa.memory_map(str(path))
+            try:
+                file = pa.ipc.open_file(source)
+                batches = map(file.get_batch, range(file.num_record_batches))
+            except pa.ArrowInvalid:
+                source.seek(0)
+                batches = file = pa.ipc.open_stream(source)
+            schema = file.schema
+        refuse_same_names(schema.names, path)
+        yield from arrow_rows(batches)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as {kind} ({first_line(error)}): write it anew.") from error
+
+
+def arrow_rows(batches: Iterable[pa.RecordBatch]) -> Rows:
+    """Yield (row number from 1, row) of Arrow batches; a row with invalid UTF-8 is a BadRow."""
+    number = 0
+    for batch in batches:
+        try:
+            values: list[object] = batch.to_pylist()
+        except UnicodeDecodeError:  # find out which rows
+            values = [_one_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+        for value in values:
+            number += 1
+            yield number, value
+
+
+def _one_row(batch: pa.RecordBatch) -> object:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError:
+        return BadRow("invalid UTF-8")

@@ -9,8 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from app.errors import UserError
-from datamodules.sources.arrow_files import ROWS_PER_BATCH, arrow_rows
-from datamodules.sources.files import LocalFiles, log, readable
+from datamodules.sources.files import ROWS_PER_BATCH, LocalFiles, arrow_rows, log, readable
 
 # files of a dataset that hold no rows
 _NO_ROWS = {"README.md", "LICENSE", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}

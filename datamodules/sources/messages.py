@@ -1,4 +1,4 @@
-"""Readers of messages in the usual forms: names of roles, `from` and `value`, content in parts, JSON in text."""
+"""Messages in the usual forms, and a row's further inputs to the chat template: system text, tools and options."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from datamodules.records import Message
-from datamodules.sources.report import BadRow
-from datamodules.sources.template_fields import message_fields
-from datamodules.sources.values import decoded, text
+from datamodules.records import Message, Prompt
+from datamodules.sources.prompts import prompt_messages
+from datamodules.sources.rows import BadRow, decoded, kind, text
 
+TEMPLATE_FIELDS = ("system", "tools", "chat_template_kwargs")
 # the lower-case names in the documents of TRL, LLaMA-Factory, axolotl, OpenAssistant, Gemma and OpenAI
 ROLES = {
     "system": "system",
@@ -38,7 +38,8 @@ def spoken(value: object, name: str) -> str | tuple[Message, ...]:
 
     `name` is the field, for the error message. Raises BadRow.
     """
-    value = decoded(value) if isinstance(value, str) and _looks_like_messages(value, name) else value
+    if isinstance(value, str):
+        value = _messages_in(value, name) or value
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list):
@@ -95,14 +96,14 @@ def _calls(content: str, name: str) -> list[dict[str, Any]]:
     return found
 
 
-def _looks_like_messages(value: str, name: str) -> bool:
-    """Return whether text is messages in JSON or in Python's syntax (pandas writes a list in a cell that way).
+def _messages_in(value: str, name: str) -> object:
+    """Return the messages that a text spells in JSON or in Python's syntax (as pandas writes a list), or None.
 
     Raises BadRow for text that has a message's key and a role but is not messages, because it would be trained as
     raw text. Other JSON is text, since a model may answer in JSON.
     """
     if _AN_OBJECT.match(value) is None or not _A_KEY.search(value):
-        return False
+        return None
     try:
         found = decoded(value)
     except ValueError:
@@ -110,12 +111,78 @@ def _looks_like_messages(value: str, name: str) -> bool:
     items = found if isinstance(found, list) else [found]
     keys = {"role", "content"}, {"from", "value"}, {"role", "tool_calls"}
     if all(isinstance(item, Mapping) and any(pair <= item.keys() for pair in keys) for item in items):
-        return True
-    texts = (
-        _QUOTED.findall(value)
-        if found is None
-        else [v for i in items if isinstance(i, Mapping) for v in i.values()]
-    )
+        return found
+    values = [said for item in items if isinstance(item, Mapping) for said in item.values()]
+    texts = _QUOTED.findall(value) if found is None else values
     if any(isinstance(said, str) and said.lower() in ROLES for said in texts):
         raise BadRow("messages that cannot be read", f"{name} looks like messages in JSON, and is none")
-    return False
+    return None
+
+
+def template_fields(row: Mapping[str, object]) -> dict[str, Any]:
+    """Return the `tools` (a list) and `template_kwargs` (an object) of a row; either may be JSON in text.
+
+    Raises BadRow.
+    """
+    tools, options = (_decoded(row.get(name), name) for name in ("tools", "chat_template_kwargs"))
+    if not isinstance(tools, list | None):
+        raise BadRow("wrong type", f"tools is {kind(tools)}, not a list of tools")
+    if not isinstance(options, Mapping | None):
+        raise BadRow("wrong type", f"chat_template_kwargs is {kind(options)}, not an object with fields")
+    return {"tools": tools or None, "template_kwargs": options or {}}
+
+
+def with_system(prompt: Prompt, system: object) -> Prompt:
+    """Return the prompt with the text of a column `system` as its first message; empty or null changes nothing.
+
+    Raises BadRow if the prompt has another system message, or if its HH turns do not alternate.
+    """
+    if system is None or (isinstance(system, str) and not system.strip()):
+        return prompt
+    first = Message("system", text(system, "system"))
+    try:
+        turns = prompt_messages(prompt)
+    except ValueError as error:
+        raise BadRow("turns out of order", str(error)) from error
+    if turns and turns[0].role == "system":
+        if turns[0] != first:
+            raise BadRow("two system messages", "the field system and the prompt's own differ")
+        return turns
+    return (first, *turns)
+
+
+def message_fields(message: Mapping[str, object]) -> dict[str, Any]:
+    """Return the fields of a message that are not null; with tool calls, missing content becomes empty.
+
+    Arguments of a tool call in JSON text become an object, as templates expect. Raises BadRow.
+    """
+    fields: dict[str, Any] = _without_null(message)
+    for name in ("thinking", "reasoning"):  # older names, which transformers accepts
+        if isinstance(fields.get(name), str):
+            thought = fields.pop(name)
+            fields.setdefault("reasoning_content", thought)
+    if calls := _decoded(fields.get("tool_calls"), "tool_calls"):
+        fields = {"content": "", **fields, "tool_calls": calls}
+        for call in calls if isinstance(calls, list) else [calls]:
+            function = call.get("function", call) if isinstance(call, dict) else None
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise BadRow("wrong type", "tool_calls holds something that names no function")
+            if "arguments" in function:
+                function["arguments"] = _decoded(function["arguments"], "arguments of a tool call")
+    return fields
+
+
+def _decoded(value: object, name: str) -> Any:
+    try:
+        value = json.loads(value or "null") if isinstance(value, str) else _without_null(value)
+    except ValueError as error:
+        raise BadRow("bad JSON", f"{name}: {error}") from error
+    text(json.dumps(value, ensure_ascii=False, default=str), name)  # checks that all nested text is valid Unicode
+    return value
+
+
+def _without_null(value: object) -> Any:
+    """Return the value without null fields, because Arrow gives every object of a column the fields of all."""
+    if isinstance(value, Mapping):
+        return {str(name): _without_null(field) for name, field in value.items() if field is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from datamodules.sources.conversions import (
     Convert,
-    Row,
     alpaca,
     asked,
     conversation,
@@ -18,13 +17,19 @@ from datamodules.sources.conversions import (
     renamed,
     unchanged,
 )
-from datamodules.sources.hh import ASSISTANT
 from datamodules.sources.messages import spoken
-from datamodules.sources.pku_saferlhf import pku_saferlhf_pair
-from datamodules.sources.shp import shp_pair
-from datamodules.sources.tldr import tldr_pair
-from datamodules.sources.ultrafeedback import ultrafeedback_pair
-from datamodules.sources.values import missing
+from datamodules.sources.prompts import ASSISTANT
+from datamodules.sources.published import (
+    PKU_FIELDS,
+    SHP_FIELDS,
+    TLDR_FIELDS,
+    Row,
+    pku_saferlhf_pair,
+    shp_pair,
+    tldr_pair,
+    ultrafeedback_pair,
+)
+from datamodules.sources.rows import missing
 
 _SIDES = ("chosen", "rejected")
 
@@ -184,26 +189,26 @@ FORMATS = (
     ),
     Format(
         "tldr",
-        ("info", "summaries", "choice"),
+        TLDR_FIELDS,
         "`openai/summarize_from_feedback`, `comparisons`",
         _TLDR,
-        lambda row, reading: tldr_pair(row),
+        lambda row, source: tldr_pair(row),
         when=_without_own_fields,
     ),
     Format(
         "shp",
-        tuple(_SHP),
+        SHP_FIELDS,
         "`stanfordnlp/SHP`; `data.min_score_ratio` leaves out close calls",
         _SHP | _SHP_SCORES,
-        lambda row, reading: shp_pair(row, reading.min_score_ratio),
+        lambda row, source: shp_pair(row, source.min_score_ratio),
         when=_without_own_fields,
     ),
     Format(
         "pku_saferlhf",
-        tuple(_PKU),
+        PKU_FIELDS,
         "`PKU-Alignment/PKU-SafeRLHF`; `data.preferred_by` is `better` or `safer`",
         _PKU,
-        lambda row, reading: pku_saferlhf_pair(row, reading.preferred_by),
+        lambda row, source: pku_saferlhf_pair(row, source.preferred_by),
         when=_without_own_fields,
     ),
     Format(
@@ -217,7 +222,7 @@ FORMATS = (
             "score_chosen": 9.0,
             "score_rejected": 3.0,
         },
-        lambda row, reading: ultrafeedback_pair(row),
+        lambda row, source: ultrafeedback_pair(row),
         when=lambda row: False,  # its fields do not distinguish it from any pair in chat messages
     ),
 )
@@ -256,7 +261,7 @@ def markdown_table(formats: tuple[Format, ...] = FORMATS) -> str:
     return "\n".join(lines) + "\n"
 
 
-def nearest(row: Mapping[str, object], formats: tuple[Format, ...]) -> Format:
+def nearest(row: Row, formats: tuple[Format, ...]) -> Format:
     """Return the format with most fields in the row; ties go to the fewest lacking fields, then to the first."""
     lacks = {format: len(format.lacking(row)) for format in formats}
     if all(lacks[format] == len(format.fields) for format in formats):

@@ -1,10 +1,8 @@
-"""Tables of tokenised pairs on disk: building, caching, opening and splitting them."""
+"""Tables of tokenised pairs on disk: building, caching, opening and joining them."""
 
-from datamodules.table.cache import cached_table, load_table, table_fingerprint
-from datamodules.table.split import split_by_prompt
-from datamodules.table.stored import DamagedTable, TokenisedTable, open_table
-from datamodules.table.view import JoinedTables, PairTable, Part, find
-from datamodules.table.writer import build_table
+from datamodules.table.joined import JoinedTables, Part
+from datamodules.table.stored import DamagedTable, PairTable, TokenisedTable, find, make_room, open_table
+from datamodules.table.writer import build_table, cached_table, table_fingerprint
 
 __all__ = [
     "DamagedTable",
@@ -15,8 +13,7 @@ __all__ = [
     "build_table",
     "cached_table",
     "find",
-    "load_table",
+    "make_room",
     "open_table",
-    "split_by_prompt",
     "table_fingerprint",
 ]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from app.files import file_hash
 from datamodules.records import TokenisedPair
-from datamodules.table.labels import as_text, kept_as_text
 
+T = TypeVar("T")
+Rows = Sequence[int] | np.ndarray
 TABLE_VERSION = 5  # raise if a change of reading, tokenising or the layout below changes the content of tables
 _TOKENS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
@@ -35,81 +37,116 @@ class DamagedTable(Exception):
     """A table folder whose content is incomplete or altered."""
 
 
-class TokenisedTable:
+class PairTable:
+    """A table of N tokenised pairs: a `TokenisedTable`, or `JoinedTables`, which copy nothing."""
+
+    lengths: np.ndarray  # [N] int64, tokens of a pair, its prompt once
+    row_lengths: np.ndarray  # [N] int64, tokens of its prompt and its longer response
+    prompt_keys: np.ndarray  # [N] int64, equal for equal prompts
+    answer_keys: np.ndarray  # [N, 2] int64 of chosen and rejected, equal for equal texts
+    label_kinds: dict[str, list[str]]  # types of the values, by label
+    id_column: pa.ChunkedArray  # [N] pair ids
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> TokenisedPair:
+        """Return the tokens of pair `index`. Raises IndexError if there is no such pair."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        return self._pair(int(index) % len(self))
+
+    def keys(self, indices: Rows) -> np.ndarray:
+        """Return `TokenisedPair.key` of these pairs, [n] int64."""
+        return np.array([self[int(index)].key for index in indices], dtype=np.int64)
+
+    def pair_ids(self, indices: Rows) -> list[str]:
+        """Return the ids of these pairs."""
+        return taken(self.id_column, indices)
+
+    def labels(self, indices: Rows) -> dict[str, list[object]]:
+        """Return each label's values for these pairs: None if a row lacks the label, text if types are mixed."""
+        columns = self._labels(indices)
+        for name, kinds in self.label_kinds.items():
+            present = set(kinds) - {"NoneType"}  # do they fit one Arrow column?
+            if not (present <= {"int", "float"} or (len(present) == 1 and "big integer" not in present)):
+                columns[name] = [None if value is None else str(value) for value in columns[name]]
+        return columns
+
+    @property
+    def largest_id(self) -> int:
+        """Return the largest token id of all pairs; -1 without tokens."""
+        raise NotImplementedError
+
+    def _pair(self, index: int) -> TokenisedPair:
+        raise NotImplementedError
+
+    def _labels(self, indices: Rows) -> dict[str, list[object]]:
+        raise NotImplementedError
+
+
+def taken(column: pa.ChunkedArray, indices: Rows) -> list[Any]:
+    """Return the values of a column in these rows."""
+    return column.take(pa.array(np.asarray(indices, dtype=np.int64))).to_pylist()
+
+
+def find(table: PairTable, pair_ids: Sequence[str]) -> list[int]:
+    """Return the rows of the pairs with these ids. Raises KeyError for an id that is not in the table."""
+    found = pc.index_in(pa.array(pair_ids, pa.string()), value_set=table.id_column).to_pylist()
+    if None in found:
+        raise KeyError(pair_ids[found.index(None)])
+    return found
+
+
+def label_kind(value: object) -> str:
+    """Return the name of a value's type; an integer beyond 64 bits is a "big integer"."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "big integer"
+    return type(value).__name__
+
+
+def make_room(labels: Mapping[str, T], added: Iterable[str]) -> dict[str, T]:
+    """Return `labels` with every name that is also in `added` changed to `<name>_in_data`."""
+    names = set(added)
+    return {f"{name}_in_data" if name in names else name: values for name, values in labels.items()}
+
+
+class TokenisedTable(PairTable):
     """A read-only table of N tokenised pairs in a folder of `pairs.arrow` and `table.json`; see `open_table`.
 
-    Attributes: `prompt_lengths`, `chosen_lengths`, `rejected_lengths` (0 for a demonstration), their sum
-    `lengths`, and `row_lengths` of the prompt with the longer response, each [N] int64 in tokens; `prompt_keys`
-    [N] int64, equal for equal prompts; `answer_keys` [N, 2] int64 of chosen and rejected response, likewise;
-    `label_kinds`, the types of the values by label; `has_rejected`, whether every pair has a rejected response;
-    `report`, counts of rows by outcome, and `examples`, the first few places for each kind of loss.
+    Attributes: `chosen_lengths` and `rejected_lengths` (0 for a demonstration), each [N] int64 in tokens; `report`,
+    counts of rows by outcome, and `examples`, the first few places for each kind of loss.
     """
 
     def __init__(self, folder: Path, table: pa.Table, meta: dict[str, Any]) -> None:
         self.folder = folder
         self.report: dict[str, int] = meta["report"]
         self.examples: dict[str, list[str]] = meta["examples"]
-        self.label_kinds: dict[str, list[str]] = meta["label_kinds"]
-        self._table = table
+        self.label_kinds = meta["label_kinds"]
+        self.id_column = table.column("pair_id")
+        self._label_column = table.column("labels")
         self._prompts, self._chosen, self._rejected = (
             _TokenColumn(table.column(name)) for name in ("prompt", "chosen", "rejected")
         )
-        self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = (
-            column.lengths() for column in (self._prompts, self._chosen, self._rejected)
-        )
-        self.lengths: np.ndarray = self.prompt_lengths + self.chosen_lengths + self.rejected_lengths
-        self.row_lengths: np.ndarray = self.prompt_lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)
-        self.prompt_keys: np.ndarray = table.column("prompt_key").to_numpy()
-        self.answer_keys: np.ndarray = np.stack(
-            [table.column(name).to_numpy() for name in ("chosen_key", "rejected_key")], axis=1
-        )
-        rejected = table.column("rejected")
-        self.has_rejected: bool = bool(len(table)) and rejected.null_count == 0
-        self._has_rejected: np.ndarray = rejected.is_valid().to_numpy()  # [N] bool
+        self.chosen_lengths, self.rejected_lengths = self._chosen.lengths, self._rejected.lengths
+        self.lengths = self._prompts.lengths + self.chosen_lengths + self.rejected_lengths
+        self.row_lengths = self._prompts.lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)
+        self.prompt_keys = table.column("prompt_key").to_numpy()
+        keys = [table.column(name).to_numpy() for name in ("chosen_key", "rejected_key")]
+        self.answer_keys = np.stack(keys, axis=1)
+        self._has_rejected: np.ndarray = table.column("rejected").is_valid().to_numpy()  # [N] bool
 
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, index: int) -> TokenisedPair:
-        """Return the tokens of pair `index`. Raises IndexError if there is no such pair."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"pair {index} of {len(self)}")
-        index = int(index) % len(self)
+    def _pair(self, index: int) -> TokenisedPair:
         rejected = self._rejected[index] if self._has_rejected[index] else None
         return TokenisedPair(self._prompts[index], self._chosen[index], rejected)
 
-    def keys(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return `TokenisedPair.key` of these pairs, [n] int64."""
-        return np.array([self[int(index)].key for index in indices], dtype=np.int64)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return open_table, (self.folder,)  # another process maps the same file
-
     @cached_property
     def largest_id(self) -> int:
-        """Return the largest token id of all pairs; -1 without tokens."""
         return max(column.largest() for column in (self._prompts, self._chosen, self._rejected))
 
-    @property
-    def id_column(self) -> pa.ChunkedArray:
-        """Return the ids of all pairs as a column of the mapped file."""
-        return self._table.column("pair_id")
-
-    def pair_ids(self, indices: Sequence[int] | np.ndarray) -> list[str]:
-        """Return the ids of these pairs."""
-        return self._take("pair_id", indices)
-
-    def labels(self, indices: Sequence[int] | np.ndarray) -> dict[str, list[object]]:
-        """Return each label's values for these pairs: None if a row lacks the label, text if types are mixed."""
-        rows = [json.loads(text) for text in self._take("labels", indices)] if self.label_kinds else []
-        columns = {name: [row.get(name) for row in rows] for name in self.label_kinds}
-        for name, kinds in self.label_kinds.items():
-            if kept_as_text(kinds):
-                columns[name] = [as_text(value) for value in columns[name]]
-        return columns
-
-    def _take(self, column: str, indices: Sequence[int] | np.ndarray) -> list[Any]:
-        return self._table.column(column).take(pa.array(np.asarray(indices, dtype=np.int64))).to_pylist()
+    def _labels(self, indices: Rows) -> dict[str, list[object]]:
+        rows = [json.loads(text) for text in taken(self._label_column, indices)] if self.label_kinds else []
+        return {name: [row.get(name) for row in rows] for name in self.label_kinds}
 
 
 class _TokenColumn:
@@ -119,6 +156,8 @@ class _TokenColumn:
         self._starts = np.cumsum([0, *map(len, column.chunks)])  # row where each chunk begins
         self._offsets = [chunk.offsets.to_numpy() for chunk in column.chunks]
         self._values = [chunk.values.to_numpy() for chunk in column.chunks]
+        lengths = [np.diff(offsets) for offsets in self._offsets]
+        self.lengths = np.concatenate(lengths).astype(np.int64) if lengths else np.zeros(0, np.int64)  # [N]
 
     def __getitem__(self, row: int) -> np.ndarray:
         chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
@@ -128,11 +167,6 @@ class _TokenColumn:
     def largest(self) -> int:
         """Return the largest id of all rows; -1 without ids."""
         return max((int(values.max(initial=-1)) for values in self._values), default=-1)
-
-    def lengths(self) -> np.ndarray:
-        """Return the number of tokens of every row, [N] int64."""
-        lengths = [np.diff(offsets) for offsets in self._offsets]
-        return np.concatenate(lengths).astype(np.int64) if lengths else np.zeros(0, np.int64)
 
 
 def open_table(folder: Path) -> TokenisedTable:

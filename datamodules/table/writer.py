@@ -1,10 +1,13 @@
-"""The writer of tokenised pairs to disk, which reads them as a stream."""
+"""Tokenising pairs into tables on disk: each is built once per machine; later runs and other ranks open it."""
 
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,18 +15,48 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from app.cache import fingerprint, locked_entry
 from app.errors import UserError
 from app.files import atomic_folder, file_hash
 from datamodules.records import PreferencePair
-from datamodules.sources import RowReport, answer_keys, prompt_key
-from datamodules.table.labels import label_kind
-from datamodules.table.stored import SCHEMA, TABLE_VERSION, TokenisedTable, open_table
+from datamodules.sources import PairStream, RowReport, answer_keys, prompt_key
+from datamodules.table.stored import SCHEMA, TABLE_VERSION, DamagedTable, TokenisedTable, label_kind, open_table
 from datamodules.tokenisation import Tokenisation, tokenise_pairs
+from datamodules.tokenizer import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 _PAIRS_PER_BATCH = 1024
+
+
+def table_fingerprint(
+    source: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, settings: Tokenisation
+) -> str:
+    """Return the cache key of a table: a hash of everything that its content depends on.
+
+    `source` describes the source of the pairs in JSON values: content hash, format, seed of a generator, ….
+    """
+    parts = [TABLE_VERSION, dict(source), tokenizer_fingerprint(tokenizer), asdict(settings)]
+    return fingerprint(parts)
+
+
+def cached_table(stream: PairStream, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation) -> TokenisedTable:
+    """Return the table of `stream` from the cache; build it first if necessary.
+
+    Processes that need the same table wait for the one that builds it. A damaged table is rebuilt, with a warning.
+    Raises UserError if the cache folder cannot be written.
+    """
+    with locked_entry("tables", table_fingerprint(stream.description, tokenizer, settings)) as folder:
+        if folder.exists():
+            try:
+                return open_table(folder)
+            except DamagedTable as damage:
+                log.warning("The cached table is damaged and is built anew: %s", damage)
+                shutil.rmtree(folder)
+        pairs = stream.read()
+        return build_table(pairs, tokenizer, settings, folder, getattr(pairs, "report", None))
 
 
 def build_table(

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from tiny_tokenizers import TEMPLATE, byte_tokenizer
 
 from app.errors import UserError
-from datamodules.mixing import WeightedSource, drawn_rows
-from datamodules.preference_data import PreferenceData
+from datamodules.preference_data import PreferenceData, drawn_rows
 from datamodules.records import Message
-from datamodules.sources import prompt_key
+from datamodules.sources import Source, prompt_key
 from datamodules.table import JoinedTables
 
 
@@ -49,7 +48,7 @@ def data(folder: Path, path: object, template: bool = False, **settings: object)
 def test_sources_give_their_shares_under_ids_of_their_own(tmp_path: Path) -> None:
     first = write(tmp_path / "a/train.jsonl", rows(30, "a", votes=3, source="reddit"))
     second = write(tmp_path / "b/train.jsonl", rows(30, "b", votes="many"))
-    mixed = [WeightedSource(first, 3.0, "one"), WeightedSource(second, 1.0, "two")]
+    mixed = [Source(first, 3.0, "one"), Source(second, 1.0, "two")]
     opened = data(tmp_path, mixed).open_table("train")
     assert opened is not None
     table, chosen = opened
@@ -64,17 +63,17 @@ def test_sources_give_their_shares_under_ids_of_their_own(tmp_path: Path) -> Non
     again = data(tmp_path, mixed[::-1]).open_table("train")
     assert again is not None
     assert set(again[0].pair_ids(again[1])) == set(ids)  # the draw does not depend on the order of the list
-    more = data(tmp_path, [mixed[0], WeightedSource(second, 2.0, "two")]).open_table("train")
+    more = data(tmp_path, [mixed[0], Source(second, 2.0, "two")]).open_table("train")
     assert more is not None
     assert set(more[0].pair_ids(more[1])) > set(ids)
-    whole = data(tmp_path, [WeightedSource(first, name="one"), WeightedSource(second, name="two")])
+    whole = data(tmp_path, [Source(first, name="one"), Source(second, name="two")])
     assert len(whole.open_table("train")[1]) == 60  # type: ignore[index]
     assert len(data(tmp_path, mixed).open_table("predict")[1]) == 60  # type: ignore[index]
 
 
 def test_pairs_come_from_their_tables(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{name}.jsonl", rows(count, name)) for name, count in (("a", 3), ("b", 4))]
-    table, _ = data(tmp_path, [WeightedSource(path) for path in paths]).open_table("train")  # type: ignore[misc]
+    table, _ = data(tmp_path, [Source(path) for path in paths]).open_table("train")  # type: ignore[misc]
     assert isinstance(table, JoinedTables)
     for index in (0, 2, 3, 6, -1):
         place = index % 7
@@ -96,7 +95,7 @@ def test_a_prompt_is_held_out_of_all_sources_in_any_form(tmp_path: Path) -> None
         forms[1].append({"chosen": f"{turns} u", "rejected": f"{turns} v"})
         forms[2].append({"prompt": f"r {n}", "chosen": "x", "rejected": "y"})
     paths = [write(tmp_path / f"{n}.jsonl", form) for n, form in enumerate(forms)]
-    source = data(tmp_path, [WeightedSource(path) for path in paths], template=True, validation_share=0.2)
+    source = data(tmp_path, [Source(path) for path in paths], template=True, validation_share=0.2)
     table, train = source.open_table("train")  # type: ignore[misc]
     _, held_out = source.open_table("validation")  # type: ignore[misc]
     assert not set(table.prompt_keys[train]) & set(table.prompt_keys[held_out])
@@ -137,14 +136,14 @@ def test_what_makes_no_mixture_is_refused(tmp_path: Path) -> None:
     other = write(tmp_path / "b/a.jsonl", rows(500, "b"))
     for sources, said in (
         ([], "an empty list"),
-        ([WeightedSource(path), WeightedSource(other)], "two sources called 'a.jsonl'"),
-        ([WeightedSource(path, 1.0), WeightedSource(other, name="b")], "every source a weight"),
-        ([WeightedSource(path, format="hh", min_score_ratio=2.0)], "belongs to data.format shp"),
+        ([Source(path), Source(other)], "two sources called 'a.jsonl'"),
+        ([Source(path, 1.0), Source(other, name="b")], "every source a weight"),
+        ([Source(path, format="hh", min_score_ratio=2.0)], "belongs to data.format shp"),
     ):
         with pytest.raises(UserError, match=said):
             PreferenceData(sources)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"data\.format is 'hh'.*set data\.format: \"auto\""):
-        PreferenceData([WeightedSource(path)], format="hh")
-    few = data(tmp_path, [WeightedSource(path, 1.0, "many"), WeightedSource(other, 0.001, "few")])
+        PreferenceData([Source(path)], format="hh")
+    few = data(tmp_path, [Source(path, 1.0, "many"), Source(other, 0.001, "few")])
     with pytest.raises(UserError, match="the source 'few' gives no pair"):
         few.open_table("train")

@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from app.cache import cache_root
 from app.errors import UserError
 from callbacks import BetaScheduler, ExplicitRewardGap, PairFilter, RewardGapStatistics
+from datamodules import rewards as scoring_module
 from datamodules.controlled_task import build_tokenizer, preference_pairs
 from datamodules.describe import describe
 from datamodules.preference_data import PreferenceData
 from datamodules.reward_model import RewardModel
 from datamodules.rewards import RewardScoring, reward_scores
-from datamodules.rewards import scores as scoring_module
 from datamodules.sources import PairStream
 
 PAIRS = 11

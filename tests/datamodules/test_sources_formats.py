@@ -16,10 +16,10 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from app.errors import UserError
+from app.options import set_up_parsing
 from datamodules.preference_data import PreferenceData
 from datamodules.records import Message, PreferencePair
-from datamodules.sources import BadRow, RowReading, read_pairs
-from datamodules.sources.formats import read_row
+from datamodules.sources import BadRow, Source, read_pairs, read_row
 from datamodules.sources.registry import FORMATS, Format
 
 TURN, YES, NO = (
@@ -32,12 +32,12 @@ ASKED = (Message("user", "hi"),)
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: f"{format.name}-{'-'.join(format.fields)}")
 def test_an_example_is_read_by_name_and_by_itself(format: Format) -> None:
     for name in ("auto", format.name):
-        pair, _ = read_row(format.example, "f:1", RowReading(name))
+        pair, _ = read_row(format.example, "f:1", Source("f", format=name))
         assert (pair.chosen.strip(), (pair.rejected or "5").strip()) in (("4", "5"), ("It sleeps.", "It barks."))
         assert (pair.rejected is not None) == format.is_pair
         if not format.is_pair:
             with pytest.raises(BadRow, match="missing field"):
-                read_row(format.example, "f:1", RowReading(name, need_rejected=True))
+                read_row(format.example, "f:1", Source("f", format=name), need_rejected=True)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_an_example_is_read_by_name_and_by_itself(format: Format) -> None:
     ],
 )
 def test_messages_in_every_spelling_are_one_pair(row: dict[str, Any]) -> None:
-    assert read_row(row, "f:1", RowReading(need_rejected=True))[0] == PreferencePair("f:1", ASKED, "a", "b")
+    assert read_row(row, "f:1", Source("f"), need_rejected=True)[0] == PreferencePair("f:1", ASKED, "a", "b")
 
 
 def test_system_texts_of_all_kinds_come_first() -> None:
@@ -72,21 +72,21 @@ def test_system_texts_of_all_kinds_come_first() -> None:
         {"prompt": [{"role": "developer", "content": "be kind"}, TURN], "chosen": "a", "rejected": "b"},
         {"conversations": [{"from": "system", "value": "be kind"}, HUMAN], "chosen": GPT, "rejected": NO},
     ):
-        assert read_row(row, "f:1", RowReading())[0].prompt == (system, *ASKED)
+        assert read_row(row, "f:1", Source("f"))[0].prompt == (system, *ASKED)
 
 
 def test_alpaca_joins_its_input_and_takes_its_history() -> None:
     row = {"instruction": "do", "input": "it", "output": ["a", "b"], "history": [["x", "y"]]}
-    pair, _ = read_row(row, "f:1", RowReading(need_rejected=True))
+    pair, _ = read_row(row, "f:1", Source("f"), need_rejected=True)
     assert [message.content for message in pair.prompt] == ["x", "y", "do\nit"]  # type: ignore[union-attr]
     assert (pair.chosen, pair.rejected) == ("a", "b")
-    assert read_row({"instruction": "do", "input": "", "output": "a"}, "f:1", RowReading())[0].prompt == "do"
+    assert read_row({"instruction": "do", "input": "", "output": "a"}, "f:1", Source("f"))[0].prompt == "do"
 
 
 def test_a_function_call_is_a_tool_call() -> None:
     call = {"from": "function_call", "value": '{"name": "look", "arguments": {"at": 1}}'}
     seen = {"from": "observation", "value": "x"}
-    pair, _ = read_row({"conversations": [HUMAN, call, seen, GPT]}, "f:1", RowReading())
+    pair, _ = read_row({"conversations": [HUMAN, call, seen, GPT]}, "f:1", Source("f"))
     assert pair.prompt[1]["tool_calls"][0]["function"] == {"name": "look", "arguments": {"at": 1}}  # type: ignore[index]
     assert pair.prompt[2] == Message("tool", "x")  # type: ignore[comparison-overlap]
 
@@ -113,23 +113,23 @@ def test_a_function_call_is_a_tool_call() -> None:
 )
 def test_what_cannot_be_read_is_refused_by_a_sentence(row: dict[str, Any], said: str) -> None:
     with pytest.raises(BadRow, match=said):
-        read_row(row, "f:1", RowReading())
+        read_row(row, "f:1", Source("f"))
 
 
 def test_columns_of_other_names() -> None:
     columns = {"prompt": "Kundenfrage", "chosen": "gut", "rejected": "schlecht"}
     row = {"Kundenfrage": "hi", "gut": "a", "schlecht": "b", "prompt": "other"}
-    pair, _ = read_row(row, "f:1", RowReading(columns=columns))
+    pair, _ = read_row(row, "f:1", Source("f", columns=columns))
     assert pair == PreferencePair("f:1", "hi", "a", "b", {"prompt_in_data": "other"})
     with pytest.raises(
         BadRow, match=r"'gut', which data.columns names for chosen \(did you mean 'guut'\?\); columns"
     ):
-        read_row({"Kundenfrage": "hi", "guut": "a", "schlecht": "b"}, "f:1", RowReading(columns=columns))
+        read_row({"Kundenfrage": "hi", "guut": "a", "schlecht": "b"}, "f:1", Source("f", columns=columns))
     for wrong, said in (({"promt": "x"}, "did you mean 'prompt'"), ({"prompt": "x", "chosen": "x"}, "two fields")):
         with pytest.raises(UserError, match=said):
-            RowReading(columns=wrong)
+            Source("f", columns=wrong).check()
     with pytest.raises(UserError, match=r"no 'mesages' \(did you mean 'messages'"):
-        RowReading("mesages")
+        Source("f", format="mesages").check()
 
 
 ROWS = [
@@ -224,6 +224,7 @@ def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_path_is_a_path_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_up_parsing()
     monkeypatch.chdir(tmp_path)
     for name in ("p.csv", "p.json", "p.tsv"):  # the content of each parses as YAML
         KINDS[name](tmp_path / name)

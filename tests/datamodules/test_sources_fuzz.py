@@ -16,8 +16,7 @@ import pytest
 
 from app.errors import UserError
 from datamodules.records import PreferencePair
-from datamodules.sources import RowReading, read_pairs
-from datamodules.sources.formats import read_row
+from datamodules.sources import Source, read_pairs, read_row
 
 _ALPHABET = ["hello", "ü", "日本", "\\", '"', "\n\nHuman: x", "\n\nAssistant: y", "{", "</s>", " ", "\u2028", "🙂"]
 
@@ -168,7 +167,7 @@ def _fuzz_formats(folder: Path, files: int, seed: int) -> Counter[str]:
     for number in range(files):
         form, kind = FORMS[number % len(FORMS)], ("jsonl", "json", "csv")[number % 3]
         rows = [_other_row(rng, form) for _ in range(rng.randint(1, 5))]
-        whole = {str(row["pair_id"]): read_row(row, "", RowReading(need_rejected=True))[0] for row in rows}
+        whole = {str(row["pair_id"]): read_row(row, "", Source("f"), need_rejected=True)[0] for row in rows}
         pieces = _written(rng, rows, kind)
         hit = rng.randrange(len(rows))
         place = hit + (kind == "csv")

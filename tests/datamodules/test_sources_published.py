@@ -14,9 +14,8 @@ from tiny_tokenizers import byte_tokenizer
 
 from app.errors import UserError
 from datamodules.preference_data import PreferenceData
-from datamodules.sources import BadRow, LeftOut, RowFormat, RowReading, read_pairs
-from datamodules.sources.formats import read_row
-from datamodules.table import load_table
+from datamodules.sources import BadRow, LeftOut, RowFormat, Source, pair_stream, read_pairs, read_row
+from datamodules.table import cached_table
 from datamodules.tokenisation import Tokenisation
 
 
@@ -34,8 +33,8 @@ def write(path: Path, *rows: object) -> None:
 @pytest.mark.parametrize("format", list(ROWS))
 @pytest.mark.parametrize("automatic", [False, True])
 def test_a_published_row_becomes_its_pair(format: RowFormat, automatic: bool) -> None:
-    reading = RowReading("auto" if automatic else format, need_rejected=True)
-    pair, ignored = read_row(ROWS[format], "f:1", reading)
+    source = Source("f", format="auto" if automatic else format)
+    pair, ignored = read_row(ROWS[format], "f:1", source, need_rejected=True)
     assert pair == PAIRS[format]
     unused = ["rejected_harm_category", "chosen_harm_category"] if format == "pku_saferlhf" else []
     assert ignored == (["messages"] if automatic and format == "ultrafeedback" else unused)
@@ -45,7 +44,7 @@ def test_a_published_row_becomes_its_pair(format: RowFormat, automatic: bool) ->
 def test_other_formats_refuse_the_row(format: RowFormat) -> None:
     for other in ("hh", *(name for name in ROWS if name != format)):
         with pytest.raises(BadRow):
-            read_row(ROWS[format], "f:1", RowReading(other))  # type: ignore[arg-type]
+            read_row(ROWS[format], "f:1", Source("f", format=other))  # type: ignore[arg-type]
 
 
 def test_the_other_choice_swaps_the_sides() -> None:
@@ -57,12 +56,12 @@ def test_the_other_choice_swaps_the_sides() -> None:
         row = {**ROWS[format], field: value}  # type: ignore[index]
         if format == "shp":
             row |= {"score_A": 20, "score_B": 5}
-        pair, _ = read_row(row, "f:1", RowReading(format))  # type: ignore[arg-type]
+        pair, _ = read_row(row, "f:1", Source("f", format=format))  # type: ignore[arg-type]
         assert (pair.chosen, pair.rejected) == (PAIRS[format].rejected, PAIRS[format].chosen)
 
 
 def test_the_safer_id_decides_on_demand() -> None:
-    pair, _ = read_row(PKU, "f:1", RowReading("pku_saferlhf", preferred_by="safer"))
+    pair, _ = read_row(PKU, "f:1", Source("f", format="pku_saferlhf", preferred_by="safer"))
     assert (pair.chosen, pair.rejected) == (" Pins lift.", " Break it.")
     expected = {
         "better_is_chosen": False,
@@ -121,7 +120,7 @@ def info(**changes: object) -> dict[str, object]:
 )
 def test_a_malformed_published_row_is_refused_with_its_reason(format: RowFormat, row: object, reason: str) -> None:
     with pytest.raises(BadRow) as bad:
-        read_row(row, "f:1", RowReading(format))
+        read_row(row, "f:1", Source("f", format=format))
     assert bad.value.reason == reason
     assert not isinstance(bad.value, LeftOut)
 
@@ -249,9 +248,8 @@ def test_a_cached_table_is_not_taken_for_another_ratio(tmp_path: Path, monkeypat
     monkeypatch.setenv("BETA_DPO_CACHE", str(tmp_path / "tables"))
     write(tmp_path / "shp.jsonl", SHP, {**SHP, "history": "Why?", "score_A": 18, "score_ratio": 20 / 18})
     for ratio, pairs in ((1.0, 2), (2.0, 1), (1.0, 2)):
-        table = load_table(
-            str(tmp_path / "shp.jsonl"), byte_tokenizer(), Tokenisation(), min_score_ratio=ratio, need_rejected=True
-        )
+        source = Source(str(tmp_path / "shp.jsonl"), min_score_ratio=ratio)
+        table = cached_table(pair_stream(source, "error", need_rejected=True), byte_tokenizer(), Tokenisation())
         assert len(table) == pairs
         assert table.report.get("skipped: score_ratio below 2", 0) == 2 - pairs
         assert table.labels([0])["score_chosen"] == [20]

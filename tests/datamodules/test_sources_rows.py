@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from app.errors import UserError
 from datamodules.records import Message, PreferencePair
 from datamodules.sources import BadRow, hh_messages, read_pairs
-from datamodules.sources.fields import pair_from_row
+from datamodules.sources.pairs import pair_from_row
 
 DATA = Path(os.environ.get("BETA_DPO_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 TALK = "\n\nHuman: hi\n\nAssistant:"

@@ -1,17 +1,21 @@
-"""Readers of rows in JSON: one object per line, or an array of objects."""
+"""Readers of text files of rows: JSON (one object per line, or an array of objects) and tables of cells."""
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from app.errors import UserError
-from datamodules.sources.report import BadRow
+from datamodules.sources.rows import BadRow, Cell
 
+_NO_VALUE = {"", "nan", "NaN", "<NA>", "#N/A"}  # an empty cell, as pandas and spreadsheets write it
 _BLANK = " \t\r\n"
 
 
@@ -39,9 +43,7 @@ def json_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, object]]:
     text = whole_text(file, path)
     at = _after_blank(text, 0)
     if text[at : at + 1] == "{" and _is_lines(text[at:]):
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield number, _json_value(line.encode("utf-8", "surrogatepass"))
+        yield from ((number, _json_value(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip())
         return
     if text[at : at + 1] != "[":
         raise UserError(
@@ -70,6 +72,56 @@ def json_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, object]]:
         yield number, value
     if _after_blank(text, at + 1) < len(text):
         raise UserError(f"{path} goes on after the end of its array: write one array, or one row a line.")
+
+
+def csv_rows(file: IO[bytes], path: Path, delimiters: str = ",;\t") -> Iterator[tuple[int, object]]:
+    """Yield (first line of the row, its cells by column name, or a BadRow if their number is wrong).
+
+    The first line has the column names, and the delimiter that gives it most cells is taken. A cell without a value
+    is None. Raises UserError for an unclosed quotation mark, after which rows cannot be separated, and for repeated
+    column names.
+    """
+    text = whole_text(file, path)
+    csv.field_size_limit(sys.maxsize)
+
+    def width(mark: str) -> int:
+        return len(next(csv.reader(io.StringIO(text, newline=""), delimiter=mark), []))
+
+    quotes, begin = 0, 1  # quotation marks in the row that is being read, and its first line
+
+    def lines() -> Iterator[str]:
+        nonlocal quotes
+        for line in io.StringIO(text, newline=""):
+            quotes += line.count('"')
+            yield line
+
+    reader = csv.reader(lines(), delimiter=max(delimiters, key=width), strict=True)
+    names: list[str] = []
+    try:
+        for cells in reader:
+            first, begin = begin, reader.line_num + 1
+            odd, quotes = quotes % 2, 0
+            if odd:
+                raise UserError(
+                    f'{path}, line {first}: a quotation mark lacks its partner: mend it, by "" for one in a text.'
+                )
+            if cells and not names:
+                names = [name.strip() or f"column {number}" for number, name in enumerate(cells, 1)]
+                refuse_same_names(names, path)
+            elif len(cells) == len(names):
+                yield first, {n: None if c in _NO_VALUE else Cell(c) for n, c in zip(names, cells, strict=True)}
+            elif cells:  # a blank line is no row
+                yield first, BadRow("wrong number of cells", f"{len(cells)} instead of {len(names)}")
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, in the row that begins in line {begin}: {error}; mend its quotation marks."
+        ) from error
+
+
+def refuse_same_names(names: list[str], path: Path) -> None:
+    """Raise UserError if two columns have the same name."""
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: two columns have the same name; rename one.")
 
 
 def whole_text(file: IO[bytes], path: Path) -> str:
@@ -116,9 +168,9 @@ def _after_blank(text: str, at: int) -> int:
     return at
 
 
-def _json_value(line: bytes) -> object:
+def _json_value(line: bytes | str) -> object:
     try:
-        return json.loads(line.decode(), object_pairs_hook=_unique_fields)
+        return json.loads(line if isinstance(line, str) else line.decode(), object_pairs_hook=_unique_fields)
     except UnicodeDecodeError:
         return BadRow("invalid UTF-8")
     except BadRow as bad:

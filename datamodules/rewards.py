@@ -1,4 +1,4 @@
-"""The cache of rewards: a model scores its pairs once per machine, in parts, so that a killed run resumes."""
+"""Rewards of an external reward model: scored once per machine, in parts that a killed run resumes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig
@@ -23,6 +25,7 @@ from app.method.ranges import PositiveInt, checked
 from datamodules.records import PreferencePair
 from datamodules.reward_model import RewardModel
 from datamodules.sources import PairStream
+from datamodules.table import JoinedTables, PairTable, Part
 
 log = logging.getLogger(__name__)
 
@@ -136,3 +139,33 @@ def _open(folder: Path) -> pa.Table:
     if meta["checksum"] != file_hash(folder / "rewards.arrow"):
         raise ValueError(f"{folder}/rewards.arrow does not match its checksum")
     return pa.ipc.open_file(pa.memory_map(str(folder / "rewards.arrow"))).read_all()
+
+
+class RewardedTable(JoinedTables):
+    """A view of one table with the labels `chosen_reward` and `rejected_reward`.
+
+    `rewards` has the columns `pair_id` and these two for every pair of the table, in any order. `scored` [N] says
+    which pairs have rewards.
+    """
+
+    def __init__(self, table: PairTable, rewards: pa.Table) -> None:
+        places = pc.index_in(table.id_column, value_set=rewards.column("pair_id").combine_chunks())
+        if places.null_count:
+            raise ValueError(f"{places.null_count} pairs were not scored")
+        labels = {name: rewards.column(name).take(places) for name in COLUMNS}
+        super().__init__([Part(table, labels)])
+        self.scored: np.ndarray = pc.is_valid(labels[COLUMNS[0]]).to_numpy()
+
+
+def rows_with_reward(tables: Sequence[PairTable], rows: np.ndarray) -> np.ndarray:
+    """Return those `rows` of the concatenated tables that have rewards or need none.
+
+    Raises UserError if none remains.
+    """
+    scored = [table.scored if isinstance(table, RewardedTable) else np.ones(len(table), bool) for table in tables]
+    kept = rows[np.concatenate(scored)[rows]]
+    if len(rows) and not len(kept):
+        raise UserError(
+            "data.reward_model: its chat template refuses the prompts of all pairs: take another reward model."
+        )
+    return kept

@@ -1,16 +1,18 @@
-"""Conversion of one row of a source (fields and values) to a preference pair, or the reason against it."""
+"""Conversion of a row in any format of the registry to a preference pair, or the reason against it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Literal
 
 from datamodules.records import Message, PreferencePair, Prompt
-from datamodules.sources.hh import is_transcript, split_transcript
-from datamodules.sources.messages import spoken
-from datamodules.sources.report import BadRow
-from datamodules.sources.template_fields import TEMPLATE_FIELDS, template_fields, with_system
-from datamodules.sources.values import kind, missing, text, typed
+from datamodules.sources.conversions import refuse_unusable
+from datamodules.sources.messages import TEMPLATE_FIELDS, spoken, template_fields, with_system
+from datamodules.sources.prompts import is_transcript, split_transcript
+from datamodules.sources.registry import FORMATS, PROMPTS, Format, Row, nearest
+from datamodules.sources.rows import BadRow, kind, missing, text, typed
+from datamodules.sources.source import Source, close
 
 OwnFormat = Literal["auto", "pairs", "hh"]
 _OWN_FIELDS = ("pair_id", "prompt", "chosen", "rejected", *TEMPLATE_FIELDS)
@@ -72,12 +74,11 @@ def pair_from_row(
     if responses[0] in responses[1:] and more[0] in more[1:]:
         raise BadRow("chosen equals rejected")
     own = (*_OWN_FIELDS, chosen_field)
-    labels = {name: None if missing(value) else typed(value) for name, value in row.items() if is_label(value)}
-    labels = {name: value for name, value in labels.items() if name not in own}
-    for name, value in labels.items():
-        text(name, "a field's name")
-        if isinstance(value, str):
-            text(value, name)
+    labels: dict[str, object] = {}
+    for name, value in row.items():
+        if name not in own and is_label(value):
+            value = None if missing(value) else typed(value)
+            labels[text(name, "a field's name")] = text(value, name) if isinstance(value, str) else value
     rejected = responses[1] if len(responses) == 2 else None
     return PreferencePair(
         _pair_id(row, default_id),
@@ -94,11 +95,6 @@ def pair_from_row(
 def is_label(value: object) -> bool:
     """Return whether the value of another column is a scalar, which becomes a label of the pair."""
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def ignored_fields(row: Mapping[str, object]) -> list[str]:
-    """Return the other columns of a row that are not scalars and so cannot be labels."""
-    return [name for name, value in row.items() if name not in (*_OWN_FIELDS, "response") and not is_label(value)]
 
 
 def _prompt_of(prompt: Prompt | None, talk: tuple[Message, ...], name: str) -> tuple[Message, ...]:
@@ -138,3 +134,79 @@ def _pair_id(row: Mapping[str, object], default_id: str) -> str:
     if not text(value, "pair_id").strip():
         raise BadRow("empty pair_id")
     return str(value)
+
+
+def read_row(
+    row: object, default_id: str, source: Source, need_rejected: bool = False, prompts_only: bool = False
+) -> tuple[PreferencePair, list[str]]:
+    """Return the pair of one row in any format, and the columns that cannot be labels.
+
+    `need_rejected`: a demonstration is a bad row. `prompts_only`: rows without an answer are read too, and answers
+    are ignored. Raises BadRow, or LeftOut if the settings of `source` leave the row out.
+    """
+    if not isinstance(row, Mapping):
+        raise BadRow("not an object with fields", f"found {kind(row)}")
+    row = _own_names(row, source.columns or {})
+    format = _format_of(row, source.format, need_rejected, prompts_only)
+    converted = format.convert(row, source)
+    if need_rejected and "rejected" not in converted:
+        raise BadRow("missing field", f"rejected; as {format.name} it is for supervised fine-tuning; {_found(row)}")
+    own: OwnFormat = "pairs"
+    if format.name in ("pairs", "hh"):
+        own = "auto" if source.format == "auto" else "hh" if format.name == "hh" else "pairs"
+    if "system" not in converted and "system_prompt" in converted:
+        converted = {"system" if name == "system_prompt" else name: value for name, value in converted.items()}
+    own_fields = (*_OWN_FIELDS, "response")
+    ignored = [name for name, value in converted.items() if name not in own_fields and not is_label(value)]
+    return pair_from_row(converted, default_id, own, need_rejected), ignored
+
+
+def _own_names(row: Row, columns: Mapping[str, str]) -> Row:
+    """Return the row with the given columns under our names; a column of that name becomes `<name>_in_data`."""
+    for own, theirs in columns.items():
+        if theirs not in row:
+            raise BadRow(
+                "missing field",
+                f"{theirs!r}, which data.columns names for {own}{close(theirs, row)}; {_found(row)}",
+            )
+    if not columns:
+        return row
+    own_name = {theirs: own for own, theirs in columns.items()}
+    return {
+        own_name.get(name, f"{name}_in_data" if name in columns else name): value for name, value in row.items()
+    }
+
+
+def _format_of(row: Row, named: str, need_rejected: bool, prompts_only: bool) -> Format:
+    """Return the format of a row. Raises BadRow with the nearest format and the fields that the row lacks."""
+    if named == "auto":
+        refuse_unusable(row)
+    known = (*PROMPTS, *FORMATS) if prompts_only else FORMATS
+    formats = tuple(one for one in known if named in ("auto", one.name))
+    if not missing(row.get("rejected")):  # a pair is no demonstration, even if it is damaged
+        formats = tuple(one for one in formats if one.is_pair)
+    for one in formats:
+        if not one.lacking(row) and (named != "auto" or one.when(row)):
+            return one
+    for one in formats:  # the columns exist but are empty: reading the row names the empty one
+        present = all(any(name in row for name in either.split("|")) for either in one.fields)
+        if present and (named != "auto" or one.when(row)):
+            return one
+    asked = [one for one in formats if one.lacking(row) and (one.is_pair or not need_rejected)]
+    one = nearest(row, tuple(asked) or formats)
+    lacking = [name.partition("|")[0] for name in one.lacking(row)]
+    yours = ", ".join(
+        f"{name}: {(get_close_matches(name, map(str, row), n=1) or ['YOURS'])[0]}" for name in lacking
+    )
+    raise BadRow(
+        "missing field",
+        f"{', '.join(lacking)}; the nearest format is {one.name}: {', '.join(one.fields).replace('|', ' or ')}; "
+        f"{_found(row)}" + f"; data.columns: {{{yours}}} says what yours are called" * (not prompts_only),
+    )
+
+
+def _found(row: Row) -> str:
+    names = [str(name)[:40] for name, value in row.items()]
+    empty = [str(name)[:40] for name, value in row.items() if missing(value)]
+    told = ", ".join(names[:12]) + ", …" * (len(names) > 12)
+    return f"columns found: {told or 'none'}" + f" (empty: {', '.join(empty[:12])})" * bool(empty)
