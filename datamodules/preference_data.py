@@ -177,8 +177,9 @@ class PreferenceData(PairDataModule):
             # a fixed seed, so that every run holds out the same pairs
             sides = split_by_prompt(table.prompt_keys, self.validation_share, seed=0)
             rows = sides[split == "validation"]
-        if split == "predict" or not isinstance(table, JoinedTables):
+        if split == "predict" or not self.mixed:
             return rows
+        assert isinstance(table, JoinedTables)
         weight = {source.label: source.weight for source in self.sources}
         names = [str(part.labels["source"]) for part in table.parts]
         weights = [found for name in names if (found := weight.get(name)) is not None]

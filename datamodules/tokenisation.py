@@ -11,14 +11,7 @@ import numpy as np
 from app.errors import UserError
 from datamodules.chat_template import ESSENTIAL, ChatTemplate, Refused, Rendering, conversation
 from datamodules.records import Message, PreferencePair, Side, TokenisedPair
-from datamodules.truncation import (
-    PlainPrompt,
-    PromptTruncation,
-    TooLong,
-    plain_prompts,
-    shorten,
-    shorten_plain,
-)
+from datamodules.truncation import PlainPrompt, PromptTruncation, TooLong, plain_prompts, shorten, shorten_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
