@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import errno
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
 from inspect import signature
-from typing import Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from app import options
 from app.errors import UserError
-from app.method.ranges import refuse
+from app.method.ranges import Number, refuse
 
 F = TypeVar("F", bound=Callable[..., Any])
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -114,16 +116,41 @@ def _about_the_disk(error: OSError) -> str:
 
 
 def checked_command(function: F) -> F:
-    """Return the command with the option checks of the command line, by annotation, for calls from Python."""
+    """Return the command with the option checks of the command line, by annotation, for calls from Python.
+
+    A path may also be a `pathlib.Path`.
+    """
     parameters, hints = signature(function), cache(lambda: get_type_hints(function))
 
     @wraps(function)
     def checking(*words: Any, **options: Any) -> Any:
-        for name, value in parameters.bind(*words, **options).arguments.items():
+        given = parameters.bind(*words, **options)
+        for name, value in given.arguments.items():
+            value = [_as_text(one) for one in value] if isinstance(value, list) else _as_text(value)
             try:
-                refuse(name, hints().get(name), value)
+                refuse(name, hints()[name], value)
             except ValueError as error:
                 raise UserError(f"{error}.") from None
-        return function(*words, **options)
+            if not _fits(hints()[name], value):
+                wanted = parameters.parameters[name].annotation
+                raise UserError(f"{name} must be {wanted}, not {value!r:.60}.")
+            given.arguments[name] = value
+        return function(*given.args, **given.kwargs)
 
     return checking  # type: ignore[return-value]
+
+
+def _as_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Return whether a value has the type of an annotation; `refuse` has looked at numbers and words."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(part, value) for part in parts)
+    if kind is list:
+        return isinstance(value, list) and all(_fits(parts[0], one) for one in value)
+    if kind is Literal:
+        return value in parts
+    return isinstance(value, (int, float) if issubclass(kind, Number) else kind)

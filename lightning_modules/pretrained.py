@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from app.errors import UserError
-from lightning_modules.weight_reading import few, refuse_values
+from lightning_modules.sharded_loading import few, refuse_values
 
 log = logging.getLogger(__name__)
 

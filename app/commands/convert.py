@@ -10,11 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.errors import UserError
 from app.files import atomic_folder
+from app.mistakes import checked_command
 
 # attributes that transformers leaves on a dequantised model and that make save_pretrained refuse it
 QUANTISATION_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
 
 
+@checked_command
 def convert(gguf: str, out: str) -> None:
     """Write the model in the file GGUF to the folder OUT in float32, with its tokenizer.
 

@@ -19,12 +19,14 @@ from app.judges.answers import aligned
 from app.judges.endpoint import Endpoint, EndpointJudge
 from app.judges.rewards import LearnedReward, TrueReward
 from app.judges.verdicts import VerdictFile
+from app.mistakes import checked_command
 from datamodules.controlled_task import is_well_formed
 
 By = Literal["true_reward", "reward_model", "endpoint"]
 HOW_TO_ASK = Endpoint()
 
 
+@checked_command
 def judge(
     answers: list[str],
     by: By = "true_reward",

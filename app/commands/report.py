@@ -11,12 +11,14 @@ from rich.table import Table
 from app.commands.judge import aligned, summary, win_rate
 from app.errors import UserError
 from app.files import atomic_file
+from app.mistakes import checked_command
 from app.report.figure import draw
 from app.report.page import by_row, page
 from app.report.run import SAMPLES, Run, read_run, unique_names
 from app.report.table import numbers_of
 
 
+@checked_command
 def report(runs: list[str], baseline: str | None = None, out: str = "report.png") -> None:
     """Print a table that compares RUNS and write a page (.html) or a figure (.png) of β, gaps and filter.
 

@@ -6,7 +6,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterator
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 
 import pytest
@@ -209,6 +209,32 @@ def test_numbers_of_the_small_commands(
     assert stop.value.code == 2
     assert said.startswith("beta-dpo: ")
     assert option.rpartition(".")[2] in said
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e300, -1, None, [[1]], {}], ids=repr)
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *(("judge", name) for name in ("answers", "by", "endpoint", "verdicts")),
+        *(("report", name) for name in ("runs", "out")),
+        *(("convert", name) for name in ("gguf", "out")),
+        *(("generate", name) for name in ("count", "prompts")),
+        ("audit", "run"),
+        ("export", "adapter"),
+        ("quickstart", "seed"),
+    ],
+)
+def test_calls_from_python(command: str, option: str, value: object) -> None:
+    function = COMMANDS[command]
+    needed = {n: ["a", "b"] if "list" in str(one.annotation) else "a" for n, one in required(function).items()}
+    if (command, option, value) == ("generate", "count", None):
+        return  # all prompts
+    with pytest.raises(UserError, match=f"^{option} must be "):
+        function(**(needed | {option: value}))
+
+
+def required(function: Callable[..., None]) -> dict[str, Parameter]:
+    return {name: one for name, one in signature(function).parameters.items() if one.default is Parameter.empty}
 
 
 def test_a_number_is_written_back_as_it_was_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
