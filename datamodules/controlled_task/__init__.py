@@ -7,9 +7,8 @@ well-formed response carries no information about its grade.
 """
 
 from datamodules.controlled_task.grading import Grade, Kind, grade, is_well_formed, true_reward
-from datamodules.controlled_task.grammar import Split
+from datamodules.controlled_task.grammar import Split, build_tokenizer
 from datamodules.controlled_task.pairs import MIXED_QUALITY, Gap, demonstrations, preference_pairs, prompts
-from datamodules.controlled_task.tokenizer import build_tokenizer
 
 __all__ = [
     "MIXED_QUALITY",

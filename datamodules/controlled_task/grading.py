@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from datamodules.controlled_task.grammar import Answer, Question, parse_answer, parse_question
-from datamodules.controlled_task.vocabulary import POLITE_OPENERS, RUDE_OPENERS
+from datamodules.controlled_task.grammar import (
+    POLITE_OPENERS,
+    RUDE_OPENERS,
+    Answer,
+    Question,
+    parse_answer,
+    parse_question,
+)
 
 POLITE_BONUS = 0.5
 

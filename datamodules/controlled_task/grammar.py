@@ -1,7 +1,7 @@
-"""The grammar of the controlled task: records of prompts and well-formed responses, their texts and parsers.
+"""The language of the controlled task: its closed vocabulary, the grammar of its texts, and its tokenizer.
 
-A parser reads the words by position, builds a record, and compares the record's text with its input, so that
-parsing is the exact inverse of writing.
+No word has two roles, so that a text has at most one reading and its reward is exact. A parser reads the words by
+position, builds a record, and compares the record's text with its input: parsing is the exact inverse of writing.
 """
 
 from __future__ import annotations
@@ -10,17 +10,63 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from app.errors import UserError
-from datamodules.controlled_task.vocabulary import (
-    ADVERBS,
-    ANIMALS,
-    ASSISTANT,
-    ATTRIBUTES,
-    CLOSINGS,
-    HUMAN,
-    OPENERS,
-    VALUES,
+
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
+
+ANIMALS = (
+    *("lion", "tiger", "bear", "wolf", "fox", "horse"),
+    *("goat", "rabbit", "otter", "eagle", "owl", "turtle"),
 )
+
+# Every prompt states its facts in the order of these attributes.
+VALUES: dict[str, tuple[str, ...]] = {
+    "colour": (
+        *("red", "blue", "green", "brown", "black", "white"),
+        *("grey", "yellow", "pink", "purple", "golden", "silver"),
+    ),
+    "food": (
+        *("fish", "grass", "seeds", "nuts", "fruit", "worms"),
+        *("insects", "leaves", "eggs", "honey", "rice", "meat"),
+    ),
+    "home": (
+        *("cave", "forest", "barn", "river", "meadow", "desert"),
+        *("mountain", "swamp", "island", "village", "garden", "cellar"),
+    ),
+    "mood": (
+        *("calm", "shy", "brave", "lazy", "playful", "curious"),
+        *("grumpy", "proud", "nervous", "cheerful", "gentle", "clever"),
+    ),
+}
+ATTRIBUTES = tuple(VALUES)
+
+# Every opener is one word, so that the length of a response does not reveal its manner.
+POLITE_OPENERS = ("certainly", "gladly", "sure", "absolutely", "happily", "naturally")
+PLAIN_OPENERS = ("well", "so", "okay", "hm", "look", "yes")
+RUDE_OPENERS = ("ugh", "duh", "whatever", "pfft", "bah", "meh")
+OPENERS = (*POLITE_OPENERS, *PLAIN_OPENERS, *RUDE_OPENERS)
+
+# Optional filler words without meaning; only they vary the length of a well-formed response.
+ADVERBS = ("clearly", "indeed", "surely", "really", "still", "truly", "plainly", "simply")
+CLOSINGS = ("today", "now", "here", "always", "again", "lately", "overall", "anyway")
+
+FRAME_WORDS = ("my", "has", ",", "and", ".", "can", "you", "tell", "me", "its", "?", "the")
+
+# All words that follow a single space; the two role tags are separate tokens.
+WORDS = (
+    *FRAME_WORDS,
+    *ANIMALS,
+    *ATTRIBUTES,
+    *(value for values in VALUES.values() for value in values),
+    *OPENERS,
+    *ADVERBS,
+    *CLOSINGS,
+)
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 
 Split = Literal["train", "held_out"]
 
@@ -121,3 +167,24 @@ def parse_answer(response: str) -> Answer | None:
         return None
     answer = Answer(opener, animal, claims, adverb, closing)
     return answer if answer.text == text else None
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tokenizer with all words of the task: 116 tokens; pad 0, bos 1, eos 2, unk 3.
+
+    It adds no special tokens to a text; `tokenise_pairs` adds EOS to a response.
+    """
+    tokens = (PAD, BOS, EOS, UNKNOWN, HUMAN, ASSISTANT, *(f" {word}" for word in WORDS))
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    # Two newlines and a role, or a space and the text up to the next space or newline.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n[A-Z][a-z]+:| ?[^ \n]+"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False,
+    )

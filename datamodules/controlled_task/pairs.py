@@ -1,7 +1,12 @@
-"""Demonstrations, preference pairs and prompts of the controlled task, with their exact labels.
+"""Prompts, demonstrations and preference pairs of the controlled task, with their exact labels.
 
-Every call draws from private generators keyed by its name, split and seed, so that the items are the same on
-every machine and a shorter list is the beginning of a longer one.
+Every call draws from private generators keyed by its name, split and seed, so that the items are the same on every
+machine and a shorter list is the beginning of a longer one.
+
+The two filler words that set the length are drawn independently of the rest, so the length of a well-formed
+response says nothing about its kind. An off-topic response also has wrong values, and a rude one has the kind of
+content of the response that it is paired with. Thus nothing in a pair but politeness favours the lower grade, and
+neighbouring grades differ in one fault only, which makes them learnable.
 """
 
 from __future__ import annotations
@@ -15,10 +20,25 @@ from typing import Literal
 
 from app.errors import UserError
 from datamodules.controlled_task.grading import LADDER, Grade, Kind, judge
-from datamodules.controlled_task.grammar import Question, Split
-from datamodules.controlled_task.responses import break_answer, draw_answer, draw_question
+from datamodules.controlled_task.grammar import (
+    ADVERBS,
+    ANIMALS,
+    ATTRIBUTES,
+    CLOSINGS,
+    PLAIN_OPENERS,
+    POLITE_OPENERS,
+    RUDE_OPENERS,
+    VALUES,
+    WORDS,
+    Answer,
+    Question,
+    Split,
+    parse_answer,
+)
 from datamodules.records import PreferencePair
 
+POLITE_SHARE = 0.5
+FILLER_SHARE = 0.5  # of each of the two filler words: lengths 10, 11, 12 occur as 1 : 2 : 1
 Gap = Literal["adjacent", "extreme", "mixed", "any"]
 _Graded = tuple[str, Grade]  # a text with its grade
 
@@ -149,3 +169,79 @@ def _generator(name: str, count: int, seed: int, split: Split) -> random.Random:
     if count < 0:
         raise UserError(f"count is {count}, but it is a number of items: give 0 or more.")
     return random.Random(f"{name}-{split}-{seed}")
+
+
+def draw_question(rng: random.Random, split: Split) -> Question:
+    """Draw a prompt uniformly from all prompts of the split."""
+    while True:
+        values = tuple(rng.choice(VALUES[attribute]) for attribute in ATTRIBUTES)
+        first, second = rng.sample(ATTRIBUTES, 2)
+        question = Question(rng.choice(ANIMALS), values, (first, second))
+        if question.split == split:
+            return question
+
+
+def draw_answer(question: Question, kind: Kind, rng: random.Random, *, content: Kind | None = None) -> Answer:
+    """Draw a random well-formed response of the given kind (any but malformed).
+
+    `content` is the kind of a rude response after its opener; by default any other kind, equally often.
+    """
+    polite = rng.random() < POLITE_SHARE
+    openers = POLITE_OPENERS if polite else PLAIN_OPENERS
+    if kind is Kind.RUDE:
+        openers, kind = RUDE_OPENERS, content or rng.choice(LADDER[1:])
+    attributes = question.unasked if kind is Kind.OFF_TOPIC else question.asked
+    right: tuple[str, ...] = ()
+    if kind is Kind.BOTH_RIGHT:
+        right = attributes
+    elif kind is Kind.ONE_RIGHT:
+        right = (rng.choice(attributes),)
+
+    def claim(attribute: str) -> tuple[str, str]:
+        truth = question.facts[attribute]
+        if attribute in right:
+            return attribute, truth
+        return attribute, rng.choice([value for value in VALUES[attribute] if value != truth])
+
+    return Answer(
+        opener=rng.choice(openers),
+        animal=question.animal,
+        claims=(claim(attributes[0]), claim(attributes[1])),
+        adverb=rng.choice(ADVERBS) if rng.random() < FILLER_SHARE else None,
+        closing=rng.choice(CLOSINGS) if rng.random() < FILLER_SHARE else None,
+    )
+
+
+def _damaged(words: list[str], defect: str, rng: random.Random) -> list[str]:
+    place = rng.randrange(len(words)) if defect in ("drop", "double", "replace") else words.index("and")
+    if defect == "drop":
+        return words[:place] + words[place + 1 :]
+    if defect == "double":
+        return words[: place + 1] + words[place:]
+    if defect == "replace":
+        return [*words[:place], rng.choice(WORDS), *words[place + 1 :]]
+    if defect == "cut short":
+        return words[: rng.randrange(1, len(words))]
+    if defect == "repeat attribute":
+        attribute = words[place - 2]
+        return [*words[: place + 1], attribute, rng.choice(VALUES[attribute]), *words[place + 3 :]]
+    # run on: a third claim before the full stop, or a second sentence after it
+    attribute = rng.choice(ATTRIBUTES)
+    claim = [attribute, rng.choice(VALUES[attribute])]
+    if rng.random() < 0.5:
+        return [*words[:-1], "and", *claim, words[-1]]
+    return [*words, "the", words[2], "has", *claim, words[-1]]
+
+
+_DEFECTS = ("drop", "double", "replace", "cut short", "repeat attribute", "run on")
+
+
+def break_answer(answer: Answer, rng: random.Random) -> str:
+    """Return the response with a random defect that makes it malformed, each defect equally often."""
+    defect = rng.choice(_DEFECTS)
+    words = answer.text[1:].split(" ")
+    while True:
+        # Without a filler word or with another value, the text may still be well-formed: draw the place again.
+        text = " " + " ".join(_damaged(words, defect, rng))
+        if parse_answer(text) is None:
+            return text

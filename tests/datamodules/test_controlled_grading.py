@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from app.errors import UserError
 from datamodules.controlled_task import Kind, grade, is_well_formed, true_reward
-from datamodules.controlled_task.vocabulary import ADVERBS, ANIMALS, CLOSINGS, OPENERS, VALUES, WORDS
+from datamodules.controlled_task.grammar import ADVERBS, ANIMALS, CLOSINGS, OPENERS, VALUES, WORDS
 
 PROMPT = (
     "\n\nHuman: my lion has colour red , food fish , home cave and mood calm ."

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from datamodules.controlled_task import build_tokenizer, demonstrations, preference_pairs, prompts
-from datamodules.controlled_task.vocabulary import WORDS
+from datamodules.controlled_task.grammar import WORDS
 
 TOKENIZER = build_tokenizer()
 
