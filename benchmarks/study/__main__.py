@@ -7,19 +7,19 @@ python -m benchmarks.study --list               list all runs with their numbers
 python -m benchmarks.study --show NUMBER        print the commands of one run
 python -m benchmarks.study --again NUMBER       repeat one run and print its figures beside its row
 python -m benchmarks.study --page               write docs/study.md and its figures from the table
+python -m benchmarks.study --reviews            do a few runs on film reviews and print reward against KL
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import shlex
 import sys
 import time
 from dataclasses import astuple
 
-from benchmarks.study.page import write_page
-from benchmarks.study.questions import planned
+from benchmarks.study.page import paths_table, write_page
+from benchmarks.study.questions import pilot, planned
 from benchmarks.study.runs import (
     FIGURES,
     TASKS,
@@ -29,6 +29,7 @@ from benchmarks.study.runs import (
     make_sft_model,
     read_results,
     runs_of,
+    spoken,
 )
 from benchmarks.tables import processor
 
@@ -41,12 +42,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     for name in ("--show", "--again"):
         parser.add_argument(name, type=int, metavar="NUMBER")
-    for name in ("--list", "--page", "--redo"):
+    for name in ("--list", "--page", "--redo", "--reviews"):
         parser.add_argument(name, action="store_true")
     options = parser.parse_args()
     table = read_results()
     rows = dict(zip(runs_of(table), table.to_dict("records"), strict=True))
-    runs = list(dict.fromkeys([*rows, *planned(table)]))
+    runs = list(dict.fromkeys([*rows, *planned(table), *pilot()]))
     number = options.show if options.again is None else options.again
     if number is not None and not 0 <= number < len(runs):
         sys.exit(f"there is no run {number}: --list prints those from 0 to {len(runs) - 1}")
@@ -56,12 +57,17 @@ def main() -> None:
     elif options.show is not None:
         task, run = TASKS[runs[number].task], runs[number]
         for command in [*task.sft(run.seed), *task.commands(run)]:
-            print("OMP_NUM_THREADS=1 beta-dpo", shlex.join(command))
+            print(f"OMP_NUM_THREADS=1 {spoken(command)}")
     elif options.again is not None:
         do_again(runs[number], rows.get(runs[number], {}))
+    elif options.reviews:
+        if left := [run for run in pilot() if run not in rows]:
+            carry_out(left, options.jobs)
+        table = read_results()
+        print(paths_table(table[table.task == "sentiment"]))
     else:
         if options.redo:
-            carry_out([run for run in runs if options.only in told(run)], options.jobs)
+            carry_out([run for run in rows if options.only in told(run)], options.jobs)
         # development chooses the settings of other runs, so more may be planned once it is done
         while not options.page and (left := missing(options.only)):
             carry_out(left, options.jobs)
@@ -84,6 +90,8 @@ def told(run: Run) -> str:
 def carry_out(runs: list[Run], jobs: int) -> None:
     """Do runs, `jobs` at a time, and put the row of each into the table as soon as it is done."""
     print(f"{len(runs)} runs to do", flush=True)
+    for task in dict.fromkeys(run.task for run in runs):
+        TASKS[task].prepare()
     # fork imports the libraries only once; one process per run, so that a run leaves no state to another
     with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
         for _ in pool.imap_unordered(make_sft_model, dict.fromkeys((run.task, run.seed) for run in runs)):
@@ -99,6 +107,7 @@ def carry_out(runs: list[Run], jobs: int) -> None:
 
 def do_again(run: Run, row: dict[str, object]) -> None:
     """Repeat a run and print its figures beside those of the table, which does not change."""
+    TASKS[run.task].prepare()
     make_sft_model((run.task, run.seed))
     again = make_row(run)
     print(f"{told(run)}\n{'':18} {'table':>12} {'again':>12}")

@@ -24,7 +24,7 @@ from benchmarks.study.questions import (
     confirmation,
     extension,
 )
-from benchmarks.study.runs import COLLAPSED, KL_BUDGET, TASKS
+from benchmarks.study.runs import COLLAPSED, KL_BUDGET, TASKS, path_of, with_within
 from benchmarks.tables import ROOT, markdown
 
 DOCS = ROOT / "docs"
@@ -176,6 +176,29 @@ def best_by_data(rows: Rows, measure: str) -> str:
     return f" Highest mean {MEASURES[measure]}: {told}."
 
 
+def paths_table(table: pd.DataFrame) -> str:
+    """Return reward and KL at every checkpoint of the runs of one task, as the DPO paper's Figure 2 draws them."""
+    steps = TASKS[table.task.iloc[0]].steps
+    rows = [
+        [
+            *(str(one.seed), f"{one.data}, {one.flip_rate:g}", str(one.arm), f"{one.beta0:g}"),
+            *(f"{kl:.2f}, {reward:.3f}" for kl, reward in path_of(one)),
+            *(f"{one.within:.3f}", f"{one.malformed:.3f}"),
+        ]
+        for _, one in with_within(table).iterrows()
+    ]
+    header = [
+        "seed",
+        "data, flips",
+        "arm",
+        "β0",
+        *(f"KL, reward at {step}" for step in (0, *steps)),
+        "within",
+        "cut",
+    ]
+    return markdown([*header, "within the budget", "cut"], rows, aligned=True)
+
+
 def real_model(table: pd.DataFrame) -> str:
     """Return the section on the few steps of SmolLM2."""
     rows = [
@@ -187,7 +210,7 @@ def real_model(table: pd.DataFrame) -> str:
     ]
     header = ["arm", "seed", "β, lowest–highest", "mean gap, last step", "accuracy held out"]
     told = (
-        f"SmolLM2-135M-Instruct, {TASKS['smollm2'].steps} steps of eight pairs of Anthropic-HH (harmless), "
+        f"SmolLM2-135M-Instruct, {TASKS['smollm2'].steps[-1]} steps of eight pairs of Anthropic-HH (harmless), "
         "β0 = 0.1, 32 pairs held out; `configs/smollm2_hh.yaml`. An illustration: so few steps and pairs decide "
         "nothing."
     )

@@ -300,6 +300,12 @@ def extension(rows: Rows) -> list[Question]:
     ]
 
 
+def pilot() -> Iterator[Run]:
+    """Yield runs that show reward against KL on reviews, on one seed: static β, β-DPO and its control."""
+    for arm, beta0 in (("dpo", 0.1), ("dpo", 0.3), ("dpo", 1.0), ("beta_dpo", 0.3), ("random_filter", 0.3)):
+        yield Run("sentiment", "pilot", 1, "mixed", 0.0, "sigmoid", arm, beta0, 2e-4)
+
+
 def planned(table: pd.DataFrame) -> Iterator[Run]:
     """Yield every run that the questions need: development first, and all others once it has chosen settings."""
     tuned = {SETTINGS_OF.get(arm, arm): None for arm in ("dpo", *ARMS)}

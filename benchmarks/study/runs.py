@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from app.locks import locked
 from app.main import main
 from app.report.run import read_run
 from app.samples import read_samples
+from benchmarks.study import sentiment
 from benchmarks.study.verdicts import reward_within
 from benchmarks.tables import ROOT, processor
 
@@ -103,6 +105,11 @@ class Controlled:
     """The controlled task (datamodules/controlled_task), whose reward is exact."""
 
     margin = 0.1  # of mean true reward, from 0 to 4.5: smaller differences count as equal
+    budget = KL_BUDGET
+    steps = STEPS
+
+    def prepare(self) -> None:
+        """Make what all seeds share."""
 
     def sft_folder(self, seed: int) -> Path:
         return FOLDER / "controlled" / f"seed-{seed}" / "sft"
@@ -154,31 +161,112 @@ class Controlled:
                 f"malformed{end}": told["malformed share"].mean,
                 f"kl{end}": told["KL to the reference"].mean,
             }
-        flipped = read.audit.flipped.to_numpy(bool)
-        for name, mask in {"flipped": flipped, "clean": ~flipped}.items():
-            found[f"dropped_{name}"] = float(1 - read.audit.kept[mask].mean())  # NaN without such pairs
-        return found | {"win_rate": win_rate(answers, rivals).mean}
+        return found | dropped(read.audit) | {"win_rate": win_rate(answers, rivals).mean}
+
+
+class Reviews:
+    """Film reviews (benchmarks/study/sentiment.py): finish a sentence so that it praises, by a gold reward."""
+
+    margin = 0.02  # of the mean probability of praise
+    budget = 3.0  # nats: responses are five times as long as those of the controlled task
+    steps = (16, 32, 48)
+    data = FOLDER / "sentiment" / "data"
+
+    def prepare(self) -> None:
+        sentiment.main(["data", str(self.data)])
+
+    def sft_folder(self, seed: int) -> Path:
+        return FOLDER / "sentiment" / f"seed-{seed}" / "sft"
+
+    def generate(self, model: Path, prompts: str, out: Path, seed: int, count: int | None, *words: str) -> Command:
+        length = ("--max_new_tokens", "64", "--max_prompt_length", "48", "--count", str(count or "null"))
+        return ["generate", str(model), str(out), "--prompts", prompts, "--seed", str(seed), *length, *words]
+
+    def sft(self, seed: int) -> list[Command]:
+        """Return the commands for the SFT model of a seed, and its samples for the pairs of all arms."""
+        folder = self.sft_folder(seed)
+        return [
+            [
+                *("fit", "--config", "benchmarks/study/sentiment_sft.yaml", "--seed_everything", str(seed)),
+                *(
+                    "--data.path",
+                    str(self.data / "sentences.jsonl"),
+                    "--data.tokenizer",
+                    str(self.data / "tokenizer"),
+                ),
+                *("--trainer.logger.init_args.save_dir", str(folder.parent)),
+                *("--trainer.logger.init_args.name", folder.name),
+            ],
+            ["export", str(folder / "checkpoints" / "last.ckpt"), str(folder / "raw")],
+            ["sentiment", "sharpen", str(folder / "raw"), str(folder / "model")],
+            ["sentiment", "prompts", str(self.data), str(folder / "prompts.jsonl"), "--seed", str(seed)],
+            self.generate(folder / "model", str(folder / "prompts.jsonl"), folder / "drawn.jsonl", seed, None),
+            self.evaluate(folder / "model", folder / "samples.jsonl", seed),
+        ]
+
+    def evaluate(self, model: Path, out: Path, seed: int, *words: str) -> Command:
+        return self.generate(model, str(self.data / "evaluation.jsonl"), out, seed, 1024, *words)
+
+    def commands(self, run: Run) -> list[Command]:
+        """Return all commands from the SFT model's samples to the samples of a run."""
+        folder, pairs = self.sft_folder(run.seed), str(run.folder.with_name(f"{run.folder.name}.jsonl"))
+        reference = "frozen" if run.arm == "epsilon_dpo" else "cached"
+        made = [
+            [
+                *("sentiment", "pairs", str(self.data), str(folder / "drawn.jsonl"), pairs, "--gap", run.data),
+                *("--flip-rate", f"{run.flip_rate:g}", "--seed", str(run.seed)),
+            ],
+            run.fit(
+                *("benchmarks/study/sentiment.yaml", "--data.path", pairs, "--model.name", str(folder / "model")),
+                *("--model.reference", reference),
+            ),
+        ]
+        for step in self.steps:
+            model = run.folder / f"model-{step}"
+            made.append(["export", str(run.folder / "checkpoints" / f"step={step}.ckpt"), str(model)])
+            words = ("--reference", str(folder / "model"))
+            made.append(self.evaluate(model, run.folder / f"samples-{step}.jsonl", run.seed, *words))
+        return made
+
+    def figures(self, run: Run, read: Any) -> dict[str, float]:
+        sft = sentiment.figures(self.data, self.sft_folder(run.seed) / "samples.jsonl")
+        found = {"sft_reward": sft["gold"], "sft_malformed": 1 - sft["finished"]}
+        for step in self.steps:
+            told, end = sentiment.figures(self.data, run.folder / f"samples-{step}.jsonl"), f"_{step}"
+            end = "" if step == self.steps[-1] else end
+            found |= {f"reward{end}": told["gold"], f"malformed{end}": 1 - told["finished"], f"kl{end}": told["KL"]}
+        return found | dropped(read.audit)
 
 
 class SmolLM2:
     """A few steps of SmolLM2-135M on Anthropic-HH, whose file is named by the environment variable HH."""
 
-    steps = 6
+    steps = (6,)
 
-    def sft(self, seed: int) -> list[Command]:
+    def prepare(self) -> None:
         if not Path("models/smollm2").is_dir() or not Path(os.environ.get("HH", "")).is_file():
             raise SystemExit("smollm2 needs `make smollm2` and HH=pairs.jsonl.gz, a file of Anthropic-HH pairs")
+
+    def sft(self, seed: int) -> list[Command]:
         return []
 
     def commands(self, run: Run) -> list[Command]:
-        steps = ["--trainer.max_steps", f"{self.steps}", "--trainer.val_check_interval", f"{self.steps}"]
+        last = str(self.steps[-1])
+        steps = ["--trainer.max_steps", last, "--trainer.val_check_interval", last]
         return [run.fit("configs/smollm2_hh.yaml", "--data.path", os.environ.get("HH", "HH"), *steps)]
 
     def figures(self, run: Run, read: Any) -> dict[str, float]:
         return {}
 
 
-TASKS: dict[str, Any] = {"controlled": Controlled(), "smollm2": SmolLM2()}
+def dropped(audit: pd.DataFrame) -> dict[str, float]:
+    """Return the share of flipped and of other pairs that the filter dropped, NaN without such pairs."""
+    flipped = audit.flipped.to_numpy(bool)
+    sides = {"flipped": flipped, "clean": ~flipped}
+    return {f"dropped_{name}": float(1 - audit.kept[mask].mean()) for name, mask in sides.items()}
+
+
+TASKS: dict[str, Any] = {"controlled": Controlled(), "sentiment": Reviews(), "smollm2": SmolLM2()}
 
 # --- the table ----------------------------------------------------------------------------------------------
 
@@ -213,13 +301,14 @@ def runs_of(table: pd.DataFrame) -> list[Run]:
 
 
 def with_within(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with a further column `within`, the highest reward within the KL budget."""
-    return table.assign(within=[reward_within(path_of(row), KL_BUDGET) for _, row in table.iterrows()])
+    """Return the table with a further column `within`, the highest reward within the KL budget of its task."""
+    rows = [row for _, row in table.iterrows()]
+    return table.assign(within=[reward_within(path_of(row), TASKS[row.task].budget) for row in rows])
 
 
 def path_of(row: pd.Series) -> list[tuple[float, float]]:
     """Return (KL, reward) of the SFT model and of every checkpoint in order."""
-    ends = ["" if step == STEPS[-1] else f"_{step}" for step in STEPS]
+    ends = [*(f"_{step}" for step in TASKS[row.task].steps[:-1]), ""]
     return [(0.0, float(row.sft_reward)), *((float(row[f"kl{e}"]), float(row[f"reward{e}"])) for e in ends)]
 
 
@@ -278,8 +367,15 @@ def do(commands: Sequence[Command], log: Path) -> None:
     torch.set_num_threads(1)
     with quietly(log):
         for command in commands:
-            print("beta-dpo", *command, flush=True)
-            main(command)
+            print(spoken(command), flush=True)
+            sentiment.main(command[1:]) if command[0] == "sentiment" else main(command)
+
+
+def spoken(command: Command) -> str:
+    """Return a command as a reader gives it in the project's folder."""
+    own = command[0] == "sentiment"
+    program = ["python", "-m", "benchmarks.study.sentiment"] if own else ["beta-dpo", command[0]]
+    return shlex.join([*program, *command[1:]])
 
 
 @contextlib.contextmanager
