@@ -110,7 +110,7 @@ def train_ours(
     )
     trainer.fit(module, datamodule=data)
     layers = "compiled layers" if module.policy.compiled else "eager"
-    return clock.result(f"{module.policy.attention}, {module.layout}, {layers}")
+    return clock.result(f"{module.policy.attention}, {module.policy.layout}, {layers}")
 
 
 def train_plain(setting: Setting) -> dict[str, Any]:

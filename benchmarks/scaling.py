@@ -35,8 +35,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoTokenizer
 
 from app.cli import be_quiet
-from app.method.batch import OptimizerBatch
-from app.method.logps import PairLogps
 from benchmarks.setting import save_llama
 from benchmarks.tables import markdown
 from callbacks import BetaScheduler, PairFilter, RewardGapStatistics
@@ -169,11 +167,17 @@ class CountedGather(PreferenceOptimization):
 
     gathered = 0
 
-    def gather(self, logps: PairLogps, batch: OptimizerBatch) -> PairLogps:
-        before = sent_bytes()
-        global_logps = super().gather(logps, batch)
-        self.gathered += sent_bytes() - before
-        return global_logps
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        gather = self.measurer.gather
+
+        def counted(*share: Any) -> Any:
+            before = sent_bytes()
+            global_logps = gather(*share)
+            self.gathered += sent_bytes() - before
+            return global_logps
+
+        self.measurer.gather = counted  # type: ignore[method-assign]
 
 
 class Meter(Callback):

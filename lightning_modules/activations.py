@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from app.errors import UserError
+from lightning_modules.private import FakeTensorMode, storage_id
 from lightning_modules.sharding import transformer_blocks
 from lightning_modules.tensor_parallel import LOCAL, keep_local_part
 
@@ -64,7 +64,7 @@ def _kept(config: Any, dtype: torch.dtype, autocast: bool, split: int, rows: int
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
         keep_local_part(model, split, LOCAL)
         blocks = transformer_blocks(model)
-        counted = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        counted = {storage_id(parameter) for parameter in model.parameters()}
         kept = [0] * (len(blocks) + 1)
         place = [0]
 
@@ -75,10 +75,9 @@ def _kept(config: Any, dtype: torch.dtype, autocast: bool, split: int, rows: int
             place[0] = 0
 
         def count(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in counted:
-                counted.add(storage._cdata)
-                kept[place[0]] += storage.nbytes()
+            if storage_id(tensor) not in counted:
+                counted.add(storage_id(tensor))
+                kept[place[0]] += tensor.untyped_storage().nbytes()
             return tensor
 
         for number, block in enumerate(blocks, 1):

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from app.method.batch import PackedRows, PairRun
-from lightning_modules import varlen
 from lightning_modules.flex import BLOCK, FLEX, LEAST
 from lightning_modules.pair_runs import PairRuns
 from lightning_modules.pairwise_attention import PAIRWISE
-from lightning_modules.varlen import VARLEN
+from lightning_modules.private import attention_of, takes_attentions
+from lightning_modules.varlen import VARLEN, lacking
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,11 @@ def dense_mask_bytes(attention: str, config: Any) -> int:
 
 def attentions(model: Any, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Return the attentions of `OURS` that this model may use on this device, in order of preference."""
-    if not model._supports_attention_backend:
+    if not takes_attentions(model):
         return []
     if device.type != "cuda":
         return [PAIRWISE]
-    if lack := varlen.lacking(model.config, dtype):
+    if lack := lacking(model.config, dtype):
         log.info("attention %s is not tried: %s", VARLEN, lack)
     return [name for name in CUDA_ORDER if name != VARLEN or lack is None]
 
@@ -69,7 +69,7 @@ def model_inputs(rows: PackedRows, config: Any) -> dict[str, Any]:
 
     They are built once per kind of attention and kept with the rows; layers, policy and reference share them.
     """
-    implementation = config._attn_implementation
+    implementation = attention_of(config)
     if implementation in OURS:
         return rows.remember(implementation, lambda: one_row(rows, *ROW_OF.get(implementation, (1, 1))))
     return {"input_ids": rows.input_ids, "position_ids": rows.position_ids, **masks(rows, config)}
@@ -99,7 +99,7 @@ def masks(rows: PackedRows, config: Any) -> dict[str, Any]:
     """
     if rows.layout == "separate":
         return {"attention_mask": (rows.group >= 0).long()}
-    build: Callable[..., Tensor] = additive_mask if config._attn_implementation == "eager" else dense_mask
+    build: Callable[..., Tensor] = additive_mask if attention_of(config) == "eager" else dense_mask
 
     def mask(window: int | None = None) -> Tensor:
         return rows.remember((build.__name__, window), lambda: build(rows, window))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from app.errors import UserError
-from app.method.batch import Layout, OptimizerBatch, PackedRows
+from app.method.batch import OptimizerBatch, PackedRows
 from lightning_modules.attention import OURS
 from lightning_modules.host_memory import keep_freed_memory
-from lightning_modules.layout_check import agreeing_layout
+from lightning_modules.layout_check import StartCheck
 from lightning_modules.logged_training import LoggedTraining
 from lightning_modules.lora import Lora, add_lora
 from lightning_modules.pretrained import load_model, refuse_beyond, stop_at, store_linear_weights
+from lightning_modules.ranks import Ranks
 from lightning_modules.resumption import apply_settings, count_batches_of
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharded_loading import read_weights, weight_files
@@ -83,24 +84,32 @@ class LanguageModelTraining(LoggedTraining):
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.max_grad_norm = max_grad_norm
-        self.requested_layout = layout
-        self.layout: Layout | None = None  # known after the check on the first batch
+        self.layout = layout
         self.attention = attention
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile_layers
         self.trust_remote_code = trust_remote_code
         self.lora = lora
         self.policy: ResponseScorer
+        self.ranks: Ranks
 
     # --- set-up -----------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
         """Raise UserError for settings that cannot work, before Lightning's own check, which names no remedy."""
-        check_start(self)
+        check_start(
+            self.trainer,
+            self.name,
+            self.make_optimizer,
+            self.make_lr_scheduler,
+            self.compile_layers,
+            adapters=self.lora is not None,
+        )
         return []
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        self.ranks = Ranks(self.trainer)
         if stage == "fit":
             check_steps(self.trainer)
 
@@ -113,7 +122,7 @@ class LanguageModelTraining(LoggedTraining):
         # converted before Lightning does it, because the reference is a copy and sharding fixes the dtype
         self.policy = self.trainer.precision_plugin.convert_module(self.build_scorer())  # type: ignore[assignment]
         self.keep_reference(self.policy)
-        stop_at(self.policy.model, getattr(self.trainer.datamodule, "stop_ids", []))  # type: ignore[attr-defined]
+        stop_at(self.policy.model, getattr(self.data, "stop_ids", []))
         if self.gradient_checkpointing:
             if not self.policy.model.supports_gradient_checkpointing:
                 raise UserError("model.gradient_checkpointing: transformers offers none for this model.")
@@ -146,9 +155,13 @@ class LanguageModelTraining(LoggedTraining):
 
     def check_data(self, model: Any) -> None:
         """Raise UserError if the data has token ids or row lengths beyond the model's embeddings."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if hasattr(data, "largest_id"):
-            refuse_beyond(model, data.longest[1], data.largest_id, "data.tokenizer", "data.max_length")
+        if hasattr(self.data, "largest_id"):
+            refuse_beyond(model, self.data.longest[1], self.data.largest_id, "data.tokenizer", "data.max_length")
+
+    @property
+    def data(self) -> Any:
+        """Return the DataModule of the run (`PairDataModule`); None if the loaders came by themselves."""
+        return getattr(self.trainer, "datamodule", None)
 
     @property
     def scorers(self) -> tuple[ResponseScorer, ...]:
@@ -198,9 +211,8 @@ class LanguageModelTraining(LoggedTraining):
         return {"optimizer": optimizer, "lr_scheduler": self.make_lr_scheduler(optimizer)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        data = getattr(self.trainer, "datamodule", None)
-        if self.trainer.state.fn == TrainerFn.FITTING and data is not None:
-            count_batches_of(checkpoint["loops"]["fit_loop"], data.batch_size)
+        if self.trainer.state.fn == TrainerFn.FITTING and self.data is not None:
+            count_batches_of(checkpoint["loops"]["fit_loop"], self.data.batch_size)
 
     def on_train_start(self) -> None:
         """Replace the restored settings of optimizer and schedule by those of this run's configuration."""
@@ -232,26 +244,19 @@ class LanguageModelTraining(LoggedTraining):
 
         The first call settles the layout (see `layout_check`).
         """
-        if self.layout is None:
-            self.layout = agreeing_layout(self, batch)
-        return self.match_ranks(batch.micro_batches(self.responses, self.layout, self.policy.balanced_row, pairs))
-
-    def match_ranks(self, rows: list[PackedRows]) -> list[PackedRows]:
-        """Return `rows` on this rank's device, with empty rows added up to the largest number on any rank.
-
-        Sharded forward and backward passes are collective, so every rank must run the same number.
-        """
-        most = int(self.reduce(torch.tensor(len(rows)), "max"))
-        return [each.to(self.device) for each in (*rows, *(PackedRows.empty() for _ in range(most - len(rows))))]
-
-    def score(
-        self, scorer: Callable[[PackedRows], Tensor], micro_batches: Sequence[PackedRows], share: int
-    ) -> Tensor:
-        """Return summed log-probabilities [share, sides] float64 of this rank's pairs; 0 if not in the rows."""
-        logps = torch.zeros(share, len(self.responses), dtype=torch.float64, device=self.device)
-        for rows in micro_batches:
-            logps = logps.index_copy(0, rows.pairs, scorer(rows).view(-1, len(self.responses)))
-        return logps
+        if self.policy.layout is None:
+            self.policy.layout = StartCheck(
+                name=self.name,
+                scorers=self.scorers,
+                responses=self.responses,
+                ranks=self.ranks,
+                dtype=self.compute_dtype,
+                attention=self.attention,
+                layout=self.layout,
+                compile_layers=self.compile_layers,
+                trains=self.trainer.state.fn == TrainerFn.FITTING,
+            ).agreeing_layout(batch)
+        return self.ranks.match(self.policy.pack(batch, self.responses, pairs))
 
     def backward_micro_batch(self, loss: Tensor, last: bool) -> None:
         """Accumulate gradients; `gradient_sync` decides what ranks exchange before the `last` micro-batch."""
@@ -276,17 +281,3 @@ class LanguageModelTraining(LoggedTraining):
         if isinstance(schedule, LRScheduler):
             schedule.step()
         return grad_norm
-
-    @property
-    def data_parallel_size(self) -> int:
-        """Return the number of shares of a batch: ranks, or tensor-parallel groups, whose ranks share one share."""
-        sampling = self.trainer.distributed_sampler_kwargs
-        return 1 if sampling is None else int(sampling["num_replicas"])
-
-    def reduce(self, value: Tensor, how: str) -> Tensor:
-        """Return `value` reduced over all ranks (`sum`, `mean` or `max`), on the CPU; a sum counts a share once."""
-        if self.trainer.world_size == 1:
-            return value.cpu()
-        if how == "sum" and self.trainer.global_rank % (self.trainer.world_size // self.data_parallel_size):
-            value = torch.zeros_like(value)  # the first rank of the tensor-parallel group adds it
-        return self.trainer.strategy.reduce(value.to(self.device), reduce_op=how).cpu()

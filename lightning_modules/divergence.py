@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,12 +10,10 @@ from torch import Tensor
 from app.method.batch import OptimizerBatch, PackedRows, on_device
 from app.method.epsilon import perturbed_logits
 from app.method.logps import token_kl
-from lightning_modules.lora import AdapterOff
+from lightning_modules.measuring import PairMeasurer
+from lightning_modules.reference import AdapterOff
 from lightning_modules.scorer import ResponseScorer, response_sums, token_logps
 from lightning_modules.sharding import gather_root
-
-if TYPE_CHECKING:
-    from lightning_modules.preference_scoring import PreferenceScoring
 
 CHUNK_TOKENS = 512  # response tokens whose logits [chunk, V] of both models are in memory at a time
 # logits [n, V] of the policy, of the reference, targets [n] → K numbers per response token, [K, n]
@@ -24,7 +21,7 @@ Comparison = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def perturbed_gaps(
-    module: PreferenceScoring, batch: OptimizerBatch, eligible: Tensor, epsilons: Sequence[float]
+    measurer: PairMeasurer, batch: OptimizerBatch, eligible: Tensor, epsilons: Sequence[float]
 ) -> Tensor:
     """Return log π(y_w|x) − log π(y_l|x) under (1+ε)·logits_θ − ε·logits_ref, [len(epsilons), G] float64, CPU.
 
@@ -34,11 +31,11 @@ def perturbed_gaps(
     def perturbed(logits: Tensor, fixed: Tensor, targets: Tensor) -> Tensor:
         return torch.stack([token_logps(perturbed_logits(logits, fixed, one), targets) for one in epsilons])
 
-    table = response_table(module, batch, eligible, perturbed, len(epsilons))
+    table = response_table(measurer, batch, eligible, perturbed, len(epsilons))
     return table[..., 0] - table[..., 1]
 
 
-def reference_kl(module: PreferenceScoring, batch: OptimizerBatch, eligible: Tensor) -> Tensor:
+def reference_kl(measurer: PairMeasurer, batch: OptimizerBatch, eligible: Tensor) -> Tensor:
     """Return KL(π‖π_ref) summed over the tokens of chosen and rejected responses, [2, G] float64 on the CPU.
 
     The KL at every position is exact, because it compares the full next-token distributions; the prefixes are those
@@ -49,26 +46,27 @@ def reference_kl(module: PreferenceScoring, batch: OptimizerBatch, eligible: Ten
     def kl(logits: Tensor, fixed: Tensor, targets: Tensor) -> Tensor:
         return token_kl(logits, fixed)[None]
 
-    return response_table(module, batch, eligible, kl, 1)[0].T
+    return response_table(measurer, batch, eligible, kl, 1)[0].T
 
 
 @torch.no_grad()
 def response_table(
-    module: PreferenceScoring, batch: OptimizerBatch, eligible: Tensor, compare: Comparison, size: int
+    measurer: PairMeasurer, batch: OptimizerBatch, eligible: Tensor, compare: Comparison, size: int
 ) -> Tensor:
     """Return `compare` (K = `size`) summed over each response of the global batch, [K, G, 2] float64 on the CPU.
 
     Pairs that are not `eligible` [G] are left out of the rows, which they could make NaN, and get NaN. It costs an
     extra forward pass of policy and reference and must be called on every rank at once.
     """
-    (reference,) = module._reference
+    policy, reference, ranks = measurer.policy, measurer.reference.scorer, measurer.ranks
+    assert reference is not None
     here = torch.nonzero(eligible[batch.positions]).flatten().tolist()
-    table = torch.zeros(size, len(batch.pair_ids), 2, dtype=torch.float64, device=module.device)
-    positions = on_device(batch.positions, module.device)
-    for rows in module.micro_batches(batch, here):
-        sums = compared_sums(module.policy, reference, rows, compare, size)
+    table = torch.zeros(size, len(batch.pair_ids), 2, dtype=torch.float64, device=ranks.device)
+    positions = on_device(batch.positions, ranks.device)
+    for rows in measurer.rows(batch, here):
+        sums = compared_sums(policy, reference, rows, compare, size)
         table[:, positions[rows.pairs]] = sums.view(size, -1, 2)
-    return module.reduce(table, "sum").masked_fill(~eligible[:, None], torch.nan)
+    return ranks.reduce(table, "sum").masked_fill(~eligible[:, None], torch.nan)
 
 
 def compared_sums(

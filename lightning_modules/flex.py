@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from app.method.batch import PairRun, on_device
 from lightning_modules.pair_runs import PairRuns, one_dtype, register
+from lightning_modules.private import mark_dynamic
 
 FLEX = "flex"  # its name in transformers
 BLOCK = 128  # tokens; the block of FlexAttention's masks
@@ -175,7 +176,7 @@ def attend(
     for tensor in (*states, *blocks):
         # dimensions that follow the row's length in [T], [1, 1, n], [1, 1, n, n], [1, heads, T, d]
         long = {1: (0,), 3: (2,), 4: (2,) if tensor.is_floating_point() else (2, 3)}[tensor.ndim]
-        torch._dynamo.maybe_mark_dynamic(tensor, list(long))
+        mark_dynamic(tensor, list(long))
     return compiled_flex(*states, blocks, scale, softcap)
 
 

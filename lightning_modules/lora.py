@@ -8,17 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from app.errors import UserError
-from app.method.batch import PackedRows
 from app.method.ranges import PositiveFloat, PositiveInt, checked
-
-if TYPE_CHECKING:
-    from lightning_modules.scorer import ResponseScorer
 
 log = logging.getLogger(__name__)
 
@@ -120,17 +116,3 @@ def without_adapters(model: Any) -> Iterator[None]:
         yield
     finally:
         model.enable_adapters()
-
-
-class AdapterOff:
-    """The reference of a policy with adapters: the policy with its adapters disabled, not a second model."""
-
-    def __init__(self, policy: ResponseScorer):
-        self.policy = policy
-
-    def __call__(self, rows: PackedRows, **options: Any) -> Tensor:
-        with without_adapters(self.policy.model):
-            return self.policy(rows, **options)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.policy.logits(hidden)  # the head has no adapter

@@ -24,7 +24,8 @@ from lightning_modules.base import Attention, CompileLayers
 from lightning_modules.divergence import perturbed_gaps, reference_kl
 from lightning_modules.flops import peak_operations, step_operations
 from lightning_modules.lora import Lora
-from lightning_modules.preference_scoring import PreferenceScoring, Reference
+from lightning_modules.preference_scoring import PreferenceScoring, ReferenceKind
+from lightning_modules.scorer import response_logps
 from lightning_modules.sharding import keeps_gradients
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class PreferenceOptimization(PreferenceScoring):
         name: str,
         beta0: PositiveFloat = 0.1,
         loss: PairLoss | None = None,
-        reference: Reference = "frozen",
+        reference: ReferenceKind = "frozen",
         sft_weight: NonNegativeFloat = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-7, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -112,7 +113,7 @@ class PreferenceOptimization(PreferenceScoring):
         else:
             # A single micro-batch keeps its graph for the backward pass; several would need too much memory.
             with torch.set_grad_enabled(len(micro_batches) == 1):
-                logps, global_logps = self.measure(batch, micro_batches)
+                logps, global_logps = self.measurer.measure(batch, micro_batches)
             decision = self.decide(global_logps, batch)
             self.backward_kept(batch, logps, global_logps, decision)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -139,13 +140,13 @@ class PreferenceOptimization(PreferenceScoring):
         """
         parts: list[PairLogps] = []
         for number, rows in enumerate(micro_batches, 1):
-            part = self.measure_rows(batch, [rows]).select(rows.pairs)
+            part = self.measurer.measure_rows(batch, [rows]).select(rows.pairs)
             losses = self.loss(part, torch.full_like(part.policy_chosen, self.beta0))
             if number < len(micro_batches):
                 self.backward_share(losses, len(batch.pair_ids), last=False)
             parts.append(part.detach())
         order = torch.cat([rows.pairs for rows in micro_batches]).argsort()
-        global_logps = self.gather(PairLogps.cat(parts).select(order), batch)
+        global_logps = self.measurer.gather(PairLogps.cat(parts).select(order), batch)
         if not global_logps.finite.all():
             self.policy.zero_grad()
             return None
@@ -167,7 +168,7 @@ class PreferenceOptimization(PreferenceScoring):
         # packed again without the dropped pairs, so that they cost no backward pass and their NaN cannot enter it
         kept = self.micro_batches(batch, here.tolist())
         for number, rows in enumerate(kept, 1):
-            policy = self.score(self.policy, [rows], len(batch.positions))
+            policy = response_logps(self.policy, [rows], len(batch.positions), 2, self.device)
             scored = replace(logps, policy_chosen=policy[:, 0], policy_rejected=policy[:, 1])
             losses = weighted_losses(batch_loss, scored.select(rows.pairs), terms[:, rows.pairs])
             self.backward_share(losses, decision.kept_count, number == len(kept))
@@ -175,9 +176,9 @@ class PreferenceOptimization(PreferenceScoring):
     def backward_share(self, losses: Tensor, kept_count: int, last: bool) -> None:
         """Back-propagate these pairs' part of (1/|K|) Σ_{i∈K} loss_i.
 
-        The factor `data_parallel_size` turns the average over shares, which DDP and FSDP2 take, into a sum.
+        The factor number of shares turns the average over shares, which DDP and FSDP2 take, into a sum.
         """
-        self.backward_micro_batch(losses.sum() * (self.data_parallel_size / kept_count), last)
+        self.backward_micro_batch(losses.sum() * (self.ranks.shares / kept_count), last)
 
     def decide(self, global_logps: PairLogps, batch: OptimizerBatch) -> StepDecision:
         """Return the decision of the step: plain DPO, changed by every `RewardGapHook` in trainer order."""
@@ -190,9 +191,9 @@ class PreferenceOptimization(PreferenceScoring):
         )
         decision.reference_margin = global_logps.reference_margin
         decision.minimum_std = self.minimum_std(global_logps)
-        decision.measure_perturbed = partial(perturbed_gaps, self, batch, decision.eligible)
-        if self._reference:  # a cached reference has no distributions to compare
-            decision.measure_kl = partial(reference_kl, self, batch, decision.eligible)
+        decision.measure_perturbed = partial(perturbed_gaps, self.measurer, batch, decision.eligible)
+        if self.reference_values.scorer is not None:  # a cached reference has no distributions to compare
+            decision.measure_kl = partial(reference_kl, self.measurer, batch, decision.eligible)
         self.report_nonfinite(decision)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RewardGapHook):
@@ -242,7 +243,11 @@ class PreferenceOptimization(PreferenceScoring):
         loss = decision.losses(self.loss.for_batch(global_logps), global_logps.select(kept), kept).mean()
         responses = int(global_logps.chosen_tokens.sum() + global_logps.rejected_tokens.sum())
         operations = step_operations(
-            self.policy.model, batch.tokens, responses, decision.kept_fraction, bool(self._reference)
+            self.policy.model,
+            batch.tokens,
+            responses,
+            decision.kept_fraction,
+            self.reference_values.scorer is not None,
         )
         seconds = self.step_seconds()
         rate = operations / seconds / self.trainer.world_size

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torchmetrics import Metric
 
-from app.method.batch import OptimizerBatch, PackedRows, on_device
-from app.method.logps import PairLogps
+from app.method.batch import OptimizerBatch
 from app.method.losses import PairLoss
 from app.method.metrics import pair_metrics
 from lightning_modules.base import LanguageModelTraining
-from lightning_modules.contagion import measured_alone
+from lightning_modules.layout_check import CHECKED_PAIRS
 from lightning_modules.logged_training import exact_count, exact_mean, warn_of_nonfinite
-from lightning_modules.lora import AdapterOff
-from lightning_modules.reference_cache import ReferenceCache, filled_reference_cache
+from lightning_modules.measuring import SIDES, PairMeasurer
+from lightning_modules.reference import AdapterOff, NoReference, Reference, ScoredReference
+from lightning_modules.reference_cache import CachedReference, filled_reference_cache
 from lightning_modules.scorer import ResponseScorer
 
-Reference = Literal["frozen", "cached"]
+ReferenceKind = Literal["frozen", "cached"]
 
 
 class PreferenceScoring(LanguageModelTraining):
@@ -34,87 +35,49 @@ class PreferenceScoring(LanguageModelTraining):
         settings: the arguments of `LanguageModelTraining`, in its order.
     """
 
-    responses = ("chosen", "rejected")
+    responses = SIDES
 
-    def __init__(self, beta0: float, loss: PairLoss, reference: Reference, *settings: Any):
+    def __init__(self, beta0: float, loss: PairLoss, reference: ReferenceKind, *settings: Any):
         super().__init__(*settings)
         self.beta0 = beta0
         self.loss = loss
         self.reference = reference
-        self._reference_cache: ReferenceCache | None = None
-        # In a tuple, so that it is no submodule: a registered reference would enter checkpoints, break the
-        # sharded resume and be switched to train mode.
-        self._reference: tuple[ResponseScorer | AdapterOff, ...] = ()
+        self.reference_values: Reference = NoReference()
+        self.measurer: PairMeasurer
         self._evaluation: dict[str, Metric] = {}
 
     def keep_reference(self, fresh: ResponseScorer) -> None:
         if not self.loss.needs_reference or self.reference != "frozen":
             return
+        scorer: ResponseScorer | AdapterOff
         if self.lora is not None:
-            self._reference = (AdapterOff(fresh),)
+            scorer = AdapterOff(fresh)
         else:
-            reference = copy.deepcopy(fresh).eval().requires_grad_(False)
-            self._reference = (self.place(reference, frozen=True),)
+            scorer = self.place(copy.deepcopy(fresh).eval().requires_grad_(False), frozen=True)
+        self.reference_values = ScoredReference(scorer, self.ranks.device)
 
     def on_policy_ready(self) -> None:
-        if self.loss.needs_reference and self.reference == "cached":
-            # before a checkpoint is loaded, while the policy's weights are still those of the reference
-            self.to(self.trainer.strategy.root_device)
-            self._reference_cache = filled_reference_cache(self)
+        if not self.loss.needs_reference or self.reference != "cached":
+            return
+        assert self.name is not None
+        # before a checkpoint is loaded, while the policy's weights are still those of the reference
+        self.to(self.ranks.device)
+        # batches are made on the CPU, but Lightning sets the root device as the default device here
+        with torch.no_grad(), torch.device("cpu"), self.trainer.precision_plugin.forward_context():
+            few = self.data.batches_of(lambda keys: np.ones(len(keys), bool), CHECKED_PAIRS)
+            for batch in chain.from_iterable(few):
+                self.micro_batches(batch)  # settles layout and attention, which are part of the cache key
+            measurer = PairMeasurer(self.policy, NoReference(), self.ranks)
+            cache = filled_reference_cache(self.name, measurer, self.compute_dtype, self.data.batches_of)
+        self.reference_values = CachedReference(cache, self.ranks.device)
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.measurer = PairMeasurer(self.policy, self.reference_values, self.ranks)
 
     @property
     def scorers(self) -> tuple[ResponseScorer, ...]:
-        return (self.policy, *(one for one in self._reference if isinstance(one, ResponseScorer)))
-
-    # --- measuring --------------------------------------------------------------------------------------
-
-    def measure(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> tuple[PairLogps, PairLogps]:
-        """Return the log-probabilities [B] of this rank's pairs, and those of all G pairs as `gather` returns them.
-
-        Those of the policy keep their graph, but in packed rows are detached if any rank has a pair that is not
-        finite (see `measured_alone`). Those of the reference have no gradient. The host waits for the device here.
-        """
-        logps = self.measure_rows(batch, micro_batches)
-        global_logps = self.gather(logps, batch)
-        if self.layout == "packed" and not global_logps.finite.all():
-            logps = measured_alone(self, self.measure_rows, batch, logps)
-            global_logps = self.gather(logps, batch)
-        return logps, global_logps
-
-    def measure_rows(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> PairLogps:
-        """Return the log-probabilities of the pairs in the rows; other pairs of the share get zeros."""
-        share = len(batch.positions)
-        reference = None
-        if self._reference_cache is not None:
-            reference = on_device(self._reference_cache.logps(batch.pair_keys.numpy()), self.device)
-        elif self._reference:  # before the policy, whose activations stay in memory
-            with torch.no_grad():
-                reference = self.score(self._reference[0], micro_batches, share)
-        policy = self.score(self.policy, micro_batches, share)
-        tokens = torch.ones(share, 2, dtype=torch.int64, device=self.device)
-        for rows in micro_batches:
-            tokens[rows.pairs] = rows.response_tokens.view(-1, 2)
-        return PairLogps(
-            policy_chosen=policy[:, 0],
-            policy_rejected=policy[:, 1],
-            reference_chosen=None if reference is None else reference[:, 0],
-            reference_rejected=None if reference is None else reference[:, 1],
-            chosen_tokens=tokens[:, 0],
-            rejected_tokens=tokens[:, 1],
-        )
-
-    def gather(self, logps: PairLogps, batch: OptimizerBatch) -> PairLogps:
-        """Return `logps` of all G pairs of the global batch, detached, on the CPU, equal on every rank.
-
-        Each rank writes its pairs at their positions in the global batch, and one sum over ranks of O(G) numbers
-        joins them.
-        """
-        own = {name: column.detach() for name, column in vars(logps).items() if column is not None}
-        table = torch.zeros(len(own), len(batch.pair_ids), dtype=torch.float64, device=self.device)
-        table[:, on_device(batch.positions, self.device)] = torch.stack([c.double() for c in own.values()])
-        global_logps: dict[str, Any] = dict.fromkeys(vars(logps))
-        global_logps.update(zip(own, self.reduce(table, "sum"), strict=True))
-        return PairLogps(**global_logps)
+        return PairMeasurer(self.policy, self.reference_values, self.ranks).scorers
 
     # --- evaluation: no filter, β0, nothing of the training state is touched ------------------------------
 
@@ -135,7 +98,7 @@ class PreferenceScoring(LanguageModelTraining):
 
         A pair without a finite gap enters no mean and is counted in `nonfinite_pairs`.
         """
-        logps, global_logps = self.measure(batch, self.micro_batches(batch))
+        logps, global_logps = self.measurer.measure(batch, self.micro_batches(batch))
         batch_loss = self.loss.for_batch(global_logps)
         beta = torch.full((len(batch.positions),), self.beta0, device=self.device)
         values = pair_metrics(logps, self.loss, beta) | {
@@ -160,7 +123,7 @@ class PreferenceScoring(LanguageModelTraining):
 
     def predict_step(self, batch: OptimizerBatch, batch_idx: int) -> dict[str, Any]:
         """Return the columns of `scores.parquet` for this rank's pairs."""
-        logps, _ = self.measure(batch, self.micro_batches(batch))
+        logps, _ = self.measurer.measure(batch, self.micro_batches(batch))
         columns: dict[str, Any] = {"pair_id": [batch.pair_ids[p] for p in batch.positions.tolist()]}
         for name in ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"):
             column = getattr(logps, name)

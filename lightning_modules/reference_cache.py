@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,18 +18,19 @@ from app.cache import cache_root, fingerprint, lock_of
 from app.errors import UserError
 from app.files import atomic_file, folder_hash
 from app.locks import Lock
-from app.method.batch import OptimizerBatch
-from lightning_modules.layout_check import TOLERANCE
+from app.method.batch import OptimizerBatch, PackedRows, on_device
+from lightning_modules.layout_check import CHECKED_PAIRS, TOLERANCE
+from lightning_modules.measuring import PairMeasurer
+from lightning_modules.private import hub_commit
+from lightning_modules.ranks import Ranks
 
-if TYPE_CHECKING:
-    from lightning_modules.preference_scoring import PreferenceScoring
+Batches = Sequence[Collection[OptimizerBatch]]
 
 log = logging.getLogger(__name__)
 
 VERSION = 2  # raise when the stored values or the keys of pairs change
 _ROW = np.dtype([("key", np.int64), ("chosen", np.float64), ("rejected", np.float64)])
 _BATCHES_PER_PART = 32  # an interruption loses at most this many batches
-_CHECKED_PAIRS = 4
 _WAIT_SECONDS = 5.0  # for the lock, between collectives, so that no collective times out
 
 
@@ -97,72 +97,84 @@ def _read_part(path: Path) -> np.ndarray | None:
     return None
 
 
-def reference_fingerprint(module: PreferenceScoring) -> str:
+class CachedReference:
+    """A reference whose values are read from the cache, so that no model is in memory."""
+
+    scorer = None
+
+    def __init__(self, cache: ReferenceCache, device: torch.device):
+        self.cache = cache
+        self.device = device
+
+    def logps(self, batch: OptimizerBatch, rows: Sequence[PackedRows]) -> Tensor:
+        return on_device(self.cache.logps(batch.pair_keys.numpy()), self.device)
+
+
+def reference_fingerprint(name: str, measurer: PairMeasurer, dtype: torch.dtype) -> str:
     """Return the cache key of a reference: weights, compute dtype and kernel.
 
     A folder counts by its content, a Hub model by its id and commit. The kernel (device type, attention, layout) is
     included because the rounding noise of another kernel would look like reward gaps.
     """
-    name = str(module.name)
-    commit = getattr(module.policy.model.config, "_commit_hash", None)
+    policy = measurer.policy
+    commit = hub_commit(policy.model.config)
     model = folder_hash(name) if Path(name).is_dir() else [name, commit]
-    kernel = [module.trainer.strategy.root_device.type, module.policy.attention, str(module.layout)]
-    return fingerprint({"version": VERSION, "model": model, "dtype": str(module.compute_dtype), "kernel": kernel})
+    kernel = [measurer.ranks.device.type, policy.attention, str(policy.layout)]
+    return fingerprint({"version": VERSION, "model": model, "dtype": str(dtype), "kernel": kernel})
 
 
-def filled_reference_cache(module: PreferenceScoring) -> ReferenceCache:
-    """Return the cache of the module's model with every pair of the stage; call it before the policy is trained.
+def filled_reference_cache(
+    name: str, measurer: PairMeasurer, dtype: torch.dtype, batches_of: Callable[..., Batches]
+) -> ReferenceCache:
+    """Return the cache of the model `name` with every pair of the stage; call it before the policy is trained.
 
     All ranks score together, while other runs from the same model wait for the lock. A few stored pairs are scored
     again as a check; if they differ, all pairs are scored again, with a warning. Raises UserError if the folder
     cannot be written or differs between ranks.
+
+    Args:
+        name: folder or Hub id of the model.
+        measurer: the policy, which is still that model, without a reference.
+        dtype: of the forward pass.
+        batches_of: the data's batches of the pairs whose keys are wanted (`PairDataModule.batches_of`).
     """
-    trainer = module.trainer
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    # batches are made on the CPU, but Lightning sets the root device as the default device here
-    with torch.no_grad(), torch.device("cpu"), trainer.precision_plugin.forward_context():
-        for batch in chain.from_iterable(data.batches_of(lambda keys: np.ones(len(keys), bool), _CHECKED_PAIRS)):
-            module.micro_batches(batch)  # settles layout and attention, which are part of the cache key
-        own = reference_fingerprint(module) if trainer.is_global_zero else ""
-        return _filled(module, cache_root("references") / trainer.strategy.broadcast(own))
-
-
-def _filled(module: PreferenceScoring, folder: Path) -> ReferenceCache:
-    trainer = module.trainer
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    with _lock(module, folder):
+    ranks = measurer.ranks
+    first = ranks.number == 0
+    own = reference_fingerprint(name, measurer, dtype) if first else ""
+    folder = cache_root("references") / ranks.strategy.broadcast(own)
+    with _lock(ranks, folder):
         cache = ReferenceCache(folder)
         count = torch.tensor(float(len(cache)))
-        if module.reduce(count, "max") != module.reduce(count, "mean"):
+        if ranks.reduce(count, "max") != ranks.reduce(count, "mean"):
             raise UserError(
                 f"{folder} differs from rank to rank: set BETA_DPO_CACHE to a folder that all nodes share."
             )
-        error = _largest_error(module, cache, data.batches_of(cache.knows, _CHECKED_PAIRS))
-        if error > TOLERANCE[module.compute_dtype]:
+        error = _largest_error(measurer, cache, batches_of(cache.knows, CHECKED_PAIRS))
+        if error > TOLERANCE[dtype]:
             log.warning(
                 "model.reference: the log-probabilities in %s are not those of %s (apart by %.2g nats per token): "
                 "they are deleted, and every pair is scored again.",
-                *(folder, module.name, error),
+                *(folder, name, error),
             )
-            if trainer.is_global_zero:
+            if first:
                 cache.clear()
-            trainer.strategy.barrier()
+            ranks.strategy.barrier()
             cache.load()
-        _score(module, cache, data.batches_of(lambda keys: ~cache.knows(keys)))
-        trainer.strategy.barrier()
+        _score(measurer, cache, batches_of(lambda keys: ~cache.knows(keys)))
+        ranks.strategy.barrier()
         cache.load()
     return cache
 
 
 @contextmanager
-def _lock(module: PreferenceScoring, folder: Path) -> Iterator[None]:
+def _lock(ranks: Ranks, folder: Path) -> Iterator[None]:
     """Hold the folder's lock in rank 0; the other ranks wait in short collectives, which cannot time out."""
     lock: Lock | None = None
-    if module.trainer.is_global_zero:
+    if ranks.number == 0:
         lock = Lock(*lock_of("references", folder.name))
         if not lock.acquire(0):
             log.info("%s scores the same reference into %s: waiting for it", lock.holder(), folder)
-    while module.reduce(torch.tensor(float(lock is not None and not lock.held)), "max"):
+    while ranks.reduce(torch.tensor(float(lock is not None and not lock.held)), "max"):
         if lock is not None:
             lock.acquire(_WAIT_SECONDS)
     try:
@@ -172,17 +184,17 @@ def _lock(module: PreferenceScoring, folder: Path) -> Iterator[None]:
             lock.release()
 
 
-def _score(module: PreferenceScoring, cache: ReferenceCache, loaders: Sequence[Collection[OptimizerBatch]]) -> None:
+def _score(measurer: PairMeasurer, cache: ReferenceCache, loaders: Batches) -> None:
     """Score the pairs of `loaders` with the policy; every rank adds its own pairs to the cache in parts."""
     total = sum(map(len, loaders))
     if not total:
         return
     log.info("scoring the pairs under the reference, once for all runs from this model: %s", cache.folder)
     scored: list[tuple[np.ndarray, np.ndarray]] = []
-    quiet = None if module.trainer.is_global_zero else True  # None: tqdm is quiet without a terminal
+    quiet = None if measurer.ranks.number == 0 else True  # None: tqdm is quiet without a terminal
     batches = tqdm(chain.from_iterable(loaders), "reference", total, unit=" batches", disable=quiet)
     for number, batch in enumerate(batches, 1):
-        logps, _ = module.measure(batch, module.micro_batches(batch))
+        logps, _ = measurer.measure(batch, measurer.rows(batch))
         both = torch.stack([logps.policy_chosen, logps.policy_rejected], 1)
         scored.append((batch.pair_keys.numpy(), both.cpu().numpy()))
         if number % _BATCHES_PER_PART == 0 or number == total:
@@ -192,20 +204,18 @@ def _score(module: PreferenceScoring, cache: ReferenceCache, loaders: Sequence[C
             scored.clear()
 
 
-def _largest_error(
-    module: PreferenceScoring, cache: ReferenceCache, loaders: Sequence[Collection[OptimizerBatch]]
-) -> float:
+def _largest_error(measurer: PairMeasurer, cache: ReferenceCache, loaders: Batches) -> float:
     """Score the pairs of `loaders` again and return the largest difference from the cache in nats per token.
 
     It is 0 for a value that is not finite in both, and infinite for a value that is finite in only one.
     """
     largest = torch.zeros((), dtype=torch.float64)
     for batch in chain.from_iterable(loaders):
-        logps, _ = module.measure(batch, module.micro_batches(batch))
+        logps, _ = measurer.measure(batch, measurer.rows(batch))
         scored = torch.stack([logps.policy_chosen, logps.policy_rejected], 1).cpu()
         tokens = torch.stack([logps.chosen_tokens, logps.rejected_tokens], 1).cpu()
         stored = cache.logps(batch.pair_keys.numpy())
         apart = ((scored - stored).abs() / tokens).nan_to_num(nan=torch.inf, posinf=torch.inf)
         neither = ~torch.isfinite(scored) & ~torch.isfinite(stored)
         largest = torch.cat([largest[None], apart.masked_fill(neither, 0).flatten()]).max()
-    return float(module.reduce(largest, "max"))
+    return float(measurer.ranks.reduce(largest, "max"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from app.errors import UserError
-from app.method.batch import PackedRows
+from app.method.batch import Layout, OptimizerBatch, PackedRows
 from lightning_modules.attention import OURS, model_inputs
 from lightning_modules.head import LogitRule, at_least_float32, head_logits, head_logps
+from lightning_modules.private import attention_of, compiled_call, raise_recompile_limit, set_compiled_call
 from lightning_modules.sharding import transformer_blocks
 
 RECOMPILE_LIMIT = 64  # most graphs that the compiler keeps of a layer's code
@@ -48,12 +49,13 @@ class ResponseScorer(nn.Module):
         self.model = model
         self.slice_logits = slice_logits
         # the fallback if none of this project's attentions works, and the baseline of the start-up check
-        self.own_attention: str = model.config._attn_implementation
+        self.own_attention = attention_of(model.config)
+        self.layout: Layout | None = None  # of the rows, known after the start-up check
 
     @property
     def attention(self) -> str:
         """Return the name of the attention implementation in use."""
-        return str(self.model.config._attn_implementation)
+        return attention_of(self.model.config)
 
     def use_attention(self, name: str) -> None:
         """Set the attention implementation by its name in transformers."""
@@ -64,7 +66,7 @@ class ResponseScorer(nn.Module):
     def as_loaded(self) -> Iterator[None]:
         """Use the attention that transformers chose at loading, and uncompiled layers, within the block."""
         attention = self.attention
-        compiled = [(block, block._compiled_call_impl) for block in self._blocks()]
+        compiled = [(block, compiled_call(block)) for block in self._blocks()]
         self.use_attention(self.own_attention)
         self.leave_layers()
         try:
@@ -72,24 +74,24 @@ class ResponseScorer(nn.Module):
         finally:
             self.use_attention(attention)
             for block, call in compiled:
-                block._compiled_call_impl = call
+                set_compiled_call(block, call)
 
     @property
     def compiled(self) -> bool:
         """Return whether the layers are compiled."""
-        return any(block._compiled_call_impl is not None for block in self._blocks())
+        return any(compiled_call(block) is not None for block in self._blocks())
 
     def compile_layers(self) -> None:
         """Compile the transformer blocks by `torch.compile`, with one graph for all row lengths."""
         # grad mode, training mode and kinds of layers each need a graph of the same code; torch keeps only 8
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        raise_recompile_limit(RECOMPILE_LIMIT)
         for block in self._blocks():
             block.compile(dynamic=True)
 
     def leave_layers(self) -> None:
         """Undo `compile_layers`."""
         for block in self._blocks():
-            block._compiled_call_impl = None
+            set_compiled_call(block, None)
 
     def _blocks(self) -> Iterable[nn.Module]:
         return transformer_blocks(self.model)
@@ -106,6 +108,13 @@ class ResponseScorer(nn.Module):
         if self.attention in OURS:
             return math.inf
         return 2.0 * self.model.config.hidden_size
+
+    def pack(
+        self, batch: OptimizerBatch, responses: Sequence[str], pairs: Sequence[int] | None = None
+    ) -> list[PackedRows]:
+        """Return rows of `pairs` (indices into the share; None: all), in the layout that this model takes."""
+        assert self.layout is not None, "the start-up check has not run"
+        return batch.micro_batches(responses, self.layout, self.balanced_row, pairs)
 
     def forward(self, rows: PackedRows, whole_logits: bool = False, hidden_only: bool = False) -> Tensor:
         """Return summed log-probabilities [S] float64, with EOS and without the prompt (method §1).
@@ -136,6 +145,20 @@ class ResponseScorer(nn.Module):
     def _head(self) -> tuple[Tensor, Tensor | None]:
         head = self.model.get_output_embeddings()
         return head.weight, head.bias
+
+
+def response_logps(
+    scorer: Callable[[PackedRows], Tensor],
+    micro_batches: Sequence[PackedRows],
+    share: int,
+    sides: int,
+    device: torch.device | str,
+) -> Tensor:
+    """Return summed log-probabilities [share, sides] float64 of a rank's pairs; 0 for pairs not in the rows."""
+    logps = torch.zeros(share, sides, dtype=torch.float64, device=device)
+    for rows in micro_batches:
+        logps = logps.index_copy(0, rows.pairs, scorer(rows).view(-1, sides))
+    return logps
 
 
 def response_sums(per_token: Tensor, rows: PackedRows) -> Tensor:

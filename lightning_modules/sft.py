@@ -14,6 +14,7 @@ from app.method.ranges import PositiveFloat, checked
 from lightning_modules.base import Attention, CompileLayers, LanguageModelTraining
 from lightning_modules.logged_training import exact_mean, warn_of_nonfinite
 from lightning_modules.lora import Lora
+from lightning_modules.scorer import response_logps
 
 
 @checked
@@ -57,16 +58,16 @@ class SupervisedFineTuning(LanguageModelTraining):
 
     def training_step(self, batch: OptimizerBatch, batch_idx: int) -> Tensor:
         micro_batches = self.micro_batches(batch)
-        tokens = self.reduce(torch.tensor(sum(len(rows.target_ids) for rows in micro_batches)), "sum")
+        tokens = self.ranks.reduce(torch.tensor(sum(len(rows.target_ids) for rows in micro_batches)), "sum")
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, rows in enumerate(micro_batches):
-            logps = self.score(self.policy, [rows], len(batch.positions))
+            logps = response_logps(self.policy, [rows], len(batch.positions), 1, self.device)
             # ranks average gradients over shares, but the loss is a mean over the tokens of the global batch
-            part = -logps.sum() * (self.data_parallel_size / float(tokens))
+            part = -logps.sum() * (self.ranks.shares / float(tokens))
             self.backward_micro_batch(part, last=number == len(micro_batches) - 1)
             loss += part.detach()
         grad_norm = self.update()
-        loss = self.reduce(loss, "mean")
+        loss = self.ranks.reduce(loss, "mean")
         seconds = self.step_seconds()
         self.log_dict({"train/loss": loss, "train/pairs_per_second": len(batch.pair_ids) / seconds}, prog_bar=True)
         self.log_dict({"train/grad_norm": grad_norm, "train/tokens_per_second": batch.tokens / seconds})
@@ -74,7 +75,7 @@ class SupervisedFineTuning(LanguageModelTraining):
 
     def validation_step(self, batch: OptimizerBatch, batch_idx: int) -> None:
         micro_batches = self.micro_batches(batch)
-        logps = self.score(self.policy, micro_batches, len(batch.positions)).flatten()
+        logps = response_logps(self.policy, micro_batches, len(batch.positions), 1, self.device).flatten()
         tokens = torch.ones_like(logps)
         for rows in micro_batches:
             tokens[rows.pairs] = rows.response_tokens.to(tokens)

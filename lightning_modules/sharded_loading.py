@@ -13,11 +13,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from app.errors import UserError
+from lightning_modules.private import (
+    WeightConverter,
+    WeightRenaming,
+    compute_local_shape_and_global_offset,
+    dtensor_like,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +160,5 @@ def _read(path: Path, name: str, like: Tensor, device: torch.device | str) -> Te
         local = local.to(device, like.dtype, copy=True)
     refuse_nonfinite(str(path), name, local, "embed" in name or "wte" in name)
     if isinstance(like, DTensor):
-        # like FSDP2 itself, because `from_local` would move the shards of an offloaded model to the mesh's device
-        local = DTensor(local, like._spec, requires_grad=False)
+        local = dtensor_like(local, like)
     return nn.Parameter(local, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else local

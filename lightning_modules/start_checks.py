@@ -6,11 +6,12 @@ import math
 import os
 import warnings
 from shutil import which
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,10 +20,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from app.errors import UserError
 from lightning_modules.pretrained import refuse_path
+from lightning_modules.private import start_method
 from lightning_modules.strategy import ShardedStrategy
-
-if TYPE_CHECKING:
-    from lightning_modules.base import LanguageModelTraining
 
 STRATEGIES = (
     "take auto, ddp, or for a model that does not fit one device the class lightning_modules.ShardedStrategy "
@@ -51,7 +50,7 @@ def refuse_strategy(strategy: str | Strategy) -> None:
         suits = strategy.startswith(("auto", "ddp", "single_device"))
     else:
         name = type(strategy).__name__
-        launched = getattr(strategy, "_start_method", None) not in (None, "popen")
+        launched = start_method(strategy) not in (None, "popen")
         suits = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ShardedStrategy))
     if launched:
         raise UserError(f"trainer.strategy: {name} spawns or forks processes, which lose checkpoints: take ddp.")
@@ -61,9 +60,15 @@ def refuse_strategy(strategy: str | Strategy) -> None:
         raise UserError(f"trainer.strategy: {name} is not one that the stages train with: {cure}.")
 
 
-def check_start(module: LanguageModelTraining) -> None:
+def check_start(
+    trainer: Trainer,
+    name: str | None,
+    make_optimizer: OptimizerCallable,
+    make_lr_scheduler: LRSchedulerCallable | None,
+    compile_layers: bool | str,
+    adapters: bool,
+) -> None:
     """Raise UserError for settings that cannot work, before data and model are loaded."""
-    trainer = module.trainer
     precision = str(trainer.precision)
     refuse_strategy(trainer.strategy)
     if trainer.accumulate_grad_batches != 1:
@@ -84,17 +89,17 @@ def check_start(module: LanguageModelTraining) -> None:
                 f"trainer.precision {precision}: set 32-true with ShardedStrategy, whose own compute_dtype "
                 "is the type of the forward pass; the weights themselves stay float32."
             )
-        if module.lora is not None:
+        if adapters:
             raise UserError(
                 "model.lora has not been made to work with ShardedStrategy: use --trainer.strategy ddp."
             )
-    if module.compile_layers is True and not which(os.environ.get("CXX", "g++")):
+    if compile_layers is True and not which(os.environ.get("CXX", "g++")):
         raise UserError("model.compile_layers needs a C++ compiler: install g++, or name one by CXX.")
-    if module.name is not None:
-        refuse_path(module.name)  # before the data is read with its tokenizer
+    if name is not None:
+        refuse_path(name)  # before the data is read with its tokenizer
     refuse_callbacks(trainer)
     if trainer.state.fn == TrainerFn.FITTING:
-        try_optimizer(module)
+        try_optimizer(trainer, make_optimizer, make_lr_scheduler, adapters)
 
 
 def refuse_callbacks(trainer: Trainer) -> None:
@@ -105,15 +110,20 @@ def refuse_callbacks(trainer: Trainer) -> None:
                 raise UserError(f"trainer.callbacks: {type(callback).__name__} does not work here: {cure}.")
 
 
-def try_optimizer(module: LanguageModelTraining) -> None:
+def try_optimizer(
+    trainer: Trainer,
+    make_optimizer: OptimizerCallable,
+    make_lr_scheduler: LRSchedulerCallable | None,
+    adapters: bool,
+) -> None:
     """Try a step of the optimizer and its schedule on a matrix and a vector (with adapters, on a matrix only).
 
     The trial needs no list of supported classes. Raises UserError if the optimizer or the schedule fails, for
     example an optimizer that needs a closure or sparse gradients, or a schedule that needs a metric. Also raises it
     for a schedule that is shorter than the run.
     """
-    device = module.trainer.strategy.root_device
-    shapes = [(4, 4)] if module.lora is not None else [(4, 4), (4,)]
+    device = trainer.strategy.root_device
+    shapes = [(4, 4)] if adapters else [(4, 4), (4,)]
     weights = [nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
@@ -121,12 +131,12 @@ def try_optimizer(module: LanguageModelTraining) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trial step may be past the end of a schedule
         try:
-            optimizer = module.make_optimizer(weights)
+            optimizer = make_optimizer(weights)
             optimizer.step()
-            if module.make_lr_scheduler is None:
+            if make_lr_scheduler is None:
                 return
             option, cure = "model.lr_scheduler", "take another, for example WarmupCosine or torch's LinearLR"
-            schedule = module.make_lr_scheduler(optimizer)
+            schedule = make_lr_scheduler(optimizer)
             if isinstance(schedule, ReduceLROnPlateau):
                 raise TypeError("ReduceLROnPlateau waits for a metric, and a schedule is stepped once a step")
             schedule.step()
@@ -135,7 +145,7 @@ def try_optimizer(module: LanguageModelTraining) -> None:
             raise UserError(f"{option} cannot take a step here: {reason}; {cure}.") from error
     if not isinstance(schedule, LRScheduler):
         raise UserError(f"model.lr_scheduler: {type(schedule).__name__} is no schedule of torch; {cure}.")
-    check_horizon(schedule, module.trainer.max_steps)
+    check_horizon(schedule, trainer.max_steps)
 
 
 def check_horizon(schedule: LRScheduler, steps: int) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -17,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from app.errors import UserError
 from app.method.ranges import NonNegativeInt, PositiveInt, UpToInfinity, checked
+from lightning_modules.private import default_pg_timeout
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharding import shard
 from lightning_modules.tensor_parallel import SUMMED, split_layers

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers.integrations.tensor_parallel import apply_tensor_parallelism, replace_layer_number_by_wildcard
 
 from app.errors import UserError
+from lightning_modules.private import apply_tensor_parallelism, replace_layer_number_by_wildcard
 from lightning_modules.sharding import transformer_blocks
 
 # transformers' style of splitting a linear layer → the dimension of the weight that it splits

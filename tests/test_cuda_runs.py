@@ -97,7 +97,7 @@ def test_trains_as_on_the_cpu(name: str, shallow_llama: str, tmp_path: Path) -> 
         run(cuda_trainer, tmp_path, seen, hooks(), **data)
     assert device.violations == []
     assert seen.policy.attention == settings.get("attention", "flex")
-    assert seen.layout == settings.get("layout", "packed")
+    assert seen.policy.layout == settings.get("layout", "packed")
     assert relative_difference(on_the_host(expected), on_the_host(seen)) < 1e-5
 
 

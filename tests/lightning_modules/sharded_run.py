@@ -54,7 +54,7 @@ def train(model: str, folder: Path, settings: dict[str, Any], **trainer: Any) ->
     run.save_checkpoint(folder / "run.ckpt")
     final = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in weights(module).items()}
     facts: dict[str, Any] = {"block_forwards": len(forwards)}
-    (reference,) = module._reference
+    reference = module.reference_values.scorer
     if isinstance(module.policy, FSDPModule):
         facts |= {
             "types": [{p.dtype for p in scorer.parameters()} for scorer in (module.policy, reference)],

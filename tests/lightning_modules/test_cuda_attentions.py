@@ -109,7 +109,7 @@ def test_steps_down_with_a_word(
     caplog.set_level(logging.INFO, logger="lightning_modules")
     with cuda_stand_in() as device:
         module = started(tmp_path, tiny_llama)
-        assert (module.policy.attention, module.layout, module.policy.compiled) == ("varlen", "packed", True)
+        assert (module.policy.attention, module.policy.layout, module.policy.compiled) == ("varlen", "packed", True)
         assert "attention varlen, packed rows, layers compiled" in caplog.text
         assert "forward and backward" in caplog.text
         assert not [record for record in caplog.records if record.levelno > logging.INFO]

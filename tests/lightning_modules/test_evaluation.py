@@ -117,7 +117,7 @@ class Spoil(Callback):
         self.pairs = pairs
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        measured = pl_module.measure_rows
+        measured = pl_module.measurer.measure_rows
 
         def spoilt(batch: Any, rows: Any) -> Any:
             logps = measured(batch, rows)
@@ -125,7 +125,7 @@ class Spoil(Callback):
                 logps.policy_chosen[: self.pairs] = math.nan
             return logps
 
-        pl_module.measure_rows = spoilt
+        pl_module.measurer.measure_rows = spoilt
 
 
 @pytest.mark.parametrize(("pairs", "batches"), [(2, 2), (4, 1)])

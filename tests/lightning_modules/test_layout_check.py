@@ -12,7 +12,7 @@ from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_t
 
 from app.errors import UserError
 from lightning_modules.head import LogitRule
-from lightning_modules.scorer import ResponseScorer
+from lightning_modules.scorer import ResponseScorer, response_logps
 
 
 def one_step(folder: Path, name: str, layout: str) -> tuple[Any, Any]:
@@ -24,7 +24,7 @@ def one_step(folder: Path, name: str, layout: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("family", ["llama", "gptj", "mistral_window", "gemma2"])
 def test_packs_where_it_holds(family: str, tmp_path: Path) -> None:
-    assert one_step(tmp_path, save_tiny_model(family, tmp_path / "m"), "auto")[0].layout == "packed"
+    assert one_step(tmp_path, save_tiny_model(family, tmp_path / "m"), "auto")[0].policy.layout == "packed"
 
 
 @pytest.mark.parametrize("family", ["bloom", "mpt"])
@@ -35,7 +35,7 @@ def test_positions_inside_the_attention_need_rows_of_their_own(
     name = save_tiny_model(family, tmp_path / "m")
     with caplog.at_level(logging.WARNING, logger="lightning_modules"):
         module, data = one_step(tmp_path, name, "auto")
-    assert module.layout == "separate"
+    assert module.policy.layout == "separate"
     assert "so every response gets a row of its own" in caplog.text
     with pytest.raises(UserError, match=r"model.layout: .*set it to auto or separate"):
         one_step(tmp_path, name, "packed")
@@ -44,7 +44,7 @@ def test_positions_inside_the_attention_need_rows_of_their_own(
     (batch,) = list(data.train_dataloader())
     policy = module.policy.eval()
     with torch.no_grad():
-        seen = module.score(policy, module.micro_batches(batch), 4)
+        seen = response_logps(policy, module.micro_batches(batch), 4, 2, "cpu")
         for pair, (chosen, rejected) in zip(batch.share, seen.tolist(), strict=True):
             assert chosen == pytest.approx(
                 float(plain_logps(policy.model, pair.prompt, pair.chosen).sum()), abs=1e-3
@@ -55,7 +55,7 @@ def test_positions_inside_the_attention_need_rows_of_their_own(
 
 
 def test_separate_rows_on_request(tiny_llama: str, tmp_path: Path) -> None:
-    assert one_step(tmp_path, tiny_llama, "separate")[0].layout == "separate"
+    assert one_step(tmp_path, tiny_llama, "separate")[0].policy.layout == "separate"
 
 
 def test_a_head_that_the_project_does_not_know_is_refused(

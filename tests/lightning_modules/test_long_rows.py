@@ -16,6 +16,7 @@ from app.errors import UserError
 from datamodules import PreferenceData
 from datamodules.loader import short, stretched_pair
 from datamodules.records import TokenisedPair
+from lightning_modules.scorer import response_logps
 
 WORDS = ("owl", "wolf", "tiger", "goat", "eagle", "fish", "otter", "barn", "cave", "rice", "meat", "nuts", "food")
 LONGROPE = {
@@ -58,7 +59,7 @@ def assert_exact(module: Any, data: PreferenceData) -> None:
     assert max(len(pair.prompt) for pair in batch.share) > 30
     policy = module.policy.eval()
     with torch.no_grad():
-        seen = module.score(policy, module.micro_batches(batch), len(batch.share))
+        seen = response_logps(policy, module.micro_batches(batch), len(batch.share), 2, "cpu")
     with torch.no_grad(), policy.as_loaded():
         for pair, sides in zip(batch.share, seen.tolist(), strict=True):
             for side, score in zip((pair.chosen, pair.rejected), sides, strict=True):
@@ -70,7 +71,7 @@ def assert_exact(module: Any, data: PreferenceData) -> None:
 def test_windows_that_follow_the_pair_stay_packed(family: str, attention: str, tmp_path: Path) -> None:
     attention = "eager" if family == "gemma2" and attention == "sdpa" else attention
     module, data = start(tmp_path, family, stage={"attention": attention})
-    assert module.layout == "packed"
+    assert module.policy.layout == "packed"
     assert_exact(module, data)
 
 
@@ -81,13 +82,13 @@ def test_a_window_that_counts_places_in_the_row(
     local = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4, "window_size": 8}
     with caplog.at_level(logging.WARNING, logger="lightning_modules"):
         module, data = start(tmp_path, "gpt_neo", **local)
-    assert module.layout == "separate"
+    assert module.policy.layout == "separate"
     assert "changes this model's log-probabilities by" in caplog.text
     assert_exact(module, data)
     with pytest.raises(UserError, match=r"model.layout: .* set it to auto or separate"):
         start(tmp_path, "gpt_neo", stage={"layout": "packed"}, **local)
     # where no pair is longer than the window, rows hold several
-    assert start(tmp_path, "gpt_neo", **(local | {"window_size": 200}))[0].layout == "packed"
+    assert start(tmp_path, "gpt_neo", **(local | {"window_size": 200}))[0].policy.layout == "packed"
 
 
 def test_a_window_that_acts_through_the_mask_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +109,7 @@ def test_a_window_that_acts_through_the_mask_alone(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(modeling_mistral, "MistralAttention", Untold)
     module, data = start(tmp_path, "mistral_window", sliding_window=12)
-    assert (module.policy.attention, module.layout) == ("sdpa", "packed")
+    assert (module.policy.attention, module.policy.layout) == ("sdpa", "packed")
     assert_exact(module, data)
 
 
@@ -124,7 +125,7 @@ def test_rotary_positions_scaled_by_the_longest_row(family: str, config: dict[st
         start(tmp_path, family, **config)
     # where no response ends beyond the 32 positions, nothing is scaled
     module, data = start(tmp_path, family, longest=24, **config)
-    assert module.layout == "packed"
+    assert module.policy.layout == "packed"
     assert max(data.longest) > 25
 
 

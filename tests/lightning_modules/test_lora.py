@@ -27,6 +27,7 @@ from app.errors import UserError
 from callbacks import EpsilonBeta, RunCheckpoint
 from lightning_modules import PreferenceOptimization, SupervisedFineTuning
 from lightning_modules.lora import Lora, without_adapters
+from lightning_modules.reference import ScoredReference
 
 pytestmark = pytest.mark.skipif(find_spec("peft") is None, reason="the extra lora is not installed")
 SETTINGS = Lora(r=4, lora_alpha=8.0)
@@ -77,7 +78,9 @@ def test_a_step_is_that_of_a_separate_frozen_reference(tiny_llama: str, tmp_path
         """The same adapters beside a second model as reference."""
 
         def keep_reference(self, fresh: Any) -> None:
-            self._reference = (copy.deepcopy(fresh).eval().requires_grad_(False),)
+            self.reference_values = ScoredReference(
+                copy.deepcopy(fresh).eval().requires_grad_(False), self.ranks.device
+            )
 
     module = TwoModels(tiny_llama, lora=SETTINGS, optimizer=ours.make_optimizer, max_grad_norm=0.5)
     recorder = Recorder()
@@ -110,7 +113,7 @@ def test_evaluation_reads_the_same_reference(tiny_llama: str, tmp_path: Path) ->
 def test_a_cached_reference_goes_with_adapters(tiny_llama: str, tmp_path: Path) -> None:
     _, frozen, _ = train(tmp_path / "frozen", tiny_llama, 3)
     module, cached, _ = train(tmp_path / "cached", tiny_llama, 3, reference="cached")
-    assert module._reference == ()
+    assert module.reference_values.scorer is None
     for one, other in zip(frozen, cached, strict=True):
         torch.testing.assert_close(one.gaps, other.gaps, rtol=0, atol=1e-4)
 

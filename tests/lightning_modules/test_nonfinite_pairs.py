@@ -46,7 +46,7 @@ def test_named_counted_and_left_out(
     name, bad = spoilt
     with caplog.at_level(logging.WARNING, logger="lightning_modules"):
         module, recorder = train(tmp_path, name, tokens, layout)
-    assert module.layout == ("packed" if layout == "auto" else "separate")
+    assert module.policy.layout == ("packed" if layout == "auto" else "separate")
     assert module.nonfinite_pairs == 1
     assert caplog.text.count("no finite reward gap, left out") == 1
     assert f"left out: {bad}\n" in caplog.text

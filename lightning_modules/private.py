@@ -1,0 +1,95 @@
+"""Every private or undocumented part of torch, transformers and Lightning that this package uses.
+
+They may change in any release. The default tests passed with torch 2.13.0, transformers 5.23.0 and lightning 2.6.6,
+and `tests/test_cuda_runs.py::test_trains_as_on_the_cpu` with torch 2.11.0 and transformers 5.17.0. `checkpoint`
+names classes that the index of a sharded checkpoint may hold; it reads them, and does not import them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.integrations.tensor_parallel import apply_tensor_parallelism, replace_layer_number_by_wildcard
+
+__all__ = [
+    "FakeTensorMode",
+    "WeightConverter",
+    "WeightRenaming",
+    "apply_tensor_parallelism",
+    "compute_local_shape_and_global_offset",
+    "default_pg_timeout",
+    "get_model_conversion_mapping",
+    "rename_source_key",
+    "replace_layer_number_by_wildcard",
+]
+
+
+# --- torch ----------------------------------------------------------------------------------------------
+
+
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """Return what `module.compile()` left behind; None if the module is not compiled."""
+    return module._compiled_call_impl
+
+
+def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """Give `module` the result of an earlier `compile()`, or none; torch has no other way to undo it."""
+    module._compiled_call_impl = call
+
+
+def raise_recompile_limit(graphs: int) -> None:
+    """Let the compiler keep at least this many graphs of a function."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
+
+
+def mark_dynamic(tensor: Tensor, dimensions: list[int]) -> None:
+    """Let the compiler expect any size of these dimensions, without an error if one size is all it sees."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dimensions)
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Return a number that tensors share if they share memory, on fake tensors, too."""
+    return tensor.untyped_storage()._cdata
+
+
+def dtensor_like(local: Tensor, like: DTensor) -> DTensor:
+    """Return `local` as this rank's part of a DTensor laid out as `like`, as FSDP2 makes them.
+
+    `DTensor.from_local` would move the shards of an offloaded model to the device of the mesh.
+    """
+    return DTensor(local, like._spec, requires_grad=False)
+
+
+# --- transformers ---------------------------------------------------------------------------------------
+
+
+def attention_of(config: Any) -> str:
+    """Return the name of the attention implementation in use."""
+    return str(config._attn_implementation)
+
+
+def takes_attentions(model: Any) -> bool:
+    """Return whether the model calls its attention through the interface in which implementations register."""
+    return bool(model._supports_attention_backend)
+
+
+def hub_commit(config: Any) -> str | None:
+    """Return the commit of the Hub that a model came from; None for a folder."""
+    return getattr(config, "_commit_hash", None)
+
+
+# --- Lightning ------------------------------------------------------------------------------------------
+
+
+def start_method(strategy: Any) -> str | None:
+    """Return how a strategy starts processes: `popen`, `spawn`, `fork`; None if it starts none."""
+    return getattr(strategy, "_start_method", None)
