@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -24,7 +24,7 @@ from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.layout_check import StartCheck
 from lightning_modules.logged_training import LoggedTraining
 from lightning_modules.lora import Lora, add_lora
-from lightning_modules.pretrained import load_model, refuse_beyond, stop_at, store_linear_weights
+from lightning_modules.pretrained import load_model, parameter_count, refuse_beyond, stop_at, store_linear_weights
 from lightning_modules.ranks import Ranks
 from lightning_modules.resumption import apply_settings, count_batches_of
 from lightning_modules.scorer import ResponseScorer
@@ -138,16 +138,23 @@ class LanguageModelTraining(LoggedTraining):
     def build_scorer(self) -> ResponseScorer:
         """Load the configured model, add adapters if asked for, and wrap it in a `ResponseScorer`."""
         asked = None if self.attention in ("auto", *OURS) else self.attention
+        meta_above = getattr(self.trainer.strategy, "meta_init_above", math.inf)
         model = load_model(
             self.name,
             self.architecture,
             attention=asked,
             trust_remote_code=self.trust_remote_code,
-            meta_above=getattr(self.trainer.strategy, "meta_init_above", math.inf),
+            # the files of the weights know no adapters
+            meta_above=meta_above if self.lora is None else math.inf,
         )
         self.check_data(model)
         if self.lora is not None:
+            if parameter_count(model) > meta_above:
+                rank_zero_warn("model.lora: every rank loads the whole model before it keeps its shards alone")
             add_lora(model, self.lora)
+            for weight in model.parameters():
+                if weight.requires_grad:  # A is random, and its replicas must be equal
+                    weight.data = self.trainer.strategy.broadcast(weight.data.cpu()).to(weight.device)
         scorer = ResponseScorer(model)
         if self.attention in OURS:
             scorer.use_attention(self.attention)

@@ -89,9 +89,9 @@ def check_start(
                 f"trainer.precision {precision}: set 32-true with ShardedStrategy, whose own compute_dtype "
                 "is the type of the forward pass; the weights themselves stay float32."
             )
-        if adapters:
+        if adapters and trainer.strategy.tensor_parallel_size > 1:
             raise UserError(
-                "model.lora has not been made to work with ShardedStrategy: use --trainer.strategy ddp."
+                "model.lora does not go with trainer.strategy's tensor_parallel_size above 1: set it to 1."
             )
     if compile_layers is True and not which(os.environ.get("CXX", "g++")):
         raise UserError("model.compile_layers needs a C++ compiler: install g++, or name one by CXX.")

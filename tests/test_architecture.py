@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.size import cycles, imports
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("app", "lightning_modules", "datamodules", "callbacks")
 MIDDLE = ("lightning_modules", "datamodules", "callbacks")
@@ -56,6 +58,19 @@ def violations(source: str, path: Path) -> set[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_imports_point_one_way(path: Path) -> None:
     assert violations(path.read_text(encoding="utf-8"), path) == set()
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    assert cycles(imports(SOURCES)) == []
+
+
+def test_private_parts_of_torch_and_others_are_in_one_file() -> None:
+    users = {
+        module_name(path)
+        for path in SOURCES
+        if any("._" in module for module in imported_modules(path.read_text(encoding="utf-8"), path))
+    }
+    assert users == {"lightning_modules.private"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)

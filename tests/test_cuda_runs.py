@@ -103,7 +103,7 @@ def test_trains_as_on_the_cpu(name: str, shallow_llama: str, tmp_path: Path) -> 
 
 # what a step may wait for: the gaps of all pairs, the gradient norm, and in each backward pass of the head the
 # tokens that have a gradient
-GATHER = ("to host", "to", "lightning_modules/base.py:reduce")
+GATHER = ("to host", "to", "lightning_modules/ranks.py:reduce")
 NORM = ("wait", "item", "lightning_modules/sharding.py:clip_gradients")
 HEAD = ("wait", "nonzero", "lightning_modules/head.py:backward")
 

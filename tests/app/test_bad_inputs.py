@@ -310,8 +310,8 @@ OF_A_RUN["adapters"] += [
     ("--model.lora.lora_alpha nan", "model.lora.lora_alpha: must be"),
     ("--model.lora.rank 8", "model.lora.rank: Lora has no such option"),
     (
-        "--model.lora.r 4 --trainer.strategy ShardedStrategy --trainer.strategy.replicas 1",
-        "model.lora has not been made to work with ShardedStrategy",
+        "--model.lora.r 4 --trainer.strategy ShardedStrategy --trainer.strategy.tensor_parallel_size 2",
+        "model.lora does not go with trainer.strategy's tensor_parallel_size above 1",
     ),
 ]
 OF_A_RUN["validation intervals"] = [

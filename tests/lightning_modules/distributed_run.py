@@ -23,6 +23,7 @@ from torch import Tensor  # noqa: E402
 
 from callbacks import PairAudit  # noqa: E402
 from lightning_modules import ShardedStrategy, SupervisedFineTuning  # noqa: E402
+from lightning_modules.lora import Lora  # noqa: E402
 
 # pairs, micro_batch_tokens: the last batch holds two pairs, of which one rank keeps none, in a single pass; or
 # one pair, of which one rank has none at all, in several micro-batches
@@ -42,14 +43,18 @@ class RankOwnRandomness(Callback):
 
 
 def train(
-    model: str, folder: Path, pairs: int, tokens: int, reference: str = "frozen", **trainer: Any
+    model: str, folder: Path, pairs: int, tokens: int, kind: str = "frozen", **trainer: Any
 ) -> dict[str, Tensor]:
-    """Train with β-DPO, keeping half; returns the whole final weights, on every rank."""
-    module = preference(model, reference=reference)
+    """Train with β-DPO, keeping half; returns the whole final weights, on every rank.
+
+    `kind` is that of the reference: `frozen`, `cached`, or `adapters`, the policy without its adapters.
+    """
+    torch.manual_seed(0)  # of the adapters' start
+    settings = {"lora": Lora(r=4, lora_alpha=8.0)} if kind == "adapters" else {"reference": kind}
+    module = preference(model, **settings)
     callbacks = [*beta_dpo(keep_ratio=0.5), PairAudit(), RankOwnRandomness()]
     # validation with an odd number of pairs: ranks hold unequal shares
-    settings = {"limit_val_batches": 1.0, **trainer}
-    run = quiet_trainer(folder, callbacks, **settings)
+    run = quiet_trainer(folder, callbacks, **{"limit_val_batches": 1.0, **trainer})
     run.fit(module, controlled(pairs, micro_batch_tokens=tokens))
     final = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in weights(module).items()}
     return final | {f"val/{n}": v for n, v in run.callback_metrics.items() if n.startswith("val/")}
@@ -83,10 +88,11 @@ if __name__ == "__main__":
         if torch.distributed.get_rank() == 0:
             torch.save(final, folder / f"{name}-sft.pt")
     runs = [(scenario, *numbers, "frozen") for scenario, numbers in SCENARIOS.items()]
-    for scenario, pairs, tokens, reference in [*runs, ("cached", *SCENARIOS["many_passes"], "cached")]:
+    runs += [(kind, *SCENARIOS["many_passes"], kind) for kind in ("cached", "adapters")]
+    for scenario, pairs, tokens, kind in runs:
         for name in STRATEGIES:
             label = f"{name}-{scenario}"
-            final = train(model, folder / label, pairs, tokens, reference, devices=2, strategy=strategy(name))
+            final = train(model, folder / label, pairs, tokens, kind, devices=2, strategy=strategy(name))
             if torch.distributed.get_rank() == 0:
                 torch.save(final, folder / f"{label}.pt")
     for micro_batches, tokens in EXACT.items():

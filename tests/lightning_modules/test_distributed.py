@@ -32,10 +32,11 @@ def two_ranks(tiny_llama: str, tiny_gpt2: str, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def one_rank(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[pa.Table, dict]]:
     folder = tmp_path_factory.mktemp("one-rank")
+    runs = [(scenario, *numbers, "frozen") for scenario, numbers in SCENARIOS.items()]
     return {
         scenario: (audit(folder / scenario), final)
-        for scenario, (pairs, tokens) in SCENARIOS.items()
-        for final in [train(tiny_llama, folder / scenario, pairs, tokens)]
+        for scenario, pairs, tokens, kind in [*runs, ("adapters", *SCENARIOS["many_passes"], "adapters")]
+        for final in [train(tiny_llama, folder / scenario, pairs, tokens, kind)]
     }
 
 
@@ -49,7 +50,7 @@ def split(final: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor
     return {name: value for name, value in final.items() if name not in metrics}, metrics
 
 
-@pytest.mark.parametrize("scenario", [*SCENARIOS, "cached"])
+@pytest.mark.parametrize("scenario", [*SCENARIOS, "cached", "adapters"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_ranks_equal_one(
     strategy: str, scenario: str, two_ranks: Path, one_rank: dict[str, tuple[pa.Table, dict]]
