@@ -13,6 +13,7 @@ from lightning.pytorch import seed_everything
 
 from app.errors import UserError
 from datamodules.base import PairDataModule
+from datamodules.gap_mixture import reached
 from datamodules.table import PairTable
 
 
@@ -28,7 +29,10 @@ def read_audit(folder: Path) -> pd.DataFrame:
 
 
 # the columns of `PairAudit` itself; every other column is a label of the data
-AUDIT_COLUMNS = ("step", "pair_id", "gap", "log_weight", "kept", "beta", "running_mean", "running_std")
+AUDIT_COLUMNS = (
+    *("step", "pair_id", "gap", "log_weight", "kept", "beta", "running_mean", "running_std"),
+    *("reference_margin", "margin", "label_confidence", "loss_weight"),
+)
 MOST_GROUPS = 20  # a label with more values does not group the pairs
 
 
@@ -65,7 +69,7 @@ class PairTexts:
         opened = self.data.open_table("train")
         assert opened is not None
         self.table: PairTable = opened[0]
-        rows = self.table.reachable(opened[1])
+        rows = reached(*opened)
         self.rows = dict(zip(self.table.pair_ids(rows), rows.tolist(), strict=True))
 
     def row(self, pair_id: str) -> int:

@@ -72,6 +72,14 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             "Normal gaps give 0.87 of the batch. Below a third of the batch, few pairs carry the weight: σ is too "
             "small for these gaps, or outliers stretch them; look at the histograms and at the extreme pairs.",
         ),
+        Chart(
+            "confidence in the labels (RE-PO)",
+            ("confidence/mean", "confidence/doubted", "confidence/lowest_reliability"),
+            "Mean probability that a label of the batch is right, the share of labels below one half, and the "
+            "reliability η of the least reliable annotator; `confidence/reliability_…` has up to 20 by name.",
+            "η falls for all annotators alike: the policy is unsure of most pairs; raise β0 or train longer. One "
+            "far below the others: look at that annotator's pairs (`beta-dpo audit`).",
+        ),
     ),
     "rewards": (
         Chart(

@@ -36,24 +36,29 @@ class ExplicitRewardGap(Callback):
                 "before RewardGapStatistics among the Trainer's callbacks."
             )
         decision.minimum_std = MINIMUM_STD  # rewards do not have the rounding error of h
-        decision.discrepancy = rewards(decision, self.chosen) - rewards(decision, self.rejected)
+        chosen, rejected = (rewards(decision, name, self, "reward") for name in (self.chosen, self.rejected))
+        decision.discrepancy = chosen - rejected
         pl_module.log("gap/explicit_mean", decision.discrepancy[decision.eligible].mean())
 
 
-def rewards(decision: StepDecision, column: str) -> Tensor:
-    """Return the label column `column`, [G] float64; raise UserError if it is missing or not all finite numbers."""
+def rewards(decision: StepDecision, column: str, asker: Callback, slot: str) -> Tensor:
+    """Return the label column `column`, [G] float64, to the callback `asker` of a `slot`.
+
+    Raises UserError if it is missing or not all finite numbers.
+    """
+    who = type(asker).__name__
     if column not in decision.labels:
         carried = ", ".join(decision.labels) or "none"
         raise UserError(
-            f"ExplicitRewardGap: the data has no column {column!r}; it carries these: {carried}. Add it to the "
-            "data, or name another by --reward.chosen and --reward.rejected."
+            f"{who}: the data has no column {column!r}; it carries these: {carried}. Add it to the "
+            f"data, or name another by --{slot}.chosen and --{slot}.rejected."
         )
     values: Sequence[object] = decision.labels[column]
     numbers = []
     for pair_id, value in zip(decision.pair_ids, values, strict=True):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise UserError(
-                f"ExplicitRewardGap: column {column!r} of pair {pair_id} holds {value!r} where a finite number "
+                f"{who}: column {column!r} of pair {pair_id} holds {value!r} where a finite number "
                 "is needed: correct the data or leave that pair out."
             )
         numbers.append(float(value))

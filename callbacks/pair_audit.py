@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from app.errors import UserError
 from app.files import atomic_file
@@ -20,9 +21,11 @@ from app.method.step import StepDecision
 class PairAudit(Callback):
     """A callback that writes `<log dir>/audit/*.parquet`, one row per pair and step.
 
-    Columns: step, pair_id, gap, log_weight, kept, beta, running_mean, running_std, then the label columns of the
-    data; a label with one of these names gets the prefix `label_`. The order among the callbacks does not matter,
-    because it records the final decision of the step.
+    Columns: step, pair_id, gap, log_weight, kept, beta, running_mean, running_std, reference_margin (how strongly
+    the reference prefers the chosen response, nats per token), margin, label_confidence (the probability of a
+    right label, of RE-PO), loss_weight, then the label columns of the data; a label with one of these names gets
+    the prefix `label_`. A column that the arm does not have is empty. The order among the callbacks does not
+    matter, because it records the final decision of the step.
 
     Args:
         every_n_steps: steps per file; a file is written under a temporary name and renamed.
@@ -94,17 +97,23 @@ def audit_rows(decision: StepDecision) -> pa.Table:
     """Return a table with one row per pair of the global batch."""
     pairs = len(decision.pair_ids)
     moments = decision.moments
+
+    def column(values: Tensor | None) -> pa.Array:
+        return pa.array([None] * pairs if values is None else values.tolist(), pa.float64())
+
     columns: dict[str, Any] = {
         "step": pa.array([decision.step] * pairs, pa.int64()),
         "pair_id": pa.array(list(decision.pair_ids), pa.string()),
         "gap": pa.array(decision.gaps.numpy()),
-        "log_weight": pa.array(
-            [None] * pairs if decision.log_weights is None else decision.log_weights.tolist(), pa.float64()
-        ),
+        "log_weight": column(decision.log_weights),
         "kept": pa.array(decision.kept.tolist()),
         "beta": pa.array(decision.beta.numpy()),
         "running_mean": pa.array([moments.mean if moments else None] * pairs, pa.float64()),
         "running_std": pa.array([moments.std if moments else None] * pairs, pa.float64()),
+        "reference_margin": column(decision.reference_margin),
+        "margin": column(decision.margin),
+        "label_confidence": column(decision.confidence),
+        "loss_weight": column(decision.loss_weight),
     }
     for name, values in decision.labels.items():
         while name in columns:

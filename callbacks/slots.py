@@ -10,12 +10,15 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar
 
 from app.errors import UserError
-from callbacks.adaptive_margin import AdaptiveMargin
+from callbacks.annotator_reliability import AnnotatorReliability
 from callbacks.beta_scheduler import BetaScheduler
+from callbacks.control import CONTROLS, Control
 from callbacks.dashboard import BetaDashboard
 from callbacks.epsilon_beta import EpsilonBeta
 from callbacks.explicit_reward_gap import ExplicitRewardGap
 from callbacks.health_monitor import HealthMonitor
+from callbacks.loss_weights import LossWeights, ScoreWeights
+from callbacks.margins import AMaPOMargin, GammaPOMargin, StandardisedMargin
 from callbacks.pair_audit import PairAudit
 from callbacks.pair_filter import PairFilter
 from callbacks.policy_samples import PolicySamples
@@ -47,14 +50,27 @@ class Slot:
         return {"class_path": f"callbacks.{self.kinds[0].__name__}"} if self.on else None
 
 
-# in the order in which they run; the user's trainer.callbacks run after the slots that decide
+# in the order in which they run, but for `control`, which follows the slot that it controls; the user's
+# trainer.callbacks run after the slots that decide
 SLOTS = (
     Slot("reward", (ExplicitRewardGap,), "M from columns of the data; null: the policy's own gap", decides=True),
     Slot("statistics", (RewardGapStatistics,), "running mean M0 and standard deviation σ of M", decides=True),
     Slot("filter", (PairFilter,), "which pairs of the batch are trained on; null: all", decides=True),
-    Slot("weights", (ReferenceWeights,), "weight of each pair in the loss; null: 1", decides=True),
     Slot("schedule", (BetaScheduler, EpsilonBeta), "β of the step or of each pair; null: β0", decides=True),
-    Slot("margin", (AdaptiveMargin,), "margin subtracted from each pair's logit; null: none", decides=True),
+    Slot(
+        "margin",
+        (StandardisedMargin, GammaPOMargin, AMaPOMargin),
+        "margin subtracted from each pair's logit; null: none",
+        decides=True,
+    ),
+    Slot("confidence", (AnnotatorReliability,), "probability that each label is right; null: 1", decides=True),
+    Slot(
+        "weights",
+        (ReferenceWeights, LossWeights, ScoreWeights),
+        "weight of each pair in the loss; null: 1",
+        decides=True,
+    ),
+    Slot("control", (Control,), "the same arm with a decision taken from its pairs; null: the arm", decides=True),
     Slot("audit", (PairAudit,), "every pair of every step as parquet", on=True),
     Slot("dashboard", (BetaDashboard,), "charts, histograms and KL in TensorBoard", on=True),
     Slot("health", (HealthMonitor,), "warnings in the log, and a stop where wanted", on=True),
@@ -82,8 +98,18 @@ def in_order(filled: Mapping[str, Callback | None], own: Sequence[Callback] = ()
         right = slot_of(type(callback))
         if right is not None and right.name != name:
             raise UserError(f"{name}: {type(callback).__name__} belongs in the slot {right.name!r}.")
+    control = filled.get("control")
+    order = {slot.name: float(place) for place, slot in enumerate(SLOTS)}
+    if isinstance(control, Control):
+        controlled = [name for name in CONTROLS[control.by][1] if filled.get(name) is not None]
+        if not controlled:
+            slots = " or ".join(CONTROLS[control.by][1])
+            raise UserError(
+                f"control: {control.by} has nothing to control: fill the slot {slots}, or --control null."
+            )
+        order["control"] = order[controlled[-1]] + 0.5
     found: dict[bool, list[Callback]] = {True: [], False: []}
-    for slot in SLOTS:
+    for slot in sorted(SLOTS, key=lambda slot: order[slot.name]):
         callback = filled.get(slot.name)
         if callback is not None:
             found[slot.decides].append(callback)

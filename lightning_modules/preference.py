@@ -19,7 +19,7 @@ from app.method.losses import PairLoss, SigmoidLoss, WithSFTTerm
 from app.method.metrics import pair_metrics
 from app.method.moments import MINIMUM_STD, rounding_std
 from app.method.ranges import NonNegativeFloat, PositiveFloat, ShareBelowOne, checked
-from app.method.step import MissingStatistics, RewardGapHook, StepDecision, StepObserver, weighted_losses
+from app.method.step import MissingStatistics, RewardGapHook, StepDecision, StepObserver
 from lightning_modules.base import Attention, CompileLayers
 from lightning_modules.divergence import perturbed_gaps, reference_kl
 from lightning_modules.flops import peak_operations, step_operations
@@ -162,7 +162,7 @@ class PreferenceOptimization(PreferenceScoring):
         terms = on_device(decision.terms(batch.positions), self.device)
         if logps.policy_chosen.requires_grad and decision.eligible.all():
             pairs = on_device(here, self.device)
-            losses = weighted_losses(batch_loss, logps.select(pairs), terms[:, pairs])
+            losses = decision.weighted_losses(batch_loss, logps.select(pairs), terms[:, pairs])
             self.backward_share(losses, decision.kept_count, last=True)
             return
         # packed again without the dropped pairs, so that they cost no backward pass and their NaN cannot enter it
@@ -170,7 +170,7 @@ class PreferenceOptimization(PreferenceScoring):
         for number, rows in enumerate(kept, 1):
             policy = response_logps(self.policy, [rows], len(batch.positions), 2, self.device)
             scored = replace(logps, policy_chosen=policy[:, 0], policy_rejected=policy[:, 1])
-            losses = weighted_losses(batch_loss, scored.select(rows.pairs), terms[:, rows.pairs])
+            losses = decision.weighted_losses(batch_loss, scored.select(rows.pairs), terms[:, rows.pairs])
             self.backward_share(losses, decision.kept_count, number == len(kept))
 
     def backward_share(self, losses: Tensor, kept_count: int, last: bool) -> None:
@@ -189,6 +189,7 @@ class PreferenceOptimization(PreferenceScoring):
             beta0=self.beta0,
             labels=batch.labels,
         )
+        decision.loss, decision.logps = self.loss.for_batch(global_logps), global_logps
         decision.reference_margin = global_logps.reference_margin
         decision.minimum_std = self.minimum_std(global_logps)
         decision.measure_perturbed = partial(perturbed_gaps, self.measurer, batch, decision.eligible)

@@ -1,4 +1,4 @@
-"""Every β schedule × filter × loss, trained for three steps; docs/combinations.md says how.
+"""Every schedule, margin, confidence and weight × filter × loss, for three steps; docs/combinations.md says how.
 
 The default suite trains a covering part and holds it against the committed table; the slow test trains all and
 compares the whole text. `UPDATE_COMBINATIONS=1 python -m pytest tests/test_combinations.py -m slow` writes it.
@@ -38,30 +38,53 @@ from app.method.losses import (
 from app.method.selection import number_kept
 from app.method.step import StepDecision
 from callbacks import (
-    AdaptiveMargin,
+    AMaPOMargin,
+    AnnotatorReliability,
     BetaScheduler,
+    Control,
     EpsilonBeta,
     ExplicitRewardGap,
+    GammaPOMargin,
+    LossWeights,
     PairAudit,
     PairFilter,
+    ReferenceWeights,
     RewardGapStatistics,
+    ScoreWeights,
+    StandardisedMargin,
 )
+from callbacks.control import CONTROLS
+from callbacks.slots import in_order, slot_of
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "combinations.md"
 
+CONTROLS_FOLLOW = """## Which controls apply
+
+Written by the same command: whether `--control Control --control.by …` changes what the method, with a Gaussian
+filter, decides in three steps. "no": the slot is empty, or the decision is the same for all pairs of a step. What
+each control does: [choosing.md](choosing.md#controls).
+
+"""
 
 # by the names of the table: what the slots and model.loss are given
 REWARDS: dict[str, list[Any]] = {"implicit": [], "explicit": [ExplicitRewardGap]}
 SCHEDULES: dict[str, tuple[Any, dict[str, Any]] | None] = {
     "fixed": None,
-    "adaptive_margin": (AdaptiveMargin, {"alpha": 0.1, "gamma": 0.0}),
+    "standardised_margin": (StandardisedMargin, {"alpha": 0.1, "gamma": 0.0}),
     "batch_level": (BetaScheduler, {"alpha": 0.6}),
     "constant_m0": (BetaScheduler, {"alpha": 0.6, "m0": 0.0}),
     "epsilon_dpo": (EpsilonBeta, {"epsilon": 0.01}),
     "instance_level": (BetaScheduler, {"alpha": 0.6, "level": "instance"}),
     "weight_matched": (BetaScheduler, {"alpha": 0.6, "weight_matched": True}),
     "z_normalised": (BetaScheduler, {"alpha": 1.2, "floor": 0.2, "ceiling": 5, "z_normalised": True}),
+    "amapo": (AMaPOMargin, {}),
+    "gamma_po": (GammaPOMargin, {"gamma": 0.4, "temperature": 1.0}),
+    "re_po": (AnnotatorReliability, {"column": "kind", "momentum": 0.3}),
+    "dr_dpo": (LossWeights, {"by": "dr_dpo", "temperature": 0.5}),
+    "kldpo": (LossWeights, {"by": "kldpo", "temperature": 0.5}),
+    "madpo": (ScoreWeights, {"by": "madpo"}),
+    "reference_weights": (ReferenceWeights, {}),
 }
 FILTERS: dict[str, tuple[Any, dict[str, Any]] | None] = {
     "none": None,
@@ -134,6 +157,8 @@ def outcome(folder: Path, model: str, parts: Combination, reward: str = "implici
     assert decisions[-1].gaps.abs().max() > 1e-4  # else any schedule would leave β at β0
     if parts.schedule == "epsilon_dpo":
         check_epsilon_steps(rows, module.beta0)
+    if parts.schedule == "re_po":
+        check_reliabilities(decisions)
     for decision in decisions:
         check_step(rows[rows["step"] == decision.step], decision, parts, reward, module.beta0)
     return "runs"
@@ -154,19 +179,61 @@ def check_step(rows: Any, decision: StepDecision, parts: Combination, reward: st
     m = gap if reward == "implicit" else (rows["chosen_reward"] - rows["rejected_reward"]).to_numpy(float)
     mean, std = rows["running_mean"].iloc[0], rows["running_std"].iloc[0]
     wanted = expected_beta(parts, m, kept, mean, std, beta0)
-    weight, margin = np.ones(6), None
+    weight = expected_weight(parts, decision, rows)
     if parts.schedule == "weight_matched":
         wanted, weight = np.full(6, beta0), wanted / beta0
-    if parts.schedule == "adaptive_margin":
-        arguments = settings(SCHEDULES["adaptive_margin"])
-        margin = arguments["gamma"] + arguments["alpha"] * (m - mean) / std if std > 1e-6 else np.zeros(6)
     if wanted is not None:
         np.testing.assert_allclose(rows["beta"], wanted, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(decision.loss_weight, weight, rtol=1e-9)
+    np.testing.assert_allclose(decision.loss_weight[decision.kept], weight[kept], rtol=1e-9)
+    margin = expected_margin(parts, m, gap, mean, std, beta0)
     if margin is None:
-        assert decision.margin is None
+        assert (decision.margin is None) == (parts.schedule != "gamma_po")
     else:
         np.testing.assert_allclose(decision.margin, margin, rtol=1e-9, atol=1e-12)
+    if parts.schedule == "gamma_po":  # its equation has a test of its own
+        assert (np.diff(decision.margin.numpy()[gap.argsort()]) >= 0).all()
+
+
+def expected_weight(parts: Combination, decision: StepDecision, rows: Any) -> Any:
+    """Weights of the losses from the formulas; those by the reference have a test of their own."""
+    losses, kept = decision.pair_losses().numpy(), decision.kept.numpy()
+    if parts.schedule == "dr_dpo":
+        shares = np.exp(-losses / 0.5)
+        return shares / shares[kept].mean()
+    if parts.schedule == "kldpo":
+        return np.minimum(10.0, np.exp((losses - losses[kept].mean()) / 0.5))
+    if parts.schedule == "madpo":
+        r = (rows["chosen_reward"] - rows["rejected_reward"]).to_numpy(float)
+        factor = 0.5 + 1.5 / (1 + 2 * np.exp(np.abs(r) - 2))
+        return np.where(r > -2, (1 + np.exp(-r)) / (1 + np.exp(-factor * r)), 1.0)
+    if parts.schedule == "reference_weights":
+        assert float(decision.loss_weight[decision.kept].mean()) == pytest.approx(1.0)
+        return decision.loss_weight.numpy()
+    return np.ones(6)
+
+
+def expected_margin(parts: Combination, m: Any, gap: Any, mean: float, std: float, beta0: float) -> Any:
+    """Margins from the formulas; None where there are none and for γ-PO."""
+    if parts.schedule == "standardised_margin":
+        arguments = settings(SCHEDULES[parts.schedule])
+        return arguments["gamma"] + arguments["alpha"] * (m - mean) / std if std > 1e-6 else np.zeros(6)
+    if parts.schedule == "amapo":
+        below = gap.mean() - gap
+        return np.where(below > 0, beta0 * np.exp(below / gap.std(ddof=1) * gap.mean()), 0.0)
+    return None
+
+
+def check_reliabilities(decisions: list[StepDecision]) -> None:
+    """Every confidence follows from the loss and the reliabilities that the steps before lead to."""
+    reliability: dict[object, float] = {}
+    for decision in decisions:
+        names = decision.labels["kind"]
+        eta = np.array([reliability.setdefault(name, 0.9) for name in names])
+        p = 1 / (1 + np.exp(-decision.label_logits().numpy()))
+        w = eta * p / (eta * p + (1 - eta) * (1 - p))
+        np.testing.assert_allclose(decision.confidence, w, rtol=1e-9)
+        for name in set(names):
+            reliability[name] = 0.7 * reliability[name] + 0.3 * w[[other == name for other in names]].mean()
 
 
 def check_epsilon_steps(rows: Any, beta0: float) -> None:
@@ -185,7 +252,7 @@ def expected_beta(parts: Combination, m: Any, kept: Any, mean: float, std: float
     if schedule == "epsilon_dpo":
         return None
     arguments = settings(SCHEDULES[schedule])
-    if schedule in ("fixed", "adaptive_margin"):
+    if schedule == "fixed" or SCHEDULES[schedule][0] is not BetaScheduler:
         return np.full(len(m), beta0)
     spread = std if std > 1e-6 else np.inf
     deviation = {
@@ -210,7 +277,8 @@ def table(outcomes: dict[Combination, str]) -> str:
         "trains every combination for three steps on a tiny model and computes β, weight and margin of every",
         "pair again with NumPy. A filter is `filter.by`, a schedule what the file of that name in",
         "`configs/method` gives the slot `schedule` (`batch_level`: `beta_dpo`; `constant_m0`:",
-        "`--schedule.m0 0`; `adaptive_margin`: the slot `margin`):",
+        "`--schedule.m0 0`) or a method of the slots `margin`, `confidence` and `weights`",
+        "([choosing.md](choosing.md#methods-beside-β-dpo)):",
         "",
         "<!-- not run: needs the SFT model of the quickstart; tests/test_combinations.py trains it -->",
         "```bash",
@@ -232,9 +300,41 @@ def table(outcomes: dict[Combination, str]) -> str:
     return "\n".join(lines)
 
 
+def controls(folder: Path, model: str) -> str:
+    """The table of the controls: which of them changes what each method with a filter decides."""
+    lines = ["| method | " + " | ".join(CONTROLS) + " |", "|---|" + "---|" * len(CONTROLS)]
+    for name, part in SCHEDULES.items():
+        cells = ["yes" if controlled_by(by, name, part, folder / name, model) else "no" for by in CONTROLS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def controlled_by(by: Any, name: str, part: Any, folder: Path, model: str) -> bool:
+    """Whether the control finds its slot filled and changes a decision in three steps."""
+    control = Control(by, str(folder / "arm") if by == "static_beta" else None, seed=7)
+
+    def arm(**more: Any) -> list[Any]:
+        own = {slot_of(part[0]).name: part[0](**part[1])} if part else {}  # type: ignore[union-attr]
+        return in_order({"statistics": RewardGapStatistics(), "filter": PairFilter(0.7, seed=1), **own, **more})
+
+    def fit(place: Path, callbacks: list[Any]) -> None:
+        loss, beta0 = LOSSES["simpo" if name == "amapo" else "sigmoid"]
+        module = preference(model, lr=0.1, loss=loss, beta0=beta0)
+        quiet_trainer(place, [*callbacks, PairAudit()], max_steps=3).fit(module, controlled(30, 10, seed=5))
+
+    try:
+        callbacks = arm(control=control)
+    except UserError:
+        return False
+    if by == "static_beta":
+        fit(folder / "arm", arm())
+    fit(folder / by, callbacks)
+    return control.changed_steps > 0
+
+
 def committed() -> dict[Combination, str]:
     """The outcomes that the committed table tells."""
-    text = TABLE.read_text(encoding="utf-8")
+    text = TABLE.read_text(encoding="utf-8").partition(CONTROLS_FOLLOW)[0]
     reasons = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     found = {}
@@ -254,7 +354,7 @@ def test_the_table_lists_everything() -> None:
             found.add(kind)
     assert {type(loss) for loss, _ in LOSSES.values()} == found - {WithSFTTerm}
     assert list(committed()) == EVERY
-    assert table(committed()) == TABLE.read_text(encoding="utf-8")
+    assert table(committed()) == TABLE.read_text(encoding="utf-8").partition(CONTROLS_FOLLOW)[0]
 
 
 QUICK = ("sigmoid", "ipo", "simpo")  # a logit, a square with a target, and no reference
@@ -275,7 +375,7 @@ def test_every_schedule_and_filter_with_an_explicit_reward(schedule: str, tiny_l
     filters = list(FILTERS)
     first = list(SCHEDULES).index(schedule)
     for name in {filters[first % len(filters)], "gaussian"}:
-        parts = Combination("sigmoid", name, schedule)
+        parts = Combination("simpo" if schedule == "amapo" else "sigmoid", name, schedule)
         assert outcome(tmp_path / name, tiny_llama, parts, "explicit") == "runs"
 
 
@@ -284,8 +384,7 @@ def test_every_combination(tiny_llama: str, tmp_path: Path) -> None:
     outcomes = {}
     for number, parts in enumerate(EVERY):
         outcomes[parts] = outcome(tmp_path / str(number), tiny_llama, parts)
-    text = table(outcomes)
+    text = table(outcomes) + CONTROLS_FOLLOW + controls(tmp_path / "controls", tiny_llama)
     if os.environ.get("UPDATE_COMBINATIONS"):
-        TABLE.parent.mkdir(exist_ok=True)
         TABLE.write_text(text, encoding="utf-8")
     assert TABLE.read_text(encoding="utf-8") == text

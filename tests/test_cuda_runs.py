@@ -78,7 +78,7 @@ RUNS: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any], dict[str, An
     "LoRA": (lambda: [cb.EpsilonBeta()], {}, {"lora": Lora(r=2)}),
     "ε-DPO": (lambda: [cb.EpsilonBeta()], SEVERAL, {}),
     "weights and margin": (
-        lambda: [cb.RewardGapStatistics(), cb.AdaptiveMargin(), cb.ReferenceWeights()],
+        lambda: [cb.RewardGapStatistics(), cb.StandardisedMargin(), cb.ReferenceWeights()],
         SEVERAL,
         {},
     ),

@@ -1,7 +1,7 @@
-"""β schedules and a margin per pair, computed from the reward discrepancy (β-DPO, arXiv 2407.08639, section 4).
+"""β schedules, computed from the reward discrepancy (β-DPO, arXiv 2407.08639, section 4).
 
 Every schedule is β0·(1 + α·(M − M0)), then clamped. Schedules differ in the M, the M0 and the unit that they use.
-Every function here detaches its inputs, so that no gradient flows through β or the margin.
+Every function here detaches its inputs, so that no gradient flows through β.
 """
 
 from __future__ import annotations
@@ -104,11 +104,3 @@ class BetaSchedule:
             return instance_beta(beta0, self.alpha, discrepancy, centre)
         beta = batch_beta(beta0, self.alpha, discrepancy[kept], centre)
         return beta.expand(discrepancy.shape).clone()
-
-
-def adaptive_margin(gamma: float, alpha: float, discrepancy: Tensor, moments: Moments) -> Tensor:
-    """Return γ + α·(M_i − M0)/σ, the margin of pair i (after α-DPO, arXiv 2410.10148): [G] float64, detached.
-
-    Every margin is γ while σ is unknown or too small (`Moments.spread`).
-    """
-    return gamma + alpha * moments.z_scores(discrepancy)

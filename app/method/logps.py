@@ -60,6 +60,17 @@ class PairLogps:
         """Return log π(y_w|x)/|y_w| − log π(y_l|x)/|y_l| [B], nats per token; needs no reference."""
         return self.policy_chosen / self.chosen_tokens - self.policy_rejected / self.rejected_tokens
 
+    def swapped(self) -> PairLogps:
+        """Return the same pairs with the rejected response in the place of the chosen one."""
+        return PairLogps(
+            policy_chosen=self.policy_rejected,
+            policy_rejected=self.policy_chosen,
+            reference_chosen=self.reference_rejected,
+            reference_rejected=self.reference_chosen,
+            chosen_tokens=self.rejected_tokens,
+            rejected_tokens=self.chosen_tokens,
+        )
+
     def select(self, index: Tensor) -> PairLogps:
         """Return the pairs at `index`: int64 positions or a bool mask [B]."""
         return PairLogps(

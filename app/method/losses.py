@@ -20,13 +20,15 @@ class PairLoss(ABC):
     """A loss per pair, computed from the log-probs of B pairs, β and, if the loss supports one, a margin.
 
     `needs_reference` says whether the loss reads the reference's log-probs. `takes_margin` says whether it has a
-    logit β·h from which a margin can be subtracted. `beta_floor` is the default smallest β of a schedule, as a
-    multiple of β0. Results keep the dtype of the log-probs and stay finite in float32 for |β·h| up to 1e6
-    (up to 1e18 where the loss is a square).
+    logit β·h from which a margin can be subtracted. `has_swapped_form` says whether the loss of the pair with its
+    responses exchanged is the loss of the opposite label, which RE-PO needs. `beta_floor` is the default smallest
+    β of a schedule, as a multiple of β0. Results keep the dtype of the log-probs and stay finite in float32 for
+    |β·h| up to 1e6 (up to 1e18 where the loss is a square).
     """
 
     needs_reference: bool = True
     takes_margin: bool = False
+    has_swapped_form: bool = False
     beta_floor: float = 0.01
 
     def discrepancy(self, logps: PairLogps) -> Tensor:
@@ -46,16 +48,32 @@ class PairLoss(ABC):
         """
         return self
 
-    def __call__(self, logps: PairLogps, beta: Tensor, margin: Tensor | None = None) -> Tensor:
-        """Return the loss of every pair [B] for `beta` and `margin`, each [B] or 0-d, without gradient to either.
+    def __call__(
+        self, logps: PairLogps, beta: Tensor, margin: Tensor | None = None, confidence: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss of every pair [B] for `beta`, `margin` and `confidence`, each [B] or 0-d, all detached.
 
-        Raises ValueError if a margin is given to a loss that takes none.
+        Raises ValueError for a margin or a confidence that the loss does not take.
         """
         if margin is not None and not self.takes_margin:
             raise ValueError(f"{self} has no logit β·h to subtract a margin from")
+        if confidence is not None and not self.has_swapped_form:
+            raise ValueError(f"{self} has no swapped form, which a confidence in the label needs")
         # β arrives as float64 from the CPU and must not turn a float32 loss into a float64 one.
         like = logps.policy_chosen
-        return self.per_pair(logps, beta.detach().to(like), None if margin is None else margin.detach().to(like))
+        beta, margin = beta.detach().to(like), None if margin is None else margin.detach().to(like)
+        if confidence is None:
+            return self.per_pair(logps, beta, margin)
+        return self.under_doubt(logps, beta, margin, confidence.detach().to(like))
+
+    def label_logit(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
+        """Return log p/(1 − p) [B], where p = σ(L(swapped) − L(as labelled)) is the probability of the label."""
+        return self.per_pair(logps.swapped(), beta, margin) - self.per_pair(logps, beta, margin)
+
+    def under_doubt(self, logps: PairLogps, beta: Tensor, margin: Tensor | None, confidence: Tensor) -> Tensor:
+        """Return RE-PO's loss [B], −[w·log p + (1 − w)·log(1 − p)], for a `confidence` w [B] (arXiv 2509.24159)."""
+        logit = self.label_logit(logps, beta, margin)
+        return -(confidence * F.logsigmoid(logit) + (1.0 - confidence) * F.logsigmoid(-logit))
 
     def __str__(self) -> str:
         return type(self).__name__
@@ -84,11 +102,11 @@ class SigmoidLoss(LogitLoss):
     """DPO, −log σ(β·h) (arXiv 2305.18290, eq. 7); conservative DPO (cDPO) for `label_smoothing` ε > 0.
 
     cDPO is (1 − ε)·−log σ(β·h) + ε·−log σ(−β·h), which assumes that a label is swapped with probability ε.
-    Raises ValueError unless 0 ≤ ε < 0.5.
     """
 
     def __init__(self, label_smoothing: ShareBelowHalf = 0.0) -> None:
         self.label_smoothing = label_smoothing
+        self.has_swapped_form = label_smoothing == 0.0  # cDPO mixes both forms already
 
     def of_logits(self, logits: Tensor) -> Tensor:
         upright, swapped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
@@ -100,7 +118,6 @@ class RobustLoss(LogitLoss):
     """Robust DPO (arXiv 2403.00409): an unbiased estimate of the DPO loss when labels are swapped at rate ε.
 
     The loss is ((1 − ε)·−log σ(β·h) − ε·−log σ(−β·h)) / (1 − 2ε). It has no lower bound and can be negative.
-    Raises ValueError unless 0 ≤ ε < 0.5.
     """
 
     def __init__(self, label_smoothing: ShareBelowHalf = 0.1) -> None:
@@ -108,12 +125,14 @@ class RobustLoss(LogitLoss):
 
     def of_logits(self, logits: Tensor) -> Tensor:
         upright, swapped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
-        weighted = (1.0 - self.label_smoothing) * upright - self.label_smoothing * swapped
-        return weighted / (1.0 - 2.0 * self.label_smoothing)
+        epsilon = self.label_smoothing
+        return ((1.0 - epsilon) * upright - epsilon * swapped) / (1.0 - 2.0 * epsilon)
 
 
 class HingeLoss(LogitLoss):
     """The hinge loss of SLiC (arXiv 2305.10425) on DPO's logits: max(0, 1 − β·h)."""
+
+    has_swapped_form = True
 
     def of_logits(self, logits: Tensor) -> Tensor:
         return F.relu(1.0 - logits)
@@ -125,10 +144,10 @@ class SimPOLoss(LogitLoss):
 
     A dynamic β scales the length-normalised gap and leaves the margin γ = `gamma` unchanged. The β-DPO paper does
     not say whether γ follows β; if it did, the target margin would change with every batch.
-    Raises ValueError unless γ is finite and not negative.
     """
 
     needs_reference = False
+    has_swapped_form = True
 
     def __init__(self, gamma: NonNegativeFloat = 1.0) -> None:
         self.gamma = gamma
@@ -146,13 +165,12 @@ class AlphaDPOLoss(SimPOLoss):
 
     z is the per-token gap *with* reference, standardised over the global batch (sample standard deviation), without
     gradient; the rest of the logit has no reference. The authors' code averages mean and deviation over steps,
-    starting at zero; this class takes them from the current batch. The authors' settings for Llama-3-8B-Instruct
-    are β 2.5, γ/β 0.6 and α 0.2. Raises ValueError if α is not finite, or γ is not finite or negative; a call
-    raises it if `for_batch` did not come first.
+    starting at zero; this class takes them from the batch. configs/loss/alpha_dpo.yaml has the authors' settings.
     """
 
     needs_reference = True
     needs_batch = True
+    has_swapped_form = False  # z belongs to the pair as labelled, and the paper defines no swapped one
     _moments: tuple[Tensor, Tensor] | None = None  # mean and deviation of the batch
 
     def __init__(self, alpha: FiniteFloat = 0.2, gamma: NonNegativeFloat = 1.5) -> None:
@@ -185,6 +203,7 @@ class IPOLoss(PairLoss):
     """
 
     beta_floor = 0.25
+    has_swapped_form = True
 
     def per_pair(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
         return (self.discrepancy(logps) - 0.5 / beta).square()
@@ -193,8 +212,7 @@ class IPOLoss(PairLoss):
 class LengthNormalisedIPOLoss(IPOLoss):
     """IPO on averages per token, (h̄ − 1/2β)², which is TRL's `ipo` loss.
 
-    h̄ is the log-ratio per token of the chosen minus that of the rejected response. h̄ is also the discrepancy, so
-    that the statistics use the quantity to which the target 1/2β applies.
+    h̄ is the chosen minus the rejected log-ratio per token. It is also the discrepancy, to which the target applies.
     """
 
     def discrepancy(self, logps: PairLogps) -> Tensor:
@@ -218,9 +236,8 @@ class KTOPairLoss(PairLoss):
     """KTO on pairs (arXiv 2402.01306, in the paired form that TRL shipped as `kto_pair`).
 
     The loss is ½·[1 − σ(β·(r_w − KL_l))] + ½·[1 − σ(β·(KL_w − r_l))], where r is a log-ratio to the reference. KL_w
-    and KL_l are the means of r over the chosen and the rejected responses of the global batch, clamped to at least
-    0, without gradient. They include pairs that a filter drops, because they estimate the distance between policy
-    and reference and not the training signal. A call raises ValueError if `for_batch` did not come first.
+    and KL_l are the means of r over the chosen and the rejected responses of the global batch, at least 0, without
+    gradient. They include pairs that a filter drops: they estimate a distance, not the training signal.
     """
 
     _divergences: tuple[Tensor, Tensor] | None = None  # KL_w, KL_l
@@ -247,8 +264,7 @@ class WithSFTTerm(PairLoss):
     """A preference loss plus the negative log-likelihood of the chosen response: `loss` + w·−log π(y_w|x)/|y_w|.
 
     This is the term of RPO (arXiv 2404.19733; `rpo_alpha` in TRL, which averages over the tokens of the batch and
-    not within each response). β does not affect the term. Raises ValueError unless the weight w = `sft_weight` is
-    finite and positive.
+    not within each response). Neither β nor a confidence affects the term.
     """
 
     def __init__(self, loss: PairLoss, sft_weight: PositiveFloat) -> None:
@@ -256,6 +272,7 @@ class WithSFTTerm(PairLoss):
         self.sft_weight = sft_weight
         self.needs_reference = loss.needs_reference
         self.takes_margin = loss.takes_margin
+        self.has_swapped_form = loss.has_swapped_form
         self.beta_floor = loss.beta_floor
 
     def __str__(self) -> str:
@@ -274,3 +291,10 @@ class WithSFTTerm(PairLoss):
     def per_pair(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
         likelihood = logps.policy_chosen / logps.chosen_tokens
         return self.loss.per_pair(logps, beta, margin) - self.sft_weight * likelihood
+
+    def label_logit(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
+        return self.loss.label_logit(logps, beta, margin)
+
+    def under_doubt(self, logps: PairLogps, beta: Tensor, margin: Tensor | None, confidence: Tensor) -> Tensor:
+        likelihood = logps.policy_chosen / logps.chosen_tokens
+        return super().under_doubt(logps, beta, margin, confidence) - self.sft_weight * likelihood

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -23,8 +24,8 @@ class StepDecision:
     """The measurements and decisions for the G pairs of a global batch, between the gaps and the loss.
 
     It starts as plain DPO: every eligible pair is kept and β = β0. Callbacks change `discrepancy`, `moments`,
-    `log_weights`, `kept`, `beta`, `loss_weight` and `margin`, in the order of `callbacks.slots`. Every rank makes
-    the same changes to the same numbers. All tensors are on the CPU, outside any graph.
+    `log_weights`, `kept`, `beta`, `margin`, `confidence` and `loss_weight`, in the order of `callbacks.slots`.
+    Every rank makes the same changes to the same numbers. All tensors are on the CPU, outside any graph.
     """
 
     step: int  # optimizer steps done before this one
@@ -41,6 +42,10 @@ class StepDecision:
     # the σ of M that rounding can explain, in the units of M; whatever rescales the discrepancy must rescale it too
     minimum_std: float = MINIMUM_STD
     margin: Tensor | None = None  # [G] float64, subtracted from the logits β·h; for losses that take one
+    # [G] float64, the probability that each label is right; for losses with a swapped form (RE-PO)
+    confidence: Tensor | None = None
+    loss: PairLoss | None = None  # of this step, with `logps` [G] float64: for `pair_losses` and `label_logits`
+    logps: PairLogps | None = None
     moments: Moments | None = None  # M0 and σ, updated with this batch
     log_weights: Tensor | None = None  # [G] float64, unnormalised log weights of the selection
     labels: Mapping[str, Sequence[object]] = field(default_factory=dict)  # each [G], columns of the data
@@ -100,14 +105,35 @@ class StepDecision:
         """Return the mean β of the kept pairs; β0 when none is kept."""
         return float(self.beta[self.kept].mean()) if self.kept_count else self.beta0
 
+    @property
+    def _term_names(self) -> list[str]:
+        return ["loss_weight", "beta", *(n for n in ("margin", "confidence") if getattr(self, n) is not None)]
+
     def terms(self, positions: Tensor) -> Tensor:
-        """Return β, weight and, if any, margin of the pairs at `positions` [B] in the global batch: [2 or 3, B]."""
-        columns = [self.beta, self.loss_weight, *([] if self.margin is None else [self.margin])]
-        return torch.stack(columns)[:, positions]
+        """Return weight, β and, if any, margin and confidence of the pairs at `positions` [B]: [2 to 4, B]."""
+        return torch.stack([getattr(self, name) for name in self._term_names])[:, positions]
+
+    def weighted_losses(self, loss: PairLoss, logps: PairLogps, terms: Tensor) -> Tensor:
+        """Return the weighted `loss` [B] of the pairs `logps` [B] under their `terms` [2 to 4, B]."""
+        weight, *others = terms.to(logps.policy_chosen)
+        return loss(logps, **dict(zip(self._term_names[1:], others, strict=True))) * weight
 
     def losses(self, loss: PairLoss, logps: PairLogps, positions: Tensor) -> Tensor:
         """Return the weighted `loss` [B] of the pairs `logps` [B] at `positions` [B] in the global batch."""
-        return weighted_losses(loss, logps, self.terms(positions))
+        return self.weighted_losses(loss, logps, self.terms(positions))
+
+    def pair_losses(self) -> Tensor:
+        """Return every pair's loss under the decisions so far, without weights: [G] float64, NaN if ineligible."""
+        assert self.loss is not None
+        assert self.logps is not None
+        losses = self.loss(self.logps, self.beta, self.margin, self.confidence)
+        return losses.masked_fill(~self.eligible, math.nan)
+
+    def label_logits(self) -> Tensor:
+        """Return log p/(1 − p) of every label under the loss (`PairLoss.label_logit`), [G] float64."""
+        assert self.loss is not None
+        assert self.logps is not None
+        return self.loss.label_logit(self.logps, self.beta, self.margin).masked_fill(~self.eligible, math.nan)
 
     def require_moments(self, who: str) -> Moments:
         """Return M0 and σ of this step to the callback named `who`. Raises MissingStatistics if there are none."""
@@ -117,12 +143,6 @@ class StepDecision:
                 "(`--statistics RewardGapStatistics`; in Python, put it earlier among the Trainer's callbacks)"
             )
         return self.moments
-
-
-def weighted_losses(loss: PairLoss, logps: PairLogps, terms: Tensor) -> Tensor:
-    """Return the weighted `loss` [B] of the pairs `logps` [B] under `terms` [2 or 3, B] (`StepDecision.terms`)."""
-    beta, weight, *margin = terms.to(logps.policy_chosen)
-    return loss(logps, beta, *margin) * weight
 
 
 @runtime_checkable

@@ -37,6 +37,7 @@ GAPS = {"low": ("adjacent", 0.0), "mixed": ("mixed", 0.5), "high": ("extreme", 1
 GAPS |= {f"high{percent}": ("mixed", percent / 100) for percent in (10, 20, 40)}
 # arms that are another file of configs/method with one option more
 OPTIONS: dict[str, tuple[str, ...]] = {
+    "adaptive_margin": ("standardised_margin",),  # its name when the runs were made
     "head_filter": ("filter_only", "--filter.by", "head"),
     "tail_filter": ("filter_only", "--filter.by", "tail"),
     "constant_m0": ("beta_dpo", "--schedule.m0", "0.0"),

@@ -25,7 +25,7 @@ METHOD = {
     "dpo": [],
     "explicit_reward": ["ExplicitRewardGap", "RewardGapStatistics", "PairFilter", "BetaScheduler"],
     "reference_weights": ["RewardGapStatistics", "ReferenceWeights"],
-    "adaptive_margin": ["RewardGapStatistics", "PairFilter", "AdaptiveMargin"],
+    "standardised_margin": ["RewardGapStatistics", "PairFilter", "StandardisedMargin"],
     "epsilon_dpo": ["EpsilonBeta"],
 }
 RECORDS = ["PairAudit", "BetaDashboard", "HealthMonitor", "RunCheckpoint", "TextProgress"]

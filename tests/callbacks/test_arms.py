@@ -16,12 +16,12 @@ from app.method.losses import IPOLoss, KTOPairLoss, SigmoidLoss, SimPOLoss
 from app.method.moments import Moments
 from app.method.step import StepDecision
 from callbacks import (
-    AdaptiveMargin,
     BetaScheduler,
     ExplicitRewardGap,
     PairFilter,
     ReferenceWeights,
     RewardGapStatistics,
+    StandardisedMargin,
 )
 
 
@@ -203,7 +203,7 @@ def test_an_explicit_reward_after_the_statistics_is_refused() -> None:
 
 
 def test_the_margin_follows_the_gap_and_leaves_beta(tiny_llama: str, tmp_path: Path) -> None:
-    hooks = [RewardGapStatistics(), AdaptiveMargin(alpha=0.5, gamma=0.2)]
+    hooks = [RewardGapStatistics(), StandardisedMargin(alpha=0.5, gamma=0.2)]
     _, decisions, metrics = run(tmp_path, tiny_llama, *hooks, lr=0.05)
     last = decisions[-1]
     expected = 0.2 + 0.5 * (last.gaps - last.moments.mean) / last.moments.std
@@ -214,12 +214,12 @@ def test_the_margin_follows_the_gap_and_leaves_beta(tiny_llama: str, tmp_path: P
 
 @pytest.mark.parametrize("sft_weight", [0.0, 0.5])
 def test_a_margin_without_a_logit_is_refused(sft_weight: float, tiny_llama: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="AdaptiveMargin: IPOLoss has no logit"):
+    with pytest.raises(UserError, match="StandardisedMargin: IPOLoss has no logit"):
         run(
             tmp_path,
             tiny_llama,
             RewardGapStatistics(),
-            AdaptiveMargin(),
+            StandardisedMargin(),
             loss=IPOLoss(),
             sft_weight=sft_weight,
         )
@@ -260,7 +260,7 @@ def test_the_sft_term_reaches_the_gradient(tiny_llama: str, tmp_path: Path) -> N
         (lambda: PairFilter(by="middle"), "by must be one of gaussian, random"),  # type: ignore[arg-type]
         (lambda: BetaScheduler(level="pair"), "level must be"),  # type: ignore[arg-type]
         (lambda: BetaScheduler(alpha=math.nan), "alpha must be a finite number"),
-        (lambda: AdaptiveMargin(alpha=math.inf), "alpha must be a finite number"),
+        (lambda: StandardisedMargin(alpha=math.inf), "alpha must be a finite number"),
         (lambda: preference("anywhere", sft_weight=-1.0), "sft_weight must be a finite number from 0"),
     ],
 )

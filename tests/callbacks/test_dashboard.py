@@ -17,7 +17,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_runs import controlled, preference, quiet_trainer
 
-from callbacks import BetaDashboard, BetaScheduler, PairFilter, RewardGapStatistics
+from callbacks import AnnotatorReliability, BetaDashboard, BetaScheduler, PairFilter, RewardGapStatistics
 from callbacks.dashboard_layout import CHARTS, layout
 from callbacks.extreme_pairs import MeasuredPair, as_markdown
 from callbacks.hyperparameters import SETTINGS, settings_of, summaries
@@ -50,13 +50,14 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def board(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
-    """A run with the callbacks of the quickstart, as its file lists them."""
+    """A run with the callbacks of the quickstart, as its file lists them, and RE-PO."""
     folder = tmp_path_factory.mktemp("board")
     quickstart = yaml.safe_load((Path(__file__).parents[2] / "configs/quickstart.yaml").read_text(encoding="utf-8"))
     callbacks: list[Any] = [
         RewardGapStatistics(**quickstart["statistics"]),
         PairFilter(**quickstart["filter"]),
         BetaScheduler(**quickstart["schedule"]),
+        AnnotatorReliability("kind"),
         BetaDashboard(histogram_every_n_steps=1, kl_every_n_steps=2),
     ]
     logger = TensorBoardLogger(str(folder), name="", version="run")

@@ -15,6 +15,7 @@ from tiny_runs import beta_dpo, controlled, preference, quiet_trainer
 
 from app.errors import UserError
 from app.method.step import StepDecision
+from app.run_folder import AUDIT_COLUMNS
 from callbacks import PairAudit
 from callbacks.pair_audit import audit_rows, forget_steps_from
 
@@ -58,7 +59,7 @@ def test_decisions_follow_from_the_gap_column_alone(tiny_llama: str, tmp_path: P
 def test_columns_and_labels(tiny_llama: str, tmp_path: Path) -> None:
     train(tmp_path, tiny_llama, PairAudit())
     table = pq.read_table(tmp_path / "audit")
-    decided = ["step", "pair_id", "gap", "log_weight", "kept", "beta", "running_mean", "running_std"]
+    decided = list(AUDIT_COLUMNS)
     assert table.column_names[: len(decided)] == decided
     data = controlled(43)
     stored, rows = data.open_table("train")
@@ -123,21 +124,10 @@ def test_every_n_steps_is_checked() -> None:
 
 
 def test_a_label_never_hides_behind_a_column_of_the_audit() -> None:
-    names = (
-        "step",
-        "pair_id",
-        "gap",
-        "log_weight",
-        "kept",
-        "beta",
-        "running_mean",
-        "running_std",
-        "label_kept",
-        "kind",
-    )
+    names = (*AUDIT_COLUMNS, "label_kept", "kind")
     decision = StepDecision.start(0, ["a", "b"], torch.tensor([1.0, 2.0]), 0.1, {name: [7, 8] for name in names})
     table = audit_rows(decision)
     assert table["kept"].to_pylist() == [True, True]
-    labels = {name: table[name].to_pylist() for name in table.column_names[8:]}
-    assert list(labels) == [*(f"label_{name}" for name in names[:8]), "label_label_kept", "kind"]
+    labels = {name: table[name].to_pylist() for name in table.column_names[len(AUDIT_COLUMNS) :]}
+    assert list(labels) == [*(f"label_{name}" for name in AUDIT_COLUMNS), "label_label_kept", "kind"]
     assert all(values == [7, 8] for values in labels.values())

@@ -9,6 +9,7 @@ weights and validation metrics in a file of this name with the suffix .pt.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
 from tiny_runs import beta_dpo, controlled, preference, quiet_trainer, weights  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from callbacks import PairAudit  # noqa: E402
+from callbacks import AnnotatorReliability, GammaPOMargin, LossWeights, PairAudit  # noqa: E402
 from lightning_modules import ShardedStrategy, SupervisedFineTuning  # noqa: E402
 from lightning_modules.lora import Lora  # noqa: E402
 
@@ -43,16 +44,22 @@ class RankOwnRandomness(Callback):
 
 
 def train(
-    model: str, folder: Path, pairs: int, tokens: int, kind: str = "frozen", **trainer: Any
+    model: str,
+    folder: Path,
+    pairs: int,
+    tokens: int,
+    kind: str = "frozen",
+    parts: Sequence[Callback] = (),
+    **trainer: Any,
 ) -> dict[str, Tensor]:
-    """Train with β-DPO, keeping half; returns the whole final weights, on every rank.
+    """Train with β-DPO and further `parts`, keeping half; returns the whole final weights, on every rank.
 
     `kind` is that of the reference: `frozen`, `cached`, or `adapters`, the policy without its adapters.
     """
     torch.manual_seed(0)  # of the adapters' start
     settings = {"lora": Lora(r=4, lora_alpha=8.0)} if kind == "adapters" else {"reference": kind}
     module = preference(model, **settings)
-    callbacks = [*beta_dpo(keep_ratio=0.5), PairAudit(), RankOwnRandomness()]
+    callbacks = [*beta_dpo(keep_ratio=0.5), *parts, PairAudit(), RankOwnRandomness()]
     # validation with an odd number of pairs: ranks hold unequal shares
     run = quiet_trainer(folder, callbacks, **{"limit_val_batches": 1.0, **trainer})
     run.fit(module, controlled(pairs, micro_batch_tokens=tokens))
@@ -61,8 +68,9 @@ def train(
 
 
 def train_exactly(model: str, folder: Path, tokens: int, **trainer: Any) -> dict[str, Tensor]:
-    """`train` on 22 pairs in float64."""
-    return train(model, folder, 22, tokens, precision="64-true", **trainer)
+    """`train` on 22 pairs in float64, with parts that look at the whole batch and keep a state."""
+    parts = [GammaPOMargin(0.2, 1.0, window=15), AnnotatorReliability("kind"), LossWeights("dr_dpo", 0.5)]
+    return train(model, folder, 22, tokens, parts=parts, precision="64-true", **trainer)
 
 
 def fine_tune(model: str, folder: Path, **trainer: Any) -> dict[str, Tensor]:

@@ -106,9 +106,12 @@ def test_what_float32_leaves_is_rounding_alone(
     expected, expected_final = exact_run
     for column in ("step", "pair_id", "kept"):
         assert seen[column].to_pylist() == expected[column].to_pylist(), column
-    for column in ("gap", "beta", "running_mean", "running_std"):
+    decided = ("gap", "beta", "running_mean", "running_std", "margin", "label_confidence", "loss_weight")
+    for column in decided:
         apart = np.abs(seen[column].to_numpy() - expected[column].to_numpy())
         assert apart.max() < 1e-9, column
+    for column in ("margin", "label_confidence", "loss_weight"):
+        assert np.ptp(expected[column].to_numpy()) > 1e-3, column
     # policy and reference start as the same float64 model
     assert np.abs(expected["gap"].to_numpy()[:10]).max() == 0
     assert np.abs(expected["gap"].to_numpy()).max() > 0.1

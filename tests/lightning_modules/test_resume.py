@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer, same_bits, weights
 
 from app.errors import UserError
-from callbacks import RewardGapStatistics
+from callbacks import AnnotatorReliability, GammaPOMargin, LossWeights, RewardGapStatistics
 
 PAIRS, STEPS_PER_EPOCH = 43, 5  # the last batch of an epoch holds three pairs
 
@@ -35,7 +35,8 @@ def train(
     checkpoint = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     module = preference(model, optimizer=optimizer, lr_scheduler=lr_scheduler)
     options = {"max_steps": steps, "max_epochs": 9, "enable_checkpointing": True, **settings}
-    trainer = quiet_trainer(folder, [*beta_dpo(), recorder, checkpoint], **options)
+    rest = [GammaPOMargin(0.2, 1.0, window=25), AnnotatorReliability("kind"), LossWeights("kldpo")]
+    trainer = quiet_trainer(folder, [*beta_dpo(), *rest, recorder, checkpoint], **options)
     trainer.fit(module, controlled(PAIRS, batch_size, micro_batch_tokens=300), ckpt_path=resume)
     return module, recorder
 
@@ -78,6 +79,8 @@ def test_resumed_equals_uninterrupted(
         assert torch.equal(left.gaps, right.gaps)
         assert torch.equal(left.kept, right.kept)
         assert torch.equal(left.beta, right.beta)
+        for name in ("margin", "confidence", "loss_weight"):
+            assert torch.equal(getattr(left, name), getattr(right, name)), name
         assert left.moments == right.moments
     assert same_bits(weights(expected), weights(resumed))
     states = [torch.load(place / "step=12.ckpt", weights_only=True) for place in (folder, tmp_path)]
@@ -137,10 +140,14 @@ def test_the_state_of_the_callbacks_is_what_makes_it_equal(
 ) -> None:
     # without it the resumed run differs: the equality above is not for want of anything to restore
     checkpoint = torch.load(whole[0] / "step=3.ckpt", weights_only=True)
-    checkpoint["callbacks"].pop("RewardGapStatistics")
+    for name in ("RewardGapStatistics", "GammaPOMargin", "AnnotatorReliability"):
+        checkpoint["callbacks"].pop(name)
     torch.save(checkpoint, tmp_path / "bare.ckpt")
     _, after = train(tmp_path, tiny_llama, 4, str(tmp_path / "bare.ckpt"))
-    assert after.decisions[0].moments != whole[2].decisions[3].moments
+    seen, expected = after.decisions[0], whole[2].decisions[3]
+    assert seen.moments != expected.moments
+    for name in ("margin", "confidence"):
+        assert not torch.equal(getattr(seen, name), getattr(expected, name)), name
 
 
 def test_other_settings_are_refused_on_resume(

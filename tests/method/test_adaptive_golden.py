@@ -2,16 +2,129 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from golden import golden_numbers
 
 from app.method.logps import PairLogps
-from app.method.losses import AlphaDPOLoss
+from app.method.losses import AlphaDPOLoss, IPOLoss, PairLoss, RobustLoss, SigmoidLoss, SimPOLoss, WithSFTTerm
+from app.method.margins import amapo_margins, gamma_po_margins
+from app.method.reliability import label_confidence, updated_reliability
+from app.method.weights import dr_dpo_loss, dr_dpo_weights, kldpo_weights, madpo_weights, quality_weights
 
 
 def column(values: list[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+def close(expected: object) -> object:
+    return pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def pairs_with(gaps: torch.Tensor) -> PairLogps:
+    """Pairs whose gap, summed and per token, with and without reference, is `gaps` [n]."""
+    zero, one = torch.zeros_like(gaps), torch.ones(gaps.shape, dtype=torch.int64)
+    return PairLogps(gaps, zero, zero, zero, one, one)
+
+
+def test_no_number_goes_unchecked() -> None:
+    assert golden_numbers("adaptive").keys() == {"note", "repo", "dr_and_kl", "gamma_po", "amapo", "alpha_dpo"}
+
+
+def test_repo() -> None:
+    for case in golden_numbers("adaptive")["repo"]:
+        swap = case["swap_probability"]
+        pairs, beta = pairs_with(column(swap["gaps"])), column([swap["beta"]] * len(swap["gaps"]))
+        for loss, name in ((IPOLoss(), "p_ipo"), (SimPOLoss(swap["gamma"]), "p_simpo")):
+            assert torch.sigmoid(loss.label_logit(pairs, beta, None)).tolist() == close(swap[name])
+        reliability = {str(k): case["initial_reliability"] for k in set(case["steps"][0]["annotator"])}
+        for step in case["steps"]:
+            annotators = [str(k) for k in step["annotator"]]
+            assert [reliability[k] for k in sorted(reliability)] == close(step["reliability_before"])
+            gaps = column(step["gaps"]).requires_grad_()
+            pairs, beta = pairs_with(gaps), column([case["beta"]] * len(annotators))
+            eta = column([reliability[k] for k in annotators])
+            confidence = label_confidence(SigmoidLoss().label_logit(pairs, beta, None), eta)
+            assert confidence.tolist() == close(step["confidence"])
+            losses = SigmoidLoss()(pairs, beta, confidence=confidence)
+            assert losses.tolist() == close(step["loss"])
+            losses.mean().backward()
+            assert gaps.grad is not None
+            assert gaps.grad.tolist() == close(step["mean_loss_gradient"])
+            reliability = updated_reliability(reliability, annotators, confidence, case["momentum"])
+            assert [reliability[k] for k in sorted(reliability)] == close(step["reliability_after"])
+
+
+@pytest.mark.parametrize("loss", [SigmoidLoss(), IPOLoss(), SimPOLoss(0.5), WithSFTTerm(SigmoidLoss(), 0.3)])
+def test_repo_has_the_gradient_of_the_noisy_likelihood(loss: PairLoss) -> None:
+    gaps, beta, eta = column([-3.0, 0.1, 2.0, 5.0]).requires_grad_(), column([0.4] * 4), column([0.8])
+    logits = loss.label_logit(pairs_with(gaps), beta, None)
+    p = torch.sigmoid(logits)
+    noisy = -torch.log(eta * p + (1 - eta) * (1 - p)).sum()
+    if isinstance(loss, WithSFTTerm):
+        noisy = noisy - loss.sft_weight * gaps.sum()  # the likelihood of the chosen response is not in doubt
+    ours = loss(pairs_with(gaps), beta, confidence=label_confidence(logits, eta)).sum()
+    expected, seen = (torch.autograd.grad(each, gaps, retain_graph=True)[0] for each in (noisy, ours))
+    torch.testing.assert_close(seen, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_loss_that_models_flips_has_no_swapped_form() -> None:
+    for loss in (SigmoidLoss(label_smoothing=0.1), RobustLoss(), AlphaDPOLoss(), WithSFTTerm(RobustLoss(), 1.0)):
+        with pytest.raises(ValueError, match="no swapped form"):
+            loss(pairs_with(column([1.0])), column([0.1]), confidence=column([0.9]))
+
+
+def test_dr_dpo_and_kldpo() -> None:
+    for case in golden_numbers("adaptive")["dr_and_kl"]:
+        gaps = column(case["gaps"]).requires_grad_()
+        losses = SigmoidLoss()(pairs_with(gaps), column([case["beta"]] * len(gaps)))
+        assert float(dr_dpo_loss(losses.detach(), case["dr_temperature"])) == close(case["dr_loss"])
+        weights = dr_dpo_weights(losses, case["dr_temperature"])
+        assert weights.tolist() == close(case["dr_weights_times_n"])
+        (gradient,) = torch.autograd.grad((weights * losses).mean(), gaps, retain_graph=True)
+        assert gradient.tolist() == close(case["dr_gradient"])
+        weights = kldpo_weights(losses, case["kl_temperature"])
+        assert weights.tolist() == close(case["kl_weights"])
+        assert float((weights * losses.detach()).mean()) == close(case["kl_loss"])
+
+
+def test_gamma_po() -> None:
+    for case in golden_numbers("adaptive")["gamma_po"]:
+        margins = gamma_po_margins(column(case["reward_gaps"]), case["gamma0"], case["tau"])
+        assert margins.tolist() == close(case["margins"])
+
+
+@pytest.mark.parametrize(("gamma", "temperature"), [(0.4, 10.0), (2.0, 0.1), (5.0, 0.05)])
+def test_gamma_po_solves_its_equation_also_where_plain_iteration_diverges(gamma: float, temperature: float) -> None:
+    gaps = 3 * torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    margins = gamma_po_margins(gaps, gamma, temperature)
+    share = torch.exp(-(gamma / temperature) * torch.sigmoid(margins - gaps))
+    torch.testing.assert_close(margins, gamma * share / share.mean(), rtol=1e-9, atol=0)
+    assert margins[gaps.argsort()].diff().min() >= 0  # the larger the gap, the larger the margin
+
+
+def test_amapo() -> None:
+    for case in golden_numbers("adaptive")["amapo"]:
+        gaps, beta = column(case["gaps"]), column([case["beta"]] * len(case["gaps"]))
+        margins = amapo_margins(gaps, beta)
+        assert margins.tolist() == close(case["margins"])
+        assert SimPOLoss(0.0)(pairs_with(gaps), beta, margins).tolist() == close(case["loss"])
+    for few in ([], [1.0], [2.0, 2.0]):
+        assert amapo_margins(column(few), column([2.0] * len(few))).tolist() == [0.0] * len(few)
+
+
+def test_weights_by_scores() -> None:
+    gap = column([-3.0, -1.0, 0.0, 1.0, 2.0, 6.0])
+    weights = madpo_weights(gap, 2.0, 0.5, 1.0, 2.0)
+    # by hand: beyond −τ the weight is 1, at r = 0 and at |r| = τ the factor changes nothing
+    assert weights[[0, 2, 4]].tolist() == close([1.0, 1.0, 1.0])
+    factor = 0.5 + 1.5 / (1 + 2 * math.exp(-1.0))  # at |r| = 1
+    sigmoid = [1 / (1 + math.exp(-x)) for x in (factor, 1.0, -factor, -1.0)]
+    assert weights[[3, 1]].tolist() == close([sigmoid[0] / sigmoid[1], sigmoid[2] / sigmoid[3]])
+    assert weights[5] < 1 < weights[3]
+    assert quality_weights(gap, 0.7).tolist() == close([1 / (1 + math.exp(-0.7 * r)) for r in gap.tolist()])
 
 
 def test_alpha_dpo_as_published() -> None:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.method.beta import BetaBounds, BetaSchedule, adaptive_margin, batch_beta, instance_beta
+from app.method.beta import BetaBounds, BetaSchedule, batch_beta, instance_beta
+from app.method.margins import standardised_margin
 from app.method.moments import Moments
 
 AFTER = Moments(mean=0.9875, std=1.9430690)
@@ -164,7 +165,7 @@ def test_only_a_constant_m0_does_without_statistics() -> None:
 def test_without_a_spread_the_normalised_schedule_and_the_margin_rest(std: float | None) -> None:
     start = Moments(0.0, std)
     assert BetaSchedule(z_normalised=True).beta(0.1, GAPS, ALL, start).tolist() == [0.1] * 4
-    assert adaptive_margin(0.3, 0.5, GAPS, start).tolist() == [0.3] * 4
+    assert standardised_margin(0.3, 0.5, GAPS, start).tolist() == [0.3] * 4
 
 
 @settings(max_examples=30, deadline=None)
@@ -185,7 +186,7 @@ def test_alpha_zero_is_beta0_under_every_schedule(level: str, normalised: bool) 
 
 def test_margin_by_hand_and_outside_the_graph() -> None:
     gaps = GAPS.clone().requires_grad_()
-    margin = adaptive_margin(1.0, 0.2, gaps, HAND)
+    margin = standardised_margin(1.0, 0.2, gaps, HAND)
     assert margin.tolist() == pytest.approx([1.15, 0.8, 1.05, 1.15], abs=1e-12)
     assert not margin.requires_grad
 

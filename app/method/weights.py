@@ -1,0 +1,61 @@
+"""Weights on the losses of a step's pairs, by their own losses or by scores that the data carries.
+
+Every weight is a constant to the gradient. Sums and means run over the kept pairs of the global batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LARGEST_WEIGHT = 10.0  # of KLDPO, in its authors' code
+
+
+def dr_dpo_loss(losses: Tensor, temperature: float) -> Tensor:
+    """Return Dr. DPO's loss of a batch, −β′·log mean exp(−ℓ/β′), 0-d, for `losses` ℓ [n] and `temperature` β′.
+
+    (arXiv 2407.07880; `trainers.py` in junkangwu/Dr_DPO.) It tends to the mean as β′ grows and to the smallest loss
+    as β′ falls: pairs with a large loss are taken for mislabelled.
+    """
+    return -temperature * (torch.logsumexp(-losses / temperature, dim=0) - math.log(max(losses.numel(), 1)))
+
+
+def dr_dpo_weights(losses: Tensor, temperature: float) -> Tensor:
+    """Return n·softmax(−ℓ/β′) [n]: mean(w·ℓ) with these constants w has the gradient of `dr_dpo_loss`."""
+    return losses.numel() * torch.softmax(-losses.detach() / temperature, dim=0)
+
+
+def kldpo_weights(losses: Tensor, temperature: float) -> Tensor:
+    """Return min(10, exp((ℓ − mean ℓ)/τ)) [n] for `losses` ℓ [n] and `temperature` τ.
+
+    KLDPO (arXiv 2502.01930; `src/kldpo.py` in TheBlackCat22/distributionally_robust_dpo) prepares for a shift of
+    the preferences: pairs with a large loss are taken for those that matter, which is the opposite of Dr. DPO's
+    advice.
+    """
+    losses = losses.detach()
+    return torch.exp((losses - losses.mean()) / temperature).clamp(max=LARGEST_WEIGHT)
+
+
+def madpo_weights(score_gap: Tensor, largest: float, smallest: float, slope: float, threshold: float) -> Tensor:
+    """Return MADPO's weight σ(c·r)/σ(r) of pairs with the reward gap r = `score_gap` [n], 1 where r ≤ −τ.
+
+    c = c_min + (c_max − c_min)/(1 + (c_max − 1)/(1 − c_min)·exp(λ·(|r| − τ))) lies between `smallest` c_min < 1
+    and `largest` c_max > 1, falls with |r| at the `slope` λ and is 1 at the `threshold` τ: pairs with a small
+    reward gap count more. (arXiv 2510.05342; `utils/loss_functions.py` in
+    sirano1004/Margin-Apative-Direct-Preference-Optimization.)
+    """
+    gap = score_gap.to(torch.float64)
+    rise = torch.exp(slope * (gap.abs() - threshold)) * (largest - 1.0) / (1.0 - smallest)
+    factor = smallest + (largest - smallest) / (1.0 + rise)
+    ratio = torch.exp(torch.nn.functional.logsigmoid(factor * gap) - torch.nn.functional.logsigmoid(gap))
+    return torch.where(gap > -threshold, ratio, torch.ones_like(gap))
+
+
+def quality_weights(score_gap: Tensor, slope: float) -> Tensor:
+    """Return σ(η·(S_w − S_l)) [n] for `score_gap` S_w − S_l [n] and `slope` η: pairs far apart count more.
+
+    This is the quality weight of Omni-DPO, now Uni-DPO (arXiv 2506.10054; `compute_w_qual` in pspdada/Uni-DPO).
+    """
+    return torch.sigmoid(slope * score_gap.to(torch.float64))

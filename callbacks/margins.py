@@ -1,0 +1,119 @@
+"""Margins per pair, subtracted from the logit β·h, by the gaps of the batch or of recent batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from app.errors import UserError
+from app.method.losses import PairLoss
+from app.method.margins import amapo_margins, gamma_po_margins, standardised_margin
+from app.method.ranges import FiniteFloat, PositiveFloat, PositiveInt, checked
+from app.method.step import StepDecision
+
+
+class PairMargin(Callback):
+    """A callback that sets a margin per pair, without gradient; start-up refuses a loss without a logit β·h."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        loss = getattr(pl_module, "loss", None)
+        if isinstance(loss, PairLoss) and (reason := self.refusal(loss)):
+            raise UserError(f"{type(self).__name__}: {loss} {reason} or --margin null.")
+
+    def refusal(self, loss: PairLoss) -> str:
+        """Return why the margin does not go with `loss`, and the cure; empty if it does."""
+        cure = "choose another model.loss (sigmoid, cDPO, robust, hinge or SimPO)"
+        return "" if loss.takes_margin else f"has no logit β·h to subtract a margin from: {cure}"
+
+    def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
+        decision.margin = self.margins(decision)
+        kept = decision.margin[decision.kept]
+        pl_module.log("margin/mean", kept.mean())
+        pl_module.log("margin/std", kept.std(correction=0))
+
+    def margins(self, decision: StepDecision) -> Tensor:
+        """Return the margin of every pair, [G] float64."""
+        raise NotImplementedError
+
+
+@checked
+class StandardisedMargin(PairMargin):
+    """A margin γ + α·(M − M0)/σ: it grows with the distance of a pair's gap above the running mean.
+
+    This is not α-DPO, whose logit has no reference and whose margin is multiplied by β
+    (`app.method.losses.AlphaDPOLoss`); it uses the running statistics of β-DPO and works on any logit. The loss
+    must have the logit β·h (sigmoid, cDPO, robust, hinge, SimPO). β does not change, so any schedule may be used
+    as well. Slot: `margin`, with the slot `statistics`.
+
+    Args:
+        alpha: α, the margin per standard deviation of M; 0 gives every pair the margin γ.
+        gamma: γ, the margin of a pair at M0; it is added to the γ of SimPO's loss.
+    """
+
+    def __init__(self, alpha: FiniteFloat = 0.1, gamma: FiniteFloat = 0.0):
+        self.alpha = alpha
+        self.gamma = gamma
+
+    def margins(self, decision: StepDecision) -> Tensor:
+        moments = decision.require_moments("StandardisedMargin")
+        return standardised_margin(self.gamma, self.alpha, decision.discrepancy, moments)
+
+
+@checked
+class GammaPOMargin(PairMargin):
+    """The dynamic target margin of γ-PO (arXiv 2506.03690): larger for pairs that the policy ranks confidently.
+
+    The margins have the mean γ0 over a queue of the last gaps, each times the β of its step, and solve the equation
+    that the authors' mirror descent approaches (`app.method.margins.gamma_po_margins`). The queue is in the
+    checkpoint. With SimPO set its own `gamma` to 0. Slot: `margin`; needs no statistics.
+
+    Args:
+        gamma: γ0, the mean margin, in the units of the logit.
+        temperature: τ; the smaller, the more the margins differ.
+        window: number of gaps in the queue, those of the current batch included; a larger batch is not cut.
+    """
+
+    def __init__(self, gamma: PositiveFloat = 0.4, temperature: PositiveFloat = 10.0, window: PositiveInt = 2048):
+        if gamma / temperature > 1000:
+            raise UserError("GammaPOMargin: gamma / temperature must be at most 1000, or the margins overflow.")
+        self.gamma = gamma
+        self.temperature = temperature
+        self.window = window
+        self._queue = torch.zeros(0, dtype=torch.float64)
+
+    def margins(self, decision: StepDecision) -> Tensor:
+        good = decision.eligible
+        own = (decision.beta * decision.gaps)[good]
+        # the queue ends with the batch, so that its margins are the last ones
+        self._queue = torch.cat([self._queue, own])[-max(self.window, own.numel()) :]
+        margins = torch.full_like(decision.gaps, self.gamma)
+        if own.numel():
+            margins[good] = gamma_po_margins(self._queue, self.gamma, self.temperature)[-own.numel() :]
+        return margins
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"queue": self._queue}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._queue = state_dict["queue"]
+
+
+class AMaPOMargin(PairMargin):
+    """AMaPO's margin (arXiv 2511.09385): β·exp(μ·(μ − h̄)/s) for gaps h̄ below the batch's mean μ, else 0.
+
+    h̄ is SimPO's gap, length-normalised and without reference, so that model.loss must be SimPOLoss; set its `gamma`
+    to 0 for AMaPO as published, and β0 to 2 or 3. Slot: `margin`; needs no statistics.
+    """
+
+    def refusal(self, loss: PairLoss) -> str:
+        simpo = loss.takes_margin and not loss.needs_reference
+        return "" if simpo else "has no length-normalised gap without reference: choose model.loss SimPOLoss"
+
+    def margins(self, decision: StepDecision) -> Tensor:
+        good = decision.eligible
+        margins = torch.zeros_like(decision.gaps)
+        margins[good] = amapo_margins(decision.gaps[good], decision.beta[good])
+        return margins
