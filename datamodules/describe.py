@@ -128,13 +128,11 @@ def pairs_seen(pairs: int, batch_size: int, trainer: Trainer) -> tuple[str, bool
 
 
 def _leaves(table: PairTable) -> Iterator[TokenisedTable]:
-    if isinstance(table, GapMixedTable):
-        table = table.parts[0].table
-    if isinstance(table, JoinedTables):
-        for part in table.parts:
-            yield from _leaves(part.table)
-    elif isinstance(table, TokenisedTable):
+    if isinstance(table, TokenisedTable):
         yield table
+    elif isinstance(table, JoinedTables):
+        for part in table.parts[:1] if isinstance(table, GapMixedTable) else table.parts:
+            yield from _leaves(part.table)
 
 
 def _named(table: PairTable, rows: np.ndarray) -> str:

@@ -19,7 +19,6 @@ from datamodules.records import Message, PreferencePair
 from datamodules.sources import BadRow, hh_messages, read_pairs
 from datamodules.sources.pairs import pair_from_row
 
-DATA = Path(os.environ.get("BETA_DPO_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 TALK = "\n\nHuman: hi\n\nAssistant:"
 USER, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "content": "be kind"}
 
@@ -321,13 +320,3 @@ def test_any_text_survives_the_way_through_a_file(
     path.write_bytes(gzip.compress(data) if packed else data)
     expected = [PreferencePair(f"{path.name}:{n}", *row) for n, row in enumerate(rows, 1)]
     assert list(read_pairs(str(path))) == expected
-
-
-@pytest.mark.skipif(not (DATA / "hh_harmless_base_test.jsonl.gz").exists(), reason="the HH file is not here")
-def test_real_hh_transcripts() -> None:
-    reader = read_pairs(str(DATA / "hh_harmless_base_test.jsonl.gz"), on_bad_row="skip", need_rejected=True)
-    pairs = list(reader)
-    assert reader.report.rows == 2312
-    assert reader.report.skipped == {"no shared prompt": 5, "empty chosen": 4}
-    assert len(pairs) == reader.report.pairs == 2303
-    assert all(str(pair.prompt).endswith("\n\nAssistant:") for pair in pairs)
