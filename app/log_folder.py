@@ -95,7 +95,7 @@ def continue_curves(trainer: Trainer, resumes: bool) -> None:
 
     Every rank must call it at the start of training. Raises UserError if the curves are those of another run.
     """
-    step = trainer.global_step
+    step = trainer.global_step + 1
     writers = [getattr(logger, "_experiment", None) for logger in trainer.loggers]
     tables = [writer for writer in writers if isinstance(writer, ContinuedTable)]
     # broadcast, or the other ranks would wait for the one that stopped

@@ -70,7 +70,7 @@ class Control(Callback):
         value = getattr(decision, name)
         if value is None or not decision.kept_count:
             return
-        noise = selection_noise(self.seed + OWN_DRAW, decision.step, len(decision.kept))
+        noise = selection_noise(self.seed + OWN_DRAW, decision.step - 1, len(decision.kept))
         if self.by == "random_filter":
             decision.log_weights = torch.zeros_like(decision.gaps).masked_fill(~decision.eligible, float("-inf"))
             changed = gumbel_top_k(decision.log_weights, decision.kept_count, noise)

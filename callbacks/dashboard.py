@@ -64,7 +64,7 @@ class BetaDashboard(Callback):
 
     def on_step_decided(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         self._decision = decision  # drawn at the end of the step
-        due = self.kl_every_n_steps and decision.step % self.kl_every_n_steps == 0
+        due = self.kl_every_n_steps and (decision.step - 1) % self.kl_every_n_steps == 0
         # here, because all ranks measure together, and before the policy's update, as for every other curve
         self._kl = decision.measure_kl() if due and decision.measure_kl and trainer.loggers else None
 
@@ -79,10 +79,10 @@ class BetaDashboard(Callback):
         if not self._laid_out:  # only after the first step are the curves of this run known
             lay_out(writer, {*trainer.callback_metrics, *curves}, decision.step)
             self._laid_out = True
-        if decision.step % self.histogram_every_n_steps == 0:
+        if (decision.step - 1) % self.histogram_every_n_steps == 0:
             add_histograms(writer, decision)
         self.extreme.add(decision)
-        if (decision.step + 1) % self.pairs_every_n_steps == 0:
+        if decision.step % self.pairs_every_n_steps == 0:
             self._list_extreme_pairs(trainer, writer, decision.step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -112,7 +112,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         Chart(
             "loss: training and held-out pairs",
             ("train/loss", "val/loss"),
-            "Loss of the kept pairs at the β used, and of held-out pairs at β0; log 2 = 0.693 at step 0 (sigmoid).",
+            "Loss of the kept pairs at the β used, and of held-out pairs at β0; log 2 = 0.693 at step 1 (sigmoid).",
             "The two are on different β, so compare each with itself only. Held-out loss that rises: stop.",
         ),
     ),

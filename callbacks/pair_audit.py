@@ -21,10 +21,10 @@ from app.method.step import StepDecision
 class PairAudit(Callback):
     """A callback that writes `<log dir>/audit/*.parquet`, one row per pair and step.
 
-    Columns: step, pair_id, gap, log_weight, kept, beta, running_mean, running_std, reference_margin (how strongly
-    the reference prefers the chosen response, nats per token), margin, label_confidence (the probability of a
-    right label, of RE-PO), loss_weight, then the label columns of the data; a label with one of these names gets
-    the prefix `label_`. A column that the arm does not have is empty. The order among the callbacks does not
+    Columns: step (from 1), pair_id, gap, log_weight, kept, beta, running_mean, running_std, reference_margin (how
+    strongly the reference prefers the chosen response, nats per token), margin, label_confidence (the probability
+    of a right label, of RE-PO), loss_weight, then the label columns of the data; a label with one of these names
+    gets the prefix `label_`. A column that the arm does not have is empty. The order among the callbacks does not
     matter, because it records the final decision of the step.
 
     Args:
@@ -55,7 +55,7 @@ class PairAudit(Callback):
                 "(trainer.logger), or resume that run with --ckpt_path."
             )
         for file in files:
-            forget_steps_from(file, trainer.global_step)
+            forget_steps_from(file, trainer.global_step + 1)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -50,7 +50,7 @@ class PairFilter(Callback):
         assert self.seed is not None
         eligible = decision.eligible
         k = number_kept(int(eligible.sum()), self.keep_ratio)
-        noise = selection_noise(self.seed, decision.step, len(eligible))
+        noise = selection_noise(self.seed, decision.step - 1, len(eligible))  # the draws count from 0
         if self.by in ("head", "tail", "both"):
             decision.kept = keep_by_gradient_scale(decision.gaps, k, self.by, noise)
             return

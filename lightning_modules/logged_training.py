@@ -25,6 +25,18 @@ class LoggedTraining(LightningModule):
             value = torch.tensor(float(value))
         super().log(name, value, *args, **settings)
 
+    def on_fit_start(self) -> None:
+        """Number logged values by completed steps, as checkpoints do; Lightning's own number is one less."""
+        connector, trainer = self.trainer._logger_connector, self.trainer
+        write = connector.log_metrics
+
+        def log_metrics(metrics: dict[str, Any], step: int | None = None) -> None:
+            if metrics and step is None and "step" not in metrics:
+                metrics, step = {"epoch": trainer.current_epoch, **metrics}, trainer.global_step
+            write(metrics, step)
+
+        connector.log_metrics = log_metrics  # type: ignore[method-assign]
+
     def on_train_start(self) -> None:
         self._step_ended = time.perf_counter()
 

@@ -183,7 +183,7 @@ class PreferenceOptimization(PreferenceScoring):
     def decide(self, global_logps: PairLogps, batch: OptimizerBatch) -> StepDecision:
         """Return the decision of the step: plain DPO, changed by every `RewardGapHook` in trainer order."""
         decision = StepDecision.start(
-            step=self.trainer.global_step,
+            step=self.trainer.global_step + 1,
             pair_ids=batch.pair_ids,
             gaps=self.loss.discrepancy(global_logps),
             beta0=self.beta0,
@@ -220,11 +220,11 @@ class PreferenceOptimization(PreferenceScoring):
         if len(bad) > self.max_nonfinite_share * len(decision.pair_ids):
             raise StepRefused(
                 f"{len(bad)} of {len(decision.pair_ids)} pairs have no finite reward gap at step "
-                f"{decision.step + 1} ({named}): lower the learning rate, use trainer.precision 32-true, "
+                f"{decision.step} ({named}): lower the learning rate, use trainer.precision 32-true, "
                 "or allow more by model.max_nonfinite_share."
             )
         self.nonfinite_pairs += len(bad)
-        log.warning("step %d: no finite reward gap, left out: %s", decision.step + 1, named)
+        log.warning("step %d: no finite reward gap, left out: %s", decision.step, named)
 
     # --- what is reported -------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ class InjectedFault(Callback):
         os.kill(os.getpid(), signal.SIGKILL)
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
-        if decision.step == self.when:
+        if trainer.global_step == self.when:
             self._send("signal")
             if self.kind == "raise":
                 raise RuntimeError("an injected failure")

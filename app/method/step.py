@@ -28,7 +28,7 @@ class StepDecision:
     Every rank makes the same changes to the same numbers. All tensors are on the CPU, outside any graph.
     """
 
-    step: int  # optimizer steps done before this one
+    step: int  # the number of this optimizer step, from 1
     pair_ids: Sequence[str]  # [G], the global batch in its canonical order
     beta0: float  # base β
     gaps: Tensor  # [G] float64, the loss's discrepancy as measured (h for DPO)

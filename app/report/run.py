@@ -65,7 +65,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Return the number of optimizer steps, from the last step with a logged value."""
-        return max((int(curve.steps[-1]) + 1 for tag, curve in self.curves.items() if tag in PER_STEP), default=0)
+        return max((int(curve.steps[-1]) for tag, curve in self.curves.items() if tag in PER_STEP), default=0)
 
     @property
     def chooses_beta(self) -> bool:

@@ -49,7 +49,7 @@ def assert_sound(run: Path) -> None:
     tensors += [v for s in state["optimizer_states"][0]["state"].values() for v in s.values()]
     assert all(bool(torch.isfinite(torch.as_tensor(tensor)).all()) for tensor in tensors)
     table = audit_of(run).to_pandas()
-    assert sorted(table["step"].unique()) == list(range(STEPS))
+    assert sorted(table["step"].unique()) == list(range(1, STEPS + 1))
     mean = std = 0.0
     spreads = 0  # batches that had a spread: a single pair has none
     for step, rows in table.groupby("step"):
@@ -58,7 +58,7 @@ def assert_sound(run: Path) -> None:
         mean = MOMENTUM * mean + (1 - MOMENTUM) * gaps.mean()
         if len(gaps) > 1:
             std, spreads = MOMENTUM * std + (1 - MOMENTUM) * gaps.std(), spreads + 1
-        m0 = mean / (1 - MOMENTUM ** (int(step) + 1))
+        m0 = mean / (1 - MOMENTUM ** int(step))
         sigma = std / (1 - MOMENTUM**spreads) if spreads else math.nan
         np.testing.assert_allclose(rows["running_mean"], m0, atol=1e-9)
         np.testing.assert_allclose(rows["running_std"].astype(float), sigma, atol=1e-9)

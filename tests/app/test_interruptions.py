@@ -25,7 +25,7 @@ def whole(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "there is no checkpoint yet, so the run starts afresh" in done.stderr
     assert "UserWarning" not in done.stderr
     table = audit_of(folder / RUN)
-    assert sorted(set(table["step"].to_pylist())) == list(range(STEPS))
+    assert sorted(set(table["step"].to_pylist())) == list(range(1, STEPS + 1))
     assert len(set(table["beta"].to_pylist())) > STEPS // 2
     return folder
 
@@ -44,11 +44,11 @@ def test_a_signal_costs_no_step(name: str, status: int, whole: Path, tiny_llama:
     stopped = fit(tmp_path, f"signal {name}@6")
     assert stopped.returncode == status, stopped.stderr
     assert f"{name}: the step is finished and saved first." in stopped.stderr
-    # step number 6 is the seventh, and no multiple of every_n_steps
+    # the seventh step, and no multiple of every_n_steps
     sentence = f"beta-dpo: stopped by {name} after step 7, saved in {RUN}/checkpoints/last.ckpt: the same command"
     assert sentence in stopped.stderr
     assert "Traceback" not in stopped.stderr
-    assert audit_of(tmp_path / RUN)["step"].to_pylist()[-1] == 6
+    assert audit_of(tmp_path / RUN)["step"].to_pylist()[-1] == 7
     assert fit(tmp_path).returncode == 0
     command = "beta-dpo fit --config config.yaml --ckpt_path last\n"
     assert (tmp_path / RUN / "commands.txt").read_text(encoding="utf-8") == 2 * command
@@ -137,7 +137,7 @@ def test_numbered_folders_go_on_in_the_newest(whole: Path, tiny_llama: str, tmp_
     assert fit(tmp_path).returncode == 0
     assert sorted(path.name for path in (tmp_path / RUN).iterdir()) == ["version_0", "version_1"]
     assert_same_run(whole / RUN, tmp_path / RUN / "version_1")
-    assert audit_of(tmp_path / RUN / "version_0")["step"].to_pylist()[-1] == 1
+    assert audit_of(tmp_path / RUN / "version_0")["step"].to_pylist()[-1] == 2
 
 
 SHARDED = (

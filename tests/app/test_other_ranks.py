@@ -93,6 +93,6 @@ def test_the_shipped_configuration_runs_on_two_ranks(strategy: str, tiny_llama: 
     loading = "beta-dpo fit: loading PyTorch, Lightning and transformers\n"
     assert done.stderr.count(loading) == done.stderr.startswith(loading) == (strategy == "ddp")
     run = tmp_path / "runs" / "beta_dpo"
-    assert audit_of(run)["step"].to_pylist()[-1] == 3
+    assert audit_of(run)["step"].to_pylist()[-1] == 4
     assert (run / "commands.txt").read_text(encoding="utf-8").count("beta-dpo fit") == 1
     assert (run / "checkpoints" / "last.ckpt").exists()

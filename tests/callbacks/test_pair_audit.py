@@ -36,13 +36,13 @@ def steps_on_disk(folder: Path) -> list[int]:
 def test_decisions_follow_from_the_gap_column_alone(tiny_llama: str, tmp_path: Path) -> None:
     train(tmp_path, tiny_llama, PairAudit(), steps=7)
     table = pq.read_table(tmp_path / "audit").to_pandas()
-    assert sorted(table["step"].unique()) == list(range(7))
+    assert sorted(table["step"].unique()) == list(range(1, 8))
     mean = std = 0.0
     for step, rows in table.groupby("step"):
         gaps = rows["gap"].to_numpy()
         mean = MOMENTUM * mean + (1 - MOMENTUM) * gaps.mean()
         std = MOMENTUM * std + (1 - MOMENTUM) * math.sqrt(((gaps - gaps.mean()) ** 2).mean())
-        correction = 1 - MOMENTUM ** (int(step) + 1)
+        correction = 1 - MOMENTUM ** int(step)
         m0, sigma = mean / correction, std / correction
         kept = rows["kept"].to_numpy()
         assert kept.sum() == max(1, math.floor(len(gaps) * KEEP + 1e-9))
@@ -74,8 +74,8 @@ def test_files_hold_the_steps_they_are_named_for(tiny_llama: str, tmp_path: Path
     train(tmp_path, tiny_llama, PairAudit(every_n_steps=3))
     # every three steps, and with every checkpoint
     names = sorted(path.name for path in (tmp_path / "audit").iterdir())
-    assert names == [f"steps-{a:08d}-{b:08d}.parquet" for a, b in [(0, 1), (2, 3), (4, 4)]]
-    assert steps_on_disk(tmp_path) == list(range(5))
+    assert names == [f"steps-{a:08d}-{b:08d}.parquet" for a, b in [(1, 2), (3, 4), (5, 5)]]
+    assert steps_on_disk(tmp_path) == list(range(1, 6))
 
 
 def test_another_run_is_not_written_over(tiny_llama: str, tmp_path: Path) -> None:
@@ -89,10 +89,10 @@ def test_another_run_is_not_written_over(tiny_llama: str, tmp_path: Path) -> Non
 def test_a_resumed_run_takes_its_steps_once(tiny_llama: str, tmp_path: Path) -> None:
     train(tmp_path, tiny_llama, PairAudit(), steps=5)
     whole = pq.read_table(tmp_path / "audit").sort_by("step")
-    # from step 2: steps 2…4 are taken again, and step 5 is new
+    # after step 2: steps 3 to 5 are taken again, and step 6 is new
     train(tmp_path, tiny_llama, PairAudit(), steps=6, ckpt_path=str(tmp_path / "step=2.ckpt"))
     again = pq.read_table(tmp_path / "audit").sort_by("step")
-    assert steps_on_disk(tmp_path) == list(range(6))
+    assert steps_on_disk(tmp_path) == list(range(1, 7))
     assert again.slice(0, whole.num_rows).equals(whole)
 
 

@@ -73,7 +73,7 @@ def test_gaps_steps_and_beta_equal_plain_logits(tokens: int, tiny_llama: str, tm
         torch.testing.assert_close(gaps, table.double(), rtol=1e-4, atol=1e-4)
         low, middle, high = table
         steps = ((low < middle) & (middle < high)).double() - ((low > middle) & (middle > high)).double()
-        if decision.step == 0:
+        if decision.step == 1:
             steps = torch.zeros(10).double()  # policy and reference are one: no direction, to the bit
             assert torch.equal(gaps[0], gaps[1])
             assert torch.equal(gaps[1], gaps[2])

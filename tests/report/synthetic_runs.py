@@ -18,7 +18,7 @@ STEPS, PAIRS = 40, 16
 def run_with(name: str = "run", audit: pd.DataFrame | None = None, **curves: Sequence[float]) -> Run:
     """A run in memory; `beta__used=[…]` is the curve beta/used."""
     found = {
-        tag.replace("__", "/"): Curve(np.arange(len(values)), np.asarray(values, float))
+        tag.replace("__", "/"): Curve(1 + np.arange(len(values)), np.asarray(values, float))
         for tag, values in curves.items()
     }
     return Run(name, Path(name), found, audit)
@@ -34,7 +34,7 @@ def audit_of(steps: int = STEPS, pairs: int = PAIRS, seed: int = 0, filtered: bo
     mean = pd.Series(gap).groupby(step).transform("mean")
     return pd.DataFrame(
         {
-            "step": step,
+            "step": step + 1,
             "pair_id": [f"p{number}" for number in range(steps * pairs)],
             "gap": gap,
             "log_weight": 0.0,
@@ -59,7 +59,7 @@ def write_run(
     if scalars:
         with SummaryWriter(str(folder)) as writer:
             for tag, values in scalars.items():
-                for step, value in enumerate(values):
+                for step, value in enumerate(values, 1):
                     writer.add_scalar(tag, value, step)
     for name, text in files.items():
         (folder / name.replace("_", ".")).write_text(text, encoding="utf-8")

@@ -195,7 +195,7 @@ def test_curves_of_the_audit_are_those_that_were_logged(two_runs: Path) -> None:
     run = read_run(two_runs / "a/version_0", "a")
     audit = read_run(write_run(two_runs / "only", audit_of(), {}), "only")
     rows = audit_of()
-    first = rows[(rows.step == 7) & rows.kept]
+    first = rows[(rows.step == 8) & rows.kept]
     for tag, value in (("beta/used", first.beta.mean()), ("gap/kept_mean", first.gap.mean())):
         curve = audit.curve(tag)
         assert curve is not None
