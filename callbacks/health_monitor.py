@@ -14,12 +14,11 @@ from app.errors import StepRefused, UserError
 from app.method.batch import OptimizerBatch
 from app.method.ranges import AtLeastTwo, checked
 from callbacks.bounded_beta import BoundedBeta
-from callbacks.health import CONDITIONS, conditions_that_hold
+from callbacks.health import BY_NAME, CONDITIONS, conditions_that_hold
 
 log = logging.getLogger(__name__)
 
 LOGGED = {name for condition in CONDITIONS for name in condition.needs if "/" in name}
-BY_NAME = {condition.name: condition for condition in CONDITIONS}
 
 
 @checked
@@ -81,9 +80,7 @@ class HealthMonitor(Callback):
             if name not in self._since:
                 self._since[name] = step
                 if tell:
-                    advice = BY_NAME[name].advice
-                    if name.startswith("β") and self._calmer:
-                        advice += f": {self._calmer}"
+                    advice = BY_NAME[name].advice_with(self._calmer)
                     log.warning("step %d: %s: %s (%s)", step, name, advice, BY_NAME[name].link)
         for name in [name for name in self._since if step - self._last_held[name] >= self.window]:
             if tell:

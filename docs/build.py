@@ -25,6 +25,7 @@ from app.method.beta import BetaBounds, batch_beta
 from app.method.moments import RunningMoments
 from app.method.selection import gaussian_log_weights, gumbel_top_k, selection_noise
 from app.suspects import hits, pair_histories
+from callbacks.health import markdown_sections
 from datamodules.sources import markdown_table
 
 HERE = Path(__file__).parent
@@ -172,9 +173,18 @@ def shipped_losses() -> list[type]:
 
 def data_page() -> str:
     """Return docs/data.md with the table of the registry of formats in its place."""
-    before, mark, rest = (HERE / "data.md").read_text(encoding="utf-8").partition("<!-- formats -->\n")
-    assert mark, "docs/data.md has no place for the formats"
-    return before + mark + "\n" + markdown_table() + "\n" + rest[rest.index("<!-- end -->") :]
+    return filled("data.md", "formats", markdown_table())
+
+
+def monitoring_page() -> str:
+    """Return docs/monitoring.md with the conditions of the health monitor in their place."""
+    return filled("monitoring.md", "conditions", markdown_sections())
+
+
+def filled(page: str, name: str, text: str) -> str:
+    before, mark, rest = (HERE / page).read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+    assert mark, f"docs/{page} has no place for the {name}"
+    return before + mark + "\n" + text + "\n" + rest[rest.index("<!-- end -->") :]
 
 
 def main() -> None:
@@ -192,6 +202,7 @@ def main() -> None:
     reference.parent.mkdir(exist_ok=True)
     reference.write_text(api(), encoding="utf-8")
     (HERE / "data.md").write_text(data_page(), encoding="utf-8")
+    (HERE / "monitoring.md").write_text(monitoring_page(), encoding="utf-8")
     for alpha in (0.2, 0.6, 2.0):
         shares = {std: round(floor_share(std, alpha), 3) for std in (1, 2, 4, 10)}
         print(f"α = {alpha}: share of steps with β at its floor by standard deviation of the gaps {shares}")

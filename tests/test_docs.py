@@ -127,12 +127,13 @@ def test_links_lead_somewhere() -> None:
 def test_the_reference_and_the_figures_can_be_built() -> None:
     sys.path.insert(0, str(ROOT / "docs"))
     try:
-        from build import FIGURES, api, data_page  # type: ignore[import-not-found]
+        from build import FIGURES, api, data_page, monitoring_page  # type: ignore[import-not-found]
     finally:
         sys.path.pop(0)
     assert "### callbacks.BetaScheduler" in api()
     assert {path.stem for path in (ROOT / "docs" / "figures").iterdir()} >= set(FIGURES)
-    assert (ROOT / "docs" / "data.md").read_text(encoding="utf-8") == data_page(), "run `make docs`"
+    for name, page in (("data.md", data_page), ("monitoring.md", monitoring_page)):
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == page(), "run `make docs`"
 
 
 def test_some_document_is_run() -> None:

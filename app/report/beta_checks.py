@@ -2,60 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from app.intervals import share_over
-from app.report.finding import Finding
+from app.report.finding import Finding, sentence
 from app.report.run import Run
-from callbacks.health import BOUND_SHARE, FAR_FROM_BETA0, FAR_SHARE, SMALL_SAMPLE
+from callbacks.beta_scheduler import BetaScheduler
+from callbacks.epsilon_beta import EpsilonBeta
+from callbacks.health import BOUND_SHARE, BY_NAME, FAR_FROM_BETA0, FAR_SHARE, SMALL_SAMPLE
 
 SOME_STEPS = 0.01  # smallest share of steps with β at a bound that gives a finding
 WIDE_SWING = 0.5  # mean change of β from step to step, as a share of β0
 
 
 def calmer_beta(run: Run) -> str:
-    """Return the advice that makes this run's β vary less: a sentence without its full stop."""
-    schedules = [entry for entry in run.callbacks if entry[0] in ("BetaScheduler", "EpsilonBeta")]
-    name, settings = schedules[0] if schedules else ("BetaScheduler", {})
+    """Return the clause of this run's schedule that makes its β vary less."""
+    name, settings = next(
+        (entry for entry in run.callbacks if entry[0] in ("BetaScheduler", "EpsilonBeta")), ("", {})
+    )
     if name == "EpsilonBeta":
-        return "Lower schedule.epsilon"
-    if settings.get("z_normalised"):
-        return "Lower schedule.alpha"
-    return "Lower schedule.alpha, or measure gaps in standard deviations by schedule.z_normalised: true"
+        return EpsilonBeta.calmer
+    return BetaScheduler(z_normalised=bool(settings.get("z_normalised"))).calmer
 
 
 def beta_at_its_floor(run: Run) -> Finding | None:
     """Return a finding if β is at its floor in at least SOME_STEPS of the steps."""
-    beta, floor = run.curve("beta/used"), run.last("beta/floor")
-    if beta is None or floor is None:
-        return None
-    share = float((beta.values <= floor * (1 + 1e-5)).mean())
-    if share < SOME_STEPS:
-        return None
-    return Finding(
-        run.name,
-        "act" if share >= BOUND_SHARE else "watch",
-        f"β sat at its floor of {floor:g} in {share:.0%} of steps.",
-        f"{round(share * len(beta.values))} of {len(beta.values)} steps",
-        f"The gaps are wide for this schedule. {calmer_beta(run)}.",
-        "beta",
-    )
+    floor = run.last("beta/floor")
+    return at_bound(run, "floor", floor, lambda beta: beta <= (floor or 0) * (1 + 1e-5))
 
 
 def beta_at_its_ceiling(run: Run) -> Finding | None:
     """Return a finding if β is at its ceiling in at least SOME_STEPS of the steps."""
-    beta, ceiling = run.curve("beta/used"), run.last("beta/ceiling")
-    if beta is None or ceiling is None:
+    ceiling = run.last("beta/ceiling")
+    rest = "; raise the schedule's ceiling only if β may go there"
+    return at_bound(run, "ceiling", ceiling, lambda beta: beta >= (ceiling or 0) * (1 - 1e-5), rest)
+
+
+def at_bound(
+    run: Run, name: str, bound: float | None, meets: Callable[[np.ndarray], np.ndarray], rest: str = ""
+) -> Finding | None:
+    """Return a finding if the β used `meets` its `bound` in at least SOME_STEPS of the steps."""
+    beta = run.curve("beta/used")
+    if beta is None or bound is None:
         return None
-    share = float((beta.values >= ceiling * (1 - 1e-5)).mean())
+    share = float(meets(beta.values).mean())
     if share < SOME_STEPS:
         return None
     return Finding(
         run.name,
         "act" if share >= BOUND_SHARE else "watch",
-        f"β sat at its ceiling of {ceiling:g} in {share:.0%} of steps.",
+        f"β sat at its {name} of {bound:g} in {share:.0%} of steps.",
         f"{round(share * len(beta.values))} of {len(beta.values)} steps",
-        f"{calmer_beta(run)}; raise the schedule's ceiling only if β may go there.",
+        sentence(BY_NAME["β at its bounds"].advice_with(calmer_beta(run)) + rest),
         "beta",
     )
 
@@ -74,7 +74,7 @@ def beta_far_from_base(run: Run) -> Finding | None:
         "act",
         f"β lay beyond three times β0 = {base:g}, or below a third of it, in {above + below:.0%} of steps.",
         f"above 3·β0 in {above:.0%}, below β0/3 in {below:.0%}; largest {np.nanmax(beta.values) / base:.3g}·β0",
-        f"{calmer_beta(run)}.",
+        sentence(BY_NAME["β far from β0"].advice_with(calmer_beta(run))),
         "beta",
     )
 
@@ -104,7 +104,7 @@ def how_beta_moved(run: Run) -> Finding | None:
             "act",
             f"β jumped by {swing:.0%} of β0 from one step to the next.",
             evidence,
-            f"Such a β follows the noise of the batch. {calmer_beta(run)}, or raise data.batch_size.",
+            "Such a β follows the noise of the batch. " + sentence(f"{calmer_beta(run)}, or raise data.batch_size"),
             "beta",
         )
     return Finding(
@@ -126,7 +126,7 @@ def few_pairs_carry_the_weight(run: Run) -> Finding | None:
         "act",
         f"A few pairs carry nearly all the filter's weight: worth {share:.0%} of a batch.",
         f"median effective sample size in the second half {share * pairs:.1f} of {pairs:.0f} pairs",
-        "Outliers stretch the gaps: look at the pairs with the most extreme ones (TensorBoard, text tab).",
+        sentence(BY_NAME["effective sample size collapsed"].advice),
         "filter",
     )
 

@@ -16,3 +16,8 @@ class Finding(NamedTuple):
     evidence: str
     advice: str
     chart: str  # anchor of the chart that shows it
+
+
+def sentence(clause: str) -> str:
+    """Return a clause of `callbacks.health` as a sentence."""
+    return f"{clause[0].upper()}{clause[1:]}."

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from app.intervals import bootstrap_mean
-from app.report.finding import Finding, Level
+from app.report.finding import Finding, Level, sentence
 from app.report.run import Run
-from callbacks.health import SATURATED
+from callbacks.health import BY_NAME, SATURATED
 
 OVERFITTED = 0.1  # training accuracy minus held-out accuracy that gives a finding
 SLOWER = 0.75  # late throughput as a share of early throughput, below which there is a finding
@@ -41,8 +41,7 @@ def chosen_probability_falls(run: Run) -> Finding | None:
         f"Chosen responses lost {-up.mean:.2f} nats of log-probability"
         + (", more than the margin gained." if serious else ", rejected ones more."),
         evidence,
-        "Only the difference is trained, so both may sink and probability leaks elsewhere: raise model.beta0, "
-        "lower the learning rate, or add model.sft_weight.",
+        sentence(BY_NAME["chosen falls with rejected"].advice),
         "drift",
     )
 
@@ -60,7 +59,7 @@ def accuracy_is_saturated(run: Run) -> Finding | None:
         "watch",
         f"{late:.1%} of training pairs are ranked right before they are trained on.",
         f"mean over the last quarter; saturated from {SATURATED:.0%}",
-        "Little is left to learn from these pairs: stop earlier, or find harder ones.",
+        sentence(BY_NAME["accuracy saturated"].advice),
         "accuracy",
     )
 
@@ -89,7 +88,7 @@ def against_the_baseline(run: Run) -> Finding | None:
     if rate is None:
         return None
     level: Level = "good" if rate.low > 0.5 else "act" if rate.high < 0.5 else "watch"
-    sentence, advice = {
+    told, advice = {
         "good": (f"Its answers beat the SFT model's in {rate.mean:.0%} of prompts.", ""),
         "act": (
             f"Its answers lose to the SFT model's: win rate {rate.mean:.0%}.",
@@ -100,7 +99,7 @@ def against_the_baseline(run: Run) -> Finding | None:
             "The interval holds 50 %: sample more prompts (generate --count), or train longer.",
         ),
     }[level]
-    return Finding(run.name, level, sentence, f"win rate {rate} [95 % interval], ties half", advice, "quality")
+    return Finding(run.name, level, told, f"win rate {rate} [95 % interval], ties half", advice, "quality")
 
 
 def against_other_runs(run: Run) -> Finding | None:
@@ -149,7 +148,7 @@ def slower_at_the_end(run: Run) -> Finding | None:
         "watch",
         f"The run ended at {last / first:.0%} of the speed at which it began.",
         f"median {first:,.0f} tokens per second early, {last:,.0f} late",
-        "Look for other programs on the machine, or for heat.",
+        sentence(BY_NAME["throughput lost"].advice),
         "speed",
     )
 
@@ -164,6 +163,6 @@ def pairs_without_a_gap(run: Run) -> Finding | None:
         "act",
         f"{count:.0f} times a pair had no finite gap and was left out.",
         "counted over the whole run; the log names the pairs",
-        "Lower the learning rate, or use trainer.precision 32-true.",
+        sentence(BY_NAME["pairs without a finite gap"].advice),
         "accuracy",
     )

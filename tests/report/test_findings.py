@@ -18,7 +18,7 @@ def test_beta_at_its_floor_and_its_ceiling() -> None:
     assert found.level == "act"
     assert found.sentence == "β sat at its floor of 0.001 in 15% of steps."
     assert found.evidence == "15 of 100 steps"
-    assert "Lower schedule.alpha" in found.advice
+    assert "lower schedule.alpha" in found.advice
     rarely = run_with(beta__used=[0.1] * 97 + [0.001] * 3, beta__floor=[0.001])
     found = beta_checks.beta_at_its_floor(rarely)
     assert found is not None
@@ -77,7 +77,7 @@ def test_beta_far_from_base_and_advice_for_the_schedule_of_the_run() -> None:
     run.config = {"schedule": entry}
     found = beta_checks.beta_far_from_base(run)
     assert found is not None
-    assert found.advice == "Lower schedule.alpha."
+    assert found.advice.endswith(": lower schedule.alpha.")
     near = run_with(beta__used=[0.01] * 96 + [0.05] * 4, beta__base=[0.01], beta__clamped=[0.0])
     assert beta_checks.beta_far_from_base(near) is None
 
