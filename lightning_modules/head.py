@@ -68,23 +68,25 @@ def head_logps(
     targets: Tensor,
     rule: LogitRule,
     slice_logits: int | None = None,
+    some_dropped: bool = True,
 ) -> Tensor:
     """Return log-probabilities [N] of `targets` [N] in float32 (float64 for float64 weights), with gradient.
 
     Both passes hold one slice of logits [N, slice] at a time: the forward pass keeps the log-sum-exp of each slice
     and the backward pass recomputes the slices. Slices of the vocabulary, unlike slices of the tokens, write every
-    row of the weight's gradient [V, width] once. The backward pass skips tokens without a gradient (those of
-    dropped pairs).
+    row of the weight's gradient [V, width] once. The backward pass skips tokens without a gradient, for which a
+    GPU's host waits; there it does so only with `some_dropped`.
 
     Args:
         hidden: outputs of the decoder that predict the targets, [N, width].
         weight, bias: of the head, [V, width] and [V].
         slice_logits: largest number of logits to hold at a time; None chooses by device.
+        some_dropped: whether pairs may be dropped after this forward pass.
     """
     most = SLICE_LOGITS.get(hidden.device.type, SLICE_LOGITS["cuda"]) if slice_logits is None else slice_logits
     narrowest = NARROWEST_SLICE if slice_logits is None else 1
     width = min(len(weight), max(most // max(len(targets), 1), narrowest))
-    return _HeadLogps.apply(hidden.to(compute_dtype(weight)), weight, bias, targets, rule, width)
+    return _HeadLogps.apply(hidden.to(compute_dtype(weight)), weight, bias, targets, rule, width, some_dropped)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -103,6 +105,7 @@ class _HeadLogps(torch.autograd.Function):
         targets: Tensor,
         rule: LogitRule,
         width: int,
+        some_dropped: bool,
     ) -> Tensor:
         sums: list[Tensor] = []  # log-sum-exp of each slice, [N] each
         chosen = torch.zeros(len(targets), dtype=at_least_float32(hidden[:0]).dtype, device=hidden.device)
@@ -115,13 +118,14 @@ class _HeadLogps(torch.autograd.Function):
         normaliser = torch.logsumexp(torch.stack(sums), 0)
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
         ctx.rule, ctx.width = rule, width
+        ctx.skip = some_dropped or not hidden.is_cuda
         return chosen - normaliser
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normaliser = ctx.saved_tensors
-        wanted = torch.nonzero(gradient).squeeze(1)
+        wanted = torch.nonzero(gradient).squeeze(1) if ctx.skip else slice(None)
         d_hidden = torch.zeros_like(hidden, dtype=normaliser.dtype)
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         d_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
@@ -146,7 +150,7 @@ class _HeadLogps(torch.autograd.Function):
                 d_weight[part] = d_logits.t() @ used
             d_used += d_logits @ weight[part].to(hidden.dtype)
         d_hidden[wanted] = d_used
-        return d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None
+        return d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None, None
 
 
 def _slice(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule, start: int, width: int) -> Tensor:

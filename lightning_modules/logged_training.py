@@ -1,4 +1,4 @@
-"""Logging of the training stages without waiting for the device, step times, and exact means over all ranks."""
+"""Logging of the training stages without waiting for the device, and step times."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric, SumMetric
 
 
 class LoggedTraining(LightningModule):
@@ -50,16 +49,6 @@ class LoggedTraining(LightningModule):
         """Return the seconds since the last step or the start, with loader and callbacks but without validation."""
         before, self._step_ended = self._step_ended, time.perf_counter()
         return self._step_ended - before
-
-
-def exact_mean() -> Metric:
-    """Return a weighted-mean metric in float64 that counts every pair once, over uneven batches and all ranks."""
-    return MeanMetric().set_dtype(torch.float64)
-
-
-def exact_count() -> Metric:
-    """Return a sum metric in float64 that is not synchronised, because every rank adds the whole batch's count."""
-    return SumMetric(sync_on_compute=False).set_dtype(torch.float64)
 
 
 def warn_of_nonfinite(stage: str, figures: Mapping[str, Tensor]) -> None:

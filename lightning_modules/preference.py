@@ -112,6 +112,7 @@ class PreferenceOptimization(PreferenceScoring):
             decision = self.decide(global_logps, batch)
         else:
             # A single micro-batch keeps its graph for the backward pass; several would need too much memory.
+            self.policy.some_dropped = len(micro_batches) == 1
             with torch.set_grad_enabled(len(micro_batches) == 1):
                 logps, global_logps = self.measurer.measure(batch, micro_batches)
             decision = self.decide(global_logps, batch)

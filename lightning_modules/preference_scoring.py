@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torchmetrics import Metric
+from torch import Tensor
 
 from app.method.batch import OptimizerBatch
 from app.method.losses import PairLoss
 from app.method.metrics import pair_metrics
 from lightning_modules.base import LanguageModelTraining
 from lightning_modules.layout_check import CHECKED_PAIRS
-from lightning_modules.logged_training import exact_count, exact_mean, warn_of_nonfinite
+from lightning_modules.logged_training import warn_of_nonfinite
 from lightning_modules.measuring import SIDES, PairMeasurer
 from lightning_modules.reference import AdapterOff, NoReference, Reference, ScoredReference
 from lightning_modules.reference_cache import CachedReference, filled_reference_cache
@@ -44,7 +44,7 @@ class PreferenceScoring(LanguageModelTraining):
         self.reference = reference
         self.reference_values: Reference = NoReference()
         self.measurer: PairMeasurer
-        self._evaluation: dict[str, Metric] = {}
+        self._evaluation: list[dict[str, Tensor]] = []  # of every batch, one value per pair of the global batch
 
     def keep_reference(self, fresh: ResponseScorer) -> None:
         if not self.loss.needs_reference or self.reference != "frozen":
@@ -94,41 +94,35 @@ class PreferenceScoring(LanguageModelTraining):
         self.log_evaluation("test")
 
     def evaluate(self, batch: OptimizerBatch) -> None:
-        """Add this rank's pairs to the running means, in which every pair counts once for any number of ranks.
+        """Keep the values of all pairs of the global batch, which are on the CPU of every rank."""
+        _, logps = self.measurer.measure(batch, self.micro_batches(batch))
+        beta = torch.full((len(batch.pair_ids),), self.beta0)
+        values = pair_metrics(logps, self.loss, beta)
+        loss = self.loss.for_batch(logps)(logps, beta)
+        self._evaluation.append(values | {"loss": loss, "gap_mean": self.loss.discrepancy(logps)})
+
+    def log_evaluation(self, stage: str) -> None:
+        """Log the means over all pairs, each of which counts once for any number of ranks.
 
         A pair without a finite gap enters no mean and is counted in `nonfinite_pairs`.
         """
-        logps, global_logps = self.measurer.measure(batch, self.micro_batches(batch))
-        batch_loss = self.loss.for_batch(global_logps)
-        beta = torch.full((len(batch.positions),), self.beta0, device=self.device)
-        values = pair_metrics(logps, self.loss, beta) | {
-            "loss": batch_loss(logps, beta),
-            "gap_mean": self.loss.discrepancy(logps),
-        }
-        finite = values["gap_mean"].isfinite()
-        for name, column in values.items():
-            if name not in self._evaluation:
-                self._evaluation[name] = exact_mean().to(self.device)
-            self._evaluation[name].update(column[finite])
+        columns = {name: torch.cat([part[name] for part in self._evaluation]) for name in self._evaluation[0]}
+        finite = columns["gap_mean"].isfinite()
         # the number of pairs in the means, which their uncertainty depends on
-        good = int(self.loss.discrepancy(global_logps).isfinite().sum())
-        for name, count in (("pairs", good), ("nonfinite_pairs", len(batch.pair_ids) - good)):
-            self._evaluation.setdefault(name, exact_count().to(self.device)).update(float(count))
-
-    def log_evaluation(self, stage: str) -> None:
-        figures = {name: metric.compute() for name, metric in self._evaluation.items()}
+        counts = {"pairs": finite.sum().double(), "nonfinite_pairs": (~finite).sum().double()}
+        figures = {name: column[finite].mean() for name, column in columns.items()} | counts
         warn_of_nonfinite(stage, figures)
         self.log_dict({f"{stage}/{name}": value for name, value in figures.items()})
         self._evaluation.clear()
 
     def predict_step(self, batch: OptimizerBatch, batch_idx: int) -> dict[str, Any]:
         """Return the columns of `scores.parquet` for this rank's pairs."""
-        logps, _ = self.measurer.measure(batch, self.micro_batches(batch))
+        logps = self.measurer.measure(batch, self.micro_batches(batch))[1].select(batch.positions)
         columns: dict[str, Any] = {"pair_id": [batch.pair_ids[p] for p in batch.positions.tolist()]}
         for name in ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"):
             column = getattr(logps, name)
             columns[f"{name}_logp"] = [None] * len(batch.positions) if column is None else column.tolist()
         columns["gap"] = self.loss.discrepancy(logps).tolist()
-        columns["chosen_tokens"] = logps.chosen_tokens.tolist()
-        columns["rejected_tokens"] = logps.rejected_tokens.tolist()
+        columns["chosen_tokens"] = logps.chosen_tokens.long().tolist()
+        columns["rejected_tokens"] = logps.rejected_tokens.long().tolist()
         return columns

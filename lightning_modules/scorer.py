@@ -48,6 +48,7 @@ class ResponseScorer(nn.Module):
             )
         self.model = model
         self.slice_logits = slice_logits
+        self.some_dropped = False  # whether pairs may be dropped between a forward pass and its backward pass
         # the fallback if none of this project's attentions works, and the baseline of the start-up check
         self.own_attention = attention_of(model.config)
         self.layout: Layout | None = None  # of the rows, known after the start-up check
@@ -102,8 +103,8 @@ class ResponseScorer(nn.Module):
 
         A layer of width d takes about 24·d² operations per token, and attention over a row of T tokens 4·d·T: equal
         at T = 6·d. On a CPU, attention with a dense mask runs at about a third of the speed of a matrix product,
-        hence 2·d, which is used on every device. This project's attentions skip what a mask would hide, so their
-        length is infinite.
+        hence 2·d. CUDA takes the same, not measured: there a mask keeps SDPA from FlashAttention. This project's
+        attentions skip what a mask would hide, so their length is infinite.
         """
         if self.attention in OURS:
             return math.inf
@@ -131,7 +132,10 @@ class ResponseScorer(nn.Module):
         hidden = outputs.flatten(0, 1)[rows.predict_index]
         if hidden_only:
             return hidden
-        per_token = head_logps(hidden, *self._head(), rows.target_ids, self.logit_rule, self.slice_logits)
+        head = self._head()
+        per_token = head_logps(
+            hidden, *head, rows.target_ids, self.logit_rule, self.slice_logits, self.some_dropped
+        )
         return response_sums(per_token, rows)
 
     @property

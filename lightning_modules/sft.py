@@ -7,12 +7,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torchmetrics import SumMetric
 
 from app.method.batch import OptimizerBatch
 from app.method.ranges import PositiveFloat, checked
 from lightning_modules.base import Attention, CompileLayers, LanguageModelTraining
-from lightning_modules.logged_training import exact_mean, warn_of_nonfinite
+from lightning_modules.logged_training import warn_of_nonfinite
 from lightning_modules.lora import Lora
 from lightning_modules.scorer import response_logps
 
@@ -53,8 +52,8 @@ class SupervisedFineTuning(LanguageModelTraining):
             trust_remote_code,
             lora,
         )
-        self._validation = exact_mean()
-        self._finite, self._nonfinite = SumMetric(), SumMetric()  # pairs, over all ranks
+        # of every validation batch, sums over this rank's finite pairs: −log π, tokens, pairs, and pairs left out
+        self._validation: list[Tensor] = []
 
     def training_step(self, batch: OptimizerBatch, batch_idx: int) -> Tensor:
         micro_batches = self.micro_batches(batch)
@@ -80,14 +79,12 @@ class SupervisedFineTuning(LanguageModelTraining):
         for rows in micro_batches:
             tokens[rows.pairs] = rows.response_tokens.to(tokens)
         finite = logps.isfinite()
-        self._validation.update(-logps[finite] / tokens[finite], weight=tokens[finite])
-        self._nonfinite.update((~finite).sum())
-        self._finite.update(finite.sum())
+        loss = -logps.where(finite, 0)
+        self._validation.append(torch.stack([loss, tokens * finite, finite.double(), (~finite).double()]).sum(1))
 
     def on_validation_epoch_end(self) -> None:
-        left_out = self._nonfinite.compute()
-        warn_of_nonfinite("val", {"nonfinite_pairs": left_out, "pairs": self._finite.compute()})
-        self.log("val/loss", self._validation.compute(), prog_bar=True)
+        loss, tokens, pairs, left_out = self.ranks.reduce(torch.stack(self._validation).sum(0), "sum")
+        warn_of_nonfinite("val", {"nonfinite_pairs": left_out, "pairs": pairs})
+        self.log("val/loss", loss / tokens, prog_bar=True)
         self.log("val/nonfinite_pairs", left_out)
-        for metric in (self._validation, self._nonfinite, self._finite):
-            metric.reset()
+        self._validation.clear()

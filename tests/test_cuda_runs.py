@@ -15,7 +15,7 @@ import pytest
 import torch
 from command_runs import run_ranks
 from cuda_runs import Window, cuda_stand_in, cuda_trainer
-from cuda_stand_in import counted
+from cuda_stand_in import CUDA, counted
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tiny_runs import (
@@ -27,6 +27,7 @@ from tiny_runs import (
     rarest_token,
     relative_difference,
     same_bits,
+    save_reward_model,
     save_tiny_model,
     tiny_model,
     weights,
@@ -34,9 +35,11 @@ from tiny_runs import (
 
 import callbacks as cb
 from app.errors import StepRefused
-from app.method.losses import KTOPairLoss, SimPOLoss
+from app.method.logps import PairLogps
+from app.method.losses import KTOPairLoss, PairLoss, SigmoidLoss, SimPOLoss, WithSFTTerm
 from app.sampling import generator_state, restore_generator, sample, score
 from datamodules.controlled_task import build_tokenizer
+from datamodules.reward_model import RewardModel
 from lightning_modules import SupervisedFineTuning
 from lightning_modules.lora import Lora
 from lightning_modules.pretrained import load_model
@@ -101,8 +104,8 @@ def test_trains_as_on_the_cpu(name: str, shallow_llama: str, tmp_path: Path) -> 
     assert relative_difference(on_the_host(expected), on_the_host(seen)) < 1e-5
 
 
-# what a step may wait for: the gaps of all pairs, the gradient norm, and in each backward pass of the head the
-# tokens that have a gradient
+# what a step may wait for: the gaps of all pairs, the gradient norm, and where pairs are dropped after their
+# forward pass, the tokens that have a gradient
 GATHER = ("to host", "to", "lightning_modules/ranks.py:reduce")
 NORM = ("wait", "item", "lightning_modules/sharding.py:clip_gradients")
 HEAD = ("wait", "nonzero", "lightning_modules/head.py:backward")
@@ -121,18 +124,18 @@ def everything(folder: Path) -> list[Callback]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only the stand-in counts waits")
 @pytest.mark.parametrize(
-    ("hooks", "data", "gathers"),
+    ("hooks", "data", "expected"),
     [
-        (lambda folder: beta_dpo(), {}, 1),
-        (lambda folder: beta_dpo(), SEVERAL, 1),
-        (lambda folder: [], SEVERAL, 1),
-        (lambda folder: [cb.EpsilonBeta()], {}, 2),
-        (everything, SEVERAL, 2),  # the KL is a second exchange
+        (lambda folder: beta_dpo(), {}, {GATHER: 1, NORM: 1, HEAD: 1}),
+        (lambda folder: beta_dpo(), SEVERAL, {GATHER: 1, NORM: 1}),
+        (lambda folder: [], SEVERAL, {GATHER: 1, NORM: 1}),
+        (lambda folder: [cb.EpsilonBeta()], {}, {GATHER: 2, NORM: 1, HEAD: 1}),
+        (everything, SEVERAL, {GATHER: 2, NORM: 1}),  # the KL is a second exchange
     ],
     ids=["one micro-batch", "several", "plain", "epsilon", "every callback"],
 )
 def test_the_host_waits_for_little(
-    hooks: Any, data: dict[str, Any], gathers: int, shallow_llama: str, tmp_path: Path
+    hooks: Any, data: dict[str, Any], expected: dict[Any, int], shallow_llama: str, tmp_path: Path
 ) -> None:
     with cuda_stand_in() as device:
         window = Window(device)
@@ -141,14 +144,34 @@ def test_the_host_waits_for_little(
         trainer = cuda_trainer(tmp_path, [*hooks(tmp_path), window], "bf16-mixed", max_steps=2, **settings)
         trainer.fit(preference(shallow_llama), controlled(20, **data))
     assert device.violations == []
-    waits = counted(window.waits)
-    backwards = waits.pop(HEAD)
-    assert waits == {GATHER: gathers, NORM: 1}
-    assert backwards == 1 if not data else 1 < backwards <= 3
+    assert counted(window.waits) == expected
 
 
-def test_stages_and_resume(shallow_llama: str, tmp_path: Path) -> None:
-    """SFT, predict, validate and test as on the CPU; a resumed run equals an uninterrupted one to the bit."""
+class EvaluationWindow(Window):
+    on_validation_batch_start = on_predict_batch_start = Window.on_train_batch_start
+    on_validation_batch_end = on_predict_batch_end = Window.on_train_batch_end
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only the stand-in counts waits")
+def test_evaluation_waits_once_a_batch(shallow_llama: str, tmp_path: Path) -> None:
+    stages = {"preference": preference(shallow_llama), "sft": SupervisedFineTuning(shallow_llama)}
+    seen = {}
+    with cuda_stand_in() as device:
+        for name, module in stages.items():
+            window = EvaluationWindow(device)
+            writer = cb.ScoreWriter(str(tmp_path / "scores.parquet"))
+            trainer = cuda_trainer(tmp_path, [window, writer], limit_val_batches=3, limit_predict_batches=3)
+            trainer.validate(module, controlled(20, batch_size=2), verbose=False)
+            seen[name] = counted(window.waits)
+            if name == "preference":
+                trainer.predict(module, controlled(20, batch_size=2))
+                seen["predict"] = counted(window.waits)
+    assert device.violations == []
+    assert seen == {"preference": {GATHER: 1}, "predict": {GATHER: 1}, "sft": {}}
+
+
+def test_stages(shallow_llama: str, tmp_path: Path) -> None:
+    """SFT, predict, validate and test as on the CPU."""
     with cuda_stand_in() as device:
         sft = [SupervisedFineTuning(shallow_llama, optimizer=torch.optim.SGD) for _ in range(2)]
         losses = []
@@ -168,15 +191,64 @@ def test_stages_and_resume(shallow_llama: str, tmp_path: Path) -> None:
             figures.append(found | {name: float(value) for name, value in trainer.callback_metrics.items()})
         torch.testing.assert_close(scores[1], scores[0], rtol=0, atol=1e-4)
         assert figures[1] == pytest.approx(figures[0], abs=1e-4)
-        whole, parts_of = preference(shallow_llama), [preference(shallow_llama) for _ in range(2)]
+    assert device.violations == []
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora": Lora(r=2)}], ids=["all weights", "LoRA"])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    settings: dict[str, Any], shallow_llama: str, tmp_path: Path
+) -> None:
+    with cuda_stand_in() as device:
+        runs = []
+        for _ in range(3):
+            torch.manual_seed(0)  # of the adapters
+            runs.append(preference(shallow_llama, **settings))
+        whole, first, second = runs
         data = {"batch_size": 5}
+        torch.manual_seed(0)
         cuda_trainer(tmp_path, beta_dpo(), max_steps=3).fit(whole, controlled(20, **data))
         checkpoint = cb.RunCheckpoint(dirpath=str(tmp_path / "c"))
         saving = {"enable_checkpointing": True, "max_steps": 2}
-        cuda_trainer(tmp_path, [*beta_dpo(), checkpoint], **saving).fit(parts_of[0], controlled(20, **data))
+        torch.manual_seed(0)
+        cuda_trainer(tmp_path, [*beta_dpo(), checkpoint], **saving).fit(first, controlled(20, **data))
         last = str(tmp_path / "c" / "last.ckpt")
-        cuda_trainer(tmp_path, beta_dpo(), max_steps=3).fit(parts_of[1], controlled(20, **data), ckpt_path=last)
-        assert same_bits(on_the_host(whole), on_the_host(parts_of[1]))
+        cuda_trainer(tmp_path, beta_dpo(), max_steps=3).fit(second, controlled(20, **data), ckpt_path=last)
+        assert same_bits(on_the_host(whole), on_the_host(second))
+    assert device.violations == []
+
+
+def concrete(kind: type[PairLoss]) -> list[type[PairLoss]]:
+    every = [kind, *(below for child in kind.__subclasses__() for below in concrete(child))]
+    return [one for one in every if not one.__abstractmethods__ and one.__module__ == PairLoss.__module__]
+
+
+@pytest.mark.parametrize("loss", concrete(PairLoss), ids=lambda loss: loss.__name__)
+def test_losses_of_pairs_on_the_device_are_those_of_the_cpu(loss: Any) -> None:
+    made = loss(SigmoidLoss(), 0.5) if loss is WithSFTTerm else loss()
+    values = torch.linspace(-40, -10, 24, dtype=torch.float64).view(6, 4)[:, torch.tensor([2, 0, 3, 1])]
+    found = []
+    with cuda_stand_in() as device:
+        for kind in ("cpu", "cuda"):
+            leaf = values[:2].to(kind).requires_grad_()
+            logps = PairLogps(*leaf, *values[2:4].to(kind), *(-values[4:].to(kind)).long())
+            everyone = PairLogps(*values[:4], *(-values[4:]).long())
+            margin = torch.full((4,), 0.1).to(kind) if made.takes_margin else None
+            losses = made.for_batch(everyone)(logps, torch.full((4,), 0.1).to(kind), margin)
+            losses.sum().backward()
+            found.append((losses.detach().cpu(), made.discrepancy(logps).detach().cpu(), leaf.grad.cpu()))
+        assert device.violations == []
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_a_reward_model_scores_as_on_the_cpu(tmp_path: Path) -> None:
+    model = RewardModel(save_reward_model(tmp_path), batch_size=2, device="cpu")
+    prompts, responses = ["my tiger", "my home", "can you"], [" yes .", " no", " the tiger has colour"]
+    expected = list(model.rewards(prompts, responses))
+    with cuda_stand_in() as device:
+        model.device = CUDA
+        model.model = model.model.to("cuda")
+        assert list(model.rewards(prompts, responses)) == pytest.approx(expected, abs=1e-5)
     assert device.violations == []
 
 
