@@ -16,10 +16,9 @@ from app.cli import PartsCLI, lightning_options
 from app.errors import UserError
 from app.files import CONFIGS
 from app.method.ranges import PositiveFloat, PositiveInt
-from lightning_modules.activations import activations
 from lightning_modules.attention import dense_mask_bytes
 from lightning_modules.base import LanguageModelTraining
-from lightning_modules.memory import MemoryPlan, Setup, Sizes
+from lightning_modules.memory import MemoryPlan, Setup, Sizes, activations
 from lightning_modules.pretrained import bare_model, load_config, parameter_count
 from lightning_modules.strategy import ShardedStrategy
 from lightning_modules.tensor_parallel import keep_local_part
@@ -96,7 +95,7 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
         reference=needs_reference and getattr(module, "reference", "frozen") == "frozen",
         offload_reference=sharded and strategy.offload_reference,
         checkpointed=module.gradient_checkpointing,
-        dense_mask=0 if module.requested_layout == "separate" else dense_mask_bytes(module.attention, config),
+        dense_mask=0 if module.layout == "separate" else dense_mask_bytes(module.attention, config),
         optimizer_state=optimizer_state(module.make_optimizer),
         foreach_step=not on_cpu,
         reshard=not sharded or strategy.reshard_after_forward,
