@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from app.method.moments import RunningMoments
+from app.method.reference_flips import fitted
 from app.run_folder import grouping_labels
 
 
@@ -14,13 +15,18 @@ def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
     """Return one row per pair, in order of first appearance, from an audit with one row per pair and step.
 
     Columns: `times_seen`, `times_dropped` (seen and not trained on), `first_step`, `last_step`, `first_gap`,
-    `last_gap` in nats, and two scores that are higher for more suspicious pairs:
+    `last_gap` in nats, and scores that are higher for more suspicious pairs:
 
     * `mislabelled`: Σ −2·max(M0, 0)·h/σ² over the pair's steps, in nats. If the gaps of correctly labelled pairs
       are normal with mean M0 and deviation σ, those of swapped pairs have mean −M0, and this is the log-likelihood
       ratio of the two. A step has weight zero while M0 ≤ 0: such a policy has not learned the labels yet.
     * `outlier`: the mean of |h − M0|/σ over the pair's steps, large for an extreme gap of either sign; 0 if no step
       of the pair counts.
+
+    * `wrong_by_posterior`: 1 − the mean confidence that RE-PO had in the label; NaN without RE-PO.
+    * `wrong_by_reference`: the probability that the label is flipped, fitted to the reference's margins
+      (`app.method.reference_flips`); NaN without a reference.
+    * `dropped_share`: `times_dropped` over `times_seen`.
 
     M0 and σ are running moments of the gaps themselves, so that all arms, plain DPO too, are scored in the same
     way. A step without a finite gap, or before σ is known, counts as seen but adds to neither score. Labels of the
@@ -36,6 +42,8 @@ def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
     # a policy with a negative mean gap has not learned the labels yet and cannot tell which are wrong
     evidence[known] = -2 * np.maximum(mean[known], 0) * gap[known] / std[known] ** 2
     distance[known] = np.abs(gap[known] - mean[known]) / std[known]
+    for name in ("reference_margin", "label_confidence"):  # audits of version 0.1 lack them
+        seen[name] = pd.to_numeric(seen[name]) if name in seen else np.nan
     seen = seen.assign(evidence=evidence, distance=distance, dropped=~seen.kept.astype(bool))
     columns = {
         "times_seen": ("step", "size"),
@@ -46,10 +54,47 @@ def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
         "last_gap": ("gap", "last"),
         "mislabelled": ("evidence", "sum"),
         "outlier": ("distance", "mean"),
+        "wrong_by_posterior": ("label_confidence", lambda confidence: 1.0 - confidence.mean()),
+        "wrong_by_reference": ("reference_margin", "first"),
+        "dropped_share": ("dropped", "mean"),
     }
     labels = {f"label_{name}" if name in columns else name: (name, "first") for name in grouping_labels(audit)}
     histories = seen.groupby("pair_id", sort=False).agg(**columns, **labels)
+    margins = torch.tensor(histories.wrong_by_reference.to_numpy(float))
+    fit = fitted(margins[torch.isfinite(margins)], None, 500)
+    histories["wrong_by_reference"] = np.nan if fit is None else fit.probability(margins).numpy()
+    histories["reference_margin"] = margins.numpy()
     return histories.reset_index().fillna({"outlier": 0.0})
+
+
+# the column of the score by the name of the signal, the best first (docs/monitoring.md)
+SIGNALS = {
+    "reference": "wrong_by_reference",
+    "posterior": "wrong_by_posterior",
+    "gaps": "mislabelled",
+    "dropped": "dropped_share",
+}
+
+
+def available(histories: pd.DataFrame) -> dict[str, str]:
+    """Return why each signal that can rank these pairs can do so, the best signal first.
+
+    The reference counts only if it prefers the labelled response more often than chance would, by three standard
+    errors: one that knows nothing of these pairs cannot tell which labels are wrong.
+    """
+    found = {}
+    margins = histories.reference_margin.dropna()
+    if len(margins):
+        agreement = float((margins > 0).mean())
+        if agreement - 0.5 > 3 * 0.5 / np.sqrt(len(margins)):
+            found["reference"] = f"the reference prefers the labelled response in {agreement:.0%} of the pairs"
+    if histories.wrong_by_posterior.notna().any():
+        found["posterior"] = "the run estimated the probability of every label (RE-PO)"
+    if (histories.mislabelled > 0).any():
+        found["gaps"] = "the mean gap rose above 0"
+    if histories.dropped_share.nunique() > 1:
+        found["dropped"] = "the filter dropped some pairs more often than others"
+    return found
 
 
 def running_moments(seen: pd.DataFrame) -> tuple[pd.Series, pd.Series]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -15,30 +17,52 @@ from app.intervals import bootstrap_mean, wilson
 from app.method.ranges import PositiveInt
 from app.mistakes import checked_command
 from app.run_folder import PairTexts, grouping_labels, read_audit
-from app.suspects import hits, pair_histories
+from app.suspects import SIGNALS, available, hits, pair_histories
+from datamodules.records import PreferencePair
 
 LABEL = "flipped"
 
 
 @checked_command
-def audit(run: str, out: str = "suspects.jsonl", count: PositiveInt = 100) -> None:
+def audit(
+    run: str,
+    out: str = "suspects.jsonl",
+    count: PositiveInt = 100,
+    by: Literal["best", "reference", "posterior", "gaps", "dropped"] = "best",
+    clean: str | None = None,
+    swap: bool = False,
+) -> None:
     """List the likely mislabelled pairs and the outliers of RUN, and write them with their texts to OUT.
 
-    If the data has a column `flipped`, the command prints precision and recall of the list and of two baselines:
-    the length difference of the two responses, and a random list.
+    If the data has a column `flipped`, the command prints precision and recall of every signal and of two
+    baselines: the length difference of the two responses, and a random list.
 
     Args:
         run: log folder of a run with `PairAudit`.
         out: the .jsonl or .csv file to write; it appears only when complete.
         count: number of pairs to list of each kind, at most; the most suspicious come first.
+        by: the signal that ranks likely mislabelled pairs; `best` takes the first that the run has of the
+            reference's own margin, RE-PO's posterior, the gaps, and how often the filter dropped the pair.
+        clean: a .jsonl file for the training data, as its source has it, without the listed mislabelled pairs.
+        swap: keep these pairs in the clean data, with their responses exchanged.
     """
+    if clean is not None and not clean.endswith(".jsonl"):
+        raise UserError(f"clean must end in .jsonl, not {clean!r}.")
+    if swap and clean is None:
+        raise UserError("swap exchanges responses in the clean data: give its file by --clean.")
     if not out.endswith((".jsonl", ".csv")):
         raise UserError(f"out must end in .jsonl or .csv, not {out!r}.")
     rows = read_audit(Path(run))
     histories = pair_histories(rows)
     pairs = PairTexts(Path(run))
     print(how_often_seen(histories))
-    lists = [suspects(histories, kind, count) for kind in ("mislabelled", "outlier")]
+    signals = available(histories)
+    signal = next(iter(signals), "gaps") if by == "best" else by
+    if by not in ("best", *signals) and by != "gaps":
+        raise UserError(f"by: the run has no usable signal {by!r}; it has {', '.join(signals) or 'none'}.")
+    if signal in signals:
+        print(f"Ranked by {signal}: {signals[signal]}.")
+    lists = [suspects(histories, SIGNALS[signal], count, "mislabelled"), suspects(histories, "outlier", count)]
     listed = pd.concat(lists, ignore_index=True)
     texts = pd.DataFrame([pairs.texts(pair_id) for pair_id in listed.pair_id])
     with atomic_file(out) as temporary:
@@ -53,7 +77,50 @@ def audit(run: str, out: str = "suspects.jsonl", count: PositiveInt = 100) -> No
         wrong = rows.groupby("pair_id", sort=False)[LABEL].first().to_numpy().astype(bool)
         if wrong.any():
             extra = np.array(pairs.extra_tokens_of_rejected(histories.pair_id.tolist()))
-            Console().print(comparison(histories.mislabelled.to_numpy(), extra, wrong, min(count, len(wrong))))
+            scores = {f"audit by {name}": histories[SIGNALS[name]].to_numpy(float) for name in signals}
+            Console().print(comparison(scores, extra, wrong, min(count, len(wrong))))
+    if clean is not None:
+        write_clean(clean, pairs, set(lists[0].pair_id), swap)
+
+
+def write_clean(file: str, pairs: PairTexts, worst: set[str], swap: bool) -> None:
+    """Write the training data to `file` as JSON lines, without the pairs `worst` or with them swapped.
+
+    Raises UserError if a pair is not in the sources under its own id.
+    """
+    written, found = 0, set()
+    with atomic_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
+        for stream in pairs.data.streams("train") or ():
+            for pair in stream.read():
+                wrong = pair.pair_id in worst
+                found |= {pair.pair_id} & worst
+                if not wrong or swap:
+                    lines.write(json.dumps(as_row(pair, swap and wrong), ensure_ascii=False) + "\n")
+                    written += 1
+        if found != worst:
+            raise UserError(
+                f"clean: {len(worst - found)} of the listed pairs are not in the sources under their own id, as in "
+                "a mixture: audit a run on one source."
+            )
+    changed = f"{len(worst)} with their responses exchanged" if swap else f"without {len(worst)}"
+    print(f"{written} pairs of the training data, {changed}: {file}")
+
+
+def as_row(pair: PreferencePair, swapped: bool) -> dict[str, Any]:
+    """Return a pair as a row that `data.path` reads; answers are messages only where they have more than text."""
+    more = bool(pair.chosen_fields or pair.rejected_fields)
+    chosen, rejected = (pair.answer(side) if more else getattr(pair, side) for side in ("chosen", "rejected"))
+    if swapped:
+        chosen, rejected = rejected, chosen
+    sides = {"chosen": [chosen], "rejected": [rejected]} if more else {"chosen": chosen, "rejected": rejected}
+    own = {"tools": pair.tools, "chat_template_kwargs": dict(pair.template_kwargs)}
+    return {
+        "pair_id": pair.pair_id,
+        "prompt": pair.prompt if isinstance(pair.prompt, str) else list(pair.prompt),
+        **sides,
+        **{name: value for name, value in own.items() if value},
+        **pair.labels,
+    }
 
 
 def why_no_suspects(rows: pd.DataFrame) -> str:
@@ -85,11 +152,11 @@ def how_often_seen(histories: pd.DataFrame) -> str:
     return f"{len(histories)} pairs, each seen {often} time(s), dropped {share:.1%} of the times{once}."
 
 
-def suspects(histories: pd.DataFrame, kind: str, count: int) -> pd.DataFrame:
-    """Return the `count` pairs with the highest score of this kind, without pairs whose score is not positive."""
-    ranked = histories.sort_values(kind, ascending=False, kind="stable").head(count)
-    ranked = ranked[ranked[kind] > 0]
-    return ranked.assign(listed_as=kind)[["listed_as", *histories.columns]]
+def suspects(histories: pd.DataFrame, score: str, count: int, kind: str | None = None) -> pd.DataFrame:
+    """Return the `count` pairs with the highest `score`, without those whose score is not positive, as `kind`."""
+    ranked = histories.sort_values(score, ascending=False, kind="stable").head(count)
+    ranked = ranked[ranked[score] > 0]
+    return ranked.assign(listed_as=kind or score)[["listed_as", *histories.columns]]
 
 
 def write(listed: pd.DataFrame, file: Path, name: str) -> None:
@@ -99,19 +166,22 @@ def write(listed: pd.DataFrame, file: Path, name: str) -> None:
         listed.to_json(file, orient="records", lines=True, force_ascii=False)
 
 
-def comparison(scores: np.ndarray, extra_tokens: np.ndarray, wrong: np.ndarray, count: int) -> Table:
-    """Return a table of precision and recall for lists of `count` pairs and of as many pairs as have wrong labels.
+def comparison(scores: dict[str, np.ndarray], extra_tokens: np.ndarray, wrong: np.ndarray, count: int) -> Table:
+    """Return a table of precision and recall of every signal for lists of several lengths.
 
-    The length baseline ranks by |y_l| − |y_w| in the better of its two directions, which a user could not know. The
-    expected precision of a random list is the share of wrong labels.
+    The lengths are `count` pairs, 1, 5 and 10 % of all, and as many as have wrong labels. The length baseline ranks
+    by |y_l| − |y_w| in the better of its two directions, which a user could not know. The expected precision of a
+    random list is the share of wrong labels.
     """
     total = int(wrong.sum())
     table = Table(title=f"finding the {total} flipped of {len(wrong)} pairs [95 % interval]")
     for column in ("list", "pairs", "precision", "recall"):
         table.add_column(column)
-    for size in dict.fromkeys((count, total)):
+    shares = (max(1, round(len(wrong) * share)) for share in (0.01, 0.05, 0.1))
+    for size in dict.fromkeys((count, *shares, total)):
         by_length = max((hits(sign * extra_tokens, wrong, size) for sign in (1, -1)), key=np.mean)
-        for name, found in (("audit", hits(scores, wrong, size)), ("length", by_length)):
+        lists = {name: hits(np.nan_to_num(score, nan=-np.inf), wrong, size) for name, score in scores.items()}
+        for name, found in {**lists, "length": by_length}.items():
             table.add_row(name, str(size), str(bootstrap_mean(found)), f"{found.sum() / total:.3f}")
         table.add_row("random (expected)", str(size), f"{wrong.mean():.3f}", f"{size / len(wrong):.3f}")
     return table

@@ -71,10 +71,28 @@ def test_flipped_pairs_are_listed_with_the_texts_that_were_trained_on(
             pair.chosen.strip(),
             str(pair.rejected).strip(),
         )
+    assert "Ranked by gaps: the mean gap rose above 0." in shown  # the random reference knows nothing
     for kind in ("mislabelled", "outlier"):
         scores = [row[kind] for row in rows if row["listed_as"] == kind]
         assert scores == sorted(scores, reverse=True)
         assert 0 < len(scores) <= 8
+
+    listed = {row["pair_id"] for row in rows if row["listed_as"] == "mislabelled"}
+    for option in ([], ["--swap", "true"]):
+        main(["audit", RUN, "--count", "8", "--clean", "clean.jsonl", *option])
+        kept = [json.loads(line) for line in Path("clean.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert {row["pair_id"] for row in kept} == (set(texts) if option else set(texts) - listed)
+        for row in kept:
+            pair = texts[row["pair_id"]]
+            sides = (pair.rejected, pair.chosen) if row["pair_id"] in listed else (pair.chosen, pair.rejected)
+            assert (row["prompt"], row["chosen"], row["rejected"]) == (pair.prompt, *sides)
+            assert row["flipped"] == pair.labels["flipped"]
+    assert f"20 pairs of the training data, {len(listed)} with their responses exchanged" in capfd.readouterr().out
+    assert "clean must end in .jsonl" in refused(["audit", RUN, "--clean", "a.csv"], capfd)
+    assert "give its file by --clean" in refused(["audit", RUN, "--swap", "true"], capfd)
+    assert "no usable signal 'posterior'; it has gaps" in refused(["audit", RUN, "--by", "posterior"], capfd)
+    main(["audit", RUN, "--by", "dropped", "--out", "dropped.csv"])
+    assert pd.read_csv("dropped.csv").dropped_share.iloc[0] > 0
 
     assert "must be a whole number from 1" in refused(["audit", RUN, "--count", "0"], capfd)
     assert "out must end in .jsonl or .csv" in refused(["audit", RUN, "--out", "a.txt"], capfd)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from app.suspects import hits, pair_histories
+from app.suspects import available, hits, pair_histories
 
 
 def audit_of(*steps: dict[str, float], kept: bool = True) -> pd.DataFrame:
@@ -86,3 +86,18 @@ def test_hits_are_in_the_order_of_suspicion() -> None:
     assert hits(np.array([1.0, 3.0, 2.0, 3.0]), wrong, 3).tolist() == [True, False, True]
     with pytest.raises(ValueError, match="cannot list 5 of 4"):
         hits(np.zeros(4), wrong, 5)
+
+
+def test_the_best_signal_is_one_that_knows() -> None:
+    draws = np.random.default_rng(0)
+    wrong = draws.random(300) < 0.15
+    margin = np.abs(draws.normal(size=300)) * np.where(wrong, -1, 1)
+    rows = pd.DataFrame({"step": 0, "pair_id": [f"p{i}" for i in range(300)], "gap": 0.0, "kept": True})
+    knows = pair_histories(rows.assign(reference_margin=margin, label_confidence=np.where(wrong, 0.4, 0.9)))
+    assert list(available(knows)) == ["reference", "posterior"]
+    assert knows.wrong_by_posterior.to_numpy() == pytest.approx(np.where(wrong, 0.6, 0.1))
+    assert hits(knows.wrong_by_reference.to_numpy(), wrong, 20).mean() > 0.9
+    assert float(knows.wrong_by_reference.mean()) == pytest.approx(0.15, abs=0.05)  # a probability
+    ignorant = pair_histories(rows.assign(reference_margin=draws.normal(size=300)))
+    assert available(ignorant) == {}
+    assert available(pair_histories(rows)) == {}  # an audit of version 0.1 has neither column
