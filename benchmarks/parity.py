@@ -16,10 +16,10 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -31,8 +31,7 @@ from benchmarks.tables import markdown, versions
 Parameters = dict[str, Tensor]
 
 
-@dataclass
-class Row:
+class Row(NamedTuple):
     """One comparison: the largest difference found, and the largest that rounding can explain."""
 
     against: str

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -17,33 +16,22 @@ from benchmarks.parity_runs import BETA0, LEARNING_RATE, MAX_GRAD_NORM, Bench, f
 STEPS, BATCH_SIZE, SMOOTHING = 10, 8, 0.1
 
 
-@dataclass
-class Case:
+class Case(NamedTuple):
     """A loss: its options in this project, and the options that make TRL compute it."""
 
     name: str
     ours: list[str]
-    theirs: dict[str, Any] = field(default_factory=dict)
+    theirs: dict[str, Any]
     beta: float = BETA0
 
 
+SMOOTHED = f"--model.loss.label_smoothing={SMOOTHING}"
+# TRL 1.16 ignores label_smoothing in `sigmoid`: cDPO = 2(1 − ε)·DPO − (1 − 2ε)·robust
+CDPO = {"loss_type": ["sigmoid", "robust"], "loss_weights": [2 * (1 - SMOOTHING), 2 * SMOOTHING - 1]}
 CASES = [
     Case("DPO", ["SigmoidLoss"], {"loss_type": ["sigmoid"]}),
-    # TRL 1.16 ignores label_smoothing in `sigmoid`: cDPO = 2(1 − ε)·DPO − (1 − 2ε)·robust
-    Case(
-        "cDPO",
-        ["SigmoidLoss", f"--model.loss.label_smoothing={SMOOTHING}"],
-        {
-            "loss_type": ["sigmoid", "robust"],
-            "loss_weights": [2 * (1 - SMOOTHING), 2 * SMOOTHING - 1],
-            "label_smoothing": SMOOTHING,
-        },
-    ),
-    Case(
-        "robust DPO",
-        ["RobustLoss", f"--model.loss.label_smoothing={SMOOTHING}"],
-        {"loss_type": ["robust"], "label_smoothing": SMOOTHING},
-    ),
+    Case("cDPO", ["SigmoidLoss", SMOOTHED], {**CDPO, "label_smoothing": SMOOTHING}),
+    Case("robust DPO", ["RobustLoss", SMOOTHED], {"loss_type": ["robust"], "label_smoothing": SMOOTHING}),
     # β = 0.5 puts some pairs beyond the kink, where the gradient is zero
     Case("hinge, β = 0.5", ["HingeLoss"], {"loss_type": ["hinge"]}, beta=0.5),
     Case("IPO, per token", ["LengthNormalisedIPOLoss"], {"loss_type": ["ipo"]}),
@@ -60,8 +48,7 @@ class RecordingDPOTrainer(DPOTrainer):
         return result
 
 
-@dataclass
-class Outcome:
+class Outcome(NamedTuple):
     """The losses per step and the final parameters of one case, trained by both."""
 
     name: str

@@ -243,19 +243,14 @@ def extension(rows: Rows) -> list[Question]:
     """Return the questions of the extension phase, in the order of the document."""
     named, best = rows.named, rows.chosen("dpo")[0]
     rivals = (("best static β", "dpo"), ("instance_level", "instance_level"))
-    each = 1 / len(MIXTURES)
-    pooled = [
-        Comparison(
-            f"all shares: β-DPO − {told}",
-            {named("beta_dpo", x): each for x in MIXTURES} | {named(rival, x): -each for x in MIXTURES},
-        )
-        for told, rival in rivals
-    ]
-    shares = [
-        less(f"{GAPS[x][1]:.0%} high: β-DPO − {told}", named("beta_dpo", x), named(rival, x), len(MIXTURES))
-        for x in MIXTURES
-        for told, rival in rivals
-    ]
+    each, comparisons = 1 / len(MIXTURES), []
+    for told, rival in rivals:
+        ours, theirs = ([named(arm, data) for data in MIXTURES] for arm in ("beta_dpo", rival))
+        pooled = dict.fromkeys(ours, each) | dict.fromkeys(theirs, -each)
+        comparisons.append(Comparison(f"all shares: β-DPO − {told}", pooled))
+        for data, our, their in zip(MIXTURES, ours, theirs, strict=True):
+            label = f"{GAPS[data][1]:.0%} high: β-DPO − {told}"
+            comparisons.append(less(label, our, their, len(MIXTURES)))
     return [
         Question(
             "mixtures",
@@ -264,7 +259,7 @@ def extension(rows: Rows) -> list[Question]:
             "and less instance-level β: the mean over the three shares at 95 %, each share at 95 % for the three "
             "together.",
             EXTENSION_SEEDS,
-            [*pooled, *shares],
+            comparisons,
         ),
         Question(
             "crossing",
