@@ -210,7 +210,7 @@ def real_model(table: pd.DataFrame) -> str:
     ]
     header = ["arm", "seed", "β, lowest–highest", "mean gap, last step", "accuracy held out"]
     told = (
-        f"SmolLM2-135M-Instruct, {TASKS['smollm2'].steps[-1]} steps of eight pairs of Anthropic-HH (harmless), "
+        "SmolLM2-135M-Instruct, 6 steps of eight pairs of Anthropic-HH (harmless), "
         "β0 = 0.1, 32 pairs held out; `configs/smollm2_hh.yaml`. An illustration: so few steps and pairs decide "
         "nothing."
     )

@@ -31,7 +31,6 @@ FOLDER = Path("runs/study")
 STEPS = (16, 32, 48, 64)  # checkpoints that are sampled; the last is the end of training
 KL_BUDGET = 1.0  # nats
 COLLAPSED = 0.25  # a run with a larger share of malformed answers has collapsed
-LENGTH = ("--max_new_tokens", "32")  # more than an answer of the controlled task needs
 # data of the controlled task: name → (gap, share of high-gap pairs)
 GAPS = {"low": ("adjacent", 0.0), "mixed": ("mixed", 0.5), "high": ("extreme", 1.0)}
 GAPS |= {f"high{percent}": ("mixed", percent / 100) for percent in (10, 20, 40)}
@@ -77,6 +76,11 @@ class Run:
         name = ",".join([*settings, f"lr={self.learning_rate:g}", *varied])
         return FOLDER / self.task / f"seed-{self.seed}" / name
 
+    def reference(self, task: Task) -> tuple[str, ...]:
+        """Return the words that name the SFT model; ε-DPO compares distributions, which a cache does not hold."""
+        kept = "frozen" if self.arm == "epsilon_dpo" else "cached"
+        return "--model.name", str(task.folder(self.seed) / "model"), "--model.reference", kept
+
     def fit(self, config: str, *task: str) -> Command:
         """Return the command that trains, with the configuration and further words of the task."""
         if self.arm in GONE:
@@ -102,22 +106,67 @@ class Run:
         ]
 
 
-class Controlled:
-    """The controlled task (datamodules/controlled_task), whose reward is exact."""
+class Task:
+    """A task: the commands of its runs and the figures of their samples."""
 
-    margin = 0.1  # of mean true reward, from 0 to 4.5: smaller differences count as equal
+    name: str
+    margin: float  # smaller differences of the mean reward count as equal
     budget = KL_BUDGET
-    steps = STEPS
+    steps: tuple[int, ...]  # checkpoints that are sampled; the last is the end of training
+
+    def folder(self, seed: int) -> Path:
+        """Return the folder of the SFT model of a seed, and of its samples."""
+        return FOLDER / self.name / f"seed-{seed}" / "sft"
 
     def prepare(self) -> None:
         """Make what all seeds share."""
 
-    def sft_folder(self, seed: int) -> Path:
-        return FOLDER / "controlled" / f"seed-{seed}" / "sft"
+    def sft(self, seed: int) -> list[Command]:
+        """Return the commands for what the runs of a seed share: the SFT model and its samples."""
+        return []
+
+    def train(self, run: Run) -> list[Command]:
+        """Return the commands that train a run from the SFT model."""
+        raise NotImplementedError
+
+    def sample(self, model: Path, out: Path, seed: int, count: int, *words: str) -> Command:
+        raise NotImplementedError
+
+    def score(self, samples: Path) -> dict[str, float]:
+        """Return mean reward, share of malformed responses and KL of a file of samples."""
+        raise NotImplementedError
+
+    def commands(self, run: Run) -> list[Command]:
+        """Return all commands from the SFT model to the samples of a run."""
+        made, start = self.train(run), self.folder(run.seed) / "model"
+        for step in self.steps:
+            model, count = run.folder / f"model-{step}", 1024 if step == self.steps[-1] else 512
+            made.append(["export", str(run.folder / "checkpoints" / f"step={step}.ckpt"), str(model)])
+            out = run.folder / f"samples-{step}.jsonl"
+            made.append(self.sample(model, out, run.seed, count, "--reference", str(start)))
+        return made
+
+    def figures(self, run: Run, read: Any) -> dict[str, float]:
+        """Return what the samples and the audit of a finished run say."""
+        sft = self.score(self.folder(run.seed) / "samples.jsonl")
+        found = {"sft_reward": sft["reward"], "sft_malformed": sft["malformed"]}
+        for step in self.steps:
+            end = "" if step == self.steps[-1] else f"_{step}"
+            told = self.score(run.folder / f"samples-{step}.jsonl")
+            found |= {f"{name}{end}": value for name, value in told.items()}
+        flipped = read.audit.flipped.to_numpy(bool)
+        for name, mask in {"flipped": flipped, "clean": ~flipped}.items():
+            found[f"dropped_{name}"] = float(1 - read.audit.kept[mask].mean())  # NaN without such pairs
+        return found
+
+
+class Controlled(Task):
+    """The controlled task (datamodules/controlled_task), whose reward, from 0 to 4.5, is exact."""
+
+    name, margin, steps = "controlled", 0.1, STEPS
 
     def sft(self, seed: int) -> list[Command]:
-        """Return the commands for the SFT model of a seed and its samples, which are the rivals of every arm."""
-        folder = self.sft_folder(seed)
+        folder = self.folder(seed)
         return [
             [
                 *("fit", "--config", "configs/quickstart_sft.yaml", "--seed_everything", str(seed)),
@@ -125,149 +174,107 @@ class Controlled:
                 *("--trainer.logger.init_args.name", folder.name),
             ],
             ["export", str(folder / "checkpoints" / "last.ckpt"), str(folder / "model")],
-            ["generate", str(folder / "model"), str(folder / "samples.jsonl"), "--seed", str(seed), *LENGTH],
+            self.sample(folder / "model", folder / "samples.jsonl", seed, 1024),
         ]
 
-    def commands(self, run: Run) -> list[Command]:
-        """Return the arguments of all `beta-dpo` commands from the SFT model to the samples of a run."""
-        (gap, share), start = GAPS[run.data], str(self.sft_folder(run.seed) / "model")
-        # 64 steps of 64 pairs, each seen once; the reference is scored once for all runs on the same pairs, but for
-        # ε-DPO, which compares distributions
-        reference = "frozen" if run.arm == "epsilon_dpo" else "cached"
-        made = [
+    def train(self, run: Run) -> list[Command]:
+        gap, share = GAPS[run.data]
+        # 64 steps of 64 pairs, each seen once; the reference is scored once for all runs on the same pairs
+        return [
             run.fit(
-                *("configs/quickstart.yaml", "--model.reference", reference, "--data.pairs", "4096"),
+                *("configs/quickstart.yaml", "--data.pairs", "4096", *run.reference(self)),
                 *("--checkpoint.every_n_steps", str(STEPS[0]), "--checkpoint.keep_all", "true"),
-                *("--model.name", start, "--data.gap", gap, "--data.high_gap_share", f"{share:g}"),
-                *("--data.flip_rate", f"{run.flip_rate:g}"),
+                *(
+                    "--data.gap",
+                    gap,
+                    "--data.high_gap_share",
+                    f"{share:g}",
+                    "--data.flip_rate",
+                    f"{run.flip_rate:g}",
+                ),
             )
         ]
-        for step in STEPS:
-            model, count = str(run.folder / f"model-{step}"), "1024" if step == STEPS[-1] else "512"
-            made.append(["export", str(run.folder / "checkpoints" / f"step={step}.ckpt"), model])
-            words = ["--reference", start, "--seed", str(run.seed), "--count", count, *LENGTH]
-            made.append(["generate", model, str(run.folder / f"samples-{step}.jsonl"), *words])
-        return made
+
+    def sample(self, model: Path, out: Path, seed: int, count: int, *words: str) -> Command:
+        words = ("--seed", str(seed), "--count", str(count), *words)
+        return ["generate", str(model), str(out), *words, "--max_new_tokens", "32"]  # more than an answer needs
+
+    def score(self, samples: Path) -> dict[str, float]:
+        told = summary(rows_of(samples))
+        names = {"reward": "mean true reward", "malformed": "malformed share", "kl": "KL to the reference"}
+        return {name: told[long].mean for name, long in names.items() if long in told}
 
     def figures(self, run: Run, read: Any) -> dict[str, float]:
-        """Return what the samples and the audit of a finished run say."""
-        rivals = samples(self.sft_folder(run.seed) / "samples.jsonl")
-        sft = summary(rivals)
-        found = {"sft_reward": sft["mean true reward"].mean, "sft_malformed": sft["malformed share"].mean}
-        for step in STEPS:
-            answers = samples(run.folder / f"samples-{step}.jsonl")
-            told, end = summary(answers), "" if step == STEPS[-1] else f"_{step}"
-            found |= {
-                f"reward{end}": told["mean true reward"].mean,
-                f"malformed{end}": told["malformed share"].mean,
-                f"kl{end}": told["KL to the reference"].mean,
-            }
-        return found | dropped(read.audit) | {"win_rate": win_rate(answers, rivals).mean}
+        files = (run.folder / f"samples-{self.steps[-1]}.jsonl", self.folder(run.seed) / "samples.jsonl")
+        return super().figures(run, read) | {"win_rate": win_rate(*map(rows_of, files)).mean}
 
 
-class Reviews:
-    """Film reviews (benchmarks/study/sentiment.py): finish a sentence so that it praises, by a gold reward."""
+class Reviews(Task):
+    """Film reviews (benchmarks/study/sentiment.py); the reward is the gold probability that a sentence praises."""
 
-    margin = 0.02  # of the mean probability of praise
-    budget = 3.0  # nats: responses are five times as long as those of the controlled task
-    steps = (16, 32, 48)
+    name, margin, steps = "sentiment", 0.02, (16, 32, 48)
+    budget = 3.0  # nats: responses are twice as long as those of the controlled task
     data = FOLDER / "sentiment" / "data"
 
     def prepare(self) -> None:
         sentiment.main(["data", str(self.data)])
 
-    def sft_folder(self, seed: int) -> Path:
-        return FOLDER / "sentiment" / f"seed-{seed}" / "sft"
-
-    def generate(self, model: Path, prompts: str, out: Path, seed: int, count: int | None, *words: str) -> Command:
-        length = ("--max_new_tokens", "64", "--max_prompt_length", "48", "--count", str(count or "null"))
-        return ["generate", str(model), str(out), "--prompts", prompts, "--seed", str(seed), *length, *words]
-
     def sft(self, seed: int) -> list[Command]:
-        """Return the commands for the SFT model of a seed, and its samples for the pairs of all arms."""
-        folder = self.sft_folder(seed)
+        folder, text, tokenizer = self.folder(seed), self.data / "sentences.jsonl", self.data / "tokenizer"
+        prompts = folder / "prompts.jsonl"
         return [
+            ["sentiment", "data", str(self.data)],
             [
                 *("fit", "--config", "benchmarks/study/sentiment_sft.yaml", "--seed_everything", str(seed)),
-                *(
-                    "--data.path",
-                    str(self.data / "sentences.jsonl"),
-                    "--data.tokenizer",
-                    str(self.data / "tokenizer"),
-                ),
+                *("--data.path", str(text), "--data.tokenizer", str(tokenizer)),
                 *("--trainer.logger.init_args.save_dir", str(folder.parent)),
                 *("--trainer.logger.init_args.name", folder.name),
             ],
             ["export", str(folder / "checkpoints" / "last.ckpt"), str(folder / "raw")],
             ["sentiment", "sharpen", str(folder / "raw"), str(folder / "model")],
-            ["sentiment", "prompts", str(self.data), str(folder / "prompts.jsonl"), "--seed", str(seed)],
-            self.generate(folder / "model", str(folder / "prompts.jsonl"), folder / "drawn.jsonl", seed, None),
-            self.evaluate(folder / "model", folder / "samples.jsonl", seed),
+            ["sentiment", "prompts", str(self.data), str(prompts), "--seed", str(seed)],
+            self.sample(folder / "model", folder / "drawn.jsonl", seed, sentiment.DRAWN, "--prompts", str(prompts)),
+            self.sample(folder / "model", folder / "samples.jsonl", seed, 1024),
         ]
 
-    def evaluate(self, model: Path, out: Path, seed: int, *words: str) -> Command:
-        return self.generate(model, str(self.data / "evaluation.jsonl"), out, seed, 1024, *words)
-
-    def commands(self, run: Run) -> list[Command]:
-        """Return all commands from the SFT model's samples to the samples of a run."""
-        folder, pairs = self.sft_folder(run.seed), str(run.folder.with_name(f"{run.folder.name}.jsonl"))
-        reference = "frozen" if run.arm == "epsilon_dpo" else "cached"
-        made = [
+    def train(self, run: Run) -> list[Command]:
+        drawn, pairs = self.folder(run.seed) / "drawn.jsonl", run.folder.with_name(f"{run.folder.name}.jsonl")
+        return [
             [
-                *("sentiment", "pairs", str(self.data), str(folder / "drawn.jsonl"), pairs, "--gap", run.data),
+                *("sentiment", "pairs", str(self.data), str(drawn), str(pairs), "--gap", run.data),
                 *("--flip-rate", f"{run.flip_rate:g}", "--seed", str(run.seed)),
             ],
-            run.fit(
-                *("benchmarks/study/sentiment.yaml", "--data.path", pairs, "--model.name", str(folder / "model")),
-                *("--model.reference", reference),
-            ),
+            run.fit("benchmarks/study/sentiment.yaml", "--data.path", str(pairs), *run.reference(self)),
         ]
-        for step in self.steps:
-            model = run.folder / f"model-{step}"
-            made.append(["export", str(run.folder / "checkpoints" / f"step={step}.ckpt"), str(model)])
-            words = ("--reference", str(folder / "model"))
-            made.append(self.evaluate(model, run.folder / f"samples-{step}.jsonl", run.seed, *words))
-        return made
 
-    def figures(self, run: Run, read: Any) -> dict[str, float]:
-        sft = sentiment.figures(self.data, self.sft_folder(run.seed) / "samples.jsonl")
-        found = {"sft_reward": sft["gold"], "sft_malformed": 1 - sft["finished"]}
-        for step in self.steps:
-            told, end = sentiment.figures(self.data, run.folder / f"samples-{step}.jsonl"), f"_{step}"
-            end = "" if step == self.steps[-1] else end
-            found |= {f"reward{end}": told["gold"], f"malformed{end}": 1 - told["finished"], f"kl{end}": told["KL"]}
-        return found | dropped(read.audit)
+    def sample(self, model: Path, out: Path, seed: int, count: int, *words: str) -> Command:
+        prompts = () if "--prompts" in words else ("--prompts", str(self.data / "evaluation.jsonl"))
+        words = ("--seed", str(seed), "--count", str(count), *words, *prompts)
+        return ["generate", str(model), str(out), *words, "--max_new_tokens", "64", "--max_prompt_length", "48"]
+
+    def score(self, samples: Path) -> dict[str, float]:
+        told = sentiment.figures(self.data, samples)
+        return {"reward": told["gold"], "malformed": 1 - told["finished"], "kl": told["KL"]}
 
 
-class SmolLM2:
-    """A few steps of SmolLM2-135M on Anthropic-HH, whose file is named by the environment variable HH."""
+class SmolLM2(Task):
+    """Six steps of SmolLM2-135M on Anthropic-HH, whose file is named by the environment variable HH."""
 
-    steps = (6,)
+    name, steps = "smollm2", ()
 
     def prepare(self) -> None:
         if not Path("models/smollm2").is_dir() or not Path(os.environ.get("HH", "")).is_file():
             raise SystemExit("smollm2 needs `make smollm2` and HH=pairs.jsonl.gz, a file of Anthropic-HH pairs")
 
-    def sft(self, seed: int) -> list[Command]:
-        return []
-
-    def commands(self, run: Run) -> list[Command]:
-        last = str(self.steps[-1])
-        steps = ["--trainer.max_steps", last, "--trainer.val_check_interval", last]
+    def train(self, run: Run) -> list[Command]:
+        steps = ["--trainer.max_steps", "6", "--trainer.val_check_interval", "6"]
         return [run.fit("configs/smollm2_hh.yaml", "--data.path", os.environ.get("HH", "HH"), *steps)]
 
     def figures(self, run: Run, read: Any) -> dict[str, float]:
         return {}
 
 
-def dropped(audit: pd.DataFrame) -> dict[str, float]:
-    """Return the share of flipped and of other pairs that the filter dropped, NaN without such pairs."""
-    flipped = audit.flipped.to_numpy(bool)
-    sides = {"flipped": flipped, "clean": ~flipped}
-    return {f"dropped_{name}": float(1 - audit.kept[mask].mean()) for name, mask in sides.items()}
-
-
-TASKS: dict[str, Any] = {"controlled": Controlled(), "sentiment": Reviews(), "smollm2": SmolLM2()}
+TASKS: dict[str, Task] = {task.name: task for task in (Controlled(), Reviews(), SmolLM2())}
 
 # --- the table ----------------------------------------------------------------------------------------------
 
@@ -319,8 +326,7 @@ def path_of(row: pd.Series) -> list[tuple[float, float]]:
 def make_sft_model(task_and_seed: tuple[str, int]) -> None:
     """Do what the runs of a seed share, unless it is done."""
     task, seed = task_and_seed
-    commands = TASKS[task].sft(seed)
-    folder = FOLDER / task / f"seed-{seed}" / "sft"
+    commands, folder = TASKS[task].sft(seed), TASKS[task].folder(seed)
     if commands and not (folder / "done").exists():
         shutil.rmtree(folder, ignore_errors=True)  # an interrupted run of a minute needs no resume
         do(commands, folder.with_suffix(".log"))
@@ -359,7 +365,7 @@ def measured(run: Run) -> dict[str, float]:
     }
 
 
-def samples(path: Path) -> list[dict[str, Any]]:
+def rows_of(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in read_samples(str(path))]
 
 

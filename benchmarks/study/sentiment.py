@@ -38,6 +38,7 @@ from app.samples import read_samples
 from benchmarks.tables import markdown
 
 PROMPT_WORDS, VOCABULARY, TEMPERATURE, PROMPTS, SAMPLES = 8, 4096, 0.7, 2000, 4
+DRAWN = PROMPTS * SAMPLES
 GAPS = {"high": ((0, 3),), "low": ((1, 2),), "mixed": ((0, 3), (1, 2))}  # ranks of chosen and rejected
 
 
