@@ -68,7 +68,8 @@ def generate(
         max_new_tokens: length limit of a response, with the token that ends it. A response ends at EOS, at the
             chat template's end-of-turn and at the stop ids of the model's generation config; then `finished` is
             true.
-        max_prompt_length: length limit of a prompt; a longer one is cut as in training, whole old turns first.
+        max_prompt_length: length limit of a prompt; a longer one is cut, whole old turns first, even where training
+            leaves it whole, because prompt and responses fit data.max_length together.
         batch_size: prompts per generation call.
         chat_template: `auto` puts chat messages into the tokenizer's chat template and leaves text as it is; true
             puts text there too.
