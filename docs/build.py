@@ -11,10 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import numpy as np
-import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 import callbacks
 import datamodules
@@ -24,6 +23,9 @@ from app.method import losses
 from app.method.beta import BetaBounds, batch_beta
 from app.method.moments import RunningMoments
 from app.method.selection import gaussian_log_weights, gumbel_top_k, selection_noise
+from app.report.curves import band, beta
+from app.report.plot import DASHES, Line, axis, lines, png, rule, side_by_side, sized_to
+from app.report.run import read_run
 from app.suspects import hits, pair_histories
 from callbacks.health import markdown_sections
 from datamodules.sources import markdown_table
@@ -31,14 +33,6 @@ from datamodules.sources import markdown_table
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parent / "runs" / "quickstart" / "beta_dpo"
 BETA0, PAIRS, KEPT = 0.1, 64, 51  # the batch of the paper's recipe at ρ = 0.8
-
-
-def panel(title: str, x: str, y: str) -> tuple[Any, Any]:
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.set(title=title, xlabel=x, ylabel=y)
-    axes.grid(alpha=0.3)
-    return figure, axes
 
 
 def steps_of(std: float, alpha: float, steps: int, mean: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,33 +52,33 @@ def steps_of(std: float, alpha: float, steps: int, mean: float = 0.0) -> tuple[t
 
 
 def draw_filter() -> Any:
-    figure, axes = panel("who is kept (ρ = 0.8, 64 pairs)", "(M − M0)/σ", "probability")
-    z, share = steps_of(1.0, 0.0, 4000)[1]
-    axes.plot(z, torch.exp(-(z**2) / 2), "--", color="gray", label="selection weight exp(−z²/2)")
-    axes.plot(z, share, color="tab:blue", label="share that is kept, of normal gaps")
-    axes.legend(fontsize=8)
-    return figure
+    z, share = (values.numpy() for values in steps_of(1.0, 0.0, 4000)[1])
+    parts = [
+        Line("selection weight exp(−z²/2)", z, np.exp(-(z**2) / 2), "quiet", (5, 3)),
+        Line("share that is kept, of normal gaps", z, share),
+    ]
+    return titled("who is kept (ρ = 0.8, 64 pairs)", parts, "(M − M0)/σ", "probability")
 
 
 def draw_beta() -> Any:
-    figure, axes = panel("β of a batch (β0 = 0.1)", "mean M of the kept pairs − M0, in nats", "β")
     deviation = torch.linspace(-4, 4, 200, dtype=torch.float64)
     moments = RunningMoments().current()
-    for alpha in (0.2, 0.6, 2.0):
+    parts = []
+    for number, alpha in enumerate((0.2, 0.6, 2.0)):
         beta = torch.stack([batch_beta(BETA0, alpha, d[None], moments) for d in deviation])
-        axes.plot(deviation, BetaBounds().clamp(beta, BETA0), label=f"α = {alpha}")
-    axes.axhline(BETA0, color="gray", linestyle="--", linewidth=0.8)
-    axes.legend(fontsize=8)
-    return figure
+        parts.append(of_alpha(number, alpha, deviation.numpy(), BetaBounds().clamp(beta, BETA0).numpy()))
+    title = "β of a batch (β0 = 0.1)"
+    return titled(title, parts, "mean M of the kept pairs − M0, in nats", "β") + rule(BETA0, "β0")
 
 
 def draw_floor() -> Any:
-    figure, axes = panel("how often β meets its floor", "standard deviation of the gaps, in nats", "share of steps")
     stds = [0.5, 1, 2, 3, 4, 6, 8, 10]
-    for alpha in (0.2, 0.6, 2.0):
-        axes.plot(stds, [floor_share(std, alpha) for std in stds], marker="o", markersize=3, label=f"α = {alpha}")
-    axes.legend(fontsize=8)
-    return figure
+    parts = [
+        of_alpha(number, alpha, stds, [floor_share(std, alpha) for std in stds])._replace(dots=True)
+        for number, alpha in enumerate((0.2, 0.6, 2.0))
+    ]
+    x = "standard deviation of the gaps, in nats"
+    return titled("how often β meets its floor", parts, x, "share of steps")
 
 
 def floor_share(std: float, alpha: float) -> float:
@@ -94,47 +88,47 @@ def floor_share(std: float, alpha: float) -> float:
 
 
 def draw_lag() -> Any:
-    figure, axes = panel("the running mean lags behind a growing gap", "step", "nats")
     running, means = RunningMoments(), []
     growing = [0.02 * step for step in range(100)]
     for gap in growing:
         means.append(running.update(torch.tensor([gap, gap], dtype=torch.float64)).mean)
-    axes.plot(growing, color="tab:orange", label="mean gap of the batch, +0.02 a step")
-    axes.plot(means, color="black", label="M0, m = 0.9")
-    axes.legend(fontsize=8)
-    return figure
+    parts = [
+        Line("mean gap of the batch, +0.02 a step", range(100), growing, "run1", (7, 3)),
+        Line("M0, m = 0.9", range(100), means, "ink"),
+    ]
+    return titled("the running mean lags a growing gap", parts, "step", "nats")
+
+
+def of_alpha(number: int, alpha: float, x: Any, y: Any) -> Line:
+    return Line(f"α = {alpha}", x, y, f"run{number}", DASHES[number])
+
+
+def titled(title: str, parts: list[Line], x: str, y: str) -> Any:
+    return sized_to(lines(parts, axis(alt.X, x, nice=False), axis(alt.Y, y)), 480).properties(title=title)
 
 
 FIGURES = {"filter": draw_filter, "beta": draw_beta, "floor": draw_floor, "lag": draw_lag}
 
 
-def draw_quickstart(run: Path) -> Figure:
+def draw_quickstart(folder: Path) -> Any:
     """Draw what a run of the controlled task shows in ten seconds: gaps, β, and what its audit finds."""
-    audit = pd.concat([pd.read_parquet(path) for path in sorted((run / "audit").glob("*.parquet"))])
-    steps = audit.groupby("step")
-    figure = Figure(figsize=(12, 3.3), layout="constrained")
-    gaps, beta, found = figure.subplots(1, 3)
-    mean, std = steps.running_mean.first(), steps.running_std.first()
-    gaps.fill_between(mean.index, mean - std, mean + std, color="black", alpha=0.1, label="M0 ± σ")
-    gaps.plot(mean, color="black", label="running mean M0")
-    gaps.plot(steps.gap.mean(), color="tab:orange", linewidth=1, label="mean of the batch")
-    gaps.set(title="1  each step measures the reward gaps", xlabel="step", ylabel="reward gap in nats")
-    beta.plot(steps.beta.first(), color="tab:blue", linewidth=1, label="β of the batch")
-    beta.axhline(steps.beta.first().iloc[0], color="gray", linestyle="--", label="β0")
-    beta.set(title="2  β follows the gap of the pairs kept", xlabel="step", ylabel="β")
-    histories = pair_histories(audit)
-    wrong = audit.groupby("pair_id").flipped.first().reindex(histories.pair_id).to_numpy(bool)
+    run = read_run(folder, "β-DPO")
+    assert run.audit is not None
+    histories = pair_histories(run.audit)
+    wrong = run.audit.groupby("pair_id").flipped.first().reindex(histories.pair_id).to_numpy(bool)
     hit = hits(histories.mislabelled.to_numpy(), wrong, len(wrong) // 20)
     listed = np.arange(1, len(hit) + 1)
-    found.plot(listed[19:], (hit.cumsum() / listed)[19:], color="tab:red", label="among the first n suspects")
-    found.axhline(wrong.mean(), color="gray", linestyle="--", label="among all pairs")
-    found.set(
-        title="3  the audit names the mislabelled pairs", xlabel="n", ylabel="share truly mislabelled", ylim=(0, 1)
+    suspects = Line("", listed[19:], (hit.cumsum() / listed)[19:], "run4")
+    found = lines(
+        [suspects], axis(alt.X, "first n suspects"), axis(alt.Y, "share truly mislabelled", domain=[0, 1])
     )
-    for axes in (gaps, beta, found):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    return figure
+    panels = [band(run, 0)[0].picture, beta([run])[0].picture, found + rule(float(wrong.mean()), "among all pairs")]
+    titles = (
+        "1  each step measures the reward gaps",
+        "2  β follows the gap of the pairs kept",
+        "3  the audit names the mislabelled pairs",
+    )
+    return side_by_side(panels, titles, columns=3, width=320)
 
 
 def entry(name: str, thing: Any) -> str:
@@ -190,12 +184,9 @@ def filled(page: str, name: str, text: str) -> str:
 def main() -> None:
     (HERE / "figures").mkdir(exist_ok=True)
     for name, draw in FIGURES.items():
-        # no date or version inside: the same code gives the same file
-        draw().savefig(HERE / "figures" / f"{name}.png", dpi=100, metadata={"Software": None})
+        (HERE / "figures" / f"{name}.png").write_bytes(png(draw()))
     if QUICKSTART.exists():
-        draw_quickstart(QUICKSTART).savefig(
-            HERE / "figures" / "quickstart.png", dpi=100, metadata={"Software": None}
-        )
+        (HERE / "figures" / "quickstart.png").write_bytes(png(draw_quickstart(QUICKSTART)))
     else:
         print(f"the README's figure is left as it is: {QUICKSTART} is missing (make quickstart)")
     reference = HERE.parent / "build" / "api.md"

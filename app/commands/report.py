@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
@@ -12,7 +11,7 @@ from app.commands.judge import aligned, summary, win_rate
 from app.errors import UserError
 from app.files import atomic_file
 from app.mistakes import checked_command
-from app.report.figure import draw
+from app.report.charts import figure
 from app.report.page import by_row, page
 from app.report.run import SAMPLES, Run, read_run, unique_names
 from app.report.table import numbers_of
@@ -57,9 +56,7 @@ def report(runs: list[str], baseline: str | None = None, out: str = "report.png"
         if out.endswith(".html"):
             temporary.write_text(page(read, sampled=baseline is not None), encoding="utf-8")
         else:
-            figure = draw(read[0])
-            figure.savefig(temporary, format="png", dpi=120)
-            plt.close(figure)
+            temporary.write_bytes(figure(read[0]))
     print(f"{'page' if out.endswith('.html') else 'figure'}: {out}")
 
 

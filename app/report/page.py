@@ -10,32 +10,19 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from app.report.chart import Chart
-from app.report.curve_charts import accuracy_chart, band_chart, beta_chart, drift_chart
+from app.report import plot
+from app.report.charts import all_charts
 from app.report.findings import findings
-from app.report.pair_charts import filter_density_chart, response_chart, training_density_chart
-from app.report.row_charts import dropped_chart, quality_chart, speed_chart
+from app.report.plot import Panel
 from app.report.run import SAMPLES, Run
 from app.report.table import numbers_of
 
 LEVELS = {"act": "Change", "watch": "Note", "good": "Good"}
-CHARTS = (
-    quality_chart,
-    beta_chart,
-    response_chart,
-    band_chart,
-    training_density_chart,
-    filter_density_chart,
-    accuracy_chart,
-    dropped_chart,
-    drift_chart,
-    speed_chart,
-)
 
 
 def page(runs: Sequence[Run], sampled: bool) -> str:
     """Return the HTML page for `runs`; `sampled` says whether an SFT model's samples were given for comparison."""
-    charts: list[Chart] = [chart for draw in CHARTS if (chart := draw(runs))]
+    charts = all_charts(runs)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(asset("page.html.j2")).render(
         names=[run.name for run in runs],
@@ -49,8 +36,17 @@ def page(runs: Sequence[Run], sampled: bool) -> str:
         differences=differences([flat(run.config) for run in runs]),
         version=version("beta-dpo"),
         style=Markup(asset("page.css")),
+        colours=plot.COLOURS,
+        spec=spec_of,
+        library=Markup(plot.library()),
         script=Markup(asset("page.js")),
     )
+
+
+def spec_of(panel: Panel) -> dict[str, Any]:
+    """Return the specification of a panel, as wide as its place on the page."""
+    picture = plot.readable(panel.picture) if panel.reads else panel.picture
+    return plot.spec(plot.sized_to(picture, "container", 200), description=panel.said)
 
 
 def asset(name: str) -> str:

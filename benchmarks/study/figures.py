@@ -1,88 +1,58 @@
-"""The figures of docs/study.md as SVG; the same table gives the same bytes."""
+"""The figures of docs/study.md."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
+import altair as alt
 import numpy as np
-from matplotlib.figure import Figure
 
+from app.report.plot import DASHES, SOLID, Interval, Line, axis, intervals, lines, run_colour, side_by_side
+from app.report.plot import svg as svg
 from benchmarks.study.questions import ARMS, MEASURES, STATIC, Question, Rows
 from benchmarks.study.runs import path_of
-from benchmarks.study.verdicts import Difference
 
-SOLID = {"dpo": "tab:gray", "beta_dpo": "tab:blue", "flip_weights": "tab:red"}
-
-
-def svg(figure: Figure) -> str:
-    """Return the SVG text, without a date and with identifiers that are equal in every run."""
-    with matplotlib.rc_context({"svg.hashsalt": "study", "svg.fonttype": "path"}):
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    # rounded, because the last digits may differ between machines, and without trailing spaces
-    short = re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", text.getvalue())
-    return "".join(line.rstrip() + "\n" for line in short.splitlines())
+EMPHASISED = {"dpo": "run7", "beta_dpo": "run0", "flip_weights": "run4"}
+VERDICTS = {"better": "good", "worse": "act", "equal within the margin": "link"}
 
 
-def panels(count: int, height: float = 3.4) -> tuple[Figure, Sequence[Any]]:
-    figure = Figure(figsize=(4.6 * count, height), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    for each in axes:
-        each.grid(alpha=0.3)
-    return figure, axes
+def forest(claim: Question) -> Any:
+    """Return the chart of the mean and the interval of every comparison of a claim, by both measures."""
+    panels = []
+    for measure in ("end", "within"):
+        found = [(each.label, getattr(each, measure)) for each in claim.comparisons]
+        rows = [Interval(label, VERDICTS.get(d.verdict, "quiet"), d.mean, d.low, d.high) for label, d in found]
+        panels.append(intervals(rows, "difference in mean true reward", mark=0.0))
+    return side_by_side(panels, ("at the end", "within the KL budget"))
 
 
-def forest(claim: Question) -> Figure:
-    """Draw the mean and the interval of every comparison of a claim, by both measures."""
-    figure, axes = panels(2, 1.3 + 0.28 * len(claim.comparisons))
-    for axis, measure, title in zip(axes, ("end", "within"), ("at the end", "within the KL budget"), strict=True):
-        for place, comparison in enumerate(reversed(claim.comparisons)):
-            one: Difference = getattr(comparison, measure)
-            colour = {"better": "tab:green", "worse": "tab:red", "equal within the margin": "tab:blue"}.get(
-                one.verdict, "tab:gray"
-            )
-            axis.plot([one.low, one.high], [place, place], color=colour)
-            axis.plot(one.mean, place, "o", color=colour)
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_yticks(range(len(claim.comparisons)))
-        axis.set_yticklabels([each.label for each in reversed(claim.comparisons)] if axis is axes[0] else [])
-        axis.set_ylim(-0.6, len(claim.comparisons) - 0.4)
-        axis.set(xlabel="difference in mean true reward", title=title)
-    return figure
+def beta_by_gap(rows: Rows) -> Any:
+    """Return the chart of reward against static β for each kind of data, with a dot per seed."""
+    colours = {"low": "run2", "mixed": "run1", "high": "run3"}
+    panels = []
+    for measure in MEASURES:
+        cells = {data: [rows.cell("dpo", data, beta0=beta)[measure] for beta in STATIC] for data in colours}
+        parts = [Line(f"{data} gap", STATIC, [c.mean() for c in cells[data]], colours[data]) for data in colours]
+        x = axis(alt.X, "β", type="log", nice=False).axis(values=list(STATIC))
+        panel = lines(parts, x, axis(alt.Y, "mean true reward"))
+        for data, colour in colours.items():
+            seeds = [{"x": b, "y": float(y)} for b, cell in zip(STATIC, cells[data], strict=True) for y in cell]
+            dots = alt.Chart(alt.Data(values=seeds)).mark_point(filled=True, opacity=0.4, color=f"var(--{colour})")
+            panel += dots.encode(x="x:Q", y="y:Q")
+        panels.append(panel)
+    return side_by_side(panels, tuple(MEASURES.values()))
 
 
-def beta_by_gap(rows: Rows) -> Figure:
-    """Draw reward against static β for each kind of data, with a dot per seed."""
-    figure, axes = panels(2)
-    for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
-        for data, colour in (("low", "tab:green"), ("mixed", "tab:orange"), ("high", "tab:purple")):
-            cells = [rows.cell("dpo", data, beta0=beta)[measure] for beta in STATIC]
-            axis.plot(STATIC, [cell.mean() for cell in cells], color=colour, label=data)
-            for beta, cell in zip(STATIC, cells, strict=True):
-                axis.plot(np.full(len(cell), beta), cell, ".", color=colour, alpha=0.4)
-        axis.set_xscale("log")
-        axis.set_xticks(STATIC, [f"{beta:g}" for beta in STATIC])
-        axis.set(xlabel="β", ylabel="mean true reward", title=title)
-    axes[0].legend(title="gap", fontsize=8)
-    return figure
-
-
-def frontier(rows: Rows) -> Figure:
-    """Draw reward against KL over the checkpoints (means over seeds) of every arm on mixed data, flip rate .15."""
-    figure, (axis,) = panels(1, 4.6)
-    figure.set_figwidth(7.5)
-    for arm, beta0 in [*(("dpo", beta) for beta in STATIC), *((arm, None) for arm in ARMS)]:
-        cell = rows.cell(arm, beta0=beta0)
-        path = np.mean([path_of(row) for _, row in cell.iterrows()], axis=0)
+def frontier(rows: Rows) -> Any:
+    """Return the chart of reward against KL over the checkpoints (means over seeds) of every arm on mixed data."""
+    parts = []
+    for number, (arm, beta0) in enumerate([*(("dpo", beta) for beta in STATIC), *((arm, None) for arm in ARMS)]):
+        path = np.mean([path_of(row) for _, row in rows.cell(arm, beta0=beta0).iterrows()], axis=0)
         label = f"static β = {beta0:g}" if beta0 else f"{arm}, β0 = {rows.chosen(arm)[0]:g}"
-        width = 2.2 if arm in SOLID and beta0 in (None, rows.chosen("dpo")[0]) else 1.0
-        line = {"color": SOLID[arm], "linestyle": "-"} if arm in SOLID else {"linestyle": "--"}
-        axis.plot(*path.T, marker="o", markersize=3, linewidth=width, label=label, **line)
-    axis.set_xscale("symlog", linthresh=1.0)
-    axis.set(xlabel="KL to the SFT model, nats (linear to 1, then logarithmic)", ylabel="mean true reward")
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
+        width = 2.4 if arm in EMPHASISED and beta0 in (None, rows.chosen("dpo")[0]) else 1.2
+        colour, dash = (
+            (EMPHASISED[arm], SOLID) if arm in EMPHASISED else (run_colour(number), DASHES[number % 7 + 1])
+        )
+        parts.append(Line(label, *path.T, colour, dash, width, dots=True))
+    x = axis(alt.X, "KL to the SFT model, nats (linear to 1, then logarithmic)", type="symlog", constant=1)
+    return lines(parts, x, axis(alt.Y, "mean true reward"), key="right").properties(width=520, height=380)

@@ -9,43 +9,39 @@ system.addEventListener("change", label);
 button.hidden = false;
 label();
 
-// a line under the pointer, or under the arrow keys, and the values where it stands
 const nearest = (values, wanted) =>
   values.reduce((best, value, index) => (Math.abs(value - wanted) < Math.abs(values[best] - wanted) ? index : best), 0);
+const text = ({ name, y, low, high }) => `${name} ${y ?? "–"}${low === undefined ? "" : ` (${low} to ${high})`}`;
 
-for (const figure of document.querySelectorAll("figure[data-readout]")) {
-  const data = JSON.parse(figure.dataset.readout);
-  const svg = figure.querySelector("svg");
-  const output = figure.querySelector("output");
-  const points = data.series[0].at;
-  const line = document.createElementNS("http://www.w3.org/2000/svg", "line");
-  line.setAttribute("class", "cursor");
-  line.setAttribute("y1", 10);
-  line.setAttribute("y2", 208);
-  let index = points.length - 1;
-
-  const show = (at) => {
-    index = at;
-    const x = data.start + ((points[at] - data.low) / (data.high - data.low)) * (data.end - data.start);
-    line.setAttribute("x1", x);
-    line.setAttribute("x2", x);
-    svg.append(line);
-    const parts = data.series.map((series) => {
-      const value = series.values[nearest(series.at, points[at])];
-      return `${series.name} ${value === null ? "–" : value}`;
+for (const figure of document.querySelectorAll("figure")) {
+  const spec = JSON.parse(figure.querySelector("script").textContent);
+  const picture = figure.querySelector(".picture");
+  // the interpreter of expressions, because the page's policy forbids code from strings
+  const options = { ast: true, renderer: "svg", actions: false, defaultStyle: false };
+  window.vegaEmbed(picture, spec, options).then(({ view }) => {
+    if (!figure.dataset.reads) return;
+    // a curve's rows by its name; the first curve says where the cursor can be
+    const rows = [spec, ...spec.layer].flatMap((part) => part.data?.values ?? []).filter((row) => row.name);
+    const curves = Object.values(Object.groupBy(rows, (row) => row.name));
+    const points = curves[0].map((row) => row.x);
+    const output = figure.querySelector("output");
+    let index = points.length - 1;
+    const show = (at) => {
+      index = at;
+      view.signal("at", points[at]).run();
+      const read = curves.map((curve) => curve[nearest(curve.map((row) => row.x), points[at])]);
+      output.textContent = `${figure.dataset.reads} ${Number(points[at].toPrecision(4))}: ${read.map(text).join(" · ")}`;
+    };
+    figure.addEventListener("pointermove", (event) => {
+      const pixel = event.clientX - picture.getBoundingClientRect().left - view.origin()[0];
+      show(nearest(points, view.scale("x").invert(pixel)));
     });
-    output.textContent = `${data.x} ${Number(points[at].toPrecision(4))}: ${parts.join(" · ")}`;
-  };
-  figure.addEventListener("pointermove", (event) => {
-    const box = svg.getBoundingClientRect();
-    const pixel = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
-    show(nearest(points, data.low + ((pixel - data.start) / (data.end - data.start)) * (data.high - data.low)));
-  });
-  figure.addEventListener("keydown", (event) => {
-    const stride = event.shiftKey ? Math.max(1, Math.round(points.length / 20)) : 1;
-    const moves = { ArrowLeft: index - stride, ArrowRight: index + stride, Home: 0, End: points.length - 1 };
-    if (!(event.key in moves)) return;
-    event.preventDefault();
-    show(Math.min(Math.max(moves[event.key], 0), points.length - 1));
+    figure.addEventListener("keydown", (event) => {
+      const stride = event.shiftKey ? Math.max(1, Math.round(points.length / 20)) : 1;
+      const moves = { ArrowLeft: index - stride, ArrowRight: index + stride, Home: 0, End: points.length - 1 };
+      if (!(event.key in moves)) return;
+      event.preventDefault();
+      show(Math.min(Math.max(moves[event.key], 0), points.length - 1));
+    });
   });
 }

@@ -1,0 +1,242 @@
+"""Curves, intervals and colours with Altair: the same chart becomes part of the page, a PNG or an SVG.
+
+The page draws colours as CSS variables, which have a value in its light and in its dark scheme.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import altair as alt
+import numpy as np
+import vl_convert
+
+# name → colour on light and on dark ground
+COLOURS = {
+    "back": ("#ffffff", "#14171b"),
+    "card": ("#f5f6f8", "#1d2127"),
+    "ink": ("#1b1f24", "#e6e8eb"),
+    "quiet": ("#545c66", "#a9b1bb"),
+    "rule": ("#d9dde2", "#363c45"),
+    "link": ("#0b57b0", "#7cb8f5"),
+    "act": ("#a3231f", "#ff9a8f"),
+    "watch": ("#7a5200", "#f0c060"),
+    "good": ("#176534", "#7fd69a"),
+    "run0": ("#0b62b0", "#6db3f2"),
+    "run1": ("#b8500a", "#f0a35e"),
+    "run2": ("#0a7a55", "#4cc79a"),
+    "run3": ("#8a3fa0", "#d08be2"),
+    "run4": ("#b3243a", "#f2808f"),
+    "run5": ("#00727f", "#4fc3d0"),
+    "run6": ("#6b5200", "#d0b95a"),
+    "run7": ("#555b62", "#b9bfc6"),
+}
+SOLID = (1, 0)
+DASHES = (SOLID, (7, 3), (2, 3), (9, 3, 2, 3), (12, 4), (4, 4), (1, 4), (14, 3, 3, 3))
+INK, QUIET, RULE = "var(--ink)", "var(--quiet)", "var(--rule)"
+ROW = 46  # height of a row of `intervals`, in pixels
+STYLE: dict[str, Any] = {
+    "background": "transparent",
+    "font": "system-ui, sans-serif",
+    "view": {"stroke": None},
+    "mark": {"aria": False},  # the description of the chart says it in fewer words
+    "axis": {
+        "labelColor": QUIET, "titleColor": QUIET, "gridColor": RULE, "domainColor": RULE, "tickColor": RULE,
+        "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "tickCount": 5,
+    },
+    "axisX": {"tickCount": 4, "labelPadding": 6, "labelOverlap": "greedy", "labelSeparation": 5},
+    "legend": {
+        "title": None, "direction": "vertical", "columns": 1, "labelColor": INK, "labelLimit": 0,
+        "labelFontSize": 12, "symbolSize": 250, "symbolStrokeWidth": 2.4, "rowPadding": 1, "offset": 6,
+    },
+    "title": {"color": INK, "anchor": "start", "fontSize": 13},
+    "text": {"color": INK, "fontSize": 12},
+    "rule": {"color": QUIET},
+}  # fmt: skip
+
+
+Values: TypeAlias = Sequence[float] | np.ndarray
+
+
+class Line(NamedTuple):
+    """A named curve; `faint` is drawn under it, `band` is the lower and the upper edge of an area around it."""
+
+    name: str
+    x: Values
+    y: Values
+    colour: str = "run0"
+    dash: Sequence[int] = SOLID
+    width: float = 2.4
+    faint: Values | None = None
+    band: tuple[Values, Values] | None = None
+    fill: bool = False  # down to zero
+    dots: bool = False
+
+
+class Interval(NamedTuple):
+    """A row of `intervals`."""
+
+    name: str
+    colour: str
+    mean: float
+    low: float
+    high: float
+
+
+class Panel(NamedTuple):
+    """A picture, its words for screen readers, and the name of the x values that can be read from it."""
+
+    title: str
+    picture: Any
+    said: str
+    reads: str = ""
+
+
+def run_colour(number: int) -> str:
+    return f"run{number % 8}"
+
+
+def short(value: float) -> float | None:
+    """Return `value` with four digits, which are enough to draw and to read; None if it is not finite."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def axis(channel: type[Any], title: str, **scale: Any) -> Any:
+    """Return the encoding `channel` (`alt.X` or `alt.Y`) with a title that names the unit, and its scale."""
+    return channel(f"{channel.__name__.lower()}:Q", title=title, scale=alt.Scale(**{"zero": False, **scale}))
+
+
+def lines(parts: Sequence[Line], x: Any, y: Any, key: Literal["top", "right"] = "top") -> Any:
+    """Return the chart of `parts`, with a key if there are several; values that are not finite interrupt a line."""
+    rows = []
+    for part in parts:
+        extra = {"faint": part.faint} if part.faint is not None else {}
+        extra |= dict(zip(("low", "high"), part.band, strict=True)) if part.band is not None else {}
+        columns = {"y": part.y, **extra}
+        for number, at in enumerate(part.x):
+            values = {name: short(column[number]) for name, column in columns.items()}
+            rows.append({"x": float(f"{at:.6g}"), **values, "name": part.name})
+    names = [part.name for part in parts]
+    symbol = "stroke" if any(part.width for part in parts) else "circle"
+    legend = alt.Legend(symbolType=symbol, symbolOpacity=1, orient=key) if parts[1:] else None
+
+    def by_name(channel: Any, values: Sequence[Any]) -> Any:
+        return channel("name:N", scale=alt.Scale(type="ordinal", domain=names, range=values), legend=legend)
+
+    data = alt.Chart(alt.Data(values=rows))
+    base = data.encode(x, y, by_name(alt.Color, [f"var(--{part.colour})" for part in parts]))
+
+    def where(chosen: Sequence[bool]) -> list[Any]:
+        """Return the data of the chosen parts as a list of one chart, empty without any."""
+        wanted = [name for name, yes in zip(names, chosen, strict=True) if yes]
+        some = alt.FieldOneOfPredicate(field="name", oneOf=wanted)
+        return [base if wanted == names else base.transform_filter(some)] if wanted else []
+
+    dash = by_name(alt.StrokeDash, [list(part.dash) for part in parts])
+    area = {"opacity": 0.2, "clip": True}
+    banded, filled = [part.band is not None for part in parts], [part.fill for part in parts]
+    faint, dotted = [part.faint is not None for part in parts], [part.dots for part in parts]
+    layers = [on.mark_area(**area).encode(y="low:Q", y2="high:Q") for on in where(banded)]
+    layers += [on.mark_area(**area).encode(y2=alt.datum(0)) for on in where(filled)]
+    layers += [on.mark_line(opacity=0.4, strokeWidth=1, clip=True).encode(y="faint:Q") for on in where(faint)]
+    for width in sorted({part.width for part in parts if part.width}):
+        drawn = where([part.width == width for part in parts])
+        layers += [on.mark_line(strokeWidth=width, clip=True).encode(dash) for on in drawn]
+    layers += [on.mark_point(filled=True, size=45, opacity=0.8, tooltip=True) for on in where(dotted)]
+    return alt.layer(*layers)
+
+
+def rule(value: float, name: str) -> Any:
+    """Return a dotted line across the chart at a value of y, with its name above the right end."""
+    base = alt.Chart(alt.Data(values=[{"at": value, "text": name}])).encode(alt.Y("at:Q"))
+    line = base.mark_rule(strokeDash=[2, 4], color=INK)
+    text = base.encode(x=alt.value("width"), text="text:N")
+    place: dict[str, Any] = {"align": "right", "dy": -6}
+    return line + text.mark_text(stroke="var(--card)", strokeWidth=4, **place) + text.mark_text(**place)
+
+
+def intervals(
+    rows: Sequence[Interval], unit: str, decimals: int = 3, mark: float | None = None, **scale: Any
+) -> Any:
+    """Return a chart with a dot and an interval per row, under its name and numbers; `mark` is a line."""
+    values = [
+        {"row": number, "name": row.name, "colour": f"var(--{row.colour})", "mean": row.mean, "low": row.low,
+         "high": row.high, "text": interval_text(row, decimals)}
+        for number, row in enumerate(rows)
+    ]  # fmt: skip
+    y = alt.Y("row:O", axis=None)
+    base = alt.Chart(alt.Data(values=values)).encode(y)
+    x = alt.X(
+        "low:Q",
+        title=unit,
+        axis=alt.Axis(grid=False),
+        scale=alt.Scale(zero=False, padding=0 if scale else 10, **scale),
+    )
+    colour = alt.Color("colour:N", scale=None)
+    above: dict[str, Any] = {"dy": -18, "baseline": "middle", "fontSize": 11}
+    layers = [
+        base.mark_rule(strokeWidth=3).encode(x, x2="high:Q", color=colour),
+        base.mark_point(filled=True, size=90, opacity=1).encode(x=alt.X("mean:Q"), color=colour),
+        base.mark_text(align="left", **above).encode(x=alt.value(0), text="name:N"),
+        base.mark_text(align="right", **above).encode(x=alt.value("width"), text="text:N"),
+    ]
+    if mark is not None:
+        layers.insert(0, base.mark_tick(size=20, color=INK).encode(x=alt.datum(mark)))
+    return alt.layer(*layers).properties(height=ROW * len(rows))
+
+
+def interval_text(row: Interval, decimals: int) -> str:
+    mean, low, high = (f"{value:,.{decimals}f}" for value in (row.mean, row.low, row.high))
+    return f"{mean} [{low}, {high}]"
+
+
+def readable(chart: Any) -> Any:
+    """Return a chart of `lines` with a cursor, which the page moves by the parameter `at`."""
+    known = alt.expr("isNumber(at) ? scale('x', at) : -9")
+    cursor = alt.Chart(alt.Data(values=[{}])).mark_rule(color=INK, clip=True).encode(x=alt.value(known))
+    return (chart + cursor).add_params(alt.param(name="at", value=None))
+
+
+def side_by_side(charts: Sequence[Any], titles: Sequence[str], columns: int = 2, width: int = 400) -> Any:
+    """Return one chart of several, each with a key and scales of its own."""
+    sized = [sized_to(chart, width).properties(title=title) for chart, title in zip(charts, titles, strict=True)]
+    whole = alt.concat(*sized, columns=columns)
+    return whole.resolve_scale(color="independent", strokeDash="independent")
+
+
+def sized_to(chart: Any, width: int | str, height: int = 230) -> Any:
+    """Return the chart at a width, and at `height` unless its rows have given it one."""
+    return chart.properties(width=width, height=chart.height if isinstance(chart.height, int) else height)
+
+
+def spec(chart: Any, **properties: Any) -> dict[str, Any]:
+    """Return the Vega-Lite specification, which is all that the page needs."""
+    found: dict[str, Any] = chart.properties(**properties).configure(**STYLE).to_dict()
+    return found
+
+
+def light(chart: Any, **properties: Any) -> str:
+    """Return the specification as JSON with the colours of the light scheme."""
+    named = json.dumps(spec(chart, background=COLOURS["back"][0], **properties))
+    return re.sub(r"var\(--(\w+)\)", lambda found: COLOURS[found[1]][0], named)
+
+
+def png(chart: Any, **properties: Any) -> bytes:
+    """Return the chart as PNG; equal charts give equal bytes."""
+    return bytes(vl_convert.vegalite_to_png(light(chart, **properties), scale=1.5))
+
+
+def svg(chart: Any, **properties: Any) -> str:
+    """Return the chart as SVG; equal charts give equal text."""
+    return str(vl_convert.vegalite_to_svg(light(chart, **properties))) + "\n"
+
+
+@cache
+def library() -> str:
+    """Return the JavaScript of Vega-Embed with all that it needs."""
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
