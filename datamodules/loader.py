@@ -78,11 +78,7 @@ class PreferenceBatch:
         return torch.tensor([pair.key for pair in self.share], dtype=torch.int64)
 
     def micro_batches(
-        self,
-        responses: Sequence[str],
-        layout: Layout,
-        balanced_row: float,
-        pairs: Sequence[int] | None = None,
+        self, responses: Sequence[str], layout: Layout, balanced_row: float, pairs: Sequence[int] | None = None
     ) -> list[PackedRows]:
         """Return `pairs` of the share (all if None) packed under the token budget.
 

@@ -47,13 +47,7 @@ _LOW_GAP = tuple(itertools.pairwise(LADDER))
 _HIGH_GAP = tuple((worse, better) for i, worse in enumerate(LADDER) for better in LADDER[i + 2 :])
 
 MIXED_QUALITY: Mapping[Kind, float] = MappingProxyType(
-    {
-        Kind.RUDE: 0.15,
-        Kind.OFF_TOPIC: 0.20,
-        Kind.BOTH_WRONG: 0.20,
-        Kind.ONE_RIGHT: 0.20,
-        Kind.BOTH_RIGHT: 0.25,
-    }
+    {Kind.RUDE: 0.15, Kind.OFF_TOPIC: 0.20, Kind.BOTH_WRONG: 0.20, Kind.ONE_RIGHT: 0.20, Kind.BOTH_RIGHT: 0.25}
 )
 
 
@@ -84,10 +78,7 @@ def demonstrations(
         kind = rng.choices(list(shares), weights=list(shares.values()))[0]
         question = draw_question(rng, split)
         answer = draw_answer(question, kind, rng)
-        labels: dict[str, object] = {
-            "kind": kind.value,
-            "chosen_reward": judge(question, answer).reward,
-        }
+        labels: dict[str, object] = {"kind": kind.value, "chosen_reward": judge(question, answer).reward}
         pair_id = f"controlled-{split}-demonstration-{seed}-{index:06d}"
         items.append(PreferencePair(pair_id, question.text, answer.text, None, labels))
     return items

@@ -12,11 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from app.errors import UserError
 from datamodules.records import Message, PreferencePair, TokenisedPair
-from datamodules.tokenisation import (
-    PLAIN_BESIDE_TEMPLATE,
-    Tokenisation,
-    tokenise_prompts,
-)
+from datamodules.tokenisation import PLAIN_BESIDE_TEMPLATE, Tokenisation, tokenise_prompts
 from datamodules.tokenizer import stop_ids
 from datamodules.truncation import LAST_TURN, OLD_TURNS
 

@@ -182,10 +182,7 @@ def test_all_subsets_of_hh_or_one_of_them(tmp_path: Path) -> None:
             f"\n\nHuman: {name} {split}\n\nAssistant:" for name in subsets
         ]
     (pair,) = read_pairs(str(folders), format="hh", subset="helpful-base", split="test")
-    assert (pair.pair_id, pair.prompt) == (
-        "hh-rlhf/helpful-base:1",
-        "\n\nHuman: helpful-base test\n\nAssistant:",
-    )
+    assert (pair.pair_id, pair.prompt) == ("hh-rlhf/helpful-base:1", "\n\nHuman: helpful-base test\n\nAssistant:")
 
 
 def write_gzip(path: Path, *rows: object) -> None:
@@ -212,10 +209,7 @@ def test_a_subset_is_a_declared_configuration(tmp_path: Path) -> None:
 
 def test_the_parquet_branch_of_tldr_is_read_by_folder(tmp_path: Path) -> None:
     # typed as published: inferred from one row, the type of a field that is null there would be unknown
-    texts = {
-        "info": ("id", "post", "title", "subreddit", "site", "article"),
-        "summary": ("text", "policy", "note"),
-    }
+    texts = {"info": ("id", "post", "title", "subreddit", "site", "article"), "summary": ("text", "policy", "note")}
     structs = {name: pa.struct([(field, pa.string()) for field in fields]) for name, fields in texts.items()}
     comparisons = pa.schema(
         [

@@ -159,11 +159,7 @@ word = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=25
     keep=st.sampled_from(["keep_end", "keep_start"]),
 )
 def test_invariants_hold_for_any_text(
-    pairs: list[tuple[str, str, str | None]],
-    form: tuple[bool, bool, bool],
-    max_prompt: int,
-    room: int,
-    keep: str,
+    pairs: list[tuple[str, str, str | None]], form: tuple[bool, bool, bool], max_prompt: int, room: int, keep: str
 ) -> None:
     bos, add_eos, chat = form
     tokenizer = byte_tokenizer(bos=bos, add_eos=add_eos, template=TEMPLATE if chat else None)
