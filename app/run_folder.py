@@ -13,7 +13,6 @@ from lightning.pytorch import seed_everything
 
 from app.errors import UserError
 from datamodules.base import PairDataModule
-from datamodules.gap_mixture import reached
 from datamodules.table import PairTable
 
 
@@ -69,7 +68,7 @@ class PairTexts:
         opened = self.data.open_table("train")
         assert opened is not None
         self.table: PairTable = opened[0]
-        rows = reached(*opened)
+        rows = self.table.reachable(opened[1])
         self.rows = dict(zip(self.table.pair_ids(rows), rows.tolist(), strict=True))
 
     def row(self, pair_id: str) -> int:

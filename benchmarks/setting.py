@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from datamodules.records import TokenisedPair
 from datamodules.sources import Source, pair_stream
-from datamodules.table import cached_table
+from datamodules.table_writer import cached_table
 from datamodules.tokenisation import Tokenisation
 from lightning_modules.flops import step_operations
 

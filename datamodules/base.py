@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from app.errors import UserError
 from datamodules.describe import cut_responses, describe, pairs_seen, repeats, shared_prompts, shown
-from datamodules.gap_mixture import GapMixedTable, GapMixture, reached, replaced_stream
+from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
 from datamodules.loader import Exchange, OptimizerBatchLoader, longest_of
 from datamodules.rewards import RewardedTable, RewardScoring, reward_scores, rows_with_reward
 from datamodules.sources import PairStream, is_transcript_prompt
-from datamodules.table import PairTable, cached_table, find
+from datamodules.table import PairTable, find
+from datamodules.table_writer import cached_table
 from datamodules.tokenisation import Tokenisation
 from datamodules.tokenizer import stop_ids, tokenizer_files
 
@@ -163,7 +164,7 @@ class PairDataModule(LightningDataModule):
                 rank_zero_info(f"{split}: {line}")
             if split == "train":
                 rank_zero_info("\n".join(["the first pair as it is trained:", *self.shown(table, int(rows[0]))]))
-            longest, _ = longest_of(table, reached(table, rows))
+            longest, _ = longest_of(table, table.reachable(rows))
             # in separate rows a pair takes twice its longer row, which is at most twice its packed length
             if 2 * longest > self.micro_batch_tokens:
                 raise UserError(
@@ -221,7 +222,7 @@ class PairDataModule(LightningDataModule):
     @property
     def longest(self) -> tuple[int, int]:
         """Return the tokens of the stage's longest pair, and of its longest prompt with one response."""
-        sizes = [longest_of(table, reached(table, rows)) for table, rows in self._tables.values()]
+        sizes = [longest_of(table, table.reachable(rows)) for table, rows in self._tables.values()]
         pairs, rows = zip(*sizes, strict=True)
         return max(pairs), max(rows)
 
@@ -240,7 +241,7 @@ class PairDataModule(LightningDataModule):
         loaders: list[OptimizerBatchLoader] = []
         seen = np.zeros(0, np.int64)
         for table, served in self._tables.values():
-            rows = reached(table, served)
+            rows = table.reachable(served)
             keys, first = np.unique(table.keys(rows), return_index=True)
             new = wanted(keys) & ~np.isin(keys, seen)
             chosen = np.sort(rows[first[new]])[: None if most is None else most - len(seen)]
@@ -251,7 +252,7 @@ class PairDataModule(LightningDataModule):
     def content(self, split: Split) -> str:
         """Return a hash of the tokens of the pairs that a split may serve, in their order."""
         table, rows = self._tables[split]
-        return hashlib.blake2b(table.keys(reached(table, rows)).tobytes(), digest_size=16).hexdigest()
+        return hashlib.blake2b(table.keys(table.reachable(rows)).tobytes(), digest_size=16).hexdigest()
 
     def pair_texts(self, pair_ids: list[str]) -> dict[str, dict[str, str]]:
         """Return prompt, chosen and rejected text of training pairs by pair id, without special tokens."""

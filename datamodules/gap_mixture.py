@@ -182,10 +182,4 @@ class GapMixedTable(JoinedTables):
         return self._partner[rows]
 
     def reachable(self, rows: np.ndarray) -> np.ndarray:
-        """Return all rows that `exchange` can return for these."""
         return np.union1d(rows, self._partner[rows])
-
-
-def reached(table: PairTable, rows: np.ndarray) -> np.ndarray:
-    """Return all rows that a loader over `rows` may serve."""
-    return table.reachable(rows) if isinstance(table, GapMixedTable) else rows

@@ -76,7 +76,7 @@ def reward_scores(stream: PairStream, scoring: RewardScoring, device: torch.devi
             try:
                 return _open(folder)
             except (OSError, ValueError, KeyError, pa.ArrowException) as damage:
-                log.warning("The cached rewards are damaged and are scored anew: %s", damage)
+                log.warning("The cached rewards are damaged and are scored again: %s", damage)
                 shutil.rmtree(folder)
         parts = Parts(folder.with_suffix(".parts"), job)
         _score_parts(stream, scoring, device, parts)

@@ -100,7 +100,7 @@ def _binary_rows(path: Path, kind: str) -> Rows:
         refuse_same_names(schema.names, path)
         yield from arrow_rows(batches)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as {kind} ({first_line(error)}): write it anew.") from error
+        raise UserError(f"{path} cannot be read as {kind} ({first_line(error)}): write it again.") from error
 
 
 def arrow_rows(batches: Iterable[pa.RecordBatch]) -> Rows:

@@ -43,7 +43,7 @@ def pair_from_row(
     texts = [value for value in values if isinstance(value, str)]
 
     if format == "hh" and given is not None:
-        raise BadRow("not an HH transcript", "a field prompt stands beside chosen")
+        raise BadRow("not an HH transcript", "there is a field prompt, too")
     if format == "hh" or (format == "auto" and chosen_field == "chosen" and given is None and texts):
         if format == "auto" and "prompt" in row and not all(is_transcript(value) for value in texts):
             raise BadRow("wrong type", "prompt is null, not text")
@@ -124,7 +124,7 @@ def _check_prompt(prompt: str | tuple[Message, ...]) -> None:
     if prompt[-1].role not in ("user", "tool"):
         raise BadRow("turns out of order", f"the prompt ends with a {prompt[-1].role} message")
     if any(message.role == "system" for message in prompt[1:]):
-        raise BadRow("turns out of order", "a system message stands behind the first place")
+        raise BadRow("turns out of order", "a system message is not the first one")
 
 
 def _pair_id(row: Mapping[str, object], default_id: str) -> str:

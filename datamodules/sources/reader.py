@@ -10,10 +10,9 @@ from typing import Any, Literal
 from app.errors import UserError
 from datamodules.records import PreferencePair
 from datamodules.sources.files import LocalFiles
-from datamodules.sources.hub import HubDataset
 from datamodules.sources.pairs import read_row
 from datamodules.sources.rows import BadRow, LeftOut, RowReport
-from datamodules.sources.source import Source
+from datamodules.sources.source import HubDataset, Source
 
 OnBadRow = Literal["error", "skip"]
 

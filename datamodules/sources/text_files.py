@@ -71,7 +71,7 @@ def json_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, object]]:
             ) from error
         yield number, value
     if _after_blank(text, at + 1) < len(text):
-        raise UserError(f"{path} goes on after the end of its array: write one array, or one row a line.")
+        raise UserError(f"{path} continues after the end of its array: write one array, or one row a line.")
 
 
 def csv_rows(file: IO[bytes], path: Path, delimiters: str = ",;\t") -> Iterator[tuple[int, object]]:

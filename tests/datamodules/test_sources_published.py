@@ -15,7 +15,7 @@ from tiny_tokenizers import byte_tokenizer
 from app.errors import UserError
 from datamodules.preference_data import PreferenceData
 from datamodules.sources import BadRow, LeftOut, RowFormat, Source, pair_stream, read_pairs, read_row
-from datamodules.table import cached_table
+from datamodules.table_writer import cached_table
 from datamodules.tokenisation import Tokenisation
 
 

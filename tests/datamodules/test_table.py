@@ -23,7 +23,8 @@ from app.errors import UserError
 from datamodules.preference_data import split_by_prompt
 from datamodules.records import Message, PreferencePair
 from datamodules.sources import OnBadRow, PairStream, Source, pair_stream
-from datamodules.table import DamagedTable, TokenisedTable, build_table, cached_table, open_table
+from datamodules.table import DamagedTable, TokenisedTable, open_table
+from datamodules.table_writer import build_table, cached_table
 from datamodules.tokenisation import Tokenisation
 from datamodules.truncation import LAST_TURN, OLD_TURNS
 
@@ -212,7 +213,7 @@ def test_a_damaged_cache_is_refused_and_rebuilt(
         open_table(folder)
     with caplog.at_level(logging.WARNING):
         rebuilt = load_table(path, byte_tokenizer(), SETTINGS)
-    assert "built anew" in caplog.text
+    assert "built again" in caplog.text
     assert [rebuilt[index].chosen.tolist() for index in range(5)] == expected
 
 

@@ -20,7 +20,7 @@ from app.errors import UserError
 from app.files import atomic_folder, file_hash
 from datamodules.records import PreferencePair
 from datamodules.sources import PairStream, RowReport, answer_keys, prompt_key
-from datamodules.table.stored import SCHEMA, TABLE_VERSION, DamagedTable, TokenisedTable, label_kind, open_table
+from datamodules.table import SCHEMA, TABLE_VERSION, DamagedTable, TokenisedTable, label_kind, open_table
 from datamodules.tokenisation import Tokenisation, tokenise_pairs
 from datamodules.tokenizer import tokenizer_fingerprint
 
@@ -53,7 +53,7 @@ def cached_table(stream: PairStream, tokenizer: PreTrainedTokenizerBase, setting
             try:
                 return open_table(folder)
             except DamagedTable as damage:
-                log.warning("The cached table is damaged and is built anew: %s", damage)
+                log.warning("The cached table is damaged and is built again: %s", damage)
                 shutil.rmtree(folder)
         pairs = stream.read()
         return build_table(pairs, tokenizer, settings, folder, getattr(pairs, "report", None))
