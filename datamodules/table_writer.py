@@ -97,9 +97,8 @@ def build_table(
                 counts.update({"rows": len(batch), "pairs": len(rows)})
                 progress.update(len(batch))
         if not counts["pairs"]:
-            raise UserError(
-                f"No pair is left after tokenisation ({dict(losses.skipped)}): check the data settings."
-            )
+            lost = "; ".join(f"{count} {reason}" for reason, count in losses.skipped.items())
+            raise UserError(f"No pair is left after tokenisation ({lost}): check the data settings.")
         examples = dict(losses.examples)
         if reader_report is not None:
             counts["rows"] = reader_report.rows

@@ -135,7 +135,7 @@ def test_the_report_adds_up_and_says_where(tmp_path: Path) -> None:
 
 def test_nothing_left_is_refused_and_leaves_nothing_behind(tmp_path: Path, cache: Path) -> None:
     path = write(tmp_path / "p.jsonl", [{"prompt": "q", "chosen": "</s>", "rejected": "b"}])
-    with pytest.raises(UserError, match="No pair is left"):
+    with pytest.raises(UserError, match=r"No pair is left after tokenisation \(1 dropped: [^{]+\)"):
         load_table(path, byte_tokenizer(), SETTINGS)
     assert [entry.suffix for entry in cache.iterdir()] == [".lock"]
 
