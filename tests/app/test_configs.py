@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_runs import refusal
 
 from app.commands import COMMANDS
 from app.main import TRAINER_COMMANDS, main, overview
@@ -98,33 +99,14 @@ def test_the_help_of_fit_names_slots_and_model_options(capsys: pytest.CaptureFix
     assert len(shown.splitlines()) < 80
 
 
-def test_wrong_options_get_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_words_get_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:
     quickstart = ["fit", "--config", str(ROOT / "configs/quickstart.yaml")]
-    for wrong, named in {
-        "--model.beta0=abc": "beta0",
-        "--data.gap=wide": "gap",
-        "--model.betta0=1": "betta0",
-        "--config=nowhere.yaml": "nowhere.yaml",
-    }.items():
-        with pytest.raises(SystemExit) as stop:
-            main([*quickstart, wrong])
-        shown = capsys.readouterr().err.strip()
-        assert stop.value.code == 2
-        assert named in shown
-        assert shown.startswith("beta-dpo: ")
-        assert "\n" not in shown
-    # what a part of the run says when it is built
+    assert "nowhere.yaml" in refusal([*quickstart, "--config=nowhere.yaml"], capfd)
     gap_mixture = ["--data.gap_mixture.samples=s.jsonl", "--data.gap_mixture.share=2"]
-    for words, named in ((["--data.batch_size=0"], "data.batch_size: must be"), (gap_mixture, "share: must be")):
-        with pytest.raises(SystemExit) as stop:
-            main([*quickstart, *words])
-        assert stop.value.code == 2
-        last = capsys.readouterr().err.strip().splitlines()[-1]
-        assert last.startswith("beta-dpo: data.")
-        assert named in last
+    assert "share: must be" in refusal([*quickstart, *gap_mixture], capfd)
     with pytest.raises(SystemExit):
         main(["frobnicate"])
-    assert "frobnicate" in capsys.readouterr().err
+    assert "frobnicate" in capfd.readouterr().err
 
 
 def test_report_takes_its_runs_as_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
