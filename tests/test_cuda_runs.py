@@ -294,7 +294,7 @@ def test_a_pair_that_is_not_finite(
         with pytest.raises(StepRefused, match="1 of 10 pairs"):
             run(cuda_trainer, tmp_path, module, hooks(), **SEVERAL)
     assert device.violations == []
-    assert caplog.text.count("left out") == 2
+    assert caplog.text.count("gap, left out") == 2
     assert relative_difference(*found) < 1e-5
 
 
