@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     if "torch" not in sys.modules and all(os.environ.get(rank, "0") == "0" for rank in RANKS):
         print(f"beta-dpo {command}: loading PyTorch, Lightning and transformers", file=sys.stderr, flush=True)
-    from app.dispatch import run
+    from app.cli.dispatch import run
 
     run(command, arguments)
 

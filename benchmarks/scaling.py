@@ -34,7 +34,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoTokenizer
 
-from app.cli import be_quiet
+from app.cli.trainer import be_quiet
 from benchmarks.setting import save_llama
 from benchmarks.tables import markdown
 from callbacks import BetaScheduler, PairFilter, RewardGapStatistics

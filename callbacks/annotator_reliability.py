@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.losses import PairLoss
 from app.method.ranges import PositiveShare, ProperShare, checked
 from app.method.reliability import label_confidence, updated_reliability

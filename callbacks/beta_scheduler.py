@@ -6,7 +6,7 @@ from typing import Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.beta import BetaSchedule
 from app.method.ranges import FactorFromOne, FiniteFloat, PositiveShare, checked
 from app.method.step import StepDecision

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.beta import BetaBounds
 from app.method.losses import PairLoss
 from app.method.step import StepDecision

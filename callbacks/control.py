@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.ranges import Seed, checked
 from app.method.selection import gumbel_top_k, selection_noise
 from app.method.step import StepDecision

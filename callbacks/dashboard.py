@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from app.log_folder import log_folder
+from app.core.log_folder import log_folder
 from app.method.ranges import NonNegativeInt, PositiveInt, checked
 from app.method.step import StepDecision
 from callbacks.dashboard_layout import GUIDE, guide, layout

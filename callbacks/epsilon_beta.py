@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.epsilon import epsilon_beta, epsilon_steps, next_epsilon_beta
 from app.method.losses import PairLoss
 from app.method.ranges import FactorFromOne, PositiveShare, ProperShare, checked

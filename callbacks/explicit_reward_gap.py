@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.moments import MINIMUM_STD
 from app.method.step import StepDecision
 

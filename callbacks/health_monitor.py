@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from app.errors import StepRefused, UserError
+from app.core.errors import StepRefused, UserError
 from app.method.batch import OptimizerBatch
 from app.method.ranges import AtLeastTwo, checked
 from callbacks.bounded_beta import BoundedBeta

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.losses import PairLoss
 from app.method.margins import amapo_margins, gamma_po_margins, standardised_margin
 from app.method.ranges import FiniteFloat, PositiveFloat, PositiveInt, checked

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from app.errors import UserError
-from app.files import atomic_file
-from app.log_folder import log_folder
+from app.core.errors import UserError
+from app.core.files import atomic_file
+from app.core.log_folder import log_folder
 from app.method.ranges import PositiveInt, checked
 from app.method.step import StepDecision
 

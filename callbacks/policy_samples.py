@@ -10,11 +10,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from app.errors import UserError
-from app.files import atomic_file
-from app.log_folder import log_folder
+from app.core.errors import UserError
+from app.core.files import atomic_file
+from app.core.log_folder import log_folder
+from app.core.samples import sample_line
 from app.method.ranges import PositiveInt, Seed, checked
-from app.samples import sample_line
 
 
 @checked

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.ranges import PositiveInt, checked
 from app.method.reference_flips import ReferenceFlips, fitted, label_weights
 from app.method.step import StepDecision

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.moments import MINIMUM_STD, RunningMoments
 from app.method.ranges import ShareBelowOne, checked
 from app.method.step import StepDecision

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.distributed.tensor import DTensor
 
-from app.errors import StepRefused, UserError
+from app.core.errors import StepRefused, UserError
 from app.method.ranges import PositiveInt, checked
 from callbacks.interruption import Interrupted, SignalWatch
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from app.errors import UserError
-from app.files import atomic_file
+from app.core.errors import UserError
+from app.core.files import atomic_file
 
 LOGP_COLUMNS = (
     "policy_chosen_logp",

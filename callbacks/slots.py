@@ -9,7 +9,7 @@ from typing import Any, Union
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar
 
-from app.errors import UserError
+from app.core.errors import UserError
 from callbacks.annotator_reliability import AnnotatorReliability
 from callbacks.beta_scheduler import BetaScheduler
 from callbacks.control import CONTROLS, Control

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2.exceptions import TemplateSyntaxError
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.records import Message, Prompt
 from datamodules.sources.prompts import prompt_messages
 

@@ -12,10 +12,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow.compute as pc
 
-from app.errors import UserError
-from app.files import file_hash
+from app.core.errors import UserError
+from app.core.files import file_hash
+from app.core.samples import read_samples
 from app.method.ranges import Seed, Share, checked
-from app.samples import read_samples
 from datamodules.records import PreferencePair, Prompt, read_prompt
 from datamodules.sources import PairStream, RowReport, prompt_key
 from datamodules.table import JoinedTables, PairTable, Part

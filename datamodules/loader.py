@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.batch import Layout, PackedRows
 from datamodules.packing import pack
 from datamodules.records import TokenisedPair

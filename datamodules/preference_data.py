@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.ranges import FactorFromOne, PositiveInt, Seed, ShareBelowOne, checked
 from datamodules.base import PairDataModule, Split
 from datamodules.gap_mixture import GapMixture

@@ -11,7 +11,7 @@ import torch
 from jinja2.exceptions import TemplateError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.records import Prompt
 from datamodules.sources.prompts import prompt_messages
 

@@ -18,9 +18,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from app.cache import fingerprint, locked_entry
-from app.errors import UserError
-from app.files import Parts, atomic_file, atomic_folder, file_hash, folder_hash
+from app.core.cache import fingerprint, locked_entry
+from app.core.errors import UserError
+from app.core.files import Parts, atomic_file, atomic_folder, file_hash, folder_hash
 from app.method.ranges import PositiveInt, checked
 from datamodules.records import PreferencePair
 from datamodules.reward_model import RewardModel

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from app.files import file_hash
+from app.core.files import file_hash
 from datamodules.records import TokenisedPair
 
 T = TypeVar("T")

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from app.cache import fingerprint, locked_entry
-from app.errors import UserError
-from app.files import atomic_folder, file_hash
+from app.core.cache import fingerprint, locked_entry
+from app.core.errors import UserError
+from app.core.files import atomic_folder, file_hash
 from datamodules.records import PreferencePair
 from datamodules.sources import PairStream, RowReport, answer_keys, prompt_key
 from datamodules.table import SCHEMA, TABLE_VERSION, DamagedTable, TokenisedTable, label_kind, open_table

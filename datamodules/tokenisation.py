@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.chat_template import ESSENTIAL, ChatTemplate, Refused, Rendering, conversation
 from datamodules.records import Message, PreferencePair, Side, TokenisedPair
 from datamodules.truncation import PlainPrompt, PromptTruncation, TooLong, plain_prompts, shorten, shorten_plain

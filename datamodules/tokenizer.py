@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.chat_template import TEMPLATE_DATE, ChatTemplate, Refused
 from datamodules.records import Message
 

@@ -19,6 +19,7 @@ import callbacks
 import datamodules
 import lightning_modules
 from app.commands import COMMANDS
+from app.commands.suspects import hits, pair_histories
 from app.method import losses
 from app.method.beta import BetaBounds, batch_beta
 from app.method.moments import RunningMoments
@@ -26,7 +27,6 @@ from app.method.selection import gaussian_log_weights, gumbel_top_k, selection_n
 from app.report.curves import band, beta
 from app.report.plot import DASHES, Line, axis, lines, png, rule, side_by_side, sized_to
 from app.report.run import read_run
-from app.suspects import hits, pair_histories
 from callbacks.health import markdown_sections
 from datamodules.sources import markdown_table
 

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.batch import OptimizerBatch, PackedRows
 from lightning_modules.attention import OURS
 from lightning_modules.host_memory import keep_freed_memory

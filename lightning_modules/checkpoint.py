@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from app.errors import UserError
-from app.files import atomic_file
+from app.core.errors import UserError
+from app.core.files import atomic_file
 
 # the classes that the index of a sharded checkpoint may hold, besides torch's dtypes; all others are refused
 _INDEX_MODULE = "torch.distributed.checkpoint.metadata"

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.ranges import PositiveFloat, PositiveInt, checked
 
 log = logging.getLogger(__name__)

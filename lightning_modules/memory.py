@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from app.errors import UserError
+from app.core.errors import UserError
 from lightning_modules.flex import mask_bytes
 from lightning_modules.head import NARROWEST_SLICE, SLICE_LOGITS
 from lightning_modules.pretrained import linear_weights

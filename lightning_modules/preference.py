@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from app.errors import StepRefused, UserError
+from app.core.errors import StepRefused, UserError
 from app.method.batch import OptimizerBatch, PackedRows, on_device
 from app.method.logps import PairLogps
 from app.method.losses import PairLoss, SigmoidLoss, WithSFTTerm

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from app.errors import UserError
+from app.core.errors import UserError
 from lightning_modules.sharded_loading import few, refuse_values
 
 log = logging.getLogger(__name__)

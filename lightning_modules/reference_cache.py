@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from app.cache import cache_root, fingerprint, lock_of
-from app.errors import UserError
-from app.files import atomic_file, folder_hash
-from app.locks import Lock
+from app.core.cache import cache_root, fingerprint, lock_of
+from app.core.errors import UserError
+from app.core.files import atomic_file, folder_hash
+from app.core.locks import Lock
 from app.method.batch import OptimizerBatch, PackedRows, on_device
 from lightning_modules.layout_check import CHECKED_PAIRS, TOLERANCE
 from lightning_modules.measuring import PairMeasurer

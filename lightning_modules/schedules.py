@@ -7,7 +7,7 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.ranges import NonNegativeInt, PositiveInt, checked
 
 

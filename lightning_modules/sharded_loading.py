@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from app.errors import UserError
+from app.core.errors import UserError
 from lightning_modules.private import (
     WeightConverter,
     WeightRenaming,

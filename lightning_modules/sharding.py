@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from app.errors import UserError
+from app.core.errors import UserError
 
 
 def transformer_blocks(model: nn.Module) -> nn.ModuleList:

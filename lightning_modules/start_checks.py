@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from app.errors import UserError
+from app.core.errors import UserError
 from lightning_modules.pretrained import refuse_path
 from lightning_modules.private import start_method
 from lightning_modules.strategy import ShardedStrategy

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.ranges import NonNegativeInt, PositiveInt, UpToInfinity, checked
 from lightning_modules.private import default_pg_timeout
 from lightning_modules.scorer import ResponseScorer

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from app.errors import UserError
+from app.core.errors import UserError
 from lightning_modules.private import apply_tensor_parallelism, replace_layer_number_by_wildcard
 from lightning_modules.sharding import transformer_blocks
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("app", "lightning_modules", "datamodules", "callbacks")
 MIDDLE = ("lightning_modules", "datamodules", "callbacks")
 # what the middle packages stand on
-FOUNDATION = ("app.method", "app.errors", "app.cache", "app.files", "app.locks", "app.log_folder", "app.samples")
+FOUNDATION = ("app.method", "app.core")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
@@ -86,10 +86,10 @@ def test_the_sources_are_found() -> None:
     ("file", "statement", "forbidden"),
     [
         ("app/method/beta.py", "import lightning", "lightning"),
-        ("app/method/beta.py", "from app.errors import UserError", "app.errors.UserError"),
+        ("app/method/beta.py", "from app.core.errors import UserError", "app.core.errors.UserError"),
         ("app/method/beta.py", "def f():\n    import numpy.linalg", "numpy.linalg"),
-        ("app/files.py", "from app.main import main", "app.main.main"),
-        ("app/errors.py", "import callbacks", "callbacks"),
+        ("app/core/files.py", "from app.main import main", "app.main.main"),
+        ("app/core/errors.py", "import callbacks", "callbacks"),
         ("callbacks/filter.py", "from lightning_modules.step import X", "lightning_modules.step.X"),
         ("callbacks/filter.py", "from app import main", "app.main"),
         ("datamodules/hh.py", "import callbacks.audit as a", "callbacks.audit"),
@@ -111,7 +111,7 @@ def test_the_rule_sees_a_violation(file: str, statement: str, forbidden: str) ->
         ("app/method/beta.py", "from .moments import Moments\nfrom collections.abc import Sequence"),
         (
             "callbacks/filter.py",
-            "import lightning\nfrom app.method import step\nfrom app.files import atomic_file",
+            "import lightning\nfrom app.method import step\nfrom app.core.files import atomic_file",
         ),
         ("callbacks/filter.py", "from .audit import A\nfrom callbacks import audit"),
         ("app/main.py", "import callbacks, datamodules, lightning_modules, app.commands.export"),

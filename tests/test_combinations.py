@@ -21,7 +21,7 @@ import torch
 from tiny_runs import Recorder, controlled, preference, quiet_trainer, weights
 from transformers import AutoModelForCausalLM
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.losses import (
     AlphaDPOLoss,
     HingeLoss,

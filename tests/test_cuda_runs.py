@@ -34,10 +34,10 @@ from tiny_runs import (
 )
 
 import callbacks as cb
-from app.errors import StepRefused
+from app.commands.sampling import generator_state, restore_generator, sample, score
+from app.core.errors import StepRefused
 from app.method.logps import PairLogps
 from app.method.losses import KTOPairLoss, PairLoss, SigmoidLoss, SimPOLoss, WithSFTTerm
-from app.sampling import generator_state, restore_generator, sample, score
 from datamodules.controlled_task import build_tokenizer
 from datamodules.reward_model import RewardModel
 from lightning_modules import SupervisedFineTuning

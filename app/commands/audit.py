@@ -11,13 +11,13 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from app.errors import UserError
-from app.files import atomic_file
-from app.intervals import bootstrap_mean, wilson
+from app.cli.mistakes import checked_command
+from app.commands.suspects import SIGNALS, available, hits, pair_histories
+from app.core.errors import UserError
+from app.core.files import atomic_file
+from app.core.intervals import bootstrap_mean, wilson
+from app.core.run_folder import PairTexts, grouping_labels, read_audit
 from app.method.ranges import PositiveInt
-from app.mistakes import checked_command
-from app.run_folder import PairTexts, grouping_labels, read_audit
-from app.suspects import SIGNALS, available, hits, pair_histories
 from datamodules.records import PreferencePair
 
 LABEL = "flipped"

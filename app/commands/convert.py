@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.errors import UserError
-from app.files import atomic_folder
-from app.mistakes import checked_command
+from app.cli.mistakes import checked_command
+from app.core.errors import UserError
+from app.core.files import atomic_folder
 
 # attributes that transformers leaves on a dequantised model and that make save_pretrained refuse it
 QUANTISATION_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")

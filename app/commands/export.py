@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from app.errors import UserError
-from app.export_check import LARGEST, check_equal, described_rounding, sequence_logps
-from app.export_spelling import plain_dialogue_template, spell_for_others
-from app.files import atomic_folder
-from app.mistakes import checked_command
-from app.model_card import model_card
+from app.cli.mistakes import checked_command
+from app.commands.export_check import LARGEST, check_equal, described_rounding, sequence_logps
+from app.commands.export_spelling import plain_dialogue_template, spell_for_others
+from app.commands.model_card import model_card
+from app.core.errors import UserError
+from app.core.files import atomic_folder
 from datamodules.tokenisation import Tokenisation
 from datamodules.tokenizer import stop_ids
 from lightning_modules.checkpoint import read_for_export

@@ -16,12 +16,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from app.errors import UserError
-from app.files import Parts, atomic_file, folder_hash
+from app.cli.mistakes import checked_command
+from app.commands.sampling import generator_state, restore_generator, sample, score
+from app.core.errors import UserError
+from app.core.files import Parts, atomic_file, folder_hash
+from app.core.samples import SAMPLE_FIELDS, sample_line
 from app.method.ranges import NonNegativeFloat, PositiveInt, PositiveShare, Seed
-from app.mistakes import checked_command
-from app.samples import SAMPLE_FIELDS, sample_line
-from app.sampling import generator_state, restore_generator, sample, score
 from datamodules.controlled_task import prompts as controlled_prompts
 from datamodules.records import PreferencePair
 from datamodules.sources import read_pairs

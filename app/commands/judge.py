@@ -12,14 +12,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from app.errors import UserError
-from app.intervals import Estimate, bootstrap_mean
+from app.cli.mistakes import checked_command
+from app.core.errors import UserError
+from app.core.intervals import Estimate, bootstrap_mean
 from app.judges import Answer, Judge
 from app.judges.answers import aligned
 from app.judges.endpoint import Endpoint, EndpointJudge
 from app.judges.rewards import LearnedReward, TrueReward
 from app.judges.verdicts import VerdictFile
-from app.mistakes import checked_command
 from datamodules.controlled_task import is_well_formed
 
 By = Literal["true_reward", "reward_model", "endpoint"]

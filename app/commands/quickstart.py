@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
-from app.errors import UserError
+from app.cli.mistakes import checked_command
+from app.core.errors import UserError
 from app.method.ranges import Seed
-from app.mistakes import checked_command
 
 LENGTH = ("--max_new_tokens", "32")  # more than the longest true answer
 ARMS = ("beta_dpo", "dpo")  # the first prints here, the others to a log

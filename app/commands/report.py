@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from app.cli.mistakes import checked_command
 from app.commands.judge import aligned, summary, win_rate
-from app.errors import UserError
-from app.files import atomic_file
-from app.mistakes import checked_command
+from app.core.errors import UserError
+from app.core.files import atomic_file
 from app.report.charts import figure
 from app.report.page import by_row, page
 from app.report.run import SAMPLES, Run, read_run, unique_names

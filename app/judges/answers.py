@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from app.errors import UserError
+from app.core.errors import UserError
+from app.core.samples import read_samples
 from app.judges import Answer
-from app.samples import read_samples
 from datamodules.records import Prompt, read_prompt
 from datamodules.sources import is_transcript_prompt, prompt_messages, read_pairs
 

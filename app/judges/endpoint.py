@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.progress import Progress
 
-from app.errors import UserError
-from app.files import shipped
+from app.core.errors import UserError
+from app.core.files import shipped
 from app.judges import Answer
 from app.judges.answers import dialogue_text
 from app.judges.verdicts import VerdictFile, verdict_key

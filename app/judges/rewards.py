@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from rich.progress import track
 
-from app.errors import UserError
-from app.intervals import win_scores
+from app.core.errors import UserError
+from app.core.intervals import win_scores
 from app.judges import Answer
 from app.judges.verdicts import VerdictFile, verdict_key
 from datamodules.controlled_task import is_well_formed, true_reward

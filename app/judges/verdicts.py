@@ -11,8 +11,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from app.errors import UserError
-from app.locks import locked
+from app.core.errors import UserError
+from app.core.locks import locked
 
 
 def verdict_key(*decisive: Any) -> str:

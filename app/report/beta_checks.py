@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from app.intervals import share_over
+from app.core.intervals import share_over
 from app.report.finding import Finding, sentence
 from app.report.run import Run
 from callbacks.beta_scheduler import BetaScheduler

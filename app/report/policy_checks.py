@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from app.intervals import bootstrap_mean
+from app.core.intervals import bootstrap_mean
 from app.report.finding import Finding, Level, sentence
 from app.report.run import Run
 from callbacks.health import BY_NAME, SATURATED

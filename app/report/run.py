@@ -13,10 +13,10 @@ import pandas as pd
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from app import run_folder
-from app.errors import UserError
-from app.intervals import Estimate
-from app.run_record import COMMANDS_FILE
+from app.cli.run_record import COMMANDS_FILE
+from app.core import run_folder
+from app.core.errors import UserError
+from app.core.intervals import Estimate
 from callbacks.hyperparameters import arguments, last_word
 from callbacks.slots import entries
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from app.intervals import share_over
+from app.core.intervals import share_over
 from app.report.run import Run
 
 

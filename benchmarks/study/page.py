@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from app.files import atomic_file
+from app.core.files import atomic_file
 from benchmarks.study.figures import beta_by_gap, forest, frontier, svg
 from benchmarks.study.questions import (
     ARMS,

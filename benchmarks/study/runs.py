@@ -17,11 +17,11 @@ import pandas as pd
 import torch
 
 from app.commands.judge import summary, win_rate
-from app.files import atomic_file
-from app.locks import locked
+from app.core.files import atomic_file
+from app.core.locks import locked
+from app.core.samples import read_samples
 from app.main import main
 from app.report.run import read_run
-from app.samples import read_samples
 from benchmarks.study import sentiment
 from benchmarks.study.verdicts import reward_within
 from benchmarks.tables import ROOT, processor

@@ -34,7 +34,7 @@ from scipy.special import expit
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from app.samples import read_samples
+from app.core.samples import read_samples
 from benchmarks.tables import markdown
 
 PROMPT_WORDS, VOCABULARY, TEMPERATURE, PROMPTS, SAMPLES = 8, 4096, 0.7, 2000, 4

@@ -13,7 +13,7 @@ from typing import Literal
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from app.errors import UserError
+from app.core.errors import UserError
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"

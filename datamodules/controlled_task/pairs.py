@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.controlled_task.grading import LADDER, Grade, Kind, judge
 from datamodules.controlled_task.grammar import (
     ADVERBS,

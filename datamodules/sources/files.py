@@ -13,9 +13,9 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app.cache import fingerprint
-from app.errors import UserError
-from app.files import file_hash
+from app.core.cache import fingerprint
+from app.core.errors import UserError
+from app.core.files import file_hash
 from datamodules.sources.rows import BadRow
 from datamodules.sources.text_files import csv_rows, first_line, json_rows, jsonl_rows, refuse_same_names
 

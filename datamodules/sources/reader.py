@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.records import PreferencePair
 from datamodules.sources.files import LocalFiles
 from datamodules.sources.pairs import read_row

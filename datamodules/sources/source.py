@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.ranges import FactorFromOne, PositiveFloat, checked
 from datamodules.sources.files import ROWS_PER_BATCH, LocalFiles, arrow_rows, log, readable
 from datamodules.sources.messages import TEMPLATE_FIELDS

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.sources.rows import BadRow, Cell
 
 _NO_VALUE = {"", "nan", "NaN", "<NA>", "#N/A"}  # an empty cell, as pandas and spreadsheets write it

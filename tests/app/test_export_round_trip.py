@@ -19,8 +19,8 @@ from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_t
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from app.commands.export import export, generation_config
-from app.errors import UserError
-from app.export_spelling import spell_for_others
+from app.commands.export_spelling import spell_for_others
+from app.core.errors import UserError
 from datamodules.controlled_task import build_tokenizer, preference_pairs
 from datamodules.sources import hh_messages
 

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from app.commands.export import export
 from app.commands.generate import generate
-from app.errors import UserError
-from app.files import Parts
-from app.samples import read_samples
+from app.core.errors import UserError
+from app.core.files import Parts
+from app.core.samples import read_samples
 from datamodules.controlled_task import preference_pairs
 
 OPTIONS = ["--count", "40", "--batch_size", "4", "--temperature", "[0.7, 1.0]", "--top_p", "0.9"]

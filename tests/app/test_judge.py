@@ -11,7 +11,7 @@ import pytest
 from tiny_runs import save_reward_model
 
 from app.commands.judge import by_temperature, distinct_names, judge, mean_by_prompt
-from app.errors import UserError
+from app.core.errors import UserError
 from app.judges.answers import aligned, dialogue_text
 from app.judges.endpoint import Endpoint, EndpointJudge, parse_verdict, read_instructions
 from app.judges.rewards import LearnedReward

@@ -16,7 +16,7 @@ import pytest
 from command_runs import LIMIT_SECONDS, ROOT, command
 from served_judge import INSTRUCTIONS, WORDS, Relay, score, served, train_judge, verdict
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.judges.endpoint import Endpoint, EndpointJudge
 from app.judges.verdicts import VerdictFile
 

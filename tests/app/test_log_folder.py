@@ -13,10 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tiny_runs import controlled, preference, quiet_trainer
 
-from app import locks
-from app.errors import UserError
-from app.locks import Lock, locked
-from app.log_folder import ContinuedTable, claimed_log_folder, continue_curves, log_folder
+from app.core import locks
+from app.core.errors import UserError
+from app.core.locks import Lock, locked
+from app.core.log_folder import ContinuedTable, claimed_log_folder, continue_curves, log_folder
 from app.report.run import read_csv, read_curves
 from callbacks import RunCheckpoint
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from command_runs import command, refusal, write_config
 
-from app.dispatch import go_on
+from app.cli.dispatch import go_on
+from app.cli.mistakes import plain_sentence
 from app.main import main
-from app.mistakes import plain_sentence
 from lightning_modules.checkpoint import check_checkpoint
 
 RUN = Path("runs") / "run"

@@ -15,12 +15,12 @@ from command_runs import write_config
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from app.cli import BetaDPOCLI, lightning_options
+from app.cli.dispatch import known_options
+from app.cli.options import check_numbers, sentence
+from app.cli.trainer import BetaDPOCLI, lightning_options
 from app.commands import COMMANDS
-from app.dispatch import known_options
-from app.errors import UserError
+from app.core.errors import UserError
 from app.main import main
-from app.options import check_numbers, sentence
 from callbacks.slots import SLOTS
 from datamodules import ControlledTask, PreferenceData
 from lightning_modules import PreferenceOptimization, ShardedStrategy, SupervisedFineTuning

@@ -14,8 +14,8 @@ from command_runs import ROOT, command, write_config
 from tiny_runs import save_tiny_model
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from app.cli.planning import model_config
 from app.main import main
-from app.planning import model_config
 from lightning_modules import PreferenceOptimization
 from lightning_modules.memory import Sizes
 from lightning_modules.pretrained import bare_model

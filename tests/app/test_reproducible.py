@@ -11,8 +11,8 @@ import pytest
 import yaml
 from command_runs import assert_same_run, command, write_config
 
-from app.errors import UserError
-from app.seed import LARGEST, settled_seed
+from app.cli.seed import LARGEST, settled_seed
+from app.core.errors import UserError
 
 RUN = Path("runs") / "run"
 SHORT = ("--trainer.max_steps", "6")

@@ -11,7 +11,7 @@ import yaml
 from command_runs import command, fit, write_config
 from tiny_runs import save_tiny_model
 
-from app.resume_rules import differences
+from app.cli.resume_rules import differences
 
 RUN = Path("runs") / "run"
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from app.commands.generate import generate
 from app.commands.judge import aligned, judge, summary, win_rate
 from app.commands.report import report
-from app.errors import UserError
-from app.intervals import bootstrap_mean, wilson, win_scores
+from app.core.errors import UserError
+from app.core.intervals import bootstrap_mean, wilson, win_scores
 from datamodules.controlled_task import preference_pairs
 
 
@@ -156,7 +156,7 @@ def test_prompts_that_are_left_out_are_counted(
 def test_resampling_in_parts_changes_no_digit(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(1).normal(size=501)
     whole = bootstrap_mean(values)
-    monkeypatch.setattr("app.intervals.MOST_DRAWS", 7 * 501 + 5)
+    monkeypatch.setattr("app.core.intervals.MOST_DRAWS", 7 * 501 + 5)
     assert bootstrap_mean(values) == whole
 
 

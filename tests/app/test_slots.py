@@ -14,9 +14,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, TQDMProgressBar
 from test_configs import printed
 
-from app.cli import slots_as_wholes
-from app.errors import UserError
-from app.resume_rules import refuse_version_0_1
+from app.cli.resume_rules import refuse_version_0_1
+from app.cli.trainer import slots_as_wholes
+from app.core.errors import UserError
 from callbacks import BetaScheduler, PairAudit, PairFilter, RewardGapStatistics, RunCheckpoint
 from callbacks.slots import SLOTS, entries, in_order, refuse_listed, slot_of
 

@@ -8,8 +8,8 @@ import pytest
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from tiny_runs import quiet_trainer
 
-from app.errors import UserError
-from app.slurm import check_processes, slurm_environment
+from app.cli.slurm import check_processes, slurm_environment
+from app.core.errors import UserError
 
 # as Slurm 22.05 sets them: in a batch script of two tasks on two nodes, and in each task that srun starts there
 BATCH = {

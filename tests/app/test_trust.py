@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from command_runs import audit_of, command, write_config
 from tiny_runs import save_tiny_model
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.main import main
 from datamodules.controlled_task import build_tokenizer
 from lightning_modules.checkpoint import check_checkpoint, read_for_export

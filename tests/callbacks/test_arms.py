@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from tiny_runs import Recorder, controlled, preference, quiet_trainer, same_bits, weights
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.losses import IPOLoss, KTOPairLoss, SigmoidLoss, SimPOLoss
 from app.method.moments import Moments
 from app.method.step import StepDecision

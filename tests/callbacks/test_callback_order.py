@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch import Callback
 from tiny_runs import Recorder, controlled, preference, quiet_trainer
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.losses import IPOLoss, PairLoss, SigmoidLoss, SPPOHardLoss, WithSFTTerm
 from app.method.selection import selection_noise
 from callbacks import BetaScheduler, PairFilter, RewardGapStatistics

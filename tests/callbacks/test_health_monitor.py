@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_runs import beta_dpo, controlled, preference, quiet_trainer, same_bits, weights
 
-from app.errors import StepRefused, UserError
+from app.core.errors import StepRefused, UserError
 from app.method.selection import effective_sample_size
 from callbacks import BetaScheduler, HealthMonitor, PairFilter, RewardGapStatistics, RunCheckpoint
 from callbacks.health import (

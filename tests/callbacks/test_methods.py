@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from test_arms import decided, run, start, unmeasured
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.logps import PairLogps
 from app.method.losses import IPOLoss, PairLoss, RobustLoss, SigmoidLoss
 from app.method.step import StepDecision

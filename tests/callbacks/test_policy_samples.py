@@ -9,8 +9,8 @@ import pytest
 from lightning.pytorch.strategies import ModelParallelStrategy
 from tiny_runs import beta_dpo, controlled, preference, quiet_trainer, same_bits, weights
 
-from app.errors import UserError
-from app.samples import read_samples
+from app.core.errors import UserError
+from app.core.samples import read_samples
 from callbacks import PolicySamples
 
 

@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch import Callback
 from tiny_runs import Recorder, controlled, preference, quiet_trainer, same_bits, weights
 
-from app.errors import StepRefused, UserError
+from app.core.errors import StepRefused, UserError
 from callbacks import RunCheckpoint
 from callbacks.run_checkpoint import move_link
 

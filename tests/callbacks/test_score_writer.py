@@ -10,7 +10,7 @@ import torch
 from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.losses import SimPOLoss
 from callbacks import ScoreWriter
 

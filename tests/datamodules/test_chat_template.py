@@ -10,7 +10,7 @@ from chat_families import CHATML, FAMILIES, GEMMA, QWEN3, TALK, Family
 from tiny_tokenizers import byte_tokenizer, tokenise_pair
 from transformers import PreTrainedTokenizerFast
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.records import Message, PreferencePair, TokenisedPair
 from datamodules.tokenisation import PLAIN_BESIDE_TEMPLATE, Tokenisation, tokenise_prompts
 from datamodules.tokenizer import stop_ids

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.controlled_task import Kind, grade, is_well_formed, true_reward
 from datamodules.controlled_task.grammar import ADVERBS, ANIMALS, CLOSINGS, OPENERS, VALUES, WORDS
 

@@ -11,7 +11,7 @@ from statistics import fmean, pvariance
 
 import pytest
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.controlled_task import (
     MIXED_QUALITY,
     Kind,

@@ -12,7 +12,7 @@ import pytest
 from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer
 from tiny_tokenizers import byte_tokenizer
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.controlled_task import preference_pairs
 from datamodules.gap_mixture import GapMixedTable, GapMixture
 from datamodules.loader import OptimizerBatchLoader, PreferenceBatch

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_runs import controlled
 from torch import Tensor
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.batch import PackedRows
 from datamodules.loader import OptimizerBatchLoader, PreferenceBatch, balanced_shares
 from datamodules.packing import pack

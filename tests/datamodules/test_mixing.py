@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import TEMPLATE, byte_tokenizer
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.preference_data import PreferenceData, drawn_rows
 from datamodules.records import Message
 from datamodules.sources import Source, prompt_key

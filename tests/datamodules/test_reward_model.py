@@ -9,7 +9,7 @@ import torch
 from tiny_runs import save_reward_model, save_tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.controlled_task import preference_pairs
 from datamodules.records import Message
 from datamodules.reward_model import RewardModel

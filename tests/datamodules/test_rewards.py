@@ -11,8 +11,8 @@ import torch
 from tiny_runs import Recorder, controlled, preference, quiet_trainer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from app.cache import cache_root
-from app.errors import UserError
+from app.core.cache import cache_root
+from app.core.errors import UserError
 from callbacks import BetaScheduler, ExplicitRewardGap, PairFilter, RewardGapStatistics
 from datamodules import rewards as scoring_module
 from datamodules.controlled_task import build_tokenizer, preference_pairs

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from jsonargparse import ArgumentParser
 
-from app.errors import UserError
-from app.options import set_up_parsing
+from app.cli.options import set_up_parsing
+from app.core.errors import UserError
 from datamodules.preference_data import PreferenceData
 from datamodules.records import Message, PreferencePair
 from datamodules.sources import BadRow, Source, read_pairs, read_row

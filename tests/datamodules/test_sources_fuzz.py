@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.records import PreferencePair
 from datamodules.sources import Source, read_pairs, read_row
 

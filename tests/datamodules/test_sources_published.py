@@ -12,7 +12,7 @@ import pytest
 from published_rows import GOOD, NEWS, PAIRS, PKU, POOR, QUESTION, ROWS, SHP, TLDR, ULTRAFEEDBACK
 from tiny_tokenizers import byte_tokenizer
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.preference_data import PreferenceData
 from datamodules.sources import BadRow, LeftOut, RowFormat, Source, pair_stream, read_pairs, read_row
 from datamodules.table_writer import cached_table

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.records import Message, PreferencePair
 from datamodules.sources import BadRow, hh_messages, read_pairs
 from datamodules.sources.pairs import pair_from_row

@@ -18,8 +18,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tiny_tokenizers import TEMPLATE, byte_tokenizer, tokenise_pair
 
-from app.cache import cache_root
-from app.errors import UserError
+from app.core.cache import cache_root
+from app.core.errors import UserError
 from datamodules.preference_data import split_by_prompt
 from datamodules.records import Message, PreferencePair
 from datamodules.sources import OnBadRow, PairStream, Source, pair_stream

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import TEMPLATE, byte_tokenizer, letter_tokenizer, tokenise_pair
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.records import Message, PreferencePair, TokenisedPair
 from datamodules.tokenisation import Tokenisation, tokenise_pairs
 from datamodules.tokenizer import tokenizer_fingerprint

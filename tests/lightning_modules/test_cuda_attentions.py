@@ -14,7 +14,7 @@ from tiny_runs import FAMILIES, controlled, preference, tiny_model
 from torch._dynamo.utils import counters
 from varlen_reference import varlen_reference
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.batch import PackedRows
 from lightning_modules import flex, pairwise_attention, varlen
 from lightning_modules.scorer import ResponseScorer

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_tiny_model
 
-from app.errors import UserError
+from app.core.errors import UserError
 from lightning_modules.head import LogitRule
 from lightning_modules.scorer import ResponseScorer, response_logps
 

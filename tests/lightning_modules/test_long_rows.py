@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_runs import FAMILIES, plain_logps, preference, quiet_trainer, save_tiny_model
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules import PreferenceData
 from datamodules.loader import short, stretched_pair
 from datamodules.records import TokenisedPair

@@ -23,7 +23,7 @@ from tiny_runs import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.commands.export import export
-from app.errors import UserError
+from app.core.errors import UserError
 from callbacks import EpsilonBeta, RunCheckpoint
 from lightning_modules import PreferenceOptimization, SupervisedFineTuning
 from lightning_modules.lora import Lora, without_adapters

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer, rarest_token, tiny_model, weights
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.losses import PairLogps
 
 PAIRS, BATCH = 20, 10

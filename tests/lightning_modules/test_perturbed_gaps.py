@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import Recorder, controlled, preference, quiet_trainer, same_bits, weights
 from transformers import AutoModelForCausalLM
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.losses import SimPOLoss
 from callbacks import EpsilonBeta, PairFilter
 

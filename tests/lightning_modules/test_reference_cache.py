@@ -22,7 +22,7 @@ from tiny_runs import (
     weights,
 )
 
-from app.cache import cache_root
+from app.core.cache import cache_root
 from lightning_modules.reference_cache import ReferenceCache
 
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer, same_bits, weights
 
-from app.errors import UserError
+from app.core.errors import UserError
 from callbacks import AnnotatorReliability, GammaPOMargin, LossWeights, RewardGapStatistics
 
 PAIRS, STEPS_PER_EPOCH = 43, 5  # the last batch of an epoch holds three pairs

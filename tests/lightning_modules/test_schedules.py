@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from app.errors import UserError
+from app.core.errors import UserError
 from lightning_modules.schedules import WarmupCosine
 
 

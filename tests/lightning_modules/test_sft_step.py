@@ -11,7 +11,7 @@ import torch
 from tiny_runs import controlled, plain_logps, preference, quiet_trainer, relative_difference, same_bits, weights
 from transformers import AutoModelForCausalLM
 
-from app.errors import UserError
+from app.core.errors import UserError
 from lightning_modules import SupervisedFineTuning
 
 ARCHITECTURE = {

@@ -18,7 +18,7 @@ from tiny_runs import FAMILIES, controlled, preference, quiet_trainer, relative_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.commands.export import export
-from app.errors import UserError
+from app.core.errors import UserError
 from lightning_modules import ShardedStrategy
 from lightning_modules.pretrained import load_model
 from lightning_modules.scorer import ResponseScorer

@@ -17,7 +17,7 @@ from tiny_runs import controlled, preference, quiet_trainer, relative_difference
 from transformers import AutoModelForCausalLM
 
 from app.commands.export import export
-from app.errors import UserError
+from app.core.errors import UserError
 from lightning_modules import ShardedStrategy
 from lightning_modules.tensor_parallel import keep_local_part, split_plan
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny_runs import controlled, preference, quiet_trainer
 
-from app.errors import UserError
+from app.core.errors import UserError
 from lightning_modules import SupervisedFineTuning
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from synthetic_runs import audit_of, run_with
 
-from app.intervals import Estimate, share_over, wilson
+from app.core.intervals import Estimate, share_over, wilson
 from app.report import beta_checks, policy_checks
 from app.report.findings import findings
 

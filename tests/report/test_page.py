@@ -12,7 +12,7 @@ import pytest
 from synthetic_runs import STEPS, audit_of, scalars_of, write_run
 
 from app.commands.report import report
-from app.errors import UserError
+from app.core.errors import UserError
 from app.report.curves import MOST_POINTS, smoothed, thinned
 from app.report.groups import density
 from app.report.page import flat

@@ -11,7 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import seed_everything
 
-from app.errors import UserError
+from app.core.errors import UserError
 from datamodules.base import PairDataModule
 from datamodules.table import PairTable
 

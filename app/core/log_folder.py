@@ -15,9 +15,9 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from app.errors import UserError
-from app.files import atomic_file
-from app.locks import locked
+from app.core.errors import UserError
+from app.core.files import atomic_file
+from app.core.locks import locked
 
 LOCK = ".beta-dpo.lock"
 ELSEWHERE = "choose another log folder (trainer.logger)"

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from app.errors import UserError
+from app.core.errors import UserError
 
-CONFIGS = Path(__file__).parents[1] / "configs"  # in the clone, or where the wheel installed them
+CONFIGS = Path(__file__).parents[2] / "configs"  # in the clone, or where the wheel installed them
 
 
 def shipped(name: str) -> str:

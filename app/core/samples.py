@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from app.errors import UserError
+from app.core.errors import UserError
 
 SAMPLE_FIELDS = (
     *("prompt_id", "prompt", "response", "finished"),

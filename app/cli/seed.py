@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 
-from app.errors import UserError
+from app.core.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
-from app.cli import PartsCLI, lightning_options
-from app.errors import UserError
+from app.cli.trainer import PartsCLI, lightning_options
+from app.core.errors import UserError
 from datamodules.base import PairDataModule
 from datamodules.describe import cut_responses, describe, repeats
 

@@ -12,9 +12,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoConfig
 
-from app.cli import PartsCLI, lightning_options
-from app.errors import UserError
-from app.files import CONFIGS
+from app.cli.trainer import PartsCLI, lightning_options
+from app.core.errors import UserError
+from app.core.files import CONFIGS
 from app.method.ranges import PositiveFloat, PositiveInt
 from lightning_modules.attention import dense_mask_bytes
 from lightning_modules.base import LanguageModelTraining

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from app.errors import UserError
+from app.core.errors import UserError
 
 START = "give the old value, or start a run of its own from the checkpoint's model (`beta-dpo export`)"
 # Changes that cannot be applied to a checkpoint: pattern of a key as `flattened` names it → the cure. For a key in
@@ -27,7 +27,7 @@ KEPT = {
     "filter.seed": "the draws stay those of the checkpoint",
 }
 IGNORED = ("ckpt_path", "scores*", "config")
-# keys of model and data, whose content is compared by hash (see `app.run_record`), wherever it is stored
+# keys of model and data, whose content is compared by hash (see `app.cli.run_record`), wherever it is stored
 CONTENTS = {"model": "model.name", "data": "data*"}
 
 

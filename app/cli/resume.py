@@ -10,8 +10,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from app.errors import UserError
-from app.run_record import RunRecord
+from app.cli.run_record import RunRecord
+from app.core.errors import UserError
 from callbacks import PairAudit
 from lightning_modules.checkpoint import check_checkpoint
 

@@ -11,7 +11,7 @@ import os
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import Trainer
 
-from app.errors import UserError
+from app.core.errors import UserError
 
 IGNORED_NAMES = ("bash", "interactive")  # job names for which Lightning ignores SLURM's variables
 

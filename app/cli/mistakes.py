@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from app import options
-from app.errors import UserError
+from app.cli import options
+from app.core.errors import UserError
 from app.method.ranges import Number, refuse
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -16,7 +16,7 @@ from jsonargparse import Namespace, add_instantiator
 from jsonargparse.typing import register_type
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from app.errors import UserError
+from app.core.errors import UserError
 from app.method.ranges import (
     FromMinusOne,
     NonNegativeInt,

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from app.locks import locked
+from app.core.locks import locked
 
 Kind = Literal["tables", "rewards", "references"]
 

@@ -14,15 +14,15 @@ from typing import NoReturn
 from jsonargparse import ArgumentError, auto_cli
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from app.cli import be_quiet, run_trainer_command
+from app.cli.help import brief_help, trainer_options
+from app.cli.mistakes import causes, plain_sentence
+from app.cli.options import sentence
+from app.cli.planning import run_plan
+from app.cli.showing import run_show
+from app.cli.trainer import be_quiet, run_trainer_command
 from app.commands import COMMANDS
-from app.errors import UserError
-from app.files import shipped
-from app.help import brief_help, trainer_options
-from app.mistakes import causes, plain_sentence
-from app.options import sentence
-from app.planning import run_plan
-from app.showing import run_show
+from app.core.errors import UserError
+from app.core.files import shipped
 from callbacks.interruption import Interrupted
 
 GO_ON = "The same command with --ckpt_path last goes on from the last checkpoint."

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.errors import UserError
+from app.core.errors import UserError
 
 SEQUENCES, TOKENS = 2, 48
 LARGEST = 2_000_000_000  # parameters; a larger model would take minutes and tens of GB to read back

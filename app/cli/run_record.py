@@ -13,10 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
-from app.errors import UserError
-from app.files import folder_hash
-from app.log_folder import continue_curves, log_folder
-from app.resume_rules import (
+from app.cli.resume_rules import (
     CONTENTS,
     START,
     described,
@@ -24,6 +21,9 @@ from app.resume_rules import (
     refuse_version_0_1,
     refuse_what_cannot_be_applied,
 )
+from app.core.errors import UserError
+from app.core.files import folder_hash
+from app.core.log_folder import continue_curves, log_folder
 from datamodules.base import PairDataModule
 
 COMMANDS_FILE = "commands.txt"

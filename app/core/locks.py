@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
-from app.errors import UserError
+from app.core.errors import UserError
 
 log = logging.getLogger(__name__)
 

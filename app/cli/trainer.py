@@ -21,14 +21,14 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import CheckpointIO
 from transformers.utils.logging import disable_progress_bar
 
-from app.errors import UserError
-from app.log_folder import claimed_log_folder
-from app.mistakes import refusing
-from app.options import check_numbers, reason, set_up_parsing
-from app.resume import continue_newest_version, settle_checkpoint
-from app.run_record import RunRecord
-from app.seed import settled_seed
-from app.slurm import check_processes, slurm_environment
+from app.cli.mistakes import refusing
+from app.cli.options import check_numbers, reason, set_up_parsing
+from app.cli.resume import continue_newest_version, settle_checkpoint
+from app.cli.run_record import RunRecord
+from app.cli.seed import settled_seed
+from app.cli.slurm import check_processes, slurm_environment
+from app.core.errors import UserError
+from app.core.log_folder import claimed_log_folder
 from callbacks import TextProgress
 from callbacks.slots import BY_NAME, SLOTS, in_order, refuse_listed
 from lightning_modules.checkpoint import SafeCheckpointIO

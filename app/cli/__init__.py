@@ -1,0 +1,1 @@
+"""The command line: parsing, refusals, resume, and the record of a run."""

@@ -1,0 +1,1 @@
+"""What every package may import: errors, files, locks, caches, sample files and log folders."""
