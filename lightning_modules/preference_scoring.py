@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torchmetrics import MeanMetric, Metric, SumMetric
 
 from app.method.batch import OptimizerBatch
 from app.method.losses import PairLoss
@@ -44,7 +44,7 @@ class PreferenceScoring(LanguageModelTraining):
         self.reference = reference
         self.reference_values: Reference = NoReference()
         self.measurer: PairMeasurer
-        self._evaluation: list[dict[str, Tensor]] = []  # of every batch, one value per pair of the global batch
+        self._evaluation: dict[str, Metric] = {}
 
     def keep_reference(self, fresh: ResponseScorer) -> None:
         if not self.loss.needs_reference or self.reference != "frozen":
@@ -94,23 +94,24 @@ class PreferenceScoring(LanguageModelTraining):
         self.log_evaluation("test")
 
     def evaluate(self, batch: OptimizerBatch) -> None:
-        """Keep the values of all pairs of the global batch, which are on the CPU of every rank."""
+        """Add the pairs of the global batch to the means, in which each counts once for any number of ranks.
+
+        The values of all pairs are on the CPU of every rank, so the metrics neither wait nor synchronise. A pair
+        without a finite gap enters no mean and is counted in `nonfinite_pairs`.
+        """
         _, logps = self.measurer.measure(batch, self.micro_batches(batch))
         beta = torch.full((len(batch.pair_ids),), self.beta0)
         values = pair_metrics(logps, self.loss, beta)
-        loss = self.loss.for_batch(logps)(logps, beta)
-        self._evaluation.append(values | {"loss": loss, "gap_mean": self.loss.discrepancy(logps)})
+        values |= {"loss": self.loss.for_batch(logps)(logps, beta), "gap_mean": self.loss.discrepancy(logps)}
+        finite = values["gap_mean"].isfinite()
+        for name, column in values.items():
+            self._evaluation.setdefault(name, exact(MeanMetric)).update(column[finite])
+        # the number of pairs in the means, which their uncertainty depends on
+        for name, counted in (("pairs", finite), ("nonfinite_pairs", ~finite)):
+            self._evaluation.setdefault(name, exact(SumMetric)).update(counted.double())
 
     def log_evaluation(self, stage: str) -> None:
-        """Log the means over all pairs, each of which counts once for any number of ranks.
-
-        A pair without a finite gap enters no mean and is counted in `nonfinite_pairs`.
-        """
-        columns = {name: torch.cat([part[name] for part in self._evaluation]) for name in self._evaluation[0]}
-        finite = columns["gap_mean"].isfinite()
-        # the number of pairs in the means, which their uncertainty depends on
-        counts = {"pairs": finite.sum().double(), "nonfinite_pairs": (~finite).sum().double()}
-        figures = {name: column[finite].mean() for name, column in columns.items()} | counts
+        figures = {name: metric.compute() for name, metric in self._evaluation.items()}
         warn_of_nonfinite(stage, figures)
         self.log_dict({f"{stage}/{name}": value for name, value in figures.items()})
         self._evaluation.clear()
@@ -126,3 +127,8 @@ class PreferenceScoring(LanguageModelTraining):
         columns["chosen_tokens"] = logps.chosen_tokens.long().tolist()
         columns["rejected_tokens"] = logps.rejected_tokens.long().tolist()
         return columns
+
+
+def exact(kind: type[Metric]) -> Metric:
+    """Return a metric in float64 on the CPU that is not synchronised, because every rank adds all pairs."""
+    return kind(sync_on_compute=False).set_dtype(torch.float64).cpu()
