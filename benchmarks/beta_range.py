@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from app.core.run_folder import read_audit
 from app.method.beta import BetaBounds, BetaSchedule
 from app.method.moments import RunningMoments
 from app.method.selection import gaussian_log_weights, gumbel_top_k, number_kept, selection_noise
+from app.report.run_folder import read_audit
 from benchmarks.tables import markdown
 
 STEPS, PAIRS, KEEP_RATIO = 478, 128, 0.8  # configs/ultrafeedback_instruct.yaml

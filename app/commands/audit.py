@@ -16,8 +16,8 @@ from app.commands.suspects import SIGNALS, available, hits, pair_histories
 from app.core.errors import UserError
 from app.core.files import atomic_file
 from app.core.intervals import bootstrap_mean, wilson
-from app.core.run_folder import PairTexts, grouping_labels, read_audit
 from app.method.ranges import PositiveInt
+from app.report.run_folder import PairTexts, grouping_labels, read_audit
 from datamodules.records import PreferencePair
 
 LABEL = "flipped"

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from app.core.run_folder import grouping_labels
 from app.method.moments import RunningMoments
 from app.method.reference_flips import fitted
+from app.report.run_folder import grouping_labels
 
 
 def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:

@@ -14,9 +14,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app.cli.run_record import COMMANDS_FILE
-from app.core import run_folder
 from app.core.errors import UserError
 from app.core.intervals import Estimate
+from app.report import run_folder
 from callbacks.hyperparameters import arguments, last_word
 from callbacks.slots import entries
 

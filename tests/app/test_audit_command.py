@@ -10,8 +10,8 @@ import pytest
 import yaml
 from command_runs import write_config
 
-from app.core.run_folder import PairTexts
 from app.main import main
+from app.report.run_folder import PairTexts
 from datamodules.controlled_task import preference_pairs
 
 RUN = "runs/csv"

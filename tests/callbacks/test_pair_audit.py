@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import beta_dpo, controlled, preference, quiet_trainer
 
 from app.core.errors import UserError
-from app.core.run_folder import AUDIT_COLUMNS
 from app.method.step import StepDecision
+from app.report.run_folder import AUDIT_COLUMNS
 from callbacks import PairAudit
 from callbacks.pair_audit import audit_rows, forget_steps_from
 

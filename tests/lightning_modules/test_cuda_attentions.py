@@ -119,7 +119,7 @@ def test_steps_down_with_a_word(
         ):
             caplog.clear()
             if attribute == "varlen_attn":
-                monkeypatch.setattr(varlen, "lacking", lambda *_: None)
+                monkeypatch.setattr("lightning_modules.attention.lacking", lambda *_: None)
             monkeypatch.setattr(where, attribute, broken)
             assert started(tmp_path, tiny_llama).policy.attention == order[place + 1]
             said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
@@ -149,7 +149,7 @@ def test_layers_that_do_not_compile_run_as_they_are(
 def test_out_of_memory_is_told_and_not_worked_around(
     tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(varlen, "lacking", lambda *_: None)
+    monkeypatch.setattr("lightning_modules.attention.lacking", lambda *_: None)
     with cuda_stand_in():
         monkeypatch.setattr(varlen, "varlen_attn", no_memory)
         with pytest.raises(UserError, match=r"Out of memory .*24.70 GiB.*lower data.micro_batch_tokens"):
