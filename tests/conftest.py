@@ -29,10 +29,10 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_launcher() -> Iterator[None]:
-    """Forget what a strategy of several ranks leaves behind: a later run would take it for its launcher."""
+def no_launcher_and_no_seed() -> Iterator[None]:
+    """Forget what a run leaves in the environment: a later one would take its launcher and its seed for its own."""
     yield
-    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"):
         os.environ.pop(name, None)
 
 

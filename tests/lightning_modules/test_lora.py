@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.commands.export import export
 from app.core.errors import UserError
-from callbacks import EpsilonBeta, RunCheckpoint
+from callbacks import BetaScheduler, EpsilonBeta, RewardGapStatistics, RunCheckpoint
 from lightning_modules import PreferenceOptimization, SupervisedFineTuning
 from lightning_modules.lora import Lora, without_adapters
 from lightning_modules.reference import ScoredReference
@@ -111,8 +111,11 @@ def test_evaluation_reads_the_same_reference(tiny_llama: str, tmp_path: Path) ->
 
 
 def test_a_cached_reference_goes_with_adapters(tiny_llama: str, tmp_path: Path) -> None:
-    _, frozen, _ = train(tmp_path / "frozen", tiny_llama, 3)
-    module, cached, _ = train(tmp_path / "cached", tiny_llama, 3, reference="cached")
+    def parts() -> list:
+        return [RewardGapStatistics(), BetaScheduler(0.6)]  # a filter would select by the first gaps' rounding
+
+    _, frozen, _ = train(tmp_path / "frozen", tiny_llama, 3, parts())
+    module, cached, _ = train(tmp_path / "cached", tiny_llama, 3, parts(), reference="cached")
     assert module.reference_values.scorer is None
     for one, other in zip(frozen, cached, strict=True):
         torch.testing.assert_close(one.gaps, other.gaps, rtol=0, atol=1e-4)
