@@ -45,7 +45,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             except RuntimeError as error:  # torch's writer hides the operating system's reason
                 raise UserError(
                     f"{path} could not be written, most likely for want of space: free some and start again with "
-                    "--ckpt_path last; the checkpoint before it is whole."
+                    "--ckpt_path last; an earlier one is untouched."
                 ) from error
 
     def load_checkpoint(

@@ -131,7 +131,7 @@ class ShardedStrategy(ModelParallelStrategy):
                 shutil.rmtree(part, ignore_errors=True)
             raise UserError(
                 f"{path} could not be written, most likely for want of space: free some and start again with "
-                "--ckpt_path last; the checkpoint before it is whole."
+                "--ckpt_path last; an earlier one is untouched."
             ) from error
         self.barrier("shards written")
         if self.is_global_zero:
