@@ -46,8 +46,8 @@ def board(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """A browser, and the address of a TensorBoard over two arms of the quickstart."""
     folder = tmp_path_factory.mktemp("quickstart")
     with chromium(tmp_path_factory.mktemp("profile"), width=1500, height=3200) as driver:
-        for arm in ("beta_dpo", "dpo"):
-            quickstart_run(folder, tiny_llama, arm)
+        quickstart_run(folder, tiny_llama, "beta_dpo", "--confidence", "AnnotatorReliability")
+        quickstart_run(folder, tiny_llama, "dpo")
         tensorboard = program.TensorBoard()
         tensorboard.configure((None, "--logdir", str(folder / "runs"), "--port", "0", "--load_fast", "false"))
         yield driver, tensorboard.launch()
