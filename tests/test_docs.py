@@ -34,6 +34,7 @@ OTHERS = {
     "make",
     "python",
     "pip",
+    "hf",
     "tensorboard",
     "cat",
     "cd",
