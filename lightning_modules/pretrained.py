@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from app.core.errors import UserError
-from lightning_modules.sharded_loading import few, refuse_values
+from lightning_modules.sharded_loading import embedding_tables, few, refuse_values
 
 log = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ def parameters_on_meta() -> Iterator[None]:
 
 def linear_weights(model: nn.Module) -> list[torch.Tensor]:
     """Return the weights of linear layers that no embedding shares; autocast rounds these before each use."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = embedding_tables(model)
     weights = {id(module.weight): module.weight for module in model.modules() if type(module) is nn.Linear}
     return [weight for key, weight in weights.items() if key not in embeddings]
 

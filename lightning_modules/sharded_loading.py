@@ -65,13 +65,18 @@ def refuse_values(name: str, model: nn.Module) -> None:
     transformers would convert the integers or float8 of a quantised model to float without their scales.
     """
     state = {key: tensor for key, tensor in model.named_parameters() if tensor.is_floating_point()}
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables = embedding_tables(model)
     for key, tensor in state.items():
         refuse_nonfinite(name, key, tensor.data, id(tensor) in tables)
     for path in sorted(Path(name).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for key in state.keys() & set(file.keys()):
                 refuse_codes(path, key, file.get_slice(key).get_dtype())
+
+
+def embedding_tables(model: nn.Module) -> set[int]:
+    """Return the identities of the weights that embed tokens, or positions."""
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
 def refuse_nonfinite(source: str, name: str, values: Tensor, embeds: bool) -> None:
@@ -83,15 +88,12 @@ def refuse_nonfinite(source: str, name: str, values: Tensor, embeds: bool) -> No
             f"model.name: {name} of {source!r} is not finite (NaN or infinite): take a sound copy, or an earlier "
             "checkpoint of the run that made it."
         )
-    rows = (~values.isfinite()).any(-1)
     log.warning(
-        "model.name: %d of the %d tokens that %s of %r embeds are not finite (NaN or infinite), token %d first: "
-        "pairs with them will be left out",
-        int(rows.sum()),
-        len(rows),
+        "model.name: %d of the tokens that %s of %r embeds are not finite (NaN or infinite): pairs with them will "
+        "be left out",
+        int((~values.isfinite()).any(-1).sum()),
         name,
         source,
-        int(rows.nonzero()[0]),
     )
 
 
@@ -114,6 +116,7 @@ def read_weights(model: Any, files: dict[str, Path], device: torch.device | str 
     # keyed by the identity of the parameter, so that tied parameters are read once and stay tied
     sources = {id(tensor): stored[name] for name, tensor in state.items() if name in stored}
     read: dict[int, Tensor] = {}
+    tables = embedding_tables(model)
     for name, tensor in state.items():
         if id(tensor) not in sources:
             raise UserError(
@@ -122,7 +125,7 @@ def read_weights(model: Any, files: dict[str, Path], device: torch.device | str 
             )
         if id(tensor) not in read:
             source = sources[id(tensor)]
-            read[id(tensor)] = _read(files[source], source, tensor, device)
+            read[id(tensor)] = _read(files[source], source, tensor, device, id(tensor) in tables)
     model.load_state_dict({name: read[id(tensor)] for name, tensor in state.items()}, assign=True)
 
 
@@ -139,7 +142,7 @@ def _stored_names(model: Any, state: dict[str, Tensor], files: dict[str, Path]) 
     return names
 
 
-def _read(path: Path, name: str, like: Tensor, device: torch.device | str) -> Tensor:
+def _read(path: Path, name: str, like: Tensor, device: torch.device | str, embeds: bool) -> Tensor:
     """Return this rank's part of a stored tensor, with the layout and dtype of `like`."""
     shape, start = tuple(like.shape), (0,) * like.ndim
     if isinstance(like, DTensor):
@@ -158,7 +161,7 @@ def _read(path: Path, name: str, like: Tensor, device: torch.device | str) -> Te
         # a rank beyond the last row has an empty part, and a scalar has no dimension to slice
         local = stored[here] if 0 not in shape and shape else torch.zeros(shape) if shape else file.get_tensor(name)
         local = local.to(device, like.dtype, copy=True)
-    refuse_nonfinite(str(path), name, local, "embed" in name or "wte" in name)
+    refuse_nonfinite(str(path), name, local, embeds)
     if isinstance(like, DTensor):
         local = dtensor_like(local, like)
     return nn.Parameter(local, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else local
