@@ -358,10 +358,10 @@ def test_the_table_lists_everything() -> None:
 
 
 # a logit, a square with a target, and no reference; the slow test below trains every loss
-QUICK = ("sigmoid", "ipo", "simpo")
+SLOW = [pytest.param(loss, marks=pytest.mark.slow) for loss in ("ipo", "simpo")]
 
 
-@pytest.mark.parametrize("loss", QUICK)
+@pytest.mark.parametrize("loss", ["sigmoid", *SLOW])
 def test_every_schedule_under_a_loss_of_each_kind(loss: str, tiny_llama: str, tmp_path: Path) -> None:
     told = committed()
     for parts in covering():

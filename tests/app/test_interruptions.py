@@ -38,7 +38,14 @@ def assert_loadable(run: Path) -> None:
     assert len(list(link.parent.glob("step=*.ckpt"))) <= 2  # the newest, and one that a kill kept from deletion
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])
+SIGNALS = [
+    ("SIGTERM", 143),
+    pytest.param("SIGUSR1", 138, marks=pytest.mark.slow),
+    pytest.param("SIGINT", 130, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "status"), SIGNALS)
 def test_a_signal_costs_no_step(name: str, status: int, whole: Path, tiny_llama: str, tmp_path: Path) -> None:
     write_config(tmp_path, tiny_llama)
     stopped = fit(tmp_path, f"signal {name}@6")
@@ -60,7 +67,7 @@ def test_a_signal_costs_no_step(name: str, status: int, whole: Path, tiny_llama:
 
 
 # in mid-epoch, and in the first step of an epoch; neither number is a multiple of every_n_steps
-@pytest.mark.parametrize("step", [9, 5])
+@pytest.mark.parametrize("step", [5, pytest.param(9, marks=pytest.mark.slow)])
 def test_too_many_nonfinite_pairs_cost_no_step(step: int, whole: Path, tiny_llama: str, tmp_path: Path) -> None:
     write_config(tmp_path, tiny_llama)
     stopped = fit(tmp_path, f"nonfinite@{step}")

@@ -77,7 +77,10 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     assert relative_difference(whole[1], weights_of(tmp_path)) < 1e-5
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("fsdp_tp", marks=pytest.mark.slow)])
+SHIPPED = ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "fsdp_tp"))]
+
+
+@pytest.mark.parametrize("strategy", SHIPPED)
 def test_the_shipped_configuration_runs_on_two_ranks(strategy: str, tiny_llama: str, tmp_path: Path) -> None:
     # with every callback that it names: one that asks for a collective on one rank alone would wait for ever
     options = ["--config", str(ROOT / "configs/quickstart.yaml")]

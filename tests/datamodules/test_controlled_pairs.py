@@ -81,6 +81,7 @@ def test_the_default_is_four_fifths_wide_gaps_and_one_fifth_broken() -> None:
     assert within_three_errors(len(graded) / len(pairs), 0.8, len(pairs))
 
 
+@pytest.mark.slow
 def test_length_is_no_cue_among_well_formed_pairs() -> None:
     pairs = preference_pairs(20_000, seed=5, gap="any", flip_rate=0, broken_share=0)
     differences, by_grade = [], defaultdict(list)

@@ -264,6 +264,7 @@ def test_split_refuses_shares_that_make_no_sense() -> None:
             split_by_prompt(np.arange(5), share, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "hh_harmless_base_test.jsonl.gz").exists(), reason="the HH file is not here")
 def test_real_hh_table_accounts_for_every_row() -> None:
     path = str(DATA / "hh_harmless_base_test.jsonl.gz")

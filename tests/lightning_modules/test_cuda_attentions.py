@@ -59,8 +59,10 @@ GEMMA3 = {
 
 
 # the quick ones have windows, capped scores, shared keys and none: the others ask of FlexAttention what these do
-QUICK = ["llama", "gemma2", "gpt_neox"]
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("gemma3", "mistral_window", "qwen3")]
+QUICK = ["llama", "gemma2"]
+SLOW = [
+    pytest.param(family, marks=pytest.mark.slow) for family in ("gpt_neox", "gemma3", "mistral_window", "qwen3")
+]
 
 
 @pytest.mark.parametrize("family", [*QUICK, *SLOW])

@@ -181,6 +181,7 @@ def test_inclusion_probabilities_of_the_filter() -> None:
     assert_within_three_standard_errors(draw(log_weights, 4, seed=0, draws=20_000), exact, 20_000)
 
 
+@pytest.mark.slow
 def test_inclusion_probabilities_of_a_lopsided_batch() -> None:
     log_weights = torch.tensor([0.0, -0.3, -1.0, -2.5, -4.0, -0.1], dtype=torch.float64)
     exact = inclusion_by_enumeration(log_weights.exp().tolist(), 2)

@@ -109,6 +109,7 @@ def test_nothing_is_fetched_and_no_text_is_markup(two_runs: Path, tmp_path: Path
     assert "<b>broken" not in source
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_page(two_runs: Path, tmp_path: Path) -> None:
     draw(tmp_path, two_runs / "a/version_0")
     first = (tmp_path / "page.html").read_bytes()
