@@ -99,7 +99,7 @@ class HealthMonitor(Callback):
         if name is not None:
             raise StepRefused(
                 f"HealthMonitor stopped the run after step {trainer.global_step}: {name} ({BY_NAME[name].link}); "
-                "mend it or take it out of stop_on, and go on with --ckpt_path last."
+                "mend it or take it out of stop_on, and resume with --ckpt_path last."
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from app.core.errors import UserError
 from app.core.files import shipped
 from callbacks.interruption import Interrupted
 
-GO_ON = "The same command with --ckpt_path last goes on from the last checkpoint."
+RESUME = "The same command with --ckpt_path last resumes from the last checkpoint."
 AGAIN = "Give the same command again; what it says it keeps is not done twice."
 
 # gloo's messages on the remaining ranks when one is lost
@@ -57,7 +57,7 @@ def run(command: str, arguments: list[str]) -> None:
         said = next((str(cause) for cause in causes(error) if isinstance(cause, UserError)), None)
         _refuse(said or sentence(str(error), command, known_options(command)))
     except Interrupted as stop:
-        _leave(f"{stop}: the same command with --ckpt_path last goes on from there.", stop.exit_status)
+        _leave(f"{stop}: the same command with --ckpt_path last resumes from there.", stop.exit_status)
     except SIGTERMException:
         _leave(f"stopped by SIGTERM. {go_on(command)}", 143)
     except KeyboardInterrupt:
@@ -68,7 +68,7 @@ def run(command: str, arguments: list[str]) -> None:
         raise
     except Exception as error:
         if any(sign in str(error) for sign in RANK_LOST):
-            _leave(f"another rank has ended, or does not answer: its own messages tell more. {GO_ON}", 1)
+            _leave(f"another rank has ended, or does not answer: its own messages tell more. {RESUME}", 1)
         told = plain_sentence(error)
         if told is None:
             raise
@@ -88,7 +88,7 @@ def with_shipped_configs(arguments: list[str]) -> list[str]:
 
 def go_on(command: str) -> str:
     """Return the advice after an interruption."""
-    return GO_ON if command == "fit" else AGAIN
+    return RESUME if command == "fit" else AGAIN
 
 
 def _leading_words_as_list(function: Callable[..., None], words: list[str]) -> list[str]:

@@ -212,7 +212,7 @@ class EndpointJudge:
         where, kept = self.settings.url or "The endpoint", len(self.verdicts)
         return UserError(
             f"{where} gave no reply ({reason.rstrip('.')}): {self.verdicts.path} keeps {kept} verdicts, and "
-            "the same command goes on from there."
+            "the same command continues from there."
         )
 
 

@@ -161,7 +161,7 @@ def test_a_run_is_watched_stopped_and_goes_on_unchanged(
     assert same_bits(fit("watched", HealthMonitor(window=3)), unwatched)
     assert any("β at its bounds" in line and "lower schedule.alpha" in line for line in caplog.messages)
 
-    with pytest.raises(StepRefused, match=r"after step [3-5]: β at its bounds .* go on with --ckpt_path last"):
+    with pytest.raises(StepRefused, match=r"after step [3-5]: β at its bounds .* resume with --ckpt_path last"):
         fit("stopped", HealthMonitor(window=3, stop_on=["β at its bounds"]))
     last = tmp_path / "stopped" / "last.ckpt"
     assert 3 <= torch.load(last, weights_only=True)["global_step"] <= 5

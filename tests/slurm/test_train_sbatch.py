@@ -113,7 +113,7 @@ def test_the_time_limit_is_no_end(cluster: Cluster, whole: Path, tiny_llama: str
 
 def test_lost_ranks_and_nodes(cluster: Cluster, whole: Path, tiny_llama: str, tmp_path: Path) -> None:
     job = Job(cluster, tmp_path, tiny_llama)
-    cure = f"`scontrol requeue {job.number}` goes on from the last checkpoint"
+    cure = f"`scontrol requeue {job.number}` resumes from the last checkpoint"
 
     job.reach(4)
     os.kill(cluster.rank("node2"), signal.SIGKILL)
