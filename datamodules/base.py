@@ -11,6 +11,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,12 +20,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
 from app.core.errors import UserError
+from app.method.ranges import PositiveInt, Seed, checked
 from datamodules.describe import cut_responses, describe, pairs_seen, repeats, shared_prompts, shown
 from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
 from datamodules.loader import Exchange, OptimizerBatchLoader, longest_of
-from datamodules.rewards import RewardedTable, RewardScoring, reward_scores, rows_with_reward
+from datamodules.rewards import RewardScoring, reward_scores, rows_with_reward, with_rewards
 from datamodules.sources import PairStream, is_transcript_prompt
-from datamodules.table import PairTable, find
+from datamodules.table import PairTable, joined
 from datamodules.table_writer import cached_table
 from datamodules.tokenisation import Tokenisation
 from datamodules.tokenizer import stop_ids, tokenizer_files
@@ -41,6 +44,7 @@ SPLITS: dict[str, tuple[Split, ...]] = {
 }
 
 
+@checked
 class PairDataModule(LightningDataModule):
     """A DataModule with loaders of optimizer batches over tables of tokenised pairs.
 
@@ -53,14 +57,15 @@ class PairDataModule(LightningDataModule):
     """
 
     tokenisation = Tokenisation()
+    mixed = False  # whether the pairs are named by their sources
 
     def __init__(
         self,
-        batch_size: int,
-        micro_batch_tokens: int,
-        seed: int | None,
-        gap_mixture: GapMixture | None,
-        reward_model: RewardScoring | None,
+        batch_size: PositiveInt = 64,
+        micro_batch_tokens: PositiveInt = 8192,
+        seed: Seed | None = None,
+        gap_mixture: GapMixture | None = None,
+        reward_model: RewardScoring | None = None,
     ):
         super().__init__()
         self.batch_size = batch_size
@@ -89,13 +94,8 @@ class PairDataModule(LightningDataModule):
     def streams(self, split: Split) -> Sequence[PairStream] | None:
         """Return the pairs from which a split is taken, one stream per source; None if the split does not exist."""
 
-    def join(self, streams: Sequence[PairStream], tables: Sequence[PairTable]) -> PairTable:
-        """Return the tables of these streams as one."""
-        (table,) = tables
-        return table
-
     def rows_of(self, table: PairTable, split: Split) -> np.ndarray:
-        """Return the rows of the joined table that belong to the split."""
+        """Return the rows of the table of all streams that belong to the split."""
         return np.arange(len(table))
 
     def open_table(self, split: Split) -> tuple[PairTable, np.ndarray] | None:
@@ -104,22 +104,24 @@ class PairDataModule(LightningDataModule):
         if streams is None:
             return None
         trained_on = split == "train" and self.need_rejected
-        tables = [self.open_stream(stream, trained_on) for stream in streams]
-        table = self.join(streams, tables)
-        rows = rows_with_reward(tables, self.rows_of(table, split))
+        table = self.open_streams(streams, trained_on)
+        rows = rows_with_reward(table, self.rows_of(table, split))
         if self.gap_mixture is None or not self.need_rejected or split not in ("train", "predict"):
             return table, rows
         samples = [replaced_stream(stream, self.gap_mixture.samples) for stream in streams]
-        replaced = self.join(samples, [self.open_stream(stream, trained_on) for stream in samples])
+        replaced = self.open_streams(samples, trained_on)
         return GapMixedTable(table, replaced, self.gap_mixture, rows), rows
 
-    def open_stream(self, stream: PairStream, trained_on: bool) -> PairTable:
-        """Return the table of one stream, with rewards if `trained_on` and a reward model is set."""
-        table = cached_table(stream, self.tokenizer, self.tokenisation)
-        if self.reward_model is None or not trained_on:
-            return table
-        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        return RewardedTable(table, reward_scores(stream, self.reward_model, device))
+    def open_streams(self, streams: Sequence[PairStream], trained_on: bool) -> PairTable:
+        """Return the pairs of all streams, with rewards if `trained_on` and a reward model is set."""
+        tables = []
+        for stream in streams:
+            table = cached_table(stream, self.tokenizer, self.tokenisation)
+            if self.reward_model is not None and trained_on:
+                device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+                table = with_rewards(table, reward_scores(stream, self.reward_model, device))
+            tables.append(table.named(stream.name) if self.mixed else table)
+        return joined(tables)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -179,8 +181,8 @@ class PairDataModule(LightningDataModule):
         table, rows = self._tables[split]
         warnings = [cut_responses(table, self.tokenisation.max_length)]
         if split == "train":
-            if table.label_kinds:
-                log.info("train: columns kept as labels: %s", ", ".join(table.label_kinds))
+            if table.label_names:
+                log.info("train: columns kept as labels: %s", ", ".join(table.label_names))
             twice, contradicted = repeats(table, rows)
             if twice:
                 log.info("train: %s", twice)
@@ -258,7 +260,8 @@ class PairDataModule(LightningDataModule):
         """Return prompt, chosen and rejected text of training pairs by pair id, without special tokens."""
         table, _ = self._tables["train"]
         texts: dict[str, dict[str, str]] = {}
-        for pair_id, row in zip(pair_ids, find(table, pair_ids), strict=True):
+        rows = pc.index_in(pa.array(pair_ids, pa.string()), value_set=table.columns.column("pair_id")).to_pylist()
+        for pair_id, row in zip(pair_ids, rows, strict=True):
             sides = table[row]._asdict().items()
             texts[pair_id] = {
                 side: str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from app.method.ranges import PositiveInt, Seed, Share, checked
+from app.method.ranges import PositiveInt, Share, checked
 from datamodules.base import PairDataModule, Split
 from datamodules.controlled_task import Gap, build_tokenizer, demonstrations, preference_pairs
-from datamodules.gap_mixture import GapMixture
-from datamodules.rewards import RewardScoring
 from datamodules.sources import PairStream
 
 # raise when the generator's output changes, so that no older cached table is used
@@ -46,13 +44,9 @@ class ControlledTask(PairDataModule):
         broken_share: Share = 0.2,
         gap: Gap = "extreme",
         high_gap_share: Share = 0.5,
-        batch_size: PositiveInt = 64,
-        micro_batch_tokens: PositiveInt = 8192,
-        seed: Seed | None = None,
-        gap_mixture: GapMixture | None = None,
-        reward_model: RewardScoring | None = None,
+        **settings: Any,
     ):
-        super().__init__(batch_size, micro_batch_tokens, seed, gap_mixture, reward_model)
+        super().__init__(**settings)
         self.stage = stage
         self.counts: dict[Split, int] = {
             "train": pairs,

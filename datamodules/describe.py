@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from lightning.pytorch import Trainer
 
 from datamodules.gap_mixture import GapMixedTable
-from datamodules.rewards import RewardedTable
-from datamodules.table import JoinedTables, PairTable, TokenisedTable
+from datamodules.table import PairTable, Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,32 +40,36 @@ def shown(
 
 
 def describe(table: PairTable, rows: np.ndarray) -> list[str]:
-    """Return one line per table: its number of pairs, and what reading and tokenising left out."""
+    """Return one line per source: its number of pairs, and what reading and tokenising left out."""
+    counts = np.bincount(table.part_of(rows), minlength=len(table.parts)).tolist()
+    lines = _of_parts(table.parts, counts)
     if isinstance(table, GapMixedTable):
-        own, replaced = table.parts
-        samples = [f"samples: {line}" for line in describe(replaced.table, np.arange(len(replaced.table)))]
-        return [*describe(own.table, rows), *samples, table.note]
-    if isinstance(table, RewardedTable):
-        (line,) = describe(table.parts[0].table, rows)
-        left_out = int((~table.scored).sum())
-        return [line + f"; {left_out} left out, the reward model's chat template refuses them" * bool(left_out)]
-    if isinstance(table, JoinedTables):
-        counts = np.bincount(table.part_of(rows), minlength=len(table.parts)).tolist()
-        sources = [
-            f"{part.labels.get('source')}: {count} of its {line}"
-            for part, count in zip(table.parts, counts, strict=True)
-            for line in describe(part.table, np.arange(len(part.table)))
-        ]
-        return [f"{len(rows)} pairs of {len(sources)} sources", *sources]
-    assert isinstance(table, TokenisedTable)
-    counts_by_reason = [
-        f"{count} {reason}" + (f" (first: {', '.join(table.examples[reason])})" if reason in table.examples else "")
-        for reason, count in table.report.items()
-        if reason not in ("pairs", "rows")
+        samples = _of_parts(table.samples, [part.pairs for part in table.samples])
+        lines += [*(f"samples: {line}" for line in samples), table.note]
+    return lines
+
+
+def _of_parts(parts: Sequence[Part], counts: Sequence[int]) -> list[str]:
+    if not parts[0].source:
+        return [_of_part(parts[0], counts[0])]
+    sources = [
+        f"{part.source}: {count} of its {_of_part(part, part.pairs)}"
+        for part, count in zip(parts, counts, strict=True)
     ]
-    if any("truncated" in reason for reason in table.report):
-        counts_by_reason.append("data.max_length and data.max_prompt_length set the limits")
-    return ["; ".join([f"{len(rows)} pairs", f"{table.report['rows']} rows read", *counts_by_reason])]
+    return [f"{sum(counts)} pairs of {len(sources)} sources", *sources]
+
+
+def _of_part(part: Part, count: int) -> str:
+    told = [f"{count} pairs", f"{part.report['rows']} rows read"]
+    for reason, lost in part.report.items():
+        if reason not in ("pairs", "rows"):
+            places = part.examples.get(reason)
+            told.append(f"{lost} {reason}" + (f" (first: {', '.join(places)})" if places else ""))
+    if any("truncated" in reason for reason in part.report):
+        told.append("data.max_length and data.max_prompt_length set the limits")
+    if part.unscored:
+        told.append(f"{part.unscored} left out, the reward model's chat template refuses them")
+    return "; ".join(told)
 
 
 def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str]:
@@ -101,10 +104,10 @@ def shared_prompts(trained: tuple[PairTable, np.ndarray], held_out: tuple[PairTa
 
 def cut_responses(table: PairTable, max_length: int) -> str:
     """Return a message if more than 5 % of the responses are cut, else an empty text."""
-    leaves = list(_leaves(table))
-    counts = sum((Counter(leaf.report) for leaf in leaves), Counter())
+    counts = sum((Counter(part.report) for part in table.parts), Counter())
     cut = counts["chosen truncated"] + counts["rejected truncated"]
-    responses = sum(int((leaf.chosen_lengths > 0).sum() + (leaf.rejected_lengths > 0).sum()) for leaf in leaves)
+    own = sum(part.pairs for part in table.parts)  # without the replaced pairs of a gap mixture
+    responses = int((table.side_lengths[1:, :own] > 0).sum())
     if cut <= 0.05 * responses:
         return ""
     return (
@@ -125,14 +128,6 @@ def pairs_seen(pairs: int, batch_size: int, trainer: Trainer) -> tuple[str, bool
     passes = "" if steps == math.inf or seen < pairs else f", {steps / max(1, batches):.3g} times"
     told = "no limit of steps" if steps == math.inf else f"{steps} steps of {batch_size}"
     return f"{seen} of {pairs} pairs will be seen{passes} ({told}; {option} decides)", seen == pairs
-
-
-def _leaves(table: PairTable) -> Iterator[TokenisedTable]:
-    if isinstance(table, TokenisedTable):
-        yield table
-    elif isinstance(table, JoinedTables):
-        for part in table.parts[:1] if isinstance(table, GapMixedTable) else table.parts:
-            yield from _leaves(part.table)
 
 
 def _named(table: PairTable, rows: np.ndarray) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from app.core.errors import UserError
@@ -18,7 +19,7 @@ from app.core.samples import read_samples
 from app.method.ranges import Seed, Share, checked
 from datamodules.records import PreferencePair, Prompt, read_prompt
 from datamodules.sources import PairStream, RowReport, prompt_key
-from datamodules.table import JoinedTables, PairTable, Part
+from datamodules.table import PairTable, joined
 
 
 @checked
@@ -143,17 +144,22 @@ def replaced_stream(stream: PairStream, samples: str) -> PairStream:
     )
 
 
-class GapMixedTable(JoinedTables):
+class GapMixedTable(PairTable):
     """A table of N pairs with their own rejected responses, followed by the replaced copies of those with a sample.
 
-    A loader serves rows of the first N; `exchange` puts the replaced rows in their place, batch by batch.
+    `parts` and `samples` are the sources of the two. A loader serves rows of the first N; `exchange`
+    puts the replaced rows in their place, batch by batch.
     """
 
     def __init__(self, own: PairTable, replaced: PairTable, mixture: GapMixture, rows: np.ndarray) -> None:
         """Join the tables; `rows` are trained on. Raises UserError if one of them lacks a sample that it needs."""
-        super().__init__([Part(own, {"replaced": False}), Part(replaced, {"replaced": True})])
+        marked = [table.with_labels(replaced=pa.repeat(table is replaced, len(table))) for table in (own, replaced)]
+        both = joined(marked)
+        super().__init__(both.columns, both.kinds, own.parts)
+        self.samples = replaced.parts
         self.mixture = mixture
-        places = pc.index_in(own.id_column, value_set=replaced.id_column.combine_chunks()).fill_null(-1).to_numpy()
+        ids = replaced.columns.column("pair_id").combine_chunks()
+        places = pc.index_in(own.columns.column("pair_id"), value_set=ids).fill_null(-1).to_numpy()
         partner = np.where(places < 0, np.arange(len(own)), len(own) + places.astype(np.int64))  # [N]
         drawn = np.ones(len(own), dtype=bool)
         if mixture.unit == "pair":

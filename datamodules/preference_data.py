@@ -12,12 +12,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from app.core.errors import UserError
-from app.method.ranges import FactorFromOne, PositiveInt, Seed, ShareBelowOne, checked
+from app.method.ranges import FactorFromOne, PositiveInt, ShareBelowOne, checked
 from datamodules.base import PairDataModule, Split
-from datamodules.gap_mixture import GapMixture
-from datamodules.rewards import RewardScoring
 from datamodules.sources import OnBadRow, PairStream, PreferredBy, RowFormat, Source, pair_stream
-from datamodules.table import JoinedTables, PairTable, Part
+from datamodules.table import PairTable
 from datamodules.tokenisation import Tokenisation
 from datamodules.tokenizer import read_tokenizer
 
@@ -76,13 +74,9 @@ class PreferenceData(PairDataModule):
         prompt_truncation: Literal["keep_end", "keep_start"] = "keep_end",
         chat_template: bool | Literal["auto"] = "auto",
         chat_template_kwargs: dict[str, Any] | None = None,
-        batch_size: PositiveInt = 64,
-        micro_batch_tokens: PositiveInt = 8192,
-        seed: Seed | None = None,
-        gap_mixture: GapMixture | None = None,
-        reward_model: RewardScoring | None = None,
+        **settings: Any,
     ):
-        super().__init__(batch_size, micro_batch_tokens, seed, gap_mixture, reward_model)
+        super().__init__(**settings)
         self.validation_share = validation_share
         single: dict[str, Any] = {
             "split": split,
@@ -161,16 +155,6 @@ class PreferenceData(PairDataModule):
             streams.append(pair_stream(replace(source, split=name), self.on_bad_row, self.need_rejected))
         return streams or None
 
-    def join(self, streams: Sequence[PairStream], tables: Sequence[PairTable]) -> PairTable:
-        if not self.mixed:
-            return super().join(streams, tables)
-        return JoinedTables(
-            [
-                Part(table, {"source": stream.name}, id_prefix=f"{stream.name}/")
-                for stream, table in zip(streams, tables, strict=True)
-            ]
-        )
-
     def rows_of(self, table: PairTable, split: Split) -> np.ndarray:
         rows = np.arange(len(table))
         if self.held_out and split in ("train", "validation"):
@@ -179,9 +163,8 @@ class PreferenceData(PairDataModule):
             rows = sides[split == "validation"]
         if split == "predict" or not self.mixed:
             return rows
-        assert isinstance(table, JoinedTables)
         weight = {source.label: source.weight for source in self.sources}
-        names = [str(part.labels["source"]) for part in table.parts]
+        names = [part.source for part in table.parts]
         weights = [found for name in names if (found := weight.get(name)) is not None]
         if len(weights) < len(names):  # without weights every source gives all its pairs
             return rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,19 +17,21 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from app.core.cache import fingerprint, locked_entry
+from app.core.cache import cached, fingerprint
 from app.core.errors import UserError
-from app.core.files import Parts, atomic_file, atomic_folder, file_hash, folder_hash
+from app.core.files import Parts, atomic_file, folder_hash
 from app.method.ranges import PositiveInt, checked
 from datamodules.records import PreferencePair
 from datamodules.reward_model import RewardModel
 from datamodules.sources import PairStream
-from datamodules.table import JoinedTables, PairTable, Part
+from datamodules.table import PairTable
+from datamodules.table_writer import read_rows, write_rows
 
 log = logging.getLogger(__name__)
 
 REWARDS_VERSION = 2  # raise when scoring or the layout below changes
 COLUMNS = ("chosen_reward", "rejected_reward")
+_FILES = ("rewards.arrow", "rewards.json")
 _PAIRS_PER_PART = 256
 _SCHEMA = pa.schema([("pair_id", pa.string()), *((name, pa.float64()) for name in COLUMNS)])
 Rewards = tuple[float | None, float | None]  # of the chosen and the rejected response
@@ -66,24 +67,19 @@ class RewardScoring:
 def reward_scores(stream: PairStream, scoring: RewardScoring, device: torch.device) -> pa.Table:
     """Return the rewards of all pairs of `stream`: `pair_id, chosen_reward, rejected_reward`, mapped into memory.
 
-    A pair whose prompt the model's chat template refuses has null rewards. If the cache has no entry, one process
-    scores the pairs while the others wait. A damaged entry is scored again, with a warning. Raises UserError for
-    faults of the model or the data.
+    A pair whose prompt the model's chat template refuses has null rewards. If the cache has no entry, or a damaged
+    one, one process scores the pairs while the others wait. Raises UserError for faults of the model or the data.
     """
     job = {"version": REWARDS_VERSION, "data": dict(stream.description), **scoring.fingerprint()}
-    with locked_entry("rewards", fingerprint(job)) as folder:
-        if folder.exists():
-            try:
-                return _open(folder)
-            except (OSError, ValueError, KeyError, pa.ArrowException) as damage:
-                log.warning("The cached rewards are damaged and are scored again: %s", damage)
-                shutil.rmtree(folder)
+
+    def build(folder: Path) -> None:
         parts = Parts(folder.with_suffix(".parts"), job)
         _score_parts(stream, scoring, device, parts)
-        with atomic_folder(folder) as temporary:
-            _join(parts, temporary)
+        batches = (json.loads(path.read_text(encoding="utf-8")) for path in parts)
+        write_rows(folder, _FILES, _SCHEMA, batches, {})
         parts.remove()
-        return _open(folder)
+
+    return cached("rewards", fingerprint(job), lambda folder: read_rows(folder, _FILES, _SCHEMA)[0], build)
 
 
 def _score_parts(stream: PairStream, scoring: RewardScoring, device: torch.device, parts: Parts) -> None:
@@ -124,46 +120,24 @@ def _rewards(model: RewardModel, pairs: Sequence[PreferencePair]) -> list[Reward
     return [next(both) if pair.pair_id in ids else (None, None) for pair in pairs]
 
 
-def _join(parts: Parts, folder: Path) -> None:
-    with pa.OSFile(str(folder / "rewards.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-        for path in parts:
-            columns = zip(*json.loads(path.read_text(encoding="utf-8")), strict=True)
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
-            writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
-    meta = {"checksum": file_hash(folder / "rewards.arrow")}
-    (folder / "rewards.json").write_text(json.dumps(meta), encoding="utf-8")
+def with_rewards(table: PairTable, rewards: pa.Table) -> PairTable:
+    """Return the table of one source with the labels `chosen_reward` and `rejected_reward`, null without a score.
 
-
-def _open(folder: Path) -> pa.Table:
-    meta = json.loads((folder / "rewards.json").read_text(encoding="utf-8"))
-    if meta["checksum"] != file_hash(folder / "rewards.arrow"):
-        raise ValueError(f"{folder}/rewards.arrow does not match its checksum")
-    return pa.ipc.open_file(pa.memory_map(str(folder / "rewards.arrow"))).read_all()
-
-
-class RewardedTable(JoinedTables):
-    """A view of one table with the labels `chosen_reward` and `rejected_reward`.
-
-    `rewards` has the columns `pair_id` and these two for every pair of the table, in any order. `scored` [N] says
-    which pairs have rewards.
+    `rewards` has the columns `pair_id` and these two for every pair of the table, in any order.
     """
-
-    def __init__(self, table: PairTable, rewards: pa.Table) -> None:
-        places = pc.index_in(table.id_column, value_set=rewards.column("pair_id").combine_chunks())
-        if places.null_count:
-            raise ValueError(f"{places.null_count} pairs were not scored")
-        labels = {name: rewards.column(name).take(places) for name in COLUMNS}
-        super().__init__([Part(table, labels)])
-        self.scored: np.ndarray = pc.is_valid(labels[COLUMNS[0]]).to_numpy()
+    places = pc.index_in(table.columns.column("pair_id"), value_set=rewards.column("pair_id").combine_chunks())
+    if places.null_count:
+        raise ValueError(f"{places.null_count} pairs were not scored")
+    found = table.with_labels(**{name: rewards.column(name).take(places) for name in COLUMNS})
+    unscored = found.columns.column(COLUMNS[0]).null_count
+    return PairTable(found.columns, found.kinds, [part._replace(unscored=unscored) for part in found.parts])
 
 
-def rows_with_reward(tables: Sequence[PairTable], rows: np.ndarray) -> np.ndarray:
-    """Return those `rows` of the concatenated tables that have rewards or need none.
-
-    Raises UserError if none remains.
-    """
-    scored = [table.scored if isinstance(table, RewardedTable) else np.ones(len(table), bool) for table in tables]
-    kept = rows[np.concatenate(scored)[rows]]
+def rows_with_reward(table: PairTable, rows: np.ndarray) -> np.ndarray:
+    """Return those `rows` that have rewards, or all if none was to be scored. Raises UserError if none remains."""
+    if COLUMNS[0] not in table.columns.column_names:
+        return rows
+    kept = rows[table.columns.column(COLUMNS[0]).is_valid().to_numpy()[rows]]
     if len(rows) and not len(kept):
         raise UserError(
             "data.reward_model: its chat template refuses the prompts of all pairs: take another reward model."

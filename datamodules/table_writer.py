@@ -1,87 +1,73 @@
-"""Tokenising pairs into tables on disk: each is built once per machine; later runs and other ranks open it."""
+"""Tables on disk: each is built once per machine; later runs and other ranks open it."""
 
 from __future__ import annotations
 
 import json
-import logging
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from app.core.cache import fingerprint, locked_entry
+from app.core.cache import DamagedEntry, cached, fingerprint
 from app.core.errors import UserError
 from app.core.files import atomic_folder, file_hash
-from datamodules.records import PreferencePair
 from datamodules.sources import PairStream, RowReport, answer_keys, prompt_key
-from datamodules.table import SCHEMA, TABLE_VERSION, DamagedTable, TokenisedTable, label_kind, open_table
+from datamodules.table import SCHEMA, PairTable, Part, label_kind
 from datamodules.tokenisation import Tokenisation, tokenise_pairs
 from datamodules.tokenizer import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
+TABLE_VERSION = 5  # raise if a change of reading, tokenising or the schema changes the content of tables
+FILES = ("pairs.arrow", "table.json")  # the rows; their checksum and what else is known of them
 _PAIRS_PER_BATCH = 1024
 
 
-def table_fingerprint(
-    source: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, settings: Tokenisation
-) -> str:
-    """Return the cache key of a table: a hash of everything that its content depends on.
+def cached_table(stream: PairStream, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation) -> PairTable:
+    """Return the table of `stream` from the cache; build it first if it is missing or damaged.
 
-    `source` describes the source of the pairs in JSON values: content hash, format, seed of a generator, ….
+    Raises UserError if the cache folder cannot be written or no pair remains.
     """
-    parts = [TABLE_VERSION, dict(source), tokenizer_fingerprint(tokenizer), asdict(settings)]
-    return fingerprint(parts)
+    described = [TABLE_VERSION, dict(stream.description), tokenizer_fingerprint(tokenizer), asdict(settings)]
+    build = partial(build_table, stream, tokenizer, settings)
+    return cached("tables", fingerprint(described), open_table, build)
 
 
-def cached_table(stream: PairStream, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation) -> TokenisedTable:
-    """Return the table of `stream` from the cache; build it first if necessary.
-
-    Processes that need the same table wait for the one that builds it. A damaged table is rebuilt, with a warning.
-    Raises UserError if the cache folder cannot be written.
-    """
-    with locked_entry("tables", table_fingerprint(stream.description, tokenizer, settings)) as folder:
-        if folder.exists():
-            try:
-                return open_table(folder)
-            except DamagedTable as damage:
-                log.warning("The cached table is damaged and is built again: %s", damage)
-                shutil.rmtree(folder)
-        pairs = stream.read()
-        return build_table(pairs, tokenizer, settings, folder, getattr(pairs, "report", None))
+def open_table(folder: Path) -> PairTable:
+    """Return the table in `folder`, mapped into memory. Raises DamagedEntry."""
+    columns, meta = read_rows(folder, FILES, SCHEMA)
+    try:
+        part = Part(len(columns), meta["report"], meta["examples"])
+        return PairTable(columns, meta["label_kinds"], [part])
+    except KeyError as error:
+        raise DamagedEntry(f"{folder} lacks {error}") from error
 
 
 def build_table(
-    pairs: Iterable[PreferencePair],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Tokenisation,
-    folder: Path,
-    reader_report: RowReport | None = None,
-) -> TokenisedTable:
-    """Tokenise the stream `pairs` into the new `folder` and return its table.
+    stream: PairStream, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation, folder: Path
+) -> None:
+    """Tokenise the pairs of `stream` into the new `folder`.
 
-    The table's report includes `reader_report` (complete once `pairs` has been read): `rows` = `pairs` + all counts
-    that start with "skipped" or "dropped". Raises UserError if no pair remains, FileExistsError if the folder
-    exists and is not empty.
+    The table's report includes that of the stream: `rows` = `pairs` + all counts that start with "skipped" or
+    "dropped". Raises UserError if no pair remains, FileExistsError if the folder exists and is not empty.
     """
+    pairs = stream.read()
     counts: Counter[str] = Counter()
     losses = RowReport()  # for its examples
     label_kinds: dict[str, set[str]] = {}
-    with atomic_folder(folder) as part:
-        with (
-            pa.OSFile(str(part / "pairs.arrow"), "wb") as sink,
-            pa.ipc.new_file(sink, SCHEMA) as writer,
-            tqdm(desc="tokenising", unit=" pairs", delay=3, disable=None) as progress,
-        ):
-            for batch in _batches(pairs):
+    meta: dict[str, Any] = {}
+
+    def batches() -> Iterator[list[tuple[object, ...]]]:
+        remaining = iter(pairs)
+        with tqdm(desc="tokenising", unit=" pairs", delay=3, disable=None) as progress:
+            while batch := list(islice(remaining, _PAIRS_PER_BATCH)):
                 rows: list[tuple[object, ...]] = []
                 for pair, (tokens, notes) in zip(batch, tokenise_pairs(batch, tokenizer, settings), strict=True):
                     for note in notes:
@@ -91,32 +77,53 @@ def build_table(
                         rows.append((pair.pair_id, json.dumps(pair.labels), key, *answer_keys(pair), *tokens))
                         for name, value in pair.labels.items():
                             label_kinds.setdefault(name, set()).add(label_kind(value))
-                columns = list(zip(*rows, strict=True)) or [()] * len(SCHEMA)
-                arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-                writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+                yield rows
                 counts.update({"rows": len(batch), "pairs": len(rows)})
                 progress.update(len(batch))
         if not counts["pairs"]:
             lost = "; ".join(f"{count} {reason}" for reason, count in losses.skipped.items())
             raise UserError(f"No pair is left after tokenisation ({lost}): check the data settings.")
         examples = dict(losses.examples)
-        if reader_report is not None:
-            counts["rows"] = reader_report.rows
-            counts.update({f"skipped: {reason}": count for reason, count in reader_report.skipped.items()})
-            counts.update({f"field ignored: {name}": n for name, n in reader_report.ignored_fields.items()})
-            examples |= {f"skipped: {reason}": places for reason, places in reader_report.examples.items()}
-        meta = {
-            "version": TABLE_VERSION,
-            "checksum": file_hash(part / "pairs.arrow"),
-            "report": counts + losses.skipped,
-            "examples": examples,
-            "label_kinds": {name: sorted(kinds) for name, kinds in label_kinds.items()},
-        }
-        (part / "table.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    return open_table(folder)
+        report: RowReport | None = getattr(pairs, "report", None)
+        if report is not None:
+            counts["rows"] = report.rows
+            counts.update({f"skipped: {reason}": count for reason, count in report.skipped.items()})
+            counts.update({f"field ignored: {name}": n for name, n in report.ignored_fields.items()})
+            examples |= {f"skipped: {reason}": places for reason, places in report.examples.items()}
+        kinds = {name: sorted(found) for name, found in label_kinds.items()}
+        meta.update(report=counts + losses.skipped, examples=examples, label_kinds=kinds)
+
+    write_rows(folder, FILES, SCHEMA, batches(), meta)
 
 
-def _batches(pairs: Iterable[PreferencePair]) -> Iterator[list[PreferencePair]]:
-    remaining = iter(pairs)
-    while batch := list(islice(remaining, _PAIRS_PER_BATCH)):
-        yield batch
+def write_rows(
+    folder: Path,
+    files: tuple[str, str],
+    schema: pa.Schema,
+    batches: Iterable[Sequence[Sequence[object]]],
+    meta: dict[str, Any],
+) -> None:
+    """Write batches of rows to the new `folder`, with a checksum and `meta`, which may be filled meanwhile."""
+    with atomic_folder(folder) as part:
+        with pa.OSFile(str(part / files[0]), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for rows in batches:
+                columns = list(zip(*rows, strict=True)) or [()] * len(schema)
+                arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+                writer.write_batch(pa.record_batch(arrays, schema=schema))
+        meta = {"checksum": file_hash(part / files[0]), **meta}
+        (part / files[1]).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def read_rows(folder: Path, files: tuple[str, str], schema: pa.Schema) -> tuple[pa.Table, dict[str, Any]]:
+    """Return what `write_rows` wrote, the rows mapped into memory. Raises DamagedEntry."""
+    try:
+        meta = json.loads((folder / files[1]).read_text(encoding="utf-8"))
+        if meta["checksum"] != file_hash(folder / files[0]):
+            raise DamagedEntry(f"{folder / files[0]} does not match its checksum")
+        rows = pa.ipc.open_file(pa.memory_map(str(folder / files[0]))).read_all()
+        rows.validate()
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise DamagedEntry(f"{folder} cannot be opened ({error!r})") from error
+    if rows.schema != schema:
+        raise DamagedEntry(f"{folder / files[0]} has other columns")
+    return rows, meta

@@ -43,7 +43,7 @@ def run(command: str, arguments: list[str]) -> None:
         elif command == "show":
             run_show(arguments)
         elif command not in COMMANDS and {"-h", "--help"} & set(arguments):
-            print(brief_help(command))
+            print("\n".join(brief_help(command)))
             sys.exit()
         elif command not in COMMANDS:
             run_trainer_command(arguments)

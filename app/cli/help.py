@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Trainer
 
+from app.cli.options import options_of
 from callbacks.slots import SLOTS
 from datamodules import ControlledTask, PreferenceData
 from lightning_modules import PreferenceOptimization, SupervisedFineTuning
@@ -16,12 +16,8 @@ from lightning_modules import PreferenceOptimization, SupervisedFineTuning
 PARTS = {"model": (PreferenceOptimization, SupervisedFineTuning), "data": (PreferenceData, ControlledTask)}
 
 
-def brief_help(command: str) -> str:
-    """Return the help of `fit`, `validate`, `test` or `predict`."""
-    return "\n".join(lines(command))
-
-
-def lines(command: str) -> Iterator[str]:
+def brief_help(command: str) -> Iterator[str]:
+    """Yield the lines of the help of `fit`, `validate`, `test` or `predict`."""
     yield f"usage: beta-dpo {command} --config FILE [--config FILE …] [--OPTION VALUE …]"
     yield ""
     yield from wrapped(
@@ -42,19 +38,18 @@ def lines(command: str) -> Iterator[str]:
             yield from wrapped(f"{kind.__name__}: {options_with_defaults(kind)}", "  ")
     yield ""
     yield "--seed_everything, --ckpt_path (a checkpoint, or last)"
-    yield from wrapped(f"--trainer.OPTION VALUE, Lightning's Trainer: {options_with_defaults(Trainer, False)}", "")
+    yield from wrapped(f"--trainer.OPTION VALUE, Lightning's Trainer: {', '.join(options_of(Trainer))}", "")
 
 
-def options_with_defaults(kind: type, defaults: bool = True) -> str:
+def options_with_defaults(kind: type) -> str:
     """Return the names of the options of a class, with the defaults that are booleans, numbers or text."""
-    parameters = inspect.signature(kind).parameters.values()
-    return ", ".join(f"{one.name}{default_of(one.default) if defaults else ''}" for one in parameters)
 
+    def default(value: Any) -> str:
+        if isinstance(value, bool):
+            return f"={str(value).lower()}"
+        return f"={value}" if isinstance(value, (str, int, float)) else ""
 
-def default_of(value: Any) -> str:
-    if isinstance(value, bool):
-        return f"={str(value).lower()}"
-    return f"={value}" if isinstance(value, (str, int, float)) and value is not inspect.Parameter.empty else ""
+    return ", ".join(f"{name}{default(value)}" for name, value in options_of(kind).items())
 
 
 def wrapped(text: str, indent: str) -> list[str]:
@@ -63,8 +58,8 @@ def wrapped(text: str, indent: str) -> list[str]:
 
 def trainer_options() -> list[str]:
     """Return the options of `fit`, `validate`, `test` and `predict` for suggestions, without model and data."""
-    names = [f"trainer.{name}" for name in inspect.signature(Trainer.__init__).parameters if name != "self"]
+    names = [f"trainer.{name}" for name in options_of(Trainer)]
     for slot in SLOTS:
-        parameters = {one: None for kind in slot.kinds for one in inspect.signature(kind.__init__).parameters}
-        names += [slot.name, *(f"{slot.name}.{one}" for one in parameters if one != "self")]
+        options = {one: None for kind in slot.kinds for one in options_of(kind)}
+        names += [slot.name, *(f"{slot.name}.{one}" for one in options)]
     return ["config", "seed_everything", "model", "data", "trainer", "ckpt_path", *names]

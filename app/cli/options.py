@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
-from jsonargparse import Namespace, add_instantiator
+from jsonargparse import ArgumentParser, Namespace, add_instantiator
 from jsonargparse.typing import register_type
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -188,10 +188,9 @@ def finding(message: str) -> Finding | None:
         elif text.startswith("Subtypes: "):
             subtypes = text
         elif unknown := re.match(r"Option '(.+)' is not accepted", text):
-            names = options_of(class_path)
-            owner = (class_path or "").rpartition(".")[2]
+            owner = class_at(class_path or "")
             field.append(unknown[1])
-            wrong = f"{owner} has no such option.{suggestion(unknown[1], names)}"
+            wrong = f"{owner.__name__} has no such option.{suggestion(unknown[1], list(options_of(owner)))}"
             break
         elif absent := re.match(r"the following arguments are required: (.*)", text):
             wrong = f"{(class_path or '').rpartition('.')[2]} needs a value for {absent[1]}"
@@ -233,7 +232,7 @@ def unmet(field: list[str], expected: list[str], subtypes: str, value: str) -> s
         others = [words for words in dict.fromkeys(expected) if words != "class"]
         return f"{value!r} is no class: give the path of one{''.join(f', or {words}' for words in others)}"
     if not inspect.isabstract(base) and hasattr(base, "__dataclass_fields__"):
-        fields = ", ".join(options_of(f"{base.__module__}.{base.__name__}"))
+        fields = ", ".join(options_of(base))
         return f"{value!r} are no settings of {base.__name__}: give a mapping, {{name: value}}, of {fields}"
     classes = subclasses(base)
     near = [one for one in classes if value.lower().strip("'\"") in one.lower()] or classes[:1]
@@ -256,7 +255,7 @@ def base_class(name: str, subtypes: str) -> type | None:
     found = re.search(r"<class '([\w.]+)\.(\w+)'>", subtypes)
     if found is None:
         return BASES.get(name)
-    return getattr(import_module(found[1]), found[2], None)
+    return class_at(f"{found[1]}.{found[2]}")
 
 
 def subclasses(base: type) -> list[str]:
@@ -278,16 +277,18 @@ def subclasses(base: type) -> list[str]:
     )
 
 
-def options_of(class_path: str | None) -> list[str]:
-    """Return the names of a class's options; an empty list if the class cannot be found."""
-    module, _, name = (class_path or "").rpartition(".")
-    try:
-        found = getattr(import_module(module), name)
-        return [
-            one for one in inspect.signature(found.__init__).parameters if one not in ("self", "args", "kwargs")
-        ]
-    except (ImportError, AttributeError, ValueError):
-        return []
+def options_of(kind: type) -> dict[str, Any]:
+    """Return the options of a class and their defaults, with those that it forwards to other classes."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, fail_untyped=False)
+    return dict(parser.get_defaults().as_dict())
+
+
+def class_at(path: str) -> type:
+    """Return the class at an import path."""
+    module, _, name = path.rpartition(".")
+    found: type = getattr(import_module(module), name)
+    return found
 
 
 def suggestion(word: str, known: list[str], dashes: str = "") -> str:

@@ -41,8 +41,8 @@ def lines(data: PairDataModule, count: int) -> Iterator[str]:
     assert opened is not None  # every source has training pairs
     table, rows = opened
     yield from (f"train: {line}" for line in describe(table, rows))
-    if table.label_kinds:
-        yield f"train: columns kept as labels: {', '.join(table.label_kinds)}"
+    if table.label_names:
+        yield f"train: columns kept as labels: {', '.join(table.label_names)}"
     for said in (cut_responses(table, data.tokenisation.max_length), *repeats(table, rows)):
         if said:
             yield f"train: {said}"

@@ -8,7 +8,6 @@ import os
 import sys
 import warnings
 from contextlib import ExitStack
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from transformers.utils.logging import disable_progress_bar
 
 from app.cli.mistakes import refusing
-from app.cli.options import check_numbers, reason, set_up_parsing
+from app.cli.options import check_numbers, class_at, reason, set_up_parsing
 from app.cli.resume import continue_newest_version, settle_checkpoint
 from app.cli.run_record import RunRecord
 from app.cli.seed import settled_seed
@@ -157,12 +156,6 @@ class PartsCLI(BetaDPOCLI):
 def as_list(given: Any) -> list[Any]:
     """Return as a list what Lightning accepts as one object, several or none."""
     return list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
-
-
-def class_at(path: str) -> type:
-    """Return the class at an import path."""
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)
 
 
 def slots_as_wholes(arguments: list[str]) -> list[str]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from app.core.locks import locked
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 Kind = Literal["tables", "rewards", "references"]
 
 
@@ -25,14 +28,25 @@ def fingerprint(description: object) -> str:
     return hashlib.blake2b(json.dumps(description, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-@contextmanager
-def locked_entry(kind: Kind, key: str) -> Iterator[Path]:
-    """Yield the folder of an entry, which may not exist yet; other processes that want it wait meanwhile.
+class DamagedEntry(Exception):
+    """The error for an entry whose content is incomplete or altered."""
 
-    Raises UserError if the cache folder cannot be written.
+
+def cached(kind: Kind, key: str, read: Callable[[Path], T], build: Callable[[Path], None]) -> T:
+    """Return what `read` finds in the folder of an entry, which `build` makes if it is missing or damaged.
+
+    Other processes that want the entry wait meanwhile. Raises UserError if the cache folder cannot be written.
     """
+    folder = cache_root(kind) / key
     with locked(*lock_of(kind, key)):
-        yield cache_root(kind) / key
+        if folder.exists():
+            try:
+                return read(folder)
+            except DamagedEntry as damage:
+                log.warning("A damaged entry of the cache of %s is made again: %s", kind, damage)
+                shutil.rmtree(folder)
+        build(folder)
+        return read(folder)
 
 
 def lock_of(kind: Kind, key: str) -> tuple[Path, str, str]:

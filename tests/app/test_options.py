@@ -16,7 +16,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from app.cli.dispatch import known_options
-from app.cli.options import check_numbers, sentence
+from app.cli.options import check_numbers, options_of, sentence
 from app.cli.trainer import BetaDPOCLI, lightning_options
 from app.commands import COMMANDS
 from app.core.errors import UserError
@@ -96,7 +96,7 @@ def takes_text(name: str) -> bool:
 
 def options() -> Iterator[tuple[list[str], str]]:
     """Words that choose a class, and the name of one of its options, for all classes of ours and the Trainer."""
-    yield from (([], f"trainer.{name}") for name in signature(Trainer.__init__).parameters if name != "self")
+    yield from (([], f"trainer.{name}") for name in options_of(Trainer))
     for chosen, part, kind in (
         ([], "model", PreferenceOptimization),
         (["--model", "SupervisedFineTuning"], "model", SupervisedFineTuning),
@@ -105,7 +105,7 @@ def options() -> Iterator[tuple[list[str], str]]:
         (["--trainer.strategy", "ShardedStrategy"], "trainer.strategy", ShardedStrategy),
         *(([f"--{slot.name}", kind.__name__], slot.name, kind) for slot in SLOTS for kind in slot.kinds),
     ):
-        yield from ((chosen, f"{part}.{name}") for name in signature(kind.__init__).parameters if name != "self")
+        yield from ((chosen, f"{part}.{name}") for name in options_of(kind))
 
 
 def check(parse: Callable[[list[str]], str | None], cases: list[tuple[list[str], str, str]]) -> None:

@@ -19,18 +19,18 @@ from app.core.errors import UserError
 from app.method.batch import PackedRows
 from datamodules.loader import OptimizerBatchLoader, PreferenceBatch, balanced_shares
 from datamodules.packing import pack
-from datamodules.table import TokenisedTable
+from datamodules.table import PairTable
 
 PAIRS, BATCH = 23, 5
 SIDES = ("chosen", "rejected")
 
 
 @pytest.fixture(scope="module")
-def table() -> TokenisedTable:
+def table() -> PairTable:
     return controlled(PAIRS).open_table("train")[0]
 
 
-def loader(table: TokenisedTable, rank: int = 0, world_size: int = 1, **settings: object) -> OptimizerBatchLoader:
+def loader(table: PairTable, rank: int = 0, world_size: int = 1, **settings: object) -> OptimizerBatchLoader:
     options = {"batch_size": BATCH, "micro_batch_tokens": 300, "shuffle": True, "seed": 4} | settings
     return OptimizerBatchLoader(table, np.arange(len(table)), rank=rank, world_size=world_size, **options)  # type: ignore[arg-type]
 
@@ -56,7 +56,7 @@ def test_shares_are_a_balanced_partition(tokens: list[int], world_size: int) -> 
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_the_order_does_not_depend_on_the_number_of_ranks(table: TokenisedTable, world_size: int) -> None:
+def test_the_order_does_not_depend_on_the_number_of_ranks(table: PairTable, world_size: int) -> None:
     alone = list(loader(table))
     ranks = [list(loader(table, rank, world_size)) for rank in range(world_size)]
     assert [len(batch.pair_ids) for batch in alone] == [5, 5, 5, 5, 3]  # the rest is kept
@@ -74,7 +74,7 @@ def test_the_order_does_not_depend_on_the_number_of_ranks(table: TokenisedTable,
         assert whole.tokens == sum(len(ids) for pair in whole.share for ids in pair if ids is not None)
 
 
-def test_epochs_are_shuffled_apart_and_by_the_seed(table: TokenisedTable) -> None:
+def test_epochs_are_shuffled_apart_and_by_the_seed(table: PairTable) -> None:
     first = loader(table)
     one, two = ids(list(first)), ids(list(first))
     assert sorted(flat(one)) == sorted(flat(two))
@@ -86,7 +86,7 @@ def test_epochs_are_shuffled_apart_and_by_the_seed(table: TokenisedTable) -> Non
 
 @given(stop=st.integers(0, 12))
 @settings(max_examples=13, deadline=None)
-def test_continues_exactly_where_it_stopped(table: TokenisedTable, stop: int) -> None:
+def test_continues_exactly_where_it_stopped(table: PairTable, stop: int) -> None:
     def endless(source: OptimizerBatchLoader) -> Iterator[PreferenceBatch]:
         while True:
             yield from source
@@ -101,7 +101,7 @@ def test_continues_exactly_where_it_stopped(table: TokenisedTable, stop: int) ->
 
 
 def test_the_next_batch_is_made_and_packed_while_one_is_in_use(
-    table: TokenisedTable, monkeypatch: pytest.MonkeyPatch
+    table: PairTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed_by: list[str] = []
 
@@ -129,7 +129,7 @@ def test_the_next_batch_is_made_and_packed_while_one_is_in_use(
     assert batch.micro_batches(SIDES, "separate", 30.0)[0].layout == "separate"
 
 
-def test_evaluation_starts_at_the_first_pair_every_time(table: TokenisedTable) -> None:
+def test_evaluation_starts_at_the_first_pair_every_time(table: PairTable) -> None:
     evaluation = loader(table, shuffle=False)
     whole = ids(list(evaluation))
     assert flat(whole) == table.pair_ids(np.arange(PAIRS))

@@ -15,7 +15,6 @@ from app.core.errors import UserError
 from datamodules.preference_data import PreferenceData, drawn_rows
 from datamodules.records import Message
 from datamodules.sources import Source, prompt_key
-from datamodules.table import JoinedTables
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +58,7 @@ def test_sources_give_their_shares_under_ids_of_their_own(tmp_path: Path) -> Non
     ids = table.pair_ids(chosen)
     assert ids[:2] == ["one/train.jsonl:1", "one/train.jsonl:2"]
     assert len(set(ids)) == 40
-    assert ids == [id for id in table.id_column.to_pylist() if id in ids]
+    assert ids == [id for id in table.columns.column("pair_id").to_pylist() if id in ids]
     again = data(tmp_path, mixed[::-1]).open_table("train")
     assert again is not None
     assert set(again[0].pair_ids(again[1])) == set(ids)  # the draw does not depend on the order of the list
@@ -74,10 +73,10 @@ def test_sources_give_their_shares_under_ids_of_their_own(tmp_path: Path) -> Non
 def test_pairs_come_from_their_tables(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{name}.jsonl", rows(count, name)) for name, count in (("a", 3), ("b", 4))]
     table, _ = data(tmp_path, [Source(path) for path in paths]).open_table("train")  # type: ignore[misc]
-    assert isinstance(table, JoinedTables)
-    for index in (0, 2, 3, 6, -1):
-        place = index % 7
-        own, row = (table.parts[0].table, place) if place < 3 else (table.parts[1].table, place - 3)
+    alone = [data(tmp_path, path).open_table("train")[0] for path in paths]  # type: ignore[index]
+    assert table.part_of([0, 2, 3, 6]).tolist() == [0, 0, 1, 1]
+    for index in (0, 2, 3, 6):
+        own, row = (alone[0], index) if index < 3 else (alone[1], index - 3)
         for found, wanted in zip(table[index], own[row], strict=True):
             np.testing.assert_array_equal(found, wanted)
     assert table.pair_ids([6, 0]) == ["b.jsonl/b.jsonl:4", "a.jsonl/a.jsonl:1"]

@@ -124,7 +124,7 @@ def test_damaged_rewards_are_scored_anew(rewarder: str, caplog: pytest.LogCaptur
     file = folder / "rewards.arrow"
     file.write_bytes(file.read_bytes()[:-20])
     assert reward_scores(stream(), RewardScoring(rewarder), CPU).to_pydict() == whole
-    assert "scored again" in caplog.text
+    assert "damaged entry of the cache of rewards is made again" in caplog.text
 
 
 def test_a_prompt_that_the_template_refuses_is_left_out_and_told(tmp_path: Path) -> None:
@@ -163,4 +163,4 @@ def test_the_rewards_reach_m_and_beta(rewarder: str, tiny_llama: str, tmp_path: 
         beta = 0.1 * (1 + 0.6 * (kept - decision.moments.mean))  # type: ignore[union-attr]
         assert decision.beta_used == pytest.approx(float(beta), abs=1e-9)
     validation, _ = data.open_table("validation")
-    assert "chosen_reward_in_data" not in validation.label_kinds  # only what is trained on is scored
+    assert "chosen_reward_in_data" not in validation.label_names  # only what is trained on is scored

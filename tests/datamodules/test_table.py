@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tiny_tokenizers import TEMPLATE, byte_tokenizer, tokenise_pair
 
-from app.core.cache import cache_root
+from app.core.cache import DamagedEntry, cache_root
 from app.core.errors import UserError
 from datamodules.preference_data import split_by_prompt
 from datamodules.records import Message, PreferencePair
 from datamodules.sources import OnBadRow, PairStream, Source, pair_stream
-from datamodules.table import DamagedTable, TokenisedTable, open_table
-from datamodules.table_writer import build_table, cached_table
+from datamodules.table import PairTable
+from datamodules.table_writer import build_table, cached_table, open_table
 from datamodules.tokenisation import Tokenisation
 from datamodules.truncation import LAST_TURN, OLD_TURNS
 
@@ -46,7 +46,7 @@ def pairs(count: int) -> Iterator[PreferencePair]:
 
 def load_table(
     path: str, tokenizer: Any, settings: Tokenisation, mode: OnBadRow = "error", **options: str
-) -> TokenisedTable:
+) -> PairTable:
     """Return the table of pairs or demonstrations in a file or folder."""
     return cached_table(pair_stream(Source(path, **options), mode, False), tokenizer, settings)  # type: ignore[arg-type]
 
@@ -56,15 +56,20 @@ def write(path: Path, rows: list[dict[str, object]]) -> str:
     return str(path)
 
 
+def built(stream: Iterable[PreferencePair], tokenizer: Any, settings: Tokenisation, folder: Path) -> PairTable:
+    build_table(PairStream("pairs", {}, lambda: stream), tokenizer, settings, folder)
+    return open_table(folder)
+
+
 ROWS = [{"prompt": f"q{index}", "chosen": " yes", "rejected": " no"} for index in range(5)]
 
 
 def test_a_table_returns_what_tokenise_pair_gives(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     count = 2500  # several record batches
-    table = build_table(pairs(count), tokenizer, SETTINGS, tmp_path / "t")
+    table = built(pairs(count), tokenizer, SETTINGS, tmp_path / "t")
     assert len(table) == count
-    for index in (0, 1023, 1024, 2499, -1):
+    for index in (0, 1023, 1024, 2499):
         expected = tokenise_pair(list(pairs(count))[index], tokenizer, SETTINGS)[0]
         assert expected is not None
         for found, wanted in zip(table[index], expected, strict=True):
@@ -76,7 +81,7 @@ def test_a_table_returns_what_tokenise_pair_gives(tmp_path: Path) -> None:
     assert table.pair_ids([3, 2000, 3]) == ["id3", "id2000", "id3"]
     assert table.pair_ids(np.array([], dtype=np.int64)) == []
     assert table.labels([0, 1]) == {"flipped": [True, False], "grade": [None, 1]}
-    assert table.label_kinds == {"flipped": ["bool"], "grade": ["int"]}
+    assert table.kinds == {"flipped": ["bool"], "grade": ["int"]}
     assert len(np.unique(table.prompt_keys)) == count // 2
     assert table.prompt_keys[0] == table.prompt_keys[1]
     with pytest.raises(IndexError):
@@ -89,7 +94,7 @@ def test_labels_of_mixed_types_become_text(tmp_path: Path) -> None:
         PreferencePair(str(n), "the cat", "a", "b", {"mixed": m, "number": f, "big": b})
         for n, (m, f, b) in enumerate(values)
     ]
-    table = build_table(stream, byte_tokenizer(), SETTINGS, tmp_path / "t")
+    table = built(stream, byte_tokenizer(), SETTINGS, tmp_path / "t")
     assert table.labels([0, 1, 2]) == {
         "mixed": ["1", "a", None],
         "number": [1, 0.5, None],
@@ -102,10 +107,10 @@ def test_demonstrations_and_messages_are_stored(tmp_path: Path) -> None:
         PreferencePair("a", (Message("user", "hi"),), "yes", None),
         PreferencePair("b", (Message("user", "hi"),), "yes", "no"),
     ]
-    table = build_table(stream, byte_tokenizer(template=TEMPLATE), Tokenisation(chat_template=True), tmp_path / "t")
+    table = built(stream, byte_tokenizer(template=TEMPLATE), Tokenisation(chat_template=True), tmp_path / "t")
     assert table[0].rejected is None
     assert table[1].rejected is not None
-    assert table.rejected_lengths.tolist() == [0, len(table[1].rejected)]
+    assert table.side_lengths[2].tolist() == [0, len(table[1].rejected)]
     assert table.labels([0]) == {}
 
 
@@ -118,7 +123,8 @@ def test_the_report_adds_up_and_says_where(tmp_path: Path) -> None:
     ]
     path = write(tmp_path / "p.jsonl", rows)
     table = load_table(path, byte_tokenizer(), SETTINGS, "skip")
-    assert table.report == {
+    (part,) = table.parts
+    assert part.report == {
         "rows": 8,
         "pairs": 6,
         "skipped: empty chosen": 1,
@@ -126,7 +132,7 @@ def test_the_report_adds_up_and_says_where(tmp_path: Path) -> None:
         "prompt truncated": 1,
         "field ignored: votes": 1,
     }
-    assert table.examples == {
+    assert part.examples == {
         "skipped: empty chosen": ["p.jsonl:6"],
         "dropped: BOS or EOS within chosen": ["p.jsonl:7"],
         "prompt truncated": ["p.jsonl:8"],
@@ -144,11 +150,11 @@ def test_the_second_call_opens_the_cache_and_any_change_builds_anew(tmp_path: Pa
     path = write(tmp_path / "p.jsonl", ROWS)
     tokenizer = byte_tokenizer()
     first = load_table(path, tokenizer, SETTINGS)
-    made = (first.folder / "pairs.arrow").stat()
+    (folder,) = (entry for entry in cache.iterdir() if entry.is_dir())
+    made = (folder / "pairs.arrow").stat()
     again = load_table(path, tokenizer, SETTINGS)
-    assert again.folder == first.folder
-    assert (again.folder / "pairs.arrow").stat() == made
-    assert again.report == first.report
+    assert (folder / "pairs.arrow").stat() == made
+    assert again.parts == first.parts
     splitting = byte_tokenizer()
     splitting.split_special_tokens = True
     others = [
@@ -160,7 +166,7 @@ def test_the_second_call_opens_the_cache_and_any_change_builds_anew(tmp_path: Pa
         load_table(write(tmp_path / "q.jsonl", ROWS), tokenizer, SETTINGS),  # its pair ids differ
         load_table(write(tmp_path / "p.jsonl", ROWS[:-1]), tokenizer, SETTINGS),
     ]
-    assert len({first.folder, *(table.folder for table in others)}) == 8
+    assert sum(entry.is_dir() for entry in cache.iterdir()) == 8
     assert len(others[-1]) == 4
 
 
@@ -177,24 +183,26 @@ def test_a_generated_source_is_cached_without_generating_again() -> None:
     assert len(calls) == 1
 
 
-def test_a_changed_dataset_folder_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_dataset_folder_is_read_again(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "prefs"
     folder.mkdir()
     write(folder / "train.jsonl", ROWS)
-    first = load_table(str(folder), byte_tokenizer(), SETTINGS)
-    assert load_table(str(folder), byte_tokenizer(), SETTINGS).folder == first.folder
+    for _ in range(2):
+        assert len(load_table(str(folder), byte_tokenizer(), SETTINGS)) == 5
+    assert sum(entry.is_dir() for entry in cache.iterdir()) == 1
     write(folder / "train.jsonl", ROWS * 2)
     assert len(load_table(str(folder), byte_tokenizer(), SETTINGS)) == 10
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "no meta", "meta", "pickle"])
 def test_a_damaged_cache_is_refused_and_rebuilt(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     path = write(tmp_path / "p.jsonl", ROWS)
     table = load_table(path, byte_tokenizer(), SETTINGS)
     expected = [table[index].chosen.tolist() for index in range(5)]
-    folder, arrow = table.folder, table.folder / "pairs.arrow"
+    (folder,) = (entry for entry in cache.iterdir() if entry.is_dir())
+    arrow = folder / "pairs.arrow"
     del table
     data = bytearray(arrow.read_bytes())
     match damage:
@@ -209,11 +217,11 @@ def test_a_damaged_cache_is_refused_and_rebuilt(
             (folder / "table.json").write_text("[]")
         case _:
             arrow.write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(DamagedTable):
+    with pytest.raises(DamagedEntry):
         open_table(folder)
     with caplog.at_level(logging.WARNING):
         rebuilt = load_table(path, byte_tokenizer(), SETTINGS)
-    assert "built again" in caplog.text
+    assert "damaged entry of the cache of tables is made again" in caplog.text
     assert [rebuilt[index].chosen.tolist() for index in range(5)] == expected
 
 
@@ -269,13 +277,14 @@ def test_split_refuses_shares_that_make_no_sense() -> None:
 def test_real_hh_table_accounts_for_every_row() -> None:
     path = str(DATA / "hh_harmless_base_test.jsonl.gz")
     table = load_table(path, byte_tokenizer(), Tokenisation(), "skip")
-    assert table.report["rows"] == 2312
-    assert table.report["skipped: no shared prompt"] == 5
-    assert table.report["skipped: empty chosen"] == 4
-    lost = [count for name, count in table.report.items() if name.startswith(("skipped", "dropped"))]
-    assert table.report["pairs"] + sum(lost) == 2312
-    assert len(table) == table.report["pairs"]
+    report = table.parts[0].report
+    assert report["rows"] == 2312
+    assert report["skipped: no shared prompt"] == 5
+    assert report["skipped: empty chosen"] == 4
+    lost = [count for name, count in report.items() if name.startswith(("skipped", "dropped"))]
+    assert report["pairs"] + sum(lost) == 2312
+    assert len(table) == report["pairs"]
     assert table.row_lengths.max() <= 512
-    assert table.report[OLD_TURNS] > 0
-    assert table.report[LAST_TURN] > 0
-    assert "prompt truncated" not in table.report  # never through a header
+    assert report[OLD_TURNS] > 0
+    assert report[LAST_TURN] > 0
+    assert "prompt truncated" not in report  # never through a header
