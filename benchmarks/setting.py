@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from datamodules.records import TokenisedPair
-from datamodules.sources import Source, pair_stream
+from datamodules.sources.reader import pair_stream
+from datamodules.sources.source import Source
 from datamodules.table_writer import cached_table
 from datamodules.tokenisation import Tokenisation
 from lightning_modules.flops import step_operations

@@ -25,7 +25,8 @@ from datamodules.describe import cut_responses, describe, pairs_seen, repeats, s
 from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
 from datamodules.loader import Exchange, OptimizerBatchLoader, longest_of
 from datamodules.rewards import RewardScoring, reward_scores, rows_with_reward, with_rewards
-from datamodules.sources import PairStream, is_transcript_prompt
+from datamodules.sources.prompts import is_transcript_prompt
+from datamodules.sources.reader import PairStream
 from datamodules.table import PairTable, joined
 from datamodules.table_writer import cached_table
 from datamodules.tokenisation import Tokenisation

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from app.method.ranges import PositiveInt, Share, checked
 from datamodules.base import PairDataModule, Split
 from datamodules.controlled_task import Gap, build_tokenizer, demonstrations, preference_pairs
-from datamodules.sources import PairStream
+from datamodules.sources.reader import PairStream
 
 # raise when the generator's output changes, so that no older cached table is used
 GENERATOR_VERSION = 1

@@ -7,7 +7,8 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +18,10 @@ from app.core.errors import UserError
 from app.core.files import file_hash
 from app.core.samples import read_samples
 from app.method.ranges import Seed, Share, checked
-from datamodules.records import PreferencePair, Prompt, read_prompt
-from datamodules.sources import PairStream, RowReport, prompt_key
+from datamodules.records import PreferencePair, read_prompt
+from datamodules.sources.prompts import prompt_key
+from datamodules.sources.reader import PairReader, PairStream
+from datamodules.sources.rows import RowReport
 from datamodules.table import PairTable, joined
 
 
@@ -55,13 +58,6 @@ class GapMixture:
         return bool(np.random.default_rng([self.seed, epoch, number]).random() < self.share)
 
 
-class Sample(NamedTuple):
-    """A sampled response; `finished` says whether it ended before its length limit."""
-
-    response: str
-    finished: bool
-
-
 class SampleFile:
     """The samples of a file, of which memory holds only the positions."""
 
@@ -71,62 +67,48 @@ class SampleFile:
         for place, row in read_samples(path):
             self._places.setdefault(prompt_key(read_prompt(row["prompt"])), []).append(place)
 
-    def of_prompt(self, prompt: Prompt, turn: int) -> Sample | None:
-        """Return the sample for the pair with number `turn` (from 0) of this prompt; None if there is none.
+    def of_prompt(self, key: int, turn: int) -> tuple[str, bool] | None:
+        """Return the sample for the pair with number `turn` (from 0) of a prompt, and whether it ended by itself.
 
-        If a prompt has fewer samples than pairs, they are used again from the first.
+        None if there is none. If a prompt has fewer samples than pairs, they are used again from the first.
         """
-        places = self._places.get(prompt_key(prompt))
+        places = self._places.get(key)
         if places is None:
             return None
         with open(self.path, "rb") as file:
             file.seek(places[turn % len(places)])
             row = json.loads(file.readline())
-        return Sample(row["response"], row.get("finished", True))
+        return row["response"], row.get("finished", True)
 
 
-class ReplacedPairs(Iterator[PreferencePair]):
-    """An iterator over the pairs that have a usable sample, with the sample as their rejected response.
+def replaced_pairs(pairs: Iterable[PreferencePair], path: str, report: RowReport) -> Iterator[PreferencePair]:
+    """Yield the pairs that have a usable sample in the file `path`, with it as their rejected response.
 
     Labels with "rejected" in their name (`rejected_reward`, `score_rejected`) are no longer true and become None.
     `report` counts the pairs, and why others have no usable sample. Raises UserError if no pair has one.
     """
-
-    def __init__(self, pairs: Iterable[PreferencePair], samples: SampleFile) -> None:
-        self.report = RowReport()
-        self._pairs = self._read(pairs, samples)
-
-    def __next__(self) -> PreferencePair:
-        return next(self._pairs)
-
-    def _read(self, pairs: Iterable[PreferencePair], samples: SampleFile) -> Iterator[PreferencePair]:
-        turns: Counter[int] = Counter()
-        for pair in pairs:
-            self.report.rows += 1
-            key = prompt_key(pair.prompt)
-            sample = samples.of_prompt(pair.prompt, turns[key])
-            turns[key] += 1
-            if sample is None:
-                self.report.skip("no sample for the prompt", pair.pair_id)
-                continue
-            if reason := _unusable(sample, pair):
-                self.report.skip(reason, pair.pair_id)
-                continue
-            self.report.pairs += 1
+    samples = SampleFile(path)
+    turns: Counter[int] = Counter()
+    for pair in pairs:
+        report.rows += 1
+        key = prompt_key(pair.prompt)
+        response, finished = samples.of_prompt(key, turns[key]) or (None, True)
+        turns[key] += 1
+        if response is None:
+            report.skip("no sample for the prompt", pair.pair_id)
+        elif not response.strip():
+            report.skip("the sample is empty", pair.pair_id)
+        elif response.strip() == pair.chosen.strip():
+            report.skip("the sample is the chosen response", pair.pair_id)
+        else:
+            report.pairs += 1
             labels = {name: None if "rejected" in name else value for name, value in pair.labels.items()}
-            yield replace(pair, rejected=sample.response, labels=labels, rejected_ends=sample.finished)
-        if not self.report.pairs:
-            raise UserError(
-                f"data.gap_mixture: {samples.path} has no usable sample for any training pair "
-                f"({self.report.summary()}): run `beta-dpo generate` on the prompts of these pairs."
-            )
-
-
-def _unusable(sample: Sample, pair: PreferencePair) -> str:
-    """Return why `sample` cannot be the rejected response of the pair, or an empty text if it can."""
-    if not sample.response.strip():
-        return "the sample is empty"
-    return "the sample is the chosen response" if sample.response.strip() == pair.chosen.strip() else ""
+            yield replace(pair, rejected=response, labels=labels, rejected_ends=finished)
+    if not report.pairs:
+        raise UserError(
+            f"data.gap_mixture: {path} has no usable sample for any training pair ({report.summary()}): run "
+            "`beta-dpo generate` on the prompts of these pairs."
+        )
 
 
 def replaced_stream(stream: PairStream, samples: str) -> PairStream:
@@ -140,7 +122,7 @@ def replaced_stream(stream: PairStream, samples: str) -> PairStream:
     return PairStream(
         stream.name,
         {"pairs": dict(stream.description), "rejected": content},
-        lambda: ReplacedPairs(stream.read(), SampleFile(samples)),
+        lambda: PairReader(partial(replaced_pairs, stream.read(), samples)),
     )
 
 

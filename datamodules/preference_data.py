@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from app.core.errors import UserError
 from app.method.ranges import FactorFromOne, PositiveInt, ShareBelowOne, checked
 from datamodules.base import PairDataModule, Split
-from datamodules.sources import OnBadRow, PairStream, PreferredBy, RowFormat, Source, pair_stream
+from datamodules.sources.conversions import PreferredBy
+from datamodules.sources.reader import OnBadRow, PairStream, pair_stream
+from datamodules.sources.source import RowFormat, Source
 from datamodules.table import PairTable
 from datamodules.tokenisation import Tokenisation
 from datamodules.tokenizer import read_tokenizer

@@ -23,7 +23,7 @@ from app.core.files import Parts, atomic_file, folder_hash
 from app.method.ranges import PositiveInt, checked
 from datamodules.records import PreferencePair
 from datamodules.reward_model import RewardModel
-from datamodules.sources import PairStream
+from datamodules.sources.reader import PairStream
 from datamodules.table import PairTable
 from datamodules.table_writer import read_rows, write_rows
 

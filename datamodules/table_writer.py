@@ -17,7 +17,9 @@ from tqdm.auto import tqdm
 from app.core.cache import DamagedEntry, cached, fingerprint
 from app.core.errors import UserError
 from app.core.files import atomic_folder, file_hash
-from datamodules.sources import PairStream, RowReport, answer_keys, prompt_key
+from datamodules.sources.prompts import answer_keys, prompt_key
+from datamodules.sources.reader import PairStream
+from datamodules.sources.rows import RowReport
 from datamodules.table import SCHEMA, PairTable, Part, label_kind
 from datamodules.tokenisation import Tokenisation, tokenise_pairs
 from datamodules.tokenizer import tokenizer_fingerprint

@@ -28,7 +28,7 @@ from app.report.curves import band, beta
 from app.report.plot import DASHES, Line, axis, lines, png, rule, side_by_side, sized_to
 from app.report.run import read_run
 from callbacks.health import markdown_sections
-from datamodules.sources import markdown_table
+from datamodules.sources.registry import markdown_table
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parent / "runs" / "quickstart" / "beta_dpo"

@@ -24,7 +24,7 @@ from app.core.samples import SAMPLE_FIELDS, sample_line
 from app.method.ranges import NonNegativeFloat, PositiveInt, PositiveShare, Seed
 from datamodules.controlled_task import prompts as controlled_prompts
 from datamodules.records import PreferencePair
-from datamodules.sources import read_pairs
+from datamodules.sources.reader import read_pairs
 from datamodules.tokenisation import Tokenisation, tokenise_prompts
 from datamodules.tokenizer import read_tokenizer, stop_ids
 from lightning_modules.pretrained import load_model, refuse_beyond

@@ -4,49 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Literal
 
 from datamodules.records import Message, PreferencePair, Prompt
 from datamodules.sources.conversions import refuse_unusable
 from datamodules.sources.messages import TEMPLATE_FIELDS, spoken, template_fields, with_system
-from datamodules.sources.prompts import is_transcript, split_transcript
+from datamodules.sources.prompts import split_transcript
 from datamodules.sources.registry import FORMATS, PROMPTS, Format, Row, nearest
 from datamodules.sources.rows import BadRow, kind, missing, text, typed
 from datamodules.sources.source import Source, close
 
-OwnFormat = Literal["auto", "pairs", "hh"]
-_OWN_FIELDS = ("pair_id", "prompt", "chosen", "rejected", *TEMPLATE_FIELDS)
+_OWN_FIELDS = ("pair_id", "prompt", "chosen", "rejected", "response", *TEMPLATE_FIELDS)
 
 
-def pair_from_row(
-    row: object, default_id: str, format: OwnFormat = "auto", need_rejected: bool = False
-) -> PreferencePair:
-    """Return the pair of one row. Raises BadRow with the reason if the row is not a pair.
+def read_row(
+    row: object, default_id: str, source: Source, need_rejected: bool = False, prompts_only: bool = False
+) -> tuple[PreferencePair, list[str]]:
+    """Return the pair of one row in any format, and the columns that cannot be labels.
 
-    Forms: `prompt`, `chosen` and `rejected` as text or as chat messages (a list, a single one, or JSON in text);
-    `chosen` and `rejected` in messages may repeat the prompt. Without `prompt`: two conversations that differ only
-    in the last message, or two HH transcripts. `response`, or `chosen` without `rejected`, is a demonstration,
-    which is refused if `need_rejected`. `format` "hh" refuses rows of "pairs", and "pairs" those of "hh". `system`,
-    `tools` and `chat_template_kwargs` go to the chat template (see `template_fields`).
+    `need_rejected`: a demonstration is a bad row. `prompts_only`: rows without an answer are read too, and answers
+    are ignored. Raises BadRow, or LeftOut if the settings of `source` leave the row out.
     """
     if not isinstance(row, Mapping):
         raise BadRow("not an object with fields", f"found {kind(row)}")
-    chosen_field = "response" if "chosen" not in row and "rejected" not in row else "chosen"
-    if chosen_field not in row:
-        raise BadRow("missing field", "chosen" if "rejected" in row or format == "hh" else "chosen or response")
-    if need_rejected and "rejected" not in row:
-        raise BadRow("missing field", "rejected")
-    sides = (chosen_field, "rejected") if "rejected" in row else (chosen_field,)
+    row = _own_names(row, source.columns or {})
+    format = _format_of(row, source.format, need_rejected, prompts_only)
+    fields = format.convert(row, source)
+    if need_rejected and "rejected" not in fields:
+        raise BadRow("missing field", f"rejected; as {format.name} it is for supervised fine-tuning; {_found(row)}")
+    if "system" not in fields and "system_prompt" in fields:
+        fields = {"system" if name == "system_prompt" else name: value for name, value in fields.items()}
+    ignored = [name for name, value in fields.items() if name not in _OWN_FIELDS and not is_label(value)]
+    return _pair(fields, default_id, format.name == "hh"), ignored
+
+
+def _pair(row: Row, default_id: str, hh: bool) -> PreferencePair:
+    """Return the pair of a row with the names of our fields. Raises BadRow.
+
+    `prompt`, `chosen` and `rejected` are text or chat messages (a list, a single one, or JSON in text); `chosen`
+    and `rejected` in messages may repeat the prompt. Without `prompt`: two conversations that differ only in the
+    last message, or two HH transcripts (`hh`). `response`, or `chosen` without `rejected`, is a demonstration.
+    `system`, `tools` and `chat_template_kwargs` go to the chat template (see `template_fields`).
+    """
+    first = "chosen" if "chosen" in row or "rejected" in row else "response"
+    sides = (first, "rejected") if "rejected" in row else (first,)
     values = [spoken(row[side], side) for side in sides]
     given = None if missing(row.get("prompt")) else spoken(row["prompt"], "prompt")
     answers: list[Message] = []
     texts = [value for value in values if isinstance(value, str)]
 
-    if format == "hh" and given is not None:
+    if hh and given is not None:
         raise BadRow("not an HH transcript", "there is a field prompt, too")
-    if format == "hh" or (format == "auto" and chosen_field == "chosen" and given is None and texts):
-        if format == "auto" and "prompt" in row and not all(is_transcript(value) for value in texts):
-            raise BadRow("wrong type", "prompt is null, not text")
+    if hh:
         split = [split_transcript(text(value, side), side) for value, side in zip(values, sides, strict=True)]
         prompts: list[Prompt] = [prompt for prompt, _ in split]
         responses = [response for _, response in split]
@@ -58,7 +66,11 @@ def pair_from_row(
     elif len(texts) < len(values):
         raise BadRow("wrong type", "one of chosen and rejected is text, the other one messages")
     elif given is None:
-        raise BadRow("missing field", "prompt")
+        raise (
+            BadRow("wrong type", "prompt is null, not text")
+            if "prompt" in row
+            else BadRow("missing field", "prompt")
+        )
     else:
         prompts, responses = [given], texts
 
@@ -73,21 +85,20 @@ def pair_from_row(
             raise BadRow(f"empty {side}")
     if responses[0] in responses[1:] and more[0] in more[1:]:
         raise BadRow("chosen equals rejected")
-    own = (*_OWN_FIELDS, chosen_field)
     labels: dict[str, object] = {}
     for name, value in row.items():
-        if name not in own and is_label(value):
+        if name not in _OWN_FIELDS and is_label(value):
             value = None if missing(value) else typed(value)
             labels[text(name, "a field's name")] = text(value, name) if isinstance(value, str) else value
-    rejected = responses[1] if len(responses) == 2 else None
+    both = len(sides) == 2
     return PreferencePair(
         _pair_id(row, default_id),
         prompt,
         responses[0],
-        rejected,
+        responses[1] if both else None,
         labels,
         chosen_fields=more[0],
-        rejected_fields=more[1] if rejected is not None else {},
+        rejected_fields=more[1] if both else {},
         **template_fields(row),
     )
 
@@ -134,31 +145,6 @@ def _pair_id(row: Mapping[str, object], default_id: str) -> str:
     if not text(value, "pair_id").strip():
         raise BadRow("empty pair_id")
     return str(value)
-
-
-def read_row(
-    row: object, default_id: str, source: Source, need_rejected: bool = False, prompts_only: bool = False
-) -> tuple[PreferencePair, list[str]]:
-    """Return the pair of one row in any format, and the columns that cannot be labels.
-
-    `need_rejected`: a demonstration is a bad row. `prompts_only`: rows without an answer are read too, and answers
-    are ignored. Raises BadRow, or LeftOut if the settings of `source` leave the row out.
-    """
-    if not isinstance(row, Mapping):
-        raise BadRow("not an object with fields", f"found {kind(row)}")
-    row = _own_names(row, source.columns or {})
-    format = _format_of(row, source.format, need_rejected, prompts_only)
-    converted = format.convert(row, source)
-    if need_rejected and "rejected" not in converted:
-        raise BadRow("missing field", f"rejected; as {format.name} it is for supervised fine-tuning; {_found(row)}")
-    own: OwnFormat = "pairs"
-    if format.name in ("pairs", "hh"):
-        own = "auto" if source.format == "auto" else "hh" if format.name == "hh" else "pairs"
-    if "system" not in converted and "system_prompt" in converted:
-        converted = {"system" if name == "system_prompt" else name: value for name, value in converted.items()}
-    own_fields = (*_OWN_FIELDS, "response")
-    ignored = [name for name, value in converted.items() if name not in own_fields and not is_label(value)]
-    return pair_from_row(converted, default_id, own, need_rejected), ignored
 
 
 def _own_names(row: Row, columns: Mapping[str, str]) -> Row:

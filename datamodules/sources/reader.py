@@ -18,48 +18,43 @@ OnBadRow = Literal["error", "skip"]
 
 
 class PairReader(Iterator[PreferencePair]):
-    """An iterator over the pairs of a source; `report` counts the rows while they are read."""
+    """An iterator over pairs; `report` counts the rows while they are read."""
 
-    def __init__(
-        self, source: Source, opened: LocalFiles | HubDataset, on_bad_row: OnBadRow, **reading: bool
-    ) -> None:
+    def __init__(self, read: Callable[[RowReport], Iterator[PreferencePair]]) -> None:
         self.report = RowReport()
-        self._source = source
-        self._opened = opened
-        self._skip = on_bad_row == "skip"
-        self._reading = reading
-        self._pairs = self._read()
+        self._pairs = read(self.report)
 
     def __next__(self) -> PreferencePair:
         return next(self._pairs)
 
-    def _read(self) -> Iterator[PreferencePair]:
-        seen: set[str] = set()
-        first_bad = ""
-        for location, row in self._opened.rows():
-            self.report.rows += 1
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                pair, ignored = read_row(row, location, self._source, **self._reading)
-                if pair.pair_id in seen:
-                    raise BadRow("repeated pair_id", pair.pair_id)
-            except BadRow as bad:
-                if not self._skip and not isinstance(bad, LeftOut):
-                    raise UserError(f"{location}: {bad}; mend the row or set data.on_bad_row: skip.") from None
-                self.report.skip(bad.reason, location)
-                first_bad = first_bad or f"{location}: {bad}"
-                continue
-            seen.add(pair.pair_id)
-            self.report.pairs += 1
-            self.report.ignored_fields.update(ignored)
-            yield pair
-        if not self.report.rows:
-            raise UserError(f"{self._opened.name} holds no row: check data.path.")
-        if not self.report.pairs:
-            raise UserError(
-                f"{self._opened.name} holds no usable row ({self.report.summary()}). The first: {first_bad}."
-            )
+
+def _read(
+    source: Source, opened: LocalFiles | HubDataset, on_bad_row: OnBadRow, report: RowReport, **reading: bool
+) -> Iterator[PreferencePair]:
+    seen: set[str] = set()
+    first_bad = ""
+    for location, row in opened.rows():
+        report.rows += 1
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            pair, ignored = read_row(row, location, source, **reading)
+            if pair.pair_id in seen:
+                raise BadRow("repeated pair_id", pair.pair_id)
+        except BadRow as bad:
+            if on_bad_row == "error" and not isinstance(bad, LeftOut):
+                raise UserError(f"{location}: {bad}; mend the row or set data.on_bad_row: skip.") from None
+            report.skip(bad.reason, location)
+            first_bad = first_bad or f"{location}: {bad}"
+            continue
+        seen.add(pair.pair_id)
+        report.pairs += 1
+        report.ignored_fields.update(ignored)
+        yield pair
+    if not report.rows:
+        raise UserError(f"{opened.name} holds no row: check data.path.")
+    if not report.pairs:
+        raise UserError(f"{opened.name} holds no usable row ({report.summary()}). The first: {first_bad}.")
 
 
 def read_pairs(
@@ -78,7 +73,8 @@ def read_pairs(
     whole. For the other arguments see `read_row`.
     """
     source = Source(path, **options)
-    return PairReader(source, source.open(), on_bad_row, need_rejected=need_rejected, prompts_only=prompts_only)
+    reading = {"need_rejected": need_rejected, "prompts_only": prompts_only}
+    return PairReader(partial(_read, source, source.open(), on_bad_row, **reading))
 
 
 @dataclass(frozen=True)
@@ -106,5 +102,5 @@ def pair_stream(source: Source, on_bad_row: OnBadRow, need_rejected: bool) -> Pa
         "columns": source.columns or {},
         **{name: getattr(source, name) for name in ("format", "min_score_ratio", "preferred_by")},
     }
-    read = partial(PairReader, source, opened, on_bad_row, need_rejected=need_rejected)
-    return PairStream(source.label, description, read)
+    read = partial(_read, source, opened, on_bad_row, need_rejected=need_rejected)
+    return PairStream(source.label, description, partial(PairReader, read))

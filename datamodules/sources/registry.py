@@ -5,30 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from datamodules.sources.conversions import (
-    Convert,
-    alpaca,
-    asked,
-    conversation,
-    first_of,
-    question,
-    renamed,
-    unchanged,
-)
+from datamodules.sources import conversions as to
+from datamodules.sources.conversions import Convert, Row
 from datamodules.sources.messages import spoken
 from datamodules.sources.prompts import ASSISTANT
-from datamodules.sources.published import (
-    PKU_FIELDS,
-    SHP_FIELDS,
-    TLDR_FIELDS,
-    Row,
-    pku_saferlhf_pair,
-    shp_pair,
-    tldr_pair,
-    ultrafeedback_pair,
-)
 from datamodules.sources.rows import missing
 
 _SIDES = ("chosen", "rejected")
@@ -36,19 +19,27 @@ _SIDES = ("chosen", "rejected")
 
 @dataclass(frozen=True, eq=False)
 class Format:
-    """One format of rows. A row needs a value in each of `fields` (`a|b`: in one of them); `optional` may be empty.
+    """One format of rows.
 
-    `named_by`: the programs or datasets that use it. `example`: a row. `convert` returns the fields of a pair.
-    Without `data.format`, this format applies only to rows for which `when` is true.
+    `named_by`: the programs or datasets that use it. `row`: an example; a row of the format has a value in each of
+    its fields, `a|b` in one of them, and may have one in `a?`. `convert` returns the fields of a pair. Without
+    `data.format`, this format applies only to rows for which `when` is true.
     """
 
     name: str
-    fields: tuple[str, ...]
     named_by: str
-    example: Row
-    convert: Convert = unchanged
-    optional: tuple[str, ...] = ()
+    row: Row
+    convert: Convert = to.unchanged
     when: Callable[[Row], bool] = lambda row: True
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """Return the needed fields."""
+        return tuple(name for name in self.row if not name.endswith("?"))
+
+    @property
+    def example(self) -> Row:
+        return {name.rstrip("?").partition("|")[0]: value for name, value in self.row.items()}
 
     @property
     def is_pair(self) -> bool:
@@ -72,157 +63,112 @@ def _without_own_fields(row: Row) -> bool:
 
 _TURN = {"role": "user", "content": "2 + 2?"}
 _YES, _NO = ({"role": "assistant", "content": answer} for answer in ("4", "5"))
-_HUMAN, _GPT, _GPT_NO = (
-    {"from": who, "value": said} for who, said in (("human", "2 + 2?"), ("gpt", "4"), ("gpt", "5"))
-)
+_HUMAN = {"from": "human", "value": "2 + 2?"}
+_GPT, _GPT_NO = ({"from": "gpt", "value": said} for said in ("4", "5"))
 _TALK = "\n\nHuman: 2 + 2?\n\nAssistant:"
+_PAIR: dict[str, Any] = {"chosen": "4", "rejected": "5"}
 _TLDR: dict[str, Any] = {
     "info": {"id": "t3", "subreddit": "cats", "title": "Cat", "post": "My cat sleeps."},
     "summaries": [{"text": " It sleeps."}, {"text": " It barks."}],
     "choice": 0,
 }
 _SHP = {"history": "2 + 2?", "human_ref_A": "4", "human_ref_B": "5", "labels": 1}
-_SHP_SCORES = {"score_A": 9, "score_B": 3, "score_ratio": 3.0}
+_SHP_SCORES = {"score_A?": 9, "score_B?": 3, "score_ratio?": 3.0}
 _PKU = {"prompt": "2 + 2?", "response_0": "4", "response_1": "5", "better_response_id": 0, "safer_response_id": 0}
-_OURS = "TRL, axolotl"
-_LLAMA_FACTORY = "LLaMA-Factory"
+_WHOLE: dict[str, Any] = {"chosen": [_TURN, _YES], "rejected": [_TURN, _NO]}
+_MESSAGES = {"prompt": [_TURN], "chosen": [_YES], "rejected": [_NO]}
+_ARGILLA = {"instruction|prompt": "2 + 2?", "chosen_response": "4", "rejected_response": "5"}
+_ADD = {"instruction|INSTRUCTION": "Add.", "input?": "2 + 2"}  # every `alpaca` row may have `history`, too
+_asked = to.renamed(prompt="question|input")
+_argilla = to.renamed(prompt="instruction|prompt", chosen="chosen_response", rejected="rejected_response")
+_completed = to.renamed(response="completion|response|generation")
+_answered = to.renamed(prompt="question", response="answer|response")
 
 # a row has the first of these formats whose fields it has
 FORMATS = (
-    Format("pairs", ("prompt", *_SIDES), _OURS, {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}),
-    Format("pairs", ("prompt", *_SIDES), "TRL", {"prompt": [_TURN], "chosen": [_YES], "rejected": [_NO]}),
+    Format("pairs", "TRL, axolotl", {"prompt": "2 + 2?", **_PAIR}),
+    Format("pairs", "TRL", _MESSAGES),
     Format(
         "messages",
-        ("messages|conversations", *_SIDES),
         "axolotl (`chat_template.default`)",
-        {"messages": [_TURN], "chosen": _YES, "rejected": _NO},
-        conversation,
+        {"messages|conversations": [_TURN], "chosen": _YES, "rejected": _NO},
+        to.conversation,
     ),
     Format(
         "messages",
-        ("messages|conversations", *_SIDES),
-        f"{_LLAMA_FACTORY} (ShareGPT)",
-        {"conversations": [_HUMAN], "chosen": _GPT, "rejected": _GPT_NO},
-        conversation,
+        "LLaMA-Factory (ShareGPT)",
+        {"conversations|messages": [_HUMAN], "chosen": _GPT, "rejected": _GPT_NO},
+        to.conversation,
     ),
-    Format(
-        "alpaca",
-        ("instruction|INSTRUCTION", *_SIDES),
-        _LLAMA_FACTORY,
-        {"instruction": "Add.", "input": "2 + 2", "chosen": "4", "rejected": "5"},
-        alpaca,
-        ("input", "history"),
-    ),
-    Format(
-        "alpaca",
-        ("instruction|prompt", "chosen_response", "rejected_response"),
-        "axolotl (`chatml.argilla`)",
-        {"instruction": "2 + 2?", "chosen_response": "4", "rejected_response": "5"},
-        renamed(prompt="instruction|prompt", chosen="chosen_response", rejected="rejected_response"),
-    ),
+    Format("alpaca", "LLaMA-Factory", {**_ADD, **_PAIR}, to.alpaca),
+    Format("alpaca", "axolotl (`chatml.argilla`)", _ARGILLA, _argilla),
     Format(
         "question",
-        ("question|input", *_SIDES),
         "axolotl (`chatml.intel`, `chatml.icr`)",
-        {"system": "Be brief.", "question": "2 + 2?", "chosen": "4", "rejected": "5"},
-        question(renamed(prompt="question|input")),
+        {"system?": "Be brief.", "question|input": "2 + 2?", **_PAIR},
+        to.question(_asked),
     ),
     Format(
         "pairs",
-        _SIDES,
         "TRL (implicit prompt)",
-        {"chosen": [_TURN, _YES], "rejected": [_TURN, _NO]},
+        _WHOLE,
         when=lambda row: not isinstance(spoken(row["chosen"], "chosen"), str),
     ),
     Format(
         "hh",
-        _SIDES,
         "`Anthropic/hh-rlhf`; `data.subset` takes one of its four subsets",
         {"chosen": f"{_TALK} 4", "rejected": f"{_TALK} 5"},
         when=lambda row: any(ASSISTANT in str(row[side]) for side in _SIDES),
     ),
-    Format(
-        "messages", ("messages|conversations",), f"TRL, {_LLAMA_FACTORY}", {"messages": [_TURN, _YES]}, conversation
-    ),
-    Format(
-        "messages",
-        ("messages|conversations",),
-        f"{_LLAMA_FACTORY} (ShareGPT)",
-        {"conversations": [_HUMAN, _GPT]},
-        conversation,
-    ),
+    Format("messages", "TRL, LLaMA-Factory", {"messages|conversations": [_TURN, _YES]}, to.conversation),
+    Format("messages", "LLaMA-Factory (ShareGPT)", {"conversations|messages": [_HUMAN, _GPT]}, to.conversation),
     Format(
         "pairs",
-        ("prompt", "completion|response|generation"),
         "TRL, axolotl (`metharme`)",
-        {"prompt": "2 + 2?", "completion": "4"},
-        renamed(response="completion|response|generation"),
+        {"prompt": "2 + 2?", "completion|response|generation": "4"},
+        _completed,
     ),
     Format(
         "pairs",
-        ("prompt", "chosen"),
         "the chosen side of a pair",
         {"prompt": "2 + 2?", "chosen": "4"},
         when=lambda row: "rejected" not in row,
     ),
-    Format(
-        "alpaca",
-        ("instruction|INSTRUCTION", "output|response|RESPONSE"),
-        f"{_LLAMA_FACTORY}, axolotl",
-        {"instruction": "Add.", "input": "2 + 2", "output": "4"},
-        alpaca,
-        ("input", "history"),
-    ),
+    Format("alpaca", "LLaMA-Factory, axolotl", {**_ADD, "output|response|RESPONSE": "4"}, to.alpaca),
     Format(
         "question",
-        ("question", "answer|response"),
         "axolotl (`alpaca_chat.load_qa`)",
-        {"question": "2 + 2?", "answer": "4"},
-        question(renamed(prompt="question", response="answer|response")),
+        {"question": "2 + 2?", "answer|response": "4"},
+        to.question(_answered),
     ),
     Format(
         "hh",
-        ("chosen",),
         "the chosen side of HH",
         {"chosen": f"{_TALK} 4"},
         when=lambda row: "rejected" not in row and ASSISTANT in str(row["chosen"]),
     ),
     Format(
-        "tldr",
-        TLDR_FIELDS,
-        "`openai/summarize_from_feedback`, `comparisons`",
-        _TLDR,
-        lambda row, source: tldr_pair(row),
-        when=_without_own_fields,
+        "tldr", "`openai/summarize_from_feedback`, `comparisons`", _TLDR, to.tldr_pair, when=_without_own_fields
     ),
     Format(
         "shp",
-        SHP_FIELDS,
         "`stanfordnlp/SHP`; `data.min_score_ratio` leaves out close calls",
         _SHP | _SHP_SCORES,
-        lambda row, source: shp_pair(row, source.min_score_ratio),
+        to.shp_pair,
         when=_without_own_fields,
     ),
     Format(
         "pku_saferlhf",
-        PKU_FIELDS,
         "`PKU-Alignment/PKU-SafeRLHF`; `data.preferred_by` is `better` or `safer`",
         _PKU,
-        lambda row, source: pku_saferlhf_pair(row, source.preferred_by),
+        to.pku_saferlhf_pair,
         when=_without_own_fields,
     ),
     Format(
         "ultrafeedback",
-        ("prompt", *_SIDES, "score_chosen", "score_rejected"),
         "`HuggingFaceH4/ultrafeedback_binarized`",
-        {
-            "prompt": "2 + 2?",
-            "chosen": [_TURN, _YES],
-            "rejected": [_TURN, _NO],
-            "score_chosen": 9.0,
-            "score_rejected": 3.0,
-        },
-        lambda row, source: ultrafeedback_pair(row),
+        {"prompt": "2 + 2?", **_WHOLE, "score_chosen": 9.0, "score_rejected": 3.0},
+        to.ultrafeedback_pair,
         when=lambda row: False,  # its fields do not distinguish it from any pair in chat messages
     ),
 )
@@ -232,23 +178,23 @@ def _asks(row: Row) -> bool:
     """Return whether a row holds no pair, and its dialogue, if any, no answer."""
     if any(not missing(row.get(side)) for side in _SIDES):
         return False
-    name = first_of(row, "messages|conversations")
+    name = to.first_of(row, "messages|conversations")
     talk = () if missing(row.get(name)) else spoken(row[name], name)
     return isinstance(talk, str) or not talk or talk[-1].role != "assistant"
 
 
 # what `generate` answers, beside the prompts of the formats above
 PROMPTS = tuple(
-    Format(name.partition("|")[0], (name,), "prompts alone", {name: "2 + 2?"}, asked(own), when=_asks)
+    Format(name.partition("|")[0], "prompts alone", {name: "2 + 2?"}, to.asked(own), _asks)
     for name, own in (
-        ("prompt", unchanged),
-        ("instruction|INSTRUCTION", alpaca),
-        ("question", question(renamed(prompt="question"))),
-        ("messages|conversations", renamed(prompt="messages|conversations")),
+        ("prompt", to.unchanged),
+        ("instruction|INSTRUCTION", to.alpaca),
+        ("question", to.question(to.renamed(prompt="question"))),
+        ("messages|conversations", to.renamed(prompt="messages|conversations")),
     )
 )
 NAMES = tuple(dict.fromkeys(format.name for format in FORMATS))
-FIELDS = {name for format in FORMATS for either in (*format.fields, *format.optional) for name in either.split("|")}
+FIELDS = {name for format in FORMATS for either in format.row for name in either.rstrip("?").split("|")}
 
 
 def markdown_table(formats: tuple[Format, ...] = FORMATS) -> str:

@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from app.core.errors import UserError
 from app.method.ranges import FactorFromOne, PositiveFloat, checked
+from datamodules.sources.conversions import PreferredBy
 from datamodules.sources.files import ROWS_PER_BATCH, LocalFiles, arrow_rows, log, readable
 from datamodules.sources.messages import TEMPLATE_FIELDS
-from datamodules.sources.published import PreferredBy
 from datamodules.sources.registry import FIELDS, NAMES
 
 _COLUMNS = {*FIELDS, *TEMPLATE_FIELDS, "pair_id", "chosen_reward", "rejected_reward"}

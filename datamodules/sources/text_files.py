@@ -16,7 +16,6 @@ from app.core.errors import UserError
 from datamodules.sources.rows import BadRow, Cell
 
 _NO_VALUE = {"", "nan", "NaN", "<NA>", "#N/A"}  # an empty cell, as pandas and spreadsheets write it
-_BLANK = " \t\r\n"
 
 
 def jsonl_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, object]]:
@@ -41,37 +40,25 @@ def json_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, object]]:
     Raises UserError for a broken array, because the rows after the fault cannot be separated.
     """
     text = whole_text(file, path)
-    at = _after_blank(text, 0)
-    if text[at : at + 1] == "{" and _is_lines(text[at:]):
-        yield from ((number, _json_value(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-        return
-    if text[at : at + 1] != "[":
+    rows: object = None
+    try:
+        rows = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        start = text.lstrip()[:1]
+        if start == "{":  # reading line by line shows which lines are bad
+            yield from (
+                (number, _json_value(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip()
+            )
+            return
+        if start == "[":
+            raise UserError(f"{path} is bad JSON ({first_line(error)}): mend it there.") from error
+    if isinstance(rows, dict) and not (len(rows) == 1 and isinstance(next(iter(rows.values())), list)):
+        rows = [rows]  # {"data": [{…}, …]} is a wrapper, not a row
+    if not isinstance(rows, list):
         raise UserError(
             f"{path} is neither an array of rows ([{{…}}, {{…}}]) nor one row a line: write it as one of these."
         )
-    at, number = _after_blank(text, at + 1), 0
-    strict, lenient = json.JSONDecoder(object_pairs_hook=_unique_fields), json.JSONDecoder()
-    while text[at : at + 1] != "]":
-        number += 1
-        try:
-            value: object
-            try:
-                value, end = strict.raw_decode(text, at)
-            except BadRow as bad:
-                value, end = bad, lenient.raw_decode(text, at)[1]
-            after = _after_blank(text, end)
-            if text[after : after + 1] not in ("]", ","):
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, after)
-            at = _after_blank(text, after + 1) if text[after] == "," else after
-            if text[after] == "," and text[at : at + 1] == "]":
-                raise json.JSONDecodeError("Nothing after the last ','", text, at)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path}: row {number} is bad JSON ({first_line(error)}): mend the file from there on."
-            ) from error
-        yield number, value
-    if _after_blank(text, at + 1) < len(text):
-        raise UserError(f"{path} continues after the end of its array: write one array, or one row a line.")
+    yield from enumerate(rows, 1)
 
 
 def csv_rows(file: IO[bytes], path: Path, delimiters: str = ",;\t") -> Iterator[tuple[int, object]]:
@@ -151,37 +138,18 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _is_lines(text: str) -> bool:
-    """Return whether a text that begins with an object holds one row per line (or a single row)."""
-    try:
-        value, end = json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):
-        return True  # reading line by line shows which lines are bad
-    # {"data": [{…}, …]} is a wrapper, not a row
-    wraps = len(value) == 1 and isinstance(next(iter(value.values())), list)
-    return not wraps or _after_blank(text, end) < len(text)
-
-
-def _after_blank(text: str, at: int) -> int:
-    while at < len(text) and text[at] in _BLANK:
-        at += 1
-    return at
-
-
 def _json_value(line: bytes | str) -> object:
     try:
-        return json.loads(line if isinstance(line, str) else line.decode(), object_pairs_hook=_unique_fields)
+        return json.loads(line if isinstance(line, str) else line.decode(), object_pairs_hook=_object)
     except UnicodeDecodeError:
         return BadRow("invalid UTF-8")
-    except BadRow as bad:
-        return bad
     except (ValueError, RecursionError) as error:  # a number that is too long raises another ValueError
         return BadRow("bad JSON", first_line(error))
 
 
-def _unique_fields(fields: list[tuple[str, object]]) -> dict[str, object]:
-    """Return an object. Raises BadRow for a repeated name, because either value may be meant."""
+def _object(fields: list[tuple[str, object]]) -> dict[str, object] | BadRow:
+    """Return an object, or a BadRow if it or one within it repeats a name, because either value may be meant."""
     row = dict(fields)
-    if len(row) < len(fields):
-        raise BadRow("repeated field")
-    return row
+    inner = [one for value in row.values() for one in (value if isinstance(value, list) else [value])]
+    bad = next((one for one in inner if isinstance(one, BadRow)), None)
+    return BadRow("repeated field") if len(row) < len(fields) else bad or row

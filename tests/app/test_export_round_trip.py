@@ -22,7 +22,7 @@ from app.commands.export import export, generation_config
 from app.commands.export_spelling import spell_for_others
 from app.core.errors import UserError
 from datamodules.controlled_task import build_tokenizer, preference_pairs
-from datamodules.sources import hh_messages
+from datamodules.sources.prompts import hh_messages
 
 
 def trained(folder: Path, name: str) -> tuple[Any, Any, str]:

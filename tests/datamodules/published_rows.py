@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from datamodules.records import Message, PreferencePair
-from datamodules.sources import RowFormat
+from datamodules.sources.source import RowFormat
 
 TLDR: dict[str, Any] = {
     "info": {

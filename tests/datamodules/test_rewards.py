@@ -20,7 +20,7 @@ from datamodules.describe import describe
 from datamodules.preference_data import PreferenceData
 from datamodules.reward_model import RewardModel
 from datamodules.rewards import RewardScoring, reward_scores
-from datamodules.sources import PairStream
+from datamodules.sources.reader import PairStream
 
 PAIRS = 11
 CPU = torch.device("cpu")

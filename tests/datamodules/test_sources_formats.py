@@ -19,8 +19,11 @@ from app.cli.options import set_up_parsing
 from app.core.errors import UserError
 from datamodules.preference_data import PreferenceData
 from datamodules.records import Message, PreferencePair
-from datamodules.sources import BadRow, Source, read_pairs, read_row
+from datamodules.sources.pairs import read_row
+from datamodules.sources.reader import read_pairs
 from datamodules.sources.registry import FORMATS, Format
+from datamodules.sources.rows import BadRow
+from datamodules.sources.source import Source
 
 TURN, YES, NO = (
     {"role": role, "content": said} for role, said in (("user", "hi"), ("assistant", "a"), ("assistant", "b"))
@@ -204,10 +207,12 @@ def test_files_together_folders_and_saved_data_sets(tmp_path: Path, monkeypatch:
         ("p.csv", "prompt,chosen,prompt\na,b,c\n", "same name"),
         ("p.csv", "prompt,chosen,rejected\na,,c\n", r"p\.csv:2: wrong type \(chosen is null"),
         ("p.csv", "frage,gut\na,b\n", r"p\.csv:2: missing field .*columns found: frage, gut"),
-        ("p.json", '[{"prompt": "a"}', r"row 1 is bad JSON"),
+        ("p.json", '[{"prompt": "a"}', r"p.json is bad JSON \(Expecting .*: line 1 column 17"),
         ("p.json", '{"data": [{"prompt": "a"}]}', "neither an array of rows"),
         ("p.json", '[{"prompt": "a", "prompt": "b"}]', r"p\.json:1: repeated field"),
-        ("p.json", "[] x", "after the end of its array"),
+        ("p.json", '[{"prompt": [{"role": "user", "role": "b"}]}]', r"p\.json:1: repeated field"),
+        ("p.json", "[] x", "is bad JSON .Extra data: line 1 column 4"),
+        ("p.json", "a b", "neither an array of rows"),
         ("p.arrow", "no", "cannot be read as Arrow"),
     ],
 )

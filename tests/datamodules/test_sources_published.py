@@ -14,7 +14,10 @@ from tiny_tokenizers import byte_tokenizer
 
 from app.core.errors import UserError
 from datamodules.preference_data import PreferenceData
-from datamodules.sources import BadRow, LeftOut, RowFormat, Source, pair_stream, read_pairs, read_row
+from datamodules.sources.pairs import read_row
+from datamodules.sources.reader import pair_stream, read_pairs
+from datamodules.sources.rows import BadRow, LeftOut
+from datamodules.sources.source import RowFormat, Source
 from datamodules.table_writer import cached_table
 from datamodules.tokenisation import Tokenisation
 

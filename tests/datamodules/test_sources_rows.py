@@ -16,11 +16,18 @@ from hypothesis import strategies as st
 
 from app.core.errors import UserError
 from datamodules.records import Message, PreferencePair
-from datamodules.sources import BadRow, hh_messages, read_pairs
-from datamodules.sources.pairs import pair_from_row
+from datamodules.sources.pairs import read_row
+from datamodules.sources.prompts import hh_messages
+from datamodules.sources.reader import read_pairs
+from datamodules.sources.rows import BadRow
+from datamodules.sources.source import Source
 
 TALK = "\n\nHuman: hi\n\nAssistant:"
 USER, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "content": "be kind"}
+
+
+def pair_of(row: object, format: str = "auto", need_rejected: bool = False) -> PreferencePair:
+    return read_row(row, "f:1", Source("f", format=format), need_rejected)[0]
 
 
 def says(text: str) -> dict[str, str]:
@@ -54,7 +61,7 @@ def write(path: Path, *rows: object) -> str:
     ],
 )
 def test_every_form_gives_the_same_pair(row: dict[str, object], prompt: object) -> None:
-    pair = pair_from_row({**row, "flipped": True, "votes": [1, 2]}, "f:1")
+    pair = pair_of({**row, "flipped": True, "votes": [1, 2]})
     assert pair == PreferencePair("f:1", prompt, "a", "b", {"flipped": True})  # type: ignore[arg-type]
 
 
@@ -67,7 +74,7 @@ def test_what_the_chat_template_takes_beside_the_text_is_kept() -> None:
         "tools": json.dumps(tools),
         "chat_template_kwargs": {"enable_thinking": False, "other": None},
     }
-    pair = pair_from_row({"prompt": "hi", "chosen": [asks], "rejected": [says("sunny")], **rest}, "f:1")
+    pair = pair_of({"prompt": "hi", "chosen": [asks], "rejected": [says("sunny")], **rest})
     assert pair.prompt == (Message("system", "be kind"), Message("user", "hi"))
     assert (pair.tools, pair.template_kwargs) == (tools, {"enable_thinking": False})
     called = [{"function": {"name": "weather", "arguments": {"city": "Oslo"}}}]
@@ -79,7 +86,7 @@ def test_what_the_chat_template_takes_beside_the_text_is_kept() -> None:
     }
     assert pair.answer("rejected") == {"role": "assistant", "content": "sunny"}
     answered = [USER, asks, {"role": "tool", "content": "3 °C"}]
-    found = pair_from_row({"prompt": answered, "chosen": "cold", "rejected": "hot", **rest}, "f:1").prompt
+    found = pair_of({"prompt": answered, "chosen": "cold", "rejected": "hot", **rest}).prompt
     assert [turn["role"] for turn in found] == ["system", "user", "assistant", "tool"]  # type: ignore[index]
     for field, value, reason in (
         ("system", 3, "wrong type"),
@@ -92,9 +99,7 @@ def test_what_the_chat_template_takes_beside_the_text_is_kept() -> None:
         ("tools", ["\ud800"], "text is not valid Unicode"),
     ):
         with pytest.raises(BadRow) as bad:
-            pair_from_row(
-                {"prompt": "hi", "chosen": [says("a")], "rejected": [says("b")], **rest, field: value}, "f:1"
-            )
+            pair_of({"prompt": "hi", "chosen": [says("a")], "rejected": [says("b")], **rest, field: value})
         assert bad.value.reason == reason
 
 
@@ -103,10 +108,10 @@ def test_what_the_chat_template_takes_beside_the_text_is_kept() -> None:
     [{"prompt": "hi", "response": "a"}, {"prompt": "hi", "chosen": "a"}, {"prompt": "hi", "response": [says("a")]}],
 )
 def test_demonstrations_have_no_rejected_and_are_refused_on_demand(row: dict[str, object]) -> None:
-    pair = pair_from_row(row, "f:1")
+    pair = pair_of(row)
     assert (pair.chosen, pair.rejected, pair.labels) == ("a", None, {})
     with pytest.raises(BadRow, match="missing field"):
-        pair_from_row(row, "f:1", need_rejected=True)
+        pair_of(row, need_rejected=True)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +143,8 @@ def test_demonstrations_have_no_rejected_and_are_refused_on_demand(row: dict[str
         ({"prompt": "hi", "response": ""}, "empty response"),
         ({"prompt": "hi", "chosen": [], "rejected": []}, "empty chosen"),
         ({"prompt": "hi", "chosen": "a", "rejected": "a"}, "chosen equals rejected"),
-        ({"chosen": "a", "rejected": "b"}, "not an HH transcript"),
+        ({"chosen": "a", "rejected": "b"}, "missing field"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "wrong type"),
         ({"chosen": "\n\nRobot: hi\n\nAssistant: a", "rejected": TALK + "b"}, "not an HH transcript"),
         ({"chosen": TALK + "a\n\nHuman: b", "rejected": TALK + "b"}, "last turn is not the assistant's"),
         ({"chosen": TALK + "a" + TALK + "c", "rejected": TALK + "b"}, "no shared prompt"),
@@ -148,7 +154,7 @@ def test_demonstrations_have_no_rejected_and_are_refused_on_demand(row: dict[str
 )
 def test_a_malformed_row_is_refused_with_its_reason(row: object, reason: str) -> None:
     with pytest.raises(BadRow) as bad:
-        pair_from_row(row, "f:1")
+        pair_of(row)
     assert bad.value.reason == reason
 
 
@@ -162,7 +168,7 @@ def test_a_malformed_row_is_refused_with_its_reason(row: object, reason: str) ->
 )
 def test_a_named_format_refuses_the_other_one(row: object, format: str, reason: str) -> None:
     with pytest.raises(BadRow) as bad:
-        pair_from_row(row, "f:1", format)  # type: ignore[arg-type]
+        pair_of(row, format)
     assert bad.value.reason == reason
 
 

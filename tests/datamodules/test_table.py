@@ -22,7 +22,8 @@ from app.core.cache import DamagedEntry, cache_root
 from app.core.errors import UserError
 from datamodules.preference_data import split_by_prompt
 from datamodules.records import Message, PreferencePair
-from datamodules.sources import OnBadRow, PairStream, Source, pair_stream
+from datamodules.sources.reader import OnBadRow, PairStream, pair_stream
+from datamodules.sources.source import Source
 from datamodules.table import PairTable
 from datamodules.table_writer import build_table, cached_table, open_table
 from datamodules.tokenisation import Tokenisation

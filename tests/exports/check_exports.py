@@ -30,7 +30,7 @@ from tiny_runs import controlled, preference, quiet_trainer  # noqa: E402
 
 from app.commands.export import export  # noqa: E402
 from datamodules.controlled_task import build_tokenizer, preference_pairs  # noqa: E402
-from datamodules.sources import hh_messages  # noqa: E402
+from datamodules.sources.prompts import hh_messages  # noqa: E402
 from lightning_modules.lora import Lora  # noqa: E402
 
 NEW_TOKENS = 24
