@@ -75,7 +75,6 @@ class PairDataModule(LightningDataModule):
         self.gap_mixture = gap_mixture
         self.reward_model = reward_model
         self._tables: dict[Split, tuple[PairTable, np.ndarray]] = {}
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._module: LightningModule | None = None
 
     @property
@@ -87,8 +86,9 @@ class PairDataModule(LightningDataModule):
     def module(self, module: LightningModule) -> None:
         self._module = module
 
+    @cached_property
     @abstractmethod
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer of this data."""
 
     @abstractmethod
@@ -123,12 +123,6 @@ class PairDataModule(LightningDataModule):
                 table = with_rewards(table, reward_scores(stream, self.reward_model, device))
             tables.append(table.named(stream.name) if self.mixed else table)
         return joined(tables)
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        if self._tokenizer is None:
-            self._tokenizer = self.load_tokenizer()
-        return self._tokenizer
 
     @property
     def stop_ids(self) -> list[int]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2.exceptions import TemplateSyntaxError
 
-from app.core.errors import UserError
-from datamodules.records import Message, Prompt
+from app.core.errors import UserError, first_line
+from datamodules.records import Dropped, Message, PreferencePair
 from datamodules.sources.prompts import prompt_messages
 
 if TYPE_CHECKING:
@@ -27,8 +27,16 @@ _OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message",
 _PROBES = ("Answer", "Reply")  # two answers that differ from the first letter
 
 
-class Refused(Exception):
-    """The error for a conversation that the template cannot render whole; its text is the counted reason."""
+class Talk(NamedTuple):
+    """A conversation, and its row's own inputs to the chat template."""
+
+    turns: Sequence[Message]
+    tools: Sequence[Any] | None = None
+    options: Mapping[str, Any] = {}
+
+    def answered(self, answer: Message) -> Talk:
+        """Return the conversation with one more turn."""
+        return self._replace(turns=[*self.turns, answer])
 
 
 class Frame(NamedTuple):
@@ -78,24 +86,18 @@ class ChatTemplate:
         """Return whether the template's source contains this name of a variable or field."""
         return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
 
-    def render(
-        self,
-        turns: Sequence[Message],
-        tools: Sequence[Any] | None = None,
-        options: Mapping[str, Any] | None = None,
-        *,
-        generation_prompt: bool = False,
-    ) -> str:
-        """Return the text of `turns`. Raises Refused with the template's own message."""
+    def render(self, talk: Talk, generation_prompt: bool = False) -> str:
+        """Return the text of a conversation. Raises Dropped with the template's own message."""
+        tools = None if talk.tools is None else list(talk.tools)
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [dict(turn) for turn in turns],
+                    [dict(turn) for turn in talk.turns],
                     chat_template=self._dated(tools),
-                    tools=None if tools is None else list(tools),
+                    tools=tools,
                     tokenize=False,
                     add_generation_prompt=generation_prompt,
-                    **{**self.options, **(options or {})},
+                    **{**self.options, **talk.options},
                 )
             )
         except TemplateSyntaxError as error:
@@ -103,22 +105,21 @@ class ChatTemplate:
         except (
             Exception
         ) as error:  # raise_exception of a template, or any failure of its expressions on these turns
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise Refused(f"the chat template refuses: {reason[:120]}") from error
+            raise Dropped(f"the chat template refuses: {first_line(error)[:120]}") from error
 
-    def _dated(self, tools: Sequence[Any] | None) -> str:
+    def _dated(self, tools: list[Any] | None) -> str:
         """Return the template for these tools, with a fixed date in place of today's."""
-        source = self.tokenizer.get_chat_template(tools=None if tools is None else list(tools))
+        source = self.tokenizer.get_chat_template(tools=tools)
         if source not in self._sources:
             self._sources[source] = _TODAY.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), source)
         return self._sources[source]
 
-    def frame(self, turns: Sequence[Message], tools: Any = None, options: Mapping[str, Any] | None = None) -> Frame:
-        """Return what the template writes around an answer to `turns`; cached for all conversations."""
-        key = json.dumps([bool(tools), options or {}], sort_keys=True, default=str)
+    def frame(self, talk: Talk) -> Frame:
+        """Return what the template writes around the answer; cached for all conversations."""
+        key = json.dumps([bool(talk.tools), talk.options], sort_keys=True, default=str)
         if key not in self._frames:
-            before, ending = self._around_answer(turns, tools, options)
-            asked = self.prompt(turns, tools, options)
+            before, ending = self._around_answer(talk)
+            asked = self.prompt(talk)
             opening = before.removeprefix(asked) if before.startswith(asked) else ""
             found = self._turn_end(ending)
             closing = ending.rstrip() if found is None else ending[: found.end()]
@@ -126,40 +127,38 @@ class ChatTemplate:
             self._frames[key] = Frame(opening, ending, closing, stop)
         return self._frames[key]
 
-    def prompt(self, turns: Sequence[Message], tools: Any = None, options: Mapping[str, Any] | None = None) -> str:
-        """Return the prompt text: `turns` and the assistant's header.
+    def prompt(self, talk: Talk) -> str:
+        """Return the prompt text: the turns and the assistant's header.
 
         If the template ignores `add_generation_prompt`, the header comes from a rendering with an answer. Raises
-        Refused when the template fails or leaves out a system or user turn.
+        Dropped when the template fails or leaves out a system or user turn.
         """
-        asked = self.render(turns, tools, options, generation_prompt=True)
-        if asked == self.render(turns, tools, options):
-            before, _ = self._around_answer(turns, tools, options)
+        asked = self.render(talk, generation_prompt=True)
+        if asked == self.render(talk):
+            before, _ = self._around_answer(talk)
             if not before.startswith(asked) or before.removeprefix(asked).strip():
                 asked = before
-        for turn in turns:
+        for turn in talk.turns:
             if turn.role in ("system", "user") and not _holds(asked, turn.content):
-                raise Refused(f"the chat template leaves out the {turn.role} turn")
+                raise Dropped(f"the chat template leaves out the {turn.role} turn")
         return asked
 
-    def split(
-        self, turns: Sequence[Message], answer: Message, tools: Any = None, options: Mapping[str, Any] | None = None
-    ) -> Rendering:
-        """Split the rendering of `turns` and `answer` into prompt and response.
+    def split(self, talk: Talk, answer: Message) -> Rendering:
+        """Split the rendering of a conversation and its answer into prompt and response.
 
         The prompt is the common start of the renderings with and without the answer; the response is the rest, up
-        to the end-of-turn token. Raises Refused when the template fails or leaves out a part of the answer.
+        to the end-of-turn token. Raises Dropped when the template fails or leaves out a part of the answer.
         """
-        frame = self.frame(turns, tools, options)
+        frame = self.frame(talk)
         answer = Message(**{**answer, "content": self._without_end(answer.content.lstrip(), frame)})
-        prompt = self.prompt(turns, tools, options)
-        full = self.render([*turns, answer], tools, options)
+        prompt = self.prompt(talk)
+        full = self.render(talk.answered(answer))
         notes: tuple[str, ...] = ()
         if not full.startswith(prompt):
-            bare = _shared(self.render(turns, tools, options), prompt)
+            bare = _shared(self.render(talk), prompt)
             shared = self._whole_tokens(prompt, len(_shared(full, prompt)))
             if shared < self._whole_tokens(prompt, len(bare)):
-                raise Refused("the chat template changes the prompt once it is answered")
+                raise Dropped("the chat template changes the prompt once it is answered")
             notes = (f"the generation prompt ends in {prompt[shared:]!r}, which the template takes back",)
             prompt = prompt[:shared]
         rest = full[len(prompt) :]
@@ -172,15 +171,14 @@ class ChatTemplate:
             body, closing, eos = (rest[: last.start()], last[0], False) if last and ends else (rest, "", True)
         return Rendering(prompt, body, closing, eos, notes)
 
-    def unused(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None, options: Mapping[str, Any]
-    ) -> tuple[str, ...]:
-        """Return notes on the fields that the template does not use. Raises Refused if one is essential."""
+    def unused(self, talk: Talk, *answers: Message) -> tuple[str, ...]:
+        """Return notes on the fields that the template does not use. Raises Dropped if one is essential."""
+        messages = [*talk.turns, *answers]
         names = [name for message in messages for name in message if name not in ("role", "content")]
-        names = [*(["tools"] if tools else []), *names, *options]
+        names = [*(["tools"] if talk.tools else []), *names, *talk.options]
         unused = [name for name in dict.fromkeys(names) if not self.knows(name)]
         if lost := [name for name in unused if name in ESSENTIAL and not (name == THOUGHTS[0] and self.thinks)]:
-            raise Refused(f"the chat template has no place for {lost[0]}")
+            raise Dropped(f"the chat template has no place for {lost[0]}")
         return tuple(f"field not used by the chat template: {name}" for name in unused if name not in ESSENTIAL)
 
     @property
@@ -193,13 +191,13 @@ class ChatTemplate:
         *_, last = [None, *self._tokens.finditer(prompt)]
         return prompt if last is None else prompt[last.start() :]
 
-    def _around_answer(self, turns: Sequence[Message], tools: Any, options: Any) -> tuple[str, str]:
+    def _around_answer(self, talk: Talk) -> tuple[str, str]:
         """Return the text before and after any answer."""
-        one, other = (self.render([*turns, Message("assistant", probe)], tools, options) for probe in _PROBES)
+        one, other = (self.render(talk.answered(Message("assistant", probe))) for probe in _PROBES)
         before = _shared(one, other)
         after = one[len(before) :].removeprefix(_PROBES[0])
         if other != f"{before}{_PROBES[1]}{after}":
-            raise Refused("the chat template does not write the assistant's answer as it is")
+            raise Dropped("the chat template does not write the assistant's answer as it is")
         return before, after
 
     def _turn_end(self, ending: str) -> re.Match[str] | None:
@@ -232,15 +230,15 @@ class ChatTemplate:
         }
         for name, values in parts.items():
             if not all(_holds(rest, str(value)) for value in values if value):
-                raise Refused(f"the chat template leaves out the answer's {name}")
+                raise Dropped(f"the chat template leaves out the answer's {name}")
 
 
-def conversation(prompt: Prompt) -> tuple[Message, ...]:
-    """Return any prompt as messages. Raises Refused if the turns of an HH transcript do not alternate."""
+def conversation(pair: PreferencePair) -> Talk:
+    """Return the prompt of a pair as a conversation. Raises Dropped if HH turns do not alternate."""
     try:
-        return prompt_messages(prompt)
+        return Talk(prompt_messages(pair.prompt), pair.tools, pair.template_kwargs)
     except ValueError:
-        raise Refused("HH turns do not alternate, as a chat needs") from None
+        raise Dropped("HH turns do not alternate, as a chat needs") from None
 
 
 def _shared(one: str, other: str) -> str:

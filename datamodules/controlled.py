@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from app.method.ranges import PositiveInt, Share, checked
 from datamodules.base import PairDataModule, Split
 from datamodules.controlled_task import Gap, build_tokenizer, demonstrations, preference_pairs
+from datamodules.records import PreferencePair
 from datamodules.sources.reader import PairStream
 
 # raise when the generator's output changes, so that no older cached table is used
@@ -48,39 +50,26 @@ class ControlledTask(PairDataModule):
     ):
         super().__init__(**settings)
         self.stage = stage
-        self.counts: dict[Split, int] = {
-            "train": pairs,
-            "predict": pairs,
-            "validation": validation_pairs,
-            "test": test_pairs,
-        }
+        self.counts = {"train": pairs, "validation": validation_pairs, "test": test_pairs}
         self.flip_rate = flip_rate
-        self.broken_share = broken_share
-        self.gap: Gap = gap
-        self.high_gap_share = high_gap_share
+        self.settings = {"broken_share": broken_share, "gap": gap, "high_gap_share": high_gap_share}
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         return build_tokenizer()
 
     def streams(self, split: Split) -> list[PairStream]:
-        training = split in ("train", "predict")
+        split = "train" if split == "predict" else split
+        training = split == "train"
         settings: dict[str, object] = {
             "count": self.counts[split],
             # each split has its own seed, so that validation and test draw different held-out prompts
-            "seed": self.run_seed * 3 + ("validation", "test").index(split) + 1
-            if not training
-            else self.run_seed * 3,
+            "seed": self.run_seed * 3 + list(self.counts).index(split),
             "split": "train" if training else "held_out",
         }
+        generate: Callable[..., list[PreferencePair]] = demonstrations
         if self.stage == "preferences":
-            settings |= {
-                "flip_rate": self.flip_rate if training else 0.0,
-                "broken_share": self.broken_share,
-                "gap": self.gap,
-                "high_gap_share": self.high_gap_share,
-            }
-            generate = partial(preference_pairs, **settings)  # type: ignore[arg-type]
-        else:
-            generate = partial(demonstrations, **settings)  # type: ignore[arg-type]
+            settings |= {"flip_rate": self.flip_rate if training else 0.0, **self.settings}
+            generate = preference_pairs
         source = {"generator": f"controlled task {GENERATOR_VERSION}", "stage": self.stage, **settings}
-        return [PairStream("controlled task", source, generate)]
+        return [PairStream("controlled task", source, partial(generate, **settings))]

@@ -60,12 +60,8 @@ def _of_parts(parts: Sequence[Part], counts: Sequence[int]) -> list[str]:
 
 
 def _of_part(part: Part, count: int) -> str:
-    told = [f"{count} pairs", f"{part.report['rows']} rows read"]
-    for reason, lost in part.report.items():
-        if reason not in ("pairs", "rows"):
-            places = part.examples.get(reason)
-            told.append(f"{lost} {reason}" + (f" (first: {', '.join(places)})" if places else ""))
-    if any("truncated" in reason for reason in part.report):
+    told = [f"{count} pairs", f"{part.report.counts['rows']} rows read", *part.report.lines()]
+    if any("truncated" in reason for reason in part.report.counts):
         told.append("data.max_length and data.max_prompt_length set the limits")
     if part.unscored:
         told.append(f"{part.unscored} left out, the reward model's chat template refuses them")
@@ -104,7 +100,7 @@ def shared_prompts(trained: tuple[PairTable, np.ndarray], held_out: tuple[PairTa
 
 def cut_responses(table: PairTable, max_length: int) -> str:
     """Return a message if more than 5 % of the responses are cut, else an empty text."""
-    counts = sum((Counter(part.report) for part in table.parts), Counter())
+    counts = sum((part.report.counts for part in table.parts), Counter())
     cut = counts["chosen truncated"] + counts["rejected truncated"]
     own = sum(part.pairs for part in table.parts)  # without the replaced pairs of a gap mixture
     responses = int((table.side_lengths[1:, :own] > 0).sum())

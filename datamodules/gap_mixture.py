@@ -90,21 +90,21 @@ def replaced_pairs(pairs: Iterable[PreferencePair], path: str, report: RowReport
     samples = SampleFile(path)
     turns: Counter[int] = Counter()
     for pair in pairs:
-        report.rows += 1
+        report.counts["rows"] += 1
         key = prompt_key(pair.prompt)
         response, finished = samples.of_prompt(key, turns[key]) or (None, True)
         turns[key] += 1
         if response is None:
-            report.skip("no sample for the prompt", pair.pair_id)
+            report.note("skipped: no sample for the prompt", pair.pair_id)
         elif not response.strip():
-            report.skip("the sample is empty", pair.pair_id)
+            report.note("skipped: the sample is empty", pair.pair_id)
         elif response.strip() == pair.chosen.strip():
-            report.skip("the sample is the chosen response", pair.pair_id)
+            report.note("skipped: the sample is the chosen response", pair.pair_id)
         else:
-            report.pairs += 1
+            report.counts["pairs"] += 1
             labels = {name: None if "rejected" in name else value for name, value in pair.labels.items()}
             yield replace(pair, rejected=response, labels=labels, rejected_ends=finished)
-    if not report.pairs:
+    if not report.counts["pairs"]:
         raise UserError(
             f"data.gap_mixture: {path} has no usable sample for any training pair ({report.summary()}): run "
             "`beta-dpo generate` on the prompts of these pairs."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,6 +128,7 @@ def longest_of(table: PairTable, rows: np.ndarray) -> tuple[int, int]:
     return int(table.lengths[rows].max(initial=0)), int(table.row_lengths[rows].max(initial=0))
 
 
+@dataclass(eq=False)
 class OptimizerBatchLoader:
     """A loader that yields a `PreferenceBatch` per optimizer step and resumes exactly where it stopped.
 
@@ -137,32 +139,23 @@ class OptimizerBatchLoader:
     only on its place in the order, and only batches that were yielded count as served.
     """
 
-    def __init__(
-        self,
-        table: PairTable,
-        indices: np.ndarray,
-        *,
-        batch_size: int,
-        micro_batch_tokens: int,
-        shuffle: bool,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        exchange: Exchange | None = None,
-        longest: tuple[int, int] | None = None,
-    ):
-        self.table = table
-        self.indices = indices  # [n] rows of the table that this loader serves
-        self.batch_size = batch_size
-        self.micro_batch_tokens = micro_batch_tokens
-        self.shuffle = shuffle
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.exchange = exchange
-        self.longest = longest or longest_of(table, indices)  # may cover all splits of the run
-        self.epoch = 0
-        self.pairs_served = 0  # in this epoch
+    table: PairTable
+    indices: np.ndarray  # [n] rows of the table that this loader serves
+    _: KW_ONLY
+    batch_size: int
+    micro_batch_tokens: int
+    shuffle: bool
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    exchange: Exchange | None = None
+    longest: tuple[int, int] = (0, 0)  # the largest pair of all splits of the run, if it is not one of these
+    epoch: int = field(default=0, init=False)
+    pairs_served: int = field(default=0, init=False)  # in this epoch
+
+    def __post_init__(self) -> None:
+        tokens, row = longest_of(self.table, self.indices)
+        self.longest = max(tokens, self.longest[0]), max(row, self.longest[1])
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
@@ -221,11 +214,6 @@ class OptimizerBatchLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if "pairs_served" not in state:
-            raise UserError(
-                "The checkpoint is of an earlier version of beta-dpo, which counted batches and not pairs: export "
-                "it (`beta-dpo export`) and start a run from the model."
-            )
         self.epoch = int(state["epoch"])
         self.pairs_served = int(state["pairs_served"])
         self.seed = int(state["seed"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,7 +121,8 @@ class PreferenceData(PairDataModule):
             chat_template_kwargs=chat_template_kwargs or {},
         )
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         name = self.tokenizer_name or getattr(self.module, "name", None)
         if name is None:
             raise UserError("data.tokenizer is missing: give the folder or Hub id of a tokenizer.")

@@ -69,6 +69,10 @@ class PreferencePair:
         return Message("assistant", getattr(self, side), **getattr(self, f"{side}_fields"))
 
 
+class Dropped(Exception):
+    """The error for a pair that cannot be rendered or tokenised whole; its text is the counted reason."""
+
+
 class TokenisedPair(NamedTuple):
     """The token ids of a pair; each array is one-dimensional int64 and holds at least one token."""
 

@@ -1,4 +1,4 @@
-"""Rewards of an external reward model: scored once per machine, in parts that a killed run resumes."""
+"""Rewards of a reward model: for judging answers, and as labels, scored once per machine in resumable parts."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from jinja2.exceptions import TemplateError
 from tqdm.auto import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from app.core.cache import cached, fingerprint
-from app.core.errors import UserError
+from app.core.errors import UserError, first_line
 from app.core.files import Parts, atomic_file, folder_hash
 from app.method.ranges import PositiveInt, checked
-from datamodules.records import PreferencePair
-from datamodules.reward_model import RewardModel
+from datamodules.records import PreferencePair, Prompt
+from datamodules.sources.prompts import prompt_messages
 from datamodules.sources.reader import PairStream
 from datamodules.table import PairTable
 from datamodules.table_writer import read_rows, write_rows
@@ -35,6 +37,7 @@ _FILES = ("rewards.arrow", "rewards.json")
 _PAIRS_PER_PART = 256
 _SCHEMA = pa.schema([("pair_id", pa.string()), *((name, pa.float64()) for name in COLUMNS)])
 Rewards = tuple[float | None, float | None]  # of the chosen and the rejected response
+UNLIMITED = 10**9  # a tokenizer without a limit reports a far larger number
 
 
 @checked
@@ -60,7 +63,7 @@ class RewardScoring:
         try:
             commit = AutoConfig.from_pretrained(self.name, trust_remote_code=False)._commit_hash
         except (OSError, ValueError) as error:
-            raise UserError(f"There is no reward model at {self.name!r}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"There is no reward model at {self.name!r}: {first_line(error)}") from error
         return {"model": [self.name, commit], "max_length": self.max_length}
 
 
@@ -143,3 +146,93 @@ def rows_with_reward(table: PairTable, rows: np.ndarray) -> np.ndarray:
             "data.reward_model: its chat template refuses the prompts of all pairs: take another reward model."
         )
     return kept
+
+
+class RewardModel:
+    """A reward model r(y; x): a sequence classifier with one output, run in float32 without dropout.
+
+    The tokenizer's chat template joins prompt and response; a tokenizer without one encodes them as a pair of
+    texts. A text longer than the model's limit is cut at the front; `truncated` and the log count these texts.
+
+    Args:
+        name: folder or Hub id of a model with a single output.
+        batch_size: texts per forward pass; 1 if the tokenizer has no padding token or pads with its end of text.
+        device: device of the model; None uses CUDA if it is available.
+        max_length: a limit in tokens below the model's own.
+
+    Raises UserError when the model cannot be loaded, has several outputs, or has no trained classifier.
+    """
+
+    def __init__(self, name: str, batch_size: int = 32, device: str | None = None, max_length: int | None = None):
+        self.name = name
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, truncation_side="left")
+            model, missing = AutoModelForSequenceClassification.from_pretrained(
+                name, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"There is no reward model at {name!r}: {first_line(error)}") from error
+        if model.config.num_labels != 1 or missing["missing_keys"]:
+            raise UserError(f"{name} is no reward model: it needs a trained classifier with exactly one output.")
+        self.model = model.eval().to(self.device)
+        # a decoder's classifier reads its output at the last token that is not padding
+        pad = self.tokenizer.pad_token_id
+        self.batch_size = 1 if pad is None or pad == self.tokenizer.eos_token_id else batch_size
+        model.config.pad_token_id = None if self.batch_size == 1 else pad
+        positions = getattr(model.config, "max_position_embeddings", UNLIMITED)
+        self.limit = min(self.tokenizer.model_max_length, positions, max_length or UNLIMITED)
+        self.truncated = 0
+
+    def rewards(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Iterator[float]:
+        """Yield the reward of each response to its prompt, in order, as soon as its batch is done."""
+        texts = zip(prompts, responses, strict=True)
+        while batch := list(islice(texts, self.batch_size)):
+            yield from self.batch_rewards(batch)
+        if self.truncated:
+            log.warning("%s: %d texts cut to their last %d tokens", self.name, self.truncated, self.limit)
+
+    @torch.no_grad()
+    def batch_rewards(self, texts: Sequence[tuple[Prompt, str]]) -> list[float]:
+        """Return the rewards of at most `batch_size` prompts and responses, in one forward pass."""
+        encoded = [self._encode(prompt, response) for prompt, response in texts]
+        inputs: Any
+        if len(encoded) == 1:
+            inputs = {name: torch.tensor([column]) for name, column in encoded[0].items()}
+        else:
+            inputs = dict(self.tokenizer.pad(encoded, return_tensors="pt", padding_side="right"))
+        logits = self.model(**{name: column.to(self.device) for name, column in inputs.items()}).logits
+        return logits[:, 0].double().tolist()
+
+    def _encode(self, prompt: Prompt, response: str) -> dict[str, list[int]]:
+        if self.tokenizer.chat_template:
+            text = self._chat(prompt, response)
+            arguments: tuple[Any, ...] = (text,)
+            options: dict[str, Any] = {"add_special_tokens": False}  # the template has added them
+        elif isinstance(prompt, str):
+            arguments, options = (prompt, response), {}
+        else:
+            raise UserError(f"{self.name} has no chat template: it cannot score prompts in chat messages.")
+        whole = self.tokenizer(*arguments, **options, verbose=False)
+        if len(whole["input_ids"]) <= self.limit:
+            return dict(whole)
+        self.truncated += 1
+        cut = "only_first" if len(arguments) == 2 else True
+        return dict(self.tokenizer(*arguments, **options, truncation=cut, max_length=self.limit))
+
+    def takes(self, prompt: Prompt) -> bool:
+        """Return whether the chat template accepts the prompt; True without a template."""
+        try:
+            return not self.tokenizer.chat_template or bool(self._chat(prompt, "yes"))
+        except UserError:
+            return False
+
+    def _chat(self, prompt: Prompt, response: str) -> str:
+        try:
+            turns = [dict(message) for message in prompt_messages(prompt)]
+            turns.append({"role": "assistant", "content": response.strip()})
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        except (ValueError, TemplateError) as error:
+            raise UserError(
+                f"{self.name} takes dialogues, and a prompt is none ({error}): leave it out."
+            ) from error

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from datamodules.records import TokenisedPair
+from datamodules.sources.rows import RowReport
 
 Rows = Sequence[int] | np.ndarray
 _TOKENS = pa.list_(pa.int32())
@@ -33,8 +34,7 @@ class Part(NamedTuple):
     """The pairs of one source in a table, and what became of the source's other rows."""
 
     pairs: int
-    report: Mapping[str, int]  # rows by outcome
-    examples: Mapping[str, Sequence[str]]  # the first few places for each kind of loss
+    report: RowReport
     source: str = ""  # in a mixture
     unscored: int = 0  # pairs without rewards
 

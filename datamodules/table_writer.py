@@ -46,8 +46,8 @@ def open_table(folder: Path) -> PairTable:
     """Return the table in `folder`, mapped into memory. Raises DamagedEntry."""
     columns, meta = read_rows(folder, FILES, SCHEMA)
     try:
-        part = Part(len(columns), meta["report"], meta["examples"])
-        return PairTable(columns, meta["label_kinds"], [part])
+        report = RowReport(Counter(meta["report"]), meta["examples"])
+        return PairTable(columns, meta["label_kinds"], [Part(len(columns), report)])
     except KeyError as error:
         raise DamagedEntry(f"{folder} lacks {error}") from error
 
@@ -55,45 +55,42 @@ def open_table(folder: Path) -> PairTable:
 def build_table(
     stream: PairStream, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation, folder: Path
 ) -> None:
-    """Tokenise the pairs of `stream` into the new `folder`.
+    """Tokenise the pairs of `stream` into the new `folder`; the table's report includes that of the stream.
 
-    The table's report includes that of the stream: `rows` = `pairs` + all counts that start with "skipped" or
-    "dropped". Raises UserError if no pair remains, FileExistsError if the folder exists and is not empty.
+    Raises UserError if no pair remains, FileExistsError if the folder exists and is not empty.
     """
     pairs = stream.read()
-    counts: Counter[str] = Counter()
-    losses = RowReport()  # for its examples
+    report: RowReport | None = getattr(pairs, "report", None)  # which counts rows and pairs meanwhile
+    notes = report or RowReport()
+    written = 0
     label_kinds: dict[str, set[str]] = {}
     meta: dict[str, Any] = {}
 
     def batches() -> Iterator[list[tuple[object, ...]]]:
+        nonlocal written
         remaining = iter(pairs)
         with tqdm(desc="tokenising", unit=" pairs", delay=3, disable=None) as progress:
             while batch := list(islice(remaining, _PAIRS_PER_BATCH)):
                 rows: list[tuple[object, ...]] = []
-                for pair, (tokens, notes) in zip(batch, tokenise_pairs(batch, tokenizer, settings), strict=True):
-                    for note in notes:
-                        losses.skip(note if tokens else f"dropped: {note}", pair.pair_id)
+                for pair, (tokens, told) in zip(batch, tokenise_pairs(batch, tokenizer, settings), strict=True):
+                    for note in told:
+                        notes.note(note if tokens else f"dropped: {note}", pair.pair_id)
                     if tokens:
                         key = prompt_key(pair.prompt)
                         rows.append((pair.pair_id, json.dumps(pair.labels), key, *answer_keys(pair), *tokens))
                         for name, value in pair.labels.items():
                             label_kinds.setdefault(name, set()).add(label_kind(value))
                 yield rows
-                counts.update({"rows": len(batch), "pairs": len(rows)})
+                written += len(rows)
+                if report is None:
+                    notes.counts["rows"] += len(batch)
                 progress.update(len(batch))
-        if not counts["pairs"]:
-            lost = "; ".join(f"{count} {reason}" for reason, count in losses.skipped.items())
+        if not written:
+            lost = "; ".join(notes.lines())
             raise UserError(f"No pair is left after tokenisation ({lost}): check the data settings.")
-        examples = dict(losses.examples)
-        report: RowReport | None = getattr(pairs, "report", None)
-        if report is not None:
-            counts["rows"] = report.rows
-            counts.update({f"skipped: {reason}": count for reason, count in report.skipped.items()})
-            counts.update({f"field ignored: {name}": n for name, n in report.ignored_fields.items()})
-            examples |= {f"skipped: {reason}": places for reason, places in report.examples.items()}
+        notes.counts["pairs"] = written
         kinds = {name: sorted(found) for name, found in label_kinds.items()}
-        meta.update(report=counts + losses.skipped, examples=examples, label_kinds=kinds)
+        meta.update(report=notes.counts, examples=notes.examples, label_kinds=kinds)
 
     write_rows(folder, FILES, SCHEMA, batches(), meta)
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from app.core.errors import UserError
-from datamodules.chat_template import ESSENTIAL, ChatTemplate, Refused, Rendering, conversation
-from datamodules.records import Message, PreferencePair, Side, TokenisedPair
-from datamodules.truncation import PlainPrompt, PromptTruncation, TooLong, plain_prompts, shorten, shorten_plain
+from datamodules.chat_template import ESSENTIAL, ChatTemplate, Rendering, Talk, conversation
+from datamodules.records import Dropped, Message, PreferencePair, Side, TokenisedPair
+from datamodules.truncation import PlainPrompt, PromptTruncation, plain_prompts, shorten, shorten_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,10 +47,6 @@ class Tokenisation:
             )
 
 
-class _Dropped(Exception):
-    """The error for a pair that cannot be tokenised; its text is the counted reason."""
-
-
 class _Tokens(NamedTuple):
     prompt: list[int]
     responses: list[list[int]]
@@ -73,10 +69,10 @@ def tokenise_pairs(
     results: list[tuple[TokenisedPair | None, list[str]]] = []
     for pair, tokens in zip(pairs, found.tokens(pairs), strict=True):
         try:
-            if isinstance(tokens, _Dropped):
+            if isinstance(tokens, Dropped):
                 raise tokens
             results.append(found.truncated(pair, tokens))
-        except (_Dropped, Refused, TooLong) as dropped:
+        except Dropped as dropped:
             results.append((None, [str(dropped)]))
     return results
 
@@ -95,7 +91,7 @@ def tokenise_prompts(
         try:
             ids, cut = found.prompt(pair)
             results.append((np.array(ids, dtype=np.int64), [*found.notes(pair), *cut]))
-        except (_Dropped, Refused, TooLong) as dropped:
+        except Dropped as dropped:
             results.append((None, [str(dropped)]))
     return results
 
@@ -129,36 +125,32 @@ class _Tokeniser:
         beside = self.template is not None and self.settings.chat_template == "auto"
         return (PLAIN_BESIDE_TEMPLATE,) * beside
 
-    def tokens(self, pairs: Sequence[PreferencePair]) -> list[_Tokens | _Dropped]:
+    def tokens(self, pairs: Sequence[PreferencePair]) -> list[_Tokens | Dropped]:
         """Return the tokens of each pair before truncation, or the reason why it is dropped."""
-        found: list[_Tokens | _Dropped] = [_Dropped()] * len(pairs)
-        chats = [index for index, pair in enumerate(pairs) if self.templated(pair)]
-        plain = sorted(set(range(len(pairs))) - set(chats))
-        renderings = [self._rendered(pairs[index]) for index in chats]
-        for index, tokens in zip(chats, self._chat_tokens([pairs[i] for i in chats], renderings), strict=True):
-            found[index] = tokens
-        for index, tokens in zip(plain, self._plain_tokens([pairs[i] for i in plain]), strict=True):
-            found[index] = tokens
-        return found
+        chats = [pair for pair in pairs if self.templated(pair)]
+        plain = [pair for pair in pairs if not self.templated(pair)]
+        of_chats = iter(self._chat_tokens(chats, [self._rendered(pair) for pair in chats]))
+        of_plain = iter(self._plain_tokens(plain))
+        return [next(of_chats if self.templated(pair) else of_plain) for pair in pairs]
 
-    def _rendered(self, pair: PreferencePair, turns: Sequence[Message] | None = None) -> list[Rendering] | _Dropped:
-        """Return the rendering of each side of a pair, with `turns` as the prompt if given."""
+    def _rendered(self, pair: PreferencePair, talk: Talk | None = None) -> list[Rendering] | Dropped:
+        """Return the rendering of each side of a pair, with `talk` as the prompt if given."""
         assert self.template is not None
         try:
-            turns = conversation(pair.prompt) if turns is None else turns
+            talk = conversation(pair) if talk is None else talk
             sides = _SIDES[: 1 if pair.rejected is None else 2]
             answers = [pair.answer(side) for side in sides]
-            notes = self.template.unused([*turns, *answers], pair.tools, pair.template_kwargs)
-            both = [self.template.split(turns, answer, pair.tools, pair.template_kwargs) for answer in answers]
+            notes = self.template.unused(talk, *answers)
+            both = [self.template.split(talk, answer) for answer in answers]
             if len({rendering.prompt for rendering in both}) > 1:
-                raise Refused("the chat template renders two prompts for the two answers")
+                raise Dropped("the chat template renders two prompts for the two answers")
             return [rendering._replace(notes=(*rendering.notes, *notes)) for rendering in both]
-        except Refused as refused:
-            return _Dropped(str(refused))
+        except Dropped as dropped:
+            return dropped
 
     def _chat_tokens(
-        self, pairs: Sequence[PreferencePair], renderings: Sequence[list[Rendering] | _Dropped]
-    ) -> list[_Tokens | _Dropped]:
+        self, pairs: Sequence[PreferencePair], renderings: Sequence[list[Rendering] | Dropped]
+    ) -> list[_Tokens | Dropped]:
         assert self.template is not None or not renderings
         texts: list[str] = []
         for pair, sides in zip(pairs, renderings, strict=True):
@@ -169,7 +161,7 @@ class _Tokeniser:
                     end = side.closing if number == 0 or pair.rejected_ends else ""
                     texts += [anchor + side.body + end, side.body + end]
         encoded = iter(self._encode(texts, split_special_tokens=False))
-        found: list[_Tokens | _Dropped] = []
+        found: list[_Tokens | Dropped] = []
         for pair, sides in zip(pairs, renderings, strict=True):
             if not isinstance(sides, list):
                 found.append(sides)
@@ -182,10 +174,10 @@ class _Tokeniser:
                 ends = number == 0 or pair.rejected_ends
                 responses.append([*ids, *[self.tokenizer.eos_token_id] * (ends and side.eos)])
             try:
-                stop = self.template.frame(conversation(pair.prompt), pair.tools, pair.template_kwargs).stop  # type: ignore[union-attr]
+                stop = self.template.frame(conversation(pair)).stop  # type: ignore[union-attr]
                 self._check_responses(responses, [True, pair.rejected_ends], stop, "BOS, EOS or end of turn")
                 found.append(_Tokens(prompt, responses, sides[0].notes))
-            except _Dropped as dropped:
+            except Dropped as dropped:
                 found.append(dropped)
         return found
 
@@ -194,16 +186,16 @@ class _Tokeniser:
         for side, ids, ended in zip(_SIDES, responses, ends, strict=False):
             body = ids[:-1] if ended else ids
             if not body:
-                raise _Dropped(f"empty {side} after tokenisation")
+                raise Dropped(f"empty {side} after tokenisation")
             if special.intersection(body):
-                raise _Dropped(f"{named} within {side}")
+                raise Dropped(f"{named} within {side}")
 
-    def _plain_tokens(self, pairs: Sequence[PreferencePair]) -> list[_Tokens | _Dropped]:
+    def _plain_tokens(self, pairs: Sequence[PreferencePair]) -> list[_Tokens | Dropped]:
         eos = self.tokenizer.eos_token_id
         texts = [text for pair in pairs for text in (pair.chosen, pair.rejected or "")]
         responses = iter(self._encode(texts))
         prompts = plain_prompts(self.tokenizer, [str(pair.prompt) for pair in pairs])
-        found: list[_Tokens | _Dropped] = []
+        found: list[_Tokens | Dropped] = []
         for pair, prompt in zip(pairs, prompts, strict=True):
             sides = [next(responses), next(responses)][: 1 if pair.rejected is None else 2]
             ended = [True, pair.rejected_ends]
@@ -215,16 +207,16 @@ class _Tokeniser:
                 sides = [[*side, *[eos] * end] for side, end in zip(sides, ended, strict=False)]
                 self._check_responses(sides, ended, None, "BOS or EOS")
                 found.append(_Tokens(prompt.ids, sides, self._plain_notes))
-            except _Dropped as dropped:
+            except Dropped as dropped:
                 found.append(dropped)
         return found
 
     def _check_plain(self, pair: PreferencePair, prompt: PlainPrompt) -> None:
         if not prompt.ids:
-            raise _Dropped("empty prompt after tokenisation")
+            raise Dropped("empty prompt after tokenisation")
         given = {"tools": pair.tools, **pair.chosen_fields, **pair.rejected_fields}
         if lost := [name for name in ESSENTIAL if given.get(name)]:
-            raise _Dropped(f"plain text has no place for {lost[0]}: it needs data.chat_template: true")
+            raise Dropped(f"plain text has no place for {lost[0]}: it needs data.chat_template: true")
 
     def _encode(self, texts: list[str], **options: Any) -> list[list[int]]:
         if not texts:
@@ -235,9 +227,9 @@ class _Tokeniser:
         return list(encoded["input_ids"])
 
     def truncated(self, pair: PreferencePair, tokens: _Tokens) -> tuple[TokenisedPair, list[str]]:
-        """Cut the pair to the maximum lengths, first the prompt, then the responses. Raises _Dropped."""
+        """Cut the pair to the maximum lengths, first the prompt, then the responses. Raises Dropped."""
         if len(tokens.responses) == 2 and tokens.responses[0] == tokens.responses[1]:
-            raise _Dropped("identical after tokenisation")
+            raise Dropped("identical after tokenisation")
         limit, prompt_limit = self.settings.max_length, self.settings.max_prompt_length
         cut: list[str] = []
         if len(tokens.prompt) + max(map(len, tokens.responses)) > limit and len(tokens.prompt) > prompt_limit:
@@ -248,7 +240,7 @@ class _Tokeniser:
                 cut.append(f"{side} truncated")
         arrays = [np.array(response[:room], dtype=np.int64) for response in tokens.responses]
         if len(arrays) == 2 and np.array_equal(arrays[0], arrays[1]):
-            raise _Dropped("identical after truncation")
+            raise Dropped("identical after truncation")
         rejected = arrays[1] if len(arrays) == 2 else None
         return TokenisedPair(np.array(tokens.prompt, dtype=np.int64), arrays[0], rejected), [*tokens.notes, *cut]
 
@@ -256,9 +248,9 @@ class _Tokeniser:
         if not self.templated(pair):
             ids, cut = self.prompt(pair)
             return tokens._replace(prompt=ids), cut
-        turns, cut = self._short_chat(pair)
-        (again,) = self._chat_tokens([pair], [self._rendered(pair, turns)])
-        if isinstance(again, _Dropped):
+        talk, cut = self._short_chat(pair)
+        (again,) = self._chat_tokens([pair], [self._rendered(pair, talk)])
+        if isinstance(again, Dropped):
             raise again
         return again, cut
 
@@ -271,27 +263,29 @@ class _Tokeniser:
             if len(prompt.ids) <= limit:
                 return prompt.ids, []
             return shorten_plain(str(pair.prompt), prompt, limit, self.settings.prompt_truncation, self.tokenizer)
-        ids = self._chat_prompt(pair, conversation(pair.prompt))
+        ids = self._chat_prompt(conversation(pair))
         if len(ids) <= limit:
             return ids, []
-        turns, cut = self._short_chat(pair)
-        return self._chat_prompt(pair, turns), cut
+        talk, cut = self._short_chat(pair)
+        return self._chat_prompt(talk), cut
 
     def notes(self, pair: PreferencePair) -> tuple[str, ...]:
-        """Return the notes on a prompt, apart from those on truncation. Raises Refused."""
+        """Return the notes on a prompt, apart from those on truncation. Raises Dropped."""
         if not self.templated(pair):
             return self._plain_notes
         assert self.template is not None
-        return self.template.unused(conversation(pair.prompt), pair.tools, pair.template_kwargs)
+        return self.template.unused(conversation(pair))
 
-    def _chat_prompt(self, pair: PreferencePair, turns: Sequence[Message]) -> list[int]:
+    def _chat_prompt(self, talk: Talk) -> list[int]:
         assert self.template is not None
-        text = self.template.prompt(turns, pair.tools, pair.template_kwargs)
-        return self._encode([text], split_special_tokens=False)[0]
+        return self._encode([self.template.prompt(talk)], split_special_tokens=False)[0]
 
-    def _short_chat(self, pair: PreferencePair) -> tuple[list[Message], list[str]]:
+    def _short_chat(self, pair: PreferencePair) -> tuple[Talk, list[str]]:
+        talk = conversation(pair)
+
         def encode(turns: Sequence[Message]) -> list[int]:
-            return self._chat_prompt(pair, turns)
+            return self._chat_prompt(talk._replace(turns=turns))
 
         limit, keep = self.settings.max_prompt_length, self.settings.prompt_truncation
-        return shorten(conversation(pair.prompt), encode, limit, keep, self.tokenizer)
+        turns, cut = shorten(talk.turns, encode, limit, keep, self.tokenizer)
+        return talk._replace(turns=turns), cut

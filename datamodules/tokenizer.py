@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer
 
-from app.core.errors import UserError
-from datamodules.chat_template import TEMPLATE_DATE, ChatTemplate, Refused
-from datamodules.records import Message
+from app.core.errors import UserError, first_line
+from datamodules.chat_template import TEMPLATE_DATE, ChatTemplate, Talk
+from datamodules.records import Dropped, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,8 +25,8 @@ def read_tokenizer(name: str, option: str, trust_remote_code: bool = False) -> P
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # damaged files raise errors of many types
-        lines = [line.strip(" :") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise UserError(f"{option}: no tokenizer at {name!r} ({lines[0]}): give the folder of one.") from error
+        reason = first_line(error).strip(" :")
+        raise UserError(f"{option}: no tokenizer at {name!r} ({reason}): give the folder of one.") from error
 
 
 def stop_ids(
@@ -37,8 +37,8 @@ def stop_ids(
     if tokenizer.chat_template and settings.chat_template is not False:
         try:
             template = ChatTemplate(tokenizer, settings.chat_template_kwargs)
-            ends.append(template.frame([Message("user", "Hello")]).stop)
-        except Refused:  # a template that accepts no conversation has no end-of-turn
+            ends.append(template.frame(Talk([Message("user", "Hello")])).stop)
+        except Dropped:  # a template that accepts no conversation has no end-of-turn
             pass
     ends.append(tokenizer.eos_token_id)
     for given in further:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from datamodules.records import Message
+from datamodules.records import Dropped, Message
 from datamodules.sources.prompts import is_transcript_prompt, transcript, transcript_turns
 
 if TYPE_CHECKING:
@@ -14,10 +14,6 @@ if TYPE_CHECKING:
 PromptTruncation = Literal["keep_end", "keep_start"]
 OLD_TURNS = "prompt truncated: old turns dropped"
 LAST_TURN = "prompt truncated: within the last turn"
-
-
-class TooLong(Exception):
-    """The error for a prompt whose headers and system turn exceed the limit; its text is the counted reason."""
 
 
 def shorten(
@@ -31,7 +27,7 @@ def shorten(
 
     The oldest turns are dropped first, so that a user turn comes first; the system turn stays. If that is not
     enough, the longest remaining user or tool text is cut at its start or, with "keep_start", at its end.
-    Raises TooLong when not one token of that text fits.
+    Raises Dropped when not one token of that text fits.
     """
     system = list(turns[:1]) if turns[0].role == "system" else []
     rest = list(turns[len(system) :])
@@ -55,7 +51,7 @@ def shorten(
         if excess <= 0 and piece.strip():
             return shorter, [*notes, LAST_TURN]
         room -= max(excess, 1)
-    raise TooLong("headers and system turn exceed data.max_prompt_length")
+    raise Dropped("headers and system turn exceed data.max_prompt_length")
 
 
 class PlainPrompt(NamedTuple):

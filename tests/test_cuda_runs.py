@@ -39,7 +39,7 @@ from app.core.errors import StepRefused
 from app.method.logps import PairLogps
 from app.method.losses import KTOPairLoss, PairLoss, SigmoidLoss, SimPOLoss, WithSFTTerm
 from datamodules.controlled_task import build_tokenizer
-from datamodules.reward_model import RewardModel
+from datamodules.rewards import RewardModel
 from lightning_modules import SupervisedFineTuning
 from lightning_modules.lora import Lora
 from lightning_modules.pretrained import load_model

@@ -42,9 +42,9 @@ def plain_sentence(error: BaseException) -> str | None:
         if isinstance(cause, UserError):  # raised while jsonargparse built an object, and wrapped by it
             return str(cause)
         if isinstance(cause, MisconfigurationException):
-            return first_line(cause)
+            return options.reason(cause)
         if isinstance(cause, ModuleNotFoundError):
-            return f"A package is missing, install it first: {first_line(cause)}"
+            return f"A package is missing, install it first: {options.reason(cause)}"
         if isinstance(cause, OSError) and cause.errno in FULL | FORBIDDEN | MISPLACED:
             return _about_the_disk(cause)
     part = raised_in(error)
@@ -58,12 +58,6 @@ def raised_in(error: BaseException) -> str | None:
         return None
     found = (part for place, part in CONFIGURED.items() if place in frames[-1].filename)
     return next(found, None) if (frames[-1].line or "").startswith("raise") else None
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of the error's text, or its type if it has no text."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if line.endswith((".", "!", "`")) else f"{line}."
 
 
 @contextmanager

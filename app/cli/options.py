@@ -16,14 +16,8 @@ from jsonargparse import ArgumentParser, Namespace, add_instantiator
 from jsonargparse.typing import register_type
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from app.core.errors import UserError
-from app.method.ranges import (
-    FromMinusOne,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    number_types,
-)
+from app.core.errors import UserError, first_line
+from app.method.ranges import FromMinusOne, NonNegativeInt, PositiveFloat, PositiveInt, number_types
 from callbacks.slots import BY_NAME
 
 # options of Lightning's Trainer that it accepts at any value but later ignores or fails on
@@ -85,9 +79,9 @@ built.refusal = None  # type: ignore[attr-defined]  # jsonargparse keeps only th
 
 def reason(error: BaseException) -> str:
     """Return the first line of the error's text, with the error's type if the text alone says little."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    plain = isinstance(error, (ValueError, TypeError, MisconfigurationException, UserError)) and lines[0]
-    text = lines[0] if plain else f"{type(error).__name__} {lines[0]}".strip()
+    text = first_line(error)
+    plain = isinstance(error, (ValueError, TypeError, ImportError, MisconfigurationException, UserError))
+    text = text if plain or text == type(error).__name__ else f"{type(error).__name__} {text}"
     return text if text.endswith((".", "!", "`")) else f"{text}."
 
 

@@ -9,17 +9,12 @@ from typing import Any
 from app.core.errors import UserError
 
 START = "give the old value, or start a run of its own from the checkpoint's model (`beta-dpo export`)"
-# Changes that cannot be applied to a checkpoint: pattern of a key as `flattened` names it → the cure. For a key in
-# no table the new value applies, and the change is listed.
-REFUSED = {
-    "model": START,
-    "model.architecture*": START,
-    "model.loss*": START,
-    "model.sft_weight": START,
-    "model.lora*": START,
-    "model.optimizer": START,
-    "statistics*": START,
-}
+# patterns of keys, as `flattened` names them, whose change cannot be applied to a checkpoint; for a key in no table
+# the new value applies, and the change is listed
+REFUSED = (
+    *("model", "model.architecture*", "model.loss*", "model.sft_weight", "model.lora*", "model.optimizer"),
+    "statistics*",
+)
 # keys whose old value still applies, because it is part of the state
 KEPT = {
     "seed_everything": "the order of the pairs stays that of the checkpoint",
@@ -53,10 +48,7 @@ def _leaves(name: str, node: Any) -> Iterator[tuple[str, Any]]:
         yield name, str(node["class_path"]).rsplit(".", 1)[-1]
         node = {
             key: value for key, value in node.items() if key not in ("class_path", "init_args", "dict_kwargs")
-        } | {
-            **(node.get("init_args") or {}),
-            **(node.get("dict_kwargs") or {}),
-        }
+        } | {**(node.get("init_args") or {}), **(node.get("dict_kwargs") or {})}
     elif not isinstance(node, Mapping) or not node:
         yield name, node
         return
@@ -85,12 +77,11 @@ def refuse_version_0_1(before: Mapping[str, Any]) -> None:
 def refuse_what_cannot_be_applied(found: Mapping[str, tuple[Any, Any]]) -> None:
     """Raise UserError for the first difference with which a checkpoint cannot be resumed."""
     for key, (old, new) in found.items():
-        for pattern, cure in REFUSED.items():
-            if fnmatchcase(key, pattern):
-                raise UserError(
-                    f"--ckpt_path: {key} is {new}, but the run of the checkpoint had {old}, and its state cannot "
-                    f"be carried over: {cure}."
-                )
+        if any(fnmatchcase(key, pattern) for pattern in REFUSED):
+            raise UserError(
+                f"--ckpt_path: {key} is {new}, but the run of the checkpoint had {old}, and its state cannot be "
+                f"carried over: {START}."
+            )
 
 
 def described(found: Mapping[str, tuple[Any, Any]]) -> str:

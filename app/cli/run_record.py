@@ -1,7 +1,8 @@
-"""The record of a run: its configuration and commands in the log folder, and its configuration in checkpoints."""
+"""The record of a run in its log folder and in checkpoints, and the checkpoint that `--ckpt_path` resumes."""
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -10,6 +11,7 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -24,7 +26,9 @@ from app.cli.resume_rules import (
 from app.core.errors import UserError
 from app.core.files import folder_hash
 from app.core.log_folder import continue_curves, log_folder
+from callbacks import PairAudit
 from datamodules.base import PairDataModule
+from lightning_modules.checkpoint import check_checkpoint
 
 COMMANDS_FILE = "commands.txt"
 
@@ -125,3 +129,50 @@ def content_of(module: LightningModule, data: Any) -> dict[str, str | None]:
         "model": folder_hash(name) if name and Path(name).is_dir() else None,
         "data": data.content("train") if isinstance(data, PairDataModule) else None,
     }
+
+
+def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str | None:
+    """Return the checkpoint to load for `--ckpt_path`, or None to start a new run.
+
+    `last` is the newest checkpoint in the log folder of the configuration. If the logger numbers its folders, this
+    is the folder with the highest number, and the run continues in it. Without a checkpoint, `fitting` starts a new
+    run. Raises UserError if the checkpoint is missing, damaged, foreign or cannot be resumed with these settings.
+    """
+    if asked is None:
+        return None
+    if asked != "last":
+        compare(trainer, check_checkpoint(Path(asked)), fitting)
+        return asked
+    found = [path for path in last_checkpoints(trainer) if path.exists()]
+    if not found and not fitting:
+        raise UserError("--ckpt_path last: the log folder holds no checkpoint; give the path of one.")
+    if not found:
+        rank_zero_info("--ckpt_path last: there is no checkpoint yet, so the run starts afresh.")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PairAudit):
+                callback.replaces_steps = True
+        return None
+    newest = max(found, key=os.path.getmtime)
+    compare(trainer, check_checkpoint(newest), fitting)
+    return str(newest)
+
+
+def compare(trainer: Trainer, checkpoint: dict[str, Any], fitting: bool) -> None:
+    """Compare the run that wrote `checkpoint` with the run that resumes it (see `RunRecord.compare`)."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if fitting and isinstance(callback, RunRecord):
+            callback.compare({name: checkpoint[name] for name in ("config", "content") if name in checkpoint})
+
+
+def continue_newest_version(trainer: Trainer) -> None:
+    """Make loggers that number their folders continue in the newest one instead of a new one."""
+    for logger in trainer.loggers:
+        # Lightning's loggers with numbered folders have `_version`, which is None until `version` is read
+        if getattr(logger, "_version", "") is None and isinstance(logger.version, int):
+            logger._version = max(logger.version - 1, 0)  # type: ignore[attr-defined]
+
+
+def last_checkpoints(trainer: Trainer) -> list[Path]:
+    """Return the `last.ckpt` of every checkpoint callback, including links without a target."""
+    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return [Path(path) for callback in callbacks for path in callback._find_last_checkpoints(trainer)]

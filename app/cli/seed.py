@@ -22,25 +22,19 @@ def settled_seed(seed: bool | int | None, *, resumes: bool = False, nodes: int =
     """
     if seed is False:
         raise UserError("seed_everything: every run has a seed; give a number, or null to have one picked.")
+    handed_down = os.environ.get("PL_GLOBAL_SEED")
     if seed is None or seed is True:
-        seed = _handed_down()
-        if seed is None:
+        if handed_down is None:
             _check_that_one_may_be_picked(resumes, nodes)
             seed = secrets.randbelow(LARGEST + 1)
             log.info("seed_everything: picked %d, which config.yaml in the log folder records", seed)
+        elif handed_down.isdecimal():
+            seed = int(handed_down)
+        else:
+            raise UserError(f"The environment variable PL_GLOBAL_SEED is no number from 0: {handed_down!r}.")
     if not 0 <= seed <= LARGEST:
         raise UserError(f"seed_everything must lie between 0 and {LARGEST}, not {seed}.")
     return seed
-
-
-def _handed_down() -> int | None:
-    value = os.environ.get("PL_GLOBAL_SEED")
-    if value is None:
-        return None
-    try:
-        return int(value)
-    except ValueError as error:
-        raise UserError(f"The environment variable PL_GLOBAL_SEED is no number: {value!r}.") from error
 
 
 def _check_that_one_may_be_picked(resumes: bool, nodes: int) -> None:

@@ -22,8 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from app.cli.mistakes import refusing
 from app.cli.options import check_numbers, class_at, reason, set_up_parsing
-from app.cli.resume import continue_newest_version, settle_checkpoint
-from app.cli.run_record import RunRecord
+from app.cli.run_record import RunRecord, continue_newest_version, settle_checkpoint
 from app.cli.seed import settled_seed
 from app.cli.slurm import check_processes, slurm_environment
 from app.core.errors import UserError
@@ -223,19 +222,18 @@ def be_quiet() -> None:
         logging.getLogger(name).handlers = [handler]  # set, not appended: a process may run several commands
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers' bars would fill a log file
-    # `main` passes the command line as arguments on purpose
-    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    # Lightning warns that with manual optimisation a checkpoint has the weights after the step, which is intended
-    warnings.filterwarnings("ignore", message=".*ModelCheckpoint with manual optimization.*")
-    # every logged metric is already that of the global batch
-    warnings.filterwarnings("ignore", message=".*It is recommended to use `self.log.*sync_dist=True.*")
-    # appears in a run without validation pairs
-    warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
+    for message in (
+        "LightningCLI's args parameter",  # `main` passes the command line as arguments on purpose
+        "isinstance.treespec, LeafSpec",
+        # with manual optimisation a checkpoint has the weights after the step, which is intended
+        "ModelCheckpoint with manual optimization",
+        "It is recommended to use `self.log.*sync_dist=True",  # every logged metric is that of the global batch
+        "Total length of `list` across ranks is zero",  # in a run without validation pairs
+        "does not have many workers",  # the loaders are ours and need none
+        "`srun` command is available",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
     # Lightning advertises a logging service in every run
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )
-    # the loaders are ours and need no workers; Lightning's advice is about torch's DataLoader
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")

@@ -248,7 +248,7 @@ def read_prompts(
             raise UserError(f"columns: {prompts} ({pair.pair_id}) has no {absent[0]!r} to copy; it has {found}.")
         labels = {name: pair.labels[name] for name in columns}
         items.append(replace(pair, chosen="", rejected=None, chosen_fields={}, rejected_fields={}, labels=labels))
-    if reader.report.skipped or (count is not None and len(items) < count):
+    if not reader.report.complete or (count is not None and len(items) < count):
         asked = "all" if count is None else f"the {count}"
         print(f"{prompts}: {len(items)} prompts of {asked} asked for; {reader.report.summary()}")
     return items

@@ -20,7 +20,7 @@ from app.judges.answers import aligned
 from app.judges.endpoint import Endpoint, EndpointJudge
 from app.judges.rewards import LearnedReward, TrueReward
 from app.judges.verdicts import VerdictFile
-from datamodules.controlled_task import is_well_formed
+from datamodules.controlled_task import grade
 
 By = Literal["true_reward", "reward_model", "endpoint"]
 HOW_TO_ASK = Endpoint()
@@ -145,7 +145,7 @@ def win_rate(rows: list[Answer], rivals: list[Answer]) -> Estimate:
 
 def summary(rows: list[Answer]) -> dict[str, Estimate]:
     """Return the figures of one model's samples on the controlled task: reward, malformed share, tokens and KL."""
-    malformed = [not is_well_formed(row["prompt"], row["response"]) for row in rows]
+    malformed = [grade(row["prompt"], row["response"]).malformed for row in rows]
     found = {
         "mean true reward": bootstrap_mean(TrueReward().rewards(rows)),
         "malformed share": bootstrap_mean(np.array(malformed)),

@@ -1,4 +1,4 @@
-"""The exceptions for a user's mistake."""
+"""The exceptions for a user's mistake, and the first line of any other."""
 
 
 class UserError(Exception):
@@ -13,3 +13,8 @@ class StepRefused(UserError):
 
     Every rank raises it, so that all ranks can still write a checkpoint together.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type if it has no text."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

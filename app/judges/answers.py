@@ -59,7 +59,7 @@ def rival_answers(path: str) -> list[Answer]:
         return sampled_answers(path)
     reader = read_pairs(path, on_bad_row="skip")
     rows = [{"prompt_id": pair.pair_id, "prompt": pair.prompt, "response": pair.chosen} for pair in reader]
-    if reader.report.skipped:
+    if not reader.report.complete:
         print(f"{path}: {reader.report.summary()}")
     return rows
 

@@ -11,8 +11,8 @@ from app.core.errors import UserError
 from app.core.intervals import win_scores
 from app.judges import Answer
 from app.judges.verdicts import VerdictFile, verdict_key
-from datamodules.controlled_task import is_well_formed, true_reward
-from datamodules.reward_model import RewardModel
+from datamodules.controlled_task import grade
+from datamodules.rewards import RewardModel
 
 
 class TrueReward:
@@ -24,7 +24,7 @@ class TrueReward:
     def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
         """Return rewards [n] from 0 to 4.5. Raises UserError if a prompt is not from the controlled task."""
         try:
-            return np.array([true_reward(str(row["prompt"]), row["response"]) for row in answers])
+            return np.array([grade(str(row["prompt"]), row["response"]).reward for row in answers])
         except UserError as error:
             raise UserError(
                 "These prompts are not of the controlled task, whose true reward is the default judge: name "
@@ -32,7 +32,7 @@ class TrueReward:
             ) from error
 
     def describe(self, answers: Sequence[Answer]) -> dict[str, float]:
-        malformed = [not is_well_formed(str(row["prompt"]), row["response"]) for row in answers]
+        malformed = [grade(str(row["prompt"]), row["response"]).malformed for row in answers]
         return {"true reward": float(self.rewards(answers).mean()), "malformed": float(np.mean(malformed))}
 
     def notes(self) -> list[str]:

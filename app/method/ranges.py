@@ -116,7 +116,7 @@ def checked(cls: C) -> C:
     @wraps(init)
     def checking(self: Any, *args: Any, **settings: Any) -> None:
         for name, value in parameters.bind(self, *args, **settings).arguments.items():
-            refuse(f"{cls.__name__}: {name}", hints().get(name), value)
+            refuse(f"{type(self).__name__}: {name}", hints().get(name), value)
         init(self, *args, **settings)
 
     cls.__init__ = checking  # type: ignore[misc]

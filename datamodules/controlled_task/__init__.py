@@ -6,21 +6,7 @@ the response is rude. Malformed text has reward 0. Labels are flipped at a known
 well-formed response carries no information about its grade.
 """
 
-from datamodules.controlled_task.grading import Grade, Kind, grade, is_well_formed, true_reward
-from datamodules.controlled_task.grammar import Split, build_tokenizer
-from datamodules.controlled_task.pairs import MIXED_QUALITY, Gap, demonstrations, preference_pairs, prompts
+from datamodules.controlled_task.grammar import Kind, build_tokenizer, grade
+from datamodules.controlled_task.pairs import Gap, demonstrations, preference_pairs, prompts
 
-__all__ = [
-    "MIXED_QUALITY",
-    "Gap",
-    "Grade",
-    "Kind",
-    "Split",
-    "build_tokenizer",
-    "demonstrations",
-    "grade",
-    "is_well_formed",
-    "preference_pairs",
-    "prompts",
-    "true_reward",
-]
+__all__ = ["Gap", "Kind", "build_tokenizer", "demonstrations", "grade", "preference_pairs", "prompts"]

@@ -1,4 +1,4 @@
-"""The language of the controlled task: its closed vocabulary, the grammar of its texts, and its tokenizer.
+"""The language of the controlled task: vocabulary, grammar, the exact reward of a response, and the tokenizer.
 
 No word has two roles, so that a text has at most one reading and its reward is exact. A parser reads the words by
 position, builds a record, and compares the record's text with its input: parsing is the exact inverse of writing.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from enum import Enum
 from typing import Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -167,6 +168,67 @@ def parse_answer(response: str) -> Answer | None:
         return None
     answer = Answer(opener, animal, claims, adverb, closing)
     return answer if answer.text == text else None
+
+
+POLITE_BONUS = 0.5
+
+
+class Kind(Enum):
+    """The kind of a response, judged as a whole."""
+
+    MALFORMED = "malformed"  # not a sentence of the grammar
+    RUDE = "rude"  # a rude opener, whatever comes after it
+    OFF_TOPIC = "off_topic"  # about another animal or other attributes than the prompt asks for
+    BOTH_WRONG = "both_wrong"
+    ONE_RIGHT = "one_right"
+    BOTH_RIGHT = "both_right"
+
+
+LADDER = (Kind.RUDE, Kind.OFF_TOPIC, Kind.BOTH_WRONG, Kind.ONE_RIGHT, Kind.BOTH_RIGHT)
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The judgement of one response."""
+
+    kind: Kind
+    polite: bool = False
+
+    @property
+    def malformed(self) -> bool:
+        return self.kind is Kind.MALFORMED
+
+    @property
+    def rung(self) -> int:
+        """Return the grade, 0 to 4, without the bonus for politeness; 0 for a malformed response."""
+        return 0 if self.malformed else LADDER.index(self.kind)
+
+    @property
+    def reward(self) -> float:
+        """Return the true reward, 0 to 4.5: the rung, plus half a point for a polite opener."""
+        return self.rung + POLITE_BONUS * self.polite
+
+
+def judge(question: Question, answer: Answer | None) -> Grade:
+    """Return the grade of a parsed response; None means a malformed one."""
+    if answer is None:
+        return Grade(Kind.MALFORMED)
+    if answer.opener in RUDE_OPENERS:
+        return Grade(Kind.RUDE)
+    polite = answer.opener in POLITE_OPENERS
+    named = {attribute for attribute, _ in answer.claims}
+    if answer.animal != question.animal or named != set(question.asked):
+        return Grade(Kind.OFF_TOPIC, polite)
+    right = sum(question.facts[attribute] == value for attribute, value in answer.claims)
+    return Grade((Kind.BOTH_WRONG, Kind.ONE_RIGHT, Kind.BOTH_RIGHT)[right], polite)
+
+
+def grade(prompt: str, response: str) -> Grade:
+    """Judge any text as the response to a prompt of the task.
+
+    Raises UserError if `prompt` is not a prompt of the task; any response is accepted.
+    """
+    return judge(parse_question(prompt), parse_answer(response))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -12,27 +12,26 @@ neighbouring grades differ in one fault only, which makes them learnable.
 from __future__ import annotations
 
 import itertools
-import math
 import random
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Literal
 
-from app.core.errors import UserError
-from datamodules.controlled_task.grading import LADDER, Grade, Kind, judge
 from datamodules.controlled_task.grammar import (
     ADVERBS,
     ANIMALS,
     ATTRIBUTES,
     CLOSINGS,
+    LADDER,
     PLAIN_OPENERS,
     POLITE_OPENERS,
     RUDE_OPENERS,
     VALUES,
     WORDS,
     Answer,
+    Grade,
+    Kind,
     Question,
     Split,
+    judge,
     parse_answer,
 )
 from datamodules.records import PreferencePair
@@ -46,36 +45,24 @@ _Graded = tuple[str, Grade]  # a text with its grade
 _LOW_GAP = tuple(itertools.pairwise(LADDER))
 _HIGH_GAP = tuple((worse, better) for i, worse in enumerate(LADDER) for better in LADDER[i + 2 :])
 
-MIXED_QUALITY: Mapping[Kind, float] = MappingProxyType(
-    {Kind.RUDE: 0.15, Kind.OFF_TOPIC: 0.20, Kind.BOTH_WRONG: 0.20, Kind.ONE_RIGHT: 0.20, Kind.BOTH_RIGHT: 0.25}
-)
+MIXED_QUALITY = dict(zip(LADDER, (0.15, 0.20, 0.20, 0.20, 0.25), strict=True))  # of demonstrations
 
 
 def prompts(count: int, seed: int, *, split: Split = "held_out") -> list[str]:
     """Return `count` prompts to sample responses for."""
-    rng = _generator("prompts", count, seed, split)
+    rng = _generator("prompts", seed, split)
     return [draw_question(rng, split).text for _ in range(count)]
 
 
-def demonstrations(
-    count: int, seed: int, *, split: Split = "train", shares: Mapping[Kind, float] = MIXED_QUALITY
-) -> list[PreferencePair]:
+def demonstrations(count: int, seed: int, *, split: Split = "train") -> list[PreferencePair]:
     """Return well-formed responses of mixed quality for supervised fine-tuning; `rejected` is None.
 
-    `shares` gives the probability of each kind. Labels: `kind` (a value of `Kind`) and `chosen_reward`.
-    Raises UserError for shares that do not sum to one or that ask for malformed responses.
+    Labels: `kind` (a value of `Kind`, drawn as in `MIXED_QUALITY`) and `chosen_reward`.
     """
-    negative = any(share < 0 for share in shares.values())
-    if Kind.MALFORMED in shares or negative or not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
-        given = {kind.value: share for kind, share in shares.items()}
-        raise UserError(
-            f"shares {given} are not a distribution over the well-formed kinds: "
-            "give shares of 0 or more that sum to 1, and none to malformed."
-        )
-    rng = _generator("demonstrations", count, seed, split)
+    rng = _generator("demonstrations", seed, split)
     items = []
     for index in range(count):
-        kind = rng.choices(list(shares), weights=list(shares.values()))[0]
+        kind = rng.choices(list(MIXED_QUALITY), weights=list(MIXED_QUALITY.values()))[0]
         question = draw_question(rng, split)
         answer = draw_answer(question, kind, rng)
         labels: dict[str, object] = {"kind": kind.value, "chosen_reward": judge(question, answer).reward}
@@ -104,16 +91,8 @@ def preference_pairs(
     Labels: `flipped`; `kind`, "graded" or "broken"; `chosen_reward` and `rejected_reward`, the true rewards of the
     chosen and the rejected text after the flip; `gap_kind`, "high" for grades two or more apart, else "low" (a
     broken response counts as the lowest grade).
-    Raises UserError for a share outside [0, 1].
     """
-    for name, share in (
-        ("flip_rate", flip_rate),
-        ("broken_share", broken_share),
-        ("high_gap_share", high_gap_share),
-    ):
-        if not 0 <= share <= 1:
-            raise UserError(f"{name} is {share}, but it is a share: give a number from 0 to 1.")
-    rng = _generator(f"pairs-{gap}", count, seed, split)
+    rng = _generator(f"pairs-{gap}", seed, split)
     flips = random.Random(f"flips-{gap}-{split}-{seed}")
     every_share = len(_HIGH_GAP) / (len(_LOW_GAP) + len(_HIGH_GAP))
     high_share = {"adjacent": 0.0, "extreme": 1.0, "mixed": high_gap_share, "any": every_share}[gap]
@@ -155,10 +134,8 @@ def _graded(question: Question, high_share: float, rng: random.Random) -> tuple[
             return (better.text, grades[0]), (worse.text, grades[1])
 
 
-def _generator(name: str, count: int, seed: int, split: Split) -> random.Random:
+def _generator(name: str, seed: int, split: Split) -> random.Random:
     """Return a private generator, seeded by a string: unlike its hash, it is the same in every process."""
-    if count < 0:
-        raise UserError(f"count is {count}, but it is a number of items: give 0 or more.")
     return random.Random(f"{name}-{split}-{seed}")
 
 

@@ -52,12 +52,9 @@ def spoken(value: object, name: str) -> str | tuple[Message, ...]:
 
 
 def _message(value: object, name: str) -> Message:
-    given = (
-        {str(key): field for key, field in value.items() if field is not None} if isinstance(value, Mapping) else {}
-    )
+    given = _without_null(value) if isinstance(value, Mapping) else {}
     if "role" not in given and "from" in given:
-        given = {"role": given.pop("from"), "content": given.pop("value", None), **given}
-        given = {key: field for key, field in given.items() if field is not None}
+        given = _without_null({"role": given.pop("from"), "content": given.pop("value", None), **given})
     if isinstance(given.get("content"), list):
         given["content"] = _joined(given["content"], name)
     kept = message_fields(given)

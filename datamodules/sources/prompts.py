@@ -76,12 +76,9 @@ def hh_messages(prompt: str) -> tuple[Message, ...]:
     """
     if not is_transcript_prompt(prompt):
         raise ValueError(f"an HH prompt ends with {ASSISTANT!r}")
-    before, *turns = _TURN.split(prompt.removesuffix(ASSISTANT))
-    if before:
-        raise ValueError(f"an HH prompt starts with {HUMAN!r}, not with {before[:20]!r}")
-    messages = tuple(
-        Message(_ROLES[role], content.strip()) for role, content in zip(turns[::2], turns[1::2], strict=True)
-    )
+    messages = tuple(Message(turn.role, turn.content.strip()) for turn in transcript_turns(prompt))
+    if messages and messages[0].role == "system":
+        raise ValueError(f"an HH prompt starts with {HUMAN!r}, not with {prompt[:20]!r}")
     for index, message in enumerate(messages):
         if message.role != ("user", "assistant")[index % 2]:
             raise ValueError(f"turn {index + 1} of the HH prompt is another {message.role} turn")

@@ -34,7 +34,7 @@ def _read(
     seen: set[str] = set()
     first_bad = ""
     for location, row in opened.rows():
-        report.rows += 1
+        report.counts["rows"] += 1
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -44,16 +44,15 @@ def _read(
         except BadRow as bad:
             if on_bad_row == "error" and not isinstance(bad, LeftOut):
                 raise UserError(f"{location}: {bad}; mend the row or set data.on_bad_row: skip.") from None
-            report.skip(bad.reason, location)
+            report.note(f"skipped: {bad.reason}", location)
             first_bad = first_bad or f"{location}: {bad}"
             continue
         seen.add(pair.pair_id)
-        report.pairs += 1
-        report.ignored_fields.update(ignored)
+        report.counts.update(["pairs", *(f"field ignored: {name}" for name in ignored)])
         yield pair
-    if not report.rows:
+    if not report.counts["rows"]:
         raise UserError(f"{opened.name} holds no row: check data.path.")
-    if not report.pairs:
+    if not report.counts["pairs"]:
         raise UserError(f"{opened.name} holds no usable row ({report.summary()}). The first: {first_bad}.")
 
 

@@ -72,8 +72,10 @@ _TLDR: dict[str, Any] = {
     "summaries": [{"text": " It sleeps."}, {"text": " It barks."}],
     "choice": 0,
 }
-_SHP = {"history": "2 + 2?", "human_ref_A": "4", "human_ref_B": "5", "labels": 1}
-_SHP_SCORES = {"score_A?": 9, "score_B?": 3, "score_ratio?": 3.0}
+_SHP: dict[str, Any] = {
+    **{"history": "2 + 2?", "human_ref_A": "4", "human_ref_B": "5", "labels": 1},
+    **{"score_A?": 9, "score_B?": 3, "score_ratio?": 3.0},
+}
 _PKU = {"prompt": "2 + 2?", "response_0": "4", "response_1": "5", "better_response_id": 0, "safer_response_id": 0}
 _WHOLE: dict[str, Any] = {"chosen": [_TURN, _YES], "rejected": [_TURN, _NO]}
 _MESSAGES = {"prompt": [_TURN], "chosen": [_YES], "rejected": [_NO]}
@@ -153,7 +155,7 @@ FORMATS = (
     Format(
         "shp",
         "`stanfordnlp/SHP`; `data.min_score_ratio` leaves out close calls",
-        _SHP | _SHP_SCORES,
+        _SHP,
         to.shp_pair,
         when=_without_own_fields,
     ),

@@ -27,29 +27,38 @@ class LeftOut(BadRow):
 
 @dataclass
 class RowReport:
-    """The counts of one pass over a source; at its end, `rows` = `pairs` + the sum of `skipped`."""
+    """The counts of one pass over a source: "rows", "pairs", and by reason what happened to rows.
 
-    rows: int = 0
-    pairs: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)  # rows skipped, by reason
-    examples: dict[str, list[str]] = field(default_factory=dict)  # the first few locations, by reason
-    ignored_fields: Counter[str] = field(default_factory=Counter)  # rows by field that cannot be a label
+    At its end, "rows" is "pairs" and all reasons that begin with "skipped" or "dropped".
+    """
 
-    def skip(self, reason: str, location: str) -> None:
-        """Count a row that was left out, and keep its location if it is one of the first."""
-        self.skipped[reason] += 1
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)  # the first few places, by reason
+
+    def note(self, reason: str, place: str) -> None:
+        """Count a row by a reason, and keep its place if it is one of the first."""
+        self.counts[reason] += 1
         places = self.examples.setdefault(reason, [])
         if len(places) < _EXAMPLES_PER_REASON:
-            places.append(location)
+            places.append(place)
+
+    @property
+    def complete(self) -> bool:
+        """Return whether every row became a pair."""
+        return self.counts["pairs"] == self.counts["rows"]
+
+    def lines(self) -> list[str]:
+        """Return a text for each reason: how often, and where first."""
+        told = []
+        for reason, count in self.counts.most_common():
+            if reason not in ("rows", "pairs"):
+                places = self.examples.get(reason)
+                told.append(f"{count} {reason}" + (f" (first: {', '.join(places)})" if places else ""))
+        return told
 
     def summary(self) -> str:
         """Return one readable line: how many rows became pairs, and why the others did not."""
-        text = f"{self.rows} rows read, {self.pairs} pairs"
-        for reason, count in self.skipped.most_common():
-            text += f"; {count} skipped: {reason} ({', '.join(self.examples[reason])}{', …' * (count > 3)})"
-        if self.ignored_fields:
-            text += f"; not scalar, so no label: {', '.join(sorted(self.ignored_fields))}"
-        return text
+        return "; ".join([f"{self.counts['rows']} rows read, {self.counts['pairs']} pairs", *self.lines()])
 
 
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")

@@ -84,18 +84,20 @@ class Source:
         """Return the rows of `split`. Raises UserError if there are none, also for a split or subset of a file."""
         self.check()
         local = Path(self.path).expanduser()
-        several = glob(str(local), recursive=True) if has_magic(self.path) and not local.exists() else None
-        if several is None and not local.exists() and not readable(local):
+        files = [local]
+        if has_magic(self.path) and not local.exists():
+            files = [Path(name) for name in sorted(glob(str(local), recursive=True)) if Path(name).is_file()]
+            if not files:
+                raise UserError(f"No file is called {self.path}: check the pattern that you gave.")
+        elif not local.exists() and readable(local):
+            raise UserError(f"There is no file {self.path}{_near(local)}: check the path that you gave.")
+        elif not local.exists():
             if _HUB_ID.fullmatch(self.path) and not Path(Path(self.path).parts[0]).is_dir():
                 return HubDataset(self.path, self.split, self.subset, self.revision)
             raise UserError(
                 f"There is no file or folder {self.path!r}{_near(local)}: check data.path. "
                 "A Hub id is `owner/name`."
             )
-        if several is not None and not (several := sorted(name for name in several if Path(name).is_file())):
-            raise UserError(f"No file is called {self.path}: check the pattern that you gave.")
-        if several is None and not local.exists():
-            raise UserError(f"There is no file {self.path}{_near(local)}: check the path that you gave.")
         for name, given in {"split": self.split != "train", "subset": self.subset}.items():
             if given and not local.is_dir():
                 raise UserError(
@@ -104,9 +106,7 @@ class Source:
                 )
         if self.revision is not None:
             raise UserError(f"{self.path} is on this machine and has no revision: leave out data.revision.")
-        if local.is_dir():
-            return folder_source(local, self.split, self.subset)
-        return LocalFiles([local] if several is None else [Path(name) for name in several])
+        return folder_source(local, self.split, self.subset) if local.is_dir() else LocalFiles(files)
 
 
 def close(name: str, known: Iterable[object]) -> str:

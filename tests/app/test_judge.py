@@ -18,7 +18,7 @@ from app.judges.rewards import LearnedReward
 from app.judges.verdicts import VerdictFile, verdict_key
 from datamodules.controlled_task import preference_pairs
 from datamodules.records import Message
-from datamodules.reward_model import RewardModel
+from datamodules.rewards import RewardModel
 
 ROOT = Path(__file__).parents[2]
 PAIRS = preference_pairs(6, seed=0, flip_rate=0.0)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import UserError
-from datamodules.controlled_task import Kind, grade, is_well_formed, true_reward
+from datamodules.controlled_task import Kind, grade
 from datamodules.controlled_task.grammar import ADVERBS, ANIMALS, CLOSINGS, OPENERS, VALUES, WORDS
 
 PROMPT = (
@@ -53,8 +53,8 @@ def matches_grammar(text: str) -> bool:
 def test_well_formed_responses_have_their_exact_reward(response: str, kind: Kind, reward: float) -> None:
     judged = grade(PROMPT, response)
     assert (judged.kind, judged.reward) == (kind, reward)
-    assert true_reward(PROMPT, response) == reward
-    assert is_well_formed(PROMPT, response)
+    assert grade(PROMPT, response).reward == reward
+    assert not grade(PROMPT, response).malformed
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_well_formed_responses_have_their_exact_reward(response: str, kind: Kind
 )
 def test_malformed_responses_have_reward_zero(response: str) -> None:
     assert grade(PROMPT, response).kind is Kind.MALFORMED
-    assert true_reward(PROMPT, response) == 0
-    assert not is_well_formed(PROMPT, response)
+    assert grade(PROMPT, response).reward == 0
+    assert grade(PROMPT, response).malformed
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ WORD_LISTS = st.lists(st.sampled_from((*WORDS, "<unk>", "\n\nHuman:", "")), max_
 @settings(deadline=None, max_examples=200)
 @given(WORD_LISTS.map(lambda words: " " + " ".join(words)) | st.text(max_size=40))
 def test_random_text_never_crashes_the_parser(text: str) -> None:
-    assert is_well_formed(PROMPT, text) == matches_grammar(text)
+    assert (not grade(PROMPT, text).malformed) == matches_grammar(text)
 
 
 def test_responses_with_random_edits_are_well_formed_exactly_when_the_grammar_says_so() -> None:
@@ -133,7 +133,7 @@ def test_responses_with_random_edits_are_well_formed_exactly_when_the_grammar_sa
                 other = rng.randrange(len(words))
                 words[place], words[other] = words[other], words[place]
         text = " " + " ".join(words)
-        well_formed = is_well_formed(PROMPT, text)
+        well_formed = not grade(PROMPT, text).malformed
         assert well_formed == matches_grammar(text), text
         seen[well_formed] += 1
     assert min(seen.values()) > 100

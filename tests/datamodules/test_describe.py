@@ -32,7 +32,7 @@ def opened(folder: Path, *texts: str, sources: int = 1) -> tuple[PairTable, np.n
     data = PreferenceData(
         str(paths[0]) if sources == 1 else [str(path) for path in paths], max_length=20, max_prompt_length=8
     )
-    data._tokenizer = byte_tokenizer()
+    data.tokenizer = byte_tokenizer()
     found = data.open_table("train")
     assert found is not None
     return found

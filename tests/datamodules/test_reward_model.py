@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from app.core.errors import UserError
 from datamodules.controlled_task import preference_pairs
 from datamodules.records import Message
-from datamodules.reward_model import RewardModel
+from datamodules.rewards import RewardModel
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] == 'user' and 'Human : ' or 'Assistant : ' }}"

@@ -18,8 +18,7 @@ from datamodules import rewards as scoring_module
 from datamodules.controlled_task import build_tokenizer, preference_pairs
 from datamodules.describe import describe
 from datamodules.preference_data import PreferenceData
-from datamodules.reward_model import RewardModel
-from datamodules.rewards import RewardScoring, reward_scores
+from datamodules.rewards import RewardModel, RewardScoring, reward_scores
 from datamodules.sources.reader import PairStream
 
 PAIRS = 11

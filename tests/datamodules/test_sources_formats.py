@@ -212,6 +212,7 @@ def test_files_together_folders_and_saved_data_sets(tmp_path: Path, monkeypatch:
         ("p.json", '[{"prompt": "a", "prompt": "b"}]', r"p\.json:1: repeated field"),
         ("p.json", '[{"prompt": [{"role": "user", "role": "b"}]}]', r"p\.json:1: repeated field"),
         ("p.json", "[] x", "is bad JSON .Extra data: line 1 column 4"),
+        ("p.json", '{"prompt": "a", "prompt": "b"}', r"p\.json:1: repeated field"),
         ("p.json", "a b", "neither an array of rows"),
         ("p.arrow", "no", "cannot be read as Arrow"),
     ],

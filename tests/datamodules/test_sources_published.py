@@ -143,8 +143,8 @@ def test_malformed_rows_in_a_dataset_folder_are_located_or_counted(tmp_path: Pat
         list(read_pairs(str(folder), format=format))
     reader = read_pairs(str(folder), format=format, on_bad_row="skip")
     assert [pair.pair_id for pair in reader] == [f"{format}/train.jsonl:1", f"{format}/train.jsonl:3"]
-    assert reader.report.rows == 3
-    assert sum(reader.report.skipped.values()) == 1
+    assert reader.report.counts["rows"] == 3
+    assert reader.report.counts["pairs"] == 2
     (pair,) = read_pairs(str(folder), format=format, split="test")
     assert (pair.prompt, pair.chosen, pair.rejected) == (
         PAIRS[format].prompt,
@@ -158,8 +158,8 @@ def test_low_score_ratios_are_left_out_and_counted_in_either_mode(tmp_path: Path
     for mode in ("error", "skip"):
         reader = read_pairs(str(tmp_path / "shp.jsonl"), min_score_ratio=2, on_bad_row=mode)  # type: ignore[arg-type]
         assert [pair.pair_id for pair in reader] == ["shp.jsonl:1", "shp.jsonl:3"]
-        assert reader.report.skipped == {"score_ratio below 2": 1}
-        assert reader.report.examples == {"score_ratio below 2": ["shp.jsonl:2"]}
+        assert reader.report.counts["skipped: score_ratio below 2"] == 1
+        assert reader.report.examples == {"skipped: score_ratio below 2": ["shp.jsonl:2"]}
     assert len(list(read_pairs(str(tmp_path / "shp.jsonl")))) == 3
 
 
@@ -167,7 +167,7 @@ def test_news_articles_are_left_out_of_tldr_and_counted(tmp_path: Path) -> None:
     write(tmp_path / "tldr.jsonl", NEWS, TLDR)
     reader = read_pairs(str(tmp_path / "tldr.jsonl"))
     assert [pair.pair_id for pair in reader] == ["tldr.jsonl:2"]
-    assert reader.report.skipped == {"summary of a news article, no TL;DR post": 1}
+    assert reader.report.counts["skipped: summary of a news article, no TL;DR post"] == 1
 
 
 def test_all_subsets_of_hh_or_one_of_them(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_cached_table_is_not_taken_for_another_ratio(tmp_path: Path, monkeypat
         source = Source(str(tmp_path / "shp.jsonl"), min_score_ratio=ratio)
         table = cached_table(pair_stream(source, "error", need_rejected=True), byte_tokenizer(), Tokenisation())
         assert len(table) == pairs
-        assert table.report.get("skipped: score_ratio below 2", 0) == 2 - pairs
+        assert table.parts[0].report.counts["skipped: score_ratio below 2"] == 2 - pairs
         assert table.labels([0])["score_chosen"] == [20]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -206,10 +205,10 @@ def test_skip_mode_counts_by_reason_and_remembers_where(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([good, b"{", b"\xff", b"", nested, double, number, good, b""]))
     reader = read_pairs(str(path), on_bad_row="skip")
     assert [pair.pair_id for pair in reader] == ["p.jsonl:1", "p.jsonl:8"]
-    assert reader.report.skipped == Counter({"bad JSON": 3, "invalid UTF-8": 1, "repeated field": 1})
-    assert reader.report.rows == 7  # a blank line is no row
-    assert reader.report.examples["bad JSON"] == ["p.jsonl:2", "p.jsonl:5", "p.jsonl:7"]
-    assert "3 skipped: bad JSON (p.jsonl:2" in reader.report.summary()
+    lost = {"skipped: bad JSON": 3, "skipped: invalid UTF-8": 1, "skipped: repeated field": 1}
+    assert reader.report.counts == {"rows": 7, "pairs": 2, **lost}  # a blank line is no row
+    assert reader.report.examples["skipped: bad JSON"] == ["p.jsonl:2", "p.jsonl:5", "p.jsonl:7"]
+    assert "3 skipped: bad JSON (first: p.jsonl:2" in reader.report.summary()
 
 
 def test_pair_ids_are_unique(tmp_path: Path) -> None:
@@ -238,7 +237,7 @@ def test_truncated_gzip_is_a_bad_row_and_a_wrong_checksum_is_fatal(tmp_path: Pat
     read = [pair.chosen for pair in reader]
     assert 0 < len(read) < 500
     assert read == [json.loads(line)["chosen"] for line in lines.splitlines()[: len(read)]]
-    assert reader.report.skipped == {"truncated gzip": 1}
+    assert reader.report.counts["skipped: truncated gzip"] == 1
     path.write_bytes(packed[:-8] + bytes(4) + packed[-4:])
     with pytest.raises(UserError, match="damaged gzip"):
         list(read_pairs(str(path), on_bad_row="skip"))
@@ -260,7 +259,12 @@ def test_parquet_rows_keep_their_labels_and_numbers(tmp_path: Path) -> None:
     pq.write_table(table, path)
     reader = read_pairs(str(path), on_bad_row="skip")
     assert list(reader) == [PreferencePair("p.parquet:1", (Message("user", "hi"),), "a", "b", {"kind": "x"})]
-    assert reader.report.skipped == {"invalid UTF-8": 1, "wrong type": 1}
+    assert reader.report.counts == {
+        "rows": 3,
+        "pairs": 1,
+        "skipped: invalid UTF-8": 1,
+        "skipped: wrong type": 1,
+    }
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="cannot be read as parquet"):
         list(read_pairs(str(path), on_bad_row="skip"))

@@ -125,7 +125,7 @@ def test_the_report_adds_up_and_says_where(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", rows)
     table = load_table(path, byte_tokenizer(), SETTINGS, "skip")
     (part,) = table.parts
-    assert part.report == {
+    assert part.report.counts == {
         "rows": 8,
         "pairs": 6,
         "skipped: empty chosen": 1,
@@ -133,7 +133,7 @@ def test_the_report_adds_up_and_says_where(tmp_path: Path) -> None:
         "prompt truncated": 1,
         "field ignored: votes": 1,
     }
-    assert part.examples == {
+    assert part.report.examples == {
         "skipped: empty chosen": ["p.jsonl:6"],
         "dropped: BOS or EOS within chosen": ["p.jsonl:7"],
         "prompt truncated": ["p.jsonl:8"],
@@ -278,7 +278,7 @@ def test_split_refuses_shares_that_make_no_sense() -> None:
 def test_real_hh_table_accounts_for_every_row() -> None:
     path = str(DATA / "hh_harmless_base_test.jsonl.gz")
     table = load_table(path, byte_tokenizer(), Tokenisation(), "skip")
-    report = table.parts[0].report
+    report = table.parts[0].report.counts
     assert report["rows"] == 2312
     assert report["skipped: no shared prompt"] == 5
     assert report["skipped: empty chosen"] == 4
