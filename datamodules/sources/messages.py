@@ -84,13 +84,9 @@ def _joined(parts: list[Any], name: str) -> str:
 
 def _calls(content: str, name: str) -> list[dict[str, Any]]:
     """Return the tool calls of a LLaMA-Factory `function_call` message, which are JSON in text."""
-    try:
-        calls = json.loads(content)
-    except ValueError as error:
-        raise BadRow("bad JSON", f"a function_call in {name}: {error}") from error
+    calls = _decoded(content, f"a function_call in {name}")
     wrapped = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
-    found: list[dict[str, Any]] = message_fields({"tool_calls": wrapped})["tool_calls"]
-    return found
+    return list(message_fields({"tool_calls": wrapped})["tool_calls"])
 
 
 def _messages_in(value: str, name: str) -> object:
