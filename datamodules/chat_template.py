@@ -7,16 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from os.path import commonprefix
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
 
 from app.core.errors import UserError, first_line
 from datamodules.records import Dropped, Message, PreferencePair
 from datamodules.sources.prompts import prompt_messages
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # the date of a template's `strftime_now`, fixed so that prompts and cache keys stay the same; from Llama 3.1
 TEMPLATE_DATE = datetime(2024, 7, 26)

@@ -6,16 +6,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from lightning.pytorch import Trainer
+from transformers import PreTrainedTokenizerBase
 
 from datamodules.gap_mixture import GapMixedTable
 from datamodules.table import PairTable, Part
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def shown(

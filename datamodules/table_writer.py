@@ -9,10 +9,11 @@ from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from app.core.cache import DamagedEntry, cached, fingerprint
 from app.core.errors import UserError
@@ -23,9 +24,6 @@ from datamodules.sources.rows import RowReport
 from datamodules.table import SCHEMA, PairTable, Part, label_kind
 from datamodules.tokenisation import Tokenisation, tokenise_pairs
 from datamodules.tokenizer import tokenizer_fingerprint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TABLE_VERSION = 5  # raise if a change of reading, tokenising or the schema changes the content of tables
 FILES = ("pairs.arrow", "table.json")  # the rows; their checksum and what else is known of them

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from app.core.errors import UserError
 from datamodules.chat_template import ESSENTIAL, ChatTemplate, Rendering, Talk, conversation
 from datamodules.records import Dropped, Message, PreferencePair, Side, TokenisedPair
 from datamodules.truncation import PlainPrompt, PromptTruncation, plain_prompts, shorten, shorten_plain
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PLAIN_BESIDE_TEMPLATE = (
     "prompts as plain text (data.chat_template: true puts them into the tokenizer's chat template)"

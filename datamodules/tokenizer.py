@@ -6,18 +6,13 @@ import hashlib
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from app.core.errors import UserError, first_line
 from datamodules.chat_template import TEMPLATE_DATE, ChatTemplate, Talk
 from datamodules.records import Dropped, Message
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from datamodules.tokenisation import Tokenisation
+from datamodules.tokenisation import Tokenisation
 
 
 def read_tokenizer(name: str, option: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from datamodules.records import Dropped, Message
 from datamodules.sources.prompts import is_transcript_prompt, transcript, transcript_turns
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PromptTruncation = Literal["keep_end", "keep_start"]
 OLD_TURNS = "prompt truncated: old turns dropped"
