@@ -140,28 +140,23 @@ def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str
     """
     if asked is None:
         return None
-    if asked != "last":
-        compare(trainer, check_checkpoint(Path(asked)), fitting)
-        return asked
-    found = [path for path in last_checkpoints(trainer) if path.exists()]
-    if not found and not fitting:
-        raise UserError("--ckpt_path last: the log folder holds no checkpoint; give the path of one.")
-    if not found:
-        rank_zero_info("--ckpt_path last: there is no checkpoint yet, so the run starts afresh.")
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, PairAudit):
-                callback.replaces_steps = True
-        return None
-    newest = max(found, key=os.path.getmtime)
-    compare(trainer, check_checkpoint(newest), fitting)
-    return str(newest)
-
-
-def compare(trainer: Trainer, checkpoint: dict[str, Any], fitting: bool) -> None:
-    """Compare the run that wrote `checkpoint` with the run that resumes it (see `RunRecord.compare`)."""
+    path = Path(asked)
+    if asked == "last":
+        found = [path for path in last_checkpoints(trainer) if path.exists()]
+        if not found and not fitting:
+            raise UserError("--ckpt_path last: the log folder holds no checkpoint; give the path of one.")
+        if not found:
+            rank_zero_info("--ckpt_path last: there is no checkpoint yet, so the run starts afresh.")
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, PairAudit):
+                    callback.replaces_steps = True
+            return None
+        path = max(found, key=os.path.getmtime)
+    checkpoint = check_checkpoint(path)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if fitting and isinstance(callback, RunRecord):
             callback.compare({name: checkpoint[name] for name in ("config", "content") if name in checkpoint})
+    return str(path)
 
 
 def continue_newest_version(trainer: Trainer) -> None:
