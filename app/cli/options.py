@@ -182,9 +182,9 @@ def finding(message: str) -> Finding | None:
         elif text.startswith("Subtypes: "):
             subtypes = text
         elif unknown := re.match(r"Option '(.+)' is not accepted", text):
-            owner = class_at(class_path or "")
             field.append(unknown[1])
-            wrong = f"{owner.__name__} has no such option.{suggestion(unknown[1], list(options_of(owner)))}"
+            owner = (class_path or "").rpartition(".")[2]
+            wrong = f"{owner} has no such option.{suggestion(unknown[1], names_at(class_path or ''))}"
             break
         elif absent := re.match(r"the following arguments are required: (.*)", text):
             wrong = f"{(class_path or '').rpartition('.')[2]} needs a value for {absent[1]}"
@@ -276,6 +276,14 @@ def options_of(kind: type) -> dict[str, Any]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, fail_untyped=False)
     return dict(parser.get_defaults().as_dict())
+
+
+def names_at(path: str) -> list[str]:
+    """Return the names of the options of the class at an import path; none if there is no such class."""
+    try:
+        return list(options_of(class_at(path)))
+    except (ImportError, AttributeError, ValueError):
+        return []
 
 
 def class_at(path: str) -> type:

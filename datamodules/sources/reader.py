@@ -72,8 +72,10 @@ def read_pairs(
     whole. For the other arguments see `read_row`.
     """
     source = Source(path, **options)
-    reading = {"need_rejected": need_rejected, "prompts_only": prompts_only}
-    return PairReader(partial(_read, source, source.open(), on_bad_row, **reading))
+    opened = source.open()
+    return PairReader(
+        partial(_read, source, opened, on_bad_row, need_rejected=need_rejected, prompts_only=prompts_only)
+    )
 
 
 @dataclass(frozen=True)
