@@ -131,6 +131,36 @@ def draw_quickstart(folder: Path) -> Any:
     return side_by_side(panels, titles, columns=3, width=320)
 
 
+def shared_swings(folder: Path) -> dict[int, np.ndarray]:
+    """|α·(M − M0)| in all steps of a run at α = 0.6 if 2, 8, 64 or 128 pairs shared M, M0 and β, without filter.
+
+    The gaps are those of its audit, in their order; 128 pairs are those of two successive steps.
+    """
+    audit = read_run(folder, "").audit
+    assert audit is not None
+    gaps = audit.sort_values("step", kind="stable").gap.dropna().to_numpy(float, copy=True)
+    found = {}
+    for pairs in (2, 8, 64, 128):
+        running, swings = RunningMoments(), []
+        for group in torch.from_numpy(gaps[: len(gaps) // pairs * pairs]).split(pairs):
+            swings.append(0.6 * abs(float(group.mean()) - running.update(group).mean))
+        found[pairs] = np.array(swings)
+    return found
+
+
+def draw_shared(folder: Path) -> Any:
+    swings = shared_swings(folder)
+    parts = []
+    for number, (name, share) in enumerate({"median": 0.5, "95 % of steps are below": 0.95}.items()):
+        points = [float(np.quantile(values, share)) for values in swings.values()]
+        parts.append(Line(name, list(swings), points, f"run{number}", DASHES[number], dots=True))
+    told = {pairs: [round(float(np.quantile(v, q)), 3) for q in (0.5, 0.95)] for pairs, v in swings.items()}
+    print(f"|α·(M − M0)|, median and 95 %, by pairs that share a β: {told}")
+    x = axis(alt.X, "pairs that share a β", type="log", base=2)
+    title = "how far a step moves β (α = 0.6)"
+    return sized_to(lines(parts, x, axis(alt.Y, "|α·(M − M0)|")), 480).properties(title=title)
+
+
 def entry(name: str, thing: Any) -> str:
     """One item of the reference: its call and its docstring."""
     # a default that is a function prints as an address
@@ -186,9 +216,10 @@ def main() -> None:
     for name, draw in FIGURES.items():
         (HERE / "figures" / f"{name}.png").write_bytes(png(draw()))
     if QUICKSTART.exists():
-        (HERE / "figures" / "quickstart.png").write_bytes(png(draw_quickstart(QUICKSTART)))
+        for name, draw_run in {"quickstart": draw_quickstart, "shared": draw_shared}.items():
+            (HERE / "figures" / f"{name}.png").write_bytes(png(draw_run(QUICKSTART)))
     else:
-        print(f"the README's figure is left as it is: {QUICKSTART} is missing (make quickstart)")
+        print(f"quickstart.png and shared.png are left as they are: {QUICKSTART} is missing (make quickstart)")
     reference = HERE.parent / "build" / "api.md"
     reference.parent.mkdir(exist_ok=True)
     reference.write_text(api(), encoding="utf-8")

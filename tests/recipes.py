@@ -30,7 +30,7 @@ def recipes() -> list[Recipe]:
     what, where = {}, {}
     _, heading, text = PAGE.read_text(encoding="utf-8").partition("\n## Recipes\n")
     assert heading, f"{PAGE} has no section Recipes"
-    for row in ROW.finditer(text):
+    for row in ROW.finditer(text.partition("\n## ")[0]):
         cells = re.findall(r"`([^`]*)`", row["cells"])
         if len(cells) == 1:
             what[row["name"]] = cells[0]

@@ -44,6 +44,12 @@ OTHERS = {
     "sbatch",
     "srun",
     "scancel",
+    "torchrun",
+    "docker",
+    "apptainer",
+    "for",
+    "do",
+    "done",
 }
 
 

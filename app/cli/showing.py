@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from app.cli.trainer import PartsCLI, lightning_options
 from app.core.errors import UserError
-from datamodules.base import PairDataModule
+from datamodules.base import SPLITS, PairDataModule
 from datamodules.describe import cut_responses, describe, repeats
+
+# what a model of the Hub is read from; some repositories hold the weights a second time, in other formats
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
 class ShowCLI(PartsCLI):
-    """A CLI with the options of `fit` and the number of pairs to show."""
+    """A CLI with the options of `fit`, the number of pairs to show, and whether to prepare a run."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument("--pairs", type=int, default=3, help="How many pairs to show, the first of the data.")
+        text = "Tokenise the validation pairs, too, and fetch the model, for a run without network."
+        parser.add_argument("--prepare", type=bool, default=False, help=text)
 
 
 def run_show(arguments: list[str]) -> None:
@@ -30,6 +37,23 @@ def run_show(arguments: list[str]) -> None:
     data: PairDataModule = options["data"]
     data.module = options["model"]
     print("\n".join(lines(data, options["pairs"])))
+    if options["prepare"]:
+        print("\n".join(prepare(data, getattr(data.module, "name", None))))
+
+
+def prepare(data: PairDataModule, model: str | None) -> Iterator[str]:
+    """Fill the caches of a `fit` as far as they need no device; yield a line about each part. Raises UserError."""
+    for split in SPLITS["fit"]:
+        if opened := data.open_table(split):
+            yield f"prepared: {len(opened[1])} {split} pairs"
+    if model is None or Path(model).is_dir():
+        return
+    try:
+        folder = snapshot_download(model, allow_patterns=list(FILES), ignore_patterns=["*/*"])
+    except Exception as error:  # network, access, name: the Hub's errors have no common class
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.name: {model!r} cannot be fetched ({type(error).__name__}: {reason}).") from error
+    yield f"prepared: {model} in {folder}"
 
 
 def lines(data: PairDataModule, count: int) -> Iterator[str]:

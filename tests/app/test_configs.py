@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,34 @@ def test_the_papers_recipe_takes_another_model_by_name(capsys: pytest.CaptureFix
     assert config["model"]["init_args"]["name"] == "EleutherAI/pythia-1.4b"
     assert config["model"]["init_args"]["optimizer"]["class_path"] == "torch.optim.RMSprop"
     assert config["data"]["init_args"]["max_length"] == 512
+
+
+def test_variants_of_beta_dpo_parse(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last column of the table *Which β-DPO did you run?* in docs/choosing.md."""
+    monkeypatch.chdir(ROOT)
+    _, section = (ROOT / "docs/choosing.md").read_text(encoding="utf-8").split("## Which β-DPO did you run?\n")
+    rows = re.findall(r"^\|.*\| `(--config [^`]+)` \|$", section.partition("\n## ")[0], re.MULTILINE)
+    scales = []
+    for row in rows:
+        config = printed(["fit", "--config", "configs/quickstart.yaml", *row.split()], capsys)
+        scales.append(config["statistics"]["init_args"]["gap_scale"])
+    assert scales == ["raw", "beta0", "raw", "beta0", "raw"]
+
+
+def test_a_sweep_of_an_agent_parses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep for Weights & Biases in docs/clusters.md, whose agent gives every parameter as --name=value."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
+    (found,) = re.findall(r"```yaml\n(program: .*?)```", text, re.DOTALL)
+    sweep = yaml.safe_load(found)
+    given = [f"--{name}={entry['values'][-1]}" for name, entry in sweep["parameters"].items()]
+    _, *command, last = sweep["command"]
+    assert last == "${args}"
+    config = printed([*command, *given], capsys)
+    assert config["model"]["init_args"]["beta0"] == 0.1
+    assert config["schedule"]["init_args"]["alpha"] == 0.6
+    assert config["seed_everything"] == 3
+    assert config["trainer"]["logger"]["init_args"]["offline"] is False
 
 
 def test_help_names_every_command() -> None:

@@ -122,7 +122,9 @@ HH = ("--config", str(ROOT / "configs/hh_pythia.yaml"), "--devices_per_node", "8
         ("EleutherAI/pythia-410m", 405_334_016),
         ("EleutherAI/pythia-1.4b", 1_414_647_808),
         ("EleutherAI/pythia-2.8b", 2_775_208_960),
+        ("meta-llama/Meta-Llama-3-8B", 8_030_261_248),
         ("meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
         ("mistralai/Mistral-7B-Instruct-v0.2", 7_241_732_096),
     ],
 )

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import inspect
 import itertools
 import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from command_runs import audit_of, command
-from recipes import Recipe, recipes
+from recipes import PAGE, Recipe, recipes
 from test_configs import METHOD, RECORDS, ROOT, callbacks_of, printed
 from tiny_runs import save_tiny_model
 from transformers import AutoTokenizer
 
+from app.main import main
+from app.method import losses
+
 ALL = recipes()
 SOURCES = {"HH": "Anthropic/hh-rlhf", "TL;DR": "openai/summarize_from_feedback"}
 SOURCES["UltraFeedback"] = "HuggingFaceH4/ultrafeedback_binarized"
-LAYOUTS = {"1": (1, "1"), "4": (1, "4"), "8": (1, "8"), "2 × 8": (2, "8")}
-# every model, data set and layout is in a quarter of them, the rest is for the slow tests
+SOURCES["UltraChat"] = "HuggingFaceH4/ultrachat_200k"
+LAYOUTS = {"1 × 80 GB": (1, "1"), "4 × 80 GB": (1, "4"), "8 × 80 GB": (1, "8"), "2 nodes of 8 × 80 GB": (2, "8")}
+# every model, data set and layout is in a fifth of them, the rest is for the slow tests
 CASES = [
-    pytest.param(recipe, id=recipe.name, marks=() if (number + number // 4) % 4 == 0 else pytest.mark.slow)
+    pytest.param(recipe, id=recipe.name, marks=() if number % 5 == 0 else pytest.mark.slow)
     for number, recipe in enumerate(ALL)
 ]
 
 
 def test_the_page_has_them_all() -> None:
-    assert Counter(recipe.where for recipe in ALL) == dict.fromkeys(LAYOUTS, 16)
+    assert Counter(recipe.where for recipe in ALL) == dict.fromkeys(LAYOUTS, 21)
     assert Counter(recipe.what.split(" on ")[0] for recipe in ALL) == {
-        **dict.fromkeys(("Pythia-410M", "Pythia-1.4B", "Pythia-2.8B"), 16),
-        **dict.fromkeys(("Llama-3-8B-Instruct", "Mistral-7B-Instruct"), 8),
+        **{"Pythia-410M": 16, "Pythia-1.4B": 16, "Pythia-2.8B": 24, "Qwen3-8B": 4},
+        **dict.fromkeys(("Llama-3-8B", "Llama-3-8B-Instruct", "Mistral-7B-Instruct"), 8),
     }
 
 
@@ -56,6 +65,8 @@ def test_a_recipe_parses(
     assert data["path"] == SOURCES[source]
     assert data["batch_size"] == (64 if name in ("Pythia-1.4B", "Pythia-2.8B") else 128)
     assert (trainer["num_nodes"], str(trainer["devices"])) == LAYOUTS[recipe.where]
+    if part := re.search("(helpful|harmless) alone", recipe.what):
+        assert data["subset"] == f"{part[1]}-base"
     if "SimPO" in recipe.what:
         assert (model["beta0"], model["loss"]["init_args"]["gamma"]) == (2.5, 1.375 if "Llama" in name else 0.25)
 
@@ -71,8 +82,71 @@ def test_the_fine_tuned_model_is_what_training_starts_from() -> None:
     assert {re.fullmatch("runs/(.*_sft)/model", start)[1] for start in own} <= folders
 
 
+def test_named_options_exist(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the table *Coming from TRL, axolotl, LLaMA-Factory*."""
+    monkeypatch.chdir(ROOT)
+    lora, loss = ("--config", "configs/model/lora.yaml"), ("--model.loss", "RobustLoss")
+    config = printed(["fit", "--config", "configs/hh_pythia.yaml", *lora, *loss], capsys)
+    other = printed(["fit", "--config", "configs/ultrafeedback_instruct.yaml", "--model.loss", "SimPOLoss"], capsys)
+    section = PAGE.read_text(encoding="utf-8").partition("## Coming from TRL")[2]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")][1:]
+    ours = {
+        name
+        for row in rows
+        for name in re.findall(r"`([a-z_]+(?:\.[a-z0-9_]+)+|ckpt_path|seed_everything)`", row[-1])
+    }
+    assert len(ours) > 25
+    for name in ours:
+        assert exists(config, name.split(".")) or exists(other, name.split(".")), name
+    classes = {name for row in rows for name in re.findall(r"`([A-Z]\w+Loss)`", row[-1])}
+    assert classes <= set(vars(losses))
+    if importlib.util.find_spec("trl"):
+        from trl import DPOConfig, DPOTrainer
+
+        theirs = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row[1])} - {"sigmoid", "sft"}
+        known = {field.name for field in dataclasses.fields(DPOConfig)}
+        assert theirs - known == {"peft_config"}
+        assert "peft_config" in inspect.signature(DPOTrainer).parameters
+
+
+def exists(config: Any, names: list[str]) -> bool:
+    """Whether an option is among those of a printed configuration, which has every option of what it names."""
+    if not names:
+        return True
+    inner = config.get("init_args", config) if isinstance(config, dict) else {}
+    return names[0] in inner and exists(inner[names[0]], names[1:])
+
+
+SHAPES = {
+    "Pythia-2.8B on HH, β-DPO": "EleutherAI/pythia-2.8b",
+    "Llama-3-8B on UltraChat, SFT": "meta-llama/Meta-Llama-3-8B",
+    "Llama-3-8B-Instruct on UltraFeedback, β-DPO": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "Mistral-7B-Instruct on UltraFeedback, β-DPO": "mistralai/Mistral-7B-Instruct-v0.2",
+    "Qwen3-8B on UltraFeedback, β-DPO without thinking": "Qwen/Qwen3-8B",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe", [recipe for recipe in ALL if recipe.what in SHAPES], ids=[r.name for r in ALL if r.what in SHAPES]
+)
+def test_a_recipe_fits(recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    main(["plan", *recipe.arguments[1:], "--shape", SHAPES[recipe.what], "--memory_gb", "80"])
+    text = capsys.readouterr().out
+    assert "fits 80 GB" in text, text
+    budget = printed(list(recipe.arguments), capsys)["data"]["init_args"]["micro_batch_tokens"]
+    assert int(text.split()[-1]) >= budget, text
+
+
 CHAT = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + eos_token }}{% endfor %}"
 CHAT += "{% if add_generation_prompt %}assistant : {% endif %}"
+# like Qwen 3's: an empty thought before the last answer, and without thinking at the end of the prompt
+THINKING = "{% for m in messages %}{{ m['role'] + ' : ' }}"
+THINKING += (
+    "{% if loop.last and m['role'] == 'assistant' %}no . {% endif %}{{ m['content'] + eos_token }}{% endfor %}"
+)
+THINKING += "{% if add_generation_prompt %}assistant : {% if enable_thinking is false %}no . {% endif %}{% endif %}"
 
 
 def hh_row(number: int) -> dict[str, object]:
@@ -90,18 +164,45 @@ def ultrafeedback_row(number: int) -> dict[str, object]:
     return {"prompt": asked, "prompt_id": str(number), **turns, "score_chosen": 8.0, "score_rejected": 5.0}
 
 
+def ultrachat_row(number: int) -> dict[str, object]:
+    asked = f"tell me the colour of cat {number} ."
+    turns = (("user", asked), ("assistant", "the cat has colour blue ."), ("user", "no ."), ("assistant", "blue ."))
+    return {
+        "prompt": asked,
+        "prompt_id": str(number),
+        "messages": [{"role": r, "content": text} for r, text in turns],
+    }
+
+
+LORA = ("--config", str(ROOT / "configs/model/lora.yaml"))
+UF = ("train_prefs", "test_prefs")
+
+
 @pytest.mark.parametrize(
-    ("recipe", "family", "row", "splits"),
+    ("recipe", "family", "row", "splits", "further"),
     [
-        ("hh_pythia", "gpt_neox", hh_row, ("train", "test")),
-        ("ultrafeedback_instruct", "llama", ultrafeedback_row, ("train_prefs", "test_prefs")),
+        ("hh_pythia", "gpt_neox", hh_row, ("train", "test"), ()),
+        ("hh_pythia_sft", "gpt_neox", hh_row, ("train", "test"), ()),
+        ("ultrachat_sft", "llama", ultrachat_row, ("train_sft", "test_sft"), ("--data.tokenizer", "model")),
+        ("ultrafeedback_instruct", "llama", ultrafeedback_row, UF, ()),
+        ("ultrafeedback_instruct", "llama", ultrafeedback_row, UF, LORA),
+        (
+            "ultrafeedback_instruct",
+            "qwen3",
+            ultrafeedback_row,
+            UF,
+            ("--data.chat_template_kwargs.enable_thinking", "false"),
+        ),
     ],
+    ids=("hh", "hh-sft", "ultrachat", "llama", "llama-lora", "qwen3"),
 )
-def test_a_complete_recipe_trains(recipe: str, family: str, row: object, splits: list[str], tmp_path: Path) -> None:
+def test_a_complete_recipe_trains(
+    recipe: str, family: str, row: object, splits: tuple[str, str], further: tuple[str, ...], tmp_path: Path
+) -> None:
     """Three steps of the file as it is, but for model, pairs, batch and device."""
     model = save_tiny_model(family, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = CHAT
+    tokenizer.chat_template = THINKING if family == "qwen3" else CHAT
     tokenizer.save_pretrained(model)
     (tmp_path / "pairs").mkdir()
     for split, count in zip(splits, (12, 4), strict=True):
@@ -111,11 +212,16 @@ def test_a_complete_recipe_trains(recipe: str, family: str, row: object, splits:
     (tmp_path / "pairs" / "README.md").write_text(
         f"---\nconfigs:\n- config_name: default\n  data_files:\n{''.join(card)}---\n"
     )
-    options = ["--model.name", model, "--data.path", "pairs", "--data.batch_size", "4"]
+    options = [*further, "--model.name", model, "--data.path", "pairs", "--data.batch_size", "4"]
     options += ["--trainer.max_steps", "3", "--trainer.accelerator", "cpu"]
     done = command(tmp_path, "fit", "--config", str(ROOT / f"configs/{recipe}.yaml"), *options)
     assert done.returncode == 0, done.stderr
-    rows = audit_of(tmp_path / "runs" / recipe / "version_0").to_pandas()
+    run = tmp_path / "runs" / recipe / "version_0"
+    if recipe.endswith("sft"):
+        last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+        assert last["global_step"] == 3
+        return
+    rows = audit_of(run).to_pandas()
     assert sorted(rows["step"].unique()) == [1, 2, 3]
     assert rows["gap"].notna().all()
     assert rows.groupby("step").kept.sum().tolist() == [3, 3, 3]
