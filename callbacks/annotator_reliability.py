@@ -71,7 +71,13 @@ class AnnotatorReliability(Callback):
     def annotators(self, decision: StepDecision) -> list[str]:
         """Return the annotator of every pair, [G]; raise UserError for a missing column other than the default."""
         if self.column in decision.labels:
-            return ["unnamed" if name is None else str(name) for name in decision.labels[self.column]]
+            names = decision.labels[self.column]
+            if None in names and "unnamed" not in self.reliability:
+                empty = f"{names.count(None)} of {len(names)} pairs of step {decision.step}"
+                log.warning(
+                    "%s have no value in the column %r: they share the annotator `unnamed`", empty, self.column
+                )
+            return ["unnamed" if name is None else str(name) for name in names]
         carried = ", ".join(decision.labels) or "none"
         if self.column != "annotator":
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,6 +21,8 @@ from app.method.weights import (
 )
 from callbacks.explicit_reward_gap import rewards
 
+log = logging.getLogger(__name__)
+
 
 class WeightedPairs(Callback):
     """A callback that multiplies the loss of every kept pair by a weight, without gradient."""
@@ -28,6 +31,10 @@ class WeightedPairs(Callback):
         if not decision.kept_count:
             return
         weights = self.weights(pl_module, decision)
+        if not weights.any():
+            log.warning(
+                "step %d: %s gives every pair the weight 0: nothing is learned", decision.step, type(self).__name__
+            )
         decision.loss_weight[decision.kept] *= weights
         pl_module.log("weights/mean", weights.mean())
         pl_module.log("weights/largest", weights.max())

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+LEAST = 1e-12  # of η and 1 − η: at 0 or 1 no later pair could move the posterior
+
 
 def label_confidence(label_logits: Tensor, reliability: Tensor) -> Tensor:
     """Return w = ηp/(ηp + (1 − η)(1 − p)) [n], the posterior that each label is right (eq. 4).
@@ -22,10 +24,14 @@ def updated_reliability(
 ) -> dict[str, float]:
     """Return η ← (1 − a)·η + a·mean w of the annotators in the batch, a = `momentum`; other annotators keep theirs.
 
-    `annotators` and `confidence` w belong to the same n pairs; `reliability` names all of them.
+    `annotators` and `confidence` w belong to the same n pairs; `reliability` names all of them. η stays inside
+    [LEAST, 1 − LEAST].
     """
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(annotators):
+        places.setdefault(name, []).append(place)
     updated = dict(reliability)
-    for name in dict.fromkeys(annotators):
-        own = confidence[[other == name for other in annotators]]
-        updated[name] = (1.0 - momentum) * reliability[name] + momentum * float(own.mean())
+    for name, own in places.items():
+        newest = (1.0 - momentum) * reliability[name] + momentum * float(confidence[own].mean())
+        updated[name] = min(max(newest, LEAST), 1.0 - LEAST)
     return updated

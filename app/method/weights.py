@@ -47,7 +47,8 @@ def madpo_weights(score_gap: Tensor, largest: float, smallest: float, slope: flo
     sirano1004/Margin-Apative-Direct-Preference-Optimization.)
     """
     gap = score_gap.to(torch.float64)
-    rise = torch.exp(slope * (gap.abs() - threshold)) * (largest - 1.0) / (1.0 - smallest)
+    # an infinite exponential times c_max − 1 = 0 would be NaN
+    rise = torch.exp((slope * (gap.abs() - threshold)).clamp(max=700.0)) * (largest - 1.0) / (1.0 - smallest)
     factor = smallest + (largest - smallest) / (1.0 + rise)
     ratio = torch.exp(torch.nn.functional.logsigmoid(factor * gap) - torch.nn.functional.logsigmoid(gap))
     return torch.where(gap > -threshold, ratio, torch.ones_like(gap))

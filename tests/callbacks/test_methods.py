@@ -24,6 +24,7 @@ from callbacks import (
     LossWeights,
     PairAudit,
     PairFilter,
+    ReferenceWeights,
     RewardGapStatistics,
     ScoreWeights,
 )
@@ -76,6 +77,49 @@ def test_gaps_of_earlier_batches_move_the_margins_until_they_leave_the_queue() -
     assert float(again.margin[[0, 1, 3]].mean()) == pytest.approx(0.5)  # the batch fills the queue
     with pytest.raises(UserError, match="at most 1000"):
         GammaPOMargin(1.0, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *(
+            lambda: AnnotatorReliability(momentum=1.0),
+            lambda: GammaPOMargin(5.0, 0.05),
+            AMaPOMargin,
+            ReferenceWeights,
+        ),
+        *(lambda: LossWeights("dr_dpo", 1e-3), lambda: LossWeights("kldpo", 1e-3)),
+        *(lambda: ScoreWeights(largest=1.0, slope=1e3), lambda: ScoreWeights("quality", slope=1e3)),
+    ],
+)
+@pytest.mark.parametrize("gaps", [[3.0], [2.0, 2.0, 2.0], [1e4, -1e4], [0.0, math.nan]])
+def test_degenerate_batches_give_finite_decisions_twice(part: Any, gaps: list[float]) -> None:
+    callback = part()
+    for _ in range(2):  # the second time with a state
+        score = [2e3 * h if math.isfinite(h) else 0.0 for h in gaps]
+        decision = measured(*gaps, chosen_reward=score, rejected_reward=[0.0] * len(gaps))
+        decision.reference_margin = decision.gaps.clone()
+        decided(decision, callback)
+        for name in ("loss_weight", "margin", "confidence"):
+            value = getattr(decision, name)
+            assert value is None or bool(torch.isfinite(value[decision.kept]).all()), name
+
+
+def test_annotators_without_a_name_and_weights_without_a_sum_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    callback = AnnotatorReliability(momentum=1.0)
+    decided(measured(900.0, 900.0, -900.0, annotator=["a", None, ""]), callback)
+    decided(measured(900.0, annotator=[None]), callback)
+    said = "1 of 3 pairs of step 0 have no value in the column 'annotator'"
+    assert [record.getMessage().startswith(said) for record in caplog.records] == [True]
+    # a certain annotator is not beyond doubt, and ten thousand are no trouble
+    assert 0 < callback.reliability[""] < callback.reliability["a"] < 1
+    decided(measured(*[1.0] * 10_000, annotator=[str(n) for n in range(10_000)]), callback)
+    assert len(callback.reliability) == 10_003
+    zero = measured(1.0, 1.0, chosen_reward=[0, 0], rejected_reward=[9e3, 9e3])
+    decided(zero, ScoreWeights("quality"))
+    assert (
+        caplog.records[-1].getMessage() == "step 0: ScoreWeights gives every pair the weight 0: nothing is learned"
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from lightning.pytorch import Callback
 from tiny_runs import Recorder, beta_dpo, controlled, plain_logps, preference, quiet_trainer, same_bits, weights
 from transformers import AutoModelForCausalLM
 
+from callbacks import AnnotatorReliability, GammaPOMargin, ReferenceWeights
+
 BETA0 = 0.1
 
 
@@ -32,7 +34,8 @@ class ValidationHistory(Callback):
 def train(folder: Path, model: str, **settings: Any) -> tuple[Any, Recorder, ValidationHistory]:
     recorder, history = Recorder(), ValidationHistory()
     module = preference(model)
-    trainer = quiet_trainer(folder, [*beta_dpo(), recorder, history], **settings)
+    with_state = [GammaPOMargin(0.2, 1.0), AnnotatorReliability("kind"), ReferenceWeights()]
+    trainer = quiet_trainer(folder, [*beta_dpo(), *with_state, recorder, history], **settings)
     # 7 validation pairs in batches of 4 and 3
     trainer.fit(module, controlled(24, batch_size=4, micro_batch_tokens=150))
     return module, recorder, history
@@ -77,6 +80,8 @@ def test_validation_leaves_no_trace_in_training(tiny_llama: str, tmp_path: Path)
         assert torch.equal(left.kept, right.kept)
         assert torch.equal(left.beta, right.beta)
         assert left.moments == right.moments
+        for name in ("margin", "confidence", "loss_weight"):
+            assert torch.equal(getattr(left, name), getattr(right, name)), name
 
 
 def test_every_validation_is_the_exact_mean_over_all_pairs(tiny_llama: str, tmp_path: Path) -> None:

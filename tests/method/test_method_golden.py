@@ -1,8 +1,4 @@
-"""Golden numbers of the method, float64 to 1e-9.
-
-The file named by BETA_DPO_GOLDEN is read at run time; without it these tests skip, and the hand-sized ones
-beside them remain.
-"""
+"""Golden numbers of the method, float64 to 1e-9, beside hand-sized ones; BETA_DPO_GOLDEN names another folder."""
 
 from __future__ import annotations
 
