@@ -54,7 +54,7 @@ from callbacks import (
     StandardisedMargin,
 )
 from callbacks.control import CONTROLS
-from callbacks.slots import in_order, slot_of
+from callbacks.slots import BY_NAME, in_order, slot_of
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "combinations.md"
@@ -353,6 +353,8 @@ def test_the_table_lists_everything() -> None:
         if not inspect.isabstract(kind) and kind.__module__ == PairLoss.__module__:
             found.add(kind)
     assert {type(loss) for loss, _ in LOSSES.values()} == found - {WithSFTTerm}
+    kinds = {kind for slot in ("schedule", "margin", "confidence", "weights") for kind in BY_NAME[slot].kinds}
+    assert {part[0] for part in SCHEDULES.values() if part} == kinds
     assert list(committed()) == EVERY
     assert table(committed()) == TABLE.read_text(encoding="utf-8").partition(CONTROLS_FOLLOW)[0]
 
