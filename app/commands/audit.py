@@ -28,7 +28,7 @@ def audit(
     run: str,
     out: str = "suspects.jsonl",
     count: PositiveInt = 100,
-    by: Literal["best", "reference", "posterior", "gaps", "dropped"] = "best",
+    by: Literal["best", "reference", "gaps", "posterior", "dropped"] = "best",
     clean: str | None = None,
     swap: bool = False,
 ) -> None:
@@ -41,8 +41,9 @@ def audit(
         run: log folder of a run with `PairAudit`.
         out: the .jsonl or .csv file to write; it appears only when complete.
         count: number of pairs to list of each kind, at most; the most suspicious come first.
-        by: the signal that ranks likely mislabelled pairs; `best` takes the first that the run has of the
-            reference's own margin, RE-PO's posterior, the gaps, and how often the filter dropped the pair.
+        by: the signal that ranks likely mislabelled pairs; `best` takes the first that the run has, in the order of
+            their measured precision, of the reference's own margin, the gaps, RE-PO's posterior, and how often the
+            filter dropped the pair.
         clean: a .jsonl file for the training data, as its source has it, without the listed mislabelled pairs.
         swap: keep these pairs in the clean data, with their responses exchanged.
     """
@@ -61,7 +62,9 @@ def audit(
     if by not in ("best", *signals) and by != "gaps":
         raise UserError(f"by: the run has no usable signal {by!r}; it has {', '.join(signals) or 'none'}.")
     if signal in signals:
-        print(f"Ranked by {signal}: {signals[signal]}.")
+        better = [name for name in list(SIGNALS)[: list(SIGNALS).index(signal)] if name not in signals]
+        without = f"; the run has no usable {' or '.join(better)}" if better else ""
+        print(f"Ranked by {signal}: {signals[signal]}{without}.")
     lists = [suspects(histories, SIGNALS[signal], count, "mislabelled"), suspects(histories, "outlier", count)]
     listed = pd.concat(lists, ignore_index=True)
     texts = pd.DataFrame([pairs.texts(pair_id) for pair_id in listed.pair_id])

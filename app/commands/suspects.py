@@ -67,11 +67,11 @@ def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
     return histories.reset_index().fillna({"outlier": 0.0})
 
 
-# the column of the score by the name of the signal, the best first (docs/monitoring.md)
+# the column of the score by the name of the signal, the best first as measured (docs/monitoring.md)
 SIGNALS = {
     "reference": "wrong_by_reference",
-    "posterior": "wrong_by_posterior",
     "gaps": "mislabelled",
+    "posterior": "wrong_by_posterior",
     "dropped": "dropped_share",
 }
 
@@ -88,10 +88,10 @@ def available(histories: pd.DataFrame) -> dict[str, str]:
         agreement = float((margins > 0).mean())
         if agreement - 0.5 > 3 * 0.5 / np.sqrt(len(margins)):
             found["reference"] = f"the reference prefers the labelled response in {agreement:.0%} of the pairs"
-    if histories.wrong_by_posterior.notna().any():
-        found["posterior"] = "the run estimated the probability of every label (RE-PO)"
     if (histories.mislabelled > 0).any():
         found["gaps"] = "the mean gap rose above 0"
+    if histories.wrong_by_posterior.notna().any():
+        found["posterior"] = "the run estimated the probability of every label (RE-PO)"
     if histories.dropped_share.nunique() > 1:
         found["dropped"] = "the filter dropped some pairs more often than others"
     return found

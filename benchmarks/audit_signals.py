@@ -1,0 +1,137 @@
+"""Measure how well each signal of the audit finds labels that were flipped on purpose, pooled over seeds.
+
+python -m benchmarks.audit_signals                                              # the controlled task, 15 % flipped
+python -m benchmarks.audit_signals --pairs hh.jsonl.gz --model models/smollm2   # pairs of people, 20 % flipped
+
+Each seed draws its own pairs and flips. It trains β-DPO, and plain DPO with RE-PO; on pairs of people, to spare
+time, β-DPO with RE-PO alone. A run in `--out` is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from app.commands.audit import LABEL, as_row
+from app.commands.quickstart import command
+from app.commands.suspects import SIGNALS, available, hits, pair_histories
+from app.core.intervals import wilson
+from app.report.run_folder import read_audit
+from benchmarks.tables import markdown
+from datamodules.sources import Source, pair_stream
+
+SHARES = (0.01, 0.05, 0.1)
+RE_PO = ("--confidence", "AnnotatorReliability")
+ARMS = {"beta_dpo": (), "dpo_re_po": ("--config", "method/dpo", *RE_PO)}
+REAL_ARMS = {"beta_dpo_re_po": RE_PO}
+
+
+def flipped_pairs(path: str, seed: int, count: int, longest: int, out: Path) -> None:
+    """Write `count` pairs of at most `longest` characters, drawn by `seed`, with a fifth of the labels flipped."""
+    found = {}
+    for pair in pair_stream(Source(path), "skip", need_rejected=True).read():
+        if len(f"{pair.prompt}{pair.chosen}{pair.rejected}") <= longest:
+            found.setdefault((str(pair.prompt), frozenset((pair.chosen, pair.rejected))), pair)
+    draws = np.random.default_rng(seed)
+    pairs = [list(found.values())[place] for place in draws.permutation(len(found))[:count]]
+    flips = draws.permutation(len(pairs)) < round(0.2 * len(pairs))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", encoding="utf-8") as lines:
+        for pair, flip in zip(pairs, flips.tolist(), strict=True):
+            labelled = replace(pair, labels={LABEL: flip})
+            lines.write(json.dumps(as_row(labelled, flip), ensure_ascii=False) + "\n")
+    print(f"{len(pairs)} of {len(found)} pairs, {flips.sum()} flipped: {out}")
+
+
+def train(folder: Path, seed: int, options: argparse.Namespace) -> None:
+    """Train the arms of one seed into `folder`."""
+    words = ["--config", "quickstart", "--model.name", str(folder / "sft-model")]
+    if options.pairs:
+        data = folder / "pairs.jsonl"
+        flipped_pairs(options.pairs, seed, options.count, options.longest, data)
+        words = ["--config", "own_pairs", "--model.name", options.model, "--data.path", str(data)]
+        words += ["--data.validation_share", "0", "--model.optimizer.init_args.lr", "2e-5"]
+        words += ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--model.reference", "cached"]
+    elif not (folder / "sft-model").exists():
+        fit(folder, "sft", seed, ["--config", "quickstart_sft"])
+        command("export", str(folder / "sft/checkpoints/last.ckpt"), str(folder / "sft-model"))
+    for arm, more in arms(options).items():
+        if not (folder / arm).exists():
+            fit(folder, arm, seed, [*words, *more, "--dashboard", "null"])
+
+
+def fit(folder: Path, name: str, seed: int, words: list[str]) -> None:
+    logger = f"{{save_dir: {folder}, name: {name}, version: ''}}"
+    command("fit", *words, "--seed_everything", str(seed), "--trainer.logger.init_args", logger)
+
+
+def area(scores: np.ndarray, wrong: np.ndarray) -> float:
+    """Return the probability that a wrong label [n] has a higher score [n] than a right one; a tie counts half."""
+    ranks = pd.Series(scores).rank().to_numpy()[wrong]
+    count = len(ranks)
+    return float((ranks.sum() - count * (count + 1) / 2) / (count * (len(wrong) - count)))
+
+
+def calibration(scores: np.ndarray, wrong: np.ndarray) -> float:
+    """Return the mean distance of probability and share of wrong labels over ten bins of as many pairs each."""
+    bins = np.array_split(np.argsort(scores), 10)
+    return float(np.mean([abs(scores[some].mean() - wrong[some].mean()) for some in bins]))
+
+
+def measured(run: Path) -> dict[str, tuple[bool, float, float, list[np.ndarray], int]]:
+    """Return of every signal: whether it is offered, area, calibration, hits per share, number of wrong labels."""
+    audit = read_audit(run)
+    histories = pair_histories(audit)
+    wrong = audit.groupby("pair_id", sort=False)[LABEL].first().to_numpy().astype(bool)
+    found = {}
+    for name, column in SIGNALS.items():
+        if histories[column].notna().any():
+            scores = np.nan_to_num(histories[column].to_numpy(float), nan=-np.inf)
+            lists = [hits(scores, wrong, max(1, round(len(wrong) * share))) for share in SHARES]
+            error = calibration(scores, wrong) if column.startswith("wrong_by") else float("nan")
+            found[name] = name in available(histories), area(scores, wrong), error, lists, int(wrong.sum())
+    return found
+
+
+def table(folders: list[Path], arm: str) -> str:
+    """Return area, precision and recall of every signal of an arm, pooled over the seeds' folders."""
+    runs = [measured(folder / arm) for folder in folders]
+    rows = []
+    for name in runs[0]:
+        usable, areas, errors, lists, wrong = zip(*(run[name] for run in runs), strict=True)
+        pooled = [np.concatenate(found) for found in zip(*lists, strict=True)]
+        cells = [f"{wilson(hit.mean(), len(hit))}, {hit.sum() / sum(wrong):.3f}" for hit in pooled]
+        spread = f"{np.mean(areas):.3f} ({min(areas):.3f}–{max(areas):.3f})"
+        error = "–" if np.isnan(errors).any() else f"{np.mean(errors):.3f}"
+        rows.append([name, f"{sum(usable)} of {len(runs)}", spread, error, *cells])
+    shares = [f"first {share:.0%}: precision, recall" for share in SHARES]
+    return markdown([arm, "offered", "area (lowest–highest)", "calibration error", *shares], rows)
+
+
+def arms(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+    return REAL_ARMS if options.pairs else ARMS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[71, 72, 73])
+    parser.add_argument("--pairs", help="a file of pairs; none: the controlled task")
+    parser.add_argument("--model", default="models/smollm2")
+    parser.add_argument("--count", type=int, default=160, help="pairs per seed")
+    parser.add_argument("--longest", type=int, default=350, help="characters of a pair, at most")
+    parser.add_argument("--out", type=Path, default=Path("runs/audit_signals"))
+    options = parser.parse_args()
+    task = options.out / (Path(options.pairs).name.split(".")[0] if options.pairs else "controlled")
+    folders = [task / str(seed) for seed in options.seeds]
+    for folder, seed in zip(folders, options.seeds, strict=True):
+        train(folder, seed, options)
+    print("\n\n".join(table(folders, arm) for arm in arms(options)))
+
+
+if __name__ == "__main__":
+    main()
