@@ -7,7 +7,7 @@ import logging
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partialmethod
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ from app.method.ranges import PositiveInt, Seed, checked
 from datamodules.describe import cut_responses, describe, pairs_seen, repeats, shared_prompts, shown
 from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
 from datamodules.loader import Exchange, OptimizerBatchLoader, longest_of
+from datamodules.ranking import Ranking, Selection, ranked
 from datamodules.rewards import RewardScoring, reward_scores, rows_with_reward, with_rewards
 from datamodules.sources.prompts import is_transcript_prompt
 from datamodules.sources.reader import PairStream
@@ -55,6 +56,8 @@ class PairDataModule(LightningDataModule):
         seed: seed of the order of the pairs; none takes the run's `seed_everything`.
         gap_mixture: replaces a share of the rejected responses of the training pairs by samples.
         reward_model: scores the training pairs; the rewards become labels, for `ExplicitRewardGap`.
+        select: the share of the training pairs to keep, by a score.
+        order: the order of the training pairs, by a score; none shuffles every epoch.
     """
 
     tokenisation = Tokenisation()
@@ -67,6 +70,8 @@ class PairDataModule(LightningDataModule):
         seed: Seed | None = None,
         gap_mixture: GapMixture | None = None,
         reward_model: RewardScoring | None = None,
+        select: Selection | None = None,
+        order: Ranking | None = None,
     ):
         super().__init__()
         self.batch_size = batch_size
@@ -74,6 +79,8 @@ class PairDataModule(LightningDataModule):
         self.seed = seed
         self.gap_mixture = gap_mixture
         self.reward_model = reward_model
+        self.select, self.order = select, order
+        self.notes: list[str] = []  # what these two did to the training pairs
         self._tables: dict[Split, tuple[PairTable, np.ndarray]] = {}
         self._module: LightningModule | None = None
 
@@ -107,6 +114,8 @@ class PairDataModule(LightningDataModule):
         trained_on = split == "train" and self.need_rejected
         table = self.open_streams(streams, trained_on)
         rows = rows_with_reward(table, self.rows_of(table, split))
+        if split == "train":
+            rows, self.notes = ranked(table, rows, self.select, self.order)
         if self.gap_mixture is None or not self.need_rejected or split not in ("train", "predict"):
             return table, rows
         samples = [replaced_stream(stream, self.gap_mixture.samples) for stream in streams]
@@ -152,12 +161,11 @@ class PairDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         for split in SPLITS[stage]:
-            opened = self.open_table(split)
-            if opened is None:
+            if (opened := self.open_table(split)) is None:
                 continue
             self._tables[split] = opened
             table, rows = opened
-            for line in describe(table, rows):
+            for line in describe(table, rows) + (self.notes if split == "train" else []):
                 rank_zero_info(f"{split}: {line}")
             if split == "train":
                 rank_zero_info("\n".join(["the first pair as it is trained:", *self.shown(table, int(rows[0]))]))
@@ -209,6 +217,7 @@ class PairDataModule(LightningDataModule):
             batch_size=self.batch_size,
             micro_batch_tokens=self.micro_batch_tokens,
             shuffle=shuffle,
+            keep_order=self.order is not None,
             seed=self.run_seed,
             rank=place["rank"],
             world_size=place["num_replicas"],
@@ -265,17 +274,10 @@ class PairDataModule(LightningDataModule):
             }
         return texts
 
-    def train_dataloader(self) -> OptimizerBatchLoader | list:
-        return self.loader("train")
-
-    def val_dataloader(self) -> OptimizerBatchLoader | list:
-        return self.loader("validation")
-
-    def test_dataloader(self) -> OptimizerBatchLoader | list:
-        return self.loader("test")
-
-    def predict_dataloader(self) -> OptimizerBatchLoader | list:
-        return self.loader("predict")
+    train_dataloader = partialmethod(loader, "train")
+    val_dataloader = partialmethod(loader, "validation")
+    test_dataloader = partialmethod(loader, "test")
+    predict_dataloader = partialmethod(loader, "predict")
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # the stage moves one micro-batch at a time

@@ -170,4 +170,4 @@ class GapMixedTable(PairTable):
         return self._partner[rows]
 
     def reachable(self, rows: np.ndarray) -> np.ndarray:
-        return np.union1d(rows, self._partner[rows])
+        return np.concatenate([rows, np.setdiff1d(self._partner[rows], rows)])

@@ -132,8 +132,9 @@ def longest_of(table: PairTable, rows: np.ndarray) -> tuple[int, int]:
 class OptimizerBatchLoader:
     """A loader that yields a `PreferenceBatch` per optimizer step and resumes exactly where it stopped.
 
-    The order is a permutation keyed by (seed, epoch), the same on any number of ranks. The last batch of an
-    epoch may be smaller; no pair is dropped. Lightning stores `state_dict()` with every checkpoint.
+    The order is a permutation keyed by (seed, epoch), the same on any number of ranks, or with `keep_order` that of
+    `indices` in every epoch. The last batch of an epoch may be smaller; no pair is dropped. Lightning stores
+    `state_dict()` with every checkpoint.
 
     While a batch is in use, a thread makes the next one and packs it with the settings of the last. A batch depends
     only on its place in the order, and only batches that were yielded count as served.
@@ -148,6 +149,7 @@ class OptimizerBatchLoader:
     seed: int
     rank: int = 0
     world_size: int = 1
+    keep_order: bool = False
     exchange: Exchange | None = None
     longest: tuple[int, int] = (0, 0)  # the largest pair of all splits of the run, if it is not one of these
     epoch: int = field(default=0, init=False)
@@ -179,7 +181,7 @@ class OptimizerBatchLoader:
                 packing = batch.packing or packing
 
     def _order(self) -> np.ndarray:
-        if not self.shuffle:
+        if self.keep_order or not self.shuffle:
             return self.indices
         return np.random.default_rng([self.seed, self.epoch]).permutation(self.indices)
 

@@ -14,6 +14,7 @@ START = "give the old value, or start a run of its own from the checkpoint's mod
 REFUSED = (
     *("model", "model.architecture*", "model.loss*", "model.sft_weight", "model.lora*", "model.optimizer"),
     "statistics*",
+    "data.order*",  # a place in one order is none in another
 )
 # keys whose old value still applies, because it is part of the state
 KEPT = {

@@ -64,7 +64,7 @@ def lines(data: PairDataModule, count: int) -> Iterator[str]:
     opened = data.open_table("train")
     assert opened is not None  # every source has training pairs
     table, rows = opened
-    yield from (f"train: {line}" for line in describe(table, rows))
+    yield from (f"train: {line}" for line in (*describe(table, rows), *data.notes))
     if table.label_names:
         yield f"train: columns kept as labels: {', '.join(table.label_names)}"
     for said in (cut_responses(table, data.tokenisation.max_length), *repeats(table, rows)):

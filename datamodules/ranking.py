@@ -1,0 +1,135 @@
+"""Selection and order of the training pairs by a score: a column of the data, or of the file of `predict`."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from app.core.errors import UserError
+from app.method.ranges import PositiveShare, checked
+from app.method.selection import number_kept
+from datamodules.table import PairTable
+
+_PAIRS_AT_ONCE = 65536
+
+
+@checked
+@dataclass(frozen=True)
+class Ranking:
+    """The order of the training pairs by a score (`data.order`), in every epoch; ties keep the order of the data.
+
+    Args:
+        by: column with the score: of the data, or of `scores`, such as `gap`; `random` draws by pair id, alike in
+            every run, as a control.
+        minus: column that is subtracted from it; none subtracts nothing.
+        scores: file that `beta-dpo predict` wrote for this data, joined by pair id; none takes the data's labels.
+        first: whether the pairs with the `largest` or the `smallest` scores come first.
+    """
+
+    by: str
+    minus: str | None = None
+    scores: str | None = None
+    first: Literal["largest", "smallest"] = "largest"
+
+    def apply(self, table: PairTable, rows: np.ndarray, option: str, count: int) -> tuple[np.ndarray, str]:
+        """Return the first `count` of `rows` of the table by this score, and which those are, in words.
+
+        Raises UserError, which names `option`, unless every row has a finite number in the column.
+        """
+        scores = self._column(self.by, table, rows, option)
+        if self.minus is not None:
+            scores = scores - self._column(self.minus, table, rows, option)
+        order = np.argsort(-scores if self.first == "largest" else scores, kind="stable")[:count]
+        name = self.by + (f" − {self.minus}" if self.minus else "") + (f" of {self.scores}" if self.scores else "")
+        ends = f"{scores[order[0]]:.4g} to {scores[order[-1]]:.4g}"
+        return rows[order], f"{option}: {count} of {len(rows)} pairs by {self.first} {name} ({ends})"
+
+    def _column(self, name: str, table: PairTable, rows: np.ndarray, option: str) -> np.ndarray:
+        """Return a column [n] float64 of the pairs `rows` [n]."""
+        if self.scores is not None:
+            values = self._of_file(self.scores, name, table, rows, option)
+        elif name in table.label_names:
+            parts = np.array_split(rows, len(rows) // _PAIRS_AT_ONCE + 1)
+            values = [value for part in parts for value in table.labels(part)[name]]
+        elif name == "random":
+            return np.array([random_score(pair_id) for pair_id in table.pair_ids(rows)])
+        else:
+            carried = ", ".join(table.label_names) or "none"
+            raise UserError(
+                f"data.{option}: the data has no column {name!r}; it carries these: {carried}. Name one of them, "
+                f"or give the file of `beta-dpo predict` as data.{option}.scores."
+            )
+        bad = [place for place, value in enumerate(values) if not _is_number(value)]
+        if bad:
+            raise UserError(
+                f"data.{option}: {len(bad)} of {len(rows)} training pairs have no finite number in the column "
+                f"{name!r} (first: {table.pair_ids(rows[bad[:1]])[0]} with {values[bad[0]]!r:.40}): complete the "
+                "column, or take these pairs out."
+            )
+        return np.array(values, dtype=np.float64)
+
+    def _of_file(self, path: str, name: str, table: PairTable, rows: np.ndarray, option: str) -> list[Any]:
+        try:
+            found = pq.read_table(path)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(
+                f"data.{option}.scores: {path} cannot be read ({str(error).splitlines()[0]}): `beta-dpo predict` "
+                "writes it."
+            ) from error
+        missing = {"pair_id", name} - set(found.column_names)
+        if missing:
+            has = ", ".join(found.column_names)
+            raise UserError(f"data.{option}.scores: {path} has no column {missing.pop()!r}; it has {has}.")
+        ids = found["pair_id"].combine_chunks()
+        if len(ids.unique()) < len(ids):
+            raise UserError(f"data.{option}.scores: {path} names a pair twice: give the scores of one `predict`.")
+        places = pc.index_in(pa.array(table.pair_ids(rows), ids.type), value_set=ids)
+        if places.null_count:
+            first = rows[~places.is_valid().to_numpy(zero_copy_only=False)][:1]
+            raise UserError(
+                f"data.{option}.scores: {path} lacks {places.null_count} of {len(rows)} training pairs (first: "
+                f"{table.pair_ids(first)[0]}): run `beta-dpo predict` on this data."
+            )
+        return found[name].take(places).to_pylist()
+
+
+@checked
+@dataclass(frozen=True)
+class Selection(Ranking):
+    """The share of the training pairs with the first scores (`data.select`); the others are left out and counted.
+
+    Args:
+        share: share of the training pairs to keep; at least one pair is kept.
+    """
+
+    share: PositiveShare = 0.5
+
+
+def ranked(
+    table: PairTable, rows: np.ndarray, select: Selection | None, order: Ranking | None
+) -> tuple[np.ndarray, list[str]]:
+    """Return the selected of the training pairs `rows`, in the order asked for, and lines for the log."""
+    notes = []
+    if select is not None:
+        chosen, note = select.apply(table, rows, "select", number_kept(len(rows), select.share))
+        notes.append(f"{note}; {len(rows) - len(chosen)} left out")
+        rows = rows[np.isin(rows, chosen)]
+    if order is not None:
+        rows, note = order.apply(table, rows, "order", len(rows))
+        notes.append(f"{note}, first to last, in every epoch")
+    return rows, notes
+
+
+def random_score(pair_id: str) -> float:
+    """Return a number in [0, 1) that depends on the id alone."""
+    return int.from_bytes(hashlib.blake2b(pair_id.encode(), digest_size=6).digest()) / 2**48
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and bool(np.isfinite(value))
