@@ -22,7 +22,7 @@ TRAINER_COMMANDS = {
 }
 
 # each has a file and a function in app/commands; the first line of its docstring appears in the overview
-SMALL_COMMANDS = ("quickstart", "generate", "judge", "report", "audit", "export", "convert")
+SMALL_COMMANDS = ("quickstart", "generate", "judge", "pairs", "report", "audit", "export", "convert")
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # torchrun's, Slurm's and Lightning's
 
 

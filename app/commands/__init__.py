@@ -7,6 +7,7 @@ from app.commands.convert import convert
 from app.commands.export import export
 from app.commands.generate import generate
 from app.commands.judge import judge
+from app.commands.pairs import pairs
 from app.commands.quickstart import quickstart
 from app.commands.report import report
 
@@ -14,6 +15,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
     "generate": generate,
     "judge": judge,
+    "pairs": pairs,
     "report": report,
     "audit": audit,
     "export": export,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -14,13 +14,12 @@ from rich.table import Table
 
 from app.cli.mistakes import checked_command
 from app.core.errors import UserError
-from app.core.intervals import Estimate, bootstrap_mean
+from app.core.intervals import Estimate, bootstrap_mean, length_controlled
 from app.judges import Answer, Judge
-from app.judges.answers import aligned
+from app.judges.answers import aligned, sampled_answers
 from app.judges.endpoint import Endpoint, EndpointJudge
-from app.judges.rewards import LearnedReward, TrueReward
+from app.judges.rewards import TrueReward, chosen_reward
 from app.judges.verdicts import VerdictFile
-from datamodules.controlled_task import grade
 
 By = Literal["true_reward", "reward_model", "endpoint"]
 HOW_TO_ASK = Endpoint()
@@ -31,10 +30,14 @@ def judge(
     answers: list[str],
     by: By = "true_reward",
     model: str | None = None,
+    reward: str | None = None,
+    reward_args: dict[str, Any] | None = None,
     verdicts: str = "runs/verdicts.jsonl",
     endpoint: Endpoint = HOW_TO_ASK,
 ) -> None:
-    """Print how often each file of ANSWERS beats the last one, with 95 % bootstrap intervals over prompts.
+    """Print how often each file of ANSWERS beats the last one, its reward and KL, with 95 % bootstrap intervals.
+
+    One file alone gets its reward and KL.
 
     Args:
         answers: samples written by `beta-dpo generate`; the last may be the file of preference pairs that has the
@@ -42,45 +45,56 @@ def judge(
         by: `true_reward` of the controlled task, a `reward_model` (Hugging Face sequence classification), or an
             `endpoint` with OpenAI's chat completions API, which judges every pair in both orders.
         model: folder or Hub id of the reward model, or name of the model at the endpoint.
+        reward: a reward of your own, in the place of `by`: a column of the samples, or the path `module.name` of a
+            function `(prompts, responses) → rewards`, or of a class whose instances are such functions.
+        reward_args: arguments of that class, or further ones of that function.
         verdicts: .jsonl file that keeps the verdicts of a reward model or endpoint, which are not asked for again.
         endpoint: settings of the requests to a language model.
     """
-    if len(answers) < 2:
+    if not answers or (len(answers) == 1 and by == "endpoint"):
         raise UserError("answers: give at least two files, the last of which is the rival of the others.")
     *contenders, rival = answers
     names = distinct_names(answers)
     compared = [aligned(path, rival) for path in contenders]
-    with chosen_judge(by, model, verdicts, endpoint) as judge:
+    with chosen_judge(by, model, reward, reward_args, verdicts, endpoint) as judge:
         rows = [
             table_row(names[path], at, *part, judge)
             for path, (rows, rivals) in zip(contenders, compared, strict=True)
             for at, part in by_temperature(rows, rivals)
         ]
-        rows.append({"answers": f"{names[rival]} (rival)"} | described(compared[0][1], judge))
+        last = compared[0][1] if compared else sampled_answers(rival)
+        rows.append({"answers": f"{names[rival]} (rival)" if compared else names[rival]} | described(last, judge))
         notes = judge.notes()
-    table = Table(title=f"wins over {names[rival]} by {model or by}, mean [95 % interval]; a tie is half a win")
+    over = f"wins over {names[rival]} by {reward or model or by}; a tie is half a win" if compared else names[rival]
+    table = Table(title=f"{over}: mean [95 % interval]")
     for name in (columns := list(dict.fromkeys(name for row in rows for name in row))):
         table.add_column(name)
     for row in rows:
         table.add_row(*(row.get(name, "") for name in columns))
     # a file has no width limit, and a table cut to 80 columns is hard to read
-    Console(width=None if os.isatty(1) else 200).print(table)
+    Console(width=None if os.isatty(1) else 240).print(table)
     for note in notes:
         print(note)
 
 
 @contextmanager
-def chosen_judge(by: By, model: str | None, verdicts: str, endpoint: Endpoint) -> Iterator[Judge]:
+def chosen_judge(
+    by: By,
+    model: str | None,
+    reward: str | None,
+    settings: dict[str, Any] | None,
+    verdicts: str,
+    endpoint: Endpoint,
+) -> Iterator[Judge]:
     """Yield the judge for these arguments. Raises UserError if they do not fit together."""
-    if by == "true_reward":
-        if model is not None:
-            raise UserError("model has no part in the true reward: give --by reward_model or --by endpoint.")
-        yield TrueReward()
-        return
-    if model is None:
-        raise UserError(f"--by {by} needs --model, {'its name' if by == 'endpoint' else 'a folder or Hub id'}.")
-    with VerdictFile.opened(verdicts) as file:
-        yield LearnedReward(model, file) if by == "reward_model" else EndpointJudge(model, endpoint, file)
+    if by == "endpoint" and reward is None:
+        if model is None:
+            raise UserError("--by endpoint needs --model, its name.")
+        with VerdictFile.opened(verdicts) as file:
+            yield EndpointJudge(model, endpoint, file)
+    else:
+        with chosen_reward(by, model, reward, settings, verdicts) as own:
+            yield own
 
 
 def by_temperature(
@@ -101,22 +115,39 @@ def table_row(
     at = {} if temperature is None else {"temperature": f"{temperature:g}"}
     won, tied, lost = (int(where.sum()) for where in (scores > 0.5, scores == 0.5, scores < 0.5))
     unjudged = int(np.isnan(scores).sum())
+    rate = at_equal_length = "no verdict"
+    if unjudged < len(scores):
+        known = np.flatnonzero(~np.isnan(scores))
+        longer = np.array([len(rows[index]["response"]) - len(rivals[index]["response"]) for index in known])
+        rate = str(mean_by_prompt(rows, scores))
+        at_equal_length = str(
+            length_controlled(scores[known], longer, [rows[index]["prompt_id"] for index in known])
+        )
     return {
         "answers": name,
         **at,
-        "win rate": str(mean_by_prompt(rows, scores)) if unjudged < len(scores) else "no verdict",
+        "win rate": rate,
         "won/tied/lost": f"{won}/{tied}/{lost}",
         **({"no verdict": str(unjudged)} if unjudged else {}),
+        "at equal length": at_equal_length,
         **described(rows, judge),
     }
 
 
 def described(rows: list[Answer], judge: Judge) -> dict[str, str]:
-    """Return the mean length of the answers, the judge's figures, and the KL if the samples have a reference."""
-    figures = {"words": float(np.mean([len(row["response"].split()) for row in rows]))} | judge.describe(rows)
+    """Return the mean length of the answers, the judge's figures, the share that ended, and the KL, as text."""
+    words = float(np.mean([len(row["response"].split()) for row in rows]))
+    return {"words": f"{words:.3g}"} | {name: str(figure) for name, figure in figures(rows, judge).items()}
+
+
+def figures(rows: Sequence[Answer], judge: Judge) -> dict[str, Estimate]:
+    """Return the judge's figures of one model's answers, the share that ended if not all did, and a known KL."""
+    found = judge.describe(rows)
+    if not all(row.get("finished", True) for row in rows):
+        found["finished"] = np.array([row.get("finished", True) for row in rows])
     if all("reference_logp" in row for row in rows):
-        figures["KL"] = float(np.mean([row["logp"] - row["reference_logp"] for row in rows]))
-    return {name: f"{figure:.3g}" if name == "words" else f"{figure:.3f}" for name, figure in figures.items()}
+        found["KL"] = np.array([row["logp"] - row["reference_logp"] for row in rows])
+    return {name: mean_by_prompt(rows, values) for name, values in found.items()}
 
 
 def mean_by_prompt(rows: Sequence[Answer], scores: np.ndarray) -> Estimate:
@@ -144,15 +175,8 @@ def win_rate(rows: list[Answer], rivals: list[Answer]) -> Estimate:
 
 
 def summary(rows: list[Answer]) -> dict[str, Estimate]:
-    """Return the figures of one model's samples on the controlled task: reward, malformed share, tokens and KL."""
-    malformed = [grade(row["prompt"], row["response"]).malformed for row in rows]
-    found = {
-        "mean true reward": bootstrap_mean(TrueReward().rewards(rows)),
-        "malformed share": bootstrap_mean(np.array(malformed)),
-        "tokens": bootstrap_mean(np.array([row["tokens"] for row in rows])),
-    }
-    if all("reference_logp" in row for row in rows):
-        found["KL to the reference"] = bootstrap_mean(
-            np.array([row["logp"] - row["reference_logp"] for row in rows])
-        )
-    return found
+    """Return the figures of one model's samples on the controlled task: reward, malformed share, KL and tokens."""
+    names = {"true reward": "mean true reward", "malformed": "malformed share", "KL": "KL to the reference"}
+    told = figures(rows, TrueReward())
+    found = {name: told[short] for short, name in names.items() if short in told}
+    return found | {"tokens": mean_by_prompt(rows, np.array([row["tokens"] for row in rows]))}

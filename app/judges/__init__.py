@@ -20,8 +20,8 @@ class Judge(Protocol):
         """
         ...
 
-    def describe(self, answers: Sequence[Answer]) -> dict[str, float]:
-        """Return figures about one model's answers alone, name → value; may be empty."""
+    def describe(self, answers: Sequence[Answer]) -> dict[str, np.ndarray]:
+        """Return figures [n] of one model's answers alone, by name; may be empty."""
         ...
 
     def notes(self) -> list[str]:

@@ -18,14 +18,15 @@ def aligned(ours: str, theirs: str) -> tuple[list[Answer], list[Answer]]:
     """Return the answers of `ours` and, in the same order, the rival of each from `theirs`.
 
     `theirs` may hold preference pairs, whose chosen responses are then the rivals. If all answers of `theirs` have
-    one temperature, each is the rival of `ours` at every temperature. Raises UserError if `theirs` answers a prompt
-    twice, or if the files answer different prompts (pairs may have more prompts than `ours`).
+    one temperature, each is the rival of `ours` at every temperature; so is the only sample of a prompt. Raises
+    UserError if `theirs` has several rivals for an answer, or if the files answer different prompts (pairs may have
+    more prompts than `ours`).
     """
     rows, everyone = sampled_answers(ours), rival_answers(theirs)
-    alone = len({rival.get("temperature") for rival in everyone}) == 1
+    told_apart = [name for name in ("temperature", "sample") if len({rival.get(name) for rival in everyone}) > 1]
 
     def meeting(row: Answer) -> tuple[Any, ...]:
-        return (row["prompt_id"],) if alone else (row["prompt_id"], row.get("temperature"))
+        return (row["prompt_id"], *(row.get(name) for name in told_apart))
 
     rivals: dict[tuple[Any, ...], Answer] = {}
     for rival in everyone:
@@ -37,7 +38,7 @@ def aligned(ours: str, theirs: str) -> tuple[list[Answer], list[Answer]]:
     if not same or any(rivals[meeting(row)]["prompt"] != row["prompt"] for row in rows):
         raise UserError(
             f"{ours} and {theirs} answer different prompts: sample both for the same prompts, with the same seed, "
-            "count and temperatures."
+            "count, samples and temperatures."
         )
     return rows, [rivals[meeting(row)] for row in rows]
 

@@ -2,60 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.progress import Progress
 
 from app.core.errors import UserError
 from app.core.files import shipped
 from app.judges import Answer
 from app.judges.answers import dialogue_text
+from app.judges.server import Client, Endpoint
 from app.judges.verdicts import VerdictFile, verdict_key
-from app.method.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, checked
 
 PLACES = {"prompt", "first", "second"}
 SCORES = {"first": 1.0, "tie": 0.5, "second": 0.0}  # of the answer that is shown first
-NO_KEY = "none"
 NAMED = 3  # number of refused pairs and reasons that are printed
-REFUSALS = (400, 413, 422)  # a retry would not help: the question is too long or hits a content filter
 _VERDICT = re.compile(r"verdict\W*\b(A|B|tie)\b", re.IGNORECASE)
 _ALONE = re.compile(r"\W*(A|B|tie)\W*", re.IGNORECASE)
-
-
-@checked
-@dataclass(frozen=True)
-class Endpoint:
-    """Settings for asking a language model.
-
-    Args:
-        url: base address of the server, up to /v1; null is OpenAI's.
-        instructions: text file with the places $prompt, $first and $second; see configs/judge.
-        temperature: of the judge; null uses the server's default.
-        max_tokens: longest reply, in tokens.
-        parallel: number of concurrent questions.
-        retries: further attempts when the server is unreachable, busy or failing; the pause doubles from half a
-            second up to eight seconds, or is what the server asks for.
-        timeout: seconds to wait for a reply.
-        api_key_env: environment variable with the key; null is OPENAI_API_KEY for OpenAI's url, and no key for
-            other urls.
-    """
-
-    url: str | None = None
-    instructions: str = "configs/judge/dialogue.txt"
-    temperature: NonNegativeFloat | None = 0.0
-    max_tokens: PositiveInt = 512
-    parallel: PositiveInt = 8
-    retries: NonNegativeInt = 6
-    timeout: PositiveFloat = 120.0
-    api_key_env: str | None = None
 
 
 class Question(NamedTuple):
@@ -77,7 +43,7 @@ class EndpointJudge:
         self.settings = settings
         self.verdicts = verdicts
         self.template = read_instructions(settings.instructions)
-        self.api_key = api_key(settings)
+        self.client = Client(settings)
         self._seen: list[list[str | None]] = []
         self._refused: dict[str, str] = {}  # refusals of this run: key of the question → the server's reason
         self._refused_pairs: dict[str, None] = {}  # prompt ids of the refused pairs, in order
@@ -116,7 +82,7 @@ class EndpointJudge:
     def _unread(self) -> int:
         return sum(said is None for pair in self._seen for said in pair)
 
-    def describe(self, answers: Sequence[Answer]) -> dict[str, float]:
+    def describe(self, answers: Sequence[Answer]) -> dict[str, np.ndarray]:
         return {}
 
     def notes(self) -> list[str]:
@@ -162,36 +128,23 @@ class EndpointJudge:
         new = {question.key: question for question in questions if question.key not in self.verdicts}
         if not new:
             return
-        openai = import_openai()
-        client = openai.OpenAI(
-            base_url=self.settings.url,
-            api_key=self.api_key,
-            max_retries=self.settings.retries,
-            timeout=self.settings.timeout,
-        )
 
-        def ask(question: Question) -> None:
-            try:
-                reply = self._reply(client, question.text)
-            except openai.APIStatusError as error:
-                if error.status_code not in REFUSALS:
-                    raise
-                self._refused[question.key] = self._reason(error)  # not stored, so the next run asks again
-                return
+        def ask(client: Any, question: Question) -> None:
+            reply = self._reply(client, question.text)
             self.verdicts.add(question.key, model=self.model, verdict=parse_verdict(reply), reply=reply)
 
-        with ThreadPoolExecutor(self.settings.parallel) as pool, Progress(transient=True) as progress:
-            bar = progress.add_task("asking", total=len(new))
-            futures = [pool.submit(ask, question) for question in new.values()]
-            try:
-                for future in futures:
-                    future.result()
-                    progress.advance(bar)
-            except openai.OpenAIError as error:
-                pool.shutdown(cancel_futures=True)  # must end before `_failure` counts the verdicts
-                raise self._failure(error) from error
-            finally:
-                pool.shutdown(cancel_futures=True)  # waits for running questions and keeps their verdicts
+        def refused(question: Question, reason: str) -> None:
+            self._refused[question.key] = reason  # not stored, so the next run asks again
+
+        self.client.ask_all(
+            list(new.values()),
+            ask,
+            refused,
+            lambda: (
+                f"{self.verdicts.path} keeps {len(self.verdicts)} verdicts, and the same command continues from "
+                "there."
+            ),
+        )
 
     def _reply(self, client: Any, text: str) -> str:
         options = {} if self.settings.temperature is None else {"temperature": self.settings.temperature}
@@ -202,18 +155,6 @@ class EndpointJudge:
             **options,
         )
         return answer.choices[0].message.content or ""
-
-    def _reason(self, error: Exception) -> str:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return (reason if self.api_key == NO_KEY else reason.replace(self.api_key, "…")).rstrip(".")
-
-    def _failure(self, error: Exception) -> UserError:
-        reason = self._reason(error)
-        where, kept = self.settings.url or "The endpoint", len(self.verdicts)
-        return UserError(
-            f"{where} gave no reply ({reason.rstrip('.')}): {self.verdicts.path} keeps {kept} verdicts, and "
-            "the same command continues from there."
-        )
 
 
 def parse_verdict(reply: str) -> str | None:
@@ -233,25 +174,3 @@ def read_instructions(path: str) -> Template:
             f"{path} must hold the places $prompt, $first and $second and no other; a dollar sign is $$."
         )
     return template
-
-
-def api_key(settings: Endpoint) -> str:
-    """Return the key in `api_key_env`; without it, OPENAI_API_KEY for OpenAI's url and no key for another server.
-
-    The key is never written. Raises UserError if the environment variable is not set.
-    """
-    name = settings.api_key_env or ("OPENAI_API_KEY" if settings.url is None else None)
-    if name is None:
-        return NO_KEY
-    key = os.environ.get(name)
-    if not key:
-        raise UserError(f"Set the environment variable {name}, or --endpoint.url to a server that needs no key.")
-    return key
-
-
-def import_openai() -> Any:
-    try:
-        import openai
-    except ImportError as error:
-        raise UserError("Asking an endpoint needs one more package: pip install 'beta-dpo[judge]'.") from error
-    return openai

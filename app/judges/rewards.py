@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 from rich.progress import track
@@ -15,11 +19,25 @@ from datamodules.controlled_task import grade
 from datamodules.rewards import RewardModel
 
 
-class TrueReward:
-    """A judge that uses the exact reward of the controlled task."""
+class Reward:
+    """A judge that compares the rewards of two answers; a subclass has `rewards`."""
+
+    def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
+        """Return rewards [n]."""
+        raise NotImplementedError
 
     def scores(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> np.ndarray:
         return win_scores(self.rewards(ours), self.rewards(theirs))
+
+    def describe(self, answers: Sequence[Answer]) -> dict[str, np.ndarray]:
+        return {"reward": self.rewards(answers)}
+
+    def notes(self) -> list[str]:
+        return []
+
+
+class TrueReward(Reward):
+    """A judge that uses the exact reward of the controlled task."""
 
     def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
         """Return rewards [n] from 0 to 4.5. Raises UserError if a prompt is not from the controlled task."""
@@ -28,47 +46,104 @@ class TrueReward:
         except UserError as error:
             raise UserError(
                 "These prompts are not of the controlled task, whose true reward is the default judge: name "
-                "another by --by reward_model --model FOLDER, or --by endpoint --model NAME."
+                "another by --by reward_model --model FOLDER, --by endpoint --model NAME, or --reward NAME."
             ) from error
 
-    def describe(self, answers: Sequence[Answer]) -> dict[str, float]:
+    def describe(self, answers: Sequence[Answer]) -> dict[str, np.ndarray]:
         malformed = [grade(str(row["prompt"]), row["response"]).malformed for row in answers]
-        return {"true reward": float(self.rewards(answers).mean()), "malformed": float(np.mean(malformed))}
-
-    def notes(self) -> list[str]:
-        return []
+        return {"true reward": self.rewards(answers), "malformed": np.array(malformed)}
 
 
-class LearnedReward:
+class LearnedReward(Reward):
     """A judge that uses a reward model from a folder or the Hub, and stores its rewards in the verdict file."""
 
     def __init__(self, name: str, verdicts: VerdictFile):
         self.name = name
         self.verdicts = verdicts
 
-    def scores(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> np.ndarray:
-        self._score([*ours, *theirs])
-        return win_scores(self.rewards(ours), self.rewards(theirs))
-
     def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
-        """Return rewards [n] of answers that `scores` has already scored."""
+        """Return rewards [n]; only answers that the verdict file lacks are scored."""
+        new = {key: row for row in answers if (key := self._key(row)) not in self.verdicts}
+        if new:
+            rewards = RewardModel(self.name).rewards(
+                [row["prompt"] for row in new.values()], [row["response"] for row in new.values()]
+            )
+            for key, reward in zip(new, track(rewards, "scoring", total=len(new), transient=True), strict=True):
+                self.verdicts.add(key, model=self.name, reward=reward)
         return np.array([self.verdicts[self._key(row)]["reward"] for row in answers])
-
-    def describe(self, answers: Sequence[Answer]) -> dict[str, float]:
-        return {"reward": float(self.rewards(answers).mean())}
-
-    def notes(self) -> list[str]:
-        return []
 
     def _key(self, row: Answer) -> str:
         return verdict_key(self.name, row["prompt"], row["response"])
 
-    def _score(self, answers: Sequence[Answer]) -> None:
-        new = {key: row for row in answers if (key := self._key(row)) not in self.verdicts}
-        if not new:
-            return
-        rewards = RewardModel(self.name).rewards(
-            [row["prompt"] for row in new.values()], [row["response"] for row in new.values()]
-        )
-        for key, reward in zip(new, track(rewards, "scoring", total=len(new), transient=True), strict=True):
-            self.verdicts.add(key, model=self.name, reward=reward)
+
+class OwnReward(Reward):
+    """A judge that uses the user's own reward: a column of the samples, or a function of prompts and responses.
+
+    `name` is a column if it has no dot, else the path of a function `(prompts, responses) → rewards`, or of a class
+    that `settings` make such a function.
+    """
+
+    def __init__(self, name: str, settings: dict[str, Any] | None = None) -> None:
+        self.name = name
+        self.function: Callable[..., Any] | None = None
+        if "." in name:
+            self.function = imported(name, settings or {})
+        elif settings:
+            raise UserError(f"reward_args: the column {name!r} takes none; they are for a function or class.")
+
+    def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
+        """Return rewards [n]. Raises UserError unless there is a finite number for each answer."""
+        if self.function is None:
+            found = [row.get(self.name) for row in answers]
+        else:
+            texts = [[row[side] for row in answers] for side in ("prompt", "response")]
+            try:
+                found = list(self.function(*texts))
+            except Exception as error:  # the user's own code may raise anything
+                raise UserError(
+                    f"reward: {self.name} failed ({type(error).__name__}: {error}); BETA_DPO_TRACEBACK=1 shows "
+                    "where."
+                ) from error
+            if len(found) != len(answers):
+                raise UserError(f"reward: {self.name} gave {len(found)} rewards for {len(answers)} responses.")
+        for row, reward in zip(answers, found, strict=True):
+            number = isinstance(reward, (int, float, np.number)) and np.isfinite(float(reward))
+            if not number:
+                told = "is a column of the samples" if self.function is None else "is a function"
+                raise UserError(
+                    f"reward: {self.name} {told}, and {reward!r:.40} for the prompt {row['prompt_id']!r} is no "
+                    "finite number."
+                )
+        return np.array(found, dtype=float)
+
+
+def imported(name: str, settings: dict[str, Any]) -> Callable[..., Any]:
+    """Return the function at the path `name`, or an instance of the class there. Raises UserError."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), attribute)
+        return found(**settings) if isinstance(found, type) else partial(found, **settings)
+    except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"reward: {name} cannot be imported or built ({error}).") from error
+
+
+@contextmanager
+def chosen_reward(
+    by: str, model: str | None, reward: str | None, settings: dict[str, Any] | None, verdicts: str
+) -> Iterator[Reward]:
+    """Yield the reward for these arguments. Raises UserError if they do not fit together."""
+    if settings and reward is None:
+        raise UserError("reward_args: name the reward that takes them by --reward.")
+    if reward is not None and (by != "true_reward" or model is not None):
+        raise UserError("reward: it takes the place of --by and --model; leave them out.")
+    if reward is not None:
+        yield OwnReward(reward, settings)
+    elif by == "true_reward":
+        if model is not None:
+            raise UserError("model has no part in the true reward: give --by reward_model or --by endpoint.")
+        yield TrueReward()
+    elif model is None:
+        raise UserError(f"--by {by} needs --model, a folder or Hub id.")
+    else:
+        with VerdictFile.opened(verdicts) as file:
+            yield LearnedReward(model, file)

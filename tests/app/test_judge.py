@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
+from scipy.special import expit
 from tiny_runs import save_reward_model
 
 from app.commands.judge import by_temperature, distinct_names, judge, mean_by_prompt
 from app.core.errors import UserError
+from app.core.intervals import length_controlled
 from app.judges.answers import aligned, dialogue_text
 from app.judges.endpoint import Endpoint, EndpointJudge, parse_verdict, read_instructions
 from app.judges.rewards import LearnedReward
@@ -181,7 +184,7 @@ def test_a_reward_model_judges_and_scores_no_answer_twice(
     with VerdictFile.opened(path) as verdicts:
         first = LearnedReward(model, verdicts)
         assert first.scores(ours, theirs).tolist() == wanted.tolist()
-        assert first.describe(ours)["reward"] == pytest.approx(np.mean(rewards[0]), abs=1e-5)
+        assert first.describe(ours)["reward"] == pytest.approx(rewards[0], abs=1e-5)
         assert len(verdicts) == 12
     monkeypatch.setattr(RewardModel, "rewards", None)  # whoever scores again fails
     files = [write(tmp_path / "ours.jsonl", ours), write(tmp_path / "theirs.jsonl", theirs)]
@@ -211,7 +214,7 @@ def test_the_table_has_a_row_for_each_file_and_temperature(
         ["mixed", "1", won, "6/0/0"],
         ["sft-samples (rival)", "", "", ""],
     ]
-    assert cells[0][-1] == "1.000"  # KL
+    assert cells[0][-1] == "1.000 [1.000, 1.000]"  # KL
     words = np.mean([len(pair.chosen.split()) for pair in PAIRS])
     assert f"{words:.3g}" in cells[0]
 
@@ -238,7 +241,7 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", samples("chosen"))
     other = write(tmp_path / "b.jsonl", [{"prompt_id": "1", "prompt": "Why?", "response": "So."}])
     for arguments, reason in [
-        (([file],), "at least two"),
+        (([file], "endpoint", "m"), "at least two"),
         (([file, file], "endpoint"), "--model"),
         (([file, file], "true_reward", "m"), "no part"),
         (([other, other],), "controlled task"),
@@ -246,3 +249,62 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=reason):
             judge(*arguments)  # type: ignore[arg-type]
+
+
+def letters(prompts: list, responses: list[str], letter: str = "a") -> list[float]:
+    """Reward by the number of a letter."""
+    return [float(response.count(letter)) for response in responses]
+
+
+def test_a_reward_of_ones_own_is_a_column_or_a_function(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["aa b", "a", "bb", ""]
+    mine = [
+        {"prompt_id": str(number), "prompt": "p", "response": text, "gold": number, "finished": number > 0}
+        for number, text in enumerate(texts)
+    ]
+    theirs = [row | {"response": "a", "gold": 1} for row in mine]
+    a, b = write(tmp_path / "a.jsonl", mine), write(tmp_path / "b.jsonl", theirs)
+    judge([a, b], reward="gold")
+    shown = capsys.readouterr().out
+    assert "2/1/1" in shown
+    assert "1.500 [" in shown
+    assert "0.750 [" in shown  # finished
+    name = f"{letters.__module__}.letters"
+    judge([a, b], reward=name)
+    assert "1/1/2" in capsys.readouterr().out
+    judge([a], reward=name, reward_args={"letter": "b"})
+    assert "0.750 [" in capsys.readouterr().out
+    for settings, told in (
+        (
+            {"reward": "silver"},
+            "silver is a column of the samples, and None for the prompt '0'",
+        ),
+        ({"reward": "json.nothing"}, "cannot be imported"),
+        ({"reward": "math.isnan"}, r"math\.isnan failed \(TypeError: "),
+        ({"reward": "gold", "by": "endpoint"}, "takes the place of --by"),
+        ({"reward": "gold", "reward_args": {"x": 1}}, "takes none"),
+        ({"reward_args": {"x": 1}}, "name the reward"),
+    ):
+        with pytest.raises(UserError, match=told):
+            judge([a, b], **settings)  # type: ignore[arg-type]
+
+
+def test_the_win_rate_at_equal_length_is_the_logistic_fit_of_scipy() -> None:
+    random = np.random.default_rng(0)
+    prompts = [str(number // 2) for number in range(400)][:399]  # two answers each, but for the last
+    longer = random.normal(30, 100, 399)
+    won = random.random(399) < expit(-0.5 + 1.5 * np.tanh(longer / longer.std()))
+    scores = np.where(random.random(399) < 0.1, 0.5, won)
+    weight = 1 / np.array([prompts.count(prompt) for prompt in prompts])
+
+    def loss(fit: np.ndarray) -> float:
+        q = expit(fit[0] + fit[1] * np.tanh(longer / longer.std()))
+        return float(-(weight * (scores * np.log(q) + (1 - scores) * np.log1p(-q))).sum() + 0.5e-6 * (fit**2).sum())
+
+    found = length_controlled(scores, longer, prompts)
+    assert found.mean == pytest.approx(float(expit(minimize(loss, np.zeros(2), tol=1e-10).x[0])), abs=1e-5)
+    assert found.low < float(expit(-0.5)) < found.high
+    assert found.mean < scores.mean()  # the longer answers were ours, and the judge likes them
+    even = length_controlled(scores, np.zeros(399), prompts)
+    assert even.mean == pytest.approx(float(np.average(scores, weights=weight)), abs=1e-6)
+    assert length_controlled(np.ones(5), longer[:5], prompts[:5]).mean == pytest.approx(1, abs=1e-3)

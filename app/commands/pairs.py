@@ -1,0 +1,121 @@
+"""The command `beta-dpo pairs`, which ranks the samples of each prompt and writes preference pairs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from app.cli.mistakes import checked_command
+from app.core.errors import UserError
+from app.core.files import atomic_file
+from app.core.samples import SAMPLE_FIELDS
+from app.judges import Answer
+from app.judges.answers import sampled_answers
+from app.judges.rewards import chosen_reward
+from app.method.ranges import Seed, Share
+
+Ranks = Literal["best_worst", "adjacent"]
+
+
+@checked_command
+def pairs(
+    samples: str,
+    out: str,
+    by: Literal["true_reward", "reward_model"] = "true_reward",
+    model: str | None = None,
+    reward: str | None = None,
+    reward_args: dict[str, Any] | None = None,
+    ranks: Ranks | list[list[int]] = "best_worst",
+    reuse: bool = False,
+    flip_rate: Share = 0.0,
+    seed: Seed = 0,
+    verdicts: str = "runs/verdicts.jsonl",
+) -> None:
+    """Rank the SAMPLES of each prompt by their reward and write preference pairs to OUT, which `data.path` takes.
+
+    A prompt with a sample that is cut or empty, or with too few samples, makes no pair; neither do two samples of
+    equal text or reward. Each is counted.
+
+    Args:
+        samples: file of `beta-dpo generate --samples N`.
+        out: the .jsonl file to write, with `chosen_reward`, `rejected_reward` and `flipped`.
+        by: `true_reward` of the controlled task, or a `reward_model` (Hugging Face sequence classification).
+        model: folder or Hub id of the reward model.
+        reward: a reward of your own, in the place of `by`: a column of the samples, or the path `module.name` of a
+            function `(prompts, responses) → rewards`, or of a class whose instances are such functions.
+        reward_args: arguments of that class, or further ones of that function.
+        ranks: `best_worst`; `adjacent`, which pairs ranks 1 and 2, 3 and 4, and so on; or a list of ranks of chosen
+            and rejected: `[[1, -1], [2, -2]]`, where -1 is the last.
+        reuse: allow a sample in several pairs; a model learns such pairs by heart sooner.
+        flip_rate: share of the pairs, drawn one by one, whose sides are exchanged on purpose.
+        seed: seed of that draw.
+        verdicts: .jsonl file that keeps the rewards of a reward model.
+    """
+    if not out.endswith(".jsonl"):
+        raise UserError(f"out must end in .jsonl, not {out!r}.")
+    if isinstance(ranks, list) and not (ranks and all(len(pair) == 2 and all(pair) for pair in ranks)):
+        raise UserError("ranks must be a list of two ranks each, from 1 or from -1 down, as [[1, -1]].")
+    rows = sampled_answers(samples)
+    with chosen_reward(by, model, reward, reward_args, verdicts) as judge:
+        rewards = judge.rewards(rows)
+    groups: dict[str, list[tuple[float, Answer]]] = {}
+    for row, each in zip(rows, rewards.tolist(), strict=True):
+        groups.setdefault(json.dumps(row["prompt"]), []).append((each, row))
+    left_out, written, flipped = Counter[str](), 0, 0
+    random = np.random.default_rng(seed)
+    with atomic_file(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for group in groups.values():
+            for pair in pairs_of(group, ranks, reuse, left_out):
+                pair["flipped"] = bool(random.random() < flip_rate)
+                if pair["flipped"]:
+                    for side in ("", "_reward"):
+                        one, other = f"chosen{side}", f"rejected{side}"
+                        pair[one], pair[other] = pair[other], pair[one]
+                file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+                written, flipped = written + 1, flipped + pair["flipped"]
+        told = "".join(f"; left out: {count} {reason}" for reason, count in left_out.items())
+        if not written:
+            raise UserError(f"{samples} makes no pair: {len(groups)} prompts{told}.")
+    print(f"{written} pairs of {len(groups)} prompts: {out}; {flipped} are flipped{told}")
+
+
+def pairs_of(
+    group: Sequence[tuple[float, Answer]], ranks: Ranks | list[list[int]], reuse: bool, left_out: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the pairs of one prompt from its samples with rewards, best first, and count in `left_out` why not."""
+    if not all(row["finished"] and row["response"].strip() for _, row in group):
+        left_out["prompts with a sample that is cut or empty"] += 1
+        return
+    wanted: Sequence[Sequence[int]] = [[1, -1]]
+    if ranks == "adjacent":
+        wanted = [[first, first + 1] for first in range(1, len(group), 2)]
+    elif ranks != "best_worst":
+        wanted = ranks
+    places = [[rank - 1 if rank > 0 else len(group) + rank for rank in pair] for pair in wanted]
+    if len(group) < 2 or any(not 0 <= place < len(group) for pair in places for place in pair):
+        left_out["prompts with too few samples for these ranks"] += 1
+        return
+    if any(best >= worst for best, worst in places):
+        raise UserError(f"ranks: {wanted} of {len(group)} samples do not name the better one first.")
+    if not reuse and len({place for pair in places for place in pair}) < 2 * len(places):
+        raise UserError(f"ranks: {wanted} of {len(group)} samples use one twice: set --reuse true for that.")
+    ranked = sorted(group, key=lambda scored: -scored[0])
+    for best, worst in places:
+        (high, chosen), (low, rejected) = ranked[best], ranked[worst]
+        if high == low or chosen["response"].strip() == rejected["response"].strip():
+            left_out["pairs of equal text or reward"] += 1
+            continue
+        shared = [name for name in chosen if name not in SAMPLE_FIELDS and chosen[name] == rejected.get(name)]
+        yield {
+            "pair_id": f"{chosen['prompt_id']}/{best + 1}-{worst + 1}",
+            "prompt": chosen["prompt"],
+            "chosen": chosen["response"],
+            "rejected": rejected["response"],
+            "chosen_reward": high,
+            "rejected_reward": low,
+            **{name: value for name, value in chosen.items() if name in shared},
+        }

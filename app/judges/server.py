@@ -1,0 +1,143 @@
+"""A server with OpenAI's API: its address and key, and many questions at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from rich.progress import Progress
+
+from app.core.errors import UserError
+from app.method.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, checked
+
+NO_KEY = "none"
+REFUSALS = (400, 413, 422)  # a retry would not help: the question is too long or hits a content filter
+Q = TypeVar("Q")
+
+
+@checked
+@dataclass(frozen=True)
+class Server:
+    """Settings of the requests to a server with OpenAI's API (OpenAI, vLLM, `transformers serve`, …).
+
+    Args:
+        url: base address of the server, up to /v1; null is OpenAI's for a judge, and no server for `generate`.
+        parallel: number of concurrent questions.
+        retries: further attempts when the server is unreachable, busy or failing; the pause doubles from half a
+            second up to eight seconds, or is what the server asks for.
+        timeout: seconds to wait for a reply.
+        api_key_env: environment variable with the key; null is OPENAI_API_KEY for OpenAI's url, and no key for
+            other urls.
+    """
+
+    url: str | None = None
+    parallel: PositiveInt = 8
+    retries: NonNegativeInt = 6
+    timeout: PositiveFloat = 120.0
+    api_key_env: str | None = None
+
+
+@checked
+@dataclass(frozen=True)
+class Endpoint(Server):
+    """Settings for asking a language model for verdicts.
+
+    Args:
+        instructions: text file with the places $prompt, $first and $second; see configs/judge.
+        temperature: of the judge; null uses the server's default.
+        max_tokens: longest reply, in tokens.
+    """
+
+    instructions: str = "configs/judge/dialogue.txt"
+    temperature: NonNegativeFloat | None = 0.0
+    max_tokens: PositiveInt = 512
+
+
+@checked
+@dataclass(frozen=True)
+class SamplingServer(Server):
+    """Settings for sampling through a server.
+
+    Args:
+        token_ids: ask for the token ids of prompt and response as well, which vLLM gives and others may refuse.
+    """
+
+    token_ids: bool = False
+
+
+class Client:
+    """A client that asks many questions at a time and tells refusals from failures."""
+
+    def __init__(self, settings: Server) -> None:
+        self.settings = settings
+        self.api_key = api_key(settings)
+
+    def ask_all(
+        self,
+        questions: Sequence[Q],
+        ask: Callable[[Any, Q], None],
+        refused: Callable[[Q, str], None],
+        kept: Callable[[], str],
+    ) -> None:
+        """Call `ask(client, question)` for all questions, and `refused(question, reason)` for those refused.
+
+        Both run in threads. Raises UserError when the server fails; `kept()` says what the next run need not ask.
+        """
+        openai = import_openai()
+        client = openai.OpenAI(
+            base_url=self.settings.url,
+            api_key=self.api_key,
+            max_retries=self.settings.retries,
+            timeout=self.settings.timeout,
+        )
+
+        def answer(question: Q) -> None:
+            try:
+                ask(client, question)
+            except openai.APIStatusError as error:
+                if error.status_code not in REFUSALS:
+                    raise
+                refused(question, self._reason(error))
+
+        with ThreadPoolExecutor(self.settings.parallel) as pool, Progress(transient=True) as progress:
+            bar = progress.add_task("asking", total=len(questions))
+            futures = [pool.submit(answer, question) for question in questions]
+            try:
+                for future in futures:
+                    future.result()
+                    progress.advance(bar)
+            except openai.OpenAIError as error:
+                pool.shutdown(cancel_futures=True)  # must end before `kept` counts
+                where = self.settings.url or "The endpoint"
+                raise UserError(f"{where} gave no reply ({self._reason(error)}): {kept()}") from error
+            finally:
+                pool.shutdown(cancel_futures=True)  # waits for running questions and keeps their answers
+
+    def _reason(self, error: Exception) -> str:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return (reason if self.api_key == NO_KEY else reason.replace(self.api_key, "…")).rstrip(".")
+
+
+def api_key(settings: Server) -> str:
+    """Return the key in `api_key_env`; without it, OPENAI_API_KEY for OpenAI's url and no key for another server.
+
+    The key is never written. Raises UserError if the environment variable is not set.
+    """
+    name = settings.api_key_env or ("OPENAI_API_KEY" if settings.url is None else None)
+    if name is None:
+        return NO_KEY
+    key = os.environ.get(name)
+    if not key:
+        raise UserError(f"Set the environment variable {name}, or --endpoint.url to a server that needs no key.")
+    return key
+
+
+def import_openai() -> Any:
+    try:
+        import openai
+    except ImportError as error:
+        raise UserError("Asking an endpoint needs one more package: pip install 'beta-dpo[judge]'.") from error
+    return openai

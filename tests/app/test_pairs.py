@@ -1,0 +1,72 @@
+"""`beta-dpo pairs`: which samples meet, what is left out, and that PreferenceData takes the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from app.commands.pairs import pairs
+from app.core.errors import UserError
+from datamodules.sources.reader import read_pairs
+
+
+def sample_file(folder: Path, **changes: object) -> str:
+    """Ten prompts with four samples each, whose reward is their number, in another order."""
+    rows = [
+        {
+            "prompt_id": str(prompt),
+            "prompt": f"prompt {prompt}",
+            "response": f" w{4 * prompt + copy}",
+            "finished": (prompt, copy) != (0, 0),
+            "good": 4 * prompt + copy,
+            "topic": "films",
+            **changes,
+        }
+        for prompt in range(10)
+        for copy in (2, 0, 3, 1)
+    ]
+    path = folder / "samples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_no_sample_is_in_two_pairs_and_flips_have_a_seed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    samples, out = sample_file(tmp_path), str(tmp_path / "pairs.jsonl")
+    pairs(samples, out, reward="good", ranks=[[1, 4], [2, -2]], flip_rate=0.5, seed=1)
+    assert "18 pairs of 10 prompts" in capsys.readouterr().out
+    read = list(read_pairs(out, need_rejected=True))
+    for high, low in zip(read[::2], read[1::2], strict=True):
+        for pair, places in ((high, [3, 0]), (low, [2, 1])):
+            numbers = [int(side.strip()[1:]) % 4 for side in (pair.chosen, pair.rejected or "")]
+            flipped = pair.labels["flipped"]
+            assert numbers == (places[::-1] if flipped else places)
+            assert (pair.labels["chosen_reward"] < pair.labels["rejected_reward"]) == flipped  # type: ignore[operator]
+            assert pair.labels["topic"] == "films"
+            assert "good" not in pair.labels  # it is one sample's alone
+    assert 0 < sum(bool(pair.labels["flipped"]) for pair in read) < 18
+    before = Path(out).read_text()
+    pairs(samples, out, reward="good", ranks=[[1, 4], [2, -2]], flip_rate=0.5, seed=1)
+    assert Path(out).read_text() == before
+
+
+def test_ranks_and_what_makes_no_pair(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    samples, out = sample_file(tmp_path), str(tmp_path / "pairs.jsonl")
+    for ranks, count in (("best_worst", 9), ("adjacent", 18)):
+        pairs(samples, out, reward="good", ranks=ranks)  # type: ignore[arg-type]
+        told = capsys.readouterr().out
+        assert f"{count} pairs of 10 prompts" in told
+        assert "left out: 1 prompts with a sample that is cut or empty" in told
+    pairs(samples, out, reward="good", ranks=[[1, 2], [2, 3]], reuse=True)
+    assert "18 pairs" in capsys.readouterr().out
+    for ranks, told in (
+        ([[1, 2], [2, 3]], "use one twice"),
+        ([[3, 1]], "do not name the better one first"),
+        ([[1]], "must be a list of two ranks each"),
+        ([[1, 9]], "makes no pair: 10 prompts; left out: 1 .*; left out: 9 prompts with too few samples"),
+    ):
+        with pytest.raises(UserError, match=told):
+            pairs(samples, out, reward="good", ranks=ranks)
+    with pytest.raises(UserError, match="left out: 9 pairs of equal text or reward"):
+        pairs(sample_file(tmp_path, good=1), out, reward="good")
