@@ -64,6 +64,9 @@ class PolicySamples(Callback):
                     tokenizer.decode(prompt),
                     tokenizer.decode(answer[:-1] if finished else answer, skip_special_tokens=True),
                     finished,
+                    tokens=len(answer),
+                    prompt_ids=list(map(int, prompt)),
+                    response_ids=answer.tolist(),
                 )
                 for number, (prompt, (answer, finished)) in enumerate(zip(self._prompts, answers, strict=True))
             ]

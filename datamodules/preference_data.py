@@ -25,7 +25,7 @@ from datamodules.tokenizer import read_tokenizer
 
 @checked
 class PreferenceData(PairDataModule):
-    """A DataModule with pairs from files (.jsonl, .json, .csv, .tsv, .parquet, .arrow), folders, or a Hub id.
+    """A DataModule with pairs from files (.jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow), folders, or a Hub id.
 
     Args:
         path: the training pairs; `predict` scores all of them. A pattern (`data/*.csv`) takes all matching files. A

@@ -74,7 +74,7 @@ def build_table(
                     for note in told:
                         notes.note(note if tokens else f"dropped: {note}", pair.pair_id)
                     if tokens:
-                        key = prompt_key(pair.prompt)
+                        key = prompt_key(pair.prompt or pair.chosen)  # plain text has no prompt
                         rows.append((pair.pair_id, json.dumps(pair.labels), key, *answer_keys(pair), *tokens))
                         for name, value in pair.labels.items():
                             label_kinds.setdefault(name, set()).add(label_kind(value))

@@ -111,7 +111,7 @@ class _Tokeniser:
 
     def templated(self, pair: PreferencePair) -> bool:
         """Return whether the pair uses the chat template. Raises UserError if it needs one and there is none."""
-        if isinstance(pair.prompt, str) and self.settings.chat_template is not True:
+        if not pair.prompt or (isinstance(pair.prompt, str) and self.settings.chat_template is not True):
             return False
         if self.template is None:
             cure = "set data.chat_template: auto" if self.tokenizer.chat_template else "give data.tokenizer one"
@@ -198,13 +198,16 @@ class _Tokeniser:
             sides = [next(responses), next(responses)][: 1 if pair.rejected is None else 2]
             ended = [True, pair.rejected_ends]
             try:
+                if not pair.prompt:  # plain text is learnt whole, after BOS, or EOS where there is none
+                    start = self.tokenizer.bos_token_id
+                    prompt = PlainPrompt([eos if start is None else start], 1)
                 self._check_plain(pair, prompt)
                 for side in sides:
                     while side and side[-1] == eos:
                         side.pop()
                 sides = [[*side, *[eos] * end] for side, end in zip(sides, ended, strict=False)]
                 self._check_responses(sides, ended, None, "BOS or EOS")
-                found.append(_Tokens(prompt.ids, sides, self._plain_notes))
+                found.append(_Tokens(prompt.ids, sides, self._plain_notes if pair.prompt else ()))
             except Dropped as dropped:
                 found.append(dropped)
         return found

@@ -1,17 +1,223 @@
-"""Sampling of responses from a model in batches, and their log-probabilities."""
+"""Sampling of responses in batches, by a model in this process or through a server with OpenAI's API."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from app.core.errors import UserError
+from app.core.files import folder_hash
+from app.judges.server import Client, SamplingServer
 from datamodules.packing import pack
-from datamodules.records import TokenisedPair
+from datamodules.records import PreferencePair, TokenisedPair
+from datamodules.sources.prompts import prompt_messages
+from datamodules.tokenisation import Tokenisation, tokenise_prompts
+from datamodules.tokenizer import read_tokenizer, stop_ids
+from lightning_modules.pretrained import load_model, refuse_beyond
 from lightning_modules.scorer import ResponseScorer
+
+Answer = dict[str, Any]  # fields of a sample: `response`, `finished`, `tokens`, …
+
+
+class Batch(NamedTuple):
+    """The prompts of one call, each with the number of its sample, from 0; `number` is that of the batch."""
+
+    number: int
+    temperature: float
+    items: Sequence[tuple[PreferencePair, int]]
+
+
+class LocalSampler:
+    """A sampler with the model in this process, on CUDA if available, and a reference that scores its samples."""
+
+    def __init__(
+        self, model: str, reference: str | None, settings: Tokenisation, seed: int, sampling: dict[str, Any]
+    ) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.names = [model] if reference is None else [model, reference]
+        self.models = [load_model(name).eval().to(self.device) for name in self.names]
+        self.tokenizer = read_tokenizer(model, "model")
+        self.settings = settings
+        self.sampling = sampling
+        self.stops = stop_ids(self.tokenizer, settings, self.models[0].generation_config.eos_token_id)
+        self.job: dict[str, Any] = {
+            "models": [model_content(name, loaded) for name, loaded in zip(self.names, self.models, strict=True)],
+            "stops": self.stops,
+            "device": self.device.type,  # another kind of device draws other numbers
+        }
+        self._encoded: dict[str, np.ndarray] = {}
+        torch.manual_seed(seed)
+
+    def read(self, items: Sequence[PreferencePair], prompts: str) -> str:
+        """Tokenise the prompts, print what was cut, and return a hash of their ids and tokens.
+
+        Raises UserError if a prompt cannot be tokenised, or is beyond what a model takes.
+        """
+        encoded = encode_prompts(items, self.tokenizer, self.settings, prompts)
+        for name, loaded in zip(self.names, self.models, strict=True):
+            longest = max(map(len, encoded), default=0) + self.sampling["max_new_tokens"]
+            largest = max((int(ids.max()) for ids in encoded), default=-1)
+            refuse_beyond(
+                loaded, longest, largest, f"The tokenizer of {name}", "max_prompt_length + max_new_tokens"
+            )
+        self._encoded = {item.pair_id: ids for item, ids in zip(items, encoded, strict=True)}
+        return hashed([[item.pair_id, ids.tolist()] for item, ids in zip(items, encoded, strict=True)])
+
+    def answers(self, batch: Batch) -> list[Answer | str]:
+        """Return the samples of a batch."""
+        prompts = [self._encoded[item.pair_id] for item, _ in batch.items]
+        warm = {"temperature": batch.temperature, "top_k": 0} if batch.temperature > 0 else {"top_p": None}
+        sampling = {**self.sampling, "do_sample": batch.temperature > 0, **warm}
+        responses = sample(self.models[0], prompts, self.stops, sampling)
+        logps = zip(*(score(model, prompts, responses) for model in self.models), strict=True)
+        found: list[Answer | str] = []
+        for prompt, response, of_models in zip(prompts, responses, logps, strict=True):
+            finished = int(response[-1]) in self.stops
+            text = self.tokenizer.decode(response[:-1] if finished else response, skip_special_tokens=True)
+            found.append(
+                {
+                    "response": str(text),
+                    "finished": finished,
+                    "tokens": len(response),
+                    "prompt_ids": prompt.tolist(),
+                    "response_ids": response.tolist(),
+                    **dict(zip(("logp", "reference_logp"), of_models, strict=False)),
+                }
+            )
+        return found
+
+    @property
+    def state(self) -> str:
+        return generator_state(self.device)
+
+    def restore(self, state: str) -> None:
+        restore_generator(state, self.device)
+
+
+class ServedSampler:
+    """A sampler that asks a server: chats by its chat completions, plain text by its completions.
+
+    Every sample has a seed of its own, so that a resumed run asks what an uninterrupted one would. Prompts are
+    sent whole; the chat template and the end tokens are the server's.
+    """
+
+    state = ""
+
+    def __init__(
+        self,
+        model: str,
+        settings: SamplingServer,
+        chat: bool,
+        template_kwargs: dict[str, Any],
+        seed: int,
+        sampling: dict[str, Any],
+    ) -> None:
+        self.model = model
+        self.client = Client(settings)
+        self.chat = chat
+        self.seed = seed
+        more: dict[str, Any] = {"chat_template_kwargs": template_kwargs} if template_kwargs else {}
+        more |= {"return_token_ids": True} if settings.token_ids else {}
+        self.options = {"extra_body": more} | ({"top_p": sampling["top_p"]} if sampling["top_p"] < 1 else {})
+        self.max_tokens = sampling["max_new_tokens"]
+        self.job: dict[str, Any] = {"models": [settings.url, model], "chat": chat, "more": more}
+        self._turns: dict[str, list[dict[str, Any]]] = {}  # of the prompts that are asked as chats
+
+    def read(self, items: Sequence[PreferencePair], prompts: str) -> str:
+        """Return a hash of the prompts' ids and texts. Raises UserError for one that the server cannot be asked."""
+        for item in items:
+            if item.tools or item.template_kwargs:
+                raise UserError(
+                    f"{prompts}: tools and template options of {item.pair_id} need a model in this process."
+                )
+            if not self.chat and isinstance(item.prompt, str):
+                continue
+            try:
+                self._turns[item.pair_id] = [dict(turn) for turn in prompt_messages(item.prompt)]
+            except ValueError as error:
+                raise UserError(f"{prompts}: {item.pair_id} is no dialogue ({error}): take it out.") from error
+        return hashed([[item.pair_id, item.prompt] for item in items])
+
+    def restore(self, state: str) -> None:
+        """Do nothing: a seed depends on its sample alone."""
+
+    def answers(self, batch: Batch) -> list[Answer | str]:
+        """Return the samples of a batch, or the reasons why the server refused to give one.
+
+        Raises UserError when the server fails.
+        """
+        found: dict[int, Answer | str] = {}
+
+        def ask(client: Any, place: int) -> None:
+            item, copy = batch.items[place]
+            prompt = item.prompt
+            own = hashed([[self.seed, item.pair_id, copy, batch.temperature, len(prompt)]])
+            seed = int(own[:7], 16)
+            options = {**self.options, "model": self.model, "temperature": batch.temperature, "seed": seed}
+            if turns := self._turns.get(item.pair_id):
+                reply = client.chat.completions.create(
+                    messages=turns, max_completion_tokens=self.max_tokens, **options
+                )
+                text = reply.choices[0].message.content or ""
+            else:
+                reply = client.completions.create(prompt=prompt, max_tokens=self.max_tokens, **options)
+                text = reply.choices[0].text
+            found[place] = _served(text, reply)
+
+        self.client.ask_all(
+            range(len(batch.items)),
+            ask,
+            found.__setitem__,
+            lambda: "the same command continues after the last finished batch.",
+        )
+        return [found[place] for place in range(len(batch.items))]
+
+
+def _served(text: str, reply: Any) -> Answer | str:
+    choice, usage = reply.choices[0], reply.usage
+    if choice.finish_reason not in ("stop", "length"):
+        return f"it ended by {choice.finish_reason}"
+    answer = {"response": text, "finished": choice.finish_reason == "stop"}
+    if usage is not None:
+        answer["tokens"] = usage.completion_tokens
+    # vLLM gives the prompt's tokens with the choice (completions) or with the reply (chat)
+    prompt = getattr(choice, "prompt_token_ids", None) or getattr(reply, "prompt_token_ids", None)
+    if prompt and getattr(choice, "token_ids", None):
+        answer |= {"prompt_ids": list(prompt), "response_ids": list(choice.token_ids)}
+    return answer
+
+
+def model_content(name: str, model: Any) -> str:
+    """Return an identifier of a model's weights: a hash of its folder, or the commit of its Hub id."""
+    return folder_hash(name) if Path(name).is_dir() else f"{name}@{model.config._commit_hash}"
+
+
+def hashed(rows: list[Any]) -> str:
+    """Return a hash of rows in JSON."""
+    return hashlib.blake2b("".join(map(json.dumps, rows)).encode(), digest_size=16).hexdigest()
+
+
+def encode_prompts(
+    items: Sequence[PreferencePair], tokenizer: Any, settings: Tokenisation, prompts: str
+) -> list[np.ndarray]:
+    """Return the tokens of the prompts and print what was cut. Raises UserError if a prompt cannot be tokenised."""
+    found = tokenise_prompts(items, tokenizer, settings)
+    lost = Counter(notes[0] for ids, notes in found if ids is None)
+    if lost:
+        reasons = "; ".join(f"{count}: {reason}" for reason, count in lost.items())
+        raise UserError(f"{lost.total()} prompts of {prompts} cannot be tokenised ({reasons}): take them out.")
+    for note, count in Counter(note for _, notes in found for note in notes).items():
+        limit = f" to {settings.max_prompt_length} tokens (max_prompt_length)" if "truncated" in note else ""
+        print(f"{prompts}: {count} {note}{limit}")
+    return [ids for ids, _ in found if ids is not None]
 
 
 @torch.no_grad()

@@ -9,13 +9,17 @@ from typing import Any
 from app.core.errors import UserError
 
 SAMPLE_FIELDS = (
-    *("prompt_id", "prompt", "response", "finished"),
-    *("temperature", "tokens", "logp", "reference_logp"),
+    *("prompt_id", "prompt", "response", "finished", "temperature", "sample"),
+    *("tokens", "prompt_ids", "response_ids", "logp", "reference_logp"),
 )
 
 
 def sample_line(prompt_id: str, prompt: Any, response: str, finished: bool, **more: Any) -> str:
-    """Return the JSON line of one sample; the prompt is text, or messages as objects with `role` and `content`."""
+    """Return the JSON line of one sample; the prompt is text, or messages as objects with `role` and `content`.
+
+    A response that is not `finished` was cut: it has no end-of-turn. `prompt_ids` and `response_ids` are the tokens
+    that the model read and wrote, the end-of-turn included; text read back may have others.
+    """
     row = {"prompt_id": prompt_id, "prompt": prompt, "response": response, **more, "finished": finished}
     return json.dumps(row, ensure_ascii=False) + "\n"
 

@@ -46,6 +46,12 @@ def jsonl_rows(file: IO[bytes], path: Path) -> Rows:
         raise damaged_gzip(path, error) from error
 
 
+def txt_rows(file: IO[bytes], path: Path) -> Rows:
+    """Yield (line number from 1, a row whose `text` is the line); a blank line is no row."""
+    lines = enumerate(whole_text(file, path).splitlines(), 1)
+    yield from ((number, {"text": line}) for number, line in lines if line.strip())
+
+
 def json_rows(file: IO[bytes], path: Path) -> Rows:
     """Yield (number from 1, value) of each element of an array, or of each line of a file with an object per line.
 
@@ -168,6 +174,7 @@ _TEXT: dict[str, Callable[[IO[bytes], Path], Rows]] = {
     ".json": json_rows,
     ".csv": csv_rows,
     ".tsv": partial(csv_rows, delimiters="\t"),
+    ".txt": txt_rows,
 }
 SUFFIXES = (*_TEXT, *(f"{suffix}.gz" for suffix in _TEXT), ".parquet", ".arrow")
 

@@ -34,10 +34,10 @@ def read_row(
     if "system" not in fields and "system_prompt" in fields:
         fields = {"system" if name == "system_prompt" else name: value for name, value in fields.items()}
     ignored = [name for name, value in fields.items() if name not in _OWN_FIELDS and not is_label(value)]
-    return _pair(fields, default_id, format.name == "hh"), ignored
+    return _pair(fields, default_id, format.name), ignored
 
 
-def _pair(row: Row, default_id: str, hh: bool) -> PreferencePair:
+def _pair(row: Row, default_id: str, format: str) -> PreferencePair:
     """Return the pair of a row with the names of our fields. Raises BadRow.
 
     `prompt`, `chosen` and `rejected` are text or chat messages (a list, a single one, or JSON in text); `chosen`
@@ -52,6 +52,7 @@ def _pair(row: Row, default_id: str, hh: bool) -> PreferencePair:
     answers: list[Message] = []
     texts = [value for value in values if isinstance(value, str)]
 
+    hh = format == "hh"
     if hh and given is not None:
         raise BadRow("not an HH transcript", "there is a field prompt, too")
     if hh:
@@ -77,7 +78,8 @@ def _pair(row: Row, default_id: str, hh: bool) -> PreferencePair:
     if any(prompt != prompts[0] for prompt in prompts):
         raise BadRow("no shared prompt")
     prompt = with_system(prompts[0], row.get("system"))
-    _check_prompt(prompt)
+    if format != "text":
+        _check_prompt(prompt)
     more = [{name: answer[name] for name in answer if name not in ("role", "content")} for answer in answers]
     more = more or [{} for _ in sides]
     for response, fields, side in zip(responses, more, sides, strict=True):

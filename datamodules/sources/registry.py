@@ -150,6 +150,12 @@ FORMATS = (
         when=lambda row: "rejected" not in row and ASSISTANT in str(row["chosen"]),
     ),
     Format(
+        "text",
+        "plain text to learn whole, with no prompt; the lines of a .txt file are such rows",
+        {"text": "2 + 2 is 4."},
+        lambda row, source: {**to.renamed(response="text")(row, source), "prompt": ""},
+    ),
+    Format(
         "tldr", "`openai/summarize_from_feedback`, `comparisons`", _TLDR, to.tldr_pair, when=_without_own_fields
     ),
     Format(
@@ -190,6 +196,7 @@ PROMPTS = tuple(
     Format(name.partition("|")[0], "prompts alone", {name: "2 + 2?"}, to.asked(own), _asks)
     for name, own in (
         ("prompt", to.unchanged),
+        ("text", to.renamed(prompt="text")),
         ("instruction|INSTRUCTION", to.alpaca),
         ("question", to.question(to.renamed(prompt="question"))),
         ("messages|conversations", to.renamed(prompt="messages|conversations")),

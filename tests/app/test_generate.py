@@ -32,7 +32,7 @@ def read(path: Path) -> list[dict]:
 
 def stop_at(patch: pytest.MonkeyPatch, call: int) -> None:
     """Let Ctrl-C come while batch `call`, from 0, is scored."""
-    module = sys.modules["app.commands.generate"]  # the package has a function of that name
+    module = sys.modules["app.commands.sampling"]
     calls = iter(range(call))
 
     def score(*arguments: Any) -> list[float]:
@@ -58,7 +58,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
                 run("out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
     run("out.jsonl")
-    assert "going on behind 5 of 6 batches" in capsys.readouterr().out
+    assert "continuing after 5 of 6 batches" in capsys.readouterr().out
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
 
@@ -82,7 +82,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_llama: str, tmp_path: Path)
     assert 3 <= done < 20
     shown = command(tmp_path, "generate", tiny_llama, "out.jsonl", *OPTIONS)
     assert shown.returncode == 0, shown.stderr
-    assert f"going on behind {done} of 20 batches" in shown.stdout
+    assert f"continuing after {done} of 20 batches" in shown.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl"]
     generate(tiny_llama, str(tmp_path / "whole.jsonl"), count=40, batch_size=4, temperature=[0.7, 1.0], top_p=0.9)
     assert (tmp_path / "whole.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
@@ -186,3 +186,71 @@ def test_a_response_ends_at_an_end_of_turn_that_is_not_eos(tiny_llama: str, tmp_
     assert not any(word in row["response"].split() for row in found["turns"])
     shorter = [row for row in found["turns"] if row["finished"]]
     assert {row["prompt_id"] for row in ran_on} <= {row["prompt_id"] for row in shorter}
+
+
+def test_several_samples_of_a_prompt(tiny_llama: str, tmp_path: Path) -> None:
+    generate(tiny_llama, str(tmp_path / "a.jsonl"), count=3, samples=4, batch_size=5, temperature=[0.7, 1.5])
+    rows = read(tmp_path / "a.jsonl")
+    assert [row["sample"] for row in rows] == [0, 1, 2, 3] * 6
+    assert [row["prompt_id"] for row in rows[:12]] == [row["prompt_id"] for row in rows[::4][:3] for _ in range(4)]
+    assert len({row["response"] for row in rows}) > 12
+    with pytest.raises(UserError, match="at temperature 0 they would all be equal"):
+        generate(tiny_llama, str(tmp_path / "b.jsonl"), samples=2, temperature=[0, 1])
+
+
+TALK = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+QUESTIONS = {
+    "alpaca_eval": {"instruction": "the cat", "output": "theirs", "dataset": "koala"},
+    "arena_hard": {"uid": "u7", "prompt": "the cat", "category": "hard"},
+    "mt_bench": {"question_id": 81, "turns": ["the cat", "the dog"], "category": "writing"},
+}
+
+
+@pytest.fixture(scope="module")
+def chat_model(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("chat") / "talker"
+    shutil.copytree(tiny_llama, folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = TALK
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("form", QUESTIONS)
+def test_answers_in_the_form_of_a_benchmark(form: str, chat_model: str, tmp_path: Path) -> None:
+    questions, out = tmp_path / "question.jsonl", tmp_path / ("out.json" if form == "alpaca_eval" else "out.jsonl")
+    questions.write_text(json.dumps(QUESTIONS[form]) + "\n")
+    settings = {"prompts": str(questions), "count": None, "max_new_tokens": 5, "temperature": 0.0}
+    generate(chat_model, str(out), format=form, **settings)  # type: ignore[arg-type]
+    messages = {"messages": [{"role": "user", "content": "the cat"}]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(messages) + "\n")
+    generate(chat_model, str(tmp_path / "a.jsonl"), **settings | {"prompts": str(tmp_path / "chat.jsonl")})  # type: ignore[arg-type]
+    said = read(tmp_path / "a.jsonl")[0]["response"]
+    if form == "alpaca_eval":
+        assert json.loads(out.read_text()) == [{"instruction": "the cat", "output": said, "generator": "talker"}]
+        return
+    (line,) = read(out)
+    if form == "arena_hard":
+        assert line["uid"] == "u7"
+        assert line["model"] == "talker"
+        assert line["messages"] == [*messages["messages"], {"role": "assistant", "content": {"answer": said}}]
+        return
+    (choice,) = line["choices"]
+    assert (line["question_id"], line["model_id"], choice["turns"][0]) == (81, "talker", said)
+    turns = [*messages["messages"], {"role": "assistant", "content": said}, {"role": "user", "content": "the dog"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    generate(chat_model, str(tmp_path / "b.jsonl"), **settings | {"prompts": str(tmp_path / "chat.jsonl")})  # type: ignore[arg-type]
+    assert choice["turns"][1:] == [read(tmp_path / "b.jsonl")[0]["response"]]
+
+
+def test_what_is_no_question_of_a_benchmark_is_refused(tiny_llama: str, chat_model: str, tmp_path: Path) -> None:
+    questions, out = tmp_path / "question.jsonl", str(tmp_path / "out.jsonl")
+    questions.write_text(json.dumps(QUESTIONS["arena_hard"]) + "\n")
+    for model, form, more, told in (
+        (chat_model, "mt_bench", {}, r"question\.jsonl:1 is no question of mt_bench: turns must hold text"),
+        (chat_model, "alpaca_eval", {}, r"out must end in \.json,"),
+        (chat_model, "arena_hard", {"samples": 2}, "takes one answer to a question"),
+        (tiny_llama, "arena_hard", {}, "is chat messages, and no chat template is used"),
+    ):
+        with pytest.raises(UserError, match=told):
+            generate(model, out, prompts=str(questions), count=None, format=form, **more)  # type: ignore[arg-type]

@@ -10,14 +10,18 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from command_runs import LIMIT_SECONDS, ROOT, command
-from served_judge import INSTRUCTIONS, WORDS, Relay, score, served, train_judge, verdict
+from served_judge import INSTRUCTIONS, REPLIES, WORDS, Relay, score, served, train_judge, verdict
 
+from app.commands.generate import generate
 from app.core.errors import UserError
+from app.core.samples import read_samples
 from app.judges.endpoint import Endpoint, EndpointJudge
+from app.judges.server import SamplingServer
 from app.judges.verdicts import VerdictFile
 
 KEY = "sk-of-a-user-5f1c"
@@ -146,3 +150,44 @@ def test_a_killed_judge_asks_nothing_twice(model: Path, server: str, tmp_path: P
     everything = run.stdout + run.stderr
     everything += "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     assert KEY not in everything
+
+
+def test_a_server_samples(model: Path, server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The server's answers are those of its model; refused prompts are counted, and a failing server is told of."""
+    texts = [f"asked what first {ours} second {theirs}" for ours, theirs in EVERY[:3]]
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    relay = Relay(server)
+    with relay.running() as url:
+
+        def sampled(**more: Any) -> None:
+            endpoint = SamplingServer(url=url, parallel=1, retries=0)
+            settings = {
+                "count": None,
+                "max_new_tokens": 6,
+                "temperature": 0.0,
+                "chat_template": True,
+                "batch_size": 2,
+            }
+            generate(str(model), str(out), str(prompts), endpoint=endpoint, **settings | more)
+
+        sampled()
+        rows = [row for _, row in read_samples(str(out))]
+        assert [row["response"].strip() for row in rows] == [REPLIES[verdict(*pair)] for pair in EVERY[:3]]
+        assert all(row["finished"] for row in rows)
+        assert [row["prompt"] for row in rows] == texts == relay.asked
+        sampled(max_new_tokens=1)
+        assert "3 of them are cut at max_new_tokens = 1" in capsys.readouterr().out
+        relay.fail_next, relay.failure = 1, 400
+        sampled()
+        assert len(out.read_text().splitlines()) == 2
+        assert "1 samples were refused by the endpoint: Error code: 400" in capsys.readouterr().out
+        relay.fail_next, relay.failure = 3, 400
+        with pytest.raises(UserError, match="refused every prompt"):
+            sampled()
+        relay.status = 503
+        with pytest.raises(UserError, match="the same command continues after the last finished batch"):
+            sampled()
+    for more, told in (({"reference": "x"}, "reference"), ({"max_prompt_length": 8}, "max_prompt_length")):
+        with pytest.raises(UserError, match=f"{told} needs the model in this process"):
+            sampled(**more)

@@ -1,4 +1,4 @@
-"""The study's task of film reviews: text, rewards, sharpening and pairs, on made-up reviews."""
+"""The study's task of film reviews: text and rewards, on made-up reviews."""
 
 from __future__ import annotations
 

@@ -36,7 +36,10 @@ ASKED = (Message("user", "hi"),)
 def test_an_example_is_read_by_name_and_by_itself(format: Format) -> None:
     for name in ("auto", format.name):
         pair, _ = read_row(format.example, "f:1", Source("f", format=name))
-        assert (pair.chosen.strip(), (pair.rejected or "5").strip()) in (("4", "5"), ("It sleeps.", "It barks."))
+        assert (pair.chosen.strip(), (pair.rejected or "5").strip()) in (
+            *(("4", "5"), ("It sleeps.", "It barks.")),
+            ("2 + 2 is 4.", "5"),
+        )
         assert (pair.rejected is not None) == format.is_pair
         if not format.is_pair:
             with pytest.raises(BadRow, match="missing field"):
@@ -250,3 +253,17 @@ def test_a_list_of_paths_takes_the_options_beside_it(tmp_path: Path) -> None:
     )
     assert [source.columns for source in data.sources] == [{"prompt": "frage"}] * 2
     assert [source.label for source in data.sources] == [source.path for source in data.sources]
+
+
+def test_the_lines_of_a_text_file_are_learnt_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one line\n\n  another  \n")
+    pairs = list(read_pairs(str(tmp_path / "a.txt")))
+    assert [(pair.prompt, pair.chosen, pair.rejected, pair.labels) for pair in pairs] == [
+        ("", "one line", None, {}),
+        ("", "  another  ", None, {}),
+    ]
+    assert [pair.pair_id for pair in pairs] == ["a.txt:1", "a.txt:3"]
+    asked = list(read_pairs(str(tmp_path / "a.txt"), prompts_only=True))  # for `generate` they are prompts
+    assert [pair.prompt for pair in asked] == ["one line", "  another  "]
+    with pytest.raises(UserError, match="as text it is for supervised fine-tuning"):
+        list(read_pairs(str(tmp_path / "a.txt"), need_rejected=True))

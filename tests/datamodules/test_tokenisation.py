@@ -214,3 +214,12 @@ def test_a_tokenizer_without_a_backend_works_alike() -> None:
     eos = ByT5Tokenizer().eos_token_id
     assert found.prompt.tolist() == [byte + 3 for byte in b"the cat"]
     assert found.chosen.tolist() == [*(byte + 3 for byte in b" sat on"), eos]
+
+
+@pytest.mark.parametrize("settings", [PLAIN, CHAT])
+@pytest.mark.parametrize("bos", [True, False])
+def test_plain_text_is_learnt_whole_after_the_token_that_starts_a_text(bos: bool, settings: Tokenisation) -> None:
+    tokenizer = byte_tokenizer(bos=bos)
+    tokenizer.chat_template = TEMPLATE
+    found = tokens(PreferencePair("t", "", "the cat", None), tokenizer, settings)
+    assert texts(found, tokenizer) == ["<s>" if bos else "</s>", "the cat</s>"]

@@ -29,6 +29,9 @@ from served_judge import INSTRUCTIONS, WORDS, train_judge, verdict  # noqa: E402
 from tiny_runs import controlled, preference, quiet_trainer  # noqa: E402
 
 from app.commands.export import export  # noqa: E402
+from app.commands.generate import generate  # noqa: E402
+from app.core.samples import read_samples  # noqa: E402
+from app.judges.server import SamplingServer  # noqa: E402
 from datamodules.controlled_task import build_tokenizer, preference_pairs  # noqa: E402
 from datamodules.sources.prompts import hh_messages  # noqa: E402
 from lightning_modules.lora import Lora  # noqa: E402
@@ -83,7 +86,7 @@ def main() -> int:
             row = compared(job, run(readers["VLLM_ENV"], "vllm", [job], folder)[0], old)
             print("|", " | ".join([case, *(text for text, _ in row)]), "|", flush=True)
             problems += [f"{case}: {text}" for text, good in row if not good]
-        for text, good in (lm_eval_agrees(jobs[0], scored), judge_agrees(readers["VLLM_ENV"], folder)):
+        for text, good in (lm_eval_agrees(jobs[0], scored), *server_agrees(readers["VLLM_ENV"], folder)):
             print(f"\n{text}")
             problems += [] if good else [text]
     if problems:
@@ -199,8 +202,8 @@ def lm_eval_agrees(job: dict[str, Any], scored: dict[str, Any]) -> tuple[str, bo
     return f"lm-eval: {count} responses, log π at most {apart:.1e} nats per token apart", apart <= TOLERANCE
 
 
-def judge_agrees(python: str, folder: Path) -> tuple[str, bool]:
-    """Let `beta-dpo judge` ask a vLLM server whose model has learnt what to say of two words."""
+def server_agrees(python: str, folder: Path) -> list[tuple[str, bool]]:
+    """Let `beta-dpo judge` and `generate` ask a vLLM server whose model has learnt what to say of two words."""
     (folder / "judge").mkdir()
     train_judge(folder / "judge")
     (folder / "instructions.txt").write_text(INSTRUCTIONS)
@@ -213,10 +216,30 @@ def judge_agrees(python: str, folder: Path) -> tuple[str, bool]:
         line += ["--model", "judge", "--endpoint.url", url, "--endpoint.max_tokens", "8", "--verdicts", "v.jsonl"]
         line += ["--endpoint.instructions", "instructions.txt"]
         done = subprocess.run(line, cwd=folder, env={**os.environ, "PYTHONPATH": str(HERE.parents[1])}, check=False)
+        sampled = generate_agrees(url, folder)
     found = sorted(str(json.loads(text)["verdict"]) for text in (folder / "v.jsonl").read_text().splitlines())
     wanted = sorted(str(verdict(*pair)) for pair in words if pair[0] != pair[1])
     told = f"judge at a vLLM server: {len(found)} verdicts, status {done.returncode}"
-    return told, done.returncode == 0 and found == wanted
+    return [(told, done.returncode == 0 and found == wanted), sampled]
+
+
+def generate_agrees(url: str, folder: Path) -> tuple[str, bool]:
+    """Sample the likeliest answers here and through the server, to texts and to chats, whole and cut."""
+    prompts, count, same = folder / "prompts.jsonl", 0, 0
+    texts = [f"asked what first {ours} second {theirs}" for ours, theirs in product(WORDS, WORDS)]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    for chat, limit in product((False, True), (1, 6)):
+        settings: dict[str, Any] = {"prompts": str(prompts), "count": None, "temperature": 0.0}
+        settings |= {"chat_template": chat, "max_new_tokens": limit}
+        places = [str(folder / f"{name}-{chat}-{limit}.jsonl") for name in ("here", "there")]
+        generate(str(folder / "judge"), places[0], **settings)
+        generate("judge", places[1], endpoint=SamplingServer(url=url, token_ids=True), **settings)
+        for (_, here), (_, there) in zip(*map(read_samples, places), strict=True):
+            names = ("prompt_ids", "response_ids", "tokens", "finished")
+            alike = all(here[name] == there.get(name) for name in names)
+            same += alike and here["response"].strip() == there["response"].strip()
+            count += 1
+    return f"generate through a vLLM server: {same} of {count} answers have the same tokens and end", same == count
 
 
 @contextmanager
