@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.core.errors import UserError
 from app.core.files import atomic_file
+from app.core.intervals import wilson
 
 LOGP_COLUMNS = (
     "policy_chosen_logp",
@@ -31,21 +33,35 @@ class ScoreWriter(Callback):
 
     Args:
         path: the file, relative to the current folder.
+        by: a label of the data, such as `subset` of RewardBench: it becomes a column, and the accuracy of the
+            implicit reward (gap > 0; a tie is half right) is printed for each of its values.
     """
 
-    def __init__(self, path: str = "scores.parquet"):
+    def __init__(self, path: str = "scores.parquet", by: str | None = None):
         if not path.endswith(".parquet"):
             raise UserError(f"scores.path must end in .parquet, not {path!r}.")
+        if by in SCHEMA.names:
+            raise UserError(f"scores.by: {by} is a column of the scores; rename that label of the data.")
         self.path = Path(path)
+        self.by = by
         self._tables: list[pa.Table] = []
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: object) -> None:
-        self._tables.append(pa.table(outputs, schema=SCHEMA))
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: object
+    ) -> None:
+        table = pa.table(outputs, schema=SCHEMA)
+        if self.by is not None:
+            if self.by not in batch.labels:
+                known = ", ".join(batch.labels) or "none"
+                raise UserError(f"scores.by: the data has no label {self.by!r}; it has {known}.")
+            values = [batch.labels[self.by][place] for place in batch.positions.tolist()]
+            table = table.append_column(self.by, pa.array(map(str, values), pa.string()))
+        self._tables.append(table)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(f".rank{trainer.global_rank}.part")
-        pq.write_table(pa.concat_tables([SCHEMA.empty_table(), *self._tables]), part)
+        pq.write_table(self._joined(self._tables), part)
         self._tables = []
         trainer.strategy.barrier("scores")
         if trainer.is_global_zero:
@@ -53,7 +69,32 @@ class ScoreWriter(Callback):
             sampling = trainer.distributed_sampler_kwargs
             alike = 1 if sampling is None else trainer.world_size // sampling["num_replicas"]
             with atomic_file(self.path) as temporary:  # ranks of one tensor-parallel group have the same pairs
-                pq.write_table(pa.concat_tables([pq.read_table(one) for one in parts[::alike]]), temporary)
+                pq.write_table(self._joined([pq.read_table(one) for one in parts[::alike]]), temporary)
             for one in parts:
                 one.unlink()
             print(f"scores of {pq.read_metadata(self.path).num_rows} pairs: {self.path}")
+            if self.by is not None:
+                print("\n".join(accuracies(pq.read_table(self.path), self.by)))
+
+    def _joined(self, tables: list[pa.Table]) -> pa.Table:
+        schema = SCHEMA if self.by is None else SCHEMA.append(pa.field(self.by, pa.string()))
+        return pa.concat_tables([schema.empty_table(), *tables])
+
+
+def accuracies(scores: pa.Table, by: str) -> list[str]:
+    """Return the lines of a table: accuracy with its 95 % Wilson interval for each value of `by`, and over all.
+
+    A pair without a finite gap is in no share and is counted.
+    """
+    gaps, values = scores["gap"].to_numpy(), np.array(scores[by].to_pylist())
+    finite = np.isfinite(gaps)
+    right = (1 + np.sign(gaps)) / 2
+    groups = {name: finite & (values == name) for name in sorted(set(values))} | {"all pairs": finite}
+    rows = {name: wilson(float(right[here].mean()), int(here.sum())) for name, here in groups.items() if here.any()}
+    mean = float(np.mean([share.mean for name, share in rows.items() if name != "all pairs"] or [np.nan]))
+    width = max(map(len, [by, *rows]))
+    lines = [f"{by:{width}}  pairs  accuracy [95 % interval]"]
+    lines += [f"{name:{width}}  {int(groups[name].sum()):5}  {share}" for name, share in rows.items()]
+    lines.append(f"mean over the values of {by}: {mean:.3f}")
+    lost = int((~finite).sum())
+    return lines + ([f"{lost} pairs without a finite gap are in no share"] if lost else [])

@@ -198,7 +198,7 @@ def refuse_beyond(model: Any, longest: int, largest_id: int, tokenizer: str, len
     if largest_id >= known:
         raise UserError(
             f"{tokenizer}: its token {largest_id} is beyond the {known} that the model embeds: take the tokenizer "
-            "of this model."
+            "of this model, or a larger model.architecture.vocab_size."
         )
     table, trained = learned_positions(model), getattr(model.config, "max_position_embeddings", None)
     if table is not None and longest > table:

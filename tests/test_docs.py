@@ -44,6 +44,7 @@ OTHERS = {
     "sbatch",
     "srun",
     "scancel",
+    *("alpaca_eval", "lm_eval", "vllm"),
     "torchrun",
     "docker",
     "apptainer",

@@ -26,7 +26,7 @@ LABEL = "flipped"
 @checked_command
 def audit(
     run: str,
-    out: str = "suspects.jsonl",
+    out: str | None = None,
     count: PositiveInt = 100,
     by: Literal["best", "reference", "gaps", "posterior", "dropped"] = "best",
     clean: str | None = None,
@@ -39,7 +39,7 @@ def audit(
 
     Args:
         run: log folder of a run with `PairAudit`.
-        out: the .jsonl or .csv file to write; it appears only when complete.
+        out: the .jsonl or .csv file to write, suspects.jsonl in RUN by default; it appears only when complete.
         count: number of pairs to list of each kind, at most; the most suspicious come first.
         by: the signal that ranks likely mislabelled pairs; `best` takes the first that the run has, in the order of
             their measured precision, of the reference's own margin, the gaps, RE-PO's posterior, and how often the
@@ -51,6 +51,7 @@ def audit(
         raise UserError(f"clean must end in .jsonl, not {clean!r}.")
     if swap and clean is None:
         raise UserError("swap exchanges responses in the clean data: give its file by --clean.")
+    out = out or str(Path(run, "suspects.jsonl"))
     if not out.endswith((".jsonl", ".csv")):
         raise UserError(f"out must end in .jsonl or .csv, not {out!r}.")
     rows = read_audit(Path(run))

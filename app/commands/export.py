@@ -16,6 +16,7 @@ from app.commands.export_spelling import plain_dialogue_template, spell_for_othe
 from app.commands.model_card import model_card
 from app.core.errors import UserError
 from app.core.files import atomic_folder
+from app.method.ranges import PositiveFloat
 from datamodules.tokenisation import Tokenisation
 from datamodules.tokenizer import stop_ids
 from lightning_modules.checkpoint import read_for_export
@@ -31,6 +32,7 @@ def export(
     out: str,
     adapter: bool = False,
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
+    temperature: PositiveFloat = 1.0,
 ) -> None:
     """Write the policy of CHECKPOINT to the folder OUT: safetensors, tokenizer, generation config, model card.
 
@@ -41,6 +43,8 @@ def export(
         adapter: for a run with model.lora, write only the adapter, for `peft`; else it is merged into the weights.
         dtype: type of the weights; float32 gives the trained weights exactly, auto the type of the model that
             training started from.
+        temperature: divide the logits by it, by the weights of the last norm: the model then samples at 1 as the
+            policy does at this temperature, and training from it has the exact log-probabilities.
     """
     if Path(out).exists():
         raise UserError(f"{out} exists already: choose another folder, or remove it first.")
@@ -48,6 +52,8 @@ def export(
     lora = state.get("lora")
     if adapter and (lora is None or lora["base"] is None):
         raise UserError(f"--adapter: {checkpoint} was not trained with model.lora on a model with a name.")
+    if adapter and temperature != 1.0:
+        raise UserError("temperature changes the model's own weights, which --adapter does not write.")
     base_dtype = state.get("base_dtype") or "float32"
     written = base_dtype if dtype == "auto" else dtype
     notes = []
@@ -57,20 +63,24 @@ def export(
         for name, text in tokenizer_files(state, checkpoint).items():
             (folder / name).write_text(text, encoding="utf-8")
         notes += write_chat_template(folder, state)
-        (folder / "README.md").write_text(model_card(state, checkpoint, written), encoding="utf-8")
-        notes += write_model(folder, state, adapter, written)
+        (folder / "README.md").write_text(model_card(state, checkpoint, written, temperature), encoding="utf-8")
+        notes += write_model(folder, state, adapter, written, temperature)
     print("; ".join([f"exported {checkpoint} to {out} in {written}", *notes]))
 
 
-def write_model(folder: Path, state: dict[str, Any], adapter: bool, dtype: str) -> list[str]:
+def write_model(
+    folder: Path, state: dict[str, Any], adapter: bool, dtype: str, temperature: float = 1.0
+) -> list[str]:
     """Write weights and configuration, read them back, and return notes for the user.
 
     Raises UserError if the model read back does not compute what the policy computes.
     """
     model = policy_model(state)
+    if temperature != 1.0:
+        divide_logits(model if state.get("lora") is None else model.get_base_model(), temperature)
     checked = parameter_count(model) <= LARGEST
     logps = sequence_logps(model) if checked else None
-    notes = []
+    notes = [f"its logits are divided by {temperature:g}"] if temperature != 1.0 else []
     if state.get("lora") is not None and not adapter:
         model, untied = merge(model)
         notes += ["the head is no longer tied to the embeddings, which alone have adapters"] if untied else []
@@ -148,6 +158,40 @@ def merge(model: Any) -> tuple[Any, bool]:
         head.weight = nn.Parameter(head.weight.detach().clone())
         base.config.tie_word_embeddings = False
     return model.merge_and_unload(), untied
+
+
+@torch.no_grad()
+def divide_logits(model: Any, temperature: float) -> None:
+    """Divide the logits of a model by `temperature`, in the last norm. Raises UserError if that cannot be exact.
+
+    The norm is the last module outside the layers with one weight per hidden unit; a Gemma's norm multiplies by
+    1 + weight. Logits of random tokens, before and after, decide whether the division is right.
+    """
+    length = min(32, getattr(model.config, "max_position_embeddings", None) or 32)
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    wanted = model.eval()(input_ids=ids).logits / temperature
+    outside = [part for name, part in model.named_modules() if not any(map(str.isdigit, name.split(".")))]
+    norms = [
+        part
+        for part in outside
+        if isinstance(weight := getattr(part, "weight", None), nn.Parameter) and weight.dim() == 1
+    ]
+    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if norms and not capped:
+        weight = norms[-1].weight
+        biases = [getattr(part, "bias", None) for part in (norms[-1], model.get_output_embeddings())]
+        for bias in (bias for bias in biases if bias is not None):
+            bias /= temperature
+        before = weight.clone()
+        for shift in (0.0, 1.0):
+            weight.copy_((before + shift) / temperature - shift)
+            apart = (model(input_ids=ids).logits - wanted).abs().max() / wanted.abs().max()
+            if apart < 1e-4:
+                return
+    raise UserError(
+        f"temperature: the logits of a {model.config.model_type} are not a multiple of its last norm: export it "
+        "without, and sample with --temperature."
+    )
 
 
 def convert(weights: list[nn.Parameter], dtype: torch.dtype) -> None:

@@ -17,7 +17,7 @@ TRAINER_SETTINGS = ("max_epochs", "max_steps", "precision", "num_nodes", "device
 UNRECORDED = "Not recorded: the checkpoint was not written by the `beta-dpo` command."
 
 
-def model_card(state: dict[str, Any], checkpoint: str, dtype: str) -> str:
+def model_card(state: dict[str, Any], checkpoint: str, dtype: str, temperature: float = 1.0) -> str:
     """Return the card of a `checkpoint` with this `state`: data, method, β settings, final metrics, as recorded."""
     config = yaml.safe_load(state["config"]) if "config" in state else None
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["beta-dpo"]}
@@ -28,6 +28,7 @@ def model_card(state: dict[str, Any], checkpoint: str, dtype: str) -> str:
     lines += [
         f"Trained by beta-dpo {version('beta-dpo')} ({state['global_step']} optimizer steps) and exported from "
         f"`{checkpoint}`; weights in {dtype}.",
+        *([f"The weights of the last norm divide the logits by {temperature:g}."] if temperature != 1.0 else []),
         "",
     ]
     if config is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shlex
@@ -16,10 +17,11 @@ from typing import Any
 import pandas as pd
 import torch
 
-from app.commands.judge import summary, win_rate
+from app.commands.judge import figures, summary, win_rate
 from app.core.files import atomic_file
 from app.core.locks import locked
 from app.core.samples import read_samples
+from app.judges.rewards import OwnReward
 from app.main import main
 from app.report.run import read_run
 from benchmarks.study import sentiment
@@ -42,6 +44,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "constant_m0": ("beta_dpo", "--schedule.m0", "0.0"),
 }
 GONE = ("flip_weights", "flip_weights_tail")  # tried and not kept: rows, but no longer a part of the package
+# pairs of film reviews: ranks of chosen and rejected among the four samples of a prompt
+RANKS = {"high": "[[1, 4]]", "low": "[[2, 3]]", "mixed": "[[1, 4], [2, 3]]"}
 LOSSES: dict[str, tuple[str, ...]] = {
     "sigmoid": (),
     "ipo": ("--model.loss", "IPOLoss"),
@@ -215,6 +219,7 @@ class Reviews(Task):
     name, margin, steps = "sentiment", 0.02, (16, 32, 48)
     budget = 3.0  # nats: responses are twice as long as those of the controlled task
     data = FOLDER / "sentiment" / "data"
+    reward = "benchmarks.study.sentiment.praise"
 
     def prepare(self) -> None:
         sentiment.main(["data", str(self.data)])
@@ -230,10 +235,13 @@ class Reviews(Task):
                 *("--trainer.logger.init_args.save_dir", str(folder.parent)),
                 *("--trainer.logger.init_args.name", folder.name),
             ],
-            ["export", str(folder / "checkpoints" / "last.ckpt"), str(folder / "raw")],
-            ["sentiment", "sharpen", str(folder / "raw"), str(folder / "model")],
+            # the logits over .7: sampled as they are, these models write word salad
+            ["export", str(folder / "checkpoints" / "last.ckpt"), str(folder / "model"), "--temperature", "0.7"],
             ["sentiment", "prompts", str(self.data), str(prompts), "--seed", str(seed)],
-            self.sample(folder / "model", folder / "drawn.jsonl", seed, sentiment.DRAWN, "--prompts", str(prompts)),
+            self.sample(
+                *(folder / "model", folder / "drawn.jsonl", seed, sentiment.PROMPTS),
+                *("--samples", "4", "--prompts", str(prompts)),
+            ),
             self.sample(folder / "model", folder / "samples.jsonl", seed, 1024),
         ]
 
@@ -241,8 +249,9 @@ class Reviews(Task):
         drawn, pairs = self.folder(run.seed) / "drawn.jsonl", run.folder.with_name(f"{run.folder.name}.jsonl")
         return [
             [
-                *("sentiment", "pairs", str(self.data), str(drawn), str(pairs), "--gap", run.data),
-                *("--flip-rate", f"{run.flip_rate:g}", "--seed", str(run.seed)),
+                *("pairs", str(drawn), str(pairs), "--ranks", RANKS[run.data], "--reward", self.reward),
+                *("--reward_args", json.dumps({"path": str(self.data / "proxy.json")})),
+                *("--flip_rate", f"{run.flip_rate:g}", "--seed", str(run.seed)),
             ],
             run.fit("benchmarks/study/sentiment.yaml", "--data.path", str(pairs), *run.reference(self)),
         ]
@@ -253,8 +262,9 @@ class Reviews(Task):
         return ["generate", str(model), str(out), *words, "--max_new_tokens", "64", "--max_prompt_length", "48"]
 
     def score(self, samples: Path) -> dict[str, float]:
-        told = sentiment.figures(self.data, samples)
-        return {"reward": told["gold"], "malformed": 1 - told["finished"], "kl": told["KL"]}
+        told = figures(rows_of(samples), OwnReward(self.reward, {"path": str(self.data / "gold.json")}))
+        ended, kl = (told[name].mean if name in told else other for name, other in (("finished", 1.0), ("KL", 0.0)))
+        return {"reward": told["reward"].mean, "malformed": 1 - ended, "kl": kl}
 
 
 class SmolLM2(Task):

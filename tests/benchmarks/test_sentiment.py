@@ -7,14 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from benchmarks.setting import save_llama
+from app.judges.rewards import OwnReward
 from benchmarks.study import sentiment
 from benchmarks.study.questions import pilot
-from benchmarks.study.runs import TASKS, spoken
-from datamodules.controlled_task import build_tokenizer
+from benchmarks.study.runs import TASKS, Reviews, spoken
 
 
 def test_sentences_are_plain_and_in_two_halves() -> None:
@@ -39,58 +36,17 @@ def test_a_reward_learns_which_words_praise() -> None:
     assert abs(heavier.weights["good"]) < abs(reward.weights["good"])
 
 
-def test_sharpening_divides_the_logits(tmp_path: Path) -> None:
-    save_llama(
-        tmp_path / "model", build_tokenizer(), 5.0, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+def test_the_rewards_are_functions_for_judge_and_pairs(tmp_path: Path) -> None:
+    (tmp_path / "gold.json").write_text(json.dumps({"weights": {"fine": 2.0}, "bias": 0.0}))
+    found = OwnReward(Reviews.reward, {"path": str(tmp_path / "gold.json")}).rewards(
+        [{"prompt_id": text, "prompt": "p", "response": text} for text in (" fine", " dull film")]
     )
-    sentiment.sharpen(tmp_path / "model", tmp_path / "sharp")
-    ids = torch.arange(4, 12)[None]
-    before, after = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / name)(ids).logits for name in ("model", "sharp")
-    )
-    torch.testing.assert_close(after, before / sentiment.TEMPERATURE)
-
-
-def test_pairs_are_ranked_by_the_proxy_and_use_no_sample_twice(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    for name, weight in (("proxy", 1.0), ("gold", -1.0)):
-        told = {"weights": {f"w{number}": weight * number / 40 for number in range(40)}, "bias": 0.0}
-        (tmp_path / f"{name}.json").write_text(json.dumps(told))
-    rows = [
-        {"prompt": f"prompt {prompt}", "response": f" w{4 * prompt + copy}", "finished": (prompt, copy) != (0, 0)}
-        for prompt in range(10)
-        for copy in (2, 0, 3, 1)
-    ]
-    sentiment.write(tmp_path / "samples.jsonl", rows)
-    out = tmp_path / "pairs.jsonl"
-    sentiment.make_pairs(tmp_path, tmp_path / "samples.jsonl", out, "mixed", 0.5, 1)
-    pairs = sentiment.read(out)
-    assert "18 pairs of 10 prompts; 1 with a sample that did not end" in capsys.readouterr().out
-    for high, low in zip(pairs[::2], pairs[1::2], strict=True):
-        numbers = [[int(pair[side][2:]) % 4 for side in ("chosen", "rejected")] for pair in (high, low)]
-        assert numbers[0] == ([0, 3] if high["flipped"] else [3, 0])
-        assert numbers[1] == ([1, 2] if low["flipped"] else [2, 1])
-    assert 0 < sum(pair["flipped"] for pair in pairs) < 18
-    assert not any(pair["gold_agrees"] for pair in pairs)
-
-
-def test_figures_of_samples(tmp_path: Path) -> None:
-    for name in ("proxy", "gold"):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"weights": {"fine": 2.0}, "bias": 0.0}))
-    rows = [
-        {"prompt": "p", "response": text, "finished": ended, "logp": -1.0, "reference_logp": -1.5}
-        for text, ended in ((" fine", True), (" dull film", False))
-    ]
-    sentiment.write(tmp_path / "samples.jsonl", rows)
-    found = sentiment.figures(tmp_path, tmp_path / "samples.jsonl")
-    gold = (1 / (1 + np.exp(-2.0)) + 0.5) / 2
-    assert found == pytest.approx({"gold": gold, "proxy": gold, "KL": 0.5, "finished": 0.5, "words": 1.5})
+    assert found == pytest.approx([1 / (1 + np.exp(-2.0)), 0.5])
 
 
 def test_the_commands_of_a_run_start_from_the_pairs_of_its_seed() -> None:
     run = next(pilot())
     commands = TASKS["sentiment"].commands(run)
-    assert spoken(commands[0]).startswith("python -m benchmarks.study.sentiment pairs ")
-    assert commands[1][commands[1].index("--data.path") + 1] == commands[0][4]
+    assert spoken(commands[0]).startswith("beta-dpo pairs ")
+    assert commands[1][commands[1].index("--data.path") + 1] == commands[0][2]
     assert [words[0] for words in commands[2:]] == ["export", "generate"] * 3

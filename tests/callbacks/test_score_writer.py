@@ -11,6 +11,7 @@ from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_t
 from transformers import AutoModelForCausalLM
 
 from app.core.errors import UserError
+from app.core.intervals import wilson
 from app.method.losses import SimPOLoss
 from callbacks import ScoreWriter
 
@@ -75,3 +76,23 @@ def test_without_a_reference_its_columns_are_null(tmp_path: Path) -> None:
 def test_the_path_must_be_parquet() -> None:
     with pytest.raises(UserError, match=r"scores\.path must end in \.parquet"):
         ScoreWriter("scores.csv")
+
+
+def test_accuracy_by_a_label(tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "scores.parquet"
+    trainer = quiet_trainer(tmp_path, [ScoreWriter(str(out), by="flipped")])
+    trainer.predict(preference(tiny_llama, loss=SimPOLoss()), controlled(12), return_predictions=False)
+    scores = pq.read_table(out).to_pandas()
+    told = capsys.readouterr().out
+    shares = []
+    for name, rows in scores.groupby("flipped"):
+        shares.append((rows.gap > 0).mean())
+        wanted = [name, str(len(rows)), *str(wilson(shares[-1], len(rows))).split()]
+        assert wanted in [line.split() for line in told.splitlines()]
+    assert f"mean over the values of flipped: {sum(shares) / len(shares):.3f}" in told
+    assert str(wilson((scores.gap > 0).mean(), 12)) in told
+    trainer = quiet_trainer(tmp_path, [ScoreWriter(str(out), by="subset")])
+    with pytest.raises(UserError, match=r"scores\.by: the data has no label 'subset'; it has "):
+        trainer.predict(preference(tiny_llama), controlled(3), return_predictions=False)
+    with pytest.raises(UserError, match="gap is a column of the scores"):
+        ScoreWriter(by="gap")
