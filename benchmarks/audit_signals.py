@@ -2,15 +2,18 @@
 
 python -m benchmarks.audit_signals                                              # the controlled task, 15 % flipped
 python -m benchmarks.audit_signals --pairs hh.jsonl.gz --model models/smollm2   # pairs of people, 20 % flipped
+python -m benchmarks.audit_signals --pairs hh.jsonl.gz --count 200 --forward    # the reference's margin alone
 
 Each seed draws its own pairs and flips. It trains β-DPO, and plain DPO with RE-PO; on pairs of people, to spare
-time, β-DPO with RE-PO alone. A run in `--out` is not trained again.
+time, β-DPO with RE-PO alone. With `--forward` nothing is trained: `predict` scores the pairs once, and each seed
+flips a fifth of them. A run or score in `--out` is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,23 +26,25 @@ from app.commands.suspects import SIGNALS, available, hits, pair_histories
 from app.core.intervals import wilson
 from app.report.run_folder import read_audit
 from benchmarks.tables import markdown
-from datamodules.sources import Source, pair_stream
+from datamodules.sources.reader import pair_stream
+from datamodules.sources.source import Source
 
 SHARES = (0.01, 0.05, 0.1)
+HEAD = [f"first {share:.0%}: precision, recall" for share in SHARES]
 RE_PO = ("--confidence", "AnnotatorReliability")
 ARMS = {"beta_dpo": (), "dpo_re_po": ("--config", "method/dpo", *RE_PO)}
 REAL_ARMS = {"beta_dpo_re_po": RE_PO}
 
 
-def flipped_pairs(path: str, seed: int, count: int, longest: int, out: Path) -> None:
-    """Write `count` pairs of at most `longest` characters, drawn by `seed`, with a fifth of the labels flipped."""
+def flipped_pairs(path: str, seed: int, count: int, longest: int, out: Path, share: float = 0.2) -> None:
+    """Write `count` pairs of at most `longest` characters, drawn by `seed`; a `share` has flipped labels."""
     found = {}
     for pair in pair_stream(Source(path), "skip", need_rejected=True).read():
         if len(f"{pair.prompt}{pair.chosen}{pair.rejected}") <= longest:
             found.setdefault((str(pair.prompt), frozenset((pair.chosen, pair.rejected))), pair)
     draws = np.random.default_rng(seed)
     pairs = [list(found.values())[place] for place in draws.permutation(len(found))[:count]]
-    flips = draws.permutation(len(pairs)) < round(0.2 * len(pairs))
+    flips = draws.permutation(len(pairs)) < round(share * len(pairs))
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as lines:
         for pair, flip in zip(pairs, flips.tolist(), strict=True):
@@ -104,13 +109,39 @@ def table(folders: list[Path], arm: str) -> str:
     rows = []
     for name in runs[0]:
         usable, areas, errors, lists, wrong = zip(*(run[name] for run in runs), strict=True)
-        pooled = [np.concatenate(found) for found in zip(*lists, strict=True)]
-        cells = [f"{wilson(hit.mean(), len(hit))}, {hit.sum() / sum(wrong):.3f}" for hit in pooled]
-        spread = f"{np.mean(areas):.3f} ({min(areas):.3f}–{max(areas):.3f})"
         error = "–" if np.isnan(errors).any() else f"{np.mean(errors):.3f}"
-        rows.append([name, f"{sum(usable)} of {len(runs)}", spread, error, *cells])
-    shares = [f"first {share:.0%}: precision, recall" for share in SHARES]
-    return markdown([arm, "offered", "area (lowest–highest)", "calibration error", *shares], rows)
+        rows.append([name, f"{sum(usable)} of {len(runs)}", error, *pooled_row(areas, lists, sum(wrong))])
+    return markdown([arm, "offered", "calibration error", "area (lowest–highest)", *HEAD], rows)
+
+
+def reference_alone(folder: Path, options: argparse.Namespace) -> str:
+    """Return how often the model prefers people's choice, and the table of its margin per token as a signal."""
+    data, file = folder / "pairs.jsonl", folder / "scores.parquet"
+    if not file.exists():
+        flipped_pairs(options.pairs, options.seeds[0], options.count, options.longest, data, share=0.0)
+        words = ["--config", "own_pairs", "--config", "loss/simpo", "--model.name", options.model]
+        words += ["--data.path", str(data), "--data.validation_share", "0", "--trainer.accelerator", "cpu"]
+        command("predict", *words, "--scores.path", str(file))
+    ids = [json.loads(line)["pair_id"] for line in data.open(encoding="utf-8")]
+    scores = pd.read_parquet(file).set_index("pair_id").loc[ids]
+    chosen, rejected = (scores[f"policy_{s}_logp"] / scores[f"{s}_tokens"] for s in ("chosen", "rejected"))
+    margin = (chosen - rejected).to_numpy()
+    areas, lists, count = [], [], round(0.2 * len(margin))
+    for seed in options.seeds:
+        wrong = np.random.default_rng(seed).permutation(len(margin)) < count
+        doubt = np.where(wrong, margin, -margin)
+        areas.append(area(doubt, wrong))
+        lists.append([hits(doubt, wrong, max(1, round(len(wrong) * share))) for share in SHARES])
+    row = pooled_row(areas, lists, count * len(areas))
+    head = f"The model prefers the choice of people in {(margin > 0).mean():.1%} of {len(margin)} pairs.\n\n"
+    return head + markdown(["", "area (lowest–highest)", *HEAD], [["reference", *row]])
+
+
+def pooled_row(areas: Sequence[float], lists: Sequence[Sequence[np.ndarray]], wrong: int) -> list[str]:
+    """Return the cells of a signal: its area, then precision and recall of the lists of all seeds together."""
+    pooled = [np.concatenate(found) for found in zip(*lists, strict=True)]
+    cells = [f"{wilson(hit.mean(), len(hit))}, {hit.sum() / wrong:.3f}" for hit in pooled]
+    return [f"{np.mean(areas):.3f} ({min(areas):.3f}–{max(areas):.3f})", *cells]
 
 
 def arms(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
@@ -125,8 +156,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=160, help="pairs per seed")
     parser.add_argument("--longest", type=int, default=350, help="characters of a pair, at most")
     parser.add_argument("--out", type=Path, default=Path("runs/audit_signals"))
+    parser.add_argument("--forward", action="store_true", help="score the pairs and train nothing")
     options = parser.parse_args()
     task = options.out / (Path(options.pairs).name.split(".")[0] if options.pairs else "controlled")
+    if options.forward:
+        print(reference_alone(task, options))
+        return
     folders = [task / str(seed) for seed in options.seeds]
     for folder, seed in zip(folders, options.seeds, strict=True):
         train(folder, seed, options)

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.core.errors import UserError
-from app.method.losses import PairLoss
+from app.method.pair_loss import PairLoss
 from app.method.ranges import PositiveShare, ProperShare, checked
 from app.method.reliability import label_confidence, updated_reliability
 from app.method.step import StepDecision

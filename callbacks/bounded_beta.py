@@ -9,7 +9,7 @@ from torch import Tensor
 
 from app.core.errors import UserError
 from app.method.beta import BetaBounds
-from app.method.losses import PairLoss
+from app.method.pair_loss import PairLoss
 from app.method.step import StepDecision
 
 

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from app.core.errors import UserError
 from app.method.epsilon import epsilon_beta, epsilon_steps, next_epsilon_beta
-from app.method.losses import PairLoss
+from app.method.pair_loss import PairLoss
 from app.method.ranges import FactorFromOne, PositiveShare, ProperShare, checked
 from app.method.step import StepDecision
 from callbacks.bounded_beta import BoundedBeta

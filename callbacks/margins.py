@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from app.core.errors import UserError
-from app.method.losses import PairLoss
 from app.method.margins import amapo_margins, gamma_po_margins, standardised_margin
+from app.method.pair_loss import PairLoss
 from app.method.ranges import FiniteFloat, PositiveFloat, PositiveInt, checked
 from app.method.step import StepDecision
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from app.core.errors import StepRefused, UserError
 from app.method.batch import OptimizerBatch, PackedRows, on_device
 from app.method.logps import PairLogps
-from app.method.losses import PairLoss, SigmoidLoss, WithSFTTerm
+from app.method.losses import SigmoidLoss, WithSFTTerm
 from app.method.metrics import pair_metrics
 from app.method.moments import MINIMUM_STD, rounding_std
+from app.method.pair_loss import PairLoss
 from app.method.ranges import NonNegativeFloat, PositiveFloat, ShareBelowOne, checked
 from app.method.step import MissingStatistics, RewardGapHook, StepDecision, StepObserver
 from lightning_modules.base import Attention, CompileLayers

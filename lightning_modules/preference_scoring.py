@@ -11,8 +11,8 @@ import torch
 from torchmetrics import MeanMetric, Metric, SumMetric
 
 from app.method.batch import OptimizerBatch
-from app.method.losses import PairLoss
 from app.method.metrics import pair_metrics
+from app.method.pair_loss import PairLoss
 from lightning_modules.base import LanguageModelTraining
 from lightning_modules.layout_check import CHECKED_PAIRS
 from lightning_modules.logged_training import warn_of_nonfinite

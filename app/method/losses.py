@@ -1,100 +1,16 @@
-"""Preference losses on summed log-probabilities, with β as an argument that may differ by step or by pair.
-
-A loss is a function of (log-probs, β, margin). It knows no rank, no filter and no schedule.
-"""
+"""Preference losses on summed log-probabilities, with β as an argument that may differ by step or by pair."""
 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from app.method.logps import PairLogps
+from app.method.pair_loss import LogitLoss, PairLoss
 from app.method.ranges import FiniteFloat, NonNegativeFloat, PositiveFloat, ShareBelowHalf, checked
-
-
-class PairLoss(ABC):
-    """A loss per pair, computed from the log-probs of B pairs, β and, if the loss supports one, a margin.
-
-    `needs_reference` says whether the loss reads the reference's log-probs. `takes_margin` says whether it has a
-    logit β·h from which a margin can be subtracted. `has_swapped_form` says whether the loss of the pair with its
-    responses exchanged is the loss of the opposite label, which RE-PO needs. `beta_floor` is the default smallest
-    β of a schedule, as a multiple of β0. Results keep the dtype of the log-probs and stay finite in float32 for
-    |β·h| up to 1e6 (up to 1e18 where the loss is a square).
-    """
-
-    needs_reference: bool = True
-    takes_margin: bool = False
-    has_swapped_form: bool = False
-    beta_floor: float = 0.01
-
-    def discrepancy(self, logps: PairLogps) -> Tensor:
-        """Return the quantity [B] that β multiplies; running statistics, filter and dynamic β use the same one."""
-        return logps.reward_gap
-
-    @property
-    def needs_batch(self) -> bool:
-        """Return whether the loss of a pair depends on the whole batch, so that all pairs must be scored first."""
-        return type(self).for_batch is not PairLoss.for_batch
-
-    def for_batch(self, everyone: PairLogps) -> PairLoss:
-        """Return the loss for one optimizer step, given the log-probs of all G pairs of the global batch.
-
-        A loss with a term over the whole batch returns a copy that holds this term, so that results do not depend
-        on how the pairs are distributed over ranks and micro-batches. Pairs without a finite gap do not count.
-        """
-        return self
-
-    def __call__(
-        self, logps: PairLogps, beta: Tensor, margin: Tensor | None = None, confidence: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of every pair [B] for `beta`, `margin` and `confidence`, each [B] or 0-d, all detached.
-
-        Raises ValueError for a margin or a confidence that the loss does not take.
-        """
-        if margin is not None and not self.takes_margin:
-            raise ValueError(f"{self} has no logit β·h to subtract a margin from")
-        if confidence is not None and not self.has_swapped_form:
-            raise ValueError(f"{self} has no swapped form, which a confidence in the label needs")
-        # β arrives as float64 from the CPU and must not turn a float32 loss into a float64 one.
-        like = logps.policy_chosen
-        beta, margin = beta.detach().to(like), None if margin is None else margin.detach().to(like)
-        if confidence is None:
-            return self.per_pair(logps, beta, margin)
-        return self.under_doubt(logps, beta, margin, confidence.detach().to(like))
-
-    def label_logit(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
-        """Return log p/(1 − p) [B], where p = σ(L(swapped) − L(as labelled)) is the probability of the label."""
-        return self.per_pair(logps.swapped(), beta, margin) - self.per_pair(logps, beta, margin)
-
-    def under_doubt(self, logps: PairLogps, beta: Tensor, margin: Tensor | None, confidence: Tensor) -> Tensor:
-        """Return RE-PO's loss [B], −[w·log p + (1 − w)·log(1 − p)], for a `confidence` w [B] (arXiv 2509.24159)."""
-        logit = self.label_logit(logps, beta, margin)
-        return -(confidence * F.logsigmoid(logit) + (1.0 - confidence) * F.logsigmoid(-logit))
-
-    def __str__(self) -> str:
-        return type(self).__name__
-
-    @abstractmethod
-    def per_pair(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
-        """Return the loss [B]. β and margin have the log-probs' dtype; margin is None unless `takes_margin`."""
-
-
-class LogitLoss(PairLoss):
-    """A loss of the logit β·gap − margin: the family of losses for which a margin per pair is defined."""
-
-    takes_margin = True
-
-    def per_pair(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
-        logits = beta * self.discrepancy(logps)
-        return self.of_logits(logits if margin is None else logits - margin)
-
-    @abstractmethod
-    def of_logits(self, logits: Tensor) -> Tensor:
-        """Return the loss [B] of the logits [B]."""
 
 
 @checked

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from app.method.logps import PairLogps
-from app.method.losses import PairLoss
+from app.method.pair_loss import PairLoss
 
 
 def pair_metrics(logps: PairLogps, loss: PairLoss, beta: Tensor) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from app.method.logps import PairLogps
-from app.method.losses import PairLoss
 from app.method.moments import MINIMUM_STD, Moments
+from app.method.pair_loss import PairLoss
 
 
 class MissingStatistics(LookupError):

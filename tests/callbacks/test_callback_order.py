@@ -10,7 +10,8 @@ from lightning.pytorch import Callback
 from tiny_runs import Recorder, controlled, preference, quiet_trainer
 
 from app.core.errors import UserError
-from app.method.losses import IPOLoss, PairLoss, SigmoidLoss, SPPOHardLoss, WithSFTTerm
+from app.method.losses import IPOLoss, SigmoidLoss, SPPOHardLoss, WithSFTTerm
+from app.method.pair_loss import PairLoss
 from app.method.selection import selection_noise
 from callbacks import BetaScheduler, PairFilter, RewardGapStatistics
 

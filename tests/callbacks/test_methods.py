@@ -13,7 +13,8 @@ from test_arms import decided, run, start, unmeasured
 
 from app.core.errors import UserError
 from app.method.logps import PairLogps
-from app.method.losses import IPOLoss, PairLoss, RobustLoss, SigmoidLoss
+from app.method.losses import IPOLoss, RobustLoss, SigmoidLoss
+from app.method.pair_loss import PairLoss
 from app.method.step import StepDecision
 from callbacks import (
     AMaPOMargin,

@@ -9,8 +9,9 @@ import torch
 from golden import golden_numbers
 
 from app.method.logps import PairLogps
-from app.method.losses import AlphaDPOLoss, IPOLoss, PairLoss, RobustLoss, SigmoidLoss, SimPOLoss, WithSFTTerm
+from app.method.losses import AlphaDPOLoss, IPOLoss, RobustLoss, SigmoidLoss, SimPOLoss, WithSFTTerm
 from app.method.margins import amapo_margins, gamma_po_margins
+from app.method.pair_loss import PairLoss
 from app.method.reliability import label_confidence, updated_reliability
 from app.method.weights import dr_dpo_loss, dr_dpo_weights, kldpo_weights, madpo_weights, quality_weights
 

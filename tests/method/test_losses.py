@@ -15,7 +15,6 @@ from app.method.losses import (
     IPOLoss,
     KTOPairLoss,
     LengthNormalisedIPOLoss,
-    PairLoss,
     RobustLoss,
     SigmoidLoss,
     SimPOLoss,
@@ -23,6 +22,7 @@ from app.method.losses import (
     WithSFTTerm,
 )
 from app.method.moments import Moments, RunningMoments
+from app.method.pair_loss import PairLoss
 
 
 def with_gap(gap: torch.Tensor) -> PairLogps:

@@ -12,16 +12,9 @@ from golden import golden_numbers
 from app.method.beta import BetaBounds, batch_beta
 from app.method.epsilon import epsilon_beta, next_epsilon_beta
 from app.method.logps import PairLogps
-from app.method.losses import (
-    HingeLoss,
-    IPOLoss,
-    LengthNormalisedIPOLoss,
-    PairLoss,
-    RobustLoss,
-    SigmoidLoss,
-    SimPOLoss,
-)
+from app.method.losses import HingeLoss, IPOLoss, LengthNormalisedIPOLoss, RobustLoss, SigmoidLoss, SimPOLoss
 from app.method.moments import Moments, RunningMoments
+from app.method.pair_loss import PairLoss
 from app.method.selection import gaussian_log_weights, gumbel_top_k, number_kept, selection_noise
 
 
