@@ -82,6 +82,7 @@ class PairDataModule(LightningDataModule):
         self.select, self.order = select, order
         self.notes: list[str] = []  # what these two did to the training pairs
         self._tables: dict[Split, tuple[PairTable, np.ndarray]] = {}
+        self._prepared: dict[Split, tuple[PairTable, np.ndarray] | None] = {}
         self._module: LightningModule | None = None
 
     @property
@@ -148,11 +149,10 @@ class PairDataModule(LightningDataModule):
         return shown(table, row, self.tokenizer, self.stop_ids, getattr(self.module, "responses", SIDES))
 
     def prepare_data(self) -> None:
-        # once per node, so that one rank tokenises and the others open the cache
+        # once per node, so that one rank tokenises and the others open the cache; its `setup` reads nothing again
         assert self.trainer is not None
         assert self.trainer.state.fn is not None
-        for split in SPLITS[self.trainer.state.fn.value]:
-            self.open_table(split)
+        self._prepared = {split: self.open_table(split) for split in SPLITS[self.trainer.state.fn.value]}
 
     @property
     def run_seed(self) -> int:
@@ -161,7 +161,7 @@ class PairDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         for split in SPLITS[stage]:
-            if (opened := self.open_table(split)) is None:
+            if (opened := self._prepared.pop(split, None) or self.open_table(split)) is None:
                 continue
             self._tables[split] = opened
             table, rows = opened

@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.gap_mixture import GapMixedTable
 from datamodules.table import PairTable, Part
 
+ALIKE = "but for case, spaces or punctuation"
+_ODD = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)  # any odd numbers
+
 
 def shown(
     table: PairTable, row: int, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], trained: Sequence[str]
@@ -70,11 +73,10 @@ def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str]:
     pairs = np.column_stack([table.prompt_keys[rows], table.answer_keys[rows]])  # [n, 3]
     if not len(rows):
         return "", ""
-    _, first, number = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
-    again = np.flatnonzero(first[number.reshape(-1)] != np.arange(len(rows)))
-    known = {row.tobytes() for row in pairs[first]}
-    swapped = np.ascontiguousarray(pairs[:, [0, 2, 1]])
-    against = np.array([n for n, row in enumerate(swapped) if row.tobytes() in known], dtype=np.int64)
+    mixed = pairs.view(np.uint64) @ _ODD  # keys are hashes, so that different pairs give different sums
+    order = np.argsort(mixed, kind="stable")
+    again = np.sort(order[1:][mixed[order[1:]] == mixed[order[:-1]]])
+    against = np.flatnonzero(_within(pairs[:, [0, 2, 1]].view(np.uint64) @ _ODD, mixed))
     twice = f"{len(again)} pairs repeat an earlier one (first: {_named(table, rows[again])})" if len(again) else ""
     contradiction = (
         f"{len(against)} pairs contradict another one: the same prompt, chosen and rejected swapped "
@@ -85,14 +87,18 @@ def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str]:
 
 def shared_prompts(trained: tuple[PairTable, np.ndarray], held_out: tuple[PairTable, np.ndarray]) -> str:
     """Return a message if prompts of held-out pairs are trained on, else an empty text."""
-    table, rows = held_out
-    shared = rows[np.isin(table.prompt_keys[rows], trained[0].prompt_keys[trained[1]])]
-    if not len(shared):
+    (table, rows), (other, trained_rows) = held_out, trained
+    same = _within(table.prompt_keys[rows], other.prompt_keys[trained_rows])
+    near = ~same & _within(table.near_keys[rows], other.near_keys[trained_rows])
+    told = []
+    for found, which in ((same, "that is trained on"), (near, f"like one that is trained on, {ALIKE}")):
+        if found.any():
+            told.append(
+                f"{found.sum()} of {len(rows)} pairs have a prompt {which} (first: {_named(table, rows[found])})"
+            )
+    if not told:
         return ""
-    return (
-        f"{len(shared)} of {len(rows)} pairs have a prompt that is trained on (first: {_named(table, shared)}): "
-        "they tell little of new prompts; data.validation_share holds out whole prompts"
-    )
+    return "; ".join(told) + ": they tell little of new prompts; data.validation_share holds out whole prompts"
 
 
 def cut_responses(table: PairTable, max_length: int) -> str:
@@ -121,6 +127,12 @@ def pairs_seen(pairs: int, batch_size: int, trainer: Trainer) -> tuple[str, bool
     passes = "" if steps == math.inf or seen < pairs else f", {steps / max(1, batches):.3g} times"
     told = "no limit of steps" if steps == math.inf else f"{steps} steps of {batch_size}"
     return f"{seen} of {pairs} pairs will be seen{passes} ({told}; {option} decides)", seen == pairs
+
+
+def _within(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return which `keys` [n] are among the `known`, [n] bool; of millions, several times faster than np.isin."""
+    known = np.append(np.sort(known), known[:1])  # the last is never the place of a key that is known
+    return known[np.searchsorted(known[:-1], keys)] == keys if len(known) else np.zeros(len(keys), bool)
 
 
 def _named(table: PairTable, rows: np.ndarray) -> str:

@@ -27,7 +27,7 @@ from datamodules.records import PreferencePair, Prompt
 from datamodules.sources.prompts import prompt_messages
 from datamodules.sources.reader import PairStream
 from datamodules.table import PairTable
-from datamodules.table_writer import read_rows, write_rows
+from datamodules.table_writer import read_rows, record_batch, write_rows
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def reward_scores(stream: PairStream, scoring: RewardScoring, device: torch.devi
     def build(folder: Path) -> None:
         parts = Parts(folder.with_suffix(".parts"), job)
         _score_parts(stream, scoring, device, parts)
-        batches = (json.loads(path.read_text(encoding="utf-8")) for path in parts)
+        batches = (record_batch(json.loads(path.read_text(encoding="utf-8")), _SCHEMA) for path in parts)
         write_rows(folder, _FILES, _SCHEMA, batches, {})
         parts.remove()
 

@@ -20,7 +20,9 @@ SCHEMA = pa.schema(
     [
         ("pair_id", pa.string()),
         ("labels", pa.string()),  # a JSON object: columns differ from row to row and may mix types
+        ("pair_key", pa.int64()),  # of the tokens: `TokenisedPair.key`
         ("prompt_key", pa.int64()),
+        ("near_key", pa.int64()),
         ("chosen_key", pa.int64()),
         ("rejected_key", pa.int64()),
         ("prompt", _TOKENS),
@@ -97,9 +99,18 @@ class PairTable:
         """Return the largest token id of all pairs; -1 without tokens."""
         return max(side.largest() for side in self._sides)
 
+    @cached_property
+    def near_keys(self) -> np.ndarray:
+        """Return keys [N] int64, equal also for prompts that differ in case, spaces or punctuation alone."""
+        return self.columns.column("near_key").to_numpy()
+
+    @cached_property
+    def _pair_keys(self) -> np.ndarray:
+        return self.columns.column("pair_key").to_numpy()
+
     def keys(self, indices: Rows) -> np.ndarray:
         """Return `TokenisedPair.key` of these pairs, [n] int64."""
-        return np.array([self[int(index)].key for index in indices], dtype=np.int64)
+        return self._pair_keys[np.asarray(indices, dtype=np.int64)]
 
     def part_of(self, indices: Rows) -> np.ndarray:
         """Return the number of the part of each of these pairs, [n] int64."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+import os
+import signal
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from tqdm.auto import tqdm
@@ -18,16 +22,18 @@ from transformers import PreTrainedTokenizerBase
 from app.core.cache import DamagedEntry, cached, fingerprint
 from app.core.errors import UserError
 from app.core.files import atomic_folder, file_hash
-from datamodules.sources.prompts import answer_keys, prompt_key
+from datamodules.records import PreferencePair
+from datamodules.sources.prompts import answer_keys, near_key, prompt_key
 from datamodules.sources.reader import PairStream
 from datamodules.sources.rows import RowReport
 from datamodules.table import SCHEMA, PairTable, Part, label_kind
 from datamodules.tokenisation import Tokenisation, tokenise_pairs
 from datamodules.tokenizer import tokenizer_fingerprint
 
-TABLE_VERSION = 5  # raise if a change of reading, tokenising or the schema changes the content of tables
+TABLE_VERSION = 6  # raise if a change of reading, tokenising or the schema changes the content of tables
 FILES = ("pairs.arrow", "table.json")  # the rows; their checksum and what else is known of them
 _PAIRS_PER_BATCH = 1024
+_BEFORE_PROCESSES = 8  # batches that take less time than processes take to start
 
 
 def cached_table(stream: PairStream, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation) -> PairTable:
@@ -64,25 +70,19 @@ def build_table(
     label_kinds: dict[str, set[str]] = {}
     meta: dict[str, Any] = {}
 
-    def batches() -> Iterator[list[tuple[object, ...]]]:
+    def batches() -> Iterator[pa.RecordBatch]:
         nonlocal written
-        remaining = iter(pairs)
         with tqdm(desc="tokenising", unit=" pairs", delay=3, disable=None) as progress:
-            while batch := list(islice(remaining, _PAIRS_PER_BATCH)):
-                rows: list[tuple[object, ...]] = []
-                for pair, (tokens, told) in zip(batch, tokenise_pairs(batch, tokenizer, settings), strict=True):
-                    for note in told:
-                        notes.note(note if tokens else f"dropped: {note}", pair.pair_id)
-                    if tokens:
-                        key = prompt_key(pair.prompt or pair.chosen)  # plain text has no prompt
-                        rows.append((pair.pair_id, json.dumps(pair.labels), key, *answer_keys(pair), *tokens))
-                        for name, value in pair.labels.items():
-                            label_kinds.setdefault(name, set()).add(label_kind(value))
-                yield rows
-                written += len(rows)
+            for batch in in_order(in_batches(pairs), tokenizer, settings):
+                for note, pair_id in batch.notes:
+                    notes.note(note, pair_id)
+                for name, types in batch.kinds.items():
+                    label_kinds.setdefault(name, set()).update(types)
+                yield batch.rows
+                written += len(batch.rows)
                 if report is None:
-                    notes.counts["rows"] += len(batch)
-                progress.update(len(batch))
+                    notes.counts["rows"] += batch.read
+                progress.update(batch.read)
         if not written:
             lost = "; ".join(notes.lines())
             raise UserError(f"No pair is left after tokenisation ({lost}): check the data settings.")
@@ -93,20 +93,87 @@ def build_table(
     write_rows(folder, FILES, SCHEMA, batches(), meta)
 
 
+class Tokenised(NamedTuple):
+    """A batch of pairs as rows of a table, with what became of them (note and pair id) and its labels' types."""
+
+    read: int
+    rows: pa.RecordBatch
+    notes: list[tuple[str, str]]
+    kinds: dict[str, set[str]]
+
+
+def tokenised(
+    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, settings: Tokenisation
+) -> Tokenised:
+    """Tokenise a batch of pairs."""
+    rows: list[tuple[object, ...]] = []
+    notes: list[tuple[str, str]] = []
+    kinds: dict[str, set[str]] = {}
+    for pair, (tokens, told) in zip(pairs, tokenise_pairs(pairs, tokenizer, settings), strict=True):
+        notes += [(note if tokens else f"dropped: {note}", pair.pair_id) for note in told]
+        if tokens:
+            prompt = pair.prompt or pair.chosen  # plain text has no prompt
+            keys = (tokens.key, prompt_key(prompt), near_key(prompt), *answer_keys(pair))
+            rows.append((pair.pair_id, json.dumps(pair.labels), *keys, *tokens))
+            for name, value in pair.labels.items():
+                kinds.setdefault(name, set()).add(label_kind(value))
+    return Tokenised(len(pairs), record_batch(rows, SCHEMA), notes, kinds)
+
+
+def in_order(
+    batches: Iterator[list[PreferencePair]], tokenizer: PreTrainedTokenizerBase, settings: Tokenisation
+) -> Iterator[Tokenised]:
+    """Yield the batches tokenised, in their order; after the first few by a process for each core, up to 16.
+
+    At most two batches for each process are in memory. One process reads the source, and more would wait for it.
+    """
+    for batch in islice(batches, _BEFORE_PROCESSES):
+        yield tokenised(batch, tokenizer, settings)
+    processes = min(16, len(os.sched_getaffinity(0)))
+    following = next(batches, None)
+    if following is None:
+        return
+    with ProcessPoolExecutor(processes, get_context("fork"), _begin, (tokenizer, settings)) as pool:
+        ahead: deque[Future[Tokenised]] = deque()
+        for batch in chain([following], batches):
+            ahead.append(pool.submit(_tokenised_here, batch))
+            if len(ahead) >= 2 * processes:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _begin(*tools: Any) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends the others
+    _begin.tools = tools  # type: ignore[attr-defined]
+
+
+def _tokenised_here(pairs: list[PreferencePair]) -> Tokenised:
+    return tokenised(pairs, *_begin.tools)  # type: ignore[attr-defined]
+
+
+def in_batches(pairs: Iterable[PreferencePair]) -> Iterator[list[PreferencePair]]:
+    remaining = iter(pairs)
+    while batch := list(islice(remaining, _PAIRS_PER_BATCH)):
+        yield batch
+
+
+def record_batch(rows: Sequence[Sequence[object]], schema: pa.Schema) -> pa.RecordBatch:
+    """Return rows as a batch of columns."""
+    columns = list(zip(*rows, strict=True)) or [()] * len(schema)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    return pa.record_batch(arrays, schema=schema)
+
+
 def write_rows(
-    folder: Path,
-    files: tuple[str, str],
-    schema: pa.Schema,
-    batches: Iterable[Sequence[Sequence[object]]],
-    meta: dict[str, Any],
+    folder: Path, files: tuple[str, str], schema: pa.Schema, batches: Iterable[pa.RecordBatch], meta: dict[str, Any]
 ) -> None:
     """Write batches of rows to the new `folder`, with a checksum and `meta`, which may be filled meanwhile."""
     with atomic_folder(folder) as part:
         with pa.OSFile(str(part / files[0]), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for rows in batches:
-                columns = list(zip(*rows, strict=True)) or [()] * len(schema)
-                arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-                writer.write_batch(pa.record_batch(arrays, schema=schema))
+            for batch in batches:
+                writer.write_batch(batch)
         meta = {"checksum": file_hash(part / files[0]), **meta}
         (part / files[1]).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 

@@ -12,6 +12,7 @@ from datamodules.sources.rows import BadRow, text
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
+_PUNCTUATION = re.compile(r"""[\s.,;:!?'"()…“”‘’„«»]+""")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _HEADERS = {"user": HUMAN, "assistant": ASSISTANT, "system": ""}
@@ -100,6 +101,13 @@ def prompt_messages(prompt: Prompt) -> tuple[Message, ...]:
 def prompt_key(prompt: Prompt) -> int:
     """Return a signed 64-bit hash, equal for the same question or dialogue in any of the three forms."""
     return _hash(json.dumps(_transcript(prompt)))
+
+
+def near_key(prompt: Prompt) -> int:
+    """Return a hash like `prompt_key`, equal also for prompts that differ in case, spaces or punctuation alone."""
+    found = _transcript(prompt)
+    text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+    return _hash(_PUNCTUATION.sub("", text.casefold()))
 
 
 def answer_keys(pair: PreferencePair) -> tuple[int, int]:

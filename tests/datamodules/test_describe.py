@@ -56,6 +56,10 @@ def test_validation_prompts_that_are_trained_on_are_named(tmp_path: Path) -> Non
         "2 of 3 pairs have a prompt that is trained on (first: 0.jsonl:2"
     )
     assert not shared_prompts(trained, opened(tmp_path, "x a b"))
+    # one as it is trained on, two but for case and punctuation, one another
+    near = shared_prompts(trained, opened(tmp_path, "p c d", "P! c d", "«q» e f", "pq e f"))
+    for words in ("1 of 4 pairs have a prompt that is trained on", "2 of 4 pairs have a prompt like one that is"):
+        assert words in near
 
 
 def test_cut_responses_are_told_of_above_five_percent(tmp_path: Path) -> None:

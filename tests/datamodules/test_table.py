@@ -8,6 +8,7 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tiny_tokenizers import TEMPLATE, byte_tokenizer, tokenise_pair
 
 from app.core.cache import DamagedEntry, cache_root
 from app.core.errors import UserError
+from datamodules import table_writer
 from datamodules.preference_data import split_by_prompt
 from datamodules.records import Message, PreferencePair
 from datamodules.sources.reader import OnBadRow, PairStream, pair_stream
@@ -50,6 +52,21 @@ def load_table(
 ) -> PairTable:
     """Return the table of pairs or demonstrations in a file or folder."""
     return cached_table(pair_stream(Source(path, **options), mode, False), tokenizer, settings)  # type: ignore[arg-type]
+
+
+def test_several_processes_write_what_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_writer, "_PAIRS_PER_BATCH", 16)
+    tokenizer = byte_tokenizer()
+    longer = [*pairs(500), PreferencePair("long", "the cat", " yes" * 20, " no" * 20)]  # is cut
+    for folder, cores, before in (("one", 1, 99), ("several", 3, 2)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        monkeypatch.setattr(table_writer, "_BEFORE_PROCESSES", before)
+        built(iter(longer), tokenizer, SETTINGS, tmp_path / folder)
+    for name in table_writer.FILES:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "several" / name).read_bytes()
+    stream = iter([*pairs(100), PreferencePair("chat", (Message("user", "Hi"),), "a", "b")])
+    with pytest.raises(UserError, match="chat messages, and no chat template"):  # from another process
+        built(stream, tokenizer, replace(SETTINGS, chat_template=False), tmp_path / "refused")
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> str:
