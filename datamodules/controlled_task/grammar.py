@@ -15,9 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from app.core.errors import UserError
-
-HUMAN = "\n\nHuman:"
-ASSISTANT = "\n\nAssistant:"
+from datamodules.sources.prompts import ASSISTANT, HUMAN
 
 ANIMALS = (
     *("lion", "tiger", "bear", "wolf", "fox", "horse"),

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from datamodules.sources.messages import spoken
 from datamodules.sources.prompts import question_prompt
-from datamodules.sources.rows import (
-    BadRow,
-    LeftOut,
-    decoded,
-    field_of,
-    kind,
-    missing,
-    number,
-    spaced,
-    text,
-    typed,
-    zero_or_one,
-)
+from datamodules.sources.rows import BadRow, LeftOut, decoded, kind, missing, text, typed
 
 PreferredBy = Literal["better", "safer"]
 Row = Mapping[str, object]
@@ -150,6 +139,35 @@ _OTHER_TASKS = {
     ("input_ids",): ("tokens, not text", "input_ids; give the text"),
     ("prompt", "answers"): ("ranked answers", "answers; write the two that you mean as chosen and rejected"),
 }
+
+
+def field_of(row: Row, name: str) -> object:
+    """Return the field `name`. Raises BadRow if the row lacks it."""
+    if name not in row:
+        raise BadRow("missing field", name)
+    return row[name]
+
+
+def number(row: Row, name: str) -> float:
+    """Return the field `name`, which must be a finite number. Raises BadRow."""
+    value = typed(field_of(row, name))
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise BadRow("wrong type", f"{name} is {kind(value)}, not a finite number")
+    return value
+
+
+def zero_or_one(row: Row, name: str) -> int:
+    """Return the field `name`, which must be the integer 0 or 1. Raises BadRow."""
+    value = typed(field_of(row, name))
+    if isinstance(value, bool) or value not in (0, 1):
+        raise BadRow("choice is neither 0 nor 1", f"{name} is {str(value)[:30]}")
+    assert isinstance(value, (int, float))
+    return int(value)
+
+
+def spaced(value: object, name: str) -> str:
+    """Return a response after exactly one space, which separates it from a prompt that ends with a colon."""
+    return " " + text(value, name).lstrip()
 
 
 def tldr_pair(row: Row, source: Any) -> Row:

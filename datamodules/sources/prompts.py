@@ -23,7 +23,7 @@ def split_transcript(transcript: str, name: str) -> tuple[str, str]:
 
     `name` is the transcript's field, for the error message. Raises BadRow.
     """
-    if not is_transcript(transcript):
+    if not transcript.startswith(HUMAN):
         raise BadRow("not an HH transcript", f"{name} does not start with {HUMAN!r}")
     cut = transcript.rfind(ASSISTANT)
     if cut < transcript.rfind(HUMAN):
@@ -43,11 +43,6 @@ def question_prompt(question: object, name: str) -> str:
     if _TURN.search(content):
         raise BadRow("turns within a question", name)
     return f"{HUMAN} {content.strip()}{ASSISTANT}"
-
-
-def is_transcript(value: str) -> bool:
-    """Return whether a text begins like a whole transcript."""
-    return value.startswith(HUMAN)
 
 
 def is_transcript_prompt(prompt: str) -> bool:

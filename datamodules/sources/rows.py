@@ -7,7 +7,6 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 _EXAMPLES_PER_REASON = 3
@@ -109,32 +108,3 @@ def text(value: object, name: str) -> str:
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer accepts
         raise BadRow("text is not valid Unicode", name) from None
     return str(value)
-
-
-def field_of(row: Mapping[str, object], name: str) -> object:
-    """Return the field `name`. Raises BadRow if the row lacks it."""
-    if name not in row:
-        raise BadRow("missing field", name)
-    return row[name]
-
-
-def number(row: Mapping[str, object], name: str) -> float:
-    """Return the field `name`, which must be a finite number. Raises BadRow."""
-    value = typed(field_of(row, name))
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise BadRow("wrong type", f"{name} is {kind(value)}, not a finite number")
-    return value
-
-
-def zero_or_one(row: Mapping[str, object], name: str) -> int:
-    """Return the field `name`, which must be the integer 0 or 1. Raises BadRow."""
-    value = typed(field_of(row, name))
-    if isinstance(value, bool) or value not in (0, 1):
-        raise BadRow("choice is neither 0 nor 1", f"{name} is {str(value)[:30]}")
-    assert isinstance(value, (int, float))
-    return int(value)
-
-
-def spaced(value: object, name: str) -> str:
-    """Return a response after exactly one space, which separates it from a prompt that ends with a colon."""
-    return " " + text(value, name).lstrip()
