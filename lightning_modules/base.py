@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from app.core.errors import UserError
 from app.method.batch import OptimizerBatch, PackedRows
+from app.method.ranges import PositiveFloat, checked
 from lightning_modules.attention import OURS
 from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.layout_check import StartCheck
@@ -39,6 +40,7 @@ Attention = Literal["auto", "varlen", "flex", "pairwise", "sdpa", "eager"]
 CompileLayers = bool | Literal["auto"]
 
 
+@checked
 class LanguageModelTraining(LoggedTraining):
     """A training stage that uses manual optimisation, one optimizer batch per `training_step`.
 
@@ -66,16 +68,16 @@ class LanguageModelTraining(LoggedTraining):
     def __init__(
         self,
         name: str | None,
-        architecture: dict[str, Any] | None,
         optimizer: OptimizerCallable,
-        lr_scheduler: LRSchedulerCallable | None,
-        max_grad_norm: float | None,
-        layout: Literal["auto", "packed", "separate"],
-        attention: Attention,
-        gradient_checkpointing: bool,
-        compile_layers: CompileLayers,
-        trust_remote_code: bool,
-        lora: Lora | None,
+        max_grad_norm: PositiveFloat | None,
+        architecture: dict[str, Any] | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        layout: Literal["auto", "packed", "separate"] = "auto",
+        attention: Attention = "auto",
+        gradient_checkpointing: bool = False,
+        compile_layers: CompileLayers = "auto",
+        trust_remote_code: bool = False,
+        lora: Lora | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from app.core.errors import StepRefused, UserError
@@ -21,10 +21,8 @@ from app.method.moments import MINIMUM_STD, rounding_std
 from app.method.pair_loss import PairLoss
 from app.method.ranges import NonNegativeFloat, PositiveFloat, ShareBelowOne, checked
 from app.method.step import MissingStatistics, RewardGapHook, StepDecision, StepObserver
-from lightning_modules.base import Attention, CompileLayers
 from lightning_modules.divergence import perturbed_gaps, reference_kl
 from lightning_modules.flops import peak_operations, step_operations
-from lightning_modules.lora import Lora
 from lightning_modules.preference_scoring import PreferenceScoring, ReferenceKind
 from lightning_modules.scorer import response_logps
 from lightning_modules.sharding import keeps_gradients
@@ -64,32 +62,20 @@ class PreferenceOptimization(PreferenceScoring):
         reference: ReferenceKind = "frozen",
         sft_weight: NonNegativeFloat = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-7, weight_decay=0.0),
-        lr_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: PositiveFloat | None = 10.0,
         max_nonfinite_share: ShareBelowOne = 0.1,
-        layout: Literal["auto", "packed", "separate"] = "auto",
-        attention: Attention = "auto",
-        gradient_checkpointing: bool = False,
-        compile_layers: CompileLayers = "auto",
-        trust_remote_code: bool = False,
-        lora: Lora | None = None,
+        **settings: Any,
     ):
         loss = SigmoidLoss() if loss is None else loss
         super().__init__(
             beta0,
             WithSFTTerm(loss, sft_weight) if sft_weight else loss,
             reference,
-            name,
-            None,
-            optimizer,
-            lr_scheduler,
-            max_grad_norm,
-            layout,
-            attention,
-            gradient_checkpointing,
-            compile_layers,
-            trust_remote_code,
-            lora,
+            name=name,
+            architecture=None,
+            optimizer=optimizer,
+            max_grad_norm=max_grad_norm,
+            **settings,
         )
         self.max_nonfinite_share = max_nonfinite_share
         self.nonfinite_pairs = 0

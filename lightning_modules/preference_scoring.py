@@ -32,13 +32,13 @@ class PreferenceScoring(LanguageModelTraining):
         loss: per-pair loss of the log-probabilities and β.
         reference: `frozen`, a second copy of the model, or `cached`, log-probabilities that the untrained policy
             scores once and that are kept on disk (see `reference_cache`).
-        settings: the arguments of `LanguageModelTraining`, in its order.
+        settings: the arguments of `LanguageModelTraining`.
     """
 
     responses = SIDES
 
-    def __init__(self, beta0: float, loss: PairLoss, reference: ReferenceKind, *settings: Any):
-        super().__init__(*settings)
+    def __init__(self, beta0: float, loss: PairLoss, reference: ReferenceKind, **settings: Any):
+        super().__init__(**settings)
         self.beta0 = beta0
         self.loss = loss
         self.reference = reference

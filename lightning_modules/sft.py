@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from app.method.batch import OptimizerBatch
 from app.method.ranges import PositiveFloat, checked
-from lightning_modules.base import Attention, CompileLayers, LanguageModelTraining
+from lightning_modules.base import LanguageModelTraining
 from lightning_modules.logged_training import warn_of_nonfinite
-from lightning_modules.lora import Lora
 from lightning_modules.scorer import response_logps
 
 
@@ -28,30 +27,11 @@ class SupervisedFineTuning(LanguageModelTraining):
     def __init__(
         self,
         name: str | None = None,
-        architecture: dict[str, Any] | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
-        lr_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: PositiveFloat | None = 1.0,
-        layout: Literal["auto", "packed", "separate"] = "auto",
-        attention: Attention = "auto",
-        gradient_checkpointing: bool = False,
-        compile_layers: CompileLayers = "auto",
-        trust_remote_code: bool = False,
-        lora: Lora | None = None,
+        **settings: Any,
     ):
-        super().__init__(
-            name,
-            architecture,
-            optimizer,
-            lr_scheduler,
-            max_grad_norm,
-            layout,
-            attention,
-            gradient_checkpointing,
-            compile_layers,
-            trust_remote_code,
-            lora,
-        )
+        super().__init__(name, optimizer, max_grad_norm, **settings)
         # of every validation batch, sums over this rank's finite pairs: −log π, tokens, pairs, and pairs left out
         self._validation: list[Tensor] = []
 
