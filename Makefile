@@ -1,4 +1,5 @@
 # make quickstart   set up, train SFT → β-DPO and plain DPO on the controlled task, table and page
+# make quickstart-seeds   the same on further seeds: README's table, by runs that have no row in docs/study/results.csv
 # make parity       the losses against TRL, the β-DPO step against NumPy and plain PyTorch: a table (docs/method.md)
 # make pipeline     SFT, every arm of the paper, samples, one table of win rates; what is done is not done again
 # make pipeline-smollm2 HH=pairs.jsonl.gz   the same stages with a real model on real pairs, a few steps each
@@ -19,7 +20,7 @@ JUDGE :=
 RIVAL = $(RUN)/sft-samples.jsonl
 ARMS := dpo dynamic_beta filter_only beta_dpo instance_level random_filter weight_matched
 
-.PHONY: install quickstart arm arms pipeline pipeline-smollm2 smollm2 parity docs bench study study-smollm2 sentiment check-exports wheels codegen size lint test test-slow
+.PHONY: install quickstart quickstart-seeds arm arms pipeline pipeline-smollm2 smollm2 parity docs bench study study-smollm2 sentiment check-exports wheels codegen size lint test test-slow
 
 install: $(VENV)/.installed
 
@@ -30,6 +31,10 @@ $(VENV)/.installed: setup.cfg constraints.txt pyproject.toml
 
 quickstart: install
 	$(BIN)/beta-dpo quickstart --seed $(SEED) --out $(RUN)
+
+quickstart-seeds: export OMP_NUM_THREADS = 1
+quickstart-seeds: install
+	$(BIN)/python -m benchmarks.study --only quickstart
 
 # one arm, ARM=beta_dpo or any other file of configs/method: train from the SFT model, export, sample
 arm:

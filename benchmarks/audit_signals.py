@@ -55,7 +55,9 @@ def flipped_pairs(path: str, seed: int, count: int, longest: int, out: Path, sha
 
 def train(folder: Path, seed: int, options: argparse.Namespace) -> None:
     """Train the arms of one seed into `folder`."""
-    words = ["--config", "quickstart", "--model.name", str(folder / "sft-model")]
+    # the quickstart as it was when docs/monitoring.md was written
+    words = ["--config", "quickstart", "--model.beta0", "0.1", "--model.optimizer.init_args.lr", "2.2e-5"]
+    words += ["--data.pairs", "14080", "--data.broken_share", "0.25", "--model.name", str(folder / "sft-model")]
     if options.pairs:
         data = folder / "pairs.jsonl"
         flipped_pairs(options.pairs, seed, options.count, options.longest, data)

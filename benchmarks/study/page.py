@@ -23,8 +23,10 @@ from benchmarks.study.questions import (
     Rows,
     confirmation,
     extension,
+    quickstarts,
 )
-from benchmarks.study.runs import COLLAPSED, KL_BUDGET, TASKS, path_of, with_within
+from benchmarks.study.runs import COLLAPSED, KL_BUDGET, TASKS, path_of, runs_of, with_within
+from benchmarks.study.verdicts import Difference
 from benchmarks.tables import ROOT, markdown
 
 DOCS = ROOT / "docs"
@@ -39,6 +41,10 @@ def write_page(table: pd.DataFrame) -> None:
 
 def documents(table: pd.DataFrame) -> dict[str, str]:
     """Return the content of every generated file, by its path below docs."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, mark, rest = readme.partition("<!-- quickstart -->\n")
+    readme = before + mark + quickstart(table) + "\n" + rest[rest.index("<!-- end -->") :]
+    table = table[table.task != "quickstart"]
     first, later = (Rows(table, phase) for phase in ("confirmation", "extension"))
     questions = [
         replace(question, comparisons=[rows.result(one, question.margin) for one in question.comparisons])
@@ -70,7 +76,51 @@ def documents(table: pd.DataFrame) -> dict[str, str]:
         real_model(table[table.task == "smollm2"]),
         tail.format(**numbers).rstrip(),
     ]
-    return {"study.md": "\n\n".join(parts) + "\n", **figures}
+    return {"study.md": "\n\n".join(parts) + "\n", "../README.md": readme, **figures}
+
+
+QUICKSTART = {
+    "win_rate": "win rate over the SFT model",
+    "reward": "mean true reward of samples, 0 to 4.5",
+    "malformed": "malformed answers",
+    "kl": "KL to the SFT model, nats per answer",
+    "accuracy": "reward accuracy on pairs held out",
+    "dropped_flipped": "swapped pairs dropped",
+    "dropped_clean": "other pairs dropped",
+}
+AHEAD = {"better": "higher", "worse": "lower", "undecided": "not told apart"}
+
+
+def quickstart(table: pd.DataFrame) -> str:
+    """Return README's table of the quickstart: means over seeds, differences paired by seed, and who is ahead."""
+    planned = set(quickstarts())
+    runs = table[[run in planned for run in runs_of(table)]]
+    usual = runs[runs.options == ""]
+    ours, theirs = (usual[usual.arm == arm].set_index("seed") for arm in ("beta_dpo", "dpo"))
+    sft = {"win_rate": "0.5", "reward": over_seeds(ours.sft_reward), "malformed": over_seeds(ours.sft_malformed)}
+    rows, told = [], []
+    for name, label in QUICKSTART.items():
+        difference = ours[name] - theirs[name]
+        cells = map(over_seeds, (ours[name], theirs[name]))
+        rows.append([label, sft.get(name, ""), *cells, over_seeds(difference, "+")])
+        told.append(f"{label.split(',')[0]} {AHEAD[Difference.of(difference.to_numpy(float), 0).verdict]}")
+    shown = markdown([f"{len(ours)} seeds [95 % interval]", "SFT model", "β-DPO", "plain DPO", "difference"], rows)
+    return f"""{shown}
+
+Both arms of a seed share SFT model, pairs and settings; intervals are Student's t over seeds.
+**β-DPO against plain DPO: {", ".join(told[:4])}.**
+
+Of all {len(runs)} runs, {len(runs) - len(usual)} of them with sums rounded in another order, the worst had
+{runs.malformed.max():.3f} malformed answers, the furthest a KL of {runs.kl.max():.2f}.
+{", ".join(runs.processor.unique())}; a run on another processor ends elsewhere."""
+
+
+def over_seeds(values: pd.Series, sign: str = "") -> str:
+    """Return the mean of `values`, one per seed, with Student's t interval at 95 %; without it if all are equal."""
+    if values.nunique() == 1:
+        return f"{values.iloc[0]:g}"
+    found = Difference.of(values.to_numpy(float), margin=0)
+    return f"{found.mean:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
 
 
 def summary(questions: Sequence[Question]) -> str:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from benchmarks.study.runs import GAPS, TASKS, Run, runs_of, with_within
+from benchmarks.study.runs import GAPS, TASKS, Quickstart, Run, runs_of, with_within
 from benchmarks.study.verdicts import Difference
 
 DEVELOPMENT_SEEDS = (3,)  # choose β0 and learning rate of every arm, and decide nothing
 MAIN_SEEDS, SIDE_SEEDS = range(21, 28), range(21, 26)
+QUICKSTART_SEEDS = range(101, 106)
 EXTENSION_SEEDS, OWN_SEEDS = range(31, 36), range(41, 48)
 STATIC = (0.03, 0.1, 0.3, 1.0)
 RATES = (2.4e-4, 3.6e-4)
@@ -301,6 +302,20 @@ def pilot() -> Iterator[Run]:
         yield Run("sentiment", "pilot", 1, "mixed", 0.0, "sigmoid", arm, beta0, 2e-4)
 
 
+def quickstarts() -> Iterator[Run]:
+    """Yield the quickstart's arms on seeds that played no part in its settings, on one with other rounding, too."""
+    model = Quickstart.settings["model"]["init_args"]
+    settings = (model["beta0"], model["optimizer"]["init_args"]["lr"])
+    for arm in ("beta_dpo", "dpo"):
+        for seed in QUICKSTART_SEEDS:
+            yield Run("quickstart", "seeds", seed, "high", 0.15, "sigmoid", arm, *settings)
+        # other micro-batches add up the same gradients in another order
+        words = "--data.micro_batch_tokens 1024"
+        yield Run(
+            "quickstart", "seeds", QUICKSTART_SEEDS[0], "high", 0.15, "sigmoid", arm, *settings, options=words
+        )
+
+
 def planned(table: pd.DataFrame) -> Iterator[Run]:
     """Yield every run that the questions need: development first, and all others once it has chosen settings."""
     tuned = {SETTINGS_OF.get(arm, arm): None for arm in ("dpo", *ARMS)}
@@ -314,6 +329,7 @@ def planned(table: pd.DataFrame) -> Iterator[Run]:
                 yield from (
                     replace(cell, seed=seed) for seed in question.seeds for cell in [*cells, *question.shown]
                 )
+    yield from quickstarts()
     for seed in (1, 2):
         for arm in ("dpo", "beta_dpo"):
             yield Run("smollm2", "illustration", seed, "hh", 0.0, "sigmoid", arm, 0.1, 5e-6)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import yaml
 
 from app.commands.judge import figures, summary, win_rate
 from app.core.files import atomic_file
@@ -187,6 +188,7 @@ class Controlled(Task):
         return [
             run.fit(
                 *("configs/quickstart.yaml", "--data.pairs", "4096", *run.reference(self)),
+                *("--data.broken_share", "0.25"),
                 *("--checkpoint.every_n_steps", str(STEPS[0]), "--checkpoint.keep_all", "true"),
                 *(
                     "--data.gap",
@@ -211,6 +213,17 @@ class Controlled(Task):
     def figures(self, run: Run, read: Any) -> dict[str, float]:
         files = (run.folder / f"samples-{self.steps[-1]}.jsonl", self.folder(run.seed) / "samples.jsonl")
         return super().figures(run, read) | {"win_rate": win_rate(*map(rows_of, files)).mean}
+
+
+class Quickstart(Controlled):
+    """What `make quickstart` does, by the settings in its files, sampled at the end of training."""
+
+    name = "quickstart"
+    settings = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
+    steps = (settings["data"]["init_args"]["pairs"] // settings["data"]["init_args"]["batch_size"],)
+
+    def train(self, run: Run) -> list[Command]:
+        return [run.fit("configs/quickstart.yaml", "--model.name", str(self.folder(run.seed) / "model"))]
 
 
 class Reviews(Task):
@@ -284,7 +297,7 @@ class SmolLM2(Task):
         return {}
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Controlled(), Reviews(), SmolLM2())}
+TASKS: dict[str, Task] = {task.name: task for task in (Controlled(), Quickstart(), Reviews(), SmolLM2())}
 
 # --- the table ----------------------------------------------------------------------------------------------
 

@@ -46,6 +46,13 @@ def test_every_planned_run_has_its_row_and_every_run_one() -> None:
     assert table.processor.notna().all()
 
 
+def test_no_run_of_the_quickstart_falls_apart() -> None:
+    table = read_results()
+    runs = table[table.task == "quickstart"]
+    assert runs.malformed.max() < 0.08
+    assert runs.kl.max() < 2
+
+
 def test_settings_were_chosen_on_other_seeds_than_they_are_judged_on() -> None:
     table = read_results()
     seeds = {phase: set(rows.seed) for phase, rows in table[table.task == "controlled"].groupby("phase")}
@@ -61,7 +68,7 @@ def test_settings_were_chosen_on_other_seeds_than_they_are_judged_on() -> None:
 def test_without_development_no_further_run_is_planned() -> None:
     table = read_results()
     runs = list(planned(table[table.arm != "epsilon_dpo"]))
-    assert {run.phase for run in runs} == {"development", "illustration"}
+    assert {run.phase for run in runs} == {"development", "seeds", "illustration"}
     with pytest.raises(LookupError, match="6 development runs of epsilon_dpo"):
         Rows(table[table.arm != "epsilon_dpo"]).chosen("epsilon_dpo")
 
