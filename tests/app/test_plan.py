@@ -229,25 +229,3 @@ def test_what_cannot_be_planned_is_said(
     with pytest.raises(SystemExit):
         main(["plan", *HH[:2], "--shape", "EleutherAI/pythia-410m"])
     assert "trainer.devices is auto: give --devices_per_node." in capsys.readouterr().err
-
-
-SIZES = {"Pythia-410M": "EleutherAI/pythia-410m", "Pythia-1.4B": "EleutherAI/pythia-1.4b"}
-SIZES |= {"Pythia-2.8B": "EleutherAI/pythia-2.8b", "Llama-3-8B-Instruct": "meta-llama/Meta-Llama-3-8B-Instruct"}
-SIZES |= {"Mistral-7B-Instruct": "mistralai/Mistral-7B-Instruct-v0.2"}
-
-
-@pytest.mark.slow
-def test_every_recipe_has_a_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each row of docs/pipeline.md on one of the places to train, in turn, so that both lists are gone through."""
-    recipes = pytest.importorskip("recipes").recipes()
-    monkeypatch.chdir(ROOT)
-    places = len({recipe.where for recipe in recipes})
-    for number, recipe in enumerate(recipes):
-        if (number + number // places) % places:
-            continue
-        shape = SIZES[recipe.what.split(" on ")[0]]
-        # the model of the first stage is not there yet
-        text, plan = plan_of(capsys, *recipe.arguments[1:], "--shape", shape, "--memory_gb", "80")
-        assert plan["sum"] > plan["parameters"] > 0.1e9, recipe.name
-        assert "80 GB" in text, recipe.name
-        assert ("reference" in plan) == ("β-DPO" in recipe.what), recipe.name
