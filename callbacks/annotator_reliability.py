@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from app.core.errors import UserError
-from app.method.pair_loss import PairLoss
 from app.method.ranges import PositiveShare, ProperShare, checked
 from app.method.reliability import label_confidence, updated_reliability
 from app.method.step import StepDecision
+from callbacks.base import Decider, label_column, loss_of
 
 log = logging.getLogger(__name__)
 MOST_CURVES = 20  # annotators that are logged by name
 
 
 @checked
-class AnnotatorReliability(Callback):
+@dataclass(eq=False)
+class AnnotatorReliability(Decider):
     """RE-PO (arXiv 2509.24159): the loss −[w·log p + (1 − w)·log(1 − p)], with w the probability of a right label.
 
     p = σ(L(swapped) − L(as labelled)) is the label's probability under `model.loss`, w = ηp/(ηp + (1 − η)(1 − p)),
@@ -34,15 +35,17 @@ class AnnotatorReliability(Callback):
         momentum: a, the share of the newest batch in η.
     """
 
-    def __init__(self, column: str = "annotator", initial: ProperShare = 0.9, momentum: PositiveShare = 0.1):
-        self.column = column
-        self.initial = initial
-        self.momentum = momentum
+    column: str = "annotator"
+    initial: ProperShare = 0.9
+    momentum: PositiveShare = 0.1
+
+    saved = ("reliability",)
+
+    def __post_init__(self) -> None:
         self.reliability: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        loss = getattr(pl_module, "loss", None)
-        if isinstance(loss, PairLoss) and not loss.has_swapped_form:
+        if (loss := loss_of(pl_module)) and not loss.has_swapped_form:
             raise UserError(
                 f"AnnotatorReliability: {loss} has no swapped form that is the loss of the opposite label: choose "
                 "SigmoidLoss without label_smoothing, IPOLoss, SimPOLoss or HingeLoss, or --confidence null."
@@ -70,26 +73,15 @@ class AnnotatorReliability(Callback):
 
     def annotators(self, decision: StepDecision) -> list[str]:
         """Return the annotator of every pair, [G]; raise UserError for a missing column other than the default."""
-        if self.column in decision.labels:
-            names = decision.labels[self.column]
-            if None in names and "unnamed" not in self.reliability:
-                empty = f"{names.count(None)} of {len(names)} pairs of step {decision.step}"
-                log.warning(
-                    "%s have no value in the column %r: they share the annotator `unnamed`", empty, self.column
+        if self.column == "annotator" and self.column not in decision.labels:
+            if not self.reliability:
+                carried = ", ".join(decision.labels) or "none"
+                log.info(
+                    "the data has no column 'annotator' (it carries: %s): all pairs have one reliability", carried
                 )
-            return ["unnamed" if name is None else str(name) for name in names]
-        carried = ", ".join(decision.labels) or "none"
-        if self.column != "annotator":
-            raise UserError(
-                f"AnnotatorReliability: the data has no column {self.column!r}; it carries these: {carried}. Name "
-                "another by --confidence.column."
-            )
-        if not self.reliability:
-            log.info("the data has no column 'annotator' (it carries: %s): all pairs have one reliability", carried)
-        return ["everyone"] * len(decision.pair_ids)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"reliability": self.reliability}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.reliability = state_dict["reliability"]
+            return ["everyone"] * len(decision.pair_ids)
+        names = label_column(decision, self.column, self, "Name another by --confidence.column")
+        if None in names and "unnamed" not in self.reliability:
+            empty = f"{names.count(None)} of {len(names)} pairs of step {decision.step}"
+            log.warning("%s have no value in the column %r: they share the annotator `unnamed`", empty, self.column)
+        return ["unnamed" if name is None else str(name) for name in names]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow.parquet as pq
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from app.core.errors import UserError
 from app.method.ranges import Seed, checked
 from app.method.selection import gumbel_top_k, selection_noise
 from app.method.step import StepDecision
+from callbacks.base import Decider, seed_or_default
 
 Controlled = Literal[
     "random_filter", "shuffled_beta", "static_beta", "shuffled_margin", "shuffled_confidence", "shuffled_weights"
@@ -32,7 +33,8 @@ OWN_DRAW = 2**32  # added to the seed, so that a control does not draw what the 
 
 
 @checked
-class Control(Callback):
+@dataclass(eq=False)
+class Control(Decider):
     """A control of any arm: what remains of the arm's effect does not come from which pairs it treats how.
 
     `random_filter` keeps as many pairs as the filter, drawn with equal probability. `shuffled_beta`,
@@ -47,20 +49,22 @@ class Control(Callback):
         seed: seed of the draw; none takes the run's `seed_everything`.
     """
 
-    def __init__(self, by: Controlled, run: str | None = None, seed: Seed | None = None):
-        if (by == "static_beta") != (run is not None):
+    by: Controlled
+    run: str | None = None
+    seed: Seed | None = None
+
+    saved = ("seed", "static_beta", "changed_steps")
+
+    def __post_init__(self) -> None:
+        if (self.by == "static_beta") != (self.run is not None):
             raise UserError(
                 "Control: static_beta, and no other, needs the log folder of a finished run of the arm: run."
             )
-        self.by = by
-        self.run = run
-        self.seed = seed
         self.static_beta: float | None = None
         self.changed_steps = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.seed is None:
-            self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        self.seed = seed_or_default(self.seed)
         if self.run is not None and self.static_beta is None:
             self.static_beta = mean_beta(Path(self.run))
 
@@ -89,13 +93,6 @@ class Control(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.changed_steps and trainer.is_global_zero:
             print(f"The control {self.by} changed nothing: this arm decides alike for all pairs of a step.")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seed": self.seed, "static_beta": self.static_beta, "changed_steps": self.changed_steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, value in state_dict.items():
-            setattr(self, name, value)
 
 
 def shuffled(values: Tensor, kept: Tensor, noise: Tensor) -> Tensor:

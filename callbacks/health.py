@@ -1,80 +1,103 @@
-"""The health conditions of a run, each a pure function of the measurements of the last steps."""
+"""The table of health conditions, from which the monitor, the report's findings and docs/monitoring.md come.
+
+Thresholds are rules of thumb. The docstring of a predicate is the paragraph of the page on its condition.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
-from textwrap import fill
 from typing import Any
 
-# thresholds by rule of thumb; `beta-dpo report` uses the same
-BOUND_SHARE = 0.1  # share of the kept pairs whose β met a bound
-FAR_FROM_BETA0 = 3.0  # factor between β and β0, in either direction
-FAR_SHARE = 0.05  # share of the steps whose β may exceed that factor
-SMALL_SAMPLE = 0.3  # effective sample size as a share of the batch; 0.87 for normal gaps
-SATURATED = 0.98  # accuracy of pairs not yet trained on
+from lightning.pytorch import Callback, LightningModule, Trainer
 
-Window = Mapping[str, Sequence[float]]  # a measurement's values at the last steps, oldest first
+from app.core.errors import StepRefused, UserError
+from app.method.batch import OptimizerBatch
+from app.method.ranges import AtLeastTwo, checked
+from callbacks.schedules import BoundedBeta
 
+log = logging.getLogger(__name__)
 
-def beta_at_bounds(clamped: Sequence[float], most: float = BOUND_SHARE) -> bool:
-    """Return whether β met a bound for more than the share `most` of the kept pairs."""
-    return fmean(clamped) > most
+SPEED, BEST_SPEED = "train/tokens_per_second", "best tokens per second"
 
 
-def beta_far(beta: Sequence[float], base: Sequence[float], factor: float = FAR_FROM_BETA0) -> bool:
-    """Return whether β was above `factor` times β0 or below β0/`factor` in more than `FAR_SHARE` of the steps."""
-    return fmean(not base / factor <= b <= base * factor for b, base in zip(beta, base, strict=True)) > FAR_SHARE
+def beta_at_bounds(clamped: Sequence[float]) -> bool:
+    """Return whether β met its `floor` or `ceiling` for more than a tenth of the kept pairs.
 
-
-def sample_size_collapsed(effective: Sequence[float], pairs: Sequence[float], least: float = SMALL_SAMPLE) -> bool:
-    """Return whether the effective sample size of the filter is below the share `least` of the pairs.
-
-    For normal gaps the share is √3/2 = 0.87: E[w]²/E[w²] for w = exp(−z²/2).
+    Then β no longer follows the data: it is its bound. β0·(1 + α·(mean gap − M0)) is negative as soon as the batch
+    falls 1/α below M0: 1.7 nats for α = 0.6. Gaps grow through training, so the risk does too
+    ([choosing.md](choosing.md) has a figure).
     """
-    return sum(effective) < least * sum(pairs)
+    return fmean(clamped) > 0.1
 
 
-def chosen_falls_with_rejected(chosen: Sequence[float], rejected: Sequence[float]) -> bool:
+def beta_far(beta: Sequence[float], base: Sequence[float]) -> bool:
+    """Return whether β lay beyond three times β0, or below a third of it, in more than a twentieth of the steps.
+
+    `beta/clamped` may be 0: a schedule has no ceiling by default. A batch of few pairs moves β more than a large
+    one: α goes with the square root of the number of kept pairs.
+    """
+    return fmean(not base / 3 <= b <= base * 3 for b, base in zip(beta, base, strict=True)) > 0.05
+
+
+def sample_size_collapsed(effective: Sequence[float], pairs: Sequence[float]) -> bool:
+    """Return whether the Gaussian weights are worth less than 0.3 of the batch.
+
+    Normally distributed gaps give √3/2 = 0.87: E[w]²/E[w²] for w = exp(−z²/2). Either a few pairs lie near M0 and
+    the rest far away, or M0 and σ lag gaps that move fast (their memory is about ten steps).
+    """
+    return sum(effective) < 0.3 * sum(pairs)
+
+
+def chosen_falls_with_rejected(chosen: Sequence[float], rejected: Sequence[float], *_: Sequence[float]) -> bool:
     """Return whether both mean log-ratios are negative and the chosen one fell by more than the margin grew.
 
-    In symbols: c < 0, r < 0 and −c > c − r, for rewards at β0, which cancels. c must lie two standard errors
-    below 0, because every step has other pairs.
+    In symbols: c < 0, r < 0 and −c > c − r, for rewards at β0, which cancels; c must lie two standard errors below
+    0, because every step has other pairs. To a degree this is what DPO does;
+    [choosing.md](choosing.md#why-does-the-chosen-reward-fall) explains it. Looked for only where there is a
+    reference, without which the reward is no log-ratio.
     """
     c, r = fmean(chosen), fmean(rejected)
     error = stdev(chosen) / math.sqrt(len(chosen)) if len(chosen) > 1 else math.inf
     return c < -2 * error and r < 0 and -c > c - r
 
 
-def accuracy_saturated(accuracy: Sequence[float], most: float = SATURATED) -> bool:
-    """Return whether nearly every training pair is ranked correctly before the policy's step on it."""
-    return fmean(accuracy) > most
+def accuracy_saturated(accuracy: Sequence[float]) -> bool:
+    """Return whether more than 98 % of the training pairs are ranked right before the policy's step on them.
+
+    What further steps change is mostly the size of the margin.
+    """
+    return fmean(accuracy) > 0.98
 
 
 def nonfinite_pairs(total: Sequence[float]) -> bool:
-    """Return whether the running `total` of pairs without a finite gap has grown."""
+    """Return whether at least one pair had a log-probability of NaN or infinity.
+
+    It was left out and named in the log; more than `model.max_nonfinite_share` of a batch stop the run.
+    """
     return total[-1] > total[0]
 
 
-def throughput_lost(tokens_per_second: Sequence[float], best: float, share: float = 0.5) -> bool:
-    """Return whether the median is below a `share` of the `best` median so far."""
-    return median(tokens_per_second) < share * best
+def throughput_lost(tokens_per_second: Sequence[float], best: Sequence[float]) -> bool:
+    """Return whether the median of tokens per second is below half of the best median since the process started.
+
+    The time of a step is all between the ends of two steps, with loading and saving and without validation.
+    """
+    return median(tokens_per_second) < best[-1] / 2
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A health problem: what it needs, the test for it, what it means, and advice.
+    """A health problem: what it needs, the test for it, and advice."""
 
-    The monitor, the report's findings and docs/monitoring.md (by docs/build.py) take their words from it.
-    """
-
-    name: str  # in the log and, with hyphens, as the heading in docs/monitoring.md
+    name: str  # in the log, in the report and, with hyphens, as the heading in docs/monitoring.md
     needs: Sequence[str]  # if a run lacks one of these measurements, the condition is not tested
-    holds: Callable[..., bool]  # takes the values of `needs`, in that order
-    means: str  # a paragraph of the page
+    holds: Callable[..., bool]  # takes the values of `needs` at the last steps, oldest first, in that order
     advice: str  # a clause in small letters; after one on β comes that of the run's schedule
+    chart: str  # of the report, which shows it
     whole_window: bool = True  # if false, it is tested from the second step on
 
     @property
@@ -91,94 +114,153 @@ CONDITIONS = (
         "β at its bounds",
         ("beta/clamped",),
         beta_at_bounds,
-        "β met its `floor` or `ceiling` for more than a tenth of the kept pairs. Then β no longer follows the"
-        " data: it is its bound. β0·(1 + α·(mean gap − M0)) is negative as soon as the batch falls 1/α below "
-        "M0: 1.7 nats for α = 0.6. Gaps grow through training, so the risk does too "
-        "([choosing.md](choosing.md) has a figure).",
         "the gaps are wide for this schedule",
+        "beta",
     ),
     Condition(
         "β far from β0",
         ("beta/used", "beta/base"),
         beta_far,
-        "β lay beyond three times β0, or below a third of it, in more than a twentieth of the last steps. "
-        "`beta/clamped` may be 0: a schedule has no ceiling by default. A batch of few pairs moves β more "
-        "than a large one: α goes with the square root of the number of kept pairs.",
         "β0 was chosen for another strength of the constraint than the one that is trained",
+        "beta",
         whole_window=False,
     ),
     Condition(
         "effective sample size collapsed",
         ("filter/effective_sample_size", "pairs"),
         sample_size_collapsed,
-        "The Gaussian weights are worth less than 0.3 of the batch; normally distributed gaps give 0.87. "
-        "Either a few pairs lie near M0 and the rest far away, or M0 and σ lag gaps that move fast (their "
-        "memory is about ten steps).",
         "outliers stretch the gaps: look at the pairs with the most extreme ones (beta-dpo audit, or "
         "TensorBoard's text tab); if there are none, lower the learning rate",
+        "filter",
     ),
     Condition(
         "chosen falls with rejected",
-        # the last is logged only with a reference, without which the reward is no log-ratio
         ("train/reward_chosen", "train/reward_rejected", "train/reference_accuracy"),
-        lambda chosen, rejected, _: chosen_falls_with_rejected(chosen, rejected),
-        "The chosen responses have become less likely than under the reference, the rejected ones too, and "
-        "the chosen fell by more than the margin between them grew. To a degree this is what DPO does; "
-        "[choosing.md](choosing.md#why-does-the-chosen-reward-fall) explains it. Looked for only where there "
-        "is a reference.",
+        chosen_falls_with_rejected,
         "only the difference is trained, so both may sink and probability leaks elsewhere: look at sampled "
         "answers, then lower the learning rate, raise model.beta0, or set model.sft_weight: 1",
+        "drift",
     ),
     Condition(
         "accuracy saturated",
         ("train/reward_accuracy",),
         accuracy_saturated,
-        "More than 98 % of the training pairs are ranked right before the policy is trained on them. What "
-        "further steps change is mostly the size of the margin.",
         "little is left to learn from these pairs: compare with val/reward_accuracy; stop, or find harder pairs",
+        "accuracy",
     ),
     Condition(
         "pairs without a finite gap",
         ("train/nonfinite_pairs",),
         nonfinite_pairs,
-        "At least one pair of the last steps had a log-probability of NaN or infinity. It was left out and "
-        "named in the log; more than `model.max_nonfinite_share` of a batch stop the run.",
         "lower the learning rate, use trainer.precision 32-true, or look at the pairs that the log names",
+        "accuracy",
         whole_window=False,
     ),
     Condition(
         "throughput lost",
-        ("tokens_per_second", "best_tokens_per_second"),
-        lambda seen, best: throughput_lost(seen, best[-1]),
-        "The median of tokens per second, over everything between the ends of two steps, is below half of the"
-        " best median since the process started.",
+        (SPEED, BEST_SPEED),
+        throughput_lost,
         "look for other programs on the machine, heat, a slow disk, or checkpoints that are written too often",
+        "speed",
     ),
 )
 BY_NAME = {condition.name: condition for condition in CONDITIONS}
 
 
-def markdown_sections() -> str:
-    """Return the section of every condition for docs/monitoring.md."""
-    calmer = (
-        "lower α or ε of the schedule, or measure gaps in standard deviations (`schedule.z_normalised: true`); the "
-        "log line and the report say which of these holds for the schedule of the run"
-    )
-    sections = []
-    for one in CONDITIONS:
-        text = (one.means, f"*Advice:* {one.advice_with(calmer)}.")
-        whole = [fill(part, 120, break_long_words=False, break_on_hyphens=False) for part in text]
-        sections.append("\n\n".join([f"#### {one.name}", *whole]) + "\n")
-    return "\n".join(sections)
+class Window:
+    """The measurements of the last `length` steps, in training or from the records of a run."""
+
+    def __init__(self, length: int):
+        self.length = length
+        # the first value is the total before the first step, so that a pair lost there counts
+        self.values: dict[str, list[float]] = {"train/nonfinite_pairs": [0.0]}
+
+    def add(self, measured: Mapping[str, float]) -> set[str]:
+        """Add the measurements of a step; return the names of the conditions that hold on the last steps."""
+        for name, value in measured.items():
+            self._append(name, value)
+        if len(speed := self.values.get(SPEED, [])) == self.length:
+            self._append(BEST_SPEED, max(median(speed), *self.values.get(BEST_SPEED, [0.0])[-1:]))
+        return {condition.name for condition in CONDITIONS if self._meets(condition)}
+
+    def _append(self, name: str, value: float) -> None:
+        self.values[name] = [*self.values.get(name, []), value][-self.length :]
+
+    def _meets(self, condition: Condition) -> bool:
+        columns = [self.values.get(name, []) for name in condition.needs]
+        steps = min(map(len, columns))
+        return (steps >= self.length or (steps > 1 and not condition.whole_window)) and condition.holds(*columns)
 
 
-def conditions_that_hold(window: Window, length: int) -> set[str]:
-    """Return the names of the conditions that hold on the last `length` steps, or on fewer if one allows that."""
-    found = set()
-    for condition in CONDITIONS:
-        values: list[Any] = [window[name] for name in condition.needs if name in window]
-        steps = min((len(column) for column in values), default=0)
-        enough = steps >= length or (steps > 1 and not condition.whole_window)
-        if len(values) == len(condition.needs) and enough and condition.holds(*values):
-            found.add(condition.name)
-    return found
+LOGGED = {name for condition in CONDITIONS for name in condition.needs if "/" in name}
+
+
+@checked
+class HealthMonitor(Callback):
+    """A callback that tests the last steps for the conditions; it only reads logged values.
+
+    A condition starts when it holds on the last `window` steps (for some conditions, from the second step on) and
+    ends when it has not held for `window` steps. A condition whose values are not logged is not tested (an SFT run
+    has no β). The order among the callbacks does not matter.
+
+    Args:
+        window: number of steps that a condition is tested on.
+        stop_on: names of conditions that stop the run, with a checkpoint of the last step if `checkpoint` is on;
+            the run ends with exit status 2 and an error that names the condition.
+    """
+
+    def __init__(self, window: AtLeastTwo = 20, stop_on: Sequence[str] = ()):
+        if unknown := sorted(set(stop_on) - set(BY_NAME)):
+            raise UserError(f"HealthMonitor: stop_on {unknown[0]!r} is none of {', '.join(map(repr, BY_NAME))}.")
+        self.window = Window(window)
+        self.stop_on = tuple(stop_on)
+        self._since: dict[str, int] = {}  # the step at which each current condition started
+        self._last_held: dict[str, int] = {}
+        self._calmer = ""  # the schedule's advice for the conditions on β
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        schedules = [one for one in trainer.callbacks if isinstance(one, BoundedBeta)]  # type: ignore[attr-defined]
+        self._calmer = schedules[0].calmer if schedules else ""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: OptimizerBatch, batch_idx: int
+    ) -> None:
+        logged = trainer.callback_metrics
+        measured = {name: float(logged[name]) for name in LOGGED & logged.keys()}
+        measured["pairs"] = float(len(batch.pair_ids))
+        self.observe(trainer.global_step, measured, tell=trainer.is_global_zero)
+
+    def observe(self, step: int, measured: dict[str, float], tell: bool = True) -> None:
+        """Add the measurements of step `step`; log the conditions that start or end if `tell`."""
+        for name in sorted(self.window.add(measured)):
+            self._last_held[name] = step
+            if name not in self._since:
+                self._since[name] = step
+                if tell:
+                    advice = BY_NAME[name].advice_with(self._calmer)
+                    log.warning("step %d: %s: %s (%s)", step, name, advice, BY_NAME[name].link)
+        for name in [name for name in self._since if step - self._last_held[name] >= self.window.length]:
+            if tell:
+                log.info("step %d: no longer: %s (since step %d)", step, name, self._since[name])
+            del self._since[name]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        if not self.stop_on:
+            return
+        held = [name for name in self.stop_on if name in self._since]
+        # each rank measures its own speed, but all must stop together
+        name = trainer.strategy.broadcast(held[0] if held else None)
+        if name is not None:
+            raise StepRefused(
+                f"HealthMonitor stopped the run after step {trainer.global_step}: {name} ({BY_NAME[name].link}); "
+                "mend it or take it out of stop_on, and resume with --ckpt_path last."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        # without the speed, which belongs to this machine
+        values = {name: column for name, column in self.window.values.items() if name not in (SPEED, BEST_SPEED)}
+        return {"values": values, "since": dict(self._since), "last_held": dict(self._last_held)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.window.values |= state_dict["values"]
+        self._since, self._last_held = dict(state_dict["since"]), dict(state_dict["last_held"])

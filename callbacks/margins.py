@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from app.core.errors import UserError
@@ -13,14 +13,14 @@ from app.method.margins import amapo_margins, gamma_po_margins, standardised_mar
 from app.method.pair_loss import PairLoss
 from app.method.ranges import FiniteFloat, PositiveFloat, PositiveInt, checked
 from app.method.step import StepDecision
+from callbacks.base import Decider, loss_of
 
 
-class PairMargin(Callback):
+class PairMargin(Decider):
     """A callback that sets a margin per pair, without gradient; start-up refuses a loss without a logit β·h."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        loss = getattr(pl_module, "loss", None)
-        if isinstance(loss, PairLoss) and (reason := self.refusal(loss)):
+        if (loss := loss_of(pl_module)) and (reason := self.refusal(loss)):
             raise UserError(f"{type(self).__name__}: {loss} {reason} or --margin null.")
 
     def refusal(self, loss: PairLoss) -> str:
@@ -40,6 +40,7 @@ class PairMargin(Callback):
 
 
 @checked
+@dataclass(eq=False)
 class StandardisedMargin(PairMargin):
     """A margin γ + α·(M − M0)/σ: it grows with the distance of a pair's gap above the running mean.
 
@@ -53,9 +54,8 @@ class StandardisedMargin(PairMargin):
         gamma: γ, the margin of a pair at M0; it is added to the γ of SimPO's loss.
     """
 
-    def __init__(self, alpha: FiniteFloat = 0.1, gamma: FiniteFloat = 0.0):
-        self.alpha = alpha
-        self.gamma = gamma
+    alpha: FiniteFloat = 0.1
+    gamma: FiniteFloat = 0.0
 
     def margins(self, decision: StepDecision) -> Tensor:
         moments = decision.require_moments("StandardisedMargin")
@@ -63,6 +63,7 @@ class StandardisedMargin(PairMargin):
 
 
 @checked
+@dataclass(eq=False)
 class GammaPOMargin(PairMargin):
     """The dynamic target margin of γ-PO (arXiv 2506.03690): larger for pairs that the policy ranks confidently.
 
@@ -76,29 +77,26 @@ class GammaPOMargin(PairMargin):
         window: number of gaps in the queue, those of the current batch included; a larger batch is not cut.
     """
 
-    def __init__(self, gamma: PositiveFloat = 0.4, temperature: PositiveFloat = 10.0, window: PositiveInt = 2048):
-        if gamma / temperature > 1000:
+    gamma: PositiveFloat = 0.4
+    temperature: PositiveFloat = 10.0
+    window: PositiveInt = 2048
+
+    saved = ("queue",)
+
+    def __post_init__(self) -> None:
+        if self.gamma / self.temperature > 1000:
             raise UserError("GammaPOMargin: gamma / temperature must be at most 1000, or the margins overflow.")
-        self.gamma = gamma
-        self.temperature = temperature
-        self.window = window
-        self._queue = torch.zeros(0, dtype=torch.float64)
+        self.queue = torch.zeros(0, dtype=torch.float64)
 
     def margins(self, decision: StepDecision) -> Tensor:
         good = decision.eligible
         own = (decision.beta * decision.gaps)[good]
         # the queue ends with the batch, so that its margins are the last ones
-        self._queue = torch.cat([self._queue, own])[-max(self.window, own.numel()) :]
+        self.queue = torch.cat([self.queue, own])[-max(self.window, own.numel()) :]
         margins = torch.full_like(decision.gaps, self.gamma)
         if own.numel():
-            margins[good] = gamma_po_margins(self._queue, self.gamma, self.temperature)[-own.numel() :]
+            margins[good] = gamma_po_margins(self.queue, self.gamma, self.temperature)[-own.numel() :]
         return margins
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"queue": self._queue}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._queue = state_dict["queue"]
 
 
 class AMaPOMargin(PairMargin):

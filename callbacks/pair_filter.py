@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from app.method.ranges import PositiveShare, Seed, checked
 from app.method.selection import (
@@ -18,12 +18,14 @@ from app.method.selection import (
     selection_noise,
 )
 from app.method.step import StepDecision
+from callbacks.base import Decider, seed_or_default
 
 Criterion = Literal["gaussian", "random", "head", "tail", "both"]
 
 
 @checked
-class PairFilter(Callback):
+@dataclass(eq=False)
+class PairFilter(Decider):
     """A filter that keeps the share ρ of the pairs, drawn without replacement ∝ exp(−(M − M0)²/2σ²) (paper §4.2).
 
     The draw depends only on (seed, step, position in the global batch), so it is the same on every rank, for any
@@ -37,14 +39,14 @@ class PairFilter(Callback):
             smallest gaps, `tail` the smallest scales, `both` half from each end.
     """
 
-    def __init__(self, keep_ratio: PositiveShare = 0.8, seed: Seed | None = None, by: Criterion = "gaussian"):
-        self.keep_ratio = keep_ratio
-        self.seed = seed
-        self.by = by
+    keep_ratio: PositiveShare = 0.8
+    seed: Seed | None = None
+    by: Criterion = "gaussian"
+
+    saved = ("seed",)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.seed is None:
-            self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        self.seed = seed_or_default(self.seed)
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         assert self.seed is not None
@@ -63,9 +65,3 @@ class PairFilter(Callback):
         decision.kept = gumbel_top_k(decision.log_weights, k, noise) & eligible
         if self.by == "gaussian":
             pl_module.log("filter/effective_sample_size", effective_sample_size(decision.log_weights[eligible]))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seed": self.seed}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seed = state_dict["seed"]

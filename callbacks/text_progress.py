@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
+from app.core.intervals import digits
 from app.method.ranges import PositiveInt, checked
 
 
@@ -73,4 +74,4 @@ def progress_line(step: int, last: int | None, steps_per_second: float, metrics:
 
 
 def metrics_text(metrics: dict[str, Any]) -> str:
-    return "  ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
+    return "  ".join(f"{name} {digits(float(value))}" for name, value in metrics.items())

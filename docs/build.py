@@ -9,6 +9,7 @@ import inspect
 import math
 import re
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import altair as alt
@@ -27,7 +28,7 @@ from app.method.selection import gaussian_log_weights, gumbel_top_k, selection_n
 from app.report.curves import band, beta
 from app.report.plot import DASHES, Line, axis, lines, png, rule, side_by_side, sized_to
 from app.report.run import read_run
-from callbacks.health import markdown_sections
+from callbacks.health import CONDITIONS
 from datamodules.sources.registry import markdown_table
 
 HERE = Path(__file__).parent
@@ -201,8 +202,18 @@ def data_page() -> str:
 
 
 def monitoring_page() -> str:
-    """Return docs/monitoring.md with the conditions of the health monitor in their place."""
-    return filled("monitoring.md", "conditions", markdown_sections())
+    """Return docs/monitoring.md with a section for every condition of the health monitor in its place."""
+    calmer = (
+        "lower α or ε of the schedule, or measure gaps in standard deviations (`schedule.z_normalised: true`); the "
+        "log line and the report say which of these holds for the schedule of the run"
+    )
+    sections = []
+    for one in CONDITIONS:
+        means = (inspect.getdoc(one.holds) or "").replace("Return whether", "It holds if", 1).replace("\n\n", " ")
+        text = (means, f"*Advice:* {one.advice_with(calmer)}.")
+        whole = [fill(part, 120, break_long_words=False, break_on_hyphens=False) for part in text]
+        sections.append("\n\n".join([f"#### {one.name}", *whole]) + "\n")
+    return filled("monitoring.md", "conditions", "\n".join(sections))
 
 
 def filled(page: str, name: str, text: str) -> str:

@@ -23,7 +23,7 @@ from app.cli.trainer import be_quiet, run_trainer_command
 from app.commands import COMMANDS
 from app.core.errors import UserError
 from app.core.files import shipped
-from callbacks.interruption import Interrupted
+from callbacks.run_checkpoint import Interrupted
 
 RESUME = "The same command with --ckpt_path last resumes from the last checkpoint."
 AGAIN = "Give the same command again; what it says it keeps is not done twice."

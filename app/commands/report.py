@@ -12,13 +12,12 @@ from app.commands.judge import aligned, summary, win_rate
 from app.core.errors import UserError
 from app.core.files import atomic_file
 from app.report.charts import figure
-from app.report.page import by_row, page
+from app.report.page import by_row, numbers_of, page
 from app.report.run import SAMPLES, Run, read_run, unique_names
-from app.report.table import numbers_of
 
 
 @checked_command
-def report(runs: list[str], baseline: str | None = None, out: str = "report.png") -> None:
+def report(runs: list[str], baseline: str | None = None, out: str | None = None) -> None:
     """Print a table that compares RUNS and write a page (.html) or a figure (.png) of β, gaps and filter.
 
     The page compares all runs with findings in words, charts, commands and configurations. It is one file that
@@ -27,12 +26,14 @@ def report(runs: list[str], baseline: str | None = None, out: str = "report.png"
     Args:
         runs: log folders of runs; the figure shows the first, which needs `PairAudit`.
         baseline: samples of the SFT model; the samples of a run are read from samples.jsonl in its folder.
-        out: the .html or .png file to write; it appears only when complete.
+        out: the .html or .png file to write; none writes report.png in the folder of the first run. The file
+            appears only when complete, and the command says if it replaces one.
     """
-    if not out.endswith((".html", ".png")):
-        raise UserError(f"out must end in .html or .png, not {out!r}.")
     if not runs:
         raise UserError("runs: give the log folder of at least one run.")
+    out = out or str(Path(runs[0], "report.png"))
+    if not out.endswith((".html", ".png")):
+        raise UserError(f"out must end in .html or .png, not {out!r}.")
     if baseline is not None and not Path(baseline).is_file():
         raise UserError(f"baseline: there is no file {baseline!r}; `beta-dpo generate` writes samples.")
     folders = [Path(folder) for folder in runs]
@@ -52,12 +53,13 @@ def report(runs: list[str], baseline: str | None = None, out: str = "report.png"
     for name, cells in by_row([numbers_of(run) for run in read]):
         table.add_row(name, *cells)
     Console().print(table)
+    replaced = " (replaces the one that was there)" if Path(out).exists() else ""
     with atomic_file(out) as temporary:
         if out.endswith(".html"):
             temporary.write_text(page(read, sampled=baseline is not None), encoding="utf-8")
         else:
             temporary.write_bytes(figure(read[0]))
-    print(f"{'page' if out.endswith('.html') else 'figure'}: {out}")
+    print(f"{'page' if out.endswith('.html') else 'figure'}: {out}{replaced}")
 
 
 def add_samples(run: Run, baseline: str) -> None:

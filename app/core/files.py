@@ -79,11 +79,8 @@ def obey_umask(path: Path) -> None:
 
 def file_hash(path: str | os.PathLike[str]) -> str:
     """Return a hash of a file's bytes."""
-    digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def folder_hash(folder: str | os.PathLike[str]) -> str:

@@ -1,14 +1,25 @@
-"""Means with intervals (bootstrap or Wilson), computed in the same way for every reported figure."""
+"""Figures as they are reported: their digits, and means with intervals (bootstrap or Wilson)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 MOST_DRAWS = 4_000_000  # largest number of bootstrap draws in memory
+
+
+def digits(value: float) -> str:
+    """Return `value` as log lines, the report and its charts show it: with four significant digits."""
+    return f"{value:.4g}"
+
+
+def span(values: Iterable[float]) -> str:
+    """Return the lowest and the highest of `values`, as one number where they print alike."""
+    ends = sorted(values)
+    return " to ".join(dict.fromkeys((digits(ends[0]), digits(ends[-1]))))
 
 
 class Estimate(NamedTuple):
@@ -18,8 +29,13 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def text(self, decimals: int = 3) -> str:
+        """Return `mean [low, high]`, as every table, finding and chart shows it."""
+        mean, low, high = (f"{value:,.{decimals}f}" for value in self)
+        return f"{mean} [{low}, {high}]"
+
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return self.text()
 
 
 def bootstrap_mean(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:

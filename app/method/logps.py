@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,18 +73,14 @@ class PairLogps:
 
     def select(self, index: Tensor) -> PairLogps:
         """Return the pairs at `index`: int64 positions or a bool mask [B]."""
-        return PairLogps(
-            policy_chosen=self.policy_chosen[index],
-            policy_rejected=self.policy_rejected[index],
-            reference_chosen=None if self.reference_chosen is None else self.reference_chosen[index],
-            reference_rejected=None if self.reference_rejected is None else self.reference_rejected[index],
-            chosen_tokens=self.chosen_tokens[index],
-            rejected_tokens=self.rejected_tokens[index],
-        )
+        return self._with_each(lambda column: column[index])
 
     def detach(self) -> PairLogps:
         """Return the same values without a graph."""
-        columns: dict[str, Any] = {name: None if c is None else c.detach() for name, c in vars(self).items()}
+        return self._with_each(Tensor.detach)
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> PairLogps:
+        columns: dict[str, Any] = {name: None if c is None else change(c) for name, c in vars(self).items()}
         return PairLogps(**columns)
 
     @staticmethod
@@ -92,14 +88,11 @@ class PairLogps:
         """Return all pairs of `parts` in order. Raises ValueError for no part, or if only some have a reference."""
         if not parts:
             raise ValueError("there are no log-probabilities to join")
-        return PairLogps(
-            policy_chosen=torch.cat([part.policy_chosen for part in parts]),
-            policy_rejected=torch.cat([part.policy_rejected for part in parts]),
-            reference_chosen=_cat_or_none([part.reference_chosen for part in parts]),
-            reference_rejected=_cat_or_none([part.reference_rejected for part in parts]),
-            chosen_tokens=torch.cat([part.chosen_tokens for part in parts]),
-            rejected_tokens=torch.cat([part.rejected_tokens for part in parts]),
-        )
+        if len({part.reference_chosen is None for part in parts}) > 1:
+            raise ValueError("cannot join log-probabilities with a reference to some without")
+        columns = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+        joined: dict[str, Any] = {name: None if c[0] is None else torch.cat(c) for name, c in columns.items()}
+        return PairLogps(**joined)
 
 
 def token_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
@@ -112,10 +105,3 @@ def _present(reference: Tensor | None) -> Tensor:
     if reference is None:
         raise ValueError("this quantity needs the reference's log-probabilities, and there are none")
     return reference
-
-
-def _cat_or_none(columns: Sequence[Tensor | None]) -> Tensor | None:
-    present = [column for column in columns if column is not None]
-    if present and len(present) != len(columns):
-        raise ValueError("cannot join log-probabilities with a reference to some without")
-    return torch.cat(present) if present else None

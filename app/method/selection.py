@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -18,15 +17,12 @@ from torch import Tensor
 from app.method.moments import Moments
 
 
-def gaussian_log_weights(discrepancy: Tensor, moments: Moments, minimum_std: float | None = None) -> Tensor:
+def gaussian_log_weights(discrepancy: Tensor, moments: Moments) -> Tensor:
     """Return the log of the unnormalised selection weights, −(M_i − M0)²/2σ² [G] float64, for M [G].
 
-    All are zero (every pair equally likely) when σ is unknown or below `minimum_std`, by default that of `moments`.
-    This is normal at the first step: the policy equals the reference, so every gap is 0 and σ is 0. A discrepancy
-    that is not finite gets −inf.
+    All are zero (every pair equally likely) without a `Moments.spread`. This is normal at the first step: the
+    policy equals the reference, so every gap is 0 and σ is 0. A discrepancy that is not finite gets −inf.
     """
-    if minimum_std is not None:
-        moments = replace(moments, minimum_std=minimum_std)
     log_weights = -0.5 * moments.z_scores(discrepancy) ** 2
     return log_weights.masked_fill(~torch.isfinite(discrepancy), -math.inf)
 

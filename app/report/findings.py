@@ -1,33 +1,194 @@
-"""The findings of a report: every check applied to every run, with findings that ask for a change first."""
+"""The findings of a report: sentences about a run, each with its evidence and advice.
+
+What can be wrong with a run is tested by the health monitor's conditions (`callbacks.health`) on its records. The
+checks here compare what only a finished run has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import get_args
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple, get_args
 
-from app.report import beta_checks, policy_checks
-from app.report.finding import Finding, Level
+import pandas as pd
+
+from app.core.intervals import bootstrap_mean, digits, share_over, span
 from app.report.run import Run
+from callbacks.health import BEST_SPEED, BY_NAME, CONDITIONS, Condition, Window
+from callbacks.schedules import BetaScheduler, EpsilonBeta
 
-CHECKS: tuple[Callable[[Run], Finding | None], ...] = (
-    policy_checks.against_the_baseline,
-    policy_checks.against_other_runs,
-    beta_checks.beta_at_its_floor,
-    beta_checks.beta_at_its_ceiling,
-    beta_checks.beta_far_from_base,
-    beta_checks.how_beta_moved,
-    beta_checks.few_pairs_carry_the_weight,
-    beta_checks.who_is_dropped,
-    policy_checks.chosen_probability_falls,
-    policy_checks.overfitting,
-    policy_checks.accuracy_is_saturated,
-    policy_checks.more_malformed_answers,
-    policy_checks.pairs_without_a_gap,
-    policy_checks.slower_at_the_end,
-)
+Level = Literal["act", "watch", "good"]  # something to change, something to know, something that went well
+OFTEN = 0.1  # share of the steps from which a condition asks for a change
+WIDE_SWING = 0.5  # mean change of β from step to step, as a share of β0
+OVERFITTED = 0.1  # training accuracy minus held-out accuracy that gives a finding
+
+
+class Finding(NamedTuple):
+    """One sentence about a run, with its evidence and advice."""
+
+    level: Level
+    sentence: str
+    evidence: str
+    chart: str  # anchor of the chart that shows it
+    advice: str = ""
+    run: str = ""
 
 
 def findings(runs: Sequence[Run]) -> list[Finding]:
-    """Return all findings of all runs, sorted by level and then by run."""
-    found = [finding for run in runs for check in CHECKS if (finding := check(run)) is not None]
+    """Return the findings of all runs, sorted by level and then by run."""
+    checks = (samples, conditions, movement_of_beta, dropped_pairs, displacement, overfitting)
+    found = [finding._replace(run=run.name) for run in runs for check in checks for finding in check(run)]
     return sorted(found, key=lambda finding: get_args(Level).index(finding.level))
+
+
+def conditions(run: Run) -> Iterator[Finding]:
+    """Yield a finding for every health condition that held at some step, as the monitor would have seen it."""
+    for condition in CONDITIONS:
+        seen, held = records(run, condition)
+        if not held:
+            continue
+        often = len(held) >= OFTEN * len(seen) or held[-1] == seen.index[-1]
+        then = seen.loc[held]
+        values = (f"{name} {span(then[name])}" for name in then)
+        when = f"at step {held[0]}" if len(held) == 1 else f"at {len(held)} steps from {held[0]} to {held[-1]}"
+        yield Finding(
+            "act" if often else "watch",
+            sentence(f"{condition.name} {when}"),
+            f"{len(held)} of {len(seen)} steps, each with those before it; there {', '.join(values)}",
+            condition.chart,
+            sentence(condition.advice_with(calmer_beta(run))),
+        )
+
+
+def records(run: Run, condition: Condition) -> tuple[pd.DataFrame, list[int]]:
+    """Return what `condition` needs by step, and the steps at which it held; both empty if the run lacks it."""
+    needs = [name for name in condition.needs if name != BEST_SPEED]
+    if not set(needs) <= run.curves.keys():
+        return pd.DataFrame(), []
+    seen = pd.concat({name: run.curves[name] for name in needs}, axis=1, join="inner").dropna()
+    window = Window((run.callback("HealthMonitor") or {}).get("window") or 20)
+    rows = zip(seen.index, seen.to_dict("records"), strict=True)
+    return seen, [step for step, row in rows if condition.name in window.add(row)]
+
+
+def calmer_beta(run: Run) -> str:
+    """Return the clause of this run's schedule that makes its β vary less."""
+    if run.callback("EpsilonBeta") is not None:
+        return EpsilonBeta.calmer
+    return BetaScheduler(z_normalised=bool((run.callback("BetaScheduler") or {}).get("z_normalised"))).calmer
+
+
+def movement_of_beta(run: Run) -> Iterator[Finding]:
+    """Yield a finding on a dynamic β: it hardly moved, varied too much between steps, or followed the data."""
+    beta, base, clamped = run.curve("beta/used"), run.last("beta/base"), run.curve("beta/clamped")
+    if beta is None or base is None or clamped is None:  # only a schedule logs the share of clamped β
+        return
+    low, high = beta.quantile([0.05, 0.95])
+    swing = float(beta.diff().abs().mean()) / base if len(beta) > 1 else 0.0
+    evidence = (
+        f"5 % to 95 % of steps: {digits(low)} to {digits(high)}; mean change from step to step {swing:.0%} of "
+        f"β0 = {digits(base)}; at a bound in {(clamped > 0).mean():.1%} of steps"
+    )
+    if max(abs(high - base), abs(low - base)) < 0.02 * base:
+        advice = "This run is plain DPO in all but name: raise the schedule's α or ε, or train until the gaps open."
+        yield Finding("watch", f"β hardly left β0 = {digits(base)}.", evidence, "beta", advice)
+    elif swing > WIDE_SWING:
+        told = f"β jumped by {swing:.0%} of β0 from one step to the next."
+        advice = sentence(f"{calmer_beta(run)}, or raise data.batch_size")
+        yield Finding("act", told, evidence, "beta", f"Such a β follows the noise of the batch. {advice}")
+    else:
+        told = f"β followed the data, mostly between {digits(low)} and {digits(high)}."
+        yield Finding("good", told, evidence, "beta")
+
+
+def dropped_pairs(run: Run) -> Iterator[Finding]:
+    """Yield a finding on whether the filter drops flipped pairs more often, if the data marks flipped pairs."""
+    if run.audit is None or "flipped" not in run.audit or not run.filters:
+        return
+    known = run.audit[run.audit.flipped.notna()]
+    wrong = known.flipped.astype(bool)
+    if wrong.all() or not wrong.any():
+        return
+    flipped, clean = (share_over(rows.pair_id.to_numpy(), ~rows.kept) for rows in (known[wrong], known[~wrong]))
+    evidence = f"dropped: flipped {flipped}, not flipped {clean} (share [95 % interval over pairs])"
+    if flipped.low > clean.high:
+        times = f"{flipped.mean / clean.mean:.1f} times as often as" if clean.mean else "and never"
+        yield Finding("good", f"The filter dropped pairs marked as flipped {times} the others.", evidence, "filter")
+    else:
+        told = "The filter did not drop pairs marked as flipped more often than the others."
+        advice = "It needs gaps that tell them apart: train longer, or lower ρ (filter.keep_ratio)."
+        yield Finding("watch", told, evidence, "filter", advice)
+
+
+def displacement(run: Run) -> Iterator[Finding]:
+    """Yield a finding if the chosen log-ratio rises, or falls by less than the rejected one (displacement).
+
+    A larger fall is a health condition.
+    """
+    chosen, rejected = (run.part(f"train/log_ratio_{side}", 0.75, 1) for side in ("chosen", "rejected"))
+    if len(chosen) < 2 or not len(rejected):
+        return
+    moved, other = bootstrap_mean(chosen), float(rejected.mean())
+    evidence = f"last quarter, log π − log π_ref in nats: chosen {moved}, rejected {other:.3f}"
+    if moved.low > 0:
+        told = f"Chosen responses gained {moved.mean:.2f} nats of log-probability."
+        yield Finding("good", told, evidence, "drift")
+    elif moved.high < 0 and other <= 2 * moved.mean:
+        told = f"Chosen responses lost {-moved.mean:.2f} nats of log-probability, rejected ones more."
+        yield Finding("watch", told, evidence, "drift", sentence(BY_NAME["chosen falls with rejected"].advice))
+
+
+def overfitting(run: Run) -> Iterator[Finding]:
+    """Yield a finding if training accuracy is above held-out accuracy by at least OVERFITTED."""
+    training, held_out = run.part("train/reward_accuracy", 0.75, 1), run.last("val/reward_accuracy")
+    if held_out is not None and len(training) and (late := float(training.mean())) - held_out >= OVERFITTED:
+        yield Finding(
+            "act",
+            f"Training pairs are ranked right {late - held_out:.0%} more often than held-out ones.",
+            f"last quarter {late:.3f}, held-out {held_out:.3f}",
+            "accuracy",
+            "The run memorises: fewer epochs, a lower learning rate, or a higher model.beta0.",
+        )
+
+
+def samples(run: Run) -> Iterator[Finding]:
+    """Yield findings on the sampled answers beside those of the SFT model and of the other runs."""
+    if (rate := run.samples.get("win rate")) is not None:
+        level: Level = "good" if rate.low > 0.5 else "act" if rate.high < 0.5 else "watch"
+        told, advice = {
+            "good": (f"Its answers beat the SFT model's in {rate.mean:.0%} of prompts.", ""),
+            "act": (
+                f"Its answers lose to the SFT model's: win rate {rate.mean:.0%}.",
+                "Look at the samples; a higher model.beta0 or a lower learning rate stays closer to the SFT model.",
+            ),
+            "watch": (
+                f"Its answers cannot be told from the SFT model's: win rate {rate.mean:.0%}.",
+                "The interval holds 50 %: sample more prompts (generate --count), or train longer.",
+            ),
+        }[level]
+        yield Finding(level, told, f"win rate {rate} [95 % interval], ties half", "quality", advice)
+    if run.rivals:
+        verbs = {
+            name: "beat" if rate.low > 0.5 else "lose to" if rate.high < 0.5 else "cannot be told from"
+            for name, rate in run.rivals.items()
+        }
+        yield Finding(
+            "good" if set(verbs.values()) == {"beat"} else "watch",
+            f"Its answers {', '.join(f'{verb} those of {name}' for name, verb in verbs.items())}.",
+            "win rate [95 % interval]: " + ", ".join(f"{name} {rate}" for name, rate in run.rivals.items()),
+            "quality",
+            "The intervals are over prompts: repeat with other seeds before preferring an arm.",
+        )
+    ours, theirs = run.samples.get("malformed share"), run.baseline.get("malformed share")
+    if ours is not None and theirs is not None and ours.low > theirs.high:
+        yield Finding(
+            "watch",
+            f"{ours.mean:.1%} of its answers are malformed, {theirs.mean:.1%} of the SFT model's.",
+            f"{ours} against {theirs}",
+            "quality",
+            "Probability has leaked to broken answers: a higher model.beta0, or model.sft_weight.",
+        )
+
+
+def sentence(clause: str) -> str:
+    """Return a clause as a sentence; β stays small, because its capital letter looks like a B."""
+    return f"{clause[0].upper() if clause[0].isascii() else clause[0]}{clause[1:]}."

@@ -102,9 +102,9 @@ def rows_panel(
     """
     if not rows:
         return []
-    bars = [Interval(name, plot.run_colour(number), *estimate) for name, number, estimate in rows]
+    bars = [Interval(name, plot.run_colour(number), estimate) for name, number, estimate in rows]
     unit += "" if mark is None else f"; line: {mark_name}"
-    said = "; ".join(f"{bar.name} {plot.interval_text(bar, decimals)}" for bar in bars)
+    said = "; ".join(f"{bar.name} {bar.estimate.text(decimals)}" for bar in bars)
     return [Panel(title, plot.intervals(bars, unit, decimals, mark, **scale), f"{title}: {said}")]
 
 
@@ -162,9 +162,10 @@ def shortened(text: str) -> str:
 
 def speed(runs: Sequence[Run], unit: str) -> list[Panel]:
     """Return the panel of the median step and the middle 80 % of steps."""
+    tag = f"train/{unit.replace(' ', '_')}"
     rows = [
-        (run.name, number, Estimate(*np.quantile(curve.part(0, 1), [0.5, 0.1, 0.9]).tolist()))
+        (run.name, number, Estimate(*np.quantile(values, [0.5, 0.1, 0.9]).tolist()))
         for number, run in enumerate(runs)
-        if (curve := run.curve(f"train/{unit.replace(' ', '_')}")) is not None and len(curve.part(0, 1))
+        if len(values := run.part(tag, 0, 1))
     ]
     return rows_panel(unit, rows, f"{unit}, 10 % to 90 % of steps", decimals=0, domainMin=0)

@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page, which needs no network and no other file."""
+"""The report's table of numbers, and the report as one HTML page, which needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from app.core.intervals import digits, share_over, span
 from app.report import plot
-from app.report.charts import all_charts
+from app.report.charts import all_panels
 from app.report.findings import findings
 from app.report.plot import Panel
 from app.report.run import SAMPLES, Run
-from app.report.table import numbers_of
 
 LEVELS = {"act": "Change", "watch": "Note", "good": "Good"}
 
 
 def page(runs: Sequence[Run], sampled: bool) -> str:
     """Return the HTML page for `runs`; `sampled` says whether an SFT model's samples were given for comparison."""
-    charts = all_charts(runs)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(asset("page.html.j2")).render(
         names=[run.name for run in runs],
         runs=runs,
-        charts=charts,
-        anchors={chart.anchor: chart.title for chart in charts},
+        panels=all_panels(runs),
         findings=findings(runs),
         levels=LEVELS,
         missing=missing(runs, sampled),
@@ -41,6 +41,46 @@ def page(runs: Sequence[Run], sampled: bool) -> str:
         library=Markup(plot.library()),
         script=Markup(asset("page.js")),
     )
+
+
+def numbers_of(run: Run) -> dict[str, str]:
+    """Return the rows of the table for one run, name → text, without the rows that the run cannot fill."""
+    column: dict[str, str] = {}
+    for tag, name in (
+        ("val/reference_accuracy", "held-out pairs ranked right by the SFT model"),
+        ("val/policy_accuracy", "held-out pairs ranked right by the policy"),
+        ("val/reward_accuracy", "held-out reward accuracy (0.5 before)"),
+    ):
+        if (value := run.last(tag)) is not None:
+            column[name] = f"{value:.3f}"
+    for name, estimate in run.samples.items():
+        before = f" (SFT {run.baseline[name].mean:.3f})" if name in run.baseline else ""
+        column[f"samples: {'win rate over SFT' if name == 'win rate' else name}"] = f"{estimate}{before}"
+    if (beta := run.curve("beta/used")) is not None:
+        values = (beta.iloc[0], beta.min(), beta.max(), beta.iloc[-1])
+        column["β: first, lowest, highest, last"] = ", ".join(map(digits, values))
+    if (mean := run.last("gap/running_mean")) is not None and (std := run.last("gap/running_std")) is not None:
+        column["running mean M0 and σ at the end"] = f"{digits(mean)}, {digits(std)}"
+    if run.audit is None:
+        return column
+    column["pairs kept a step"] = kept_a_step(run.audit)
+    late = run.audit.gap[run.audit.step > run.audit.step.max() / 2]
+    column["reward accuracy of training pairs, second half"] = f"{((1 + np.sign(late)) / 2).mean():.3f}"
+    for flipped, name in ((True, "flipped"), (False, "not flipped")):
+        rows = run.audit[run.audit.flipped == flipped] if "flipped" in run.audit else run.audit.iloc[:0]
+        if len(rows):
+            column[f"share of pairs {name} dropped"] = str(share_over(rows.pair_id.to_numpy(), ~rows.kept))
+    return column
+
+
+def kept_a_step(audit: pd.DataFrame) -> str:
+    """Return the fewest and the most pairs that a step kept, with the size of its batch; short batches apart."""
+    steps = audit.groupby("step").kept.agg(["sum", "size"])
+    whole = steps["size"] == steps["size"].max()
+    text = f"{span(steps['sum'][whole])} of {span(steps['size'][whole])}"
+    if not whole.all():
+        text += f"; in {(~whole).sum()} shorter: {span(steps['sum'][~whole])} of {span(steps['size'][~whole])}"
+    return text
 
 
 def spec_of(panel: Panel) -> dict[str, Any]:

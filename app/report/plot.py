@@ -16,6 +16,8 @@ import altair as alt
 import numpy as np
 import vl_convert
 
+from app.core.intervals import Estimate, digits
+
 # name → colour on light and on dark ground
 COLOURS = {
     "back": ("#ffffff", "#14171b"),
@@ -83,9 +85,7 @@ class Interval(NamedTuple):
 
     name: str
     colour: str
-    mean: float
-    low: float
-    high: float
+    estimate: Estimate
 
 
 class Panel(NamedTuple):
@@ -103,7 +103,7 @@ def run_colour(number: int) -> str:
 
 def short(value: float) -> float | None:
     """Return `value` with four digits, which are enough to draw and to read; None if it is not finite."""
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+    return float(digits(value)) if math.isfinite(value) else None
 
 
 def axis(channel: type[Any], title: str, **scale: Any) -> Any:
@@ -165,8 +165,8 @@ def intervals(
 ) -> Any:
     """Return a chart with a dot and an interval per row, under its name and numbers; `mark` is a line."""
     values = [
-        {"row": number, "name": row.name, "colour": f"var(--{row.colour})", "mean": row.mean, "low": row.low,
-         "high": row.high, "text": interval_text(row, decimals)}
+        {"row": number, "name": row.name, "colour": f"var(--{row.colour})", **row.estimate._asdict(),
+         "text": row.estimate.text(decimals)}
         for number, row in enumerate(rows)
     ]  # fmt: skip
     y = alt.Y("row:O", axis=None)
@@ -188,11 +188,6 @@ def intervals(
     if mark is not None:
         layers.insert(0, base.mark_tick(size=20, color=INK).encode(x=alt.datum(mark)))
     return alt.layer(*layers).properties(height=ROW * len(rows))
-
-
-def interval_text(row: Interval, decimals: int) -> str:
-    mean, low, high = (f"{value:,.{decimals}f}" for value in (row.mean, row.low, row.high))
-    return f"{mean} [{low}, {high}]"
 
 
 def readable(chart: Any) -> Any:

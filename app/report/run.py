@@ -6,35 +6,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app.cli.run_record import COMMANDS_FILE
 from app.core.errors import UserError
 from app.core.intervals import Estimate
-from app.report import run_folder
+from app.report.run_folder import read_audit, read_config
 from callbacks.hyperparameters import arguments, last_word
 from callbacks.slots import entries
 
 SAMPLES = "samples.jsonl"
 _NUMBERED = re.compile(r"version_\d+")  # Lightning's loggers number their folders in this way
-
-
-class Curve(NamedTuple):
-    """A measurement over the run; both arrays are [n], with ascending steps."""
-
-    steps: np.ndarray
-    values: np.ndarray
-
-    def part(self, first: float, last: float) -> np.ndarray:
-        """Return the finite values between two fractions of the curve's points."""
-        begin, end = round(first * len(self.values)), round(last * len(self.values))
-        part = self.values[begin:end]
-        return part[np.isfinite(part)]
 
 
 @dataclass
@@ -43,7 +29,7 @@ class Run:
 
     name: str
     folder: Path
-    curves: dict[str, Curve]  # by TensorBoard tag
+    curves: dict[str, pd.Series]  # values by step, ascending, for every TensorBoard tag
     audit: pd.DataFrame | None  # one row per pair and step, as `PairAudit` writes it
     config: Mapping[str, Any] = field(default_factory=dict)
     config_text: str = ""
@@ -53,29 +39,25 @@ class Run:
     baseline: dict[str, Estimate] = field(default_factory=dict)
     rivals: dict[str, Estimate] = field(default_factory=dict)  # win rate over the samples of other runs, by name
 
-    def curve(self, tag: str) -> Curve | None:
+    def curve(self, tag: str) -> pd.Series | None:
         """Return the curve logged under `tag`, if any."""
         return self.curves.get(tag)
 
     def last(self, tag: str) -> float | None:
         """Return the last value logged under `tag`, if any."""
         curve = self.curves.get(tag)
-        return float(curve.values[-1]) if curve is not None and len(curve.values) else None
+        return float(curve.iloc[-1]) if curve is not None and len(curve) else None
 
-    @property
-    def steps(self) -> int:
-        """Return the number of optimizer steps, from the last step with a logged value."""
-        return max((int(curve.steps[-1]) for tag, curve in self.curves.items() if tag in PER_STEP), default=0)
+    def part(self, tag: str, first: float, last: float) -> np.ndarray:
+        """Return the finite values between two fractions of a curve's points; none without the curve."""
+        values = self.curves[tag].to_numpy() if tag in self.curves else np.empty(0)
+        part = values[round(first * len(values)) : round(last * len(values))]
+        return part[np.isfinite(part)]
 
-    @property
-    def chooses_beta(self) -> bool:
-        """Return whether a schedule chose β; only a schedule logs the share of clamped β."""
-        return "beta/clamped" in self.curves
-
-    @property
-    def callbacks(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """Return the class name and the settings of every callback in config.yaml."""
-        return [(last_word(entry.get("class_path")), arguments(entry)) for entry in entries(self.config)]
+    def callback(self, kind: str) -> Mapping[str, Any] | None:
+        """Return the settings of the callback of the class `kind` in config.yaml, if it has one."""
+        found = (arguments(entry) for entry in entries(self.config) if last_word(entry.get("class_path")) == kind)
+        return next(found, None)
 
     @property
     def filters(self) -> bool:
@@ -83,24 +65,27 @@ class Run:
         if self.audit is not None:
             return bool((np.isfinite(self.audit.gap.to_numpy(float)) & ~self.audit.kept.astype(bool)).any())
         kept = self.curve("filter/kept_fraction")
-        return kept is not None and bool((kept.values < 1).any())
+        return kept is not None and bool((kept < 1).any())
 
 
 def read_run(folder: Path, name: str) -> Run:
     """Return the run in `folder`. Raises UserError if it has neither scalars nor an audit, or a damaged file."""
-    curves, audit = read_curves(folder), read_audit(folder)
+    curves = read_curves(folder)
+    audit = read_audit(folder) if any((folder / "audit").glob("*.parquet")) else None
     if not curves and audit is None:
         raise UserError(
             f"{folder} is not the log folder of a run: it holds neither TensorBoard events, metrics.csv nor "
             "audit/*.parquet (callbacks.PairAudit)."
         )
     if audit is not None:
-        curves = curves_of_audit(audit) | curves
+        # the audit has every step at full precision, but its accuracy is that of the loss's own gap
+        own = curves_of_audit(audit)
+        curves = own | curves | {tag: curve for tag, curve in own.items() if tag != "train/reward_accuracy"}
     config, text = read_config(folder)
     return Run(name, folder, curves, audit, config, text, read_commands(folder))
 
 
-def read_curves(folder: Path) -> dict[str, Curve]:
+def read_curves(folder: Path) -> dict[str, pd.Series]:
     """Return all scalars in the TensorBoard events of a folder, else in the metrics.csv of Lightning's CSVLogger.
 
     If a step was logged twice, its last value counts.
@@ -112,12 +97,11 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     curves = {}
     for tag in accumulator.Tags()["scalars"]:
         points = {point.step: point.value for point in accumulator.Scalars(tag)}
-        steps = sorted(points)
-        curves[tag] = Curve(np.array(steps), np.array([points[step] for step in steps], dtype=float))
+        curves[tag] = pd.Series(points, dtype=float).sort_index()
     return curves
 
 
-def read_csv(file: Path) -> dict[str, Curve]:
+def read_csv(file: Path) -> dict[str, pd.Series]:
     """Return the columns with "/" in their name; none without the file. Raises UserError for another format."""
     if not file.is_file():
         return {}
@@ -125,16 +109,10 @@ def read_csv(file: Path) -> dict[str, Curve]:
         table = pd.read_csv(file).groupby("step").last()
     except (KeyError, ValueError) as error:
         raise UserError(f"{file} is not what CSVLogger writes: {str(error).splitlines()[0]}.") from error
-    columns = {tag: table[tag].dropna() for tag in table.columns if "/" in tag}
-    return {tag: Curve(column.index.to_numpy(), column.to_numpy(float)) for tag, column in columns.items()}
+    return {tag: table[tag].dropna().astype(float) for tag in table.columns if "/" in tag}
 
 
-def read_audit(folder: Path) -> pd.DataFrame | None:
-    """Return all rows of the audit, if there is one. Raises UserError if one of its files is damaged."""
-    return run_folder.read_audit(folder) if any((folder / "audit").glob("*.parquet")) else None
-
-
-def curves_of_audit(audit: pd.DataFrame) -> dict[str, Curve]:
+def curves_of_audit(audit: pd.DataFrame) -> dict[str, pd.Series]:
     """Return the curves that can be computed from the audit, for a run without logged scalars."""
     audit = audit.assign(right=(1 + np.sign(audit.gap)) / 2, kept_gap=audit.gap.where(audit.kept))
     by_step = audit.groupby("step")
@@ -145,29 +123,10 @@ def curves_of_audit(audit: pd.DataFrame) -> dict[str, Curve]:
         "gap/running_mean": by_step.running_mean.first(),
         "gap/running_std": by_step.running_std.first(),
         "filter/kept_fraction": by_step.kept.mean(),
+        "pairs": by_step.size(),
         "train/reward_accuracy": by_step.right.mean(),
     }
-    return {
-        tag: Curve(column.index.to_numpy(), column.to_numpy(float))
-        for tag, column in found.items()
-        if column.notna().any()
-    }
-
-
-PER_STEP = ("beta/used", "gap/mean", "train/loss")
-
-
-def read_config(folder: Path) -> tuple[Mapping[str, Any], str]:
-    """Return the run's config.yaml as mapping and as text, both empty without one. UserError unless it is YAML."""
-    file = folder / "config.yaml"
-    if not file.is_file():
-        return {}, ""
-    text = file.read_text(encoding="utf-8")
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not YAML: {str(error).splitlines()[0]}.") from error
-    return (config if isinstance(config, Mapping) else {}), text
+    return {tag: column.astype(float) for tag, column in found.items() if column.notna().any()}
 
 
 def read_commands(folder: Path) -> list[str]:

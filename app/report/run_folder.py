@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,17 @@ def grouping_labels(audit: pd.DataFrame) -> list[str]:
     return [name for name in labels if 2 <= audit[name].nunique() <= most]
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the recorded configuration. Raises UserError if it is missing or no configuration of `fit`."""
+def read_config(folder: Path) -> tuple[Mapping[str, Any], str]:
+    """Return the run's config.yaml as mapping and as text, both empty without one. UserError unless it is YAML."""
     file = folder / "config.yaml"
+    if not file.is_file():
+        return {}, ""
+    text = file.read_text(encoding="utf-8")
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}; give the log folder of a run.") from error
+        config = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not YAML: {str(error).splitlines()[0]}.") from error
-    if not isinstance(config, dict) or not {"model", "data"} <= config.keys():
-        raise UserError(f"{file} has no model and data: it is not the record of `beta-dpo fit`.")
-    return config
+    return (config if isinstance(config, Mapping) else {}), text
 
 
 class PairTexts:
@@ -64,7 +64,11 @@ class PairTexts:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.data = training_data(read_config(folder))
+        config, _ = read_config(folder)
+        if not {"model", "data"} <= config.keys():
+            file = folder / "config.yaml"
+            raise UserError(f"{file} is missing or has no model and data: it is not the record of `beta-dpo fit`.")
+        self.data = training_data(config)
         opened = self.data.open_table("train")
         assert opened is not None
         self.table: PairTable = opened[0]
@@ -98,7 +102,7 @@ class PairTexts:
         return [(0 if pair.rejected is None else len(pair.rejected)) - len(pair.chosen) for pair in pairs]
 
 
-def training_data(config: dict[str, Any]) -> PairDataModule:
+def training_data(config: Mapping[str, Any]) -> PairDataModule:
     """Return the DataModule of a recorded configuration, with the model's tokenizer if none is named."""
     recorded = config["data"]
     settings = {"class_path": recorded["class_path"], "init_args": dict(recorded.get("init_args") or {})}

@@ -7,6 +7,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
+from app.core.intervals import Estimate
 from app.report.plot import DASHES, SOLID, Interval, Line, axis, intervals, lines, run_colour, side_by_side
 from app.report.plot import svg as svg
 from benchmarks.study.questions import ARMS, MEASURES, STATIC, Question, Rows
@@ -21,7 +22,9 @@ def forest(claim: Question) -> Any:
     panels = []
     for measure in ("end", "within"):
         found = [(each.label, getattr(each, measure)) for each in claim.comparisons]
-        rows = [Interval(label, VERDICTS.get(d.verdict, "quiet"), d.mean, d.low, d.high) for label, d in found]
+        rows = [
+            Interval(label, VERDICTS.get(d.verdict, "quiet"), Estimate(d.mean, d.low, d.high)) for label, d in found
+        ]
         panels.append(intervals(rows, "difference in mean true reward", mark=0.0))
     return side_by_side(panels, ("at the end", "within the KL budget"))
 

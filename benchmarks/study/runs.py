@@ -375,7 +375,7 @@ def measured(run: Run) -> dict[str, float]:
         value = read.last(tag)
         return math.nan if value is None else value
 
-    beta, clamped = read.curves["beta/used"].values, read.curve("beta/clamped")
+    beta, clamped = read.curves["beta/used"], read.curve("beta/clamped")
     return {
         "accuracy": last("val/reward_accuracy"),
         "log_ratio_chosen": last("val/log_ratio_chosen"),

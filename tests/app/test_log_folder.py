@@ -68,7 +68,7 @@ def test_a_second_run_is_refused_and_a_killed_one_goes_on_with_its_curves(tiny_l
     run = tmp_path / RUN
     table, events = read_csv(run / "metrics.csv"), read_curves(run)
     for curves in (table, events):
-        assert curves["train/loss"].steps.tolist() == list(range(1, 15))
+        assert curves["train/loss"].index.tolist() == list(range(1, 15))
     assert table["train/loss"].values == pytest.approx(events["train/loss"].values, rel=1e-5)
 
 
@@ -93,7 +93,7 @@ def test_the_table_of_curves_is_continued(tmp_path: Path) -> None:
     again.save()
     curves = read_csv(again.path)
     assert curves["train/loss"].values.tolist() == [0, 0.5, 1, 9]
-    assert curves["val/loss"].steps.tolist() == [3]
+    assert curves["val/loss"].index.tolist() == [3]
     again.path.write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="not what CSVLogger writes"):
         ContinuedTable(str(tmp_path))
@@ -116,8 +116,8 @@ def test_curves_of_an_attempt_that_was_given_up_are_dropped(tiny_llama: str, tmp
         with claimed_log_folder(trainer):
             trainer.fit(preference(tiny_llama), controlled(80), ckpt_path=resume)
         resume = str(tmp_path / "checkpoints" / "step=2.ckpt")
-    assert read_curves(tmp_path)["train/loss"].steps.tolist() == [1, 2, 3]
-    assert read_csv(tmp_path / "metrics.csv")["train/loss"].steps.tolist() == [1, 2, 3]
+    assert read_curves(tmp_path)["train/loss"].index.tolist() == [1, 2, 3]
+    assert read_csv(tmp_path / "metrics.csv")["train/loss"].index.tolist() == [1, 2, 3]
     with pytest.raises(UserError, match=r"already holds the curves of another run.* or resume that run"):
         continue_curves(trainer, resumes=False)
 

@@ -18,8 +18,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_runs import controlled, preference, quiet_trainer
 
 from callbacks import AnnotatorReliability, BetaDashboard, BetaScheduler, PairFilter, RewardGapStatistics
+from callbacks.dashboard import MeasuredPair, as_markdown
 from callbacks.dashboard_layout import CHARTS, layout
-from callbacks.extreme_pairs import MeasuredPair, as_markdown
 from callbacks.hyperparameters import SETTINGS, settings_of, summaries
 
 TAGS = {

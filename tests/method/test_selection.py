@@ -86,7 +86,7 @@ def test_without_a_usable_spread_all_pairs_are_equally_likely(std: float | None)
 def test_a_spread_just_above_the_limit_is_used() -> None:
     values = torch.tensor([0.0, 2e-6], dtype=torch.float64)
     assert gaussian_log_weights(values, Moments(0.0, 1e-6)).tolist() == pytest.approx([0.0, -2.0])
-    assert gaussian_log_weights(values, Moments(0.0, 1e-6), minimum_std=1e-5).tolist() == [0.0, 0.0]
+    assert gaussian_log_weights(values, Moments(0.0, 1e-6, minimum_std=1e-5)).tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("std", [None, 2.0])

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from torch.utils.tensorboard import SummaryWriter
 
-from app.report.run import Curve, Run
+from app.report.run import Run
 
 STEPS, PAIRS = 40, 16
 
@@ -18,7 +18,7 @@ STEPS, PAIRS = 40, 16
 def run_with(name: str = "run", audit: pd.DataFrame | None = None, **curves: Sequence[float]) -> Run:
     """A run in memory; `beta__used=[…]` is the curve beta/used."""
     found = {
-        tag.replace("__", "/"): Curve(1 + np.arange(len(values)), np.asarray(values, float))
+        tag.replace("__", "/"): pd.Series(np.asarray(values, float), 1 + np.arange(len(values)))
         for tag, values in curves.items()
     }
     return Run(name, Path(name), found, audit)

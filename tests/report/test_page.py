@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
 from synthetic_runs import STEPS, audit_of, scalars_of, write_run
+from tiny_runs import beta_dpo, controlled, preference, quiet_trainer
 
 from app.commands.report import report
 from app.core.errors import UserError
+from app.core.intervals import digits
 from app.report.curves import MOST_POINTS, smoothed, thinned
 from app.report.groups import density
-from app.report.page import flat
-from app.report.run import Curve, read_run, unique_names
+from app.report.page import flat, numbers_of
+from app.report.run import read_curves, read_run, unique_names
+from app.report.run_folder import read_audit
+from callbacks import PairAudit, TextProgress
 
 CONFIG = "model: {init_args: {beta0: 0.1}}\ntrainer: {callbacks: [{class_path: callbacks.%s}]}\n"
 COMMANDS = "beta-dpo fit --config a.yaml\nbeta-dpo test --config a.yaml\nbeta-dpo fit --ckpt_path last\n"
@@ -188,6 +195,51 @@ def test_a_run_with_a_csv_logger(tmp_path: Path) -> None:
         read_run(tmp_path / "run", "run")
 
 
+def test_a_run_reads_alike_everywhere(tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """β, M0 and the pairs kept, in the progress line, the audit, TensorBoard's curves and the report."""
+    progress: list[Any] = [TextProgress(every_n_steps=1)]
+    logger = TensorBoardLogger(str(tmp_path), name="", version="run")
+    trainer = quiet_trainer(
+        tmp_path,
+        [*progress, *beta_dpo(), PairAudit()],
+        logger=logger,
+        log_every_n_steps=1,
+        enable_progress_bar=True,
+    )
+    trainer.fit(preference(tiny_llama), controlled(43))  # four batches of 10 pairs and one of 3
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    lines = [dict(re.findall(r"([\w/]+) ([\d.]+)", line)) for line in printed]
+    audit, logged = read_audit(tmp_path / "run"), read_curves(tmp_path / "run")
+    numbers = numbers_of(read_run(tmp_path / "run", "run"))
+
+    steps = audit.groupby("step")
+    betas = [digits(value) for value in steps.beta.mean()]
+    assert betas == [digits(value) for value in logged["beta/used"].values] == [line["beta/used"] for line in lines]
+    shown = numbers["β: first, lowest, highest, last"].split(", ")
+    assert shown == [betas[0], min(betas, key=float), max(betas, key=float), betas[-1]]
+    means = [digits(value) for value in steps.running_mean.first()]
+    assert means == [digits(value) for value in logged["gap/running_mean"].values]
+    assert numbers["running mean M0 and σ at the end"].startswith(f"{means[-1]}, ")
+    kept = steps.kept.sum().tolist()
+    assert kept == [6, 6, 6, 6, 1]
+    assert [digits(k / n) for k, n in zip(kept, steps.size(), strict=True)] == [
+        line["filter/kept_fraction"] for line in lines
+    ]
+    assert numbers["pairs kept a step"] == "6 of 10; in 1 shorter: 1 of 3"
+
+
+def test_without_a_filter_every_pair_is_kept(
+    two_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = two_runs / "b" / "version_0"
+    assert numbers_of(read_run(run, "b"))["pairs kept a step"] == "16 of 16"
+    report([str(run)])  # the figure has three panels, and lies beside the run's records
+    assert (run / "report.png").is_file()
+    assert "replaces" not in capsys.readouterr().out
+    report([str(run)])
+    assert "report.png (replaces the one that was there)" in capsys.readouterr().out.replace("\n", "")
+
+
 def test_names_tell_runs_apart() -> None:
     assert unique_names([Path("/r/a/version_0"), Path("/r/b/version_0")]) == ["a", "b"]
     assert unique_names([Path("/r/a/version_0"), Path("/r/a/version_1")]) == ["version_0", "version_1"]
@@ -203,7 +255,7 @@ def test_curves_of_the_audit_are_those_that_were_logged(two_runs: Path) -> None:
         curve = audit.curve(tag)
         assert curve is not None
         assert curve.values[7] == pytest.approx(value)
-    assert run.steps == audit.steps == STEPS
+    assert len(run.curves["beta/used"]) == len(audit.curves["beta/used"]) == STEPS
 
 
 def test_settings_that_differ() -> None:
@@ -215,13 +267,13 @@ def test_settings_that_differ() -> None:
 
 
 def test_long_curves_are_averaged_not_cut() -> None:
-    curve = Curve(np.arange(10_000), np.sin(np.arange(10_000)))
+    curve = pd.Series(np.sin(np.arange(10_000)))
     drawn = thinned(curve)
-    assert len(drawn.values) == MOST_POINTS
-    assert drawn.values[3] == pytest.approx(curve.values[75:100].mean())
-    assert drawn.steps[3] == pytest.approx(87)
-    holes = smoothed(Curve(np.arange(100), np.where(np.arange(100) % 2, np.nan, 1.0)))
-    assert holes.values == pytest.approx(np.ones(100))
+    assert len(drawn) == MOST_POINTS
+    assert drawn.iloc[3] == pytest.approx(curve[75:100].mean())
+    assert drawn.index[3] == pytest.approx(87)
+    holes = smoothed(pd.Series(np.where(np.arange(100) % 2, np.nan, 1.0)))
+    assert holes.to_numpy() == pytest.approx(np.ones(100))
 
 
 def test_a_density_integrates_to_one() -> None:

@@ -1,14 +1,18 @@
-"""Weights on the losses of a step's pairs, from the losses themselves or from scores that the data carries."""
+"""Weights on the losses of a step's pairs, from the losses, from scores of the data, or from the reference."""
 
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from app.method.ranges import FactorFromOne, NonNegativeFloat, PositiveFloat, ProperShare, checked
+from app.core.errors import UserError
+from app.method.ranges import FactorFromOne, NonNegativeFloat, PositiveFloat, PositiveInt, ProperShare, checked
+from app.method.reference_flips import ReferenceFlips, fitted, label_weights
 from app.method.selection import effective_sample_size
 from app.method.step import StepDecision
 from app.method.weights import (
@@ -19,12 +23,12 @@ from app.method.weights import (
     madpo_weights,
     quality_weights,
 )
-from callbacks.explicit_reward_gap import rewards
+from callbacks.base import Decider, score_gap
 
 log = logging.getLogger(__name__)
 
 
-class WeightedPairs(Callback):
+class WeightedPairs(Decider):
     """A callback that multiplies the loss of every kept pair by a weight, without gradient."""
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
@@ -46,6 +50,7 @@ class WeightedPairs(Callback):
 
 
 @checked
+@dataclass(eq=False)
 class LossWeights(WeightedPairs):
     """Weights by the pairs' own losses ℓ in the global batch: Dr. DPO or its opposite, KLDPO.
 
@@ -58,9 +63,8 @@ class LossWeights(WeightedPairs):
         temperature: β′ or τ, in the units of the loss; the larger, the more equal the weights.
     """
 
-    def __init__(self, by: Literal["dr_dpo", "kldpo"] = "dr_dpo", temperature: PositiveFloat = 1.0):
-        self.by = by
-        self.temperature = temperature
+    by: Literal["dr_dpo", "kldpo"] = "dr_dpo"
+    temperature: PositiveFloat = 1.0
 
     def weights(self, pl_module: LightningModule, decision: StepDecision) -> Tensor:
         losses = decision.pair_losses()[decision.kept]
@@ -73,6 +77,7 @@ class LossWeights(WeightedPairs):
 
 
 @checked
+@dataclass(eq=False)
 class ScoreWeights(WeightedPairs):
     """Weights by the difference of two scores that the data carries, one for each response.
 
@@ -91,27 +96,59 @@ class ScoreWeights(WeightedPairs):
         slope: λ of MADPO or η of Omni-DPO, per unit of the difference.
     """
 
-    def __init__(
-        self,
-        by: Literal["madpo", "quality"] = "madpo",
-        chosen: str = "chosen_reward",
-        rejected: str = "rejected_reward",
-        largest: FactorFromOne = 2.0,
-        smallest: ProperShare = 0.5,
-        threshold: NonNegativeFloat = 2.0,
-        slope: PositiveFloat = 1.0,
-    ):
-        self.by = by
-        self.chosen = chosen
-        self.rejected = rejected
-        self.largest = largest
-        self.smallest = smallest
-        self.threshold = threshold
-        self.slope = slope
+    by: Literal["madpo", "quality"] = "madpo"
+    chosen: str = "chosen_reward"
+    rejected: str = "rejected_reward"
+    largest: FactorFromOne = 2.0
+    smallest: ProperShare = 0.5
+    threshold: NonNegativeFloat = 2.0
+    slope: PositiveFloat = 1.0
 
     def weights(self, pl_module: LightningModule, decision: StepDecision) -> Tensor:
-        chosen, rejected = (rewards(decision, name, self, "weights") for name in (self.chosen, self.rejected))
-        gap = (chosen - rejected)[decision.kept]
+        gap = score_gap(decision, self.chosen, self.rejected, self, "weights")[decision.kept]
         if self.by == "quality":
             return quality_weights(gap, self.slope)
         return madpo_weights(gap, self.largest, self.smallest, self.slope, self.threshold)
+
+
+@checked
+@dataclass(eq=False)
+class ReferenceWeights(Decider):
+    """A callback that multiplies every pair's loss by max(0, 1 − 2p), p being the probability of a flipped label.
+
+    p is computed from the reference's log-probabilities of the two responses. The share of flipped labels is
+    estimated from those of recent steps (`app.method.reference_flips`). Needs a loss with a reference. This is not
+    in the paper: docs/method.md derives it, docs/study.md reports its effect.
+
+    Args:
+        window: number of steps whose margins the estimate uses.
+    """
+
+    window: PositiveInt = 16
+
+    def __post_init__(self) -> None:
+        self._margins: list[Tensor] = []  # of the last steps, [G] each
+        self._flips: ReferenceFlips | None = None
+
+    def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
+        if decision.reference_margin is None:
+            raise UserError("ReferenceWeights needs a reference: choose a loss that has one, or --weights null.")
+        self._margins = [*self._margins, decision.reference_margin[decision.eligible]][-self.window :]
+        self._flips = fitted(torch.cat(self._margins), self._flips)
+        if self._flips is None:  # no pair with a margin yet
+            return
+        probability = self._flips.probability(decision.reference_margin)
+        decision.loss_weight = decision.loss_weight * label_weights(probability, decision.kept)
+        pl_module.log("filter/flip_rate", self._flips.rate)
+        pl_module.log("filter/reference_slope", self._flips.slope)
+        if decision.kept_count:
+            pl_module.log("filter/flipped_expected", probability[decision.kept].mean())
+            pl_module.log("filter/weightless", (probability[decision.kept] >= 0.5).double().mean())
+
+    def state_dict(self) -> dict[str, Any]:
+        flips = self._flips
+        return {"margins": self._margins, "flips": None if flips is None else (flips.rate, flips.slope)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._margins = state_dict["margins"]
+        self._flips = None if state_dict["flips"] is None else ReferenceFlips(*state_dict["flips"])

@@ -1,20 +1,48 @@
-"""The running mean and standard deviation of the reward gap: M0 and σ of the paper."""
+"""The reward discrepancy M and its running mean and standard deviation: M, M0 and σ of the paper."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from app.core.errors import UserError
 from app.method.moments import MINIMUM_STD, RunningMoments
 from app.method.ranges import ShareBelowOne, checked
 from app.method.step import StepDecision
+from callbacks.base import Decider, score_gap
+
+
+@dataclass(eq=False)
+class ExplicitRewardGap(Decider):
+    """A callback that sets M = r(y_w; x) − r(y_l; x) instead of the policy's gap (paper §5, explicit reward model).
+
+    Statistics, Gaussian filter and dynamic β then use this M. The logits of the loss stay β·h, and the filters by
+    gradient scale still use h. Slot: `reward`.
+
+    Args:
+        chosen: column of the data that holds the reward of the chosen response.
+        rejected: the same for the rejected response.
+    """
+
+    chosen: str = "chosen_reward"
+    rejected: str = "rejected_reward"
+
+    def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
+        if decision.moments is not None:
+            raise UserError(
+                "ExplicitRewardGap comes too late, the statistics have taken in the policy's own gap: put it "
+                "before RewardGapStatistics among the Trainer's callbacks."
+            )
+        decision.minimum_std = MINIMUM_STD  # rewards do not have the rounding error of h
+        decision.discrepancy = score_gap(decision, self.chosen, self.rejected, self, "reward")
+        pl_module.log("gap/explicit_mean", decision.discrepancy[decision.eligible].mean())
 
 
 @checked
-class RewardGapStatistics(Callback):
+@dataclass(eq=False)
+class RewardGapStatistics(Decider):
     """A callback that updates M0 and σ once per optimizer step, over all eligible pairs of the global batch.
 
     Slot: `statistics`, which runs before the slots that use M0 and σ.
@@ -27,18 +55,13 @@ class RewardGapStatistics(Callback):
         ddof: 0 for the population standard deviation of a batch, 1 for that of the sample (the authors' code).
     """
 
-    def __init__(
-        self,
-        momentum: ShareBelowOne = 0.9,
-        gap_scale: Literal["raw", "beta0"] = "raw",
-        start: Literal["bias_corrected", "zero"] = "bias_corrected",
-        ddof: Literal[0, 1] = 0,
-    ):
-        try:
-            self.running = RunningMoments(momentum=momentum, start=start, ddof=ddof)
-        except ValueError as error:
-            raise UserError(f"RewardGapStatistics: {error}.") from error
-        self.gap_scale = gap_scale
+    momentum: ShareBelowOne = 0.9
+    gap_scale: Literal["raw", "beta0"] = "raw"
+    start: Literal["bias_corrected", "zero"] = "bias_corrected"
+    ddof: Literal[0, 1] = 0
+
+    def __post_init__(self) -> None:
+        self.running = RunningMoments(momentum=self.momentum, start=self.start, ddof=self.ddof)
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         if self.gap_scale == "beta0":

@@ -1,0 +1,69 @@
+"""What callbacks that decide over a step share: state in the checkpoint, the loss, the seed, label columns."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor
+
+from app.core.errors import UserError
+from app.method.pair_loss import PairLoss
+from app.method.step import StepDecision
+
+
+class Decider(Callback):
+    """A callback that changes the step; the checkpoint has its attributes named in `saved`."""
+
+    saved: tuple[str, ...] = ()  # of builtin names alone: jsonargparse reads it in the module of a subclass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.saved}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+
+def loss_of(pl_module: LightningModule) -> PairLoss | None:
+    """Return the preference loss of a stage; None for a stage without one."""
+    loss = getattr(pl_module, "loss", None)
+    return loss if isinstance(loss, PairLoss) else None
+
+
+def seed_or_default(seed: int | None) -> int:
+    """Return `seed`, or the run's `seed_everything` for None."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+
+
+def label_column(decision: StepDecision, column: str, asker: Callback, cure: str) -> Sequence[object]:
+    """Return a label column, [G], to the callback `asker`; raise UserError with the `cure` if the data has none."""
+    if column not in decision.labels:
+        carried = ", ".join(decision.labels) or "none"
+        raise UserError(
+            f"{type(asker).__name__}: the data has no column {column!r}; it carries these: {carried}. {cure}."
+        )
+    return decision.labels[column]
+
+
+def score_gap(decision: StepDecision, chosen: str, rejected: str, asker: Callback, slot: str) -> Tensor:
+    """Return the column `chosen` minus the column `rejected`, [G] float64, to the callback `asker` of a `slot`.
+
+    Raises UserError if a column is missing or does not hold finite numbers alone.
+    """
+    columns = []
+    for name in (chosen, rejected):
+        cure = f"Add it to the data, or name another by --{slot}.chosen and --{slot}.rejected"
+        values: Any = label_column(decision, name, asker, cure)
+        for pair_id, value in zip(decision.pair_ids, values, strict=True):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise UserError(
+                    f"{type(asker).__name__}: column {name!r} of pair {pair_id} holds {value!r} where a finite "
+                    "number is needed: correct the data or leave that pair out."
+                )
+        columns.append(torch.tensor([float(value) for value in values], dtype=torch.float64))
+    return columns[0] - columns[1]

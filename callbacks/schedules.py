@@ -1,0 +1,150 @@
+"""The β schedules: β follows the reward gap, per batch or per pair, or each pair's response to a perturbed β."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from app.core.errors import UserError
+from app.method.beta import BetaBounds, BetaSchedule
+from app.method.epsilon import epsilon_beta, epsilon_steps, next_epsilon_beta
+from app.method.ranges import FactorFromOne, FiniteFloat, PositiveShare, ProperShare, checked
+from app.method.step import StepDecision
+from callbacks.base import Decider, loss_of
+
+
+class BoundedBeta(Decider):
+    """A schedule that keeps β between `floor` and `ceiling`, multiples of β0, and counts the clamped steps.
+
+    The default of `floor` comes from the loss: 0.01, or 0.25 where its target is 1/(2β) (`PairLoss.beta_floor`).
+    """
+
+    saved: tuple[str, ...] = ("clamped_steps",)
+    calmer = ""  # advice to the user when β meets its bounds: a clause without a full stop
+    clamped_steps = 0
+    default_floor = BetaBounds.floor
+
+    def __init__(self, floor: PositiveShare | None = None, ceiling: FactorFromOne | None = None):
+        self.floor = floor
+        self.ceiling = ceiling
+
+    @property
+    def bounds(self) -> BetaBounds:
+        return BetaBounds(self.default_floor if self.floor is None else self.floor, self.ceiling)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if loss := loss_of(pl_module):
+            self.default_floor = loss.beta_floor
+
+    def clamp(self, pl_module: LightningModule, decision: StepDecision, wanted: Tensor) -> Tensor:
+        """Return `wanted` [G] within the bounds; log the bounds and the share of kept pairs that meet one."""
+        beta = self.bounds.clamp(wanted, decision.beta0)
+        clamped = int((beta != wanted)[decision.kept].sum())
+        self.clamped_steps += clamped > 0
+        pl_module.log("beta/clamped", clamped / max(decision.kept_count, 1))
+        for name, bound in self.bounds.absolute(decision.beta0).items():
+            pl_module.log(f"beta/{name}", bound)
+        return beta
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.clamped_steps and trainer.is_global_zero:
+            print(f"β met its bounds in {self.clamped_steps} of {trainer.global_step} steps: {self.calmer}.")
+
+
+@checked
+@dataclass(eq=False)
+class BetaScheduler(BoundedBeta):
+    """The schedule β = β0·(1 + α·(mean M of the kept pairs − M0)), clamped (paper eq. 6), without gradient.
+
+    Slot: `schedule`, which runs after the filter, so that β depends on the pairs that are trained on. Needs the
+    slot `statistics`, except with a constant M0.
+
+    Args:
+        alpha: α; 0 leaves β at β0.
+        floor: smallest β as a multiple of β0; none takes the loss's default: 0.01, or 0.25 for IPO and SPPO, whose
+            target is 1/(2β). The share of kept pairs that meet a bound is logged as `beta/clamped`.
+        ceiling: largest β as a multiple of β0; none for no ceiling.
+        level: `batch`, one β from the mean M of the kept pairs, or `instance`, a β from every pair's own M.
+        m0: a constant M0; none takes the running mean.
+        z_normalised: measure M − M0 in running standard deviations, so that α does not depend on the scale of M.
+        weight_matched: use this arm as a control: β stays β0 and the loss is multiplied by β/β0 instead. An
+            effect that remains comes from the size of the update, not from the shape of the loss.
+    """
+
+    alpha: FiniteFloat = 0.6
+    floor: PositiveShare | None = None
+    ceiling: FactorFromOne | None = None
+    level: Literal["batch", "instance"] = "batch"
+    m0: FiniteFloat | None = None
+    z_normalised: bool = False
+    weight_matched: bool = False
+
+    def __post_init__(self) -> None:
+        self.schedule = BetaSchedule(self.alpha, self.level, self.m0, self.z_normalised)
+        self.calmer = "lower schedule.alpha"
+        if not self.z_normalised:
+            self.calmer += ", or set schedule.z_normalised: true, which measures gaps in standard deviations"
+
+    def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
+        moments = decision.require_moments("BetaScheduler") if self.schedule.needs_moments else None
+        wanted = self.schedule.beta(decision.beta0, decision.discrepancy, decision.kept, moments)
+        wanted[~decision.eligible] = decision.beta0  # these pairs have no loss, so any value will do
+        beta = self.clamp(pl_module, decision, wanted)
+        if self.weight_matched:
+            decision.loss_weight = decision.loss_weight * (beta / decision.beta0)
+            pl_module.log("beta/loss_weight", decision.loss_weight[decision.kept].mean())
+        else:
+            decision.beta = beta
+
+
+@checked
+@dataclass(eq=False)
+class EpsilonBeta(BoundedBeta):
+    """The schedule β_i = β/(1 + ε·step_i), then β ← β/(1 + ε·mean step) for the next step (arXiv 2502.13177).
+
+    step_i is +1 where the pair's log-probability gap grows as β is perturbed from β/(1−ε) to β/(1+ε), −1 where
+    it falls, else 0. β starts at β0 and is saved in the checkpoint. Needs a reference and costs one more forward
+    pass of policy and reference per step; needs no running statistics.
+
+    Args:
+        epsilon: ε, in (0, 1).
+        floor: smallest β as a multiple of β0, also for the β of the next step; none takes the loss's default, as
+            in `BetaScheduler`. The share of kept pairs that meet a bound is logged as `beta/clamped`.
+        ceiling: largest β as a multiple of β0; none for no ceiling.
+    """
+
+    epsilon: ProperShare = 0.01
+    floor: PositiveShare | None = None
+    ceiling: FactorFromOne | None = None
+
+    saved = ("beta", "clamped_steps")
+    calmer = "lower schedule.epsilon or widen its bounds"
+
+    def __post_init__(self) -> None:
+        self.beta: float | None = None  # β of the next step; None before the first, which uses β0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if (loss := loss_of(pl_module)) and not loss.needs_reference:
+            raise UserError(
+                f"EpsilonBeta: {loss} has no reference whose logits perturb those of the policy: choose another "
+                "model.loss or --schedule null."
+            )
+        if getattr(pl_module, "reference", "frozen") == "cached":
+            raise UserError(
+                "EpsilonBeta perturbs the reference's logits, and model.reference: cached keeps no model that has "
+                "any: set it to frozen."
+            )
+
+    def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
+        assert decision.measure_perturbed is not None
+        steps = epsilon_steps(*decision.measure_perturbed((-self.epsilon, 0.0, self.epsilon)))
+        current = decision.beta0 if self.beta is None else self.beta
+        wanted = epsilon_beta(current, self.epsilon, steps)
+        decision.beta = self.clamp(pl_module, decision, wanted)
+        following = wanted.new_tensor(next_epsilon_beta(current, self.epsilon, steps[decision.eligible]))
+        self.beta = float(self.bounds.clamp(following, decision.beta0))
+        pl_module.log("beta/mean_step", steps[decision.eligible].double().mean())
