@@ -11,7 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from itertools import chain, islice
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,9 +129,13 @@ def in_order(
     """
     for batch in islice(batches, _BEFORE_PROCESSES):
         yield tokenised(batch, tokenizer, settings)
-    processes = min(16, len(os.sched_getaffinity(0)))
+    # a worker of multiprocessing's Pool may have no children
+    processes = 1 if current_process().daemon else min(16, len(os.sched_getaffinity(0)))
     following = next(batches, None)
     if following is None:
+        return
+    if processes == 1:
+        yield from (tokenised(batch, tokenizer, settings) for batch in chain([following], batches))
         return
     with ProcessPoolExecutor(processes, get_context("fork"), _begin, (tokenizer, settings)) as pool:
         ahead: deque[Future[Tokenised]] = deque()

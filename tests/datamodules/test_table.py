@@ -9,6 +9,8 @@ import pickle
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +64,15 @@ def test_several_processes_write_what_one_writes(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         monkeypatch.setattr(table_writer, "_BEFORE_PROCESSES", before)
         built(iter(longer), tokenizer, SETTINGS, tmp_path / folder)
-    for name in table_writer.FILES:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "several" / name).read_bytes()
+    # a worker of a Pool may have no processes of its own
+    worker = get_context("fork").Process(
+        target=built, args=(iter(longer), tokenizer, SETTINGS, tmp_path / "worker"), daemon=True
+    )
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0
+    for folder, name in product(("several", "worker"), table_writer.FILES):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / folder / name).read_bytes()
     stream = iter([*pairs(100), PreferencePair("chat", (Message("user", "Hi"),), "a", "b")])
     with pytest.raises(UserError, match="chat messages, and no chat template"):  # from another process
         built(stream, tokenizer, replace(SETTINGS, chat_template=False), tmp_path / "refused")
