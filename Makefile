@@ -101,7 +101,7 @@ bench: install
 		--contestants ours plain gemm --out docs/benchmarks.json
 	$(BIN)/python -m benchmarks.throughput --data $(DATA) --name split --steps 2 \
 		--contestants ours-split ours-split-cached --out docs/benchmarks.json
-	$(BIN)/python -m benchmarks.cost --out docs/benchmarks.json
+	$(BIN)/python -m benchmarks.throughput --cost --steps 4 --out docs/benchmarks.json
 	$(BIN)/python -m benchmarks.tables
 
 # what a GPU machine without a network lacks, for benchmarks/gpu.sh
@@ -115,7 +115,8 @@ codegen:
 	PYTHONPATH=. .venv-codegen/bin/python -m benchmarks.codegen
 	PYTHONPATH=. .venv-codegen/bin/python -m benchmarks.tables
 
-# what docs/study/plan.md names and docs/study/results.csv has no row of, then docs/study.md; resumes after an interruption
+# what docs/study/plan.md names and docs/study/results.csv has no row of, the main questions first, then docs/study.md;
+# resumes after an interruption (`python -m benchmarks.study --plan`: how much there is)
 study: export OMP_NUM_THREADS = 1
 study: install
 	$(BIN)/python -m benchmarks.study

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import altair as alt
+import numpy as np
 import pandas as pd
 
 from app.core.files import atomic_file
-from benchmarks.study.figures import beta_by_gap, forest, frontier, svg
+from app.core.intervals import Estimate
+from app.report.plot import DASHES, SOLID, Interval, Line, axis, intervals, lines, run_colour, side_by_side
+from app.report.plot import svg as svg
 from benchmarks.study.questions import (
-    ARMS,
-    CONTROLS,
-    FLIP_RATES,
-    LARGER,
+    GAPS,
     MEASURES,
-    OWN_SEEDS,
-    STATIC,
+    Cell,
+    Comparison,
+    First,
     Question,
     Rows,
-    confirmation,
-    extension,
+    plan,
     quickstarts,
+    sizes,
 )
-from benchmarks.study.runs import COLLAPSED, KL_BUDGET, TASKS, path_of, runs_of, with_within
+from benchmarks.study.runs import JUDGED, TASKS, TUNING, path_of, runs_of, with_measures
 from benchmarks.study.verdicts import Difference
 from benchmarks.tables import ROOT, markdown
 
 DOCS = ROOT / "docs"
+CONTROLLED = TASKS["controlled"]
+WITHIN = f"within {CONTROLLED.budget:g} nat"
+STATIC, BEST = (0.03, 0.1, 0.3, 1.0), "static β = 0.3"  # of the first plan
+OF_TRAINING = {"reward": "at the end of training", "within": "within the KL budget"}
+EMPHASISED = {"dpo": "run7", "beta_dpo": "run0", "flip_weights": "run4"}
+VERDICTS = {"better": "good", "worse": "act", "equal within the margin": "link"}
 
 
 def write_page(table: pd.DataFrame) -> None:
@@ -45,34 +54,38 @@ def documents(table: pd.DataFrame) -> dict[str, str]:
     before, mark, rest = readme.partition("<!-- quickstart -->\n")
     readme = before + mark + quickstart(table) + "\n" + rest[rest.index("<!-- end -->") :]
     table = table[table.task != "quickstart"]
-    first, later = (Rows(table, phase) for phase in ("confirmation", "extension"))
-    questions = [
-        replace(question, comparisons=[rows.result(one, question.margin) for one in question.comparisons])
-        for rows, made in ((first, confirmation), (later, extension))
-        for question in made(rows)
-    ]
-    figures = {f"study/{question.name}.svg": svg(forest(question)) for question in questions}
-    figures |= {"study/beta-by-gap.svg": svg(beta_by_gap(first)), "study/frontier.svg": svg(frontier(first))}
+    rows, first = Rows(table), First()
+    judged = list(answered(plan(), rows))
+    questions = list(answered(first.questions, rows))
+    arms, own = (
+        {label: rows.of(run).droplevel("processor") for label, run in cells.items()}
+        for cells in first.tables.values()
+    )
+    own = {label: cell.loc[41:47] for label, cell in own.items()}  # the seeds that all of them have
+    figures = {f"study/{question.name}.svg": svg(forest(question)) for question in (*judged, *questions)}
+    figures |= {"study/beta-by-gap.svg": svg(beta_by_gap(rows, first)), "study/frontier.svg": svg(frontier(arms))}
     # head and tail are written by hand; the rest is generated
     head, tail = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("head.md", "tail.md"))
     count = table.phase.value_counts()
+    earlier = table[~table.phase.isin((TUNING, JUDGED, "pilot"))]
     numbers = {
-        "runs": len(table),
+        "runs": len(earlier),
         **{name: int(count[name]) for name in ("confirmation", "extension")},
         "tried": int(count.exploration + count.development),
-        "hours": f"{table.seconds.sum() / 3600:.1f}",
-        "kl": KL_BUDGET,
-        "margin": TASKS["controlled"].margin,
-        "collapsed": COLLAPSED,
+        "hours": f"{earlier.seconds.sum() / 3600:.1f}",
+        "kl": CONTROLLED.budget,
+        "margin": CONTROLLED.margin,
+        "collapsed": CONTROLLED.collapsed,
     }
     parts = [
         head.format(**numbers).rstrip(),
+        *([second_plan(judged, table)] if judged else []),
         summary(questions),
         "## All arms on mixed data, flip rate .15",
-        arms_table(first),
+        arms_table(arms),
         "![reward against KL](study/frontier.svg)",
-        *(section(question, first) for question in questions),
-        own_table(later),
+        *(section(question, rows, first) for question in questions),
+        cells_table(own),
         real_model(table[table.task == "smollm2"]),
         tail.format(**numbers).rstrip(),
     ]
@@ -123,17 +136,68 @@ def over_seeds(values: pd.Series, sign: str = "") -> str:
     return f"{found.mean:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
 
 
+def answered(questions: Sequence[Question], rows: Rows) -> Iterator[Question]:
+    """Yield the questions with the comparisons that have at least two pairs of rows, and their results."""
+    for question in questions:
+        found = []
+        for one in question.comparisons:
+            try:
+                found.append(rows.result(one, question.margin))
+            except LookupError:  # not yet: `second_plan` counts them
+                continue
+        if found:
+            yield replace(question, comparisons=found)
+
+
+def second_plan(questions: Sequence[Question], table: pd.DataFrame) -> str:
+    """Return the answers of the plan: a sentence on what wins on both tasks, a table, and a figure per question."""
+    wanted = sum(judged for _, _, judged in sizes())
+    better: dict[str, set[tuple[str, float]]] = {"controlled": set(), "sentiment": set()}
+    rows = []
+    for question in questions:
+        for number, one in enumerate(question.comparisons):
+            found = one.found or {}
+            ours, theirs, *_ = (cell for cell in one.weights if isinstance(cell, Cell))
+            if theirs == Cell("dpo", ours.flips, task=one.task) and found["reward"].verdict == "better":
+                better[one.task].add((ours.arm, ours.flips))
+            cells = [text for each in found.values() for text in (f"{each}", each.verdict)]
+            title = "" if number else f"[{question.title}](#{anchor(question.title)})"
+            rows.append([title, one.label, *cells, f"{found['reward'].seeds}", told_collapses(one)])
+    both = better["controlled"] & better["sentiment"]
+    arms = " and ".join(sorted({f"{arm} (flip rate {flips:g})" for arm, flips in both}))
+    first = f"On both tasks {arms} beat tuned static β." if both else "Nothing beats tuned static β on both tasks."
+    if "sentiment" not in {one.task for question in questions for one in question.comparisons}:
+        first = "Whether anything beats tuned static β on both tasks is not known yet."
+    done = int((table.phase == JUDGED).sum())
+    asked = sum(len(each.comparisons) for each in plan())
+    header = ["question", "comparison", *(text for name in MEASURES.values() for text in (name, "verdict"))]
+    return "\n\n".join(
+        [
+            "## What the second plan found",
+            f"**{first}** {done} of the {wanted} runs that judge have a row, and {len(rows)} of the {asked} "
+            "comparisons have two pairs of rows or more ([plan](study/plan.md)).",
+            markdown([*header, "seeds", "collapsed"], rows),
+            *(f"### {each.title}\n\n{each.source}\n\n![{each.title}](study/{each.name}.svg)" for each in questions),
+            "## What the first plan found",
+        ]
+    )
+
+
+def told_collapses(one: Comparison) -> str:
+    return " : ".join(map(str, one.collapsed)) if any(one.collapsed) else "–"
+
+
 def summary(questions: Sequence[Question]) -> str:
     """Return the table of all questions: their verdicts by measure, with the interval where one decides alone."""
     rows = []
     for question in questions:
         verdicts = []
-        for measure in ("end", "within"):
+        for measure in ("reward", "within"):
             found: dict[str, list[str]] = {}
             for one in question.comparisons:
-                found.setdefault(getattr(one, measure).verdict, []).append(one.label)
+                found.setdefault(one.of(measure).verdict, []).append(one.label)
             if len(question.comparisons) == 1:
-                one = getattr(question.comparisons[0], measure)
+                one = question.comparisons[0].of(measure)
                 verdicts.append(f"{one.verdict}, {one}")
             elif len(found) == 1:
                 verdicts.append(next(iter(found)))
@@ -142,7 +206,7 @@ def summary(questions: Sequence[Question]) -> str:
                 told = [f"**{verdict}**: {', '.join(labels)}" for verdict, labels in found.items()]
                 verdicts.append("; ".join([*told, *([f"undecided: {len(open_)} more"] if open_ else [])]))
         rows.append([f"[{question.title}](#{anchor(question.title)})", *verdicts])
-    return markdown(["claim", "at the end", f"within {KL_BUDGET:g} nat"], rows)
+    return markdown(["claim", "at the end", WITHIN], rows)
 
 
 def anchor(title: str) -> str:
@@ -151,102 +215,80 @@ def anchor(title: str) -> str:
     return kept.replace(" ", "-")
 
 
-def arms_table(rows: Rows) -> str:
-    best = rows.chosen("dpo")[0]
-    cells = {f"static β = {beta:g}": rows.cell("dpo", beta0=beta) for beta in STATIC}
-    cells |= {f"{arm}{' (control)' if arm in CONTROLS else ''}": rows.cell(arm) for arm in ARMS}
-    sft = rows.cell("dpo")
+def section(question: Question, rows: Rows, first: First) -> str:
+    lines = [
+        [one.label, *(text for name in ("reward", "within") for text in (f"{one.of(name)}", one.of(name).verdict))]
+        for one in question.comparisons
+    ]
+    parts = [f"## {question.title}", question.source]
+    parts.append(markdown(["", "at the end", "verdict", WITHIN, "verdict"], lines))
+    parts.append(f"![{question.title}](study/{question.name}.svg)")
+    seeds = sorted({one.of("reward").seeds for one in question.comparisons})
+    told = f"Seeds: {' and '.join(map(str, seeds))}."
+    if unpaired := sum(one.unpaired for one in question.comparisons):
+        told += f" {unpaired} pairs of rows were left out, because they are of different processors."
+    if question.name == "gap":
+        parts.append("![reward by β and gap](study/beta-by-gap.svg)")
+        for measure, name in OF_TRAINING.items():
+            means = {
+                data: {beta: cell[measure].mean() for beta, cell in found.items()}
+                for data, found in static_by_gap(rows, first).items()
+            }
+            best = ", ".join(f"β = {max(at, key=at.__getitem__):g} on {data}" for data, at in means.items())
+            told += f" Highest mean {name}: {best}."
+    return "\n\n".join([*parts, told])
+
+
+def static_by_gap(rows: Rows, first: First) -> dict[str, dict[float, pd.DataFrame]]:
+    """Return the rows of static β by kind of data and β, with the rates that the first plan chose."""
+    runs = {beta: first.tables["arms"][f"static β = {beta:g}"] for beta in STATIC}
+    return {
+        data: {beta: rows.of(replace(run, data=data)).droplevel("processor") for beta, run in runs.items()}
+        for data in GAPS
+    }
+
+
+def arms_table(cells: Mapping[str, pd.DataFrame]) -> str:
+    sft = cells[BEST]
     reward = f"{sft.sft_reward.mean():.2f} ± {sft.sft_reward.std():.2f}"
     last = ["SFT model", "", "", reward, "", "", "", f"{sft.sft_malformed.mean():.3f}", "", "0", "", ""]
-    table = cells_table(cells, f"static β = {best:g}", last)
-    return f"{table}\n\nMeans over seeds, ± one standard deviation. Bold: the best static β by development."
+    note = "Means over seeds, ± one standard deviation. Bold: the best static β by development."
+    return f"{cells_table(cells, last)}\n\n{note}"
 
 
-def own_table(rows: Rows) -> str:
-    """Return the table of the cells that the last question compares, by flip rate."""
-    best = rows.chosen("dpo")[0]
-    arms = {"static β": ("dpo", None), "beta_dpo": ("beta_dpo", None)}
-    arms |= {f"reference_weights, β0 = {beta:g}": ("reference_weights", beta) for beta in (best, LARGER)}
-    return cells_table(
-        {
-            f"{name}, flip rate {flips:g}": rows.cell(arm, flips=flips, beta0=beta0).loc[list(OWN_SEEDS)]
-            for flips in FLIP_RATES
-            for name, (arm, beta0) in arms.items()
-        }
-    )
-
-
-def cells_table(cells: Mapping[str, pd.DataFrame], best: str | None = None, *more: list[str]) -> str:
-    """Return a table of the named cells, with further rows at its end; the name `best` is in bold."""
+def cells_table(cells: Mapping[str, pd.DataFrame], *more: list[str]) -> str:
+    """Return a table of the named cells, with further rows at its end; the best static β is in bold."""
     rows = []
     for name, cell in cells.items():
         mean = cell.mean(numeric_only=True)
         flipped = "–" if math.isnan(mean.dropped_flipped) else f"{mean.dropped_flipped:.2f}"
         rows.append(
             [
-                f"**{name}**" if name == best else name,
+                f"**{name}**" if name == BEST else name,
                 *(f"{mean.beta0:g}", f"{mean.learning_rate:g}"),
-                *(f"{mean[figure]:.2f} ± {cell[figure].std():.2f}" for figure in MEASURES),
+                *(f"{mean[figure]:.2f} ± {cell[figure].std():.2f}" for figure in OF_TRAINING),
                 *(f"{mean[figure]:.3f}" for figure in ("win_rate", "accuracy", "malformed")),
-                *(f"{int((cell.malformed > COLLAPSED).sum())} of {len(cell)}", f"{mean.kl:.2f}"),
+                *(f"{int(cell.collapsed.sum())} of {len(cell)}", f"{mean.kl:.2f}"),
                 f"{flipped} : {mean.dropped_clean:.2f}" if mean.dropped_clean > 0 else "–",
                 f"{cell.beta_low.min():.2f}–{cell.beta_high.max():.2f}",
             ]
         )
-    header = ["arm", "β0", "rate", "reward", f"within {KL_BUDGET:g} nat", "win rate", "accuracy", "malformed"]
+    header = ["arm", "β0", "rate", "reward", WITHIN, "win rate", "accuracy", "malformed"]
     return markdown([*header, "collapsed", "KL", "dropped, flipped : clean", "β"], [*rows, *more])
-
-
-def section(question: Question, rows: Rows) -> str:
-    lines = [
-        [one.label, f"{one.end}", one.end.verdict, f"{one.within}", one.within.verdict]
-        for one in question.comparisons
-        if one.end and one.within
-    ]
-    header = ["", "at the end", "verdict", f"within {KL_BUDGET:g} nat", "verdict"]
-    parts = [f"## {question.title}", question.source, markdown(header, lines)]
-    parts.append(f"![{question.title}](study/{question.name}.svg)")
-    seeds = sorted({one.end.seeds for one in question.comparisons if one.end})
-    told = f"Seeds: {' and '.join(map(str, seeds))}."
-    if unpaired := sum(one.unpaired for one in question.comparisons):
-        told += f" {unpaired} pairs of rows were left out, because they are of different processors."
-    if question.name == "gap":
-        parts.append("![reward by β and gap](study/beta-by-gap.svg)")
-        told += "".join(best_by_data(rows, measure) for measure in MEASURES)
-    return "\n\n".join([*parts, told])
-
-
-def best_by_data(rows: Rows, measure: str) -> str:
-    """Return the sentence on which static β has the highest mean on low-, mixed- and high-gap data."""
-    best = {}
-    for data in ("low", "mixed", "high"):
-        means = {beta: rows.cell("dpo", data, beta0=beta)[measure].mean() for beta in STATIC}
-        best[data] = max(means, key=means.__getitem__)
-    told = ", ".join(f"β = {beta:g} on {data}" for data, beta in best.items())
-    return f" Highest mean {MEASURES[measure]}: {told}."
 
 
 def paths_table(table: pd.DataFrame) -> str:
     """Return reward and KL at every checkpoint of the runs of one task, as the DPO paper's Figure 2 draws them."""
-    steps = TASKS[table.task.iloc[0]].steps
     rows = [
         [
             *(str(one.seed), f"{one.data}, {one.flip_rate:g}", str(one.arm), f"{one.beta0:g}"),
             *(f"{kl:.2f}, {reward:.3f}" for kl, reward in path_of(one)),
             *(f"{one.within:.3f}", f"{one.malformed:.3f}"),
         ]
-        for _, one in with_within(table).iterrows()
+        for _, one in with_measures(table).iterrows()
     ]
-    header = [
-        "seed",
-        "data, flips",
-        "arm",
-        "β0",
-        *(f"KL, reward at {step}" for step in (0, *steps)),
-        "within",
-        "cut",
-    ]
-    return markdown([*header, "within the budget", "cut"], rows, aligned=True)
+    steps = (f"KL, reward at {step}" for step in (0, *TASKS[table.task.iloc[0]].steps))
+    return markdown(["seed", "data, flips", "arm", "β0", *steps, "within the budget", "cut"], rows, aligned=True)
 
 
 def real_model(table: pd.DataFrame) -> str:
@@ -266,3 +308,56 @@ def real_model(table: pd.DataFrame) -> str:
     )
     made = markdown([*header, "log-ratio chosen, rejected"], rows)
     return "\n\n".join(["## The same with a real model, as an illustration", told, made])
+
+
+# --- figures -------------------------------------------------------------------------------------------------
+
+
+def forest(question: Question) -> Any:
+    """Return the chart of the mean and the interval of every comparison of a question, by both measures."""
+    panels = []
+    for measure in ("reward", "within"):
+        found = [(each.label, each.of(measure)) for each in question.comparisons]
+        rows = [
+            Interval(label, VERDICTS.get(d.verdict, "quiet"), Estimate(d.mean, d.low, d.high)) for label, d in found
+        ]
+        panels.append(intervals(rows, "difference in mean true reward", mark=0.0))
+    return side_by_side(panels, ("at the end", "within the KL budget"))
+
+
+def beta_by_gap(rows: Rows, first: First) -> Any:
+    """Return the chart of reward against static β for each kind of data, with a dot per seed."""
+    colours, panels, by_gap = {"low": "run2", "mixed": "run1", "high": "run3"}, [], static_by_gap(rows, first)
+    for measure in OF_TRAINING:
+        cells = {data: [cell[measure] for cell in by_gap[data].values()] for data in colours}
+        parts = [Line(f"{data} gap", STATIC, [c.mean() for c in cells[data]], colours[data]) for data in colours]
+        x = axis(alt.X, "β", type="log", nice=False).axis(values=list(STATIC))
+        panel = lines(parts, x, axis(alt.Y, "mean true reward"))
+        for data, colour in colours.items():
+            seeds = [{"x": b, "y": float(y)} for b, cell in zip(STATIC, cells[data], strict=True) for y in cell]
+            dots = alt.Chart(alt.Data(values=seeds)).mark_point(filled=True, opacity=0.4, color=f"var(--{colour})")
+            panel += dots.encode(x="x:Q", y="y:Q")
+        panels.append(panel)
+    return side_by_side(panels, tuple(OF_TRAINING.values()))
+
+
+def by_arm(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the rows of each arm, those of static β by its β."""
+    groups = table.groupby(["arm", "beta0"], sort=False)
+    return {f"static β = {beta0:g}" if arm == "dpo" else arm: rows for (arm, beta0), rows in groups}
+
+
+def frontier(cells: Mapping[str, pd.DataFrame]) -> Any:
+    """Return the chart of reward against KL over the checkpoints of every arm, means over seeds."""
+    parts = []
+    for number, (name, cell) in enumerate(cells.items()):
+        path = np.mean([path_of(row) for _, row in cell.iterrows()], axis=0)
+        arm, static = cell.arm.iloc[0], name.startswith("static")
+        label = name if static else f"{arm}, β0 = {cell.beta0.iloc[0]:g}"
+        width = 2.4 if arm in EMPHASISED and (not static or name == BEST) else 1.2
+        colour, dash = (
+            (EMPHASISED[arm], SOLID) if arm in EMPHASISED else (run_colour(number), DASHES[number % 7 + 1])
+        )
+        parts.append(Line(label, *path.T, colour, dash, width, dots=True))
+    x = axis(alt.X, "KL to the SFT model, nats (linear to 1, then logarithmic)", type="symlog", constant=1)
+    return lines(parts, x, axis(alt.Y, "mean true reward"), key="right").properties(width=520, height=380)

@@ -1,298 +1,332 @@
-"""The questions of the study: which cells each compares, and thereby which runs are needed (docs/study/plan.md)."""
+"""The plan of the study as code: its questions, the settings by its rule, and its runs in their order.
+
+docs/study/plan.md says the same in words. docs/study/first.yaml has the questions of an earlier plan.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import pandas as pd
+import yaml
 
-from benchmarks.study.runs import GAPS, TASKS, Quickstart, Run, runs_of, with_within
+from benchmarks.study.runs import (
+    JUDGED,
+    RESULTS,
+    TASKS,
+    TUNING,
+    TUNING_SEEDS,
+    Quickstart,
+    Run,
+    runs_of,
+    with_measures,
+)
 from benchmarks.study.verdicts import Difference
 
-DEVELOPMENT_SEEDS = (3,)  # choose β0 and learning rate of every arm, and decide nothing
-MAIN_SEEDS, SIDE_SEEDS = range(21, 28), range(21, 26)
+SEEDS = tuple(range(101, 131))
 QUICKSTART_SEEDS = range(101, 106)
-EXTENSION_SEEDS, OWN_SEEDS = range(31, 36), range(41, 48)
-STATIC = (0.03, 0.1, 0.3, 1.0)
-RATES = (2.4e-4, 3.6e-4)
-# arm or loss → the β0 to choose from; .1, .3 and 1 for all others
-BASES: Mapping[str, Sequence[float]] = {"dpo": STATIC, "simpo": (1.0, 3.0, 10.0)}
-CONTROLS = ("random_filter", "weight_matched")  # controls of β-DPO, with its settings
-ARMS = (
-    *("beta_dpo", "dynamic_beta", "filter_only", "instance_level", "constant_m0", "head_filter", "tail_filter"),
-    *("adaptive_margin", "epsilon_dpo", "flip_weights", *CONTROLS),
-)
-# arms that take the settings of another arm, so that only the arm differs
-SETTINGS_OF = {**dict.fromkeys((*CONTROLS, "explicit_reward"), "beta_dpo"), "reference_weights": "dpo"}
-LARGER = 1.0  # second β0 of reference weights; the first is the best static β
-FLIP_RATES = (0.0, 0.15, 0.3)
-MIXTURES = ("high10", "high20", "high40")
-MEASURES = {"reward": "at the end of training", "within": "within the KL budget"}
+MAIN, FILTER, SIDE, REVIEWS = SEEDS, SEEDS[:16], SEEDS[:12], SEEDS[:8]
+# β0 to choose from by task, loss or arm, and two rates by task: a factor of about three, and of two
+BASES = {
+    "controlled": (0.1, 0.3, 1.0),
+    "sentiment": (0.03, 0.1, 0.3),
+    "ipo": (0.03, 0.1, 0.3),
+    **dict.fromkeys(("simpo", "simpo_no_margin"), (0.3, 1.0, 3.0)),
+    "alpha_dpo": (0.8, 2.5, 7.5),
+}
+RATES = {"controlled": (1.8e-4, 3.6e-4), "sentiment": (1e-4, 2e-4)}
+FLIP_RATES, GAPS, STATIC = (0.0, 0.15, 0.3), ("low", "mixed", "high"), (0.1, 0.3, 1.0)
+MEASURES = {"reward": "at the end", "within": "within the KL budget", "per_root": "gain per √KL"}
+
+
+class Cell(NamedTuple):
+    """What is run at several seeds, with β0 and rate that tuning chooses for `like`, or for the arm itself."""
+
+    arm: str
+    flips: float = 0.15
+    data: str = "mixed"
+    loss: str = "sigmoid"
+    task: str = "controlled"
+    like: str = ""
+    beta0: float | None = None  # fixed: only the rate is that of tuning
+    alpha: float = 0.6
+    keep: float = 0.8
+    options: str = ""
+
+    @property
+    def tuned(self) -> Cell:
+        """Return the cell that is tuned for this one."""
+        return Cell(self.like or self.arm, self.flips, self.data, self.loss, self.task)
+
+    def controlled_by(self, name: str) -> Cell:
+        return self._replace(options=f"--control Control --control.by {name}")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A weighted sum of cells, such as one arm less another, by seed; `end` and `within` are its results."""
+    """A weighted sum of cells, such as one arm less another, by seed; the last three are its results."""
 
     label: str
-    weights: Mapping[Run, float]  # cell → weight; a cell is a run without its seed
+    weights: Mapping[Cell | Run, float]  # a run as a cell has no seed
     family: int = 1  # comparisons whose intervals hold together (Bonferroni)
-    end: Difference | None = None
-    within: Difference | None = None
+    found: Mapping[str, Difference] | None = None  # by measure
     unpaired: int = 0  # seeds that all cells have, but not from one processor
+    collapsed: tuple[int, ...] = ()  # runs of each cell
+
+    @property
+    def task(self) -> str:
+        return next(iter(self.weights)).task
+
+    def of(self, measure: str) -> Difference:
+        assert self.found is not None
+        return self.found[measure]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A claim, where it comes from and what is compared, and its comparisons."""
+    """A claim, where it comes from and what is compared."""
 
     name: str  # file name of its figure
     title: str
     source: str
-    seeds: Iterable[int]
     comparisons: Sequence[Comparison]
+    seeds: Sequence[int] = ()
     margin: float | None = None  # that of the task unless given
-    shown: Sequence[Run] = ()  # further cells that its figure draws
+    phase: str = JUDGED
+
+
+class Untuned(LookupError):
+    """Settings cannot be chosen before some `runs` have rows."""
+
+    def __init__(self, runs: Sequence[Run]):
+        super().__init__(f"{len(runs)} tuning runs of {runs[0].arm} ({runs[0].loss}) have no row yet")
+        self.runs = runs
 
 
 class Rows:
-    """The rows of the table by cell, and the settings that development chose."""
+    """The rows of the table by run, and what the plan reads from them."""
 
-    def __init__(self, table: pd.DataFrame, phase: str = "confirmation", task: str = "controlled") -> None:
-        self.phase, self.task = phase, task
-        self.table = with_within(table[table.task == task])
-        self.by_run = dict(zip(runs_of(self.table), self.table.to_dict("records"), strict=True))
+    def __init__(self, table: pd.DataFrame) -> None:
+        table = with_measures(table)
+        self.by_run = dict(zip(runs_of(table), table.to_dict("records"), strict=True))
 
-    def chosen(self, arm: str, loss: str = "sigmoid", beta0: float | None = None) -> tuple[float, float]:
-        """Return β0 (unless given) and learning rate of an arm: those with the highest reward in development.
+    def settings(self, cell: Cell) -> tuple[float, float]:
+        """Return β0 and rate by the plan's rule, in two rounds: all six on one seed, the best two on four more.
 
-        Raises LookupError while a development run of the arm is missing, or if their processors differ.
+        The best has the highest mean reward at the end. Raises Untuned while runs of a round are missing, and
+        LookupError if rows are from different processors.
         """
-        wanted = list(grid(SETTINGS_OF.get(arm, arm), loss, beta0, self.task))
-        missing = [run for run in wanted if run not in self.by_run]
-        if missing:
-            raise LookupError(f"{len(missing)} development runs of {arm} ({loss}) have no row yet")
-        found = pd.DataFrame([self.by_run[run] for run in wanted])
-        if found.processor.nunique() > 1:
-            raise LookupError(f"the development runs of {arm} ({loss}) are from different processors")
-        best = found.groupby(["beta0", "learning_rate"]).reward.mean().idxmax()
-        return float(best[0]), float(best[1])
+        bases = BASES.get(cell.arm, BASES.get(cell.loss, BASES[cell.task]))
+        tried = [(base, rate) for base in bases for rate in RATES[cell.task]]
+        for seeds, left in ((TUNING_SEEDS[:1], 2), (TUNING_SEEDS, 1)):
+            runs = {
+                settings: [
+                    Run(cell.task, TUNING, seed, cell.data, cell.flips, cell.loss, cell.arm, *settings)
+                    for seed in seeds
+                ]
+                for settings in tried
+            }
+            if missing := [run for each in runs.values() for run in each if run not in self.by_run]:
+                raise Untuned(missing)
+            rows = [self.by_run[run] for each in runs.values() for run in each]
+            if len({row["processor"] for row in rows}) > 1:
+                raise LookupError(f"the tuning runs of {cell.arm} ({cell.loss}) are from different processors")
+            reward = {at: sum(self.by_run[run]["reward"] for run in each) for at, each in runs.items()}
+            tried = sorted(tried, key=reward.__getitem__, reverse=True)[:left]
+        return tried[0]
 
-    def named(
-        self,
-        arm: str,
-        data: str = "mixed",
-        flips: float = 0.15,
-        loss: str = "sigmoid",
-        beta0: float | None = None,
-        alpha: float = 0.6,
-        keep: float = 0.8,
-    ) -> Run:
-        """Return the cell of an arm with its chosen settings. Raises LookupError while they cannot be chosen."""
-        settings = self.chosen(arm, loss, beta0)
-        return Run(self.task, self.phase, -1, data, flips, loss, arm, *settings, alpha, keep)
+    def run(self, cell: Cell | Run) -> Run:
+        """Return the run of a cell without its seed (−1). Raises Untuned while its settings cannot be chosen."""
+        if isinstance(cell, Run):
+            return cell
+        base, rate = self.settings(cell.tuned)
+        place = (cell.task, JUDGED, -1, cell.data, cell.flips, cell.loss, cell.arm)
+        return Run(*place, cell.beta0 or base, rate, cell.alpha, cell.keep, cell.options)
 
-    def cell(self, arm: str, *where: object, **settings: object) -> pd.DataFrame:
-        """Return the rows of a cell, as `named`, indexed by seed."""
-        return self.of(self.named(arm, *where, **settings)).droplevel("processor")  # type: ignore[arg-type]
-
-    def of(self, cell: Run) -> pd.DataFrame:
+    def of(self, cell: Cell | Run) -> pd.DataFrame:
         """Return the rows of a cell, indexed by seed and processor. Raises LookupError when there is none."""
-        rows = [row for run, row in self.by_run.items() if replace(run, seed=-1) == cell]
+        wanted = self.run(cell)
+        rows = [row for run, row in self.by_run.items() if replace(run, seed=-1) == wanted]
         if not rows:
-            raise LookupError(f"no rows of {cell}")
+            raise LookupError(f"no rows of {wanted}")
         return pd.DataFrame(rows).set_index(["seed", "processor"]).sort_index()
 
     def result(self, comparison: Comparison, margin: float | None = None) -> Comparison:
-        """Return the comparison with its results, paired by seed; rows of different processors are not paired."""
+        """Return the comparison with its results, paired by seed; rows of different processors are not paired.
+
+        Raises LookupError while it has fewer than two pairs.
+        """
         cells = {cell: self.of(cell) for cell in comparison.weights}
         shared = set.intersection(*(set(rows.index.get_level_values("seed")) for rows in cells.values()))
-        bound, found = TASKS[self.task].margin if margin is None else margin, {}
+        bound, found = TASKS[comparison.task].margin if margin is None else margin, {}
         for measure in MEASURES:
             parts = [weight * cells[cell][measure] for cell, weight in comparison.weights.items()]
             values = pd.concat(parts, axis=1, join="inner").sum(axis=1).drop("unknown", level=1, errors="ignore")
+            if len(values) < 2:
+                raise LookupError(f"fewer than two pairs of rows: {comparison.label}")
             found[measure] = Difference.of(values.to_numpy(float), bound, comparison.family)
         unpaired = len(shared) - len(values)
-        return replace(comparison, end=found["reward"], within=found["within"], unpaired=unpaired)
+        collapsed = tuple(int(rows.collapsed.sum()) for rows in cells.values())
+        return replace(comparison, found=found, unpaired=unpaired, collapsed=collapsed)
 
 
-def grid(arm: str, loss: str = "sigmoid", beta0: float | None = None, task: str = "controlled") -> Iterator[Run]:
-    """Yield the development runs that choose the settings of an arm: on mixed data, a flip rate of .15."""
-    bases = BASES.get(arm if loss == "sigmoid" else loss, (0.1, 0.3, 1.0))
-    for seed in DEVELOPMENT_SEEDS:
-        for base in bases if beta0 is None else (beta0,):
-            for rate in RATES if loss == "sigmoid" else RATES[:1]:
-                yield Run(task, "development", seed, "mixed", 0.15, loss, arm, base, rate)
+# --- the plan ------------------------------------------------------------------------------------------------
 
 
-def less(label: str, ours: Run, theirs: Run, family: int = 1) -> Comparison:
+def less(label: str, ours: Cell | Run, theirs: Cell | Run, family: int = 1) -> Comparison:
     return Comparison(label, {ours: 1.0, theirs: -1.0}, family)
 
 
-def confirmation(rows: Rows) -> list[Question]:
-    """Return the questions of the confirmation phase, in the order of the document."""
-    named, best = rows.named, rows.chosen("dpo")[0]
-    static, ours = named("dpo"), named("beta_dpo")
+def plan() -> list[Question]:
+    """Return the questions of the plan, the most important first; their runs are made in this order."""
+    static, ours, gaussian, instance = (Cell(arm) for arm in ("dpo", "beta_dpo", "filter_only", "instance_level"))
+    random = Cell("random_filter", like="filter_only")
+    at = {f"flip rate {flips:g}": {"flips": flips} for flips in FLIP_RATES}
+    ends = (0.0, 0.3)
 
-    def gain(high: str, low: str) -> Comparison:
-        signs = ((high, 1.0, 1.0), (high, 0.1, -1.0), (low, 1.0, -1.0), (low, 0.1, 1.0))
-        return Comparison(f"{high} − {low}", {named("dpo", data, beta0=beta): sign for data, beta, sign in signs})
+    def by_gap(data: str, sign: float) -> dict[Cell | Run, float]:
+        cell = static._replace(data=data)
+        return {cell._replace(beta0=1.0): sign, cell._replace(beta0=0.1): -sign}
 
-    others = ((0.2, 0.8), (2.0, 0.8), (0.6, 0.5))
-    return [
+    def batch(size: int, arm: str) -> Cell:  # 64 steps whatever the size
+        return Cell(arm, options=f"--data.batch_size {size} --data.pairs {64 * size}")
+
+    def shared(pairs: int) -> Cell:
+        return ours._replace(options=f"--schedule benchmarks.study.shared_beta.SharedBeta --schedule.pairs {pairs}")
+
+    # arm → its control
+    methods = {
+        Cell("re_po"): "shuffled_confidence",
+        Cell("dr_dpo"): "shuffled_weights",
+        Cell("kldpo"): "shuffled_weights",
+        Cell("reference_weights"): "shuffled_weights",
+        Cell("epsilon_dpo"): "shuffled_beta",
+    }
+    margins = [Cell(arm, loss="simpo_no_margin") for arm in ("gamma_po", "amapo")]
+    simpo = Cell("dpo", loss="simpo")
+    reviews = {"task": "sentiment"}
+    questions = [
         Question(
-            "gap",
-            "The best β grows with the gap of the data",
-            "The paper's Figure 1: low-gap data wants a small β, high-gap data a large one. Compared is what β = 1 "
-            "gains over β = .1 on one kind of data with what it gains on another.",
-            SIDE_SEEDS,
-            [gain("high", "low"), gain("high", "mixed"), gain("mixed", "low")],
-            shown=[named("dpo", x, beta0=beta) for x in ("low", "mixed", "high") for beta in STATIC],
+            "whole",
+            "(d) Is β-DPO as a whole better than static β?",
+            "The paper's main result: batch-level β and the Gaussian filter together, by flip rate.",
+            [less(f"{told}: β-DPO − static β", ours._replace(**f), static._replace(**f)) for told, f in at.items()],
+            MAIN,
         ),
         Question(
-            "arms",
-            "β-DPO beats tuned DPO; so does another arm",
-            f"The paper's main result. Each arm with its tuned settings, less the best static β ({best:g}); "
-            f"intervals are 95 % for all {len(ARMS)} together (Bonferroni).",
-            MAIN_SEEDS,
-            [less(arm, named(arm), static, len(ARMS)) for arm in ARMS],
-        ),
-        Question(
-            "instance",
-            "One β per batch is better than one per pair",
-            "The paper finds instance-level β unstable, batch-level β better on mixed gaps.",
-            MAIN_SEEDS,
-            [less("beta_dpo − instance_level", ours, named("instance_level"))],
-        ),
-        Question(
-            "filter",
-            "The Gaussian filter helps, and not because it drops pairs",
-            "The paper reports gains of filtering, without a random filter beside it.",
-            MAIN_SEEDS,
+            "filters",
+            "(c) Does the Gaussian filter help, and more than dropping pairs at random?",
+            "At a fixed β0, by flip rate. The random filter drops as many, at the settings of the Gaussian one.",
             [
-                less("filter_only − best static β", named("filter_only"), static),
-                less("beta_dpo − random_filter", ours, named("random_filter")),
+                less(f"{told}: Gaussian − {name}", gaussian._replace(**f), other._replace(**f))
+                for told, f in at.items()
+                for name, other in (("none", static), ("random", random))
             ],
+            FILTER,
         ),
         Question(
-            "weight",
-            "It is β that helps, not the size of the step",
-            "In the weight-matched control β stays β0 and the loss is multiplied by β/β0: what dynamic β does to "
-            "the size of the gradient without what it does to the shape of the loss.",
-            MAIN_SEEDS,
-            [less("beta_dpo − weight_matched", ours, named("weight_matched"))],
-        ),
-        Question(
-            "losses",
-            "It carries over to IPO and SimPO",
-            "The paper reports gains for both. SimPO has no reference; its KL is to the SFT model all the same.",
-            SIDE_SEEDS,
-            [less(x.upper(), named("beta_dpo", loss=x), named("dpo", loss=x)) for x in ("ipo", "simpo")],
-        ),
-        Question(
-            "robust",
-            "β-DPO is robust to α and ρ",
-            "The paper sweeps α from .2 to 2 and filters from 0 to 40 %. Each less the default (α = .6, ρ = .8); "
-            "here the margin is the .2 of the plan.",
-            SIDE_SEEDS,
+            "both-tasks",
+            "(i) Does anything beat tuned static β on both tasks?",
+            "Film reviews; on the controlled task see (c), (d) and (g). A method beats static β on both if it is "
+            "better at the end at the same flip rate.",
             [
-                less(f"α = {alpha:g}, ρ = {keep:g}", named("beta_dpo", alpha=alpha, keep=keep), ours, len(others))
-                for alpha, keep in others
+                less(
+                    f"reviews, flip rate {x:g}: {arm} − static β",
+                    Cell(arm, x, **reviews),
+                    Cell("dpo", x, **reviews),
+                )
+                for x in ends
+                for arm in ("beta_dpo", "re_po")
             ],
-            margin=0.2,
+            REVIEWS,
         ),
         Question(
-            "flips",
-            "β-DPO against flipped labels",
-            f"The paper speaks of outliers; here labels are flipped. β-DPO less the best static β ({best:g}) at "
-            "three rates.",
-            SIDE_SEEDS,
-            [less(f"flip rate {x:g}", named("beta_dpo", flips=x), named("dpo", flips=x)) for x in FLIP_RATES],
-        ),
-        Question(
-            "own",
-            "Flip weights, an arm of our own",
-            "Not in the paper, and no longer in the package: pairs counted less by the probability, from the "
-            "policy's own gap, M0 and σ, that their label is flipped. It was to beat the best static β and β-DPO "
-            "on mixed data with flips.",
-            SIDE_SEEDS,
-            by_flip_rate(rows, "flip_weights"),
-        ),
-    ]
-
-
-def by_flip_rate(rows: Rows, arm: str, *bases: float) -> list[Comparison]:
-    """Compare an arm on mixed data with the best static β and with β-DPO at every flip rate.
-
-    With `bases`, the arm is compared at each of these β0, and the intervals hold for all of them together.
-    """
-    return [
-        less(
-            f"flip rate {flips:g}{f', β0 = {base:g}' if base else ''}: − {told}",
-            rows.named(arm, flips=flips, beta0=base),
-            rows.named(rival, flips=flips),
-            max(len(bases), 1),
-        )
-        for base in bases or (None,)
-        for flips in FLIP_RATES
-        for told, rival in (("best static β", "dpo"), ("beta_dpo", "beta_dpo"))
-    ]
-
-
-def extension(rows: Rows) -> list[Question]:
-    """Return the questions of the extension phase, in the order of the document."""
-    named, best = rows.named, rows.chosen("dpo")[0]
-    rivals = (("best static β", "dpo"), ("instance_level", "instance_level"))
-    each, comparisons = 1 / len(MIXTURES), []
-    for told, rival in rivals:
-        ours, theirs = ([named(arm, data) for data in MIXTURES] for arm in ("beta_dpo", rival))
-        pooled = dict.fromkeys(ours, each) | dict.fromkeys(theirs, -each)
-        comparisons.append(Comparison(f"all shares: β-DPO − {told}", pooled))
-        for data, our, their in zip(MIXTURES, ours, theirs, strict=True):
-            label = f"{GAPS[data][1]:.0%} high: β-DPO − {told}"
-            comparisons.append(less(label, our, their, len(MIXTURES)))
-    return [
-        Question(
-            "mixtures",
-            "On mixtures of gaps, β-DPO beats DPO and instance-level β",
-            f"The paper mixes 10 to 40 % high-gap pairs into low-gap ones. β-DPO less the best static β ({best:g}) "
-            "and less instance-level β: the mean over the three shares at 95 %, each share at 95 % for the three "
-            "together.",
-            EXTENSION_SEEDS,
-            comparisons,
-        ),
-        Question(
-            "crossing",
-            "β-DPO against flipped labels, by gap",
-            "The same as above where all pairs have low or all have high gaps: β-DPO less the best static β "
-            f"({best:g}). Intervals are 95 % for both cells together (Bonferroni).",
-            EXTENSION_SEEDS,
+            "levels",
+            "(b) Is one β per batch better than static β, than one per pair, and than its controls?",
+            "Batch-level β without the filter; then, with it, against a β per pair, and against the control in "
+            "which only the size of the step follows β. A β per pair against the same shuffled among pairs.",
             [
-                less(f"{x}, flip rate 0.3", named("beta_dpo", x, 0.3), named("dpo", x, 0.3), 2)
+                less("batch-level β alone − static β", Cell("dynamic_beta"), static),
+                less("batch level − instance level", ours, instance),
+                less("batch level − weight-matched", ours, Cell("weight_matched", like="beta_dpo")),
+                less("instance level − shuffled", instance, instance.controlled_by("shuffled_beta")),
+            ],
+            FILTER,
+        ),
+        Question(
+            "gaps",
+            "(h) Does β-DPO help more where gaps are low, mixed or high?",
+            "The paper's Figure 1 and its mixtures; static β is tuned on each.",
+            [
+                less(f"{x} gaps: β-DPO − static β", ours._replace(data=x), static._replace(data=x))
                 for x in ("low", "high")
             ],
+            SIDE,
         ),
         Question(
-            "explicit",
-            "It works with explicit rewards",
-            "The paper takes the gap of a reward model for M. Here M is that of the true rewards, the best reward "
-            "model that there can be: of a flipped pair it is negative. β0 and the rate are those of β-DPO.",
-            EXTENSION_SEEDS,
+            "best-beta",
+            "(a) Does the best β grow with the gap?",
+            "What β = 1 gains over β = .1 on one kind of data, less what it gains on another.",
             [
-                less(f"explicit − {told}", named("explicit_reward"), named(rival))
-                for told, rival in (("implicit", "beta_dpo"), ("best static β", "dpo"))
+                Comparison(f"{high} − {low}", by_gap(high, 1.0) | by_gap(low, -1.0))
+                for high, low in (("high", "low"), ("high", "mixed"), ("mixed", "low"))
             ],
+            SIDE,
         ),
         Question(
-            "reference",
-            "Reference weights, a second arm of our own",
-            "Not in the paper ([reference weights](method.md#reference-weights)): pairs count less by "
-            "the probability, estimated from the reference's margins, that their label is flipped. At β and rate "
-            f"of the best static β, and at β0 = {LARGER:g}; intervals are 95 % for both together (Bonferroni).",
-            OWN_SEEDS,
-            by_flip_rate(rows, "reference_weights", best, LARGER),
+            "under-losses",
+            "(e) Does it carry over to IPO and SimPO?",
+            "β-DPO less static β, both tuned under the loss. SimPO has no reference; its KL is to the SFT model.",
+            [
+                less(f"{x.upper()}: β-DPO − static β", Cell("beta_dpo", loss=x), Cell("dpo", loss=x))
+                for x in ("ipo", "simpo")
+            ],
+            SIDE,
         ),
+        Question(
+            "robustness",
+            "(f) Is it robust to α, ρ, batch size and to how many pairs share a β?",
+            "β-DPO at other settings less the default (α = .6, ρ = .8, β of 64 pairs); at other batch sizes less "
+            "static β. Micro-batches that choose their own β share it among 2 or 8 pairs; here filter, M0 and σ "
+            "remain those of the batch.",
+            [
+                *(less(f"α = {x:g}", ours._replace(alpha=x), ours) for x in (0.2, 2.0)),
+                less("ρ = 0.5", ours._replace(keep=0.5), ours),
+                *(less(f"β shared by {n} pairs", shared(n), ours) for n in (2, 8)),
+                *(
+                    less(f"batches of {n}: β-DPO − static β", batch(n, "beta_dpo"), batch(n, "dpo"))
+                    for n in (32, 128)
+                ),
+            ],
+            SIDE,
+        ),
+        Question(
+            "methods",
+            "(g) Do later methods beat static β, and their own controls?",
+            "Each tuned as static β is. The control is the same arm with its weights, confidence, β or margin "
+            "shuffled among pairs. γ-PO, AMaPO and α-DPO are compared with SimPO, whose margins they change.",
+            [
+                less(f"flip rate {x:g}: {arm.arm} − {told}", arm._replace(flips=x), other._replace(flips=x))
+                for x in ends
+                for arm, control in methods.items()
+                for told, other in (("static β", static), ("its control", arm.controlled_by(control)))
+                if x or other is static  # controls only where there is something to find
+            ]
+            + [
+                less(f"{arm.arm} − {told}", arm, other)
+                for arm in margins
+                for told, other in (("SimPO", simpo), ("its control", arm.controlled_by("shuffled_margin")))
+            ]
+            + [less("α-DPO − SimPO", Cell("alpha_dpo", loss="alpha_dpo"), simpo)],
+            REVIEWS,
+        ),
+    ]
+    return [
+        replace(each, comparisons=[replace(one, family=len(questions)) for one in each.comparisons])
+        for each in questions
     ]
 
 
@@ -316,20 +350,66 @@ def quickstarts() -> Iterator[Run]:
         )
 
 
-def planned(table: pd.DataFrame) -> Iterator[Run]:
-    """Yield every run that the questions need: development first, and all others once it has chosen settings."""
-    tuned = {SETTINGS_OF.get(arm, arm): None for arm in ("dpo", *ARMS)}
-    development = [*(run for arm in tuned for run in grid(arm))]
-    development += [run for loss in ("ipo", "simpo") for arm in ("dpo", "beta_dpo") for run in grid(arm, loss)]
-    yield from development
-    if set(development) <= set(runs_of(table)):
-        for phase, questions in (("confirmation", confirmation), ("extension", extension)):
-            for question in questions(Rows(table, phase)):
-                cells = [cell for comparison in question.comparisons for cell in comparison.weights]
-                yield from (
-                    replace(cell, seed=seed) for seed in question.seeds for cell in [*cells, *question.shown]
-                )
-    yield from quickstarts()
-    for seed in (1, 2):
-        for arm in ("dpo", "beta_dpo"):
-            yield Run("smollm2", "illustration", seed, "hh", 0.0, "sigmoid", arm, 0.1, 5e-6)
+def missing(question: Question, rows: Rows) -> list[Run]:
+    """Return the runs of a question without a row: those of tuning, then those of tuned cells, seed by seed."""
+    cells = list(dict.fromkeys(cell for one in question.comparisons for cell in one.weights))
+    runs, tuning = [], []
+    for cell in cells:
+        try:
+            runs.append(rows.run(cell))
+        except Untuned as error:
+            tuning += error.runs
+    judged = (replace(run, seed=seed) for seed in question.seeds for run in runs)
+    return [run for run in dict.fromkeys((*tuning, *judged)) if run not in rows.by_run]
+
+
+def sizes() -> Iterator[tuple[Question, int, int]]:
+    """Yield each question with the number of runs that tune and that judge it, those of earlier ones left out."""
+    tuned: set[Cell] = set()
+    done: set[tuple[Cell | Run, int]] = set()
+    for question in plan():
+        cells = {cell for one in question.comparisons for cell in one.weights}
+        fresh = {cell.tuned for cell in cells if isinstance(cell, Cell)} - tuned
+        runs = {(cell, seed) for cell in cells for seed in question.seeds} - done
+        tuned, done = tuned | fresh, done | runs
+        first = 2 * len(BASES["controlled"])
+        yield question, len(fresh) * (first + 2 * (len(TUNING_SEEDS) - 1)), len(runs)
+
+
+# --- the first plan ------------------------------------------------------------------------------------------
+
+
+class First:
+    """The questions and tables of the first plan, whose rows are those of confirmation and extension."""
+
+    def __init__(self) -> None:
+        told = yaml.safe_load(RESULTS.with_name("first.yaml").read_text(encoding="utf-8"))
+        self.settings = told["settings"]
+        self.questions = [self.question(**each) for each in told["questions"]]
+        self.tables = {
+            name: {label: self.cell(text, table["phase"]) for label, text in table["cells"].items()}
+            for name, table in told["tables"].items()
+        }
+
+    def cell(self, text: str, phase: str) -> Run:
+        """Return the run without its seed of an arm and what differs from the usual: `dpo data=high beta0=1`."""
+        arm, *words = text.split()
+        changed = {
+            name: value if value.isalnum() and not value.isdigit() else float(value)
+            for name, value in (w.split("=") for w in words)
+        }
+        loss = changed.get("loss", "sigmoid")
+        beta0, rate = self.settings[arm if loss == "sigmoid" else f"{arm} {loss}"]
+        usual = {"data": "mixed", "flip_rate": 0.15, "loss": loss, "beta0": float(beta0), "learning_rate": rate}
+        return Run("controlled", phase, -1, arm=arm, **(usual | changed))  # type: ignore[arg-type]
+
+    def question(self, comparisons: Mapping[str, str], phase: str, family: int = 1, **told: object) -> Question:
+        made = []
+        for label, text in comparisons.items():
+            terms, _, divisor = f"+ {text}".partition(" ÷ ")
+            weights = {
+                self.cell(term, phase): (1.0 if sign == "+" else -1.0) / float(divisor or 1)
+                for sign, term in re.findall(r"([+−]) ([^+−]+)", terms)
+            }
+            made.append(Comparison(label, weights, family if len(weights) == 2 else 1))
+        return Question(comparisons=made, phase=phase, **told)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import yaml
@@ -31,18 +32,22 @@ from benchmarks.tables import ROOT, processor
 
 RESULTS = ROOT / "docs" / "study" / "results.csv"
 FOLDER = Path("runs/study")
-STEPS = (16, 32, 48, 64)  # checkpoints that are sampled; the last is the end of training
-KL_BUDGET = 1.0  # nats
-COLLAPSED = 0.25  # a run with a larger share of malformed answers has collapsed
+TUNING, JUDGED = "tuning", "judged"  # the phases of the plan in the table
+TUNING_SEEDS = tuple(range(51, 56))  # choose β0 and rate of every arm, and decide nothing
 # data of the controlled task: name → (gap, share of high-gap pairs)
 GAPS = {"low": ("adjacent", 0.0), "mixed": ("mixed", 0.5), "high": ("extreme", 1.0)}
 GAPS |= {f"high{percent}": ("mixed", percent / 100) for percent in (10, 20, 40)}
-# arms that are another file of configs/method with one option more
+# arms that are another file of configs/method with more options
 OPTIONS: dict[str, tuple[str, ...]] = {
     "adaptive_margin": ("standardised_margin",),  # its name when the runs were made
     "head_filter": ("filter_only", "--filter.by", "head"),
     "tail_filter": ("filter_only", "--filter.by", "tail"),
     "constant_m0": ("beta_dpo", "--schedule.m0", "0.0"),
+    "re_po": ("dpo", "--confidence", "AnnotatorReliability"),
+    **{by: ("dpo", "--weights", "LossWeights", "--weights.by", by) for by in ("dr_dpo", "kldpo")},
+    "gamma_po": ("dpo", "--margin", "GammaPOMargin"),
+    "amapo": ("dpo", "--margin", "AMaPOMargin"),
+    "alpha_dpo": ("dpo",),  # the loss of the same name
 }
 GONE = ("flip_weights", "flip_weights_tail")  # tried and not kept: rows, but no longer a part of the package
 # pairs of film reviews: ranks of chosen and rejected among the four samples of a prompt
@@ -51,6 +56,8 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "sigmoid": (),
     "ipo": ("--model.loss", "IPOLoss"),
     "simpo": ("--config", "configs/loss/simpo.yaml"),
+    "simpo_no_margin": ("--config", "configs/loss/simpo.yaml", "--model.loss.gamma", "0"),
+    "alpha_dpo": ("--config", "configs/loss/alpha_dpo.yaml"),
 }
 Command = list[str]
 
@@ -94,16 +101,8 @@ class Run:
         if self.arm == "beta_dpo":
             words = ["--filter.keep_ratio", f"{self.keep_ratio:g}", "--schedule.alpha", f"{self.alpha:g}"]
         return [
-            *(
-                "fit",
-                "--config",
-                config,
-                "--config",
-                f"configs/method/{file}.yaml",
-                *words,
-                *LOSSES[self.loss],
-                *task,
-            ),
+            *("fit", "--config", config, "--config", f"configs/method/{file}.yaml"),
+            *(*words, *LOSSES[self.loss], *task),
             *("--model.beta0", f"{self.beta0:g}", "--model.optimizer.init_args.lr", f"{self.learning_rate:g}"),
             *("--trainer.logger.init_args.save_dir", str(self.folder.parent)),
             *("--trainer.logger.init_args.name", self.folder.name, "--trainer.logger.init_args.version", ""),
@@ -116,8 +115,10 @@ class Task:
 
     name: str
     margin: float  # smaller differences of the mean reward count as equal
-    budget = KL_BUDGET
+    budget: float  # nats of KL to the SFT model
+    collapsed: float  # a run with a larger share of malformed responses has collapsed
     steps: tuple[int, ...]  # checkpoints that are sampled; the last is the end of training
+    minutes: tuple[float, float, float]  # of one core: what a seed shares, a run that tunes, a run that is judged
 
     def folder(self, seed: int) -> Path:
         """Return the folder of the SFT model of a seed, and of its samples."""
@@ -141,10 +142,14 @@ class Task:
         """Return mean reward, share of malformed responses and KL of a file of samples."""
         raise NotImplementedError
 
+    def sampled(self, run: Run) -> tuple[int, ...]:
+        """Return the checkpoints of a run that are sampled: to choose settings the last is enough."""
+        return self.steps[-1:] if run.phase == TUNING else self.steps
+
     def commands(self, run: Run) -> list[Command]:
         """Return all commands from the SFT model to the samples of a run."""
         made, start = self.train(run), self.folder(run.seed) / "model"
-        for step in self.steps:
+        for step in self.sampled(run):
             model, count = run.folder / f"model-{step}", 1024 if step == self.steps[-1] else 512
             made.append(["export", str(run.folder / "checkpoints" / f"step={step}.ckpt"), str(model)])
             out = run.folder / f"samples-{step}.jsonl"
@@ -155,7 +160,7 @@ class Task:
         """Return what the samples and the audit of a finished run say."""
         sft = self.score(self.folder(run.seed) / "samples.jsonl")
         found = {"sft_reward": sft["reward"], "sft_malformed": sft["malformed"]}
-        for step in self.steps:
+        for step in self.sampled(run):
             end = "" if step == self.steps[-1] else f"_{step}"
             told = self.score(run.folder / f"samples-{step}.jsonl")
             found |= {f"{name}{end}": value for name, value in told.items()}
@@ -168,7 +173,8 @@ class Task:
 class Controlled(Task):
     """The controlled task (datamodules/controlled_task), whose reward, from 0 to 4.5, is exact."""
 
-    name, margin, steps = "controlled", 0.1, STEPS
+    name, margin, budget, collapsed, steps = "controlled", 0.1, 1.0, 0.25, (16, 32, 48, 64)
+    minutes = (0.8, 0.4, 0.5)
 
     def sft(self, seed: int) -> list[Command]:
         folder = self.folder(seed)
@@ -188,16 +194,9 @@ class Controlled(Task):
         return [
             run.fit(
                 *("configs/quickstart.yaml", "--data.pairs", "4096", *run.reference(self)),
+                *("--checkpoint.every_n_steps", "16", "--checkpoint.keep_all", "true", "--data.gap", gap),
+                *("--data.high_gap_share", f"{share:g}", "--data.flip_rate", f"{run.flip_rate:g}"),
                 *("--data.broken_share", "0.25"),
-                *("--checkpoint.every_n_steps", str(STEPS[0]), "--checkpoint.keep_all", "true"),
-                *(
-                    "--data.gap",
-                    gap,
-                    "--data.high_gap_share",
-                    f"{share:g}",
-                    "--data.flip_rate",
-                    f"{run.flip_rate:g}",
-                ),
             )
         ]
 
@@ -229,10 +228,14 @@ class Quickstart(Controlled):
 class Reviews(Task):
     """Film reviews (benchmarks/study/sentiment.py); the reward is the gold probability that a sentence praises."""
 
-    name, margin, steps = "sentiment", 0.02, (16, 32, 48)
-    budget = 3.0  # nats: responses are twice as long as those of the controlled task
+    name, margin, budget, collapsed, steps = "sentiment", 0.02, 3.0, 0.5, (16, 32, 48)
+    minutes = (14.0, 1.1, 1.7)
     data = FOLDER / "sentiment" / "data"
     reward = "benchmarks.study.sentiment.praise"
+
+    def folder(self, seed: int) -> Path:
+        """Return the folder of an SFT model, which all tuning seeds share, because it takes minutes."""
+        return super().folder(TUNING_SEEDS[0] if seed in TUNING_SEEDS else seed)
 
     def prepare(self) -> None:
         sentiment.main(["data", str(self.data)])
@@ -283,7 +286,7 @@ class Reviews(Task):
 class SmolLM2(Task):
     """Six steps of SmolLM2-135M on Anthropic-HH, whose file is named by the environment variable HH."""
 
-    name, steps = "smollm2", ()
+    name, margin, budget, collapsed, steps = "smollm2", 0.1, 1.0, 1.0, ()
 
     def prepare(self) -> None:
         if not Path("models/smollm2").is_dir() or not Path(os.environ.get("HH", "")).is_file():
@@ -302,7 +305,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (Controlled(), Quickstart(
 # --- the table ----------------------------------------------------------------------------------------------
 
 KEY = tuple(each.name for each in fields(Run))
-BY_STEP = tuple(f"{figure}_{step}" for step in STEPS[:-1] for figure in ("reward", "kl", "malformed"))
+BY_STEP = tuple(f"{figure}_{step}" for step in (16, 32, 48) for figure in ("reward", "kl", "malformed"))
 FIGURES = (
     *("accuracy", "reward", "win_rate", "malformed", "kl", *BY_STEP, "log_ratio_chosen", "log_ratio_rejected"),
     *("dropped_flipped", "dropped_clean", "clamped", "beta_low", "beta_high", "gap", "sft_reward", "sft_malformed"),
@@ -331,10 +334,22 @@ def runs_of(table: pd.DataFrame) -> list[Run]:
     return [Run(**row) for row in table[list(KEY)].to_dict("records")]
 
 
-def with_within(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with a further column `within`, the highest reward within the KL budget of its task."""
+def with_measures(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with what the verdicts read.
+
+    `collapsed`: whether a run has; in the phases of the plan its `reward` then is that of the SFT model. `within`:
+    the highest reward within the KL budget of its task. `per_root`: the gain in reward over √KL at the end.
+    """
     rows = [row for _, row in table.iterrows()]
-    return table.assign(within=[reward_within(path_of(row), TASKS[row.task].budget) for row in rows])
+    collapsed = np.array([row.malformed > TASKS[row.task].collapsed for row in rows], bool)
+    lost = collapsed & table.phase.isin((TUNING, JUDGED)).to_numpy(bool)
+    reward = table.reward.where(~lost, table.sft_reward)
+    return table.assign(
+        collapsed=collapsed,
+        within=[reward_within(path_of(row), TASKS[row.task].budget) for row in rows],
+        reward=reward,
+        per_root=(reward - table.sft_reward) / np.sqrt(table.kl.astype(float).clip(lower=1e-3)),
+    )
 
 
 def path_of(row: pd.Series) -> list[tuple[float, float]]:
@@ -351,7 +366,7 @@ def make_sft_model(task_and_seed: tuple[str, int]) -> None:
     task, seed = task_and_seed
     commands, folder = TASKS[task].sft(seed), TASKS[task].folder(seed)
     if commands and not (folder / "done").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # an interrupted run of a minute needs no resume
+        shutil.rmtree(folder, ignore_errors=True)  # an interrupted run of minutes needs no resume
         do(commands, folder.with_suffix(".log"))
         (folder / "done").touch()
 

@@ -11,12 +11,30 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from app.method.beta import BetaSchedule
+from app.method.moments import Moments
 from benchmarks.study.page import DOCS, anchor, documents
-from benchmarks.study.questions import OWN_SEEDS, Comparison, Rows, confirmation, extension, planned
+from benchmarks.study.questions import (
+    BASES,
+    JUDGED,
+    RATES,
+    SEEDS,
+    TUNING,
+    TUNING_SEEDS,
+    Cell,
+    Comparison,
+    First,
+    Rows,
+    Untuned,
+    missing,
+    plan,
+    sizes,
+)
 from benchmarks.study.runs import (
     COLUMNS,
-    STEPS,
+    TASKS,
     Run,
     append_result,
     make_row,
@@ -25,6 +43,7 @@ from benchmarks.study.runs import (
     read_results,
     runs_of,
 )
+from benchmarks.study.shared_beta import SharedSchedule
 from benchmarks.study.verdicts import Difference, reward_within
 
 ROOT = Path(__file__).parents[2]
@@ -38,11 +57,10 @@ def test_the_page_follows_from_the_table_and_has_its_figures(monkeypatch: pytest
         assert found == text if name.endswith(".md") else found, f"{name}: python -m benchmarks.study --page"
 
 
-def test_every_planned_run_has_its_row_and_every_run_one() -> None:
+def test_every_run_has_one_row_and_every_row_a_processor() -> None:
     table = read_results()
     runs = runs_of(table)
     assert len(set(runs)) == len(runs)
-    assert set(planned(table)) <= set(runs)
     assert table.processor.notna().all()
 
 
@@ -53,24 +71,96 @@ def test_no_run_of_the_quickstart_falls_apart() -> None:
     assert runs.kl.max() < 2
 
 
-def test_settings_were_chosen_on_other_seeds_than_they_are_judged_on() -> None:
-    table = read_results()
-    seeds = {phase: set(rows.seed) for phase, rows in table[table.task == "controlled"].groupby("phase")}
-    assert not seeds["confirmation"] & (seeds["development"] | seeds["exploration"])
-    assert not set(OWN_SEEDS) & (seeds["development"] | seeds["exploration"] | seeds["confirmation"])
-    rows = table[(table.phase == "development") & (table.arm == "dpo") & (table.loss == "sigmoid")]
-    best = rows.sort_values("reward").iloc[-1]
-    chosen = Rows(table).chosen
-    assert chosen("dpo") == (best.beta0, best.learning_rate)
-    assert chosen("random_filter") == chosen("beta_dpo")
+def test_settings_are_chosen_on_other_seeds_than_they_are_judged_on() -> None:
+    used = set(read_results().query("task == 'controlled' and phase not in ('tuning', 'judged')").seed)
+    assert not used & {*TUNING_SEEDS, *SEEDS}
+    assert not set(TUNING_SEEDS) & set(SEEDS)
+    first = First()
+    for question in first.questions:
+        for one in question.comparisons:
+            assert abs(sum(one.weights.values())) < 1e-9
+    table = read_results().query("phase == 'development' and arm == 'dpo' and loss == 'sigmoid'")
+    best = table.sort_values("reward").iloc[-1]
+    assert first.settings["dpo"] == [best.beta0, best.learning_rate]
 
 
-def test_without_development_no_further_run_is_planned() -> None:
-    table = read_results()
-    runs = list(planned(table[table.arm != "epsilon_dpo"]))
-    assert {run.phase for run in runs} == {"development", "seeds", "illustration"}
-    with pytest.raises(LookupError, match="6 development runs of epsilon_dpo"):
-        Rows(table[table.arm != "epsilon_dpo"]).chosen("epsilon_dpo")
+def tuning_rows(cell: Cell, seeds: tuple[int, ...], reward: dict[tuple[float, float], float]) -> list[dict]:
+    """Return made-up rows of tuning with the given rewards, by settings."""
+    place = (cell.data, cell.flips, cell.loss, cell.arm)
+    return [
+        row(Run(cell.task, TUNING, seed, *place, *settings), value)
+        for settings, value in reward.items()
+        for seed in seeds
+    ]
+
+
+def test_settings_are_chosen_in_two_rounds_and_runs_follow_from_them() -> None:
+    question = plan()[0]
+    static = Cell("dpo", flips=0.0)
+    assert static in question.comparisons[0].weights
+    first = missing(question, Rows(read_results().head(0)))
+    assert {run.phase for run in first} == {TUNING}
+    assert {run.seed for run in first} == {TUNING_SEEDS[0]}
+    assert len(first) == 6 * 6  # settings × cells
+    reward = {(base, rate): 3 + base - 1000 * rate for base in (0.1, 0.3, 1.0) for rate in RATES["controlled"]}
+    rows = tuning_rows(static, TUNING_SEEDS[:1], reward)
+    with pytest.raises(Untuned) as second:
+        Rows(pd.DataFrame(rows)).settings(static)
+    assert {(run.beta0, run.seed) for run in second.value.runs} == {(1.0, seed) for seed in TUNING_SEEDS[1:]}
+    # the second by the first seed alone turns out better over all five
+    better = {(1.0, 1.8e-4): 3.0, (1.0, 3.6e-4): 3.9}
+    rows += tuning_rows(static, TUNING_SEEDS[1:], better)
+    table = pd.DataFrame(rows)
+    assert Rows(table).settings(static) == (1.0, 3.6e-4)
+    ours = Rows(table).run(static.controlled_by("shuffled_beta"))
+    assert (ours.phase, ours.seed, ours.learning_rate) == (JUDGED, -1, 3.6e-4)
+    assert ours.options == "--control Control --control.by shuffled_beta"
+    with pytest.raises(LookupError, match="different processors"):
+        Rows(table.assign(processor=[*"ab", *table.processor[2:]])).settings(static)
+
+
+def test_a_collapsed_run_counts_as_its_sft_model_in_the_plan_alone() -> None:
+    runs = [replace(RUN, phase=phase) for phase in (TUNING, "confirmation")]
+    table = pd.DataFrame([row(run, 0.0) | {"malformed": 0.9, "sft_reward": 2.2, "kl": 4.0} for run in runs])
+    rows = Rows(table).by_run
+    assert [rows[run]["reward"] for run in runs] == [2.2, 0.0]
+    assert [rows[run]["per_root"] for run in runs] == pytest.approx([0.0, -1.1])
+
+
+def test_the_page_says_what_wins_on_both_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.study.page.svg", lambda chart: "")
+    rows = []
+    for task, gain in (("controlled", 0.5), ("sentiment", 0.3)):
+        for arm, more in (("dpo", 0.0), ("beta_dpo", gain)):
+            cell = Cell(arm, 0.3, task=task)
+            grid = [(base, rate) for base in BASES[task] for rate in RATES[task]]
+            rows += tuning_rows(cell, TUNING_SEEDS, {at: 1.0 + (at == grid[0]) for at in grid})
+            place = (task, JUDGED, 0, "mixed", 0.3, "sigmoid", arm, *grid[0])
+            rows += [row(replace(Run(*place), seed=seed), 1.0 + more + 0.001 * seed) for seed in SEEDS[:8]]
+    earlier = read_results()
+    half = len(rows) // 2  # without reviews
+    for count, said in ((len(rows), "On both tasks beta_dpo (flip rate 0.3) beat"), (half, "is not known yet")):
+        told = documents(pd.concat([earlier, pd.DataFrame(rows[:count])]))["study.md"]
+        assert said in told
+        assert f"{count // half * 16} of the " in told
+    assert "+0.50 [+0.50, +0.50] | better" in told
+
+
+def test_the_plan_fits_eight_hours_of_two_cores() -> None:
+    line = [sys.executable, "-m", "benchmarks.study", "--plan"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    last = done.stdout.split("\n\n")[0].splitlines()[-1]
+    assert 6 < float(last.split("|")[-2]) < 8
+    assert len(list(sizes())) == len(plan()) == 9
+
+
+def test_a_shared_beta_follows_its_own_pairs() -> None:
+    gaps, kept = torch.tensor([1.0, 3.0, 5.0, 9.0, 2.0]), torch.tensor([True, True, False, True, False])
+    moments = Moments(1.0, 2.0)
+    beta = SharedSchedule(0.5, pairs=2).beta(0.1, gaps, kept, moments)
+    assert beta.tolist() == pytest.approx([0.15, 0.15, 0.5, 0.5, 0.1])
+    whole = SharedSchedule(0.5, pairs=64).beta(0.1, gaps, kept, moments)
+    assert torch.equal(whole, BetaSchedule(0.5).beta(0.1, gaps, kept, moments))
 
 
 def row(run: Run, reward: float, processor: str = "one") -> dict[str, object]:
@@ -104,24 +194,24 @@ def test_rows_of_different_processors_are_not_compared() -> None:
     comparison = Comparison("", {ours: 1.0, theirs: -1.0})
     rows = [row(replace(ours, seed=seed), reward, "one") for seed, reward in enumerate((3.0, 3.5, 4.0, 4.5))]
     rows += [row(replace(theirs, seed=seed), 2.0, "one" if seed < 3 else "other") for seed in range(4)]
-    result = Rows(pd.DataFrame(rows), "development").result(comparison)
-    assert result.end is not None
-    assert (result.end.mean, result.end.seeds, result.unpaired) == (1.5, 3, 1)
+    result = Rows(pd.DataFrame(rows)).result(comparison)
+    end = result.of("reward")
+    assert (end.mean, end.seeds, result.unpaired) == (1.5, 3, 1)
     unknown = pd.DataFrame(rows).assign(processor="unknown")
-    with pytest.raises(ValueError, match="at least two"):
-        Rows(unknown, "development").result(comparison)
+    with pytest.raises(LookupError, match="fewer than two"):
+        Rows(unknown).result(comparison)
 
 
 def test_comparisons_are_weighted_sums_by_seed() -> None:
-    table = read_results()
-    rows = Rows(table)
-    gain = confirmation(rows)[0].comparisons[0]  # (β = 1 − β = .1) on high, less the same on low
+    rows, first = Rows(read_results()), First()
+    gain = first.questions[0].comparisons[0]  # (β = 1 − β = .1) on high, less the same on low
     assert sorted(gain.weights.values()) == [-1, -1, 1, 1]
     signs = {("high", 1.0): 1, ("high", 0.1): -1, ("low", 1.0): -1, ("low", 0.1): 1}
-    found = sum(sign * rows.cell("dpo", data, beta0=beta).reward for (data, beta), sign in signs.items())
-    assert rows.result(gain).end == Difference.of(found.dropna().to_numpy(), 0.1)
-    for question in (*confirmation(rows), *extension(Rows(table, "extension"))):
-        assert all(abs(sum(one.weights.values())) < 1e-9 for one in question.comparisons)
+    cells = {(run.data, run.beta0): rows.of(run).reward for run in gain.weights if isinstance(run, Run)}
+    found = sum(sign * cells[at] for at, sign in signs.items())
+    assert rows.result(gain).of("reward") == Difference.of(found.dropna().to_numpy(), 0.1)
+    pooled = next(each for each in first.questions if each.name == "mixtures").comparisons[0]
+    assert sorted(pooled.weights.values()) == pytest.approx([-1 / 3] * 3 + [1 / 3] * 3)
 
 
 def test_the_highest_reward_within_a_budget() -> None:
@@ -187,7 +277,7 @@ def test_the_commands_of_a_run_are_listed() -> None:
     assert done.stdout.count("done ") == len(read_results())
     shown = subprocess.run([*line, "--show", "0"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shown.count("beta-dpo fit") == 2  # SFT and the run
-    assert shown.count("beta-dpo generate") == 1 + len(STEPS)
+    assert shown.count("beta-dpo generate") == 1 + len(TASKS["controlled"].steps)
     wrong = subprocess.run([*line, "--show", "9999"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert wrong.returncode == 1
     assert "there is no run 9999" in wrong.stderr
