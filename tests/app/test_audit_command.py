@@ -129,7 +129,7 @@ def test_pairs_of_a_file_as_csv(
     config.write_text("[1, 2]")
     assert "has no model and data" in refused(["audit", RUN, "--count", "3"], capfd)
     config.unlink()
-    assert "config.yaml cannot be read: No such file" in refused(["audit", RUN, "--count", "3"], capfd)
+    assert "config.yaml is missing" in refused(["audit", RUN, "--count", "3"], capfd)
 
 
 def test_texts_need_no_tokenizer_of_their_own(
