@@ -27,7 +27,7 @@ from benchmarks.study.runs import (
 from benchmarks.study.verdicts import Difference
 
 SEEDS = tuple(range(101, 131))
-QUICKSTART_SEEDS = range(101, 106)
+QUICKSTART_SEEDS = range(101, 111)
 MAIN, FILTER, SIDE, REVIEWS = SEEDS, SEEDS[:16], SEEDS[:12], SEEDS[:8]
 # β0 to choose from by task, loss or arm, and two rates by task: a factor of about three, and of two
 BASES = {
