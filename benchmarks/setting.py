@@ -145,4 +145,4 @@ def unavoidable_operations(setting: Setting) -> float:
     tokens = sum(len(part) for pair in pairs for part in pair if part is not None)
     responses = tokens - sum(len(pair.prompt) for pair in pairs)
     model = AutoModelForCausalLM.from_pretrained(setting.model)
-    return step_operations(model, tokens, responses, kept_fraction=1.0, online_reference=True)
+    return step_operations(model, model, tokens, responses, kept_fraction=1.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -23,11 +22,19 @@ from app.method.ranges import PositiveFloat, checked
 from lightning_modules.attention import OURS
 from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.layout_check import StartCheck
-from lightning_modules.logged_training import LoggedTraining
-from lightning_modules.lora import Lora, add_lora
-from lightning_modules.pretrained import load_model, parameter_count, refuse_beyond, stop_at, store_linear_weights
+from lightning_modules.lora import Lora, add_lora, save_adapters_alone
+from lightning_modules.pretrained import (
+    load_model,
+    model_identity,
+    numbers,
+    parameter_count,
+    quantization,
+    stop_at,
+    store_linear_weights,
+)
 from lightning_modules.ranks import Ranks
-from lightning_modules.resumption import apply_settings, count_batches_of
+from lightning_modules.refused_models import refuse_beyond
+from lightning_modules.resumption import ResumedTraining
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharded_loading import read_weights, weight_files
 from lightning_modules.sharding import clip_gradients, gradient_sync
@@ -41,7 +48,7 @@ CompileLayers = bool | Literal["auto"]
 
 
 @checked
-class LanguageModelTraining(LoggedTraining):
+class LanguageModelTraining(ResumedTraining):
     """A training stage that uses manual optimisation, one optimizer batch per `training_step`.
 
     Args:
@@ -61,6 +68,8 @@ class LanguageModelTraining(LoggedTraining):
             the start-up check passes.
         trust_remote_code: run model code that comes from the Hub.
         lora: train only low-rank adapters with these settings.
+        quantize: with `lora`, load the base in 4 or 8 bits by bitsandbytes, with these settings of transformers'
+            `BitsAndBytesConfig`: `{load_in_4bit: true}`, `bnb_4bit_quant_type`, ….
     """
 
     responses: Sequence[str]  # the sides of a pair that the stage trains on
@@ -78,6 +87,7 @@ class LanguageModelTraining(LoggedTraining):
         compile_layers: CompileLayers = "auto",
         trust_remote_code: bool = False,
         lora: Lora | None = None,
+        quantize: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -92,6 +102,7 @@ class LanguageModelTraining(LoggedTraining):
         self.compile_layers = compile_layers
         self.trust_remote_code = trust_remote_code
         self.lora = lora
+        self.quantize = quantize
         self.policy: ResponseScorer
         self.ranks: Ranks
 
@@ -105,7 +116,8 @@ class LanguageModelTraining(LoggedTraining):
             self.make_optimizer,
             self.make_lr_scheduler,
             self.compile_layers,
-            adapters=self.lora is not None,
+            self.lora,
+            self.quantize,
         )
         return []
 
@@ -122,7 +134,7 @@ class LanguageModelTraining(LoggedTraining):
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         # converted before Lightning does it, because the reference is a copy and sharding fixes the dtype
-        self.policy = self.trainer.precision_plugin.convert_module(self.build_scorer())  # type: ignore[assignment]
+        self.policy = self.trainer.precision_plugin.convert_module(self.build_scorer(self.name, self.lora))  # type: ignore[assignment]
         self.keep_reference(self.policy)
         stop_at(self.policy.model, getattr(self.data, "stop_ids", []))
         if self.gradient_checkpointing:
@@ -131,31 +143,38 @@ class LanguageModelTraining(LoggedTraining):
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         # from_pretrained returns eval mode, in which transformers silently skips gradient checkpointing
         self.policy.train()
-        sizes = [(weight.numel(), weight.requires_grad) for weight in self.policy.parameters()]
+        sizes = [(numbers(weight), weight.requires_grad) for weight in self.policy.parameters()]
         trained = sum(size for size, wanted in sizes if wanted)
         rank_zero_info(f"{trained:,} of {sum(size for size, _ in sizes):,} parameters are trained")
         self.place(self.policy)
+        if self.adapters_alone:
+            save_adapters_alone(self)
+            first = self.ranks.number == 0  # which alone reads the files
+            identity = model_identity(str(self.name), self.policy.model.config) if first else None
+            self.base_identity = self.trainer.strategy.broadcast(identity)
         self.on_policy_ready()
 
-    def build_scorer(self) -> ResponseScorer:
-        """Load the configured model, add adapters if asked for, and wrap it in a `ResponseScorer`."""
+    def build_scorer(self, name: str | None, lora: Lora | None) -> ResponseScorer:
+        """Load the model, add adapters if asked for, and wrap it in a `ResponseScorer`."""
         asked = None if self.attention in ("auto", *OURS) else self.attention
         meta_above = getattr(self.trainer.strategy, "meta_init_above", math.inf)
         model = load_model(
-            self.name,
+            name,
             self.architecture,
             attention=asked,
             trust_remote_code=self.trust_remote_code,
             # the files of the weights know no adapters
-            meta_above=meta_above if self.lora is None else math.inf,
+            meta_above=meta_above if lora is None else math.inf,
+            quantized=quantization(self.quantize, self.compute_dtype),
+            device=self.trainer.strategy.root_device,
         )
         self.check_data(model)
-        if self.lora is not None:
+        if lora is not None:
             if parameter_count(model) > meta_above:
                 rank_zero_warn("model.lora: every rank loads the whole model before it keeps its shards alone")
-            add_lora(model, self.lora)
+            add_lora(model, lora)
             for weight in model.parameters():
-                if weight.requires_grad:  # A is random, and its replicas must be equal
+                if weight.requires_grad or lora.moves_base:  # A is random, and its replicas must be equal
                     weight.data = self.trainer.strategy.broadcast(weight.data.cpu()).to(weight.device)
         scorer = ResponseScorer(model)
         if self.attention in OURS:
@@ -177,8 +196,13 @@ class LanguageModelTraining(LoggedTraining):
         """Return every model of the stage, the policy first."""
         return (self.policy,)
 
+    @property
+    def families(self) -> list[tuple[str | None, tuple[ResponseScorer, ...]]]:
+        """Return the models of the stage with the name that each was loaded from, copies of one together."""
+        return [(self.name, self.scorers)]
+
     def keep_reference(self, fresh: ResponseScorer) -> None:
-        """Copy the reference from the `fresh` model, which is not sharded yet; does nothing by default."""
+        """Make the reference, perhaps of the `fresh` model, which is not sharded yet; does nothing by default."""
 
     def on_policy_ready(self) -> None:
         """Run code once the policy is placed and before any checkpoint is loaded; does nothing by default."""
@@ -186,20 +210,20 @@ class LanguageModelTraining(LoggedTraining):
     def place(self, scorer: ResponseScorer, frozen: bool = False) -> ResponseScorer:
         """Put the scorer on its device and return it.
 
-        Under `ShardedStrategy` it is sharded, and weights that were left out at loading are read now. Any other
-        strategy moves the policy itself but does not know a `frozen` scorer, which is moved here.
+        Frozen weights are stored in the compute dtype. Under `ShardedStrategy` the scorer is sharded, and weights
+        that were left out at loading are read now. Any other strategy moves the policy itself but does not know a
+        `frozen` scorer, which is moved here.
         """
         strategy = self.trainer.strategy
         if not isinstance(strategy, ShardedStrategy):
-            if frozen:
+            if self.lora is None or not self.lora.use_dora or frozen:  # DoRA takes norms of the base's weights
                 store_linear_weights(scorer, self.compute_dtype)
-                scorer.to(strategy.root_device)
-            return scorer
+            return scorer.to(strategy.root_device) if frozen else scorer
         strategy.place(scorer, frozen)
         if any(parameter.is_meta for parameter in scorer.parameters()):
-            assert self.name is not None
             offloaded = frozen and strategy.offload_reference
-            read_weights(scorer.model, weight_files(self.name), "cpu" if offloaded else strategy.root_device)
+            files = weight_files(scorer.model.name_or_path)
+            read_weights(scorer.model, files, "cpu" if offloaded else strategy.root_device)
         return scorer
 
     @property
@@ -219,33 +243,6 @@ class LanguageModelTraining(LoggedTraining):
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.make_lr_scheduler(optimizer)}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.trainer.state.fn == TrainerFn.FITTING and self.data is not None:
-            count_batches_of(checkpoint["loops"]["fit_loop"], self.data.batch_size)
-
-    def on_train_start(self) -> None:
-        """Replace the restored settings of optimizer and schedule by those of this run's configuration."""
-        super().on_train_start()
-        if self.trainer.ckpt_path is None:
-            return
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        assert isinstance(optimizer, LightningOptimizer)
-        apply_settings(
-            optimizer.optimizer,
-            schedule if isinstance(schedule, LRScheduler) else None,
-            self.make_optimizer,
-            self.make_lr_scheduler,
-            self.trainer.global_step,
-        )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # `beta-dpo export` rebuilds the model from these, without the run's configuration
-        checkpoint["model_config"] = self.policy.model.config.to_json_string(use_diff=False)
-        checkpoint["lora"] = None if self.lora is None else {"base": self.name, **asdict(self.lora)}
-        named = self.policy.model.base_dtype
-        checkpoint["base_dtype"] = None if named is None else str(named).removeprefix("torch.")
-        checkpoint["generation_config"] = self.policy.model.generation_config.to_json_string()
-
     # --- one optimizer step -----------------------------------------------------------------------------
 
     def micro_batches(self, batch: OptimizerBatch, pairs: Sequence[int] | None = None) -> list[PackedRows]:
@@ -253,18 +250,21 @@ class LanguageModelTraining(LoggedTraining):
 
         The first call settles the layout (see `layout_check`).
         """
-        if self.policy.layout is None:
-            self.policy.layout = StartCheck(
-                name=self.name,
-                scorers=self.scorers,
+        layout = self.layout
+        for name, scorers in self.families if self.policy.layout is None else ():
+            layout = StartCheck(
+                name=name,
+                scorers=scorers,
                 responses=self.responses,
                 ranks=self.ranks,
                 dtype=self.compute_dtype,
                 attention=self.attention,
-                layout=self.layout,
+                layout=layout,
                 compile_layers=self.compile_layers,
-                trains=self.trainer.state.fn == TrainerFn.FITTING,
+                trains=self.trainer.state.fn == TrainerFn.FITTING and scorers[0] is self.policy,
             ).agreeing_layout(batch)
+            for scorer in scorers:
+                scorer.layout = layout
         return self.ranks.match(self.policy.pack(batch, self.responses, pairs))
 
     def backward_micro_batch(self, loss: Tensor, last: bool) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lightning_modules.pretrained import numbers
+
 log = logging.getLogger(__name__)
 
 # Dense TFLOP/s of bfloat16 products with float32 sums, by the driver's name of the GPU. Most datasheets print the
@@ -48,19 +50,20 @@ def forward_operations(model: Any, tokens: int, response_tokens: int) -> float:
     head = model.get_output_embeddings().weight
     embeddings = model.get_input_embeddings().weight
     counted = {id(head), id(embeddings)}
-    layers = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in counted)
+    layers = sum(numbers(p) for p in model.parameters() if p.ndim > 1 and id(p) not in counted)
     return 2.0 * (layers * tokens + head.numel() * response_tokens)
 
 
 def step_operations(
-    model: Any, tokens: int, response_tokens: int, kept_fraction: float, online_reference: bool
+    policy: Any, reference: Any | None, tokens: int, response_tokens: int, kept_fraction: float
 ) -> float:
     """Return the FLOPs of one step of preference optimisation.
 
     A forward pass of the policy, and of an online reference, counts for all pairs; a backward pass counts as two
     forward passes for the kept pairs. With adapters this is too high, because frozen weights have no gradient.
     """
-    return forward_operations(model, tokens, response_tokens) * (1 + online_reference + 2 * kept_fraction)
+    fixed = 0.0 if reference is None else forward_operations(reference, tokens, response_tokens)
+    return fixed + forward_operations(policy, tokens, response_tokens) * (1 + 2 * kept_fraction)
 
 
 def peak_operations(device: torch.device, dtype: torch.dtype) -> float | None:

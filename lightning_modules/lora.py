@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) through `peft`; the policy without its adapters is the reference."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through `peft`, whose checkpoints hold the adapters alone."""
 
 from __future__ import annotations
 
@@ -19,39 +19,67 @@ from app.method.ranges import PositiveFloat, PositiveInt, checked
 log = logging.getLogger(__name__)
 
 
+MOVING = r"olora|pissa(_niter_[1-9]\d*)?"  # starts for which peft subtracts the adapters from the base's weights
+
+
 @checked
 @dataclass
 class Lora:
-    """The settings of LoRA, W·x + (lora_alpha/r)·B·A·x with B = 0 at the start, under the names of `peft`.
+    """The settings of LoRA, W·x + (lora_alpha/r)·B·A·x with B = 0 at the start, as `peft.LoraConfig` names them.
 
     Args:
         r: rank of A and B.
         lora_alpha: scale of the adapter, divided by r.
         target_modules: `all-linear` (except the output head), or a list of last parts of layer names (`q_proj`, …).
-        use_rslora: divide by √r instead of r.
+        exclude_modules: layers that get no adapter, though `target_modules` names them.
+        layers_to_transform: numbers of the blocks that get adapters; none: all.
+        rank_pattern: ranks of single layers, by name.
+        alpha_pattern: scales of single layers, by name.
+        use_rslora: divide by √r instead of r (arXiv 2312.03732).
+        use_dora: train the norms of the weights' columns as well (DoRA, arXiv 2402.09353).
+        init_lora_weights: true, or `gaussian` for A. `pissa`, `pissa_niter_N` (arXiv 2404.02948) and `olora` start
+            from parts of the base's weights, which change: so a frozen reference is a second model, and
+            checkpoints hold the base, too.
     """
 
     r: PositiveInt = 16
     lora_alpha: PositiveFloat = 32.0
     target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
     use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+
+    @property
+    def moves_base(self) -> bool:
+        """Return whether the start changes the base's weights, so that the base alone is another model."""
+        return re.fullmatch(MOVING, str(self.init_lora_weights)) is not None
 
     def peft_config(self, base: str | None = None) -> Any:
         """Return the `peft.LoraConfig` for adapters of the model `base`, without dropout and biases.
 
-        Raises UserError if peft is not installed.
+        Raises UserError if peft is not installed, or for a start that it cannot make from the weights alone.
         """
         try:
             from peft import LoraConfig
         except ImportError as error:
             raise UserError("model.lora needs one more package: pip install 'beta-dpo[lora]'.") from error
+        if self.init_lora_weights not in (True, "gaussian") and not self.moves_base:
+            raise UserError(
+                f"model.lora.init_lora_weights: {self.init_lora_weights!r} is none of true, gaussian, pissa, "
+                "pissa_niter_N and olora: the others of peft need data, or start from another model than the base."
+            )
         fixed: dict[str, Any] = {
             "lora_dropout": 0.0,
             "bias": "none",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base,
         }
-        return LoraConfig(**asdict(self), **fixed)
+        patterns = {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
+        return LoraConfig(**asdict(self) | patterns | fixed)
 
 
 def add_lora(model: Any, lora: Lora) -> None:
@@ -62,18 +90,39 @@ def add_lora(model: Any, lora: Lora) -> None:
     refuse_unmatched(model, lora.target_modules)
     try:
         model.add_adapter(lora.peft_config())
-    except ValueError as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"model.lora: {str(error).splitlines()[0]}") from error
 
-    # peft wraps the experts of model families that it supports; those carry base_layer in their names
-    left = [name for name, weight in model.named_parameters() if weight.ndim == 3 and ".base_layer." not in name]
-    experts = {re.sub(r"\.\d+\.", ".*.", name) for name in left if "lora_" not in name}
+    experts = fused_experts(model)
     if experts:
         log.warning(
             "model.lora: %s are no linear layers (the fused experts of a mixture) and get no adapter: they stay as "
             "they are.",
-            ", ".join(sorted(experts)),
+            ", ".join(experts),
         )
+
+
+def fused_experts(model: Any) -> list[str]:
+    """Return the names of weights that hold all experts of a mixture, with `*` for the number of the block."""
+    # peft wraps the experts of model families that it supports; those carry base_layer in their names
+    left = [name for name, weight in model.named_parameters() if weight.ndim == 3 and ".base_layer." not in name]
+    return sorted({re.sub(r"\.\d+\.", ".*.", name) for name in left if "lora_" not in name})
+
+
+def save_adapters_alone(module: nn.Module) -> None:
+    """Leave the frozen weights out of the state dict of `module`, which keeps its own when one is loaded."""
+
+    def leave_out(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        trained = {prefix + name for name, weight in module.named_parameters() if weight.requires_grad}
+        for name in [name for name in state if name not in trained]:
+            del state[name]
+
+    def keep(module: nn.Module, found: Any) -> None:
+        trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
+        found.missing_keys[:] = [name for name in found.missing_keys if name in trained]
+
+    module.register_state_dict_post_hook(leave_out)
+    module.register_load_state_dict_post_hook(keep)
 
 
 def refuse_unmatched(model: Any, targets: str | list[str]) -> None:
@@ -96,6 +145,9 @@ def refuse_unmatched(model: Any, targets: str | list[str]) -> None:
         hint = f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else "."
         if targets in names:
             hint = f"; write [{targets}]: text by itself is a pattern for whole names."
+        experts = [name for name in fused_experts(model) if any(one in name for one in unmatched)]
+        if experts:
+            hint += f" {', '.join(experts)} are the fused experts of a mixture, which get no adapter here."
         raise UserError(
             f"model.lora.target_modules: {', '.join(unmatched) or 'an empty list'} names no layer; there are "
             f"{', '.join(names)}{hint}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -108,14 +109,58 @@ class Sizes:
     head: int
     vocabulary: int
     linear: int  # weights of linear layers, which a frozen model keeps in the autocast dtype
+    trained: int
+    trained_block: int
+    trained_root: int
+    trained_head: int
+    stored: int  # bytes of all weights as they are kept
+    copied: int  # weights of which autocast makes a copy
+    dequantized: int  # of the largest quantised layer, which is dequantised for its products
 
     @classmethod
-    def of(cls, model: nn.Module) -> Sizes:
-        blocks = [sum(p.numel() for p in block.parameters()) for block in transformer_blocks(model)]
-        every = sum(p.numel() for p in model.parameters())
+    def of(cls, model: nn.Module, quantize: Mapping[str, Any] | None = None) -> Sizes:
+        """Count the parameters of `model`; with `quantize`, linear layers as `quantized_size` says."""
+        blocks = [_numbers(block) for block in transformer_blocks(model)]
+        own = [_numbers(block, trained=True) for block in transformer_blocks(model)]
+        every, trained = _numbers(model), _numbers(model, trained=True)
         head = model.get_output_embeddings().weight  # type: ignore[operator]
-        linear = sum(weight.numel() for weight in linear_weights(model))
-        return cls(every, max(blocks), every - sum(blocks), head.numel(), head.shape[0], linear)
+        linear = {id(weight): weight for weight in linear_weights(model) if not weight.requires_grad}
+        packed = [w.numel() for w in linear.values() if w is not head] if quantize is not None else []
+        whole = [w for w in model.parameters() if quantize is None or w is head or id(w) not in linear]
+        stored = sum(w.numel() * w.element_size() for w in whole) + sum(packed) * quantized_size(quantize or {})
+        copied = sum(
+            w.numel() for w in whole if w.requires_grad or (id(w) in linear and w.element_size() == WEIGHT)
+        )
+        return cls(
+            all=every,
+            block=max(blocks),
+            root=every - sum(blocks),
+            head=head.numel(),
+            vocabulary=head.shape[0],
+            linear=sum(weight.numel() for weight in linear_weights(model)),
+            trained=trained,
+            trained_block=max(own),
+            trained_root=trained - sum(own),
+            trained_head=head.numel() * head.requires_grad,
+            stored=int(stored),
+            copied=copied,
+            dequantized=max(packed, default=0),
+        )
+
+
+def _numbers(module: nn.Module, trained: bool = False) -> int:
+    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad or not trained)
+
+
+def quantized_size(quantize: Mapping[str, Any]) -> float:
+    """Return the bytes of a number under bitsandbytes: 8 bits, or 4 with a scale in blocks of 64.
+
+    The scale is float32 or, with `bnb_4bit_use_double_quant`, has 8 bits and a scale of its own in blocks of 256
+    (QLoRA, arXiv 2305.14314, §3).
+    """
+    if not quantize.get("load_in_4bit"):
+        return 1.0
+    return 0.5 + ((1 + 4 / 256) if quantize.get("bnb_4bit_use_double_quant") else 4) / 64
 
 
 @dataclass(frozen=True)
@@ -149,14 +194,17 @@ class MemoryPlan:
 
     def __post_init__(self) -> None:
         sizes, setup = self.sizes, self.setup
-        share = WEIGHT * sizes.all // setup.shards
-        resident = {"parameters": share, "optimizer state": int(share * setup.optimizer_state)}
+        trained = WEIGHT * sizes.trained // setup.shards
+        resident = {
+            "parameters": sizes.stored // setup.shards,
+            "optimizer state": int(trained * setup.optimizer_state),
+        }
         if setup.reference and not (setup.kind == "sharded" and setup.offload_reference):
             halved = sizes.all if setup.kind == "sharded" else sizes.linear
             reference = setup.compute_bytes * halved + WEIGHT * (sizes.all - halved)
-            resident["reference"] = reference // setup.shards
+            resident["reference"] = (sizes.stored if sizes.dequantized else reference) // setup.shards
         if setup.autocast:
-            resident["bfloat16 copies of autocast"] = 2 * sizes.all
+            resident["bfloat16 copies of autocast"] = 2 * sizes.copied
         object.__setattr__(self, "resident", resident)
 
     def logits(self, tokens: int) -> int:
@@ -169,10 +217,10 @@ class MemoryPlan:
         sizes, setup = self.sizes, self.setup
         sharded = setup.kind == "sharded"
         compute = setup.compute_bytes
-        share = WEIGHT * sizes.all // setup.shards
-        gradients = share + (WEIGHT * sizes.all if setup.kind == "ddp" else 0)  # DDP adds its buckets
+        share = WEIGHT * sizes.trained // setup.shards
+        gradients = share + (WEIGHT * sizes.trained if setup.kind == "ddp" else 0)  # DDP adds its buckets
         if sharded and setup.accumulate_whole:
-            gradients += WEIGHT * sizes.all
+            gradients += WEIGHT * sizes.trained
         root = compute * sizes.root if sharded else 0
         block = compute * sizes.block if sharded else 0
         # the running block, the prefetched blocks, and the receive buffer of one block
@@ -183,14 +231,21 @@ class MemoryPlan:
         kept = int(self.activations.kept(setup.checkpointed) * tokens) + masks
         # gradients of the running block's activations
         working = int(self.activations.largest_block * tokens / 2)
-        head_gradient = (compute if sharded else WEIGHT) * sizes.head
-        forward = {"gathered weights": root + blocks, "activations": kept, "logits": self.logits(tokens)}
+        head_gradient = (compute if sharded else WEIGHT) * sizes.trained_head
+        layer = compute * sizes.dequantized
+        forward = {
+            "dequantised layer": layer,
+            "gathered weights": root + blocks,
+            "activations": kept,
+            "logits": self.logits(tokens),
+        }
         if setup.reference and sharded:
             forward["gathered weights"] += root + blocks
         backward = {
             "gradients": gradients,
+            "dequantised layer": layer,
             "gathered weights": root + blocks,
-            "gradients not yet reduced": head_gradient + (block + WEIGHT * sizes.block) * sharded,
+            "gradients not yet reduced": head_gradient + (compute + WEIGHT) * sizes.trained_block * sharded,
             "activations": kept + working,
         }
         head = {
@@ -203,7 +258,7 @@ class MemoryPlan:
         end = {
             "gradients": gradients,
             "gathered weights": root,
-            "gradients not yet reduced": root + WEIGHT * sizes.root * sharded,
+            "gradients not yet reduced": (compute + WEIGHT) * sizes.trained_root * sharded,
         }
         update = {"gradients": share, "optimizer's working memory": share * setup.foreach_step}
         return {

@@ -42,11 +42,13 @@ class PreferenceOptimization(PreferenceScoring):
 
     Args:
         name: folder or Hub id of the SFT model, which is the start of the policy and the reference.
+        reference_name: folder or Hub id of another model for the reference, with the same tokens.
         beta0: β0, the base β; evaluation always uses it.
         loss: per-pair loss of the log-probabilities and β.
-        reference: `frozen` keeps the reference as a second model or, with `lora`, uses the policy without its
-            adapters; `cached` scores every pair once before training and keeps the log-probabilities on disk for
-            all runs from the same model, so that training needs memory and time only for the policy.
+        reference: `frozen` keeps the reference as a second model or, with `lora` and without `reference_name`,
+            uses the policy without its adapters; `cached` scores every pair once before training and keeps the
+            log-probabilities on disk for all runs from the same model, so that training needs memory and time only
+            for the policy.
         sft_weight: weight of the term −log π(y_w|x)/|y_w| added to the loss.
         max_nonfinite_share: the run stops at a step in which more than this share of pairs has no finite gap;
             up to this share, such pairs are left out, counted and named in the log.
@@ -60,6 +62,7 @@ class PreferenceOptimization(PreferenceScoring):
         beta0: PositiveFloat = 0.1,
         loss: PairLoss | None = None,
         reference: ReferenceKind = "frozen",
+        reference_name: str | None = None,
         sft_weight: NonNegativeFloat = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-7, weight_decay=0.0),
         max_grad_norm: PositiveFloat | None = 10.0,
@@ -71,6 +74,7 @@ class PreferenceOptimization(PreferenceScoring):
             beta0,
             WithSFTTerm(loss, sft_weight) if sft_weight else loss,
             reference,
+            reference_name,
             name=name,
             architecture=None,
             optimizer=optimizer,
@@ -231,13 +235,8 @@ class PreferenceOptimization(PreferenceScoring):
         kept = torch.nonzero(decision.kept).flatten()
         loss = decision.losses(self.loss.for_batch(global_logps), global_logps.select(kept), kept).mean()
         responses = int(global_logps.chosen_tokens.sum() + global_logps.rejected_tokens.sum())
-        operations = step_operations(
-            self.policy.model,
-            batch.tokens,
-            responses,
-            decision.kept_fraction,
-            self.reference_values.scorer is not None,
-        )
+        reference = None if self.reference_values.scorer is None else self.scorers[-1].model
+        operations = step_operations(self.policy.model, reference, batch.tokens, responses, decision.kept_fraction)
         seconds = self.step_seconds()
         rate = operations / seconds / self.trainer.world_size
         shown: dict[str, Tensor | float] = {

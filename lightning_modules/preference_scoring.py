@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torchmetrics import MeanMetric, Metric, SumMetric
 
+from app.core.errors import UserError
 from app.method.batch import OptimizerBatch
 from app.method.metrics import pair_metrics
 from app.method.pair_loss import PairLoss
@@ -19,6 +20,7 @@ from lightning_modules.logged_training import warn_of_nonfinite
 from lightning_modules.measuring import SIDES, PairMeasurer
 from lightning_modules.reference import AdapterOff, NoReference, Reference, ScoredReference
 from lightning_modules.reference_cache import CachedReference, filled_reference_cache
+from lightning_modules.refused_models import refuse_other_tokens
 from lightning_modules.scorer import ResponseScorer
 
 ReferenceKind = Literal["frozen", "cached"]
@@ -32,25 +34,53 @@ class PreferenceScoring(LanguageModelTraining):
         loss: per-pair loss of the log-probabilities and β.
         reference: `frozen`, a second copy of the model, or `cached`, log-probabilities that the untrained policy
             scores once and that are kept on disk (see `reference_cache`).
+        reference_name: folder or Hub id of the reference, if it is not the model that the policy starts from.
         settings: the arguments of `LanguageModelTraining`.
     """
 
     responses = SIDES
 
-    def __init__(self, beta0: float, loss: PairLoss, reference: ReferenceKind, **settings: Any):
+    def __init__(
+        self, beta0: float, loss: PairLoss, reference: ReferenceKind, reference_name: str | None, **settings: Any
+    ):
         super().__init__(**settings)
         self.beta0 = beta0
         self.loss = loss
         self.reference = reference
+        self.reference_name = reference_name
         self.reference_values: Reference = NoReference()
         self.measurer: PairMeasurer
         self._evaluation: dict[str, Metric] = {}
 
+    @property
+    def other_reference(self) -> str | None:
+        """Return the model that the reference is loaded from; None if the policy is the reference at its start."""
+        moved = self.lora is not None and self.lora.moves_base
+        return self.reference_name or (self.name if moved else None)
+
+    @property
+    def families(self) -> list[tuple[str | None, tuple[ResponseScorer, ...]]]:
+        if self.other_reference is None:
+            return super().families
+        return [(self.name, (self.policy,)), *((self.other_reference, (one,)) for one in self.scorers[1:])]
+
+    def load_reference(self, name: str) -> ResponseScorer:
+        """Return the model `name`, frozen and placed. Raises UserError if it cannot be read or has other tokens."""
+        try:
+            scorer = self.trainer.precision_plugin.convert_module(self.build_scorer(name, None))
+            if hasattr(self.data, "tokenizer"):
+                refuse_other_tokens(name, self.data.tokenizer, self.trust_remote_code)
+            return self.place(scorer.eval().requires_grad_(False), frozen=True)  # type: ignore[arg-type]
+        except UserError as error:
+            raise UserError(str(error).replace("model.name", "model.reference_name")) from error
+
     def keep_reference(self, fresh: ResponseScorer) -> None:
-        if not self.loss.needs_reference or self.reference != "frozen":
+        if not self.loss.needs_reference or (self.reference == "cached" and self.other_reference is None):
             return
         scorer: ResponseScorer | AdapterOff
-        if self.lora is not None:
+        if self.other_reference is not None:
+            scorer = self.load_reference(self.other_reference)
+        elif self.lora is not None:
             scorer = AdapterOff(fresh)
         else:
             scorer = self.place(copy.deepcopy(fresh).eval().requires_grad_(False), frozen=True)
@@ -60,15 +90,17 @@ class PreferenceScoring(LanguageModelTraining):
         if not self.loss.needs_reference or self.reference != "cached":
             return
         assert self.name is not None
-        # before a checkpoint is loaded, while the policy's weights are still those of the reference
+        # before a checkpoint is loaded, while the policy's weights are still those of the reference, unless that is
+        # a model of its own, which is given up once it has scored the pairs
+        model = self.scorers[-1]
         self.to(self.ranks.device)
         # batches are made on the CPU, but Lightning sets the root device as the default device here
         with torch.no_grad(), torch.device("cpu"), self.trainer.precision_plugin.forward_context():
             few = self.data.batches_of(lambda keys: np.ones(len(keys), bool), CHECKED_PAIRS)
             for batch in chain.from_iterable(few):
                 self.micro_batches(batch)  # settles layout and attention, which are part of the cache key
-            measurer = PairMeasurer(self.policy, NoReference(), self.ranks)
-            cache = filled_reference_cache(self.name, measurer, self.compute_dtype, self.data.batches_of)
+            measurer, name = PairMeasurer(model, NoReference(), self.ranks), self.other_reference or self.name
+            cache = filled_reference_cache(name, measurer, self.compute_dtype, self.data.batches_of)
         self.reference_values = CachedReference(cache, self.ranks.device)
 
     def configure_model(self) -> None:

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 
 from app.core.errors import UserError
-from lightning_modules.sharded_loading import embedding_tables, few, refuse_values
+from app.core.files import folder_hash
+from lightning_modules.private import hub_commit
+from lightning_modules.refused_models import refuse_config, refuse_missing, refuse_path
+from lightning_modules.sharded_loading import embedding_tables, refuse_values
 
 log = logging.getLogger(__name__)
 
@@ -60,66 +69,6 @@ def load_config(name: str | None, architecture: dict[str, Any] | None, trust_rem
     return config
 
 
-def refuse_path(name: str) -> None:
-    """Raise UserError if `name` is an existing path but no model folder, and name the remedy."""
-    path = Path(name)
-    if not path.exists():
-        return  # a Hub id, or a path that does not exist
-    found = path if path.suffix in (".ckpt", ".gguf") else next(_sources(path), None) if path.is_dir() else path
-    if found is not None and found.name == "adapter_config.json":
-        raise UserError(
-            f'model.name: {name} holds adapters alone: merge them into their model first, python -c "from peft '
-            f"import AutoPeftModelForCausalLM as M; M.from_pretrained('{name}').merge_and_unload()"
-            ".save_pretrained('MERGED')\", and copy the tokenizer's files there."
-        )
-    if found is not None and found.suffix in (".ckpt", ".gguf"):
-        command, kind = ("convert", "GGUF") if found.suffix == ".gguf" else ("export", "checkpoint")
-        of = f"{found} is a {kind} file" if found == path else f"{name} holds no model, but the {kind} {found.name}"
-        raise UserError(f"model.name: {of}: run `beta-dpo {command} {found} FOLDER` and give that FOLDER.")
-    if path.is_file():
-        raise UserError(f"model.name: {name} is a file: give the folder that holds config.json and weights.")
-    if found is not None and found.parent != path:
-        raise UserError(f"model.name: {name} has no config.json: did you mean {found.parent}?")
-    if found is None:
-        raise UserError(
-            f"model.name: {name!r} has no config.json: give the folder of a model, as transformers saves it."
-        )
-
-
-def _sources(folder: Path) -> Iterator[Path]:
-    """Yield the files that identify the kind of a folder, the most telling first."""
-    for pattern in (
-        "adapter_config.json",
-        "config.json",
-        "last.ckpt",
-        "checkpoints/last.ckpt",
-        "*.ckpt",
-        "checkpoints/*.ckpt",
-        "*/checkpoints/*.ckpt",
-        "*.gguf",
-        "*/config.json",
-        "snapshots/*/config.json",
-    ):
-        yield from sorted(folder.glob(pattern))
-
-
-def refuse_config(config: Any, name: str) -> None:
-    """Raise UserError for a model whose configuration shows that it cannot be trained here."""
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
-        raise UserError(
-            f"model.name: {name} holds quantised weights ({method}), which cannot be trained: take the model that "
-            "they were made from."
-        )
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if encoder or getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"model.name: {name} is a {config.model_type}, whose tokens see those after them: take a causal model "
-            "(decoder only)."
-        )
-
-
 def load_model(
     name: str | None,
     architecture: dict[str, Any] | None = None,
@@ -127,8 +76,10 @@ def load_model(
     attention: str | None = None,
     trust_remote_code: bool = False,
     meta_above: float = math.inf,
+    quantized: BitsAndBytesConfig | None = None,
+    device: torch.device | str = "cpu",
 ) -> Any:
-    """Return a float32 `transformers` causal language model.
+    """Return a float32 `transformers` causal language model; a `quantized` one is on `device`.
 
     With `architecture` the weights are random, drawn from the global generator (Lightning seeds it). If `attention`
     is None, transformers chooses. A named model of more than `meta_above` parameters has its parameters on the meta
@@ -137,17 +88,29 @@ def load_model(
     """
     config = load_config(name, architecture, trust_remote_code)
     base_dtype = config.dtype
-    options = {"attn_implementation": attention, "dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {
+        "attn_implementation": attention,
+        "dtype": torch.float32,
+        "trust_remote_code": trust_remote_code,
+    }
     if name is None:
         try:
             model = AutoModelForCausalLM.from_config(config, **options)
         except Exception as error:  # inconsistent values again
             raise UserError(f"model.architecture: {_reason(error)}") from error
-    elif math.isfinite(meta_above) and parameter_count(bare := bare_model(config, **options)) > meta_above:
+    elif (
+        quantized is None
+        and math.isfinite(meta_above)
+        and parameter_count(bare := bare_model(config, **options)) > meta_above
+    ):
         model = bare
         with suppress(OSError):  # many models have no generation config
             model.generation_config = GenerationConfig.from_pretrained(name)
     else:
+        if quantized is not None:
+            options |= {"quantization_config": quantized, "device_map": {"": device}}
+            # it says at every product that 8 bits are multiplied in float16
+            logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -157,6 +120,10 @@ def load_model(
         model, found = loaded
         refuse_missing(name, found)
         refuse_values(name, model)
+    if quantized is not None:  # what stays in float32 is a view that keeps the whole file in memory
+        for parameter in model.parameters():
+            if parameter.dtype == torch.float32:
+                parameter.data = parameter.data.clone()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -164,69 +131,32 @@ def load_model(
     return model
 
 
-def refuse_missing(name: str, found: dict[str, Any]) -> None:
-    """Raise UserError for weights that the files lack or hold in another shape, because they would be random.
+def model_identity(name: str, config: Any) -> str | list[str | None]:
+    """Return what tells a model from others: a hash of its folder's files, or its Hub id and commit.
 
-    Warns of stored weights that the model does not use.
+    `config` is that of the model as it was loaded.
     """
-    other = sorted(
-        f"{key} ({list(stored)} in the files, not {list(own)})" for key, stored, own in found["mismatched_keys"]
-    )
-    if other:
-        raise UserError(
-            f"model.name: config.json of {name!r} is of another model than the weights: {few(other)}; take both "
-            "from one place."
-        )
-    missing, more = (sorted(map(str, found[kind])) for kind in ("missing_keys", "unexpected_keys"))
-    instead = f" (they hold {few(more)} instead)" if more else ""
-    if missing:
-        raise UserError(
-            f"model.name: the files of {name!r} lack {few(missing)}{instead}, which would be random: take a "
-            "complete model."
-        )
-    if more:
-        log.warning("model.name: the files of %r hold %s, for which the model has no place", name, few(more))
+    return folder_hash(name) if Path(name).is_dir() else [name, hub_commit(config)]
 
 
-def refuse_beyond(model: Any, longest: int, largest_id: int, tokenizer: str, length: str) -> None:
-    """Raise UserError if `largest_id` or rows of `longest` tokens exceed the model's embedding tables.
+def quantization(settings: dict[str, Any] | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Return transformers' `BitsAndBytesConfig` with these `settings`, whose products are in `dtype`.
 
-    `tokenizer` and `length` name the options to blame. A model without a table of positions, trained on shorter
-    rows, only causes a warning.
+    Raises UserError for settings that it does not know, or without the packages that it needs.
     """
-    known = model.get_input_embeddings().num_embeddings
-    if largest_id >= known:
-        raise UserError(
-            f"{tokenizer}: its token {largest_id} is beyond the {known} that the model embeds: take the tokenizer "
-            "of this model, or a larger model.architecture.vocab_size."
-        )
-    table, trained = learned_positions(model), getattr(model.config, "max_position_embeddings", None)
-    if table is not None and longest > table:
-        raise UserError(
-            f"{length}: the longest prompt with its response has {longest} tokens, and this "
-            f"{model.config.model_type} has no more than {table} positions: lower it to {table}."
-        )
-    if table is None and isinstance(trained, int) and longest > trained:
-        log.warning(
-            "the longest prompt with its response has %d tokens, and the model was trained on %d "
-            "(max_position_embeddings): lower %s",
-            longest,
-            trained,
-            length,
-        )
-
-
-def learned_positions(model: Any) -> int | None:
-    """Return the number of positions in a model's table of positions, or None if it has no table."""
-    most = [getattr(model.config, "max_position_embeddings", math.inf)]
-    if model.config.model_type == "mpt":  # its attention biases have this length
-        return int(model.config.max_seq_len)
-    tables = [
-        len(table)
-        for name, table in (*model.named_parameters(), *model.named_buffers())
-        if re.search(r"\b(wpe|embed_positions|position_embeddings|pos_emb\w*)(\.weight)?$", name)
-    ]
-    return int(min(tables + most)) if tables else None  # OPT's table has two extra rows
+    if settings is None:
+        return None
+    if find_spec("bitsandbytes") is None or find_spec("accelerate") is None:
+        raise UserError("model.quantize needs more packages: pip install 'beta-dpo[quantize]'.")
+    known = signature(BitsAndBytesConfig).parameters.keys() - {"kwargs"}
+    unknown = sorted(settings.keys() - known)
+    if unknown or not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        wrong = f"no {', '.join(unknown)} in" if unknown else "neither load_in_4bit nor load_in_8bit is true in"
+        raise UserError(f"model.quantize: {wrong} the settings of BitsAndBytesConfig: {', '.join(sorted(known))}.")
+    try:
+        return BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype, **settings})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.quantize: {error}") from error
 
 
 def bare_model(config: Any, **options: Any) -> Any:
@@ -262,18 +192,25 @@ def linear_weights(model: nn.Module) -> list[torch.Tensor]:
 
 
 def store_linear_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the linear weights of a frozen `model` to the autocast `dtype`, in place.
+    """Convert the frozen linear weights of `model` to the autocast `dtype`, in place.
 
     Autocast would round them to it in every forward pass, so the outputs are the same bit for bit. Biases, norms
     and embeddings keep their dtype, because some families use them outside of matrix products.
     """
     for weight in linear_weights(model):
-        weight.data = weight.data.to(dtype)
+        if not weight.requires_grad:
+            weight.data = weight.data.to(dtype)
 
 
 def parameter_count(model: nn.Module) -> int:
     """Return the number of parameters; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(map(numbers, model.parameters()))
+
+
+def numbers(weight: torch.Tensor) -> int:
+    """Return how many numbers a weight has, of which two share a byte in 4 bits."""
+    quantised = getattr(weight, "quant_state", None)
+    return weight.numel() if quantised is None else math.prod(quantised.shape)
 
 
 def _reason(error: Exception) -> str:

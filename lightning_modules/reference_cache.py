@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 
 from app.core.cache import cache_root, fingerprint, lock_of
 from app.core.errors import UserError
-from app.core.files import atomic_file, folder_hash
+from app.core.files import atomic_file
 from app.core.locks import Lock
 from app.method.batch import OptimizerBatch, PackedRows, on_device
 from lightning_modules.layout_check import CHECKED_PAIRS, TOLERANCE
 from lightning_modules.measuring import PairMeasurer
-from lightning_modules.private import hub_commit
+from lightning_modules.pretrained import model_identity
 from lightning_modules.ranks import Ranks
 
 Batches = Sequence[Collection[OptimizerBatch]]
@@ -116,10 +116,11 @@ def reference_fingerprint(name: str, measurer: PairMeasurer, dtype: torch.dtype)
     A folder counts by its content, a Hub model by its id and commit. The kernel (device type, attention, layout) is
     included because the rounding noise of another kernel would look like reward gaps.
     """
-    policy = measurer.policy
-    commit = hub_commit(policy.model.config)
-    model = folder_hash(name) if Path(name).is_dir() else [name, commit]
-    kernel = [measurer.ranks.device.type, policy.attention, str(policy.layout)]
+    scorer = measurer.policy
+    kernel = [measurer.ranks.device.type, scorer.attention, str(scorer.layout)]
+    quantised = getattr(scorer.model.config, "quantization_config", None)
+    kernel += [] if quantised is None else [quantised.to_json_string()]
+    model = model_identity(name, scorer.model.config)
     return fingerprint({"version": VERSION, "model": model, "dtype": str(dtype), "kernel": kernel})
 
 
@@ -134,7 +135,7 @@ def filled_reference_cache(
 
     Args:
         name: folder or Hub id of the model.
-        measurer: the policy, which is still that model, without a reference.
+        measurer: that model (the policy that starts from it, or a model of its own), without a reference.
         dtype: of the forward pass.
         batches_of: the data's batches of the pairs whose keys are wanted (`PairDataModule.batches_of`).
     """

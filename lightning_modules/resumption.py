@@ -1,13 +1,74 @@
-"""Applying a resumed run's own settings of optimizer, schedule and batch size instead of the checkpoint's."""
+"""What a stage's checkpoints hold, and a resumed run's own settings instead of the checkpoint's."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from app.core.errors import UserError
+from lightning_modules.logged_training import LoggedTraining
+from lightning_modules.lora import Lora
+from lightning_modules.scorer import ResponseScorer
+
+
+class ResumedTraining(LoggedTraining):
+    """A LightningModule whose checkpoints `beta-dpo export` reads, and whose own settings replace restored ones."""
+
+    name: str | None
+    lora: Lora | None
+    quantize: dict[str, Any] | None
+    policy: ResponseScorer
+    data: Any
+    make_optimizer: Any
+    make_lr_scheduler: Any
+    base_identity: Any = None  # of the model that a checkpoint of adapters alone needs (`model_identity`)
+
+    @property
+    def adapters_alone(self) -> bool:
+        """Return whether checkpoints hold the adapters alone, because `name` still gives the rest."""
+        return self.lora is not None and not self.lora.moves_base and self.name is not None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        identity = (checkpoint.get("lora") or {}).get("identity")
+        if identity is not None and identity != self.base_identity:
+            raise UserError(
+                f"--ckpt_path: the checkpoint holds adapters of {checkpoint['lora']['base']}, and model.name "
+                f"{self.name} is another model, or its files have changed: give the model that they belong to."
+            )
+        if self.trainer.state.fn == TrainerFn.FITTING and self.data is not None:
+            count_batches_of(checkpoint["loops"]["fit_loop"], self.data.batch_size)
+
+    def on_train_start(self) -> None:
+        """Replace the restored settings of optimizer and schedule by those of this run's configuration."""
+        super().on_train_start()
+        if self.trainer.ckpt_path is None:
+            return
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizer, LightningOptimizer)
+        apply_settings(
+            optimizer.optimizer,
+            schedule if isinstance(schedule, LRScheduler) else None,
+            self.make_optimizer,
+            self.make_lr_scheduler,
+            self.trainer.global_step,
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # `beta-dpo export` rebuilds the model from these, without the run's configuration
+        checkpoint["model_config"] = self.policy.model.config.to_json_string(use_diff=False)
+        about = {"base": self.name, "identity": self.base_identity}
+        checkpoint["lora"] = None if self.lora is None else {**about, **asdict(self.lora)}
+        checkpoint["quantize"] = self.quantize
+        named = self.policy.model.base_dtype
+        checkpoint["base_dtype"] = None if named is None else str(named).removeprefix("torch.")
+        checkpoint["generation_config"] = self.policy.model.generation_config.to_json_string()
 
 
 def apply_settings(

@@ -19,8 +19,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from app.core.errors import UserError
-from lightning_modules.pretrained import refuse_path
+from lightning_modules.lora import Lora
 from lightning_modules.private import start_method
+from lightning_modules.refused_models import refuse_path
 from lightning_modules.strategy import ShardedStrategy
 
 STRATEGIES = (
@@ -66,7 +67,8 @@ def check_start(
     make_optimizer: OptimizerCallable,
     make_lr_scheduler: LRSchedulerCallable | None,
     compile_layers: bool | str,
-    adapters: bool,
+    lora: Lora | None,
+    quantize: dict[str, Any] | None,
 ) -> None:
     """Raise UserError for settings that cannot work, before data and model are loaded."""
     precision = str(trainer.precision)
@@ -89,17 +91,37 @@ def check_start(
                 f"trainer.precision {precision}: set 32-true with ShardedStrategy, whose own compute_dtype "
                 "is the type of the forward pass; the weights themselves stay float32."
             )
-        if adapters and trainer.strategy.tensor_parallel_size > 1:
+        if lora is not None and trainer.strategy.tensor_parallel_size > 1:
             raise UserError(
                 "model.lora does not go with trainer.strategy's tensor_parallel_size above 1: set it to 1."
             )
+    if quantize is not None:
+        check_quantized(trainer, lora, quantize)
     if compile_layers is True and not which(os.environ.get("CXX", "g++")):
         raise UserError("model.compile_layers needs a C++ compiler: install g++, or name one by CXX.")
     if name is not None:
         refuse_path(name)  # before the data is read with its tokenizer
     refuse_callbacks(trainer)
     if trainer.state.fn == TrainerFn.FITTING:
-        try_optimizer(trainer, make_optimizer, make_lr_scheduler, adapters)
+        matrices_only = lora is not None and not lora.use_dora
+        try_optimizer(trainer, make_optimizer, make_lr_scheduler, matrices_only)
+
+
+def check_quantized(trainer: Trainer, lora: Lora | None, quantize: dict[str, Any]) -> None:
+    """Raise UserError where a quantised base cannot be trained on."""
+    said = None
+    if lora is None:
+        said = "does not train by itself: add model.lora (configs/model/lora.yaml), whose adapters do"
+    elif lora.moves_base:
+        said = "does not go with model.lora.init_lora_weights pissa or olora, which change the base: take true"
+    elif isinstance(trainer.strategy, ShardedStrategy):
+        said = "does not go with ShardedStrategy, which cannot shard it: take one device or ddp, or leave it out"
+    elif str(trainer.precision) == "64-true":
+        said = "does not go with trainer.precision 64-true: take 32-true or bf16-mixed"
+    elif quantize.get("load_in_8bit") and str(trainer.precision) != "bf16-mixed":
+        said = "in 8 bits computes in 16: set trainer.precision bf16-mixed"
+    if said is not None:
+        raise UserError(f"model.quantize {said}.")
 
 
 def refuse_callbacks(trainer: Trainer) -> None:
@@ -114,16 +136,16 @@ def try_optimizer(
     trainer: Trainer,
     make_optimizer: OptimizerCallable,
     make_lr_scheduler: LRSchedulerCallable | None,
-    adapters: bool,
+    matrices_only: bool,
 ) -> None:
-    """Try a step of the optimizer and its schedule on a matrix and a vector (with adapters, on a matrix only).
+    """Try a step of the optimizer and its schedule on a matrix and, unless `matrices_only` are trained, a vector.
 
     The trial needs no list of supported classes. Raises UserError if the optimizer or the schedule fails, for
     example an optimizer that needs a closure or sparse gradients, or a schedule that needs a metric. Also raises it
     for a schedule that is shorter than the run.
     """
     device = trainer.strategy.root_device
-    shapes = [(4, 4)] if adapters else [(4, 4), (4,)]
+    shapes = [(4, 4)] if matrices_only else [(4, 4), (4,)]
     weights = [nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
     for weight in weights:
         weight.grad = torch.ones_like(weight)

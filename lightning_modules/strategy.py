@@ -141,14 +141,14 @@ class ShardedStrategy(ModelParallelStrategy):
         self.barrier("shards in place")
 
     def place(self, scorer: ResponseScorer, frozen: bool) -> None:
-        """Shard `scorer` in place; a `frozen` one is stored in `compute_dtype`, and offloaded if asked for.
+        """Shard `scorer` in place, with frozen weights in `compute_dtype`; offload a `frozen` one if asked for.
 
         Raises UserError if the model cannot be split over `tensor_parallel_size` ranks.
         """
         assert self._sharding_mesh is not None
         assert self._tensor_mesh is not None
-        if frozen:
-            for parameter in scorer.parameters():  # not buffers: rotary positions need float32
+        for parameter in scorer.parameters():  # not buffers: rotary positions need float32
+            if not parameter.requires_grad:
                 parameter.data = parameter.data.to(self.compute_dtype)
         if self.tensor_parallel_size > 1:
             plan = split_layers(scorer.model, self._tensor_mesh)

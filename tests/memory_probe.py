@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ class MemoryProbe(Callback):
     """Leaves the memory before the model is built and the peak of the second step in `memory-<rank>.json`."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for library in ("bitsandbytes", "accelerate"):  # which a base in few bits imports
+            with suppress(ImportError):
+                import_module(library)
         gc.collect()
         self.baseline = memory_status("VmRSS")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from app.core.files import CONFIGS
 from app.method.ranges import PositiveFloat, PositiveInt
 from lightning_modules.attention import dense_mask_bytes
 from lightning_modules.base import LanguageModelTraining
-from lightning_modules.memory import MemoryPlan, Setup, Sizes, activations
-from lightning_modules.pretrained import bare_model, load_config, parameter_count
+from lightning_modules.lora import add_lora
+from lightning_modules.memory import WEIGHT, MemoryPlan, Setup, Sizes, activations
+from lightning_modules.pretrained import bare_model, load_config, parameter_count, store_linear_weights
 from lightning_modules.strategy import ShardedStrategy
 from lightning_modules.tensor_parallel import keep_local_part
 
@@ -85,7 +87,11 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
     half = "bf16" in precision
     if sharded:
         half = strategy.requested_dtype == "bfloat16" or (strategy.requested_dtype == "auto" and not on_cpu)
-    needs_reference = getattr(getattr(module, "loss", None), "needs_reference", False)
+    if module.quantize is not None and (module.lora is None or sharded):
+        raise UserError("plan: model.quantize needs model.lora, and goes with one device or ddp alone.")
+    lora = None if module.lora is None else replace(module.lora, init_lora_weights=True)
+    second = lora is None or getattr(module, "other_reference", None) is not None
+    needs_reference = getattr(getattr(module, "loss", None), "needs_reference", False) and second
     setup = Setup(
         device="cpu" if on_cpu else "cuda",
         kind="sharded" if sharded else "ddp" if ranks > 1 else "single",
@@ -107,11 +113,24 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
     model = bare_model(config, dtype=torch.float32)
     parameters = parameter_count(model)
     keep_local_part(model, split)
-    plan = MemoryPlan(Sizes.of(model), setup, activations(config, dtype, setup.autocast, split))
+    if lora is not None:
+        add_lora(model, lora)
+        frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+        for weight in frozen if sharded else ():
+            weight.data = weight.data.to(dtype)
+        if setup.autocast and not lora.use_dora:
+            store_linear_weights(model, torch.bfloat16)
+    sizes = Sizes.of(model, module.quantize)
+    plan = MemoryPlan(sizes, setup, activations(config, dtype, setup.autocast, split))
     device = "CPU processes" if on_cpu else "GPUs"
-    words = f"{parameters:,} parameters on {nodes} × {per_node} {device}, {setup.kind}"
+    words = f"{parameters:,} parameters" + (f" and {sizes.trained:,} of adapters" if lora is not None else "")
+    words += f" on {nodes} × {per_node} {device}, {setup.kind}"
     words += f" in {setup.shards} shards" if sharded else ""
-    return plan, words + (f" of {split} ranks each (tensor parallelism)" if split > 1 else "")
+    words += f" of {split} ranks each (tensor parallelism)" if split > 1 else ""
+    kept = sizes.trained if module.adapters_alone else parameters + (0 if lora is None else sizes.trained)
+    updated = parameters if lora is None else sizes.trained
+    disk = WEIGHT * (kept + updated * setup.optimizer_state)
+    return plan, words + f"; a checkpoint takes {disk / 1e9:.2f} GB on disk"
 
 
 def devices_per_node(devices: Any, given: int | None, on_cpu: bool) -> int:
@@ -128,13 +147,14 @@ def devices_per_node(devices: Any, given: int | None, on_cpu: bool) -> int:
 
 
 def optimizer_state(make_optimizer: Any) -> float:
-    """Return the numbers of optimizer state per parameter, measured by one step on a small matrix."""
+    """Return the float32 numbers of optimizer state per parameter, measured by one step on a small matrix."""
     weight = torch.nn.Parameter(torch.zeros(256, 256))
     optimizer = make_optimizer([weight])
     weight.grad = torch.ones_like(weight)
     optimizer.step()
-    held = sum(value.numel() for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor))
-    return round(held / weight.numel(), 2)
+    state = optimizer.state[weight].values()
+    held = sum(value.numel() * value.element_size() for value in state if isinstance(value, torch.Tensor))
+    return round(held / (WEIGHT * weight.numel()), 2)
 
 
 def report(plan: MemoryPlan, words: str, tokens: int, memory_gb: float | None) -> list[str]:

@@ -13,6 +13,7 @@ START = "give the old value, or start a run of its own from the checkpoint's mod
 # the new value applies, and the change is listed
 REFUSED = (
     *("model", "model.architecture*", "model.loss*", "model.sft_weight", "model.lora*", "model.optimizer"),
+    *("model.quantize*", "model.reference_name"),
     "statistics*",
     "data.order*",  # a place in one order is none in another
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +22,8 @@ from app.method.ranges import PositiveFloat
 from datamodules.tokenisation import Tokenisation
 from datamodules.tokenizer import stop_ids
 from lightning_modules.checkpoint import read_for_export
-from lightning_modules.lora import Lora
-from lightning_modules.pretrained import bare_model, parameter_count
+from lightning_modules.lora import MOVING, Lora
+from lightning_modules.pretrained import bare_model, load_model, model_identity, parameter_count, quantization
 
 POLICY_PREFIX = "policy.model."
 
@@ -31,6 +33,7 @@ def export(
     checkpoint: str,
     out: str,
     adapter: bool = False,
+    base: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
     temperature: PositiveFloat = 1.0,
 ) -> None:
@@ -41,6 +44,7 @@ def export(
         out: the folder to create; it appears only when it is complete and the model read back agrees with the
             policy.
         adapter: for a run with model.lora, write only the adapter, for `peft`; else it is merged into the weights.
+        base: where the model that the adapters belong to is now, if it is no longer at model.name of the run.
         dtype: type of the weights; float32 gives the trained weights exactly, auto the type of the model that
             training started from.
         temperature: divide the logits by it, by the weights of the last norm: the model then samples at 1 as the
@@ -49,11 +53,16 @@ def export(
     if Path(out).exists():
         raise UserError(f"{out} exists already: choose another folder, or remove it first.")
     state = read_for_export(Path(checkpoint))
-    lora = state.get("lora")
-    if adapter and (lora is None or lora["base"] is None):
+    lora = state.get("lora") or {}
+    if adapter and lora.get("base") is None:
         raise UserError(f"--adapter: {checkpoint} was not trained with model.lora on a model with a name.")
     if adapter and temperature != 1.0:
         raise UserError("temperature changes the model's own weights, which --adapter does not write.")
+    if adapter and re.fullmatch(MOVING, str(lora["init_lora_weights"])):
+        raise UserError(
+            "--adapter: model.lora.init_lora_weights changed the base's weights, so the adapters fit no other copy "
+            "of it: leave --adapter out, which merges them."
+        )
     base_dtype = state.get("base_dtype") or "float32"
     written = base_dtype if dtype == "auto" else dtype
     notes = []
@@ -64,24 +73,25 @@ def export(
             (folder / name).write_text(text, encoding="utf-8")
         notes += write_chat_template(folder, state)
         (folder / "README.md").write_text(model_card(state, checkpoint, written, temperature), encoding="utf-8")
-        notes += write_model(folder, state, adapter, written, temperature)
+        notes += write_model(folder, state, adapter, base, written, temperature)
     print("; ".join([f"exported {checkpoint} to {out} in {written}", *notes]))
 
 
 def write_model(
-    folder: Path, state: dict[str, Any], adapter: bool, dtype: str, temperature: float = 1.0
+    folder: Path, state: dict[str, Any], adapter: bool, base: str | None, dtype: str, temperature: float = 1.0
 ) -> list[str]:
     """Write weights and configuration, read them back, and return notes for the user.
 
     Raises UserError if the model read back does not compute what the policy computes.
     """
-    model = policy_model(state)
+    model = policy_model(state, base)
     if temperature != 1.0:
         divide_logits(model if state.get("lora") is None else model.get_base_model(), temperature)
     checked = parameter_count(model) <= LARGEST
     logps = sequence_logps(model) if checked else None
     notes = [f"its logits are divided by {temperature:g}"] if temperature != 1.0 else []
     if state.get("lora") is not None and not adapter:
+        notes += ["merged into the quantised base, dequantised"] if state.get("quantize") else []
         model, untied = merge(model)
         notes += ["the head is no longer tied to the embeddings, which alone have adapters"] if untied else []
     weights = [part for name, part in model.named_parameters() if not adapter or "lora_" in name]
@@ -105,44 +115,62 @@ def write_model(
     del model, weights  # one model at a time, unless an adapter needs its base
     if not adapter:
         state.pop("state_dict")
-    check_equal(logps, sequence_logps(exported_model(folder, state if adapter else None)))
+    check_equal(logps, sequence_logps(exported_model(folder, state if adapter else None, base)))
     return [*notes, "read again, it computes what the policy does"]
 
 
-def exported_model(folder: Path, state: dict[str, Any] | None) -> Any:
+def exported_model(folder: Path, state: dict[str, Any] | None, base: str | None) -> Any:
     """Return the model in `folder`, read as a user would in float32; an adapter goes on the base of `state`."""
     if state is None:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     from peft import PeftModel
 
+    return PeftModel.from_pretrained(plain_model(state, base), folder)
+
+
+def plain_model(state: dict[str, Any], base: str | None) -> Any:
+    """Return the policy of a checkpoint without its adapters, in float32.
+
+    A checkpoint of adapters alone does not hold it: it is read from `base`, or from where the run found it. Raises
+    UserError if it is not there, or another model.
+    """
+    lora = state.get("lora") or {}
     weights = {name.replace(".base_layer.", "."): part for name, part in policy_weights(state).items()}
-    base = unfilled_model(state)
-    base.load_state_dict({name: part for name, part in weights.items() if ".lora_" not in name}, assign=True)
-    base.tie_weights()
-    return PeftModel.from_pretrained(base, folder)
-
-
-def unfilled_model(state: dict[str, Any]) -> Any:
+    weights = {name: part.float() for name, part in weights.items() if ".lora_" not in name}
+    if not weights:
+        place = base or lora["base"]
+        quantized = quantization(state.get("quantize"), torch.float32)
+        try:
+            model = load_model(place, quantized=quantized)
+        except UserError as error:
+            raise UserError(f"--base: the adapters belong to the model {place}. {error}") from error
+        if model_identity(place, model.config) != lora["identity"]:
+            raise UserError(
+                f"--base: {place} is another model than the adapters belong to, or its files have changed."
+            )
+        return model if quantized is None else model.dequantize()
     settings = json.loads(state["model_config"])
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    return bare_model(config, dtype=torch.float32)
+    model = bare_model(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=torch.float32)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return model
 
 
-def policy_model(state: dict[str, Any]) -> Any:
-    """Return the policy of a checkpoint; a policy with adapters is a `PeftModel`."""
-    model, weights = unfilled_model(state), policy_weights(state)
-    lora = state.get("lora")
-    if lora is None:
-        model.load_state_dict(weights, assign=True)
-        model.tie_weights()
+def policy_model(state: dict[str, Any], base: str | None = None) -> Any:
+    """Return the policy of a checkpoint, a `PeftModel` if it has adapters. Raises UserError like `plain_model`."""
+    model = plain_model(state, base)
+    if state.get("lora") is None:
         return model
     from peft import get_peft_model
 
-    settings = dict(lora)
-    base = settings.pop("base")
-    model = get_peft_model(model, Lora(**settings).peft_config(base))
-    model.load_state_dict({f"base_model.model.{name}": part for name, part in weights.items()}, assign=True)
-    model.get_base_model().tie_weights()
+    settings = dict(state["lora"])
+    name = settings.pop("base")
+    settings.pop("identity", None)
+    # its start is of no account, because all of its weights are loaded
+    model = get_peft_model(model, replace(Lora(**settings), init_lora_weights=True).peft_config(name))
+    weights = {f"base_model.model.{name}": part for name, part in policy_weights(state).items() if ".lora_" in name}
+    if model.load_state_dict(weights, strict=False, assign=True).unexpected_keys:
+        raise UserError("The checkpoint holds other adapters than its settings describe.")
     return model
 
 

@@ -35,6 +35,8 @@ def model_card(state: dict[str, Any], checkpoint: str, dtype: str, temperature: 
         return "\n".join([*lines, UNRECORDED, ""])
     model, data, trainer = config["model"], config["data"], config["trainer"]
     started = f"`{base}`" if base else "random weights"
+    reference = _arguments(model).get("reference_name")
+    started += f", against the reference `{reference}`" if reference else ""
     lines += ["## Method", "", f"`{_name(model)}`, from {started}; the seed is {config['seed_everything']}.", ""]
     lines += _table("setting", [row for row in _arguments(model).items() if row[0] not in ("name", "architecture")])
     lines += ["β, filter and records are callbacks, in this order; without any the β of every step is `beta0`.", ""]

@@ -21,7 +21,8 @@ from datamodules.records import PreferencePair, TokenisedPair
 from datamodules.sources.prompts import prompt_messages
 from datamodules.tokenisation import Tokenisation, tokenise_prompts
 from datamodules.tokenizer import read_tokenizer, stop_ids
-from lightning_modules.pretrained import load_model, refuse_beyond
+from lightning_modules.pretrained import load_model
+from lightning_modules.refused_models import refuse_beyond
 from lightning_modules.scorer import ResponseScorer
 
 Answer = dict[str, Any]  # fields of a sample: `response`, `finished`, `tokens`, …

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from app.core.errors import UserError
@@ -86,9 +87,13 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 def folder_hash(folder: str | os.PathLike[str]) -> str:
     """Return a hash of the names and bytes of the files in a folder, without subfolders."""
     files = sorted(path for path in Path(folder).iterdir() if path.is_file())
-    return hashlib.blake2b(
-        json.dumps([(path.name, file_hash(path)) for path in files]).encode(), digest_size=16
-    ).hexdigest()
+    return _files_hash(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@cache  # a model of many gigabytes is read once a process, as long as size and time of its files stay
+def _files_hash(files: tuple[tuple[Path, int, int], ...]) -> str:
+    hashes = [(path.name, file_hash(path)) for path, _, _ in files]
+    return hashlib.blake2b(json.dumps(hashes).encode(), digest_size=16).hexdigest()
 
 
 class Parts:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from lightning_modules.pretrained import bare_model
 BIG = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 16000}
 RUN = ("--config", "config.yaml", "--config", str(ROOT / "configs/strategy/fsdp.yaml"), "--trainer.max_steps", "2")
 RUN += ("--trainer.devices", "2", "--trainer.num_sanity_val_steps", "0", "--trainer.limit_val_batches", "0")
+MODELS = {name: ("--config", str(ROOT / f"configs/model/{name}.yaml")) for name in ("lora", "qlora")}
 # what is freed goes back to the system, so that the peak is of what is held and not of what malloc keeps
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 
@@ -55,18 +57,31 @@ def test_the_peak_of_two_sharded_ranks_is_as_planned(measured: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_peak_of_adapters_on_two_ranks_is_as_planned(tmp_path: Path) -> None:
+    assert_as_planned(measure(tmp_path, *MODELS["lora"]), 4 * (48e6 + 1.1e6) / 2, *MODELS["lora"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="the extra quantize is not installed")
+def test_the_peak_of_a_base_in_4_bits_is_as_planned(tmp_path: Path) -> None:
+    alone = (*MODELS["qlora"], "--trainer.devices", "1", "--trainer.strategy", "auto")
+    parameters = 31.5e6 * 4.13 / 8 + 4 * (16.4e6 + 1.1e6)
+    assert_as_planned(measure(tmp_path, *alone), parameters, *alone, ranks=1)
+
+
+@pytest.mark.slow
 def test_the_peak_of_two_ranks_that_split_layers_is_as_planned(tmp_path: Path) -> None:
     split = ("--trainer.strategy.tensor_parallel_size", "2")
     assert_as_planned(measure(tmp_path, *split), 4 * (48e6 + 16.4e6) / 2, *split)  # embeddings and head are whole
 
 
-def assert_as_planned(folder: Path, parameters: float, *options: str) -> None:
+def assert_as_planned(folder: Path, parameters: float, *options: str, ranks: int = 2) -> None:
     """The peak that was measured in `folder` is that of the plan, which counts so many bytes of parameters."""
     done = command(folder, "plan", *RUN, *options)
     assert done.returncode == 0, done.stderr
     plan = planned(done.stdout)
     assert plan["parameters"] == pytest.approx(parameters, rel=0.06)
-    for rank in range(2):
+    for rank in range(ranks):
         seen = json.loads((folder / f"memory-{rank}.json").read_text())
         assert seen["peak"] - seen["baseline"] == pytest.approx(plan["sum"], rel=0.2), done.stdout
 
@@ -178,6 +193,33 @@ def test_a_layer_that_is_split_takes_its_part(capsys: pytest.CaptureFixture[str]
         main(["plan", *HH, *split, "--shape", SMALL, "--trainer.strategy.tensor_parallel_size", "3"])
     assert stop.value.code == 2
     assert "tensor_parallel_size 3 does not divide the 8 ranks" in capsys.readouterr().err
+
+
+def test_adapters_are_counted_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    one = (*HH[:2], "--trainer.devices", "1", "--shape", "EleutherAI/pythia-1.4b")
+    text, plan = plan_of(capsys, *one, *MODELS["lora"], "--memory_gb", "24")
+    trained = int(re.search(r"and ([\d,]+) of adapters", text)[1].replace(",", ""))  # type: ignore[index]
+    # 24 layers of width 2048: query_key_value, dense and two of the MLP, r = 16
+    assert trained == 24 * 16 * (2048 + 3 * 2048 + 2 * 2048 + 2 * (2048 + 4 * 2048))
+    assert plan["optimizer state"] == pytest.approx(8 * trained, abs=6e6)
+    assert "reference" not in plan
+    assert "fits 24 GB" in text
+    assert f"a checkpoint takes {12 * trained / 1e9:.2f} GB" in text
+    # linear layers in bfloat16, 50,304 embeddings of width 2,048 in float32
+    assert plan["parameters"] == pytest.approx(2 * 1_414_647_808 + 2 * 50_304 * 2048 + 4 * trained, abs=1e7)
+    _, other = plan_of(capsys, *one, *MODELS["lora"], "--model.reference_name", "another")
+    assert other["reference"] == pytest.approx(plan["parameters"], rel=0.03)
+
+
+def test_an_8b_model_in_4_bits_fits_24_gb_at_4096_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ("--trainer.devices", "1", "--shape", "meta-llama/Meta-Llama-3-8B-Instruct", "--memory_gb", "24")
+    recipe = ("--config", str(ROOT / "configs/ultrafeedback_instruct.yaml"), *MODELS["qlora"], *shape)
+    text, plan = plan_of(capsys, *recipe, "--trainer.precision", "bf16-mixed", "--trainer.strategy", "auto")
+    # 6.98e9 numbers in 4.13 bits, the head in bfloat16, as many embeddings in float32
+    assert plan["parameters"] == pytest.approx(6.98e9 * 4.13 / 8 + 6 * 128256 * 4096 + 4 * 42e6, rel=0.01)
+    largest = re.search(r"fits 24 GB.*micro_batch_tokens (\d+)", text)
+    assert largest is not None, text
+    assert int(largest[1]) >= 4096
 
 
 def test_dense_masks_are_counted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ SCENARIOS = {"single_pass": (22, 8192), "many_passes": (21, 115)}
 # that computes nothing in float32 (Llama's norms do): what is left of a difference is no rounding.
 EXACT = {1: 8192, 2: 300, 5: 130}
 STRATEGIES = ("ddp", "fsdp2")
+PLACES = {"adapters": (*STRATEGIES, "hsdp")} | ({"quantized": ("ddp",)} if find_spec("bitsandbytes") else {})
+ADAPTERS = Lora(r=4, lora_alpha=8.0)
 
 
 class RankOwnRandomness(Callback):
@@ -54,16 +57,25 @@ def train(
 ) -> dict[str, Tensor]:
     """Train with β-DPO and further `parts`, keeping half; returns the whole final weights, on every rank.
 
-    `kind` is that of the reference: `frozen`, `cached`, or `adapters`, the policy without its adapters.
+    `kind` is that of the reference: `frozen`, `cached`, `adapters` (the policy without them), `quantized`
+    (the same on a base in 4 bits), or another model.
     """
     torch.manual_seed(0)  # of the adapters' start
-    settings = {"lora": Lora(r=4, lora_alpha=8.0)} if kind == "adapters" else {"reference": kind}
+    settings: dict[str, Any] = {"lora": ADAPTERS} if kind == "adapters" else {"reference": kind}
+    if kind == "quantized":
+        settings = {"lora": ADAPTERS, "quantize": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+    if Path(kind).is_dir():
+        settings = {"reference_name": kind}
     module = preference(model, **settings)
     callbacks = [*beta_dpo(keep_ratio=0.5), *parts, PairAudit(), RankOwnRandomness()]
     # validation with an odd number of pairs: ranks hold unequal shares
     run = quiet_trainer(folder, callbacks, **{"limit_val_batches": 1.0, **trainer})
     run.fit(module, controlled(pairs, micro_batch_tokens=tokens))
-    final = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in weights(module).items()}
+    if kind == "adapters":
+        run.save_checkpoint(folder / "run.ckpt")
+    # of adapters alone, whose difference the weights of the base would hide
+    held = {n: t for n, t in weights(module).items() if "lora" not in settings or "lora_" in n}
+    final = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in held.items()}
     return final | {f"val/{n}": v for n, v in run.callback_metrics.items() if n.startswith("val/")}
 
 
@@ -85,7 +97,7 @@ def fine_tune(model: str, folder: Path, **trainer: Any) -> dict[str, Tensor]:
 def strategy(name: str) -> DDPStrategy | ShardedStrategy:
     if name == "ddp":
         return DDPStrategy(process_group_backend="gloo")
-    return ShardedStrategy(process_group_backend="gloo")
+    return ShardedStrategy(replicas=2 if name == "hsdp" else 1, process_group_backend="gloo")
 
 
 if __name__ == "__main__":
@@ -96,9 +108,10 @@ if __name__ == "__main__":
         if torch.distributed.get_rank() == 0:
             torch.save(final, folder / f"{name}-sft.pt")
     runs = [(scenario, *numbers, "frozen") for scenario, numbers in SCENARIOS.items()]
-    runs += [(kind, *SCENARIOS["many_passes"], kind) for kind in ("cached", "adapters")]
+    runs += [(kind, *SCENARIOS["many_passes"], kind) for kind in ("cached", *PLACES)]
+    runs.append(("other", *SCENARIOS["many_passes"], exact_model))
     for scenario, pairs, tokens, kind in runs:
-        for name in STRATEGIES:
+        for name in PLACES.get(kind, STRATEGIES):
             label = f"{name}-{scenario}"
             final = train(model, folder / label, pairs, tokens, kind, devices=2, strategy=strategy(name))
             if torch.distributed.get_rank() == 0:

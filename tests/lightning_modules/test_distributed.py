@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from command_runs import run_ranks
-from distributed_run import EXACT, SCENARIOS, STRATEGIES, fine_tune, train, train_exactly
+from distributed_run import ADAPTERS, EXACT, PLACES, SCENARIOS, STRATEGIES, fine_tune, train, train_exactly
+from safetensors.torch import load_file
 from tiny_runs import relative_difference, save_tiny_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from app.commands.export import export
+from lightning_modules.checkpoint import read_for_export
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +36,16 @@ def two_ranks(tiny_llama: str, tiny_gpt2: str, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def one_rank(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[pa.Table, dict]]:
+def one_rank(
+    tiny_llama: str, tiny_gpt2: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[pa.Table, dict]]:
     folder = tmp_path_factory.mktemp("one-rank")
     runs = [(scenario, *numbers, "frozen") for scenario, numbers in SCENARIOS.items()]
+    kinds = {**{kind: kind for kind in PLACES}, "other": tiny_gpt2}
+    runs += [(name, *SCENARIOS["many_passes"], kind) for name, kind in kinds.items()]
     return {
         scenario: (audit(folder / scenario), final)
-        for scenario, pairs, tokens, kind in [*runs, ("adapters", *SCENARIOS["many_passes"], "adapters")]
+        for scenario, pairs, tokens, kind in runs
         for final in [train(tiny_llama, folder / scenario, pairs, tokens, kind)]
     }
 
@@ -50,8 +60,13 @@ def split(final: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor
     return {name: value for name, value in final.items() if name not in metrics}, metrics
 
 
-@pytest.mark.parametrize("scenario", [*SCENARIOS, "cached", "adapters"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "scenario"),
+    [
+        *product(STRATEGIES, [*SCENARIOS, "cached", "other"]),
+        *((strategy, kind) for kind, strategies in PLACES.items() for strategy in strategies),
+    ],
+)
 def test_two_ranks_equal_one(
     strategy: str, scenario: str, two_ranks: Path, one_rank: dict[str, tuple[pa.Table, dict]]
 ) -> None:
@@ -77,6 +92,35 @@ def test_two_ranks_equal_one(
     assert len(expected_metrics) >= 8
     for name, value in expected_metrics.items():
         assert seen_metrics[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("strategy", PLACES["adapters"])
+def test_a_checkpoint_of_adapters_is_small_and_exported_to_the_bit(
+    strategy: str, tiny_llama: str, two_ranks: Path, tmp_path: Path
+) -> None:
+    folder = two_ranks / f"{strategy}-adapters"
+    adapters, _ = split(torch.load(two_ranks / f"{strategy}-adapters.pt"))
+    state = read_for_export(folder / "run.ckpt")["state_dict"]
+    assert {f"policy.{name}" for name in adapters} == state.keys()
+
+    export(str(folder / "run.ckpt"), str(tmp_path / "adapter"), adapter=True)
+    alone = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(alone) == len(adapters)
+    export(str(folder / "run.ckpt"), str(tmp_path / "merged"))
+    merged, base = (AutoModelForCausalLM.from_pretrained(name) for name in (tmp_path / "merged", tiny_llama))
+    moved = 0
+    for name, weight in base.state_dict().items():
+        layer = name.removesuffix(".weight")
+        parts = [adapters.get(f"model.{layer}.lora_{part}.default.weight") for part in "AB"]
+        if parts[0] is not None and parts[1] is not None:
+            assert all(
+                torch.equal(alone[f"base_model.model.{layer}.lora_{p}.weight"], q)
+                for p, q in zip("AB", parts, strict=True)
+            )
+            moved += 1
+            weight = weight + parts[1] @ parts[0] * (ADAPTERS.lora_alpha / ADAPTERS.r)
+        assert torch.equal(merged.state_dict()[name], weight), name
+    assert moved == len(adapters) // 2
 
 
 @pytest.fixture(scope="module")

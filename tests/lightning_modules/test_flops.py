@@ -33,8 +33,8 @@ def test_a_forward_pass_is_counted_but_for_its_attention(tied: bool) -> None:
 def test_a_step_counts_what_it_cannot_avoid() -> None:
     model = tiny_model("llama")
     once = forward_operations(model, 100, 30)
-    assert step_operations(model, 100, 30, 1.0, online_reference=True) == 4 * once
-    assert step_operations(model, 100, 30, 0.5, online_reference=False) == 2 * once
+    assert step_operations(model, model, 100, 30, 1.0) == 4 * once
+    assert step_operations(model, None, 100, 30, 0.5) == 2 * once
 
 
 def test_the_peak_of_a_cpu_is_not_known() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
+import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from app.commands.export import export
 from app.core.errors import UserError
 from callbacks import BetaScheduler, EpsilonBeta, RewardGapStatistics, RunCheckpoint
 from lightning_modules import PreferenceOptimization, SupervisedFineTuning
+from lightning_modules.checkpoint import read_checkpoint
 from lightning_modules.lora import Lora, without_adapters
 from lightning_modules.reference import ScoredReference
 
@@ -121,19 +125,37 @@ def test_a_cached_reference_goes_with_adapters(tiny_llama: str, tmp_path: Path) 
         torch.testing.assert_close(one.gaps, other.gaps, rtol=0, atol=1e-4)
 
 
-def run(folder: Path, model: str, steps: int, checkpoint: Path | None = None) -> Trainer:
+def run(folder: Path, model: str, steps: int, checkpoint: Path | None = None, lora: Lora = SETTINGS) -> Trainer:
     torch.manual_seed(0)
     callbacks = [*beta_dpo(), RunCheckpoint(every_n_steps=1, dirpath=str(folder / "checkpoints"))]
     trainer = quiet_trainer(folder, callbacks, max_steps=steps, enable_checkpointing=True)
-    trainer.fit(preference(model, lora=SETTINGS), controlled(60), ckpt_path=checkpoint, weights_only=True)
+    trainer.fit(preference(model, lora=lora), controlled(60), ckpt_path=checkpoint, weights_only=True)
     return trainer
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_and_exports_it(tiny_llama: str, tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole", tiny_llama, 5).lightning_module
-    run(tmp_path / "part", tiny_llama, 2)
+STARTS = {
+    "LoRA": SETTINGS,
+    "DoRA": replace(SETTINGS, use_dora=True, init_lora_weights="gaussian"),
+    "PiSSA": replace(
+        SETTINGS,
+        use_rslora=True,
+        init_lora_weights="pissa",
+        target_modules=["q_proj", "down_proj"],
+        layers_to_transform=[1],
+    ),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_resumed_run_is_the_uninterrupted_one_and_exports_it(start: str, tiny_llama: str, tmp_path: Path) -> None:
+    lora = STARTS[start]
+    whole = run(tmp_path / "whole", tiny_llama, 5, lora=lora).lightning_module
+    run(tmp_path / "part", tiny_llama, 2, lora=lora)
     last = tmp_path / "part" / "checkpoints" / "last.ckpt"
-    resumed = run(tmp_path / "part", tiny_llama, 5, last).lightning_module
+    resumed = run(tmp_path / "part", tiny_llama, 5, last, lora).lightning_module
+    held = read_checkpoint(last)["state_dict"]
+    # PiSSA changes the base, so the checkpoint holds it, and the reference is a model of its own
+    assert all("lora_" in name for name in held) == (len(resumed.scorers) == 1) == (start != "PiSSA")
     for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other), name
 
@@ -142,18 +164,30 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_exports_it(tiny_llama: str, 
         wanted = resumed.policy.model(input_ids=ids).logits
         merged, adapter = tmp_path / "merged", tmp_path / "adapter"
         export(str(last), str(merged))
-        export(str(last), str(adapter), adapter=True)
         model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
         assert type(model).__name__ == "LlamaForCausalLM"
         assert not any("lora" in name for name in model.state_dict())
         torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
         from peft import PeftModel
 
+        if start == "PiSSA":
+            with pytest.raises(UserError, match=r"--adapter: .* changed the base's weights"):
+                export(str(last), str(adapter), adapter=True)
+            return
+        moved = tmp_path / "moved"
+        shutil.copytree(tiny_llama, moved)
+        export(str(last), str(adapter), adapter=True, base=str(moved))
+        with pytest.raises(
+            UserError, match=f"--base: {re.escape(str(merged))} is another model than the adapters belong to"
+        ):
+            export(str(last), str(tmp_path / "other"), base=str(merged))
+        with pytest.raises(UserError, match=r"--ckpt_path: the checkpoint holds adapters of .* is another model"):
+            run(tmp_path / "other", str(merged), 5, last, lora)
         base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
         assert not torch.allclose(base(input_ids=ids).logits, wanted, atol=1e-2)
         loaded = PeftModel.from_pretrained(base, adapter)
         torch.testing.assert_close(loaded(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
-    assert loaded.peft_config["default"].base_model_name_or_path == tiny_llama
+    assert loaded.peft_config["default"].base_model_name_or_path == str(moved)
     assert AutoTokenizer.from_pretrained(adapter).eos_token == AutoTokenizer.from_pretrained(tiny_llama).eos_token
     sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (adapter, merged)]
     assert sizes[0] < sizes[1]
@@ -194,6 +228,8 @@ def test_supervised_fine_tuning_takes_adapters_too(tiny_llama: str, tmp_path: Pa
 def test_what_cannot_work_is_refused(tiny_llama: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.lora\.target_modules: nowhere names no layer"):
         train(tmp_path, tiny_llama, 1, lora=Lora(target_modules=["nowhere"]))
+    with pytest.raises(UserError, match=r"model.lora.init_lora_weights: 'eva' is none of true, gaussian, pissa"):
+        train(tmp_path, tiny_llama, 1, lora=Lora(init_lora_weights="eva"))
     with pytest.raises(UserError, match="head"):
         train(tmp_path, tiny_llama, 1, lora=Lora(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="Lora: r must be"):

@@ -1,0 +1,157 @@
+"""Refusals of models that cannot be trained, or do not fit the data, each with the remedy."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoTokenizer
+
+from app.core.errors import UserError
+from lightning_modules.sharded_loading import few
+
+log = logging.getLogger(__name__)
+
+
+def refuse_path(name: str) -> None:
+    """Raise UserError if `name` is an existing path but no model folder, and name the remedy."""
+    path = Path(name)
+    if not path.exists():
+        return  # a Hub id, or a path that does not exist
+    found = path if path.suffix in (".ckpt", ".gguf") else next(_sources(path), None) if path.is_dir() else path
+    if found is not None and found.name == "adapter_config.json":
+        raise UserError(
+            f'model.name: {name} holds adapters alone: merge them into their model first, python -c "from peft '
+            f"import AutoPeftModelForCausalLM as M; M.from_pretrained('{name}').merge_and_unload()"
+            ".save_pretrained('MERGED')\", and copy the tokenizer's files there."
+        )
+    if found is not None and found.suffix in (".ckpt", ".gguf"):
+        command, kind = ("convert", "GGUF") if found.suffix == ".gguf" else ("export", "checkpoint")
+        of = f"{found} is a {kind} file" if found == path else f"{name} holds no model, but the {kind} {found.name}"
+        raise UserError(f"model.name: {of}: run `beta-dpo {command} {found} FOLDER` and give that FOLDER.")
+    if path.is_file():
+        raise UserError(f"model.name: {name} is a file: give the folder that holds config.json and weights.")
+    if found is not None and found.parent != path:
+        raise UserError(f"model.name: {name} has no config.json: did you mean {found.parent}?")
+    if found is None:
+        raise UserError(
+            f"model.name: {name!r} has no config.json: give the folder of a model, as transformers saves it."
+        )
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    """Yield the files that identify the kind of a folder, the most telling first."""
+    for pattern in (
+        "adapter_config.json",
+        "config.json",
+        "last.ckpt",
+        "checkpoints/last.ckpt",
+        "*.ckpt",
+        "checkpoints/*.ckpt",
+        "*/checkpoints/*.ckpt",
+        "*.gguf",
+        "*/config.json",
+        "snapshots/*/config.json",
+    ):
+        yield from sorted(folder.glob(pattern))
+
+
+def refuse_config(config: Any, name: str) -> None:
+    """Raise UserError for a model whose configuration shows that it cannot be trained here."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise UserError(
+            f"model.name: {name} holds quantised weights ({method}), which cannot be trained: take the model that "
+            "they were made from."
+        )
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if encoder or getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"model.name: {name} is a {config.model_type}, whose tokens see those after them: take a causal model "
+            "(decoder only)."
+        )
+
+
+def refuse_missing(name: str, found: dict[str, Any]) -> None:
+    """Raise UserError for weights that the files lack or hold in another shape, because they would be random.
+
+    Warns of stored weights that the model does not use.
+    """
+    other = sorted(
+        f"{key} ({list(stored)} in the files, not {list(own)})" for key, stored, own in found["mismatched_keys"]
+    )
+    if other:
+        raise UserError(
+            f"model.name: config.json of {name!r} is of another model than the weights: {few(other)}; take both "
+            "from one place."
+        )
+    missing, more = (sorted(map(str, found[kind])) for kind in ("missing_keys", "unexpected_keys"))
+    instead = f" (they hold {few(more)} instead)" if more else ""
+    if missing:
+        raise UserError(
+            f"model.name: the files of {name!r} lack {few(missing)}{instead}, which would be random: take a "
+            "complete model."
+        )
+    if more:
+        log.warning("model.name: the files of %r hold %s, for which the model has no place", name, few(more))
+
+
+def refuse_beyond(model: Any, longest: int, largest_id: int, tokenizer: str, length: str) -> None:
+    """Raise UserError if `largest_id` or rows of `longest` tokens exceed the model's embedding tables.
+
+    `tokenizer` and `length` name the options to blame. A model without a table of positions, trained on shorter
+    rows, only causes a warning.
+    """
+    known = model.get_input_embeddings().num_embeddings
+    if largest_id >= known:
+        raise UserError(
+            f"{tokenizer}: its token {largest_id} is beyond the {known} that the model embeds: take the tokenizer "
+            "of this model, or a larger model.architecture.vocab_size."
+        )
+    table, trained = learned_positions(model), getattr(model.config, "max_position_embeddings", None)
+    if table is not None and longest > table:
+        raise UserError(
+            f"{length}: the longest prompt with its response has {longest} tokens, and this "
+            f"{model.config.model_type} has no more than {table} positions: lower it to {table}."
+        )
+    if table is None and isinstance(trained, int) and longest > trained:
+        log.warning(
+            "the longest prompt with its response has %d tokens, and the model was trained on %d "
+            "(max_position_embeddings): lower %s",
+            longest,
+            trained,
+            length,
+        )
+
+
+def refuse_other_tokens(name: str, ours: Any, trust_remote_code: bool) -> None:
+    """Raise UserError if the model `name` has a tokenizer that knows a token of `ours` by another number."""
+    try:
+        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception:  # weights without a tokenizer may raise anything
+        log.warning("%r holds no tokenizer: its tokens are taken to be those of data.tokenizer", name)
+        return
+    known = {number: token for token, number in theirs.get_vocab().items()}
+    other = sorted(token for token, number in ours.get_vocab().items() if known.get(number, token) != token)
+    if other:
+        raise UserError(
+            f"model.name: {name!r} has other tokens than data.tokenizer ({few(other)}): take a model with the same."
+        )
+
+
+def learned_positions(model: Any) -> int | None:
+    """Return the number of positions in a model's table of positions, or None if it has no table."""
+    most = [getattr(model.config, "max_position_embeddings", math.inf)]
+    if model.config.model_type == "mpt":  # its attention biases have this length
+        return int(model.config.max_seq_len)
+    tables = [
+        len(table)
+        for name, table in (*model.named_parameters(), *model.named_buffers())
+        if re.search(r"\b(wpe|embed_positions|position_embeddings|pos_emb\w*)(\.weight)?$", name)
+    ]
+    return int(min(tables + most)) if tables else None  # OPT's table has two extra rows
