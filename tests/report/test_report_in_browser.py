@@ -98,7 +98,7 @@ def test_by_keyboard(page: str, tmp_path: Path) -> None:
         assert "press" in output.text
         press(driver, "\ue011")  # Home
         first = output.text
-        assert first.startswith("step 1: beta_dpo 0.1 ")
+        assert first.startswith("step 1: beta_dpo 1 ")
         press(driver, "\ue014")  # right arrow
         assert output.text.startswith("step 2: ")
         assert driver.execute_script("return scrollX") == 0
