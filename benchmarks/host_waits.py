@@ -30,6 +30,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tiny_runs import VOCABULARY, beta_dpo, controlled, preference, save_tiny_model
 
 import callbacks
+from app.core.errors import first_line
 from benchmarks.tables import markdown
 from lightning_modules.scorer import ResponseScorer
 
@@ -104,7 +105,7 @@ def main() -> None:
                 try:
                     found = [f"{number}" for number in measure(model, folder, *run)]
                 except RuntimeError as error:
-                    found = [f"fails: {str(error).splitlines()[0]}"] + [""] * (len(COLUMNS) - 2)
+                    found = [f"fails: {first_line(error)}"] + [""] * (len(COLUMNS) - 2)
             rows.append([name, *found])
     print(markdown(COLUMNS, rows, aligned=True))
 

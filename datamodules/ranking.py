@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from app.core.errors import UserError
+from app.core.errors import UserError, first_line
 from app.method.ranges import PositiveShare, checked
 from app.method.selection import number_kept
 from datamodules.table import PairTable
@@ -79,8 +79,7 @@ class Ranking:
             found = pq.read_table(path)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
-                f"data.{option}.scores: {path} cannot be read ({str(error).splitlines()[0]}): `beta-dpo predict` "
-                "writes it."
+                f"data.{option}.scores: {path} cannot be read ({first_line(error)}): `beta-dpo predict` writes it."
             ) from error
         missing = {"pair_id", name} - set(found.column_names)
         if missing:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from app.core.errors import UserError
+from app.core.errors import UserError, first_line
 from app.method.ranges import PositiveFloat, PositiveInt, checked
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def add_lora(model: Any, lora: Lora) -> None:
     try:
         model.add_adapter(lora.peft_config())
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"model.lora: {str(error).splitlines()[0]}") from error
+        raise UserError(f"model.lora: {first_line(error)}") from error
 
     experts = fused_experts(model)
     if experts:

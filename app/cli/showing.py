@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from app.cli.trainer import PartsCLI, lightning_options
-from app.core.errors import UserError
+from app.core.errors import UserError, first_line
 from datamodules.base import SPLITS, PairDataModule
 from datamodules.describe import cut_responses, describe, repeats
 
@@ -51,7 +51,7 @@ def prepare(data: PairDataModule, model: str | None) -> Iterator[str]:
     try:
         folder = snapshot_download(model, allow_patterns=list(FILES), ignore_patterns=["*/*"])
     except Exception as error:  # network, access, name: the Hub's errors have no common class
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"model.name: {model!r} cannot be fetched ({type(error).__name__}: {reason}).") from error
     yield f"prepared: {model} in {folder}"
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.cli.mistakes import checked_command
-from app.core.errors import UserError
+from app.core.errors import UserError, first_line
 from app.core.files import atomic_folder
 
 # attributes that transformers leaves on a dequantised model and that make save_pretrained refuse it
@@ -33,7 +33,7 @@ def convert(gguf: str, out: str) -> None:
     except ImportError as error:
         raise UserError("Reading GGUF needs more packages: pip install gguf accelerate.") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a GGUF model: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} cannot be read as a GGUF model: {first_line(error)}") from error
     for mark in QUANTISATION_MARKS:
         if hasattr(model, mark):
             delattr(model, mark)

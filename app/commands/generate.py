@@ -192,11 +192,12 @@ def write_out(out: str, format: Form, name: str, parts: Parts, told: str, limit:
                 file.writelines(part["lines"])
             else:
                 answers += rows
-        parts.remove()
         if not finished:
+            parts.remove()  # the same command asks again
             raise UserError(f"{told}: the endpoint refused every prompt ({next(iter(refused))}).")
         if answers:
             file.write(answer_file(format, name, answers))
+    parts.remove()
     print(f"{finished.total()} samples of {told}; {finished[True]} are finished")
     if finished[False]:
         print(f"{finished[False]} of them are cut at max_new_tokens = {limit}: the model had not ended them")

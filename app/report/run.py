@@ -13,7 +13,7 @@ import pandas as pd
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app.cli.run_record import COMMANDS_FILE
-from app.core.errors import UserError
+from app.core.errors import UserError, first_line
 from app.core.intervals import Estimate
 from app.report.run_folder import read_audit, read_config
 from callbacks.hyperparameters import arguments, last_word
@@ -108,7 +108,7 @@ def read_csv(file: Path) -> dict[str, pd.Series]:
     try:
         table = pd.read_csv(file).groupby("step").last()
     except (KeyError, ValueError) as error:
-        raise UserError(f"{file} is not what CSVLogger writes: {str(error).splitlines()[0]}.") from error
+        raise UserError(f"{file} is not what CSVLogger writes: {first_line(error)}.") from error
     return {tag: table[tag].dropna().astype(float) for tag in table.columns if "/" in tag}
 
 

@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import seed_everything
 
-from app.core.errors import UserError
+from app.core.errors import UserError, first_line
 from datamodules.base import PairDataModule
 from datamodules.table import PairTable
 
@@ -25,7 +25,7 @@ def read_audit(folder: Path) -> pd.DataFrame:
     try:
         return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{folder}/audit cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{folder}/audit cannot be read: {first_line(error)}") from error
 
 
 # the columns of `PairAudit` itself; every other column is a label of the data
@@ -52,7 +52,7 @@ def read_config(folder: Path) -> tuple[Mapping[str, Any], str]:
     try:
         config = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{file} is not YAML: {str(error).splitlines()[0]}.") from error
+        raise UserError(f"{file} is not YAML: {first_line(error)}.") from error
     return (config if isinstance(config, Mapping) else {}), text
 
 

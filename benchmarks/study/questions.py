@@ -43,7 +43,7 @@ MEASURES = {"reward": "at the end", "within": "within the KL budget", "per_root"
 
 
 class Cell(NamedTuple):
-    """What is run at several seeds, with β0 and rate that tuning chooses for `like`, or for the arm itself."""
+    """A setting that runs on several seeds. Tuning chooses its β0 and rate: for the arm `like`, or for its own."""
 
     arm: str
     flips: float = 0.15
@@ -191,7 +191,7 @@ def plan() -> list[Question]:
         cell = static._replace(data=data)
         return {cell._replace(beta0=1.0): sign, cell._replace(beta0=0.1): -sign}
 
-    def batch(size: int, arm: str) -> Cell:  # 64 steps whatever the size
+    def batch(size: int, arm: str) -> Cell:  # always 64 steps
         return Cell(arm, options=f"--data.batch_size {size} --data.pairs {64 * size}")
 
     def shared(pairs: int) -> Cell:

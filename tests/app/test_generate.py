@@ -63,6 +63,18 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
 
 
+def test_samples_are_kept_until_the_file_is_there(tiny_llama: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.mkdir()  # a file cannot take the name of a folder
+    with pytest.raises(OSError, match=r"out\.jsonl"):
+        generate(tiny_llama, str(out), count=4, batch_size=2)
+    assert len(list(Path(f"{out}.parts").glob("0*"))) == 2
+    out.rmdir()
+    generate(tiny_llama, str(out), count=4, batch_size=2)
+    assert len(out.read_text().splitlines()) == 4
+    assert not Path(f"{out}.parts").exists()
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(tiny_llama: str, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "app.main", "generate", tiny_llama, "out.jsonl", *OPTIONS]

@@ -153,7 +153,7 @@ def test_a_killed_judge_asks_nothing_twice(model: Path, server: str, tmp_path: P
 
 
 def test_a_server_samples(model: Path, server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The server's answers are those of its model; refused prompts are counted, and a failing server is told of."""
+    """`generate` writes the answers of the server's model, counts refused prompts, and reports a failing server."""
     texts = [f"asked what first {ours} second {theirs}" for ours, theirs in EVERY[:3]]
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
