@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from app.core.errors import UserError
+from app.core.errors import UserError, first_line
 from lightning_modules.flex import mask_bytes
 from lightning_modules.head import NARROWEST_SLICE, SLICE_LOGITS
 from lightning_modules.pretrained import linear_weights
@@ -54,8 +54,7 @@ def activations(config: Any, dtype: torch.dtype, autocast: bool, split: int = 1)
         few, many = (_kept(config, dtype, autocast, split, rows) for rows in (1, 9))
     except Exception as error:  # the code of a model family may raise anything on fake tensors
         raise UserError(
-            f"plan: a model of type {config.model_type} cannot be measured without weights: "
-            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
+            f"plan: a model of type {config.model_type} cannot be measured without weights: {first_line(error)}"
         ) from error
     # the difference of two sizes cancels everything that does not grow with the number of tokens
     outside, *blocks = [(m - f) / (8 * SHORT_ROW) for m, f in zip(many, few, strict=True)]

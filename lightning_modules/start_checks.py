@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from app.core.errors import UserError
+from app.core.errors import UserError, first_line
 from lightning_modules.lora import Lora
 from lightning_modules.private import start_method
 from lightning_modules.refused_models import refuse_path
@@ -163,7 +163,7 @@ def try_optimizer(
                 raise TypeError("ReduceLROnPlateau waits for a metric, and a schedule is stepped once a step")
             schedule.step()
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = first_line(error).rstrip(".")
             raise UserError(f"{option} cannot take a step here: {reason}; {cure}.") from error
     if not isinstance(schedule, LRScheduler):
         raise UserError(f"model.lr_scheduler: {type(schedule).__name__} is no schedule of torch; {cure}.")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from rich.progress import Progress
 
-from app.core.errors import UserError
+from app.core.errors import UserError, first_line
 from app.method.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, checked
 
 NO_KEY = "none"
@@ -117,7 +117,7 @@ class Client:
                 pool.shutdown(cancel_futures=True)  # waits for running questions and keeps their answers
 
     def _reason(self, error: Exception) -> str:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         return (reason if self.api_key == NO_KEY else reason.replace(self.api_key, "…")).rstrip(".")
 
 

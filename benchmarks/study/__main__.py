@@ -23,7 +23,8 @@ from dataclasses import astuple
 from functools import partial
 from typing import Any
 
-from benchmarks.study.page import by_arm, frontier, paths_table, svg, write_page
+from app.report.plot import svg
+from benchmarks.study.page import by_arm, frontier, paths_table, write_page
 from benchmarks.study.questions import Rows, missing, pilot, plan, quickstarts, sizes
 from benchmarks.study.runs import (
     FIGURES,

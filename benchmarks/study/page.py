@@ -14,8 +14,7 @@ import pandas as pd
 
 from app.core.files import atomic_file
 from app.core.intervals import Estimate
-from app.report.plot import DASHES, SOLID, Interval, Line, axis, intervals, lines, run_colour, side_by_side
-from app.report.plot import svg as svg
+from app.report.plot import DASHES, SOLID, Interval, Line, axis, intervals, lines, run_colour, side_by_side, svg
 from benchmarks.study.questions import (
     GAPS,
     MEASURES,
