@@ -1,4 +1,6 @@
-"""Every schedule, margin, confidence and weight × filter × loss, for three steps; docs/combinations.md says how.
+"""Every schedule, margin, confidence and weight × filter × loss, for three steps.
+
+The tables are a section of docs/choosing.md, "Which parts go together".
 
 The default suite trains a covering part and holds it against the committed table; the slow test trains all and
 compares the whole text. `UPDATE_COMBINATIONS=1 python -m pytest tests/test_combinations.py -m slow` writes it.
@@ -57,13 +59,13 @@ from callbacks.control import CONTROLS
 from callbacks.slots import BY_NAME, in_order, slot_of
 
 ROOT = Path(__file__).parents[1]
-TABLE = ROOT / "docs" / "combinations.md"
+PAGE = ROOT / "docs" / "choosing.md"
+BEGIN, END = "<!-- combinations -->\n", "<!-- end of combinations -->\n"
+CONTROLS_FOLLOW = """
+### Which controls apply
 
-CONTROLS_FOLLOW = """## Which controls apply
-
-Written by the same command: whether `--control Control --control.by …` changes what the method, with a Gaussian
-filter, decides in three steps. "no": the slot is empty, or the decision is the same for all pairs of a step. What
-each control does: [choosing.md](choosing.md#controls).
+Whether [`--control Control --control.by …`](#controls) changes what the method, with a Gaussian filter, decides in
+three steps. "no": the slot is empty, or the decision is the same for all pairs of a step.
 
 """
 
@@ -269,36 +271,26 @@ def expected_beta(parts: Combination, m: Any, kept: Any, mean: float, std: float
 
 
 def table(outcomes: dict[Combination, str]) -> str:
-    """docs/combinations.md: one row per loss and filter, one column per schedule, the reasons below."""
-    reasons = list(dict.fromkeys(text for text in outcomes.values() if text != "runs"))
-    lines = [
-        "# Which parts go together",
-        "",
-        "Written by `UPDATE_COMBINATIONS=1 .venv/bin/python -m pytest tests/test_combinations.py -m slow`, which",
-        "trains every combination for three steps on a tiny model and computes β, weight and margin of every",
-        "pair again with NumPy. A filter is `filter.by`, a schedule what the file of that name in",
-        "`configs/method` gives the slot `schedule` (`batch_level`: `beta_dpo`; `constant_m0`:",
-        "`--schedule.m0 0`) or a method of the slots `margin`, `confidence` and `weights`",
-        "([choosing.md](choosing.md#methods-beside-β-dpo)):",
-        "",
-        "<!-- not run: needs the SFT model of the quickstart; tests/test_combinations.py trains it -->",
-        "```bash",
-        "beta-dpo fit --config configs/quickstart.yaml --filter.by head --schedule.level instance \\",
-        "  --model.loss IPOLoss",
-        "```",
-        "",
-        "`none` is `--filter null`, `fixed` is `--schedule null`. The slot `reward` and `model.sft_weight` go with",
-        "everything that runs here.",
-        "",
-        "| loss | filter | " + " | ".join(SCHEDULES) + " |",
-        "|---|---|" + "---|" * len(SCHEDULES),
-    ]
-    for loss, filter in itertools.product(LOSSES, FILTERS):
-        cells = [outcomes[Combination(loss, filter, schedule)] for schedule in SCHEDULES]
-        shown = [cell if cell == "runs" else f"refused ({reasons.index(cell) + 1})" for cell in cells]
-        lines.append(f"| {loss} | {filter} | " + " | ".join(shown) + " |")
-    lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)), ""]
-    return "\n".join(lines)
+    """Return the table of losses and schedules, with the reasons for refusal below it."""
+    cells = {
+        (loss, schedule): {outcomes[Combination(loss, name, schedule)] for name in FILTERS}
+        for loss, schedule in itertools.product(LOSSES, SCHEDULES)
+    }
+    assert all(len(found) == 1 for found in cells.values()), "a filter matters: give every filter a row"
+    reasons = list(
+        dict.fromkeys(for_any_loss(text, loss) for (loss, _), (text,) in cells.items() if text != "runs")
+    )
+    lines = ["| loss | " + " | ".join(SCHEDULES) + " |", "|---|" + "---|" * len(SCHEDULES)]
+    for loss in LOSSES:
+        told = [next(iter(cells[loss, schedule])) for schedule in SCHEDULES]
+        shown = [text if text == "runs" else f"no ({reasons.index(for_any_loss(text, loss)) + 1})" for text in told]
+        lines.append(f"| {loss} | " + " | ".join(shown) + " |")
+    return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)), ""])
+
+
+def for_any_loss(reason: str, loss: str) -> str:
+    """Return the reason with `LOSS` for the class of the loss that was refused, which begins its second part."""
+    return reason.replace(f": {type(LOSSES[loss][0]).__name__} has", ": LOSS has")
 
 
 def controls(folder: Path, model: str) -> str:
@@ -334,16 +326,24 @@ def controlled_by(by: Any, name: str, part: Any, folder: Path, model: str) -> bo
 
 
 def committed() -> dict[Combination, str]:
-    """The outcomes that the committed table tells."""
-    text = TABLE.read_text(encoding="utf-8").partition(CONTROLS_FOLLOW)[0]
+    """Return the outcomes that the committed table gives: they are the same for every filter."""
+    text = written().partition(CONTROLS_FOLLOW)[0]
     reasons = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     found = {}
-    for loss, filter, *cells in rows[2:]:
-        for schedule, cell in zip(rows[0][2:], cells, strict=True):
-            number = re.fullmatch(r"refused \((\d+)\)", cell)
-            found[Combination(loss, filter, schedule)] = reasons[number[1]] if number else cell
+    for loss, *cells in rows[2:]:
+        for name, (schedule, cell) in itertools.product(FILTERS, zip(rows[0][1:], cells, strict=True)):
+            number = re.fullmatch(r"no \((\d+)\)", cell)
+            reason = (
+                reasons[number[1]].replace("LOSS has", f"{type(LOSSES[loss][0]).__name__} has") if number else cell
+            )
+            found[Combination(loss, name, schedule)] = reason
     return found
+
+
+def written() -> str:
+    """Return the tables of the page."""
+    return PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
 
 
 def test_the_table_lists_everything() -> None:
@@ -356,8 +356,8 @@ def test_the_table_lists_everything() -> None:
     assert {type(loss) for loss, _ in LOSSES.values()} == found - {WithSFTTerm}
     kinds = {kind for slot in ("schedule", "margin", "confidence", "weights") for kind in BY_NAME[slot].kinds}
     assert {part[0] for part in SCHEDULES.values() if part} == kinds
-    assert list(committed()) == EVERY, "write docs/combinations.md again: UPDATE_COMBINATIONS=1, docs/extending.md"
-    assert table(committed()) == TABLE.read_text(encoding="utf-8").partition(CONTROLS_FOLLOW)[0]
+    assert list(committed()) == EVERY, "update docs/choosing.md with UPDATE_COMBINATIONS=1: see docs/extending.md"
+    assert table(committed()) == written().partition(CONTROLS_FOLLOW)[0]
 
 
 # a logit, a square with a target, and no reference; the slow test below trains every loss
@@ -388,5 +388,5 @@ def test_every_combination(tiny_llama: str, tmp_path: Path) -> None:
         outcomes[parts] = outcome(tmp_path / str(number), tiny_llama, parts)
     text = table(outcomes) + CONTROLS_FOLLOW + controls(tmp_path / "controls", tiny_llama)
     if os.environ.get("UPDATE_COMBINATIONS"):
-        TABLE.write_text(text, encoding="utf-8")
-    assert TABLE.read_text(encoding="utf-8") == text
+        PAGE.write_text(PAGE.read_text(encoding="utf-8").replace(written(), text), encoding="utf-8")
+    assert written() == text
