@@ -119,10 +119,8 @@ def quickstart(table: pd.DataFrame) -> str:
     shown = markdown([f"{len(ours)} seeds [95 % interval]", "SFT model", "β-DPO", "plain DPO", "difference"], rows)
     return f"""{shown}
 
-Both arms of a seed share SFT model, pairs and settings; intervals are Student's t over seeds.
-**β-DPO against plain DPO: {", ".join(told[:4])}.**
-
-Of all {len(runs)} runs, {len(runs) - len(usual)} of them with sums rounded in another order, the worst had
+**β-DPO against plain DPO, paired by seed: {", ".join(told[:4])}.** Intervals are Student's t.
+The worst of all {len(runs)} runs, {len(runs) - len(usual)} of them with sums rounded in another order, had
 {runs.malformed.max():.3f} malformed answers, the furthest a KL of {runs.kl.max():.2f}.
 {", ".join(runs.processor.unique())}; a run on another processor ends elsewhere."""
 
