@@ -20,7 +20,7 @@ JUDGE :=
 RIVAL = $(RUN)/sft-samples.jsonl
 ARMS := dpo dynamic_beta filter_only beta_dpo instance_level random_filter weight_matched
 
-.PHONY: install quickstart quickstart-seeds arm arms pipeline pipeline-smollm2 smollm2 parity docs bench study study-smollm2 sentiment check-exports wheels codegen size lint test test-slow
+.PHONY: install quickstart quickstart-seeds arm arms pipeline pipeline-smollm2 smollm2 parity docs bench study study-smollm2 sentiment check-exports wheels size lint test test-slow
 
 install: $(VENV)/.installed
 
@@ -107,13 +107,6 @@ bench: install
 # what a GPU machine without a network lacks, for benchmarks/gpu.sh
 wheels:
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest .wheels -r benchmarks/wheels.txt
-
-# FlexAttention compiled for an H100, without one: about 5 GB into an environment of its own, and half an hour
-codegen:
-	$(PYTHON) -m venv .venv-codegen
-	.venv-codegen/bin/pip install --quiet torch==2.11.0 transformers==5.17.0 lightning==2.6.6 pandas pyarrow
-	PYTHONPATH=. .venv-codegen/bin/python -m benchmarks.codegen
-	PYTHONPATH=. .venv-codegen/bin/python -m benchmarks.tables
 
 # what docs/study/plan.md names and docs/study/results.csv has no row of, the main questions first, then docs/study.md;
 # resumes after an interruption (`python -m benchmarks.study --plan`: how much there is)

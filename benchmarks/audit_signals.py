@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,13 +33,13 @@ from datamodules.sources.source import Source
 SHARES = (0.01, 0.05, 0.1)
 HEAD = [f"first {share:.0%}: precision, recall" for share in SHARES]
 RE_PO = ("--confidence", "AnnotatorReliability")
-ARMS = {"beta_dpo": (), "dpo_re_po": ("--config", "method/dpo", *RE_PO)}
-REAL_ARMS = {"beta_dpo_re_po": RE_PO}
+ARMS: dict[str, tuple[str, ...]] = {"beta_dpo": (), "dpo_re_po": ("--config", "method/dpo", *RE_PO)}
+REAL_ARMS: dict[str, tuple[str, ...]] = {"beta_dpo_re_po": RE_PO}
 
 
 def flipped_pairs(path: str, seed: int, count: int, longest: int, out: Path, share: float = 0.2) -> None:
     """Write `count` pairs of at most `longest` characters, drawn by `seed`; a `share` has flipped labels."""
-    found = {}
+    found: dict[tuple[str, frozenset[str | None]], Any] = {}
     for pair in pair_stream(Source(path), "skip", need_rejected=True).read():
         if len(f"{pair.prompt}{pair.chosen}{pair.rejected}") <= longest:
             found.setdefault((str(pair.prompt), frozenset((pair.chosen, pair.rejected))), pair)

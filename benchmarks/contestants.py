@@ -90,7 +90,10 @@ def train_ours(
         precision="bf16-mixed" if setting.device == "cuda" else "32-true",
         devices=1,
         callbacks=[*method, clock],
-        **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
     module = PreferenceOptimization(
         setting.model,
@@ -116,7 +119,8 @@ def train_ours(
 def train_plain(setting: Setting) -> dict[str, Any]:
     """Measure a plain transformers step: two padded rows per pair, logits of response positions only."""
     pairs, clock = pairs_of(setting), Clock(setting)
-    policy, reference = (AutoModelForCausalLM.from_pretrained(setting.model).to(setting.device) for _ in range(2))
+    models: list[Any] = [AutoModelForCausalLM.from_pretrained(setting.model) for _ in range(2)]
+    policy, reference = (model.to(setting.device) for model in models)
     policy.train()
     reference.eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
@@ -173,9 +177,10 @@ def train_trl(setting: Setting) -> dict[str, Any]:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             clock.after_step(state.global_step)
 
+    model: Any = AutoModelForCausalLM.from_pretrained(setting.model)
     with tempfile.TemporaryDirectory() as folder:
         trainer = DPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(setting.model),
+            model=model,
             args=trl_settings(
                 folder,
                 # padded rows of a large batch do not fit a GPU at once
@@ -196,7 +201,7 @@ def train_trl(setting: Setting) -> dict[str, Any]:
             callbacks=[Wound()],
         )
         trainer.train()
-    return clock.result(f"{trainer.model.config._attn_implementation}, padded, eager")
+    return clock.result(f"{model.config._attn_implementation}, padded, eager")
 
 
 def matrix_products(setting: Setting) -> dict[str, Any]:

@@ -109,8 +109,8 @@ def differences(authors: Run, default: Run, steps: tuple[int, ...] = (1, 2, 10))
     statistics, rng, states = AuthorsStatistics(), np.random.default_rng(0), []
 
     def add(setting: str, gaps: NDArray[np.float64], moments: Any, beta: str, kept: object) -> None:
-        numbers = (f"{each:.4f}" for each in (gaps.mean(), moments.mean, moments.std))
-        states.append(State(str(number), setting, *numbers, beta, str(kept)))
+        gap, mean, std = (f"{each:.4f}" for each in (gaps.mean(), moments.mean, moments.std))
+        states.append(State(str(number), setting, gap, mean, std, beta, str(kept)))
 
     for number, (theirs, ours) in enumerate(zip(authors.steps, default.steps, strict=True), start=1):
         betas = micro_batch_betas(statistics, theirs.gaps, BATCH_SIZE // 4, rng)

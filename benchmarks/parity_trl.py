@@ -72,9 +72,9 @@ def compare(bench: Bench) -> list[Outcome]:
     return outcomes
 
 
-def trl_settings(folder: Path, **options: Any) -> DPOConfig:
+def trl_settings(folder: str | Path, **options: Any) -> DPOConfig:
     """Return the options that make TRL do what `parity_runs.fit` does; `options` are added or override them."""
-    settings = {
+    settings: dict[str, Any] = {
         "per_device_train_batch_size": BATCH_SIZE,
         "max_steps": STEPS,
         "learning_rate": LEARNING_RATE,
@@ -106,8 +106,10 @@ def train_trl(bench: Bench, order: list[str], case: Case, folder: Path) -> tuple
         train_dataset=Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]),
         processing_class=tokenizer,
     )
+    assert isinstance(trainer.train_dataset, Dataset)
     for row, seen in zip(rows, trainer.train_dataset, strict=True):
         for side in ("chosen", "rejected"):
             assert token_ids(row, side, tokenizer) == (seen["prompt_ids"], seen[f"{side}_ids"]), row["pair_id"]
     trainer.train()
+    assert trainer.model is not None
     return trainer.losses, {name: value.detach().clone() for name, value in trainer.model.named_parameters()}

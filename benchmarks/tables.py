@@ -90,29 +90,9 @@ def filled(page: str, entries: dict[str, Any]) -> str:
     """Return `page` with the table of its entry in every marked place."""
 
     def table(name: str) -> str:
-        special = {"cost": costs, "codegen": kernels}
-        return special.get(name, comparison)(entries[name])
+        return (costs if name == "cost" else comparison)(entries[name])
 
     return _PLACE.sub(lambda place: f"{place[1]}{table(place[2])}\n{place[3]}", page)
-
-
-def kernels(entry: dict[str, Any]) -> str:
-    """Return a Markdown table of FlexAttention's main H100 kernel of each pass, the one that spills most."""
-    built = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
-    rows = []
-    for name, cell in entry["cells"].items():
-        if "stopped" in cell:
-            rows.append([name, cell["stopped"], "", ""])
-            continue
-        main = [kernel for kernel in cell["kernels"] if "_tem_" in kernel["name"]]
-        passes = [[k for k in main if ("backward" in k["name"]) == backward] for backward in (False, True)]
-        worst = [max(found, key=lambda kernel: kernel["spilled"]) for found in passes]
-        rows.append([name, *(f"{kernel['shared']}, {kernel['spilled']}" for kernel in worst), str(cell["seconds"])])
-    head = (
-        f"{entry['date']}, {built}; assembled for sm_90, not launched. Bytes of shared memory of a block, of "
-        "232448; bytes that a thread spills.\n\n"
-    )
-    return head + markdown(["head width", "forward: shared, spilled", "backward: shared, spilled", "seconds"], rows)
 
 
 def told(entry: dict[str, Any], data: str, turns: int) -> str:
