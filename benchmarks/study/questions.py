@@ -6,25 +6,17 @@ docs/study/plan.md says the same in words. docs/study/first.yaml has the questio
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import yaml
 
-from benchmarks.study.runs import (
-    JUDGED,
-    RESULTS,
-    TASKS,
-    TUNING,
-    TUNING_SEEDS,
-    Quickstart,
-    Run,
-    runs_of,
-    with_measures,
-)
+from benchmarks.study.runs import RESULTS, runs_of, with_measures
+from benchmarks.study.tasks import JUDGED, TASKS, TUNING, TUNING_SEEDS, Quickstart, Run
 from benchmarks.study.verdicts import Difference
+from benchmarks.tables import processor
 
 SEEDS = tuple(range(101, 131))
 QUICKSTART_SEEDS = range(101, 111)
@@ -107,34 +99,44 @@ class Untuned(LookupError):
 
 
 class Rows:
-    """The rows of the table by run, and what the plan reads from them."""
+    """The rows of the table by run and processor, and what the plan reads from them.
+
+    Rounding takes a run elsewhere on another processor, so only rows of one processor are compared within a seed.
+    """
 
     def __init__(self, table: pd.DataFrame) -> None:
         table = with_measures(table)
-        self.by_run = dict(zip(runs_of(table), table.to_dict("records"), strict=True))
+        self.by_run: dict[Run, dict[str, dict[Any, Any]]] = {}
+        for run, row in zip(runs_of(table), table.to_dict("records"), strict=True):
+            self.by_run.setdefault(run, {})[row["processor"]] = row
+
+    def together(self, runs: Iterable[Run]) -> list[str]:
+        """Return the known processors that have a row of every run."""
+        made = [self.by_run.get(run, {}).keys() for run in runs]
+        return sorted(set.intersection(*map(set, made)) - {"unknown"}) if made else []
+
+    def missing(self, runs: Sequence[Run]) -> list[Run]:
+        """Return the runs to do here, so that all `runs` have rows of one processor."""
+        here = processor()
+        return [] if self.together(runs) else [run for run in runs if here not in self.by_run.get(run, {})]
 
     def settings(self, cell: Cell) -> tuple[float, float]:
         """Return β0 and rate by the plan's rule, in two rounds: all six on one seed, the best two on four more.
 
-        The best has the highest mean reward at the end. Raises Untuned while runs of a round are missing, and
-        LookupError if rows are from different processors.
+        The best has the highest mean reward at the end. Raises Untuned while runs of a round are missing.
         """
         bases = BASES.get(cell.arm, BASES.get(cell.loss, BASES[cell.task]))
         tried = [(base, rate) for base in bases for rate in RATES[cell.task]]
         for seeds, left in ((TUNING_SEEDS[:1], 2), (TUNING_SEEDS, 1)):
-            runs = {
-                settings: [
-                    Run(cell.task, TUNING, seed, cell.data, cell.flips, cell.loss, cell.arm, *settings)
-                    for seed in seeds
-                ]
-                for settings in tried
-            }
-            if missing := [run for each in runs.values() for run in each if run not in self.by_run]:
+            place = (cell.data, cell.flips, cell.loss, cell.arm)
+            by_seed = [[Run(cell.task, TUNING, seed, *place, *at) for at in tried] for seed in seeds]
+            if missing := [run for runs in by_seed for run in self.missing(runs)]:
                 raise Untuned(missing)
-            rows = [self.by_run[run] for each in runs.values() for run in each]
-            if len({row["processor"] for row in rows}) > 1:
-                raise LookupError(f"the tuning runs of {cell.arm} ({cell.loss}) are from different processors")
-            reward = {at: sum(self.by_run[run]["reward"] for run in each) for at, each in runs.items()}
+            reward = dict.fromkeys(tried, 0.0)
+            for runs in by_seed:
+                where = self.together(runs)[0]
+                for at, run in zip(tried, runs, strict=True):
+                    reward[at] += self.by_run[run][where]["reward"]
             tried = sorted(tried, key=reward.__getitem__, reverse=True)[:left]
         return tried[0]
 
@@ -149,7 +151,9 @@ class Rows:
     def of(self, cell: Cell | Run) -> pd.DataFrame:
         """Return the rows of a cell, indexed by seed and processor. Raises LookupError when there is none."""
         wanted = self.run(cell)
-        rows = [row for run, row in self.by_run.items() if replace(run, seed=-1) == wanted]
+        rows = [
+            row for run, made in self.by_run.items() if replace(run, seed=-1) == wanted for row in made.values()
+        ]
         if not rows:
             raise LookupError(f"no rows of {wanted}")
         return pd.DataFrame(rows).set_index(["seed", "processor"]).sort_index()
@@ -165,6 +169,7 @@ class Rows:
         for measure in MEASURES:
             parts = [weight * cells[cell][measure] for cell, weight in comparison.weights.items()]
             values = pd.concat(parts, axis=1, join="inner").sum(axis=1).drop("unknown", level=1, errors="ignore")
+            values = values.groupby(level="seed").first()  # a seed counts once, on whichever processor
             if len(values) < 2:
                 raise LookupError(f"fewer than two pairs of rows: {comparison.label}")
             found[measure] = Difference.of(values.to_numpy(float), bound, comparison.family)
@@ -353,14 +358,15 @@ def quickstarts() -> Iterator[Run]:
 def missing(question: Question, rows: Rows) -> list[Run]:
     """Return the runs of a question without a row: those of tuning, then those of tuned cells, seed by seed."""
     cells = list(dict.fromkeys(cell for one in question.comparisons for cell in one.weights))
-    runs, tuning = [], []
+    runs, left = [], []
     for cell in cells:
         try:
             runs.append(rows.run(cell))
         except Untuned as error:
-            tuning += error.runs
-    judged = (replace(run, seed=seed) for seed in question.seeds for run in runs)
-    return [run for run in dict.fromkeys((*tuning, *judged)) if run not in rows.by_run]
+            left += error.runs
+    for seed in question.seeds:
+        left += rows.missing([replace(run, seed=seed) for run in runs])
+    return list(dict.fromkeys(left))
 
 
 def sizes() -> Iterator[tuple[Question, int, int]]:
