@@ -1,12 +1,11 @@
 """Measure how well each signal of the audit finds labels that were flipped on purpose, pooled over seeds.
 
-python -m benchmarks.audit_signals                                              # the controlled task, 15 % flipped
-python -m benchmarks.audit_signals --pairs hh.jsonl.gz --model models/smollm2   # pairs of people, 20 % flipped
-python -m benchmarks.audit_signals --pairs hh.jsonl.gz --count 200 --forward    # the reference's margin alone
+python -m benchmarks.audit_signals                                            # the controlled task, 15 % flipped
+python -m benchmarks.audit_signals --pairs hh.jsonl.gz --count 200            # the model's own margin, 20 % flipped
 
-Each seed draws its own pairs and flips. It trains β-DPO, and plain DPO with RE-PO; on pairs of people, to spare
-time, β-DPO with RE-PO alone. With `--forward` nothing is trained: `predict` scores the pairs once, and each seed
-flips a fifth of them. A run or score in `--out` is not made again.
+Each seed of the controlled task draws its own pairs and flips, and trains β-DPO, and plain DPO with RE-PO. On pairs
+of people nothing is trained: `predict` scores the pairs once, and each seed flips a fifth of them; what training
+adds there is a question of benchmarks.study. A run or score in `--out` is not made again.
 """
 
 from __future__ import annotations
@@ -14,21 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from app.commands.audit import LABEL, as_row
+from app.commands.audit import LABEL
 from app.commands.quickstart import command
 from app.commands.suspects import SIGNALS, available, hits, pair_histories
 from app.core.intervals import wilson
 from app.report.run_folder import read_audit
+from benchmarks.study.real_pairs import drawn, write
 from benchmarks.tables import markdown
-from datamodules.sources.reader import pair_stream
-from datamodules.sources.source import Source
 
 SHARES = (0.01, 0.05, 0.1)
 HEAD = [f"first {share:.0%}: precision, recall" for share in SHARES]
@@ -37,38 +33,15 @@ ARMS: dict[str, tuple[str, ...]] = {"beta_dpo": (), "dpo_re_po": ("--config", "m
 REAL_ARMS: dict[str, tuple[str, ...]] = {"beta_dpo_re_po": RE_PO}
 
 
-def flipped_pairs(path: str, seed: int, count: int, longest: int, out: Path, share: float = 0.2) -> None:
-    """Write `count` pairs of at most `longest` characters, drawn by `seed`; a `share` has flipped labels."""
-    found: dict[tuple[str, frozenset[str | None]], Any] = {}
-    for pair in pair_stream(Source(path), "skip", need_rejected=True).read():
-        if len(f"{pair.prompt}{pair.chosen}{pair.rejected}") <= longest:
-            found.setdefault((str(pair.prompt), frozenset((pair.chosen, pair.rejected))), pair)
-    draws = np.random.default_rng(seed)
-    pairs = [list(found.values())[place] for place in draws.permutation(len(found))[:count]]
-    flips = draws.permutation(len(pairs)) < round(share * len(pairs))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", encoding="utf-8") as lines:
-        for pair, flip in zip(pairs, flips.tolist(), strict=True):
-            labelled = replace(pair, labels={LABEL: flip})
-            lines.write(json.dumps(as_row(labelled, flip), ensure_ascii=False) + "\n")
-    print(f"{len(pairs)} of {len(found)} pairs, {flips.sum()} flipped: {out}")
-
-
-def train(folder: Path, seed: int, options: argparse.Namespace) -> None:
+def train(folder: Path, seed: int) -> None:
     """Train the arms of one seed into `folder`."""
     # the quickstart as it was when docs/monitoring.md was written
     words = ["--config", "quickstart", "--model.beta0", "0.1", "--model.optimizer.init_args.lr", "2.2e-5"]
     words += ["--data.pairs", "14080", "--data.broken_share", "0.25", "--model.name", str(folder / "sft-model")]
-    if options.pairs:
-        data = folder / "pairs.jsonl"
-        flipped_pairs(options.pairs, seed, options.count, options.longest, data)
-        words = ["--config", "own_pairs", "--model.name", options.model, "--data.path", str(data)]
-        words += ["--data.validation_share", "0", "--model.optimizer.init_args.lr", "2e-5"]
-        words += ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--model.reference", "cached"]
-    elif not (folder / "sft-model").exists():
+    if not (folder / "sft-model").exists():
         fit(folder, "sft", seed, ["--config", "quickstart_sft"])
         command("export", str(folder / "sft/checkpoints/last.ckpt"), str(folder / "sft-model"))
-    for arm, more in arms(options).items():
+    for arm, more in ARMS.items():
         if not (folder / arm).exists():
             fit(folder, arm, seed, [*words, *more, "--dashboard", "null"])
 
@@ -121,7 +94,8 @@ def reference_alone(folder: Path, options: argparse.Namespace) -> str:
     """Return how often the model prefers people's choice, and the table of its margin per token as a signal."""
     data, file = folder / "pairs.jsonl", folder / "scores.parquet"
     if not file.exists():
-        flipped_pairs(options.pairs, options.seeds[0], options.count, options.longest, data, share=0.0)
+        pairs = drawn(options.pairs, options.longest, np.random.default_rng(options.seeds[0]))[: options.count]
+        write(data, pairs, np.zeros(len(pairs), bool))
         words = ["--config", "own_pairs", "--config", "loss/simpo", "--model.name", options.model]
         words += ["--data.path", str(data), "--data.validation_share", "0", "--trainer.accelerator", "cpu"]
         command("predict", *words, "--scores.path", str(file))
@@ -147,28 +121,23 @@ def pooled_row(areas: Sequence[float], lists: Sequence[Sequence[np.ndarray]], wr
     return [f"{np.mean(areas):.3f} ({min(areas):.3f}–{max(areas):.3f})", *cells]
 
 
-def arms(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
-    return REAL_ARMS if options.pairs else ARMS
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[71, 72, 73])
     parser.add_argument("--pairs", help="a file of pairs; none: the controlled task")
     parser.add_argument("--model", default="models/smollm2")
-    parser.add_argument("--count", type=int, default=160, help="pairs per seed")
+    parser.add_argument("--count", type=int, default=160, help="pairs of people")
     parser.add_argument("--longest", type=int, default=350, help="characters of a pair, at most")
     parser.add_argument("--out", type=Path, default=Path("runs/audit_signals"))
-    parser.add_argument("--forward", action="store_true", help="score the pairs and train nothing")
     options = parser.parse_args()
     task = options.out / (Path(options.pairs).name.split(".")[0] if options.pairs else "controlled")
-    if options.forward:
+    if options.pairs:
         print(reference_alone(task, options))
         return
     folders = [task / str(seed) for seed in options.seeds]
     for folder, seed in zip(folders, options.seeds, strict=True):
-        train(folder, seed, options)
-    print("\n\n".join(table(folders, arm) for arm in arms(options)))
+        train(folder, seed)
+    print("\n\n".join(table(folders, arm) for arm in ARMS))
 
 
 if __name__ == "__main__":
