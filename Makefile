@@ -109,7 +109,8 @@ wheels:
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest .wheels -r benchmarks/wheels.txt
 
 # what docs/study/plan.md names and docs/study/results.csv has no row of, the main questions first, then docs/study.md;
-# resumes after an interruption (`python -m benchmarks.study --plan`: how much there is)
+# resumes after an interruption (`python -m benchmarks.study --plan`: how much there is); runs on pairs of people, too,
+# after `make smollm2`, with PAIRS=FOLDER that holds them
 study: export OMP_NUM_THREADS = 1
 study: install
 	$(BIN)/python -m benchmarks.study

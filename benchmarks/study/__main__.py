@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
 import time
 import traceback
@@ -27,7 +28,7 @@ import pandas as pd
 
 from app.report.plot import svg
 from benchmarks.study.page import by_arm, frontier, paths_table, write_page
-from benchmarks.study.questions import Rows, missing, pilot, plan, quickstarts, sizes
+from benchmarks.study.questions import Rows, missing, pilot, plan, quickstarts, real, sizes
 from benchmarks.study.runs import FIGURES, append_result, make_row, make_sft_model, read_results, runs_of, spoken
 from benchmarks.study.tasks import FOLDER, TASKS, Run
 from benchmarks.tables import markdown, processor
@@ -77,14 +78,20 @@ def main() -> None:
         while left := left_to_do(options.only, failed):
             failed |= carry_out(left, options.jobs)
         write_page(read_results())
+        if "PAIRS" not in os.environ:
+            print("The runs on pairs of people were left out: PAIRS=FOLDER names the folder of their files.")
         sys.exit(f"{len(failed)} runs failed and have no row" if failed else 0)
 
 
 def left_to_do(only: str = "", failed: Iterable[Run] = ()) -> list[Run]:
-    """Return the runs to do of the quickstart, or else of the first question that has some, but `failed` ones."""
+    """Return the runs to do of the quickstart, or else of the first question that has some, but `failed` ones.
+
+    Those on pairs of people need the environment variable PAIRS, the folder of their files.
+    """
     rows, given_up = Rows(read_results()), set(failed)
     first = (run for run in quickstarts() if run not in rows.by_run)
-    for runs in (first, *(missing(question, rows) for question in plan())):
+    people = (run for run in real() if run not in rows.by_run and "PAIRS" in os.environ)
+    for runs in (first, *(missing(question, rows) for question in plan()), people):
         if left := [run for run in runs if only in told(run) and run not in given_up]:
             return left
     return []

@@ -81,7 +81,7 @@ def documents(table: pd.DataFrame) -> dict[str, str]:
     parts = [
         head.format(**numbers).rstrip(),
         *([second_plan(judged, table)] if judged else []),
-        summary(questions),
+        summary(questions, {"reward": "at the end", "within": WITHIN}),
         "## All arms on mixed data, flip rate .15",
         arms_table(arms),
         "![reward against KL](study/frontier.svg)",
@@ -149,34 +149,41 @@ def answered(questions: Sequence[Question], rows: Rows) -> Iterator[Question]:
 
 
 def second_plan(questions: Sequence[Question], table: pd.DataFrame) -> str:
-    """Return the answers of the plan: a sentence on what wins on both tasks, a table, and a figure per question."""
+    """Return the plan's answers: what wins on both tasks, the verdicts, then a table and a figure a question."""
     wanted = sum(judged for _, _, judged in sizes())
     better: dict[str, set[tuple[str, float]]] = {"controlled": set(), "sentiment": set()}
-    rows = []
-    for question in questions:
-        for number, one in enumerate(question.comparisons):
-            found = one.found or {}
-            ours, theirs, *_ = (cell for cell in one.weights if isinstance(cell, Cell))
-            if theirs == Cell("dpo", ours.flips, task=one.task) and found["reward"].verdict == "better":
-                better[one.task].add((ours.arm, ours.flips))
-            cells = [text for each in found.values() for text in (f"{each}", each.verdict)]
-            title = "" if number else f"[{question.title}](#{anchor(question.title)})"
-            rows.append([title, one.label, *cells, f"{found['reward'].seeds}", told_collapses(one)])
+    for one in (one for question in questions for one in question.comparisons):
+        ours, theirs, *_ = (cell for cell in one.weights if isinstance(cell, Cell))
+        if theirs == Cell("dpo", ours.flips, task=one.task) and one.of("reward").verdict == "better":
+            better[one.task].add((ours.arm, ours.flips))
     both = better["controlled"] & better["sentiment"]
     arms = " and ".join(sorted({f"{arm} (flip rate {flips:g})" for arm, flips in both}))
     first = f"On both tasks {arms} beat tuned static β." if both else "Nothing beats tuned static β on both tasks."
     if "sentiment" not in {one.task for question in questions for one in question.comparisons}:
         first = "Whether anything beats tuned static β on both tasks is not known yet."
-    done = int((table.phase == JUDGED).sum())
+    done, answered_ = (
+        int(((table.phase == JUDGED) & (table.task != "real")).sum()),
+        sum(len(each.comparisons) for each in questions),
+    )
     asked = sum(len(each.comparisons) for each in plan())
-    header = ["question", "comparison", *(text for name in MEASURES.values() for text in (name, "verdict"))]
+    open_ = [each.title for each in plan() if each.title not in {question.title for question in questions}]
+    sections = []
+    for question in questions:
+        rows = []
+        for one in question.comparisons:
+            cells = [text for name in MEASURES for text in (f"{one.of(name)}", one.of(name).verdict)]
+            rows.append([one.label, *cells, f"{one.of('reward').seeds}", told_collapses(one)])
+        header = ["", *(text for name in MEASURES.values() for text in (name, "verdict")), "seeds", "collapsed"]
+        figure = f"![{question.title}](study/{question.name}.svg)"
+        sections += [f"### {question.title}", question.source, markdown(header, rows), figure]
     return "\n\n".join(
         [
             "## What the second plan found",
-            f"**{first}** {done} of the {wanted} runs that judge have a row, and {len(rows)} of the {asked} "
+            f"**{first}** {done} of the {wanted} runs that judge have a row, and {answered_} of the {asked} "
             "comparisons have two pairs of rows or more ([plan](study/plan.md)).",
-            markdown([*header, "seeds", "collapsed"], rows),
-            *(f"### {each.title}\n\n{each.source}\n\n![{each.title}](study/{each.name}.svg)" for each in questions),
+            summary(questions, MEASURES),
+            *([f"Not run yet: {'; '.join(open_)}"] if open_ else []),
+            *sections,
             "## What the first plan found",
         ]
     )
@@ -186,12 +193,12 @@ def told_collapses(one: Comparison) -> str:
     return " : ".join(map(str, one.collapsed)) if any(one.collapsed) else "–"
 
 
-def summary(questions: Sequence[Question]) -> str:
+def summary(questions: Sequence[Question], measures: Mapping[str, str]) -> str:
     """Return the table of all questions: their verdicts by measure, with the interval where one decides alone."""
     rows = []
     for question in questions:
         verdicts = []
-        for measure in ("reward", "within"):
+        for measure in measures:
             found: dict[str, list[str]] = {}
             for one in question.comparisons:
                 found.setdefault(one.of(measure).verdict, []).append(one.label)
@@ -205,7 +212,7 @@ def summary(questions: Sequence[Question]) -> str:
                 told = [f"**{verdict}**: {', '.join(labels)}" for verdict, labels in found.items()]
                 verdicts.append("; ".join([*told, *([f"undecided: {len(open_)} more"] if open_ else [])]))
         rows.append([f"[{question.title}](#{anchor(question.title)})", *verdicts])
-    return markdown(["claim", "at the end", WITHIN], rows)
+    return markdown(["question", *measures.values()], rows)
 
 
 def anchor(title: str) -> str:

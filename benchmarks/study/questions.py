@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from benchmarks.study.runs import RESULTS, runs_of, with_measures
-from benchmarks.study.tasks import JUDGED, TASKS, TUNING, TUNING_SEEDS, Quickstart, Run
+from benchmarks.study.tasks import JUDGED, PAIR_FILES, TASKS, TUNING, TUNING_SEEDS, Quickstart, Run
 from benchmarks.study.verdicts import Difference
 from benchmarks.tables import processor
 
@@ -339,6 +339,15 @@ def pilot() -> Iterator[Run]:
     """Yield runs that show reward against KL on reviews, on one seed: static β, β-DPO and its control."""
     for arm, beta0 in (("dpo", 0.1), ("dpo", 0.3), ("dpo", 1.0), ("beta_dpo", 0.3), ("random_filter", 0.3)):
         yield Run("sentiment", "pilot", 1, "mixed", 0.0, "sigmoid", arm, beta0, 2e-4)
+
+
+def real() -> Iterator[Run]:
+    """Yield the runs on pairs of people, with settings that are not tuned."""
+    for seed in SEEDS[:3]:
+        for data in PAIR_FILES:
+            for flips in (0.0, 0.2):
+                for arm in ("beta_dpo", "dpo"):
+                    yield Run("real", JUDGED, seed, data, flips, "sigmoid", arm, 0.1, 2e-5)
 
 
 def quickstarts() -> Iterator[Run]:

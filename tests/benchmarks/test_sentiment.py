@@ -11,7 +11,8 @@ import pytest
 from app.judges.rewards import OwnReward
 from benchmarks.study import sentiment
 from benchmarks.study.questions import pilot
-from benchmarks.study.runs import TASKS, Reviews, spoken
+from benchmarks.study.runs import spoken
+from benchmarks.study.tasks import TASKS, Reviews
 
 
 def test_sentences_are_plain_and_in_two_halves() -> None:
