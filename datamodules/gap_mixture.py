@@ -123,6 +123,7 @@ def replaced_stream(stream: PairStream, samples: str) -> PairStream:
         stream.name,
         {"pairs": dict(stream.description), "rejected": content},
         lambda: PairReader(partial(replaced_pairs, stream.read(), samples)),
+        stream.rows,
     )
 
 

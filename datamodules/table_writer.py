@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from itertools import chain, islice
-from multiprocessing import current_process, get_context
+from multiprocessing import current_process, get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from app.core.cache import DamagedEntry, cached, fingerprint
 from app.core.errors import UserError
-from app.core.files import atomic_folder, file_hash
+from app.core.files import Parts, atomic_file, atomic_folder, file_hash
 from datamodules.records import PreferencePair
 from datamodules.sources.prompts import answer_keys, near_key, prompt_key
 from datamodules.sources.reader import PairStream
@@ -30,9 +32,13 @@ from datamodules.table import SCHEMA, PairTable, Part, label_kind
 from datamodules.tokenisation import Tokenisation, tokenise_pairs
 from datamodules.tokenizer import tokenizer_fingerprint
 
+log = logging.getLogger(__name__)
+
 TABLE_VERSION = 6  # raise if a change of reading, tokenising or the schema changes the content of tables
 FILES = ("pairs.arrow", "table.json")  # the rows; their checksum and what else is known of them
+_FOUND = b"found"  # the metadata of a batch in a part: what became of its pairs
 _PAIRS_PER_BATCH = 1024
+_BATCHES_PER_PART = 16
 _BEFORE_PROCESSES = 8  # batches that take less time than processes take to start
 
 
@@ -61,45 +67,84 @@ def build_table(
 ) -> None:
     """Tokenise the pairs of `stream` into the new `folder`; the table's report includes that of the stream.
 
-    Raises UserError if no pair remains, FileExistsError if the folder exists and is not empty.
+    The next call for the same folder resumes the work of a killed process behind its last finished part. Raises
+    UserError if no pair remains, FileExistsError if the folder exists and is not empty.
     """
-    pairs = stream.read()
-    report: RowReport | None = getattr(pairs, "report", None)  # which counts rows and pairs meanwhile
-    notes = report or RowReport()
-    written = 0
-    label_kinds: dict[str, set[str]] = {}
-    meta: dict[str, Any] = {}
+    parts = Parts(folder.with_suffix(".parts"), dict(stream.description))
+    try:
+        report = _tokenise_parts(stream, tokenizer, settings, parts)
+        kinds: dict[str, set[str]] = {}
+        meta: dict[str, Any] = {}
 
-    def batches() -> Iterator[pa.RecordBatch]:
-        nonlocal written
-        with tqdm(desc="tokenising", unit=" pairs", delay=3, disable=None) as progress:
-            for batch in in_order(in_batches(pairs), tokenizer, settings):
-                for note, pair_id in batch.notes:
-                    notes.note(note, pair_id)
+        def batches() -> Iterator[pa.RecordBatch]:
+            written = 0
+            for batch in chain.from_iterable(map(_read_part, parts)):
+                report.extend(batch.report)
                 for name, types in batch.kinds.items():
-                    label_kinds.setdefault(name, set()).update(types)
+                    kinds.setdefault(name, set()).update(types)
                 yield batch.rows
                 written += len(batch.rows)
-                if report is None:
-                    notes.counts["rows"] += batch.read
-                progress.update(batch.read)
-        if not written:
-            lost = "; ".join(notes.lines())
-            raise UserError(f"No pair is left after tokenisation ({lost}): check the data settings.")
-        notes.counts["pairs"] = written
-        kinds = {name: sorted(found) for name, found in label_kinds.items()}
-        meta.update(report=notes.counts, examples=notes.examples, label_kinds=kinds)
+            if not written:
+                raise UserError(
+                    f"No pair is left after tokenisation ({'; '.join(report.lines())}): check the data settings."
+                )
+            report.counts["pairs"] = written
+            label_kinds = {name: sorted(found) for name, found in kinds.items()}
+            meta.update(report=report.counts, examples=report.examples, label_kinds=label_kinds)
 
-    write_rows(folder, FILES, SCHEMA, batches(), meta)
+        write_rows(folder, FILES, SCHEMA, batches(), meta)
+    except UserError:  # its cure changes the data or the settings, and these parts would never be used
+        parts.remove()
+        raise
+    parts.remove()
+
+
+def _tokenise_parts(
+    stream: PairStream, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation, parts: Parts
+) -> RowReport:
+    """Tokenise the pairs that no finished part contains; return the report on what the stream read."""
+    reader = stream.read()
+    pairs = iter(reader)
+    done, rows = len(parts), stream.rows()
+    read = done * _BATCHES_PER_PART * _PAIRS_PER_BATCH
+    if done:
+        log.info("%s: resumes tokenising at row %d of %s", stream.name, read + 1, rows or "an unknown number")
+        deque(islice(pairs, read), maxlen=0)
+    with tqdm(desc="tokenising", unit=" pairs", total=rows, initial=read, delay=3, disable=None) as progress:
+        batches = in_order(in_batches(pairs), tokenizer, settings)
+        for number, first in enumerate(batches, done):
+            with (
+                atomic_file(parts.path(number)) as temporary,
+                pa.OSFile(str(temporary), "wb") as sink,
+                pa.ipc.new_file(sink, SCHEMA) as writer,
+            ):
+                for batch in chain([first], islice(batches, _BATCHES_PER_PART - 1)):
+                    writer.write_batch(batch.rows, {_FOUND: batch.found()})
+                    read += batch.read
+                    progress.update(batch.read)
+    return getattr(reader, "report", RowReport(Counter(rows=read)))
+
+
+def _read_part(path: Path) -> Iterator[Tokenised]:
+    """Yield the batches of a part, mapped into memory."""
+    file = pa.ipc.open_file(pa.memory_map(str(path)))
+    for number in range(file.num_record_batches):
+        rows, found = file.get_batch_with_custom_metadata(number)
+        read, counts, examples, kinds = json.loads(found[_FOUND])
+        yield Tokenised(rows, read, RowReport(Counter(counts), examples), kinds)
 
 
 class Tokenised(NamedTuple):
-    """A batch of pairs as rows of a table, with what became of them (note and pair id) and its labels' types."""
+    """A batch of pairs as rows of a table, with what became of the pairs and the types of their labels."""
 
-    read: int
     rows: pa.RecordBatch
-    notes: list[tuple[str, str]]
-    kinds: dict[str, set[str]]
+    read: int
+    report: RowReport
+    kinds: dict[str, list[str]]
+
+    def found(self) -> str:
+        """Return all but the rows, in JSON."""
+        return json.dumps([self.read, self.report.counts, self.report.examples, self.kinds])
 
 
 def tokenised(
@@ -107,17 +152,19 @@ def tokenised(
 ) -> Tokenised:
     """Tokenise a batch of pairs."""
     rows: list[tuple[object, ...]] = []
-    notes: list[tuple[str, str]] = []
+    report = RowReport()
     kinds: dict[str, set[str]] = {}
     for pair, (tokens, told) in zip(pairs, tokenise_pairs(pairs, tokenizer, settings), strict=True):
-        notes += [(note if tokens else f"dropped: {note}", pair.pair_id) for note in told]
+        for note in told:
+            report.note(note if tokens else f"dropped: {note}", pair.pair_id)
         if tokens:
             prompt = pair.prompt or pair.chosen  # plain text has no prompt
             keys = (tokens.key, prompt_key(prompt), near_key(prompt), *answer_keys(pair))
             rows.append((pair.pair_id, json.dumps(pair.labels), *keys, *tokens))
             for name, value in pair.labels.items():
                 kinds.setdefault(name, set()).add(label_kind(value))
-    return Tokenised(len(pairs), record_batch(rows, SCHEMA), notes, kinds)
+    label_kinds = {name: sorted(types) for name, types in kinds.items()}
+    return Tokenised(record_batch(rows, SCHEMA), len(pairs), report, label_kinds)
 
 
 def in_order(
@@ -150,7 +197,16 @@ def in_order(
 def _begin(*tools: Any) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _begin.tools = tools  # type: ignore[attr-defined]
+
+
+def _end_with_parent() -> None:
+    """End this process, which would wait for work forever, when a signal has killed its parent."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _tokenised_here(pairs: list[PreferencePair]) -> Tokenised:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -15,6 +16,7 @@ from app.core.locks import locked
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_ABANDONED_SECONDS = 7 * 24 * 3600
 Kind = Literal["tables", "rewards", "references"]
 
 
@@ -45,8 +47,17 @@ def cached(kind: Kind, key: str, read: Callable[[Path], T], build: Callable[[Pat
             except DamagedEntry as damage:
                 log.warning("A damaged entry of the cache of %s is made again: %s", kind, damage)
                 shutil.rmtree(folder)
+        _remove_abandoned(folder.parent)
         build(folder)
         return read(folder)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove what killed processes left behind and no other one has resumed for a week."""
+    for left in [*root.glob("*.parts"), *root.glob(".*.part")]:
+        if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+            log.info("removing %s, which a killed process left more than a week ago", left)
+            shutil.rmtree(left)
 
 
 def lock_of(kind: Kind, key: str) -> tuple[Path, str, str]:

@@ -207,11 +207,28 @@ class LocalFiles:
         places = list(self.places.values())
         return hashes[0] if places == [self.name] else fingerprint([places, hashes])
 
+    def count(self) -> int | None:
+        """Return the number of rows of parquet, or of lines; None if other kinds of files are among them."""
+        counts = [_count(path) for path in self.places]
+        return sum(filter(None, counts)) if all(counts) else None
+
     def rows(self) -> Iterator[tuple[str, object]]:
         """Yield (file and line or row number from 1, value of the row, or a BadRow if it cannot be read)."""
         for path, place in self.places.items():
             for number, row in _rows(path):
                 yield f"{place}:{number}", row
+
+
+def _count(path: Path) -> int | None:
+    try:
+        if path.suffix.lower() == ".parquet":
+            return pq.read_metadata(path).num_rows
+        if path.suffix.lower() == ".jsonl":
+            with open(path, "rb") as file:
+                return sum(1 for _ in file)
+    except (pa.ArrowException, OSError):
+        pass  # reading the rows says what is wrong with the file
+    return None
 
 
 def _rows(path: Path) -> Rows:

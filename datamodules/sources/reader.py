@@ -84,11 +84,13 @@ class PairStream:
 
     `description` is the part of the cache key that identifies the pairs, in JSON values: content hash, format, seed
     of a generator, …. `read` starts at the first pair; its result may have a `report` (a `RowReport`) of the rows.
+    `rows` gives their number if that is known before they are read.
     """
 
     name: str
     description: Mapping[str, object]
     read: Callable[[], Iterable[PreferencePair]]
+    rows: Callable[[], int | None] = lambda: None
 
 
 def pair_stream(source: Source, on_bad_row: OnBadRow, need_rejected: bool) -> PairStream:
@@ -104,4 +106,4 @@ def pair_stream(source: Source, on_bad_row: OnBadRow, need_rejected: bool) -> Pa
         **{name: getattr(source, name) for name in ("format", "min_score_ratio", "preferred_by")},
     }
     read = partial(_read, source, opened, on_bad_row, need_rejected=need_rejected)
-    return PairStream(source.label, description, partial(PairReader, read))
+    return PairStream(source.label, description, partial(PairReader, read), opened.count)

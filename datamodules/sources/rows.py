@@ -41,6 +41,13 @@ class RowReport:
         if len(places) < _EXAMPLES_PER_REASON:
             places.append(place)
 
+    def extend(self, later: RowReport) -> None:
+        """Add what became of later rows."""
+        self.counts.update(later.counts)
+        for reason, places in later.examples.items():
+            known = self.examples.setdefault(reason, [])
+            known += places[: _EXAMPLES_PER_REASON - len(known)]
+
     @property
     def complete(self) -> bool:
         """Return whether every row became a pair."""

@@ -145,6 +145,10 @@ class HubDataset:
         """Return the fingerprint of the loaded split by `datasets`; it changes with the files or the revision."""
         return str(self._dataset._fingerprint)
 
+    def count(self) -> int:
+        """Return the number of rows."""
+        return len(self._dataset)
+
     def rows(self) -> Iterator[tuple[str, object]]:
         """Yield (name and row number from 1, fields of the row)."""
         for number, row in arrow_rows(self._batches()):

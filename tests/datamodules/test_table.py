@@ -6,12 +6,16 @@ import json
 import logging
 import os
 import pickle
+import signal
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from select import select
 from typing import Any
 
 import numpy as np
@@ -30,7 +34,7 @@ from datamodules.sources.reader import OnBadRow, PairStream, pair_stream
 from datamodules.sources.source import Source
 from datamodules.table import PairTable
 from datamodules.table_writer import build_table, cached_table, open_table
-from datamodules.tokenisation import Tokenisation
+from datamodules.tokenisation import Tokenisation, tokenise_pairs
 from datamodules.truncation import LAST_TURN, OLD_TURNS
 
 DATA = Path(os.environ.get("BETA_DPO_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
@@ -195,6 +199,73 @@ def test_the_second_call_opens_the_cache_and_any_change_builds_anew(tmp_path: Pa
     ]
     assert sum(entry.is_dir() for entry in cache.iterdir()) == 8
     assert len(others[-1]) == 4
+
+
+def test_a_killed_process_leaves_finished_parts_and_the_next_one_resumes_behind_them(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(table_writer, "_PAIRS_PER_BATCH", 16)
+    monkeypatch.setattr(table_writer, "_BATCHES_PER_PART", 4)
+    count = 6000
+    rows: list[dict[str, object]] = [
+        {"prompt": f"q{index}", "chosen": "a</s>b" if index % 50 == 7 else " yes" * 9, "rejected": "", "n": index}
+        if index % 100 == 8
+        else {"prompt": f"q{index}" * 9, "chosen": " yes", "rejected": " no", "n": None if index < 2000 else index}
+        for index in range(count)
+    ]
+    path = write(tmp_path / "p.jsonl", rows)
+    load = partial(load_table, path, byte_tokenizer(), SETTINGS, "skip")
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    alive, inherited = os.pipe()
+    process = get_context("fork").Process(target=load)
+    process.start()
+    os.close(inherited)
+    assert process.pid is not None
+    while len(list(cache.glob("*.parts/[0-9]*"))) < 30:
+        assert process.is_alive()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    (folder,) = cache.glob("*.parts")
+    done = len(list(folder.glob("[0-9]*"))) * 64
+    assert 30 * 64 <= done < count
+    assert not folder.with_suffix("").exists()
+    assert select([alive], [], [], 20)[0] == [alive]  # the workers have ended, too
+    os.close(alive)
+
+    tokenised: list[PreferencePair] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(
+        table_writer, "tokenise_pairs", lambda pairs, *rest: tokenised.extend(pairs) or tokenise_pairs(pairs, *rest)
+    )
+    with caplog.at_level(logging.INFO):
+        resumed = load()
+    assert f"p.jsonl: resumes tokenising at row {done + 1} of {count}" in caplog.text
+    assert len(tokenised) == resumed.parts[0].report.counts["rows"] - 60 - done
+    assert not folder.exists()
+
+    monkeypatch.setenv("BETA_DPO_CACHE", str(tmp_path / "undisturbed"))
+    assert len(load()) == len(resumed)
+    for name in table_writer.FILES:
+        whole = tmp_path / "undisturbed" / "tables" / folder.stem / name
+        assert whole.read_bytes() == (folder.with_suffix("") / name).read_bytes()
+
+
+def test_parts_of_refused_data_and_of_work_left_for_a_week_are_removed(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_writer, "_BATCHES_PER_PART", 1)
+    good = write(tmp_path / "good.jsonl", ROWS)
+    rows: list[dict[str, object]] = [*ROWS] * 500
+    with pytest.raises(UserError, match=r"bad\.jsonl:2501"):
+        load_table(write(tmp_path / "bad.jsonl", [*rows, {}]), byte_tokenizer(), SETTINGS)
+    assert not list(cache.glob("*.parts"))
+    left, recent = cache / "left.parts", cache / "recent.parts"
+    for folder in (left, recent):
+        folder.mkdir()
+    os.utime(left, (0, time.time() - 8 * 24 * 3600))
+    load_table(good, byte_tokenizer(), SETTINGS)
+    assert [left.exists(), recent.exists()] == [False, True]
 
 
 def test_a_generated_source_is_cached_without_generating_again() -> None:
