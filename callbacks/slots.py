@@ -50,7 +50,12 @@ class Slot:
 # in the order in which they run, but for `control`, which follows the slot that it controls; the user's
 # trainer.callbacks run after the slots that decide
 SLOTS = (
-    Slot("reward", (ExplicitRewardGap,), "M from columns of the data; null: the policy's own gap", decides=True),
+    Slot(
+        "reward",
+        (ExplicitRewardGap,),
+        "reward gap M from columns of the data; null: the policy's",
+        decides=True,
+    ),
     Slot("statistics", (RewardGapStatistics,), "running mean M0 and standard deviation σ of M", decides=True),
     Slot("filter", (PairFilter,), "which pairs of the batch are trained on; null: all", decides=True),
     Slot("schedule", (BetaScheduler, EpsilonBeta), "β of the step or of each pair; null: β0", decides=True),
@@ -67,10 +72,15 @@ SLOTS = (
         "weight of each pair in the loss; null: 1",
         decides=True,
     ),
-    Slot("control", (Control,), "the same arm with a decision taken from its pairs; null: the arm", decides=True),
+    Slot(
+        "control",
+        (Control,),
+        "breaks the link between one decision and its pairs; null: none",
+        decides=True,
+    ),
     Slot("audit", (PairAudit,), "every pair of every step as parquet", on=True),
     Slot("dashboard", (BetaDashboard,), "charts, histograms and KL in TensorBoard", on=True),
-    Slot("health", (HealthMonitor,), "warnings in the log, and a stop where wanted", on=True),
+    Slot("health", (HealthMonitor,), "warnings in the log, and a stop if asked for", on=True),
     Slot("samples", (PolicySamples,), "answers sampled at every validation"),
     Slot("scores", (ScoreWriter,), "the file that `predict` writes", on=True),
     Slot("checkpoint", (RunCheckpoint,), "checkpoints, and a clean stop at a signal", on=True),

@@ -17,9 +17,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from app.cli.help import brief_help, trainer_options
 from app.cli.mistakes import causes, plain_sentence
 from app.cli.options import sentence
-from app.cli.planning import run_plan
-from app.cli.showing import run_show
-from app.cli.trainer import be_quiet, run_trainer_command
+from app.cli.planning import PlanCLI, run_plan
+from app.cli.showing import ShowCLI, run_show
+from app.cli.trainer import PartsCLI, be_quiet, run_trainer_command
 from app.commands import COMMANDS
 from app.core.errors import UserError
 from app.core.files import shipped
@@ -38,19 +38,19 @@ def run(command: str, arguments: list[str]) -> None:
     try:
         if command not in COMMANDS:
             arguments = with_shipped_configs(arguments)
-        if command == "plan":
+        if command not in COMMANDS and {"-h", "--help"} & set(arguments):
+            print("\n".join(brief_help(command, {"plan": PlanCLI, "show": ShowCLI}.get(command, PartsCLI).own)))
+            sys.exit()
+        elif command == "plan":
             run_plan(arguments)
         elif command == "show":
             run_show(arguments)
-        elif command not in COMMANDS and {"-h", "--help"} & set(arguments):
-            print("\n".join(brief_help(command)))
-            sys.exit()
         elif command not in COMMANDS:
             run_trainer_command(arguments)
         else:
             function = COMMANDS[command]
             words = _leading_words_as_list(function, arguments[1:])
-            auto_cli(function, args=words, as_positional=True, exit_on_error=False)
+            auto_cli(function, args=words, as_positional=True, exit_on_error=False, prog=f"beta-dpo {command}")
     except UserError as error:
         _refuse(str(error))
     except ArgumentError as error:

@@ -16,16 +16,18 @@ from lightning_modules import PreferenceOptimization, SupervisedFineTuning
 PARTS = {"model": (PreferenceOptimization, SupervisedFineTuning), "data": (PreferenceData, ControlledTask)}
 
 
-def brief_help(command: str) -> Iterator[str]:
-    """Yield the lines of the help of `fit`, `validate`, `test` or `predict`."""
+def brief_help(command: str, own: dict[str, tuple[Any, Any, str]]) -> Iterator[str]:
+    """Yield the help of `fit`, or of a command that takes its options and its `own` (as in `PartsCLI`)."""
     yield f"usage: beta-dpo {command} --config FILE [--config FILE …] [--OPTION VALUE …]"
     yield ""
     yield from wrapped(
-        "A FILE is a path, or the name of a shipped configuration: quickstart, own_pairs, method/dpo. A later one "
-        "overrides an earlier one, an option overrides all. --print_config shows every value in force.",
+        "A FILE is a path, or the name of a shipped configuration: quickstart, own_pairs, method/dpo. A later "
+        "FILE overrides an earlier one, and an OPTION overrides both; --print_config shows the resulting values.",
         "",
     )
     yield ""
+    yield from (f"  --{name:<18}{text}" for name, (_, _, text) in own.items())
+    yield from [""] * bool(own)
     yield "slots: one callback each; --SLOT null empties one, --SLOT.OPTION VALUE fills it and sets an option"
     for slot in SLOTS:
         yield f"  --{slot.name:<12}{slot.text}{' (on by default)' if slot.on else ''}"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoConfig
 
@@ -32,14 +31,19 @@ RESERVED = 0.1  # share of a device reserved for CUDA, communication buffers and
 class PlanCLI(PartsCLI):
     """A CLI with the options of `fit` and those of the plan."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        text = "Memory of one device in GB (10⁹ bytes): the largest data.micro_batch_tokens that fits is printed."
-        parser.add_argument("--memory_gb", type=PositiveFloat | None, default=None, help=text)
-        text = "Devices per node, where trainer.devices is auto."
-        parser.add_argument("--devices_per_node", type=PositiveInt | None, default=None, help=text)
-        text = "Shape of the model where model.name is not here: a config.json, or a name under configs/shapes."
-        parser.add_argument("--shape", type=str | None, default=None, help=text)
+    own: ClassVar[dict[str, tuple[Any, Any, str]]] = {
+        "memory_gb": (
+            PositiveFloat | None,
+            None,
+            "memory of one device in 10⁹ bytes; prints the micro-batch that fits",
+        ),
+        "devices_per_node": (PositiveInt | None, None, "devices per node, if trainer.devices is auto"),
+        "shape": (
+            str | None,
+            None,
+            "config.json or name under configs/shapes, if model.name is not on this machine",
+        ),
+    }
 
 
 def run_plan(arguments: list[str]) -> None:
@@ -81,7 +85,7 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
     strategy, precision = trainer["strategy"], str(trainer["precision"] or "32-true")
     sharded = isinstance(strategy, ShardedStrategy)
     if not sharded and not isinstance(strategy, DDPStrategy) and strategy not in ("auto", "ddp"):
-        raise UserError("plan: it knows one device, ddp and ShardedStrategy (configs/strategy) alone.")
+        raise UserError("plan: trainer.strategy must be one device, ddp or ShardedStrategy (configs/strategy).")
     if precision not in ("32-true", "32", "bf16-mixed") or (sharded and precision == "bf16-mixed"):
         raise UserError(f"plan: trainer.precision {precision} does not go with this strategy (docs/clusters.md).")
     half = "bf16" in precision

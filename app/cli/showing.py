@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 from huggingface_hub import snapshot_download
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser
 
 from app.cli.trainer import PartsCLI, lightning_options
 from app.core.errors import UserError, first_line
@@ -21,11 +21,10 @@ FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 class ShowCLI(PartsCLI):
     """A CLI with the options of `fit`, the number of pairs to show, and whether to prepare a run."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        parser.add_argument("--pairs", type=int, default=3, help="How many pairs to show, the first of the data.")
-        text = "Tokenise the validation pairs, too, and fetch the model, for a run without network."
-        parser.add_argument("--prepare", type=bool, default=False, help=text)
+    own: ClassVar[dict[str, tuple[Any, Any, str]]] = {
+        "pairs": (int, 3, "number of pairs to show, the first of the data"),
+        "prepare": (bool, False, "tokenise the validation pairs and download the model, for a run without network"),
+    }
 
 
 def run_show(arguments: list[str]) -> None:

@@ -9,7 +9,7 @@ import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
@@ -143,7 +143,17 @@ class BetaDPOCLI(LightningCLI):
 
 
 class PartsCLI(BetaDPOCLI):
-    """A CLI that parses the options of `fit` and builds stage and data; a Trainer would look for the devices."""
+    """A CLI that parses the options of `fit` and builds stage and data; a Trainer would look for the devices.
+
+    `own` are further options: name → type, default and help.
+    """
+
+    own: ClassVar[dict[str, tuple[Any, Any, str]]] = {}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        for name, (kind, default, text) in self.own.items():
+            parser.add_argument(f"--{name}", type=kind, default=default, help=text)
 
     def instantiate_classes(self) -> None:
         self.config_init = self.parser.instantiate_classes(self.config)

@@ -18,7 +18,14 @@ LARGEST_SEED = 2**32 - 1  # NumPy's limit
 C = TypeVar("C", bound=type)
 
 
-class Number:
+class _Named(type):
+    """A class that shows as its name alone, as in `--help`."""
+
+    def __repr__(cls) -> str:
+        return cls.__name__
+
+
+class Number(metaclass=_Named):
     """The base of the types below: `base` is the type of the values, `allowed` describes their range in words."""
 
     base: type = float

@@ -113,6 +113,22 @@ def test_help_names_every_command() -> None:
         assert f"\n  {name} " in overview()
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("plan", "--memory_gb         memory of one device"),
+        ("show", "--prepare           tokenise"),
+        ("audit", "usage: beta-dpo audit [--config"),
+        ("audit", "(type: PositiveInt"),
+    ],
+)
+def test_the_help_of_other_commands(command: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert not stop.value.code
+    assert words in " ".join(capsys.readouterr().out.split("\n" + " " * 24))
+
+
 def test_the_help_of_fit_names_slots_and_model_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--help"])

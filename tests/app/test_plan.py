@@ -255,7 +255,7 @@ def test_checkpointing_and_memory_move_the_largest_micro_batch(capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--trainer.strategy", "deepspeed", "--shape", SMALL), "knows one device, ddp and ShardedStrategy"),
+        (("--trainer.strategy", "deepspeed", "--shape", SMALL), "must be one device, ddp or ShardedStrategy"),
         (("--trainer.precision", "64-true", "--shape", SMALL), "64-true does not go with this strategy"),
         (("--shape", "nobody/nothing"), "nobody/nothing is no file, and not among the known shapes: EleutherAI/"),
         (("--model.name", "runs/nowhere/model"), "Give its shape by --shape"),
