@@ -104,9 +104,7 @@ def _about_the_disk(error: OSError) -> str:
         return f"{place} could not be written, there is no space left: free some, or write to another disk."
     if error.errno in MISPLACED:
         return f"{place}: {error.strerror}; check the paths that you gave."
-    return (
-        f"{place} may not be read or written here ({error.strerror}): choose another place or mend its permissions."
-    )
+    return f"{place} may not be read or written here ({error.strerror}): choose another place or other permissions."
 
 
 def checked_command(function: F) -> F:

@@ -70,9 +70,8 @@ def refuse_version_0_1(before: Mapping[str, Any]) -> None:
     """Raise UserError for a configuration of version 0.1, which listed callbacks and had no slots."""
     if "checkpoint" not in before:
         raise UserError(
-            "--ckpt_path: the checkpoint is of version 0.1, whose configurations listed callbacks where there are "
-            "named slots now: finish that run with version 0.1, or start a run of its own from the checkpoint's "
-            "model (`beta-dpo export`)."
+            "--ckpt_path: the checkpoint is of version 0.1, which had a list of callbacks instead of named slots: "
+            "finish that run with version 0.1, or start a new run from its exported model (`beta-dpo export`)."
         )
 
 

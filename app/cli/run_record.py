@@ -88,7 +88,7 @@ class RunRecord(SaveConfigCallback):
             because = (
                 ", ".join(other) if other else f"the files that {CONTENTS[kind].rstrip('*')} names have changed"
             )
-            raise UserError(f"--ckpt_path: the settings of now give {what} ({because}): {START}.")
+            raise UserError(f"--ckpt_path: the current settings give {what} ({because}): {START}.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self.already_saved or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -146,7 +146,7 @@ def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str
         if not found and not fitting:
             raise UserError("--ckpt_path last: the log folder holds no checkpoint; give the path of one.")
         if not found:
-            rank_zero_info("--ckpt_path last: there is no checkpoint yet, so the run starts afresh.")
+            rank_zero_info("--ckpt_path last: there is no checkpoint yet, so the run starts from the beginning.")
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, PairAudit):
                     callback.replaces_steps = True

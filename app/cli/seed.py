@@ -31,7 +31,7 @@ def settled_seed(seed: bool | int | None, *, resumes: bool = False, nodes: int =
         elif handed_down.isdecimal():
             seed = int(handed_down)
         else:
-            raise UserError(f"The environment variable PL_GLOBAL_SEED is no number from 0: {handed_down!r}.")
+            raise UserError(f"The environment variable PL_GLOBAL_SEED is not a number from 0: {handed_down!r}.")
     if not 0 <= seed <= LARGEST:
         raise UserError(f"seed_everything must lie between 0 and {LARGEST}, not {seed}.")
     return seed

@@ -30,7 +30,7 @@ def slurm_environment() -> SLURMEnvironment | None:
     if name in IGNORED_NAMES:
         if by_srun and tasks > 1:
             raise UserError(
-                f"In a SLURM job of the name {name!r} Lightning takes each of the {tasks} tasks for rank 0: choose "
+                f"Lightning takes each of the {tasks} tasks of a SLURM job of the name {name!r} for rank 0: choose "
                 "another --job-name."
             )
         return None
@@ -43,7 +43,7 @@ def slurm_environment() -> SLURMEnvironment | None:
         return None
     if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
         raise UserError(
-            f"SLURM was asked for --ntasks={tasks}, which leaves open where they run: use --ntasks-per-node."
+            f"SLURM was asked for --ntasks={tasks}, which does not say where they run: use --ntasks-per-node."
         )
     return SLURMEnvironment(auto_requeue=False)
 

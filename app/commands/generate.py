@@ -200,7 +200,7 @@ def write_out(out: str, format: Form, name: str, parts: Parts, told: str, limit:
     parts.remove()
     print(f"{finished.total()} samples of {told}; {finished[True]} are finished")
     if finished[False]:
-        print(f"{finished[False]} of them are cut at max_new_tokens = {limit}: the model had not ended them")
+        print(f"{finished[False]} of them are cut at max_new_tokens = {limit}")
     for reason, count in refused.items():
         print(f"{count} samples were refused by the endpoint: {reason}")
 
@@ -215,7 +215,7 @@ def read_prompts(
         if columns:
             raise UserError("columns: the prompts of the controlled task have none; leave it out.")
         if count is None:
-            raise UserError("count: the controlled task has no end of prompts; give a number.")
+            raise UserError("count: the controlled task makes any number of prompts; give one.")
         return [
             PreferencePair(f"held-out-{seed}-{number:06d}", text, "", None)
             for number, text in enumerate(controlled_prompts(count, seed))

@@ -89,7 +89,7 @@ def chosen_judge(
     """Yield the judge for these arguments. Raises UserError if they do not fit together."""
     if by == "endpoint" and reward is None:
         if model is None:
-            raise UserError("--by endpoint needs --model, its name.")
+            raise UserError("--by endpoint needs --model, the name of the model at the server.")
         with VerdictFile.opened(verdicts) as file:
             yield EndpointJudge(model, endpoint, file)
     else:

@@ -45,7 +45,7 @@ def cached(kind: Kind, key: str, read: Callable[[Path], T], build: Callable[[Pat
             try:
                 return read(folder)
             except DamagedEntry as damage:
-                log.warning("A damaged entry of the cache of %s is made again: %s", kind, damage)
+                log.warning("A damaged entry of the cache of %s is rebuilt: %s", kind, damage)
                 shutil.rmtree(folder)
         _remove_abandoned(folder.parent)
         build(folder)

@@ -75,7 +75,7 @@ def check_run_id(logger: Logger) -> None:
         _ = logger.experiment  # type: ignore[attr-defined]
     if wrong := set(str(logger.version)) & set(NOT_IN_IDS):
         raise UserError(
-            f"trainer.logger: {logger.version!r} is no run id for {type(logger).__name__}, for it holds "
+            f"trainer.logger: {logger.version!r} is no run id for {type(logger).__name__}, because it holds "
             f"{' and '.join(map(repr, sorted(wrong)))}: give one of letters, digits, '-', '_', '.' and '='."
         )
 

@@ -31,7 +31,9 @@ def aligned(ours: str, theirs: str) -> tuple[list[Answer], list[Answer]]:
     rivals: dict[tuple[Any, ...], Answer] = {}
     for rival in everyone:
         if meeting(rival) in rivals:
-            raise UserError(f"{theirs} answers the prompt {rival['prompt_id']!r} twice: which one is the rival?")
+            raise UserError(
+                f"{theirs} answers the prompt {rival['prompt_id']!r} twice: keep the answer that is the rival."
+            )
         rivals[meeting(rival)] = rival
     met = {meeting(row) for row in rows}
     same = met == rivals.keys() if holds_samples(theirs) else met <= rivals.keys()

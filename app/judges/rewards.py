@@ -140,7 +140,7 @@ def chosen_reward(
         yield OwnReward(reward, settings)
     elif by == "true_reward":
         if model is not None:
-            raise UserError("model has no part in the true reward: give --by reward_model or --by endpoint.")
+            raise UserError("--model does not go with the true reward: add --by reward_model or --by endpoint.")
         yield TrueReward()
     elif model is None:
         raise UserError(f"--by {by} needs --model, a folder or Hub id.")

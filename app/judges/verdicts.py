@@ -68,6 +68,6 @@ class VerdictFile:
                 fields = json.loads(line)
                 self._known[fields.pop("key")] = fields
             except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise UserError(f"{self.path}:{number} is not a verdict: mend or remove the line.") from error
+                raise UserError(f"{self.path}:{number} is not a verdict: correct or remove the line.") from error
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))

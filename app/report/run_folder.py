@@ -80,7 +80,7 @@ class PairTexts:
         if pair_id not in self.rows:
             raise UserError(
                 f"The run's data has no pair {pair_id}: it has changed since the run, or a relative data.path "
-                "was meant from another folder."
+                "is relative to another folder."
             )
         return self.rows[pair_id]
 

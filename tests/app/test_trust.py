@@ -219,7 +219,7 @@ def test_a_pickle_for_a_table_is_not_read(trained: Path, tiny_llama: str, tmp_pa
         (table.parent / "table.json").write_text(json.dumps(meta))
     again = command(tmp_path, *line, "--trainer.logger.init_args.name", "again", **cache)
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("A damaged entry of the cache of tables is made again") == 2
+    assert again.stderr.count("A damaged entry of the cache of tables is rebuilt") == 2
     assert not (tmp_path / "mark").exists()
     assert audit_of(tmp_path / "runs" / "again").equals(audit_of(tmp_path / RUN))
 

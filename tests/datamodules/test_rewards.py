@@ -123,7 +123,7 @@ def test_damaged_rewards_are_scored_anew(rewarder: str, caplog: pytest.LogCaptur
     file = folder / "rewards.arrow"
     file.write_bytes(file.read_bytes()[:-20])
     assert reward_scores(stream(), RewardScoring(rewarder), CPU).to_pydict() == whole
-    assert "damaged entry of the cache of rewards is made again" in caplog.text
+    assert "damaged entry of the cache of rewards is rebuilt" in caplog.text
 
 
 def test_a_prompt_that_the_template_refuses_is_left_out_and_told(tmp_path: Path) -> None:

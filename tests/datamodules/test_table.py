@@ -319,7 +319,7 @@ def test_a_damaged_cache_is_refused_and_rebuilt(
         open_table(folder)
     with caplog.at_level(logging.WARNING):
         rebuilt = load_table(path, byte_tokenizer(), SETTINGS)
-    assert "damaged entry of the cache of tables is made again" in caplog.text
+    assert "damaged entry of the cache of tables is rebuilt" in caplog.text
     assert [rebuilt[index].chosen.tolist() for index in range(5)] == expected
 
 

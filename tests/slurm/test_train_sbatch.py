@@ -166,11 +166,11 @@ def test_what_lightning_would_misread_is_refused(cluster: Cluster, tiny_llama: s
     command = "beta-dpo fit --config config.yaml"
     cases = {
         ("--job-name=interactive", "--ntasks-per-node=1"): {
-            f"srun {command}": "job of the name 'interactive' Lightning takes each of the 2 tasks for rank 0",
+            f"srun {command}": "takes each of the 2 tasks of a SLURM job of the name 'interactive' for rank 0",
         },
         ("--ntasks=2",): {
             command: "not started by srun and would wait for the others for ever",
-            f"srun {command}": "asked for --ntasks=2, which leaves open where they run",
+            f"srun {command}": "asked for --ntasks=2, which does not say where they run",
         },
     }
     for options, lines in cases.items():
