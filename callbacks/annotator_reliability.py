@@ -76,9 +76,7 @@ class AnnotatorReliability(Decider):
         if self.column == "annotator" and self.column not in decision.labels:
             if not self.reliability:
                 carried = ", ".join(decision.labels) or "none"
-                log.info(
-                    "the data has no column 'annotator' (it carries: %s): all pairs have one reliability", carried
-                )
+                log.info("the data has no column 'annotator' (it has: %s): all pairs have one reliability", carried)
             return ["everyone"] * len(decision.pair_ids)
         names = label_column(decision, self.column, self, "Name another by --confidence.column")
         if None in names and "unnamed" not in self.reliability:

@@ -45,7 +45,7 @@ def label_column(decision: StepDecision, column: str, asker: Callback, cure: str
     if column not in decision.labels:
         carried = ", ".join(decision.labels) or "none"
         raise UserError(
-            f"{type(asker).__name__}: the data has no column {column!r}; it carries these: {carried}. {cure}."
+            f"{type(asker).__name__}: the data has no column {column!r}; it has these: {carried}. {cure}."
         )
     return decision.labels[column]
 

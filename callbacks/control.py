@@ -58,7 +58,7 @@ class Control(Decider):
     def __post_init__(self) -> None:
         if (self.by == "static_beta") != (self.run is not None):
             raise UserError(
-                "Control: static_beta, and no other, needs the log folder of a finished run of the arm: run."
+                "Control: give run, the log folder of a finished run of the arm, with static_beta, and only then."
             )
         self.static_beta: float | None = None
         self.changed_steps = 0

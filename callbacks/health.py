@@ -253,7 +253,7 @@ class HealthMonitor(Callback):
         if name is not None:
             raise StepRefused(
                 f"HealthMonitor stopped the run after step {trainer.global_step}: {name} ({BY_NAME[name].link}); "
-                "mend it or take it out of stop_on, and resume with --ckpt_path last."
+                "correct the cause or take it out of stop_on, and resume with --ckpt_path last."
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -32,8 +32,8 @@ class ExplicitRewardGap(Decider):
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         if decision.moments is not None:
             raise UserError(
-                "ExplicitRewardGap comes too late, the statistics have taken in the policy's own gap: put it "
-                "before RewardGapStatistics among the Trainer's callbacks."
+                "ExplicitRewardGap runs after the statistics, which hold the policy's own gap now: put it before "
+                "RewardGapStatistics among the Trainer's callbacks."
             )
         decision.minimum_std = MINIMUM_STD  # rewards do not have the rounding error of h
         decision.discrepancy = score_gap(decision, self.chosen, self.rejected, self, "reward")

@@ -37,7 +37,9 @@ class WeightedPairs(Decider):
         weights = self.weights(pl_module, decision)
         if not weights.any():
             log.warning(
-                "step %d: %s gives every pair the weight 0: nothing is learned", decision.step, type(self).__name__
+                "step %d: %s gives every pair the weight 0: the step learns nothing",
+                decision.step,
+                type(self).__name__,
             )
         decision.loss_weight[decision.kept] *= weights
         pl_module.log("weights/mean", weights.mean())

@@ -62,7 +62,7 @@ class Ranking:
         else:
             carried = ", ".join(table.label_names) or "none"
             raise UserError(
-                f"data.{option}: the data has no column {name!r}; it carries these: {carried}. Name one of them, "
+                f"data.{option}: the data has no column {name!r}; it has these: {carried}. Name one of them, "
                 f"or give the file of `beta-dpo predict` as data.{option}.scores."
             )
         bad = [place for place, value in enumerate(values) if not _is_number(value)]

@@ -181,9 +181,9 @@ def test_an_explicit_reward_moves_statistics_filter_and_beta_but_not_the_gap(
 
 def test_a_reward_that_is_not_there_is_named() -> None:
     gap = ExplicitRewardGap("score", "score_rejected")
-    with pytest.raises(UserError, match="no column 'score'; it carries these: flipped, kind"):
+    with pytest.raises(UserError, match="no column 'score'; it has these: flipped, kind"):
         decided(unmeasured(flipped=[True, False], kind=["a", "b"]), gap)
-    with pytest.raises(UserError, match="it carries these: none"):
+    with pytest.raises(UserError, match="it has these: none"):
         decided(unmeasured(), gap)
     for wrong in (None, "3", True, math.nan, [1]):
         labels: dict[str, list[object]] = {"score": [1, 2.5], "score_rejected": [0.5, wrong]}

@@ -59,9 +59,7 @@ def test_one_annotator_without_a_column_and_no_column_of_another_name() -> None:
     callback = AnnotatorReliability()
     decided(measured(1.0, 2.0), callback)
     assert list(callback.reliability) == ["everyone"]
-    with pytest.raises(
-        UserError, match=r"no column 'rater'; it carries these: kind\. Name another by --confidence"
-    ):
+    with pytest.raises(UserError, match=r"no column 'rater'; it has these: kind\. Name another by --confidence"):
         decided(measured(1.0, kind=["a"]), AnnotatorReliability("rater"))
 
 
@@ -219,7 +217,7 @@ def test_a_control_keeps_the_distribution_and_exchanges_the_pairs(by: Any) -> No
 def test_a_control_without_anything_to_control(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="shuffled_margin has nothing to control: fill the slot margin"):
         in_order({"filter": PairFilter(), "control": Control("shuffled_margin")})
-    with pytest.raises(UserError, match="static_beta, and no other, needs the log folder"):
+    with pytest.raises(UserError, match="give run, the log folder of a finished run of the arm, with static_beta"):
         Control("static_beta")
     control = Control("shuffled_beta", seed=1)
     decided(measured(1.0, 2.0), BetaScheduler(), control)  # one β for the batch

@@ -111,9 +111,7 @@ def test_a_pair_without_a_number_is_refused(value: object, said: str, tmp_path: 
 
 
 def test_a_column_that_the_data_lacks_and_settings_out_of_range_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"data\.order: the data has no column 'other'; it carries these: own\. Name"
-    ):
+    with pytest.raises(UserError, match=r"data\.order: the data has no column 'other'; it has these: own\. Name"):
         served(tmp_path, order=Ranking("other"))
     with pytest.raises(ValueError, match="Selection: share must"):
         Selection("own", share=0.0)
