@@ -171,7 +171,7 @@ class LanguageModelTraining(ResumedTraining):
         self.check_data(model)
         if lora is not None:
             if parameter_count(model) > meta_above:
-                rank_zero_warn("model.lora: every rank loads the whole model before it keeps its shards alone")
+                rank_zero_warn("model.lora: every rank loads the whole model before it keeps only its shards")
             add_lora(model, lora)
             for weight in model.parameters():
                 if weight.requires_grad or lora.moves_base:  # A is random, and its replicas must be equal

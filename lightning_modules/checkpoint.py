@@ -44,8 +44,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, temporary)
             except RuntimeError as error:  # torch's writer hides the operating system's reason
                 raise UserError(
-                    f"{path} could not be written, most likely for want of space: free some and start again with "
-                    "--ckpt_path last; an earlier one is untouched."
+                    f"{path} could not be written, probably because the disk is full: free space and repeat "
+                    "the command with --ckpt_path last; an earlier one is untouched."
                 ) from error
 
     def load_checkpoint(

@@ -109,7 +109,7 @@ class StartCheck:
             longest = int(samples[1].tokens.max())
             log.info(
                 "attention %s, %s rows, layers %s; checked on %d pairs of the data, and on one with a response of "
-                "%d tokens, as long as they come, beside a short one%s",
+                "%d tokens, the longest possible, beside a short one%s",
                 attention,
                 layout,
                 "compiled" if compiled else "as they are",

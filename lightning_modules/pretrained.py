@@ -39,7 +39,7 @@ def load_config(name: str | None, architecture: dict[str, Any] | None, trust_rem
     if (name is None) == (architecture is None):
         raise UserError(
             "Give either model.name (a folder or Hub id with weights) or model.architecture "
-            "(a description of a new random model), not both and not neither."
+            "(a description of a new random model), and not both."
         )
     if architecture is not None:
         settings = dict(architecture)

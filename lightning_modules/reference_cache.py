@@ -93,7 +93,7 @@ def _read_part(path: Path) -> np.ndarray | None:
             return rows
     except (OSError, ValueError, EOFError):
         pass
-    log.warning("%s is damaged: the pairs in it are scored anew.", path)
+    log.warning("%s is damaged: its pairs are scored again.", path)
     return None
 
 

@@ -72,7 +72,7 @@ def refuse_config(config: Any, name: str) -> None:
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if encoder or getattr(config, "is_encoder_decoder", False):
         raise UserError(
-            f"model.name: {name} is a {config.model_type}, whose tokens see those after them: take a causal model "
+            f"model.name: {name} is a {config.model_type}, whose tokens attend to later ones: take a causal model "
             "(decoder only)."
         )
 

@@ -130,8 +130,8 @@ class ShardedStrategy(ModelParallelStrategy):
             if self.is_global_zero:
                 shutil.rmtree(part, ignore_errors=True)
             raise UserError(
-                f"{path} could not be written, most likely for want of space: free some and start again with "
-                "--ckpt_path last; an earlier one is untouched."
+                f"{path} could not be written, probably because the disk is full: free space and repeat "
+                "the command with --ckpt_path last; an earlier one is untouched."
             ) from error
         self.barrier("shards written")
         if self.is_global_zero:

@@ -226,7 +226,7 @@ OF_A_MODEL: dict[str, tuple[Callable[[Path], None], str]] = {
         for method in ("bitsandbytes", "gptq", "awq", "fp8", "unheard-of")
     },
     **{
-        f"a {family}": (described(model_type=family), f"is a {family}, whose tokens see those after them")
+        f"a {family}": (described(model_type=family), f"is a {family}, whose tokens attend to later ones")
         for family in ("bert", "roberta", "t5", "bart", "whisper")
     },
     "a clip": (described(model_type="clip"), "model.name: cannot load"),
@@ -348,7 +348,7 @@ OF_A_RUN["new models"] = [
         f"{SFT} '{{model_type: llama, hidden_size: 32, num_attention_heads: 4, hidden_act: foo}}'",
         "model.architecture",
     ),
-    (f"{SFT} '{{model_type: t5}}'", "model.architecture is a t5, whose tokens see those after them"),
+    (f"{SFT} '{{model_type: t5}}'", "model.architecture is a t5, whose tokens attend to later ones"),
     (f"{SFT} [1]", "model.architecture"),
     (f"{SFT} null", "Give either model.name"),
     ("--model SupervisedFineTuning --model.architecture '{model_type: llama}'", "Give either model.name"),
