@@ -69,7 +69,7 @@ def json_rows(file: IO[bytes], path: Path) -> Rows:
             )
             return
         if start == "[":
-            raise UserError(f"{path} is bad JSON ({first_line(error)}): mend it there.") from error
+            raise UserError(f"{path} is bad JSON ({first_line(error)}): correct it there.") from error
     wraps = isinstance(rows, dict) and len(rows) == 1 and isinstance(next(iter(rows.values())), list)
     if isinstance(rows, (dict, BadRow)) and not wraps:  # {"data": [{…}, …]} is a wrapper, not a row
         rows = [rows]
@@ -109,7 +109,7 @@ def csv_rows(file: IO[bytes], path: Path, delimiters: str = ",;\t") -> Rows:
             odd, quotes = quotes % 2, 0
             if odd:
                 raise UserError(
-                    f'{path}, line {first}: a quotation mark lacks its partner: mend it, by "" for one in a text.'
+                    f'{path}, line {first}: a quotation mark is not closed: close it, or write "" for one in text.'
                 )
             if cells and not names:
                 names = [name.strip() or f"column {number}" for number, name in enumerate(cells, 1)]
@@ -120,7 +120,7 @@ def csv_rows(file: IO[bytes], path: Path, delimiters: str = ",;\t") -> Rows:
                 yield first, BadRow("wrong number of cells", f"{len(cells)} instead of {len(names)}")
     except csv.Error as error:
         raise UserError(
-            f"{path}, in the row that begins in line {begin}: {error}; mend its quotation marks."
+            f"{path}, in the row that begins in line {begin}: {error}; correct its quotation marks."
         ) from error
 
 

@@ -43,7 +43,7 @@ def _read(
                 raise BadRow("repeated pair_id", pair.pair_id)
         except BadRow as bad:
             if on_bad_row == "error" and not isinstance(bad, LeftOut):
-                raise UserError(f"{location}: {bad}; mend the row or set data.on_bad_row: skip.") from None
+                raise UserError(f"{location}: {bad}; correct the row or set data.on_bad_row: skip.") from None
             report.note(f"skipped: {bad.reason}", location)
             first_bad = first_bad or f"{location}: {bad}"
             continue

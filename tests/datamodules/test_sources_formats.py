@@ -205,7 +205,7 @@ def test_files_together_folders_and_saved_data_sets(tmp_path: Path, monkeypatch:
     ("name", "content", "said"),
     [
         ("p.csv", 'prompt,chosen,rejected\na,b,c\nd,"e,f\ng,h,i\n', r"in the row that begins in line 3"),
-        ("p.csv", 'prompt,chosen,rejected\na,b",c\n', "line 2: a quotation mark lacks its partner"),
+        ("p.csv", 'prompt,chosen,rejected\na,b",c\n', "line 2: a quotation mark is not closed"),
         ("p.csv", "prompt,chosen,rejected\na,b\n", r"p\.csv:2: wrong number of cells \(2 instead of 3\)"),
         ("p.csv", "prompt,chosen,prompt\na,b,c\n", "same name"),
         ("p.csv", "prompt,chosen,rejected\na,,c\n", r"p\.csv:2: wrong type \(chosen is null"),
