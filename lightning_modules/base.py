@@ -29,6 +29,7 @@ from lightning_modules.pretrained import (
     numbers,
     parameter_count,
     quantization,
+    stand_ins_for_meta,
     stop_at,
     store_linear_weights,
 )
@@ -158,21 +159,25 @@ class LanguageModelTraining(ResumedTraining):
         """Load the model, add adapters if asked for, and wrap it in a `ResponseScorer`."""
         asked = None if self.attention in ("auto", *OURS) else self.attention
         meta_above = getattr(self.trainer.strategy, "meta_init_above", math.inf)
+        reads_base = lora is not None and lora.reads_base
         model = load_model(
             name,
             self.architecture,
             attention=asked,
             trust_remote_code=self.trust_remote_code,
-            # the files of the weights know no adapters
-            meta_above=meta_above if lora is None else math.inf,
+            meta_above=math.inf if reads_base else meta_above,
             quantized=quantization(self.quantize, self.compute_dtype),
             device=self.trainer.strategy.root_device,
         )
         self.check_data(model)
         if lora is not None:
-            if parameter_count(model) > meta_above:
-                rank_zero_warn("model.lora: every rank loads the whole model before it keeps only its shards")
-            add_lora(model, lora)
+            if reads_base and parameter_count(model) > meta_above:
+                rank_zero_warn(
+                    "model.lora: the start of DoRA, PiSSA and OLoRA depends on the base's weights, so every rank "
+                    "loads the whole model before it keeps only its shards"
+                )
+            with stand_ins_for_meta(model):
+                add_lora(model, lora)
             for weight in model.parameters():
                 if weight.requires_grad or lora.moves_base:  # A is random, and its replicas must be equal
                     weight.data = self.trainer.strategy.broadcast(weight.data.cpu()).to(weight.device)

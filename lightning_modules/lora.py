@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +21,8 @@ from app.method.ranges import PositiveFloat, PositiveInt, checked
 log = logging.getLogger(__name__)
 
 
+TO_ADAPT = "they are fused into weights that are no layers: name {} in model.lora.target_parameters"
+NOT_FUSED = "this model has no fused experts, and target_modules names layers"
 MOVING = r"olora|pissa(_niter_[1-9]\d*)?"  # starts for which peft subtracts the adapters from the base's weights
 
 
@@ -31,6 +35,8 @@ class Lora:
         r: rank of A and B.
         lora_alpha: scale of the adapter, divided by r.
         target_modules: `all-linear` (except the output head), or a list of last parts of layer names (`q_proj`, …).
+        target_parameters: weights that are no layers, such as the fused experts of a mixture, by the last parts of
+            their names (`experts.gate_up_proj`, …): every expert gets adapters of rank r.
         exclude_modules: layers that get no adapter, though `target_modules` names them.
         layers_to_transform: numbers of the blocks that get adapters; none: all.
         rank_pattern: ranks of single layers, by name.
@@ -45,6 +51,7 @@ class Lora:
     r: PositiveInt = 16
     lora_alpha: PositiveFloat = 32.0
     target_modules: str | list[str] = "all-linear"
+    target_parameters: list[str] | None = None
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     rank_pattern: dict[str, int] | None = None
@@ -57,6 +64,11 @@ class Lora:
     def moves_base(self) -> bool:
         """Return whether the start changes the base's weights, so that the base alone is another model."""
         return re.fullmatch(MOVING, str(self.init_lora_weights)) is not None
+
+    @property
+    def reads_base(self) -> bool:
+        """Return whether the start depends on the base's weights."""
+        return self.use_dora or self.moves_base
 
     def peft_config(self, base: str | None = None) -> Any:
         """Return the `peft.LoraConfig` for adapters of the model `base`, without dropout and biases.
@@ -85,28 +97,50 @@ class Lora:
 def add_lora(model: Any, lora: Lora) -> None:
     """Add adapters to `model` in place and freeze all other weights.
 
-    Raises UserError if one of the `target_modules` matches no layer; warns of fused experts, which get no adapter.
+    Raises UserError if one of the targets matches nothing; says what got adapters, and warns of fused experts that
+    got none.
     """
     refuse_unmatched(model, lora.target_modules)
+    for one in lora.target_parameters or []:
+        if not any(f".{name}".endswith(f".{one}") for name, _ in model.named_parameters()):
+            named = (
+                f"the fused experts are {', '.join(fused_experts(model))}" if fused_experts(model) else NOT_FUSED
+            )
+            raise UserError(f"model.lora.target_parameters: {one} names no weight: {named}.")
+    experts = fused_experts(model)
     try:
         model.add_adapter(lora.peft_config())
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        if experts and lora.reads_base:
+            raise UserError(
+                "model.lora: DoRA, PiSSA and OLoRA do not go with fused experts, which would get adapters: list "
+                "layers without them in target_modules, for example [q_proj, k_proj, v_proj, o_proj]."
+            ) from error
         raise UserError(f"model.lora: {first_line(error)}") from error
+    counts = adapted(model)
+    rank_zero_info("model.lora: adapters on " + ", ".join(f"{many} × {name}" for name, many in counts.items()))
+    if experts := fused_experts(model):
+        log.warning("model.lora: the experts get no adapter; %s", TO_ADAPT.format(", ".join(experts)))
 
-    experts = fused_experts(model)
-    if experts:
-        log.warning(
-            "model.lora: %s are no linear layers (the fused experts of a mixture) and get no adapter: they stay as "
-            "they are.",
-            ", ".join(experts),
-        )
+
+def adapted(model: Any) -> Counter[str]:
+    """Return the last parts of the names of layers and weights that have adapters, with their numbers."""
+    from peft.tuners.lora import LoraLayer
+
+    found: Counter[str] = Counter()
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            weight = getattr(layer, "parameter_name", None)  # of a weight that is no layer
+            last = name.replace(".base_layer", "").rpartition(".")[2]
+            found[last if weight is None else f"{last}.{weight}"] += 1
+    return found
 
 
 def fused_experts(model: Any) -> list[str]:
-    """Return the names of weights that hold all experts of a mixture, with `*` for the number of the block."""
-    # peft wraps the experts of model families that it supports; those carry base_layer in their names
-    left = [name for name, weight in model.named_parameters() if weight.ndim == 3 and ".base_layer." not in name]
-    return sorted({re.sub(r"\.\d+\.", ".*.", name) for name in left if "lora_" not in name})
+    """Return the last two parts of the names of weights that hold all experts of a mixture and have no adapter."""
+    # the names of weights with adapters hold base_layer; convolutions have three dimensions, too
+    left = [name for name, weight in model.named_parameters() if weight.ndim == 3 and "conv" not in name]
+    return sorted({".".join(name.split(".")[-2:]) for name in left if ".base_layer." not in name})
 
 
 def save_adapters_alone(module: nn.Module) -> None:
@@ -145,9 +179,8 @@ def refuse_unmatched(model: Any, targets: str | list[str]) -> None:
         hint = f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else "."
         if targets in names:
             hint = f"; write [{targets}]: text by itself is a pattern for whole names."
-        experts = [name for name in fused_experts(model) if any(one in name for one in unmatched)]
-        if experts:
-            hint += f" {', '.join(experts)} are the fused experts of a mixture, which get no adapter here."
+        if experts := fused_experts(model):
+            hint = f". If the experts are meant, {TO_ADAPT.format(', '.join(experts))}."
         raise UserError(
             f"model.lora.target_modules: {', '.join(unmatched) or 'an empty list'} names no layer; there are "
             f"{', '.join(names)}{hint}"

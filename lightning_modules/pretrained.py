@@ -23,7 +23,7 @@ from transformers import (
 
 from app.core.errors import UserError
 from app.core.files import folder_hash
-from lightning_modules.private import hub_commit
+from lightning_modules.private import hub_commit, keep_packing
 from lightning_modules.refused_models import refuse_config, refuse_missing, refuse_path
 from lightning_modules.sharded_loading import embedding_tables, refuse_values
 
@@ -120,7 +120,9 @@ def load_model(
         model, found = loaded
         refuse_missing(name, found)
         refuse_values(name, model)
-    if quantized is not None:  # what stays in float32 is a view that keeps the whole file in memory
+    if quantized is not None:
+        keep_packing(model)
+        # what stays in float32 is a view that keeps the whole file in memory
         for parameter in model.parameters():
             if parameter.dtype == torch.float32:
                 parameter.data = parameter.data.clone()
@@ -182,6 +184,28 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def stand_ins_for_meta(model: nn.Module) -> Iterator[None]:
+    """Put zeros that take no memory in place of the parameters on the meta device within the block.
+
+    `peft` puts adapters on the device of their layer: those that it adds within the block are real, and start as
+    they would beside the model's own weights.
+    """
+    missing = [weight for weight in model.parameters() if weight.is_meta]
+    zeros = {weight: nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape)) for weight in missing}
+    _replace(model, zeros)
+    yield
+    for weight, zero in zeros.items():
+        weight.requires_grad_(zero.requires_grad)
+    _replace(model, {zero: weight for weight, zero in zeros.items()})
+
+
+def _replace(model: nn.Module, others: dict[nn.Parameter, nn.Parameter]) -> None:
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(module, name, others.get(weight, weight))
 
 
 def linear_weights(model: nn.Module) -> list[torch.Tensor]:

@@ -1,8 +1,9 @@
-"""Every private or undocumented part of torch, transformers and Lightning that this package uses.
+"""Every private or undocumented part of other packages that this package uses.
 
-They may change in any release. The default tests passed with torch 2.13.0, transformers 5.23.0 and lightning 2.6.6,
-and `tests/test_cuda_runs.py::test_trains_as_on_the_cpu` with torch 2.11.0 and transformers 5.17.0. `checkpoint`
-names classes that the index of a sharded checkpoint may hold; it reads them, and does not import them.
+They may change in any release. The default tests passed with torch 2.13.0, transformers 5.23.0, lightning 2.6.6 and
+bitsandbytes 0.50.2, and `tests/test_cuda_runs.py::test_trains_as_on_the_cpu` with torch 2.11.0 and transformers
+5.17.0. `checkpoint` names classes that the index of a sharded checkpoint may hold; it reads them, and does not
+import them.
 """
 
 from __future__ import annotations
@@ -85,6 +86,19 @@ def takes_attentions(model: Any) -> bool:
 def hub_commit(config: Any) -> str | None:
     """Return the commit of the Hub that a model came from; None for a folder."""
     return getattr(config, "_commit_hash", None)
+
+
+# --- bitsandbytes -----------------------------------------------------------------------------------------
+
+
+def keep_packing(model: Any) -> None:
+    """Keep layers in 4 bits as they are in evaluation on a CPU with AVX512-BF16.
+
+    bitsandbytes would pack them for its inference kernel, which rounds their scales and passes no gradient on.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 # --- Lightning ------------------------------------------------------------------------------------------

@@ -106,12 +106,15 @@ def refuse_codes(path: Path, tensor: str, dtype: str) -> None:
 
 
 def read_weights(model: Any, files: dict[str, Path], device: torch.device | str = "cpu") -> None:
-    """Fill a Hugging Face model whose parameters are on the meta device, sharded or not, in place.
+    """Fill the parameters of a Hugging Face model that are on the meta device, sharded or not, in place.
 
-    Every tensor gets the dtype of its parameter, on `device`. This rank never holds more than its shards and its
-    part of one more tensor. Raises UserError if a tensor is missing or has another shape.
+    Every tensor gets the dtype of its parameter, on `device`; real parameters (adapters) stay as they are. This
+    rank never holds more than its shards and its part of one more tensor. Raises UserError if a tensor is missing
+    or has another shape.
     """
-    state = model.state_dict(keep_vars=True)
+    whole = model.state_dict(keep_vars=True)
+    real = {name for name, weight in model.named_parameters() if not weight.is_meta}
+    state = {name.replace("base_layer.", ""): tensor for name, tensor in whole.items() if name not in real}
     stored = _stored_names(model, state, files)
     # keyed by the identity of the parameter, so that tied parameters are read once and stay tied
     sources = {id(tensor): stored[name] for name, tensor in state.items() if name in stored}
@@ -126,7 +129,7 @@ def read_weights(model: Any, files: dict[str, Path], device: torch.device | str 
         if id(tensor) not in read:
             source = sources[id(tensor)]
             read[id(tensor)] = _read(files[source], source, tensor, device, id(tensor) in tables)
-    model.load_state_dict({name: read[id(tensor)] for name, tensor in state.items()}, assign=True)
+    model.load_state_dict({name: read.get(id(tensor), tensor) for name, tensor in whole.items()}, assign=True)
 
 
 def _stored_names(model: Any, state: dict[str, Tensor], files: dict[str, Path]) -> dict[str, str]:

@@ -154,6 +154,12 @@ def try_optimizer(
         warnings.simplefilter("ignore")  # the trial step may be past the end of a schedule
         try:
             optimizer = make_optimizer(weights)
+            if hasattr(optimizer, "eval"):
+                cure = "take another with model.lr_scheduler, for example torch.optim.AdamW with WarmupCosine"
+                raise TypeError(
+                    f"{type(optimizer).__name__} is schedule-free, whose weights must be switched before every "
+                    "validation and checkpoint, which the stages do not do"
+                )
             optimizer.step()
             if make_lr_scheduler is None:
                 return

@@ -43,7 +43,8 @@ class ShardedStrategy(ModelParallelStrategy):
             rank holds the float32 gradient of the whole model. Replicas always exchange theirs only on the last
             micro-batch.
         meta_init_above: no rank ever holds the whole of a model with more parameters: each rank reads its shards
-            from the safetensors files. With `model.lora` every rank loads the whole model first.
+            from the safetensors files. DoRA, PiSSA and OLoRA start from the base's weights: with them, every rank
+            loads the whole model first.
         tensor_parallel_size: number of neighbouring ranks that split every layer of a block, by the model's plan
             in transformers, and work on the same pairs. Each has the whole embeddings and head.
         process_group_backend: backend of torch.distributed; None is NCCL on CUDA and gloo on CPUs.

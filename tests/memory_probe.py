@@ -23,14 +23,18 @@ def forget_peak() -> None:
 
 
 class MemoryProbe(Callback):
-    """Leaves the memory before the model is built and the peak of the second step in `memory-<rank>.json`."""
+    """Leaves the memory before the model is built and the peaks of start and step 2 in `memory-<rank>.json`."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for library in ("bitsandbytes", "accelerate"):  # which a base in few bits imports
+        for library in ("peft", "bitsandbytes", "accelerate"):  # which adapters and a base in few bits import
             with suppress(ImportError):
                 import_module(library)
         gc.collect()
         self.baseline = memory_status("VmRSS")
+        forget_peak()
+
+    def on_train_start(self, *_: Any) -> None:
+        self.start = memory_status("VmHWM")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -40,5 +44,5 @@ class MemoryProbe(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == 2:
-            seen = {"baseline": self.baseline, "peak": memory_status("VmHWM")}
+            seen = {"baseline": self.baseline, "start": self.start, "peak": memory_status("VmHWM")}
             Path(f"memory-{trainer.global_rank}.json").write_text(json.dumps(seen))

@@ -134,7 +134,28 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
     kept = sizes.trained if module.adapters_alone else parameters + (0 if lora is None else sizes.trained)
     updated = parameters if lora is None else sizes.trained
     disk = WEIGHT * (kept + updated * setup.optimizer_state)
-    return plan, words + f"; a checkpoint takes {disk / 1e9:.2f} GB on disk"
+    words += f"; a checkpoint takes {disk / 1e9:.2f} GB on disk"
+    return plan, f"{words}\n{start_memory(module, parameters, setup, per_node, strategy if sharded else None)}"
+
+
+def start_memory(
+    module: LanguageModelTraining, parameters: int, setup: Setup, processes: int, strategy: ShardedStrategy | None
+) -> str:
+    """Return a sentence on the host memory that the processes of a node need while they load the model."""
+    if module.quantize is not None:
+        return "At the start the base is read tensor by tensor and quantised on the device."
+    in_shards = strategy is not None and parameters > strategy.meta_init_above
+    whole = module.lora is not None and module.lora.reads_base
+    if in_shards and not whole:
+        return "At the start each process reads only its shards of the files (meta_init_above)."
+    models = 2 if setup.reference and not in_shards else 1
+    size = models * WEIGHT * parameters / 1e9
+    held = "the whole model" if models == 1 else "the whole model and its reference"
+    why = " (DoRA, PiSSA and OLoRA start from its weights)" if in_shards else ""
+    return (
+        f"At the start each process holds {held} in float32 in the host's memory{why}: {size:.1f} GB, on a node "
+        f"{size * processes:.1f} GB."
+    )
 
 
 def devices_per_node(devices: Any, given: int | None, on_cpu: bool) -> int:

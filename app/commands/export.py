@@ -135,7 +135,7 @@ def plain_model(state: dict[str, Any], base: str | None) -> Any:
     UserError if it is not there, or another model.
     """
     lora = state.get("lora") or {}
-    weights = {name.replace(".base_layer.", "."): part for name, part in policy_weights(state).items()}
+    weights = {name.replace("base_layer.", ""): part for name, part in policy_weights(state).items()}
     weights = {name: part.float() for name, part in weights.items() if ".lora_" not in name}
     if not weights:
         place = base or lora["base"]

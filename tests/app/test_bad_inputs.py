@@ -91,6 +91,12 @@ OF_A_RUN: dict[str, list[tuple[str, str]]] = {
         )
     ]
     + [
+        (
+            "--model.optimizer=schedulefree.AdamWScheduleFree",
+            "model.optimizer cannot take a step here: AdamWScheduleFree is schedule-free",
+        ),
+    ]
+    + [
         ("--model.optimizer=torch.nn.Linear", "model.optimizer: 'torch.nn.Linear' names no class of Optimizer"),
         (f"--model.optimizer={TORCH}.AdamX", "AdamX"),
         (f"--model.optimizer={TORCH}.SGD --model.optimizer.momentun 0.9", "Did you mean momentum?"),
@@ -309,6 +315,7 @@ OF_A_RUN["adapters"] += [
     ("--model.lora.r 0", "model.lora.r: must be a whole number from 1"),
     ("--model.lora.lora_alpha nan", "model.lora.lora_alpha: must be"),
     ("--model.lora.rank 8", "model.lora.rank: Lora has no such option"),
+    ("--model.lora.target_parameters [experts.down_proj]", "this model has no fused experts, and target_modules"),
     (
         "--model.lora.r 4 --trainer.strategy ShardedStrategy --trainer.strategy.tensor_parallel_size 2",
         "model.lora does not go with trainer.strategy's tensor_parallel_size above 1",

@@ -58,7 +58,11 @@ def test_the_peak_of_two_sharded_ranks_is_as_planned(measured: Path) -> None:
 
 @pytest.mark.slow
 def test_the_peak_of_adapters_on_two_ranks_is_as_planned(tmp_path: Path) -> None:
-    assert_as_planned(measure(tmp_path, *MODELS["lora"]), 4 * (48e6 + 1.1e6) / 2, *MODELS["lora"])
+    options = (*MODELS["lora"], "--trainer.strategy.meta_init_above", "0")
+    assert_as_planned(measure(tmp_path, *options), 4 * (48e6 + 1.1e6) / 2, *options)
+    for rank in range(2):  # never holds the whole base
+        seen = json.loads((tmp_path / f"memory-{rank}.json").read_text())
+        assert seen["start"] - seen["baseline"] < 0.85 * 4 * 48e6
 
 
 @pytest.mark.slow
@@ -209,6 +213,25 @@ def test_adapters_are_counted_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["parameters"] == pytest.approx(2 * 1_414_647_808 + 2 * 50_304 * 2048 + 4 * trained, abs=1e7)
     _, other = plan_of(capsys, *one, *MODELS["lora"], "--model.reference_name", "another")
     assert other["reference"] == pytest.approx(plan["parameters"], rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "reads only its shards of the files"),
+        (("--trainer.strategy.meta_init_above", "2e9"), "the whole model in float32 in the host's memory: 5.7 GB"),
+        (
+            ("--model.lora.use_dora", "true"),
+            "(DoRA, PiSSA and OLoRA start from its weights): 5.7 GB, on a node 45.3",
+        ),
+    ],
+)
+def test_a_plan_says_what_the_start_needs(
+    options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sharded = (*HH, *MODELS["lora"], "--config", str(ROOT / "configs/strategy/fsdp.yaml"))
+    text, _ = plan_of(capsys, *sharded, "--shape", "EleutherAI/pythia-1.4b", *options)
+    assert said in text.splitlines()[1]
 
 
 def test_an_8b_model_in_4_bits_fits_24_gb_at_4096_tokens(capsys: pytest.CaptureFixture[str]) -> None:

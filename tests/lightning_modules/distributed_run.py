@@ -34,7 +34,8 @@ SCENARIOS = {"single_pass": (22, 8192), "many_passes": (21, 115)}
 # that computes nothing in float32 (Llama's norms do): what is left of a difference is no rounding.
 EXACT = {1: 8192, 2: 300, 5: 130}
 STRATEGIES = ("ddp", "fsdp2")
-PLACES = {"adapters": (*STRATEGIES, "hsdp")} | ({"quantized": ("ddp",)} if find_spec("bitsandbytes") else {})
+PLACES = {"adapters": (*STRATEGIES, "hsdp", "meta")}  # meta: read in shards, never whole
+PLACES |= {"quantized": ("ddp",)} if find_spec("bitsandbytes") else {}
 ADAPTERS = Lora(r=4, lora_alpha=8.0)
 
 
@@ -97,7 +98,8 @@ def fine_tune(model: str, folder: Path, **trainer: Any) -> dict[str, Tensor]:
 def strategy(name: str) -> DDPStrategy | ShardedStrategy:
     if name == "ddp":
         return DDPStrategy(process_group_backend="gloo")
-    return ShardedStrategy(replicas=2 if name == "hsdp" else 1, process_group_backend="gloo")
+    settings = {"replicas": 2} if name == "hsdp" else {"meta_init_above": 0.0} if name == "meta" else {}
+    return ShardedStrategy(process_group_backend="gloo", **settings)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tiny_runs import (
     quiet_trainer,
     relative_difference,
     save_tiny_model,
+    tiny_model,
     weights,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,7 +31,7 @@ from app.core.errors import UserError
 from callbacks import BetaScheduler, EpsilonBeta, RewardGapStatistics, RunCheckpoint
 from lightning_modules import PreferenceOptimization, SupervisedFineTuning
 from lightning_modules.checkpoint import read_checkpoint
-from lightning_modules.lora import Lora, without_adapters
+from lightning_modules.lora import Lora, adapted, add_lora, without_adapters
 from lightning_modules.reference import ScoredReference
 
 pytestmark = pytest.mark.skipif(find_spec("peft") is None, reason="the extra lora is not installed")
@@ -223,6 +224,45 @@ def test_supervised_fine_tuning_takes_adapters_too(tiny_llama: str, tmp_path: Pa
     quiet_trainer(tmp_path, max_steps=2).fit(module, controlled(20, stage="demonstrations"))
     trained = {name.split(".")[-4] for name, p in module.policy.named_parameters() if p.requires_grad}
     assert trained == {"q_proj", "v_proj"}
+
+
+EXPERTS = {"num_experts_per_tok": 2, "head_dim": 8}
+CONVERTED = {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 32, **EXPERTS}
+FUSED = {"model_type": "gpt_oss", "num_local_experts": 4, "sliding_window": 6, **EXPERTS}  # not converted by peft
+
+
+def test_fused_experts_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    cure = r"name experts\.down_proj, experts\.gate_up_proj in model\.lora\.target_parameters"
+    for family in (FUSED, CONVERTED):
+        with pytest.raises(UserError, match=rf"gate_proj names no layer; there are .*\. If the experts.*{cure}"):
+            add_lora(tiny_model("llama", **family), Lora(target_modules=["q_proj", "gate_proj"]))
+    with pytest.raises(UserError, match=r"experts\.up_proj names no weight: the fused experts are"):
+        add_lora(tiny_model("llama", **FUSED), Lora(target_parameters=["experts.up_proj"]))
+    with pytest.raises(UserError, match=r"do not go with fused experts.*list layers without them"):
+        add_lora(tiny_model("llama", **CONVERTED), Lora(init_lora_weights="pissa"))
+    converted, fused = (tiny_model("llama", **family) for family in (CONVERTED, FUSED))
+    add_lora(converted, Lora())
+    assert adapted(converted)["experts.gate_up_proj"] == 2
+    assert "get no adapter" not in caplog.text
+    add_lora(fused, Lora())
+    assert re.search(cure, caplog.text)
+
+
+def test_adapters_of_experts_are_resumed_and_exported(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", **FUSED)
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    lora = Lora(r=2, target_modules=["q_proj"], target_parameters=experts)
+    whole = run(tmp_path / "whole", model, 3, lora=lora).lightning_module
+    run(tmp_path / "part", model, 2, lora=lora)
+    last = tmp_path / "part" / "checkpoints" / "last.ckpt"
+    resumed = run(tmp_path / "part", model, 3, last, lora).lightning_module
+    moved = {name for name, weight in weights(resumed).items() if "experts" in name and "lora_B" in name}
+    assert len(moved) == 4
+    for (name, one), other in zip(weights(whole).items(), weights(resumed).values(), strict=True):
+        assert torch.equal(one, other), name
+        assert name not in moved or one.abs().max() > 0
+    for adapter in (False, True):  # each is read again, and must compute what the policy does
+        export(str(last), str(tmp_path / f"adapter-{adapter}"), adapter=adapter)
 
 
 def test_what_cannot_work_is_refused(tiny_llama: str, tmp_path: Path) -> None:

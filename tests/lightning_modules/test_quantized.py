@@ -39,6 +39,14 @@ def run(
     return module, recorder.decisions
 
 
+def test_a_validation_leaves_the_base_as_it_is(tiny_llama: str, tmp_path: Path) -> None:
+    plain, _ = run(tmp_path / "plain", tiny_llama, 4, NF4)
+    validated, _ = run(tmp_path / "validated", tiny_llama, 4, NF4, limit_val_batches=1.0, val_check_interval=1)
+    assert validated.trainer.callback_metrics["val/gap_mean"] != 0
+    for (name, one), other in zip(weights(plain).items(), weights(validated).values(), strict=True):
+        assert torch.equal(one, other), name
+
+
 @pytest.mark.parametrize("quantize", [NF4, INT8], ids=["4 bits", "8 bits"])
 def test_adapters_are_trained_resumed_and_exported(
     quantize: dict, tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file, save_file
 from sharded_run import VARIANTS, rows, train
 from tiny_runs import FAMILIES, controlled, preference, quiet_trainer, relative_difference, save_tiny_model
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from app.commands.export import export
 from app.core.errors import UserError
 from lightning_modules import ShardedStrategy
-from lightning_modules.pretrained import load_model
+from lightning_modules.lora import Lora, add_lora
+from lightning_modules.pretrained import load_model, stand_ins_for_meta
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharded_loading import read_weights, weight_files
 
@@ -177,6 +181,29 @@ def test_without_weights_the_rest_is_there(family: str, families: Path) -> None:
         assert left_name == right_name
         assert torch.equal(left, right), left_name
     assert bare.generation_config.eos_token_id == eager.generation_config.eos_token_id
+
+
+@pytest.mark.skipif(find_spec("peft") is None, reason="the extra lora is not installed")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_of_a_model_without_weights_start_as_usual(family: str, families: Path) -> None:
+    name = str(families / family)
+    bare, eager = load_model(name, meta_above=0), load_model(name)
+    layers = dict(eager.named_modules())
+    linear = {name.rpartition(".")[2] for name, layer in layers.items() if isinstance(layer, (nn.Linear, Conv1D))}
+    embeddings = next(name for name, layer in layers.items() if layer is eager.get_input_embeddings())
+    for model in (bare, eager):
+        torch.manual_seed(0)
+        with stand_ins_for_meta(model):
+            add_lora(model, Lora(r=2, target_modules=[*sorted(linear - {"lm_head"}), embeddings]))
+            assert not any(parameter.is_meta for parameter in model.parameters())
+    assert {parameter.is_meta for parameter in bare.parameters() if not parameter.requires_grad} == {True}
+    assert not any(parameter.is_meta for parameter in bare.parameters() if parameter.requires_grad)
+    read_weights(bare, weight_files(name))
+    for (left_name, left), (right_name, right) in zip(
+        bare.named_parameters(), eager.named_parameters(), strict=True
+    ):
+        assert (left_name, left.requires_grad) == (right_name, right.requires_grad)
+        assert torch.equal(left, right), left_name
 
 
 def test_small_models_are_loaded_whole(tiny_llama: str) -> None:
