@@ -101,7 +101,6 @@ bench: install
 		--contestants ours plain gemm --out docs/benchmarks.json
 	$(BIN)/python -m benchmarks.throughput --data $(DATA) --name split --steps 2 \
 		--contestants ours-split ours-split-cached --out docs/benchmarks.json
-	$(BIN)/python -m benchmarks.throughput --cost --steps 4 --out docs/benchmarks.json
 	$(BIN)/python -m benchmarks.tables
 
 # what a GPU machine without a network lacks, for benchmarks/gpu.sh

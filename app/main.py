@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from app.commands import COMMANDS
+
 TRAINER_COMMANDS = {
     "fit": "train: SFT or preference optimisation, as the configuration says",
     "validate": "evaluate on the validation pairs, at fixed β0 and without filter",
@@ -21,8 +23,6 @@ TRAINER_COMMANDS = {
     "plan": "memory of a `fit` per device, and the largest micro-batch that fits",
 }
 
-# each has a file and a function in app/commands; the first line of its docstring appears in the overview
-SMALL_COMMANDS = ("quickstart", "generate", "judge", "pairs", "report", "audit", "export", "convert")
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # torchrun's, Slurm's and Lightning's
 
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command == "--version":
         print(f"beta-dpo {version('beta-dpo')}")
         return
-    if command not in (*TRAINER_COMMANDS, *SMALL_COMMANDS):
+    if command not in (*TRAINER_COMMANDS, *COMMANDS):
         print(f"beta-dpo: There is no command {command!r}: `beta-dpo --help` lists them.", file=sys.stderr)
         sys.exit(2)
     if "torch" not in sys.modules and all(os.environ.get(rank, "0") == "0" for rank in RANKS):
@@ -54,7 +54,7 @@ def overview() -> str:
         "Preference training with dynamic β.",
         "",
     ]
-    table = {**TRAINER_COMMANDS, **{name: summary(name) for name in SMALL_COMMANDS}}
+    table = {**TRAINER_COMMANDS, **{name: summary(name) for name in COMMANDS}}
     lines += [f"  {name:<10} {text}" for name, text in table.items()]
     return "\n".join([*lines, "", "`beta-dpo COMMAND --help` lists the options of one."])
 

@@ -88,35 +88,7 @@ def save(entry: dict[str, Any], name: str, path: Path = RESULTS) -> None:
 
 def filled(page: str, entries: dict[str, Any]) -> str:
     """Return `page` with the table of its entry in every marked place."""
-
-    def table(name: str) -> str:
-        return (costs if name == "cost" else comparison)(entries[name])
-
-    return _PLACE.sub(lambda place: f"{place[1]}{table(place[2])}\n{place[3]}", page)
-
-
-def told(entry: dict[str, Any], data: str, turns: int) -> str:
-    """Return the sentence above a table: date, machine, versions, model, data, steps and turns."""
-    setting = entry["setting"]
-    names = {"torch": "torch", "transformers": "transformers", "trl": "TRL"}
-    found = [f"{names[name]} {version}" for name, version in entry["versions"].items() if version]
-    return (
-        f"{', '.join([entry['date'], entry['machine'], *found])}. Llama, {setting['layers']} layers, "
-        f"hidden {setting['hidden']}, vocabulary {setting['vocabulary']}; {data}, {setting['steps']} steps after "
-        f"one warm-up, {turns} turns.\n\n"
-    )
-
-
-def costs(entry: dict[str, Any]) -> str:
-    """Return the cost of a pair, with one property varied at a time, as a Markdown table."""
-    rows = []
-    for name, point in entry["points"].items():
-        ours, plain = point["ours"], point["plain"]
-        memory = f"{ours['peak_gb']:.2f} and {plain['peak_gb']:.2f} GB"
-        times = [f"{each['ms_per_pair']:.0f}" for each in (ours, plain)]
-        rows.append([name, *times, spread(point["ratio"]), memory])
-    header = ["", "beta-dpo, ms a pair", "plain step, ms a pair", "beta-dpo is faster by", "peak memory"]
-    return told(entry, "random words", entry["repeats"]) + markdown(header, rows)
+    return _PLACE.sub(lambda place: f"{place[1]}{comparison(entries[place[2]])}\n{place[3]}", page)
 
 
 def comparison(entry: dict[str, Any]) -> str:
@@ -135,8 +107,14 @@ def comparison(entry: dict[str, Any]) -> str:
     rows += [[LABELS.get(name, name), "failed", "", ""] for name in entry.get("failed", {})]
     speed_up = f"speed-up over {NAMES.get(base, base)}"
     header = ["", "pairs/s (lowest–highest)", speed_up, "peak memory"]
-    pairs = f"{setting['data']}, {setting['batch_size']} pairs a step"
-    text = told(entry, pairs, max(map(len, turns.values()), default=0)) + markdown(header, rows)
+    names = {"torch": "torch", "transformers": "transformers", "trl": "TRL"}
+    found = [f"{names[name]} {version}" for name, version in entry["versions"].items() if version]
+    text = (
+        f"{', '.join([entry['date'], entry['machine'], *found])}. Llama, {setting['layers']} layers, "
+        f"hidden {setting['hidden']}, vocabulary {setting['vocabulary']}; {setting['data']}, "
+        f"{setting['batch_size']} pairs a step, {setting['steps']} steps after one warm-up, "
+        f"{max(map(len, turns.values()), default=0)} turns.\n\n"
+    ) + markdown(header, rows)
     if "ours" not in turns or "gemm" not in turns:
         return text
     rates = [gemm["operations_per_second"] for gemm in turns["gemm"]]

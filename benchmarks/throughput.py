@@ -1,7 +1,6 @@
 """Measure pairs per second and peak memory of a DPO step for this project, a plain transformers step, and TRL.
 
     python -m benchmarks.throughput --data hh_harmless_base_test.jsonl.gz --name hh-33M --out docs/benchmarks.json
-    python -m benchmarks.throughput --cost --steps 4 --out docs/benchmarks.json
 
 Every contestant trains the same random model on the same pairs in the same order with the same optimizer. Each runs
 in a process of its own, so that the peak memory is its own. The contestants take turns. Medians and ratios over the
@@ -15,12 +14,10 @@ import argparse
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +25,7 @@ import torch
 
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.setting import Setting, prepare, unavoidable_operations
-from benchmarks.tables import ROOT, comparison, processor, save, speed_ups, today, versions
-
-# what a pair costs: one property varies around pairs of 256 unique tokens, half of them prompt, eight a step
-MIDDLE = Setting(layers=4, vocabulary=8192, prompt_tokens=128, chosen_tokens=64, rejected_tokens=64, spread=0.0)
-LENGTHS = ((32, 16), (64, 32), (128, 64), (256, 128))  # prompt, each response; the third is the middle
-PROMPTS = ((16, 120), (240, 8))
-BATCHES = (2, 4, 16)
+from benchmarks.tables import ROOT, comparison, processor, save, today, versions
 
 
 def main() -> None:
@@ -45,22 +36,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
     parser.add_argument("--profile", choices=list(CONTESTANTS), help="one by torch operation, and no turns")
-    parser.add_argument("--cost", action="store_true", help="what a pair costs, one property varied at a time")
     parser.add_argument("--name", default="benchmark", help="of this entry in --out")
     parser.add_argument("--out", type=Path, help="JSON file that the entry is added to")
     given = vars(parser.parse_args())
-    repeats, contestants, name, out, profiled, cost = (
-        given.pop(key) for key in ("repeats", "contestants", "name", "out", "profile", "cost")
+    repeats, contestants, name, out, profiled = (
+        given.pop(key) for key in ("repeats", "contestants", "name", "out", "profile")
     )
     setting = Setting(**given)
-    if cost:
-        middle = replace(MIDDLE, steps=setting.steps, device=setting.device)
-        measured = {label: pair_cost(point, repeats) for label, point in points(middle).items()}
-        print(json.dumps(measured, indent=1))
-        if out:
-            told = conditions(middle, "torch", "transformers")
-            save({**told, "repeats": repeats, "points": measured}, "cost", out)
-        return
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(setting, folder)
         if profiled:
@@ -79,34 +61,6 @@ def main() -> None:
                 save(entry, name, out)
     print(comparison(entry))
     sys.exit(1 if entry["failed"] else 0)
-
-
-def points(middle: Setting) -> dict[str, Setting]:
-    """Return the setting of every point of the cost by its label."""
-
-    def pair(prompt: int, response: int) -> Setting:
-        return replace(middle, prompt_tokens=prompt, chosen_tokens=response, rejected_tokens=response)
-
-    found = {f"{x + 2 * y} tokens a pair, half prompt": pair(x, y) for x, y in LENGTHS}
-    found |= {f"256 tokens a pair, {x / 256:.0%} prompt": pair(x, y) for x, y in PROMPTS}
-    return found | {f"{batch} pairs a step": replace(middle, batch_size=batch) for batch in BATCHES}
-
-
-def pair_cost(setting: Setting, repeats: int) -> dict[str, Any]:
-    """Return each contestant's median ms per pair and highest peak GB, and the spread of the ratio."""
-    with tempfile.TemporaryDirectory() as folder:
-        *_, last = take_turns(prepare(setting, folder), ("ours", "plain"), repeats)
-    if last["failed"]:
-        sys.exit("a cost needs both contestants")
-    rates = speed_ups(last["turns"], "ours", "plain")
-    found: dict[str, Any] = {
-        name: {
-            "ms_per_pair": statistics.median(1e3 / turn["pairs_per_second"] for turn in turns),
-            "peak_gb": max(turn["peak_gb"] for turn in turns),
-        }
-        for name, turns in last["turns"].items()
-    }
-    return found | {"ratio": [statistics.median(rates), min(rates), max(rates)]}
 
 
 class ContestantFailed(Exception):

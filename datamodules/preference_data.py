@@ -162,8 +162,7 @@ class PreferenceData(PairDataModule):
     def rows_of(self, table: PairTable, split: Split) -> np.ndarray:
         rows = np.arange(len(table))
         if self.held_out and split in ("train", "validation"):
-            # a fixed seed, so that every run holds out the same pairs
-            sides = split_by_prompt(table.prompt_keys, self.validation_share, seed=0)
+            sides = split_by_prompt(table.prompt_keys, self.validation_share)
             rows = sides[split == "validation"]
         if split == "predict" or not self.mixed:
             return rows
@@ -221,17 +220,15 @@ def drawn_rows(
     return np.sort(np.concatenate(chosen))
 
 
-def split_by_prompt(prompt_keys: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_by_prompt(prompt_keys: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Return (training, held-out) indices of N pairs, both sorted int64, with all pairs of a prompt on one side.
 
     Whole prompts are drawn at random until the held-out side has at least `share` of the pairs. The draw depends on
-    the prompts and `seed`, not on the order of the pairs. Raises UserError if `share` is not in [0, 1) or leaves
-    nothing to train on.
+    the prompts alone, so that every run holds out the same pairs. Raises UserError if `share` leaves nothing to
+    train on.
     """
-    if not 0 <= share < 1:
-        raise UserError(f"The held-out share is {share}: it must be at least 0 and less than 1.")
     keys, prompt_of_pair, sizes = np.unique(prompt_keys, return_inverse=True, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(keys))
+    order = np.random.default_rng(0).permutation(len(keys))
     before = np.cumsum(sizes[order]) - sizes[order]  # pairs held out before each prompt is drawn
     held_out_prompt = np.zeros(len(keys), dtype=bool)
     held_out_prompt[order] = before < share * len(prompt_keys)

@@ -19,7 +19,7 @@ import torch
 import callbacks
 import datamodules
 import lightning_modules
-from app.commands import COMMANDS
+from app.commands import COMMANDS, function_of
 from app.commands.suspects import hits, pair_histories
 from app.method import losses
 from app.method.beta import BetaBounds, batch_beta
@@ -179,7 +179,7 @@ def api() -> str:
         "Data": {f"datamodules.{n}": getattr(datamodules, n) for n in datamodules.__all__},
         "Callbacks": {f"callbacks.{n}": getattr(callbacks, n) for n in callbacks.__all__},
         "Losses": {f"app.method.losses.{c.__name__}": c for c in shipped_losses()},
-        "Commands": {f"beta-dpo {name}": function for name, function in COMMANDS.items()},
+        "Commands": {f"beta-dpo {name}": function_of(name) for name in COMMANDS},
     }
     head = (
         "# Reference\n\nWritten by `make docs` from the code. Every class here can be named by `class_path` in a "

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from app.core.errors import UserError
+from app.core.errors import UserError, first_line
 from app.method.batch import Layout, OptimizerBatch, PackedRows
 from lightning_modules.attention import attentions
 from lightning_modules.ranks import Ranks
@@ -79,7 +79,7 @@ class StartCheck:
                 return self._settled(batch)
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"Out of memory in the start-up check of the model ({_first_line(error)}): lower "
+                f"Out of memory in the start-up check of the model ({first_line(error)}): lower "
                 "data.micro_batch_tokens, or set model.gradient_checkpointing: true; `beta-dpo plan` says what "
                 "fits."
             ) from error
@@ -184,7 +184,7 @@ class StartCheck:
         except (torch.OutOfMemoryError, UserError):
             raise
         except Exception as refusal:  # for example another mask format, a missing kernel, or the compiler
-            error = f"{type(refusal).__name__}: {_first_line(refusal)}"
+            error = f"{type(refusal).__name__}: {first_line(refusal)}"
         failed, worst = self.ranks.reduce(
             torch.stack([torch.tensor(float(bool(error))).double(), worst]), "max"
         ).tolist()
@@ -258,7 +258,3 @@ def _response_tokens(rows: Sequence[PackedRows], like: Tensor) -> Tensor:
         lengths = micro_batch.response_tokens.view(-1, tokens.shape[1])  # also valid for an empty micro-batch
         tokens = tokens.index_copy(0, micro_batch.pairs.cpu(), lengths.double().cpu())
     return tokens
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "no message")

@@ -96,7 +96,8 @@ def check_start(
                 "model.lora does not go with trainer.strategy's tensor_parallel_size above 1: set it to 1."
             )
     if quantize is not None:
-        check_quantized(trainer, lora, quantize)
+        sharded = isinstance(trainer.strategy, ShardedStrategy)
+        check_quantized(quantize, lora, sharded, precision)
     if compile_layers is True and not which(os.environ.get("CXX", "g++")):
         raise UserError("model.compile_layers needs a C++ compiler: install g++, or name one by CXX.")
     if name is not None:
@@ -107,18 +108,18 @@ def check_start(
         try_optimizer(trainer, make_optimizer, make_lr_scheduler, matrices_only)
 
 
-def check_quantized(trainer: Trainer, lora: Lora | None, quantize: dict[str, Any]) -> None:
+def check_quantized(quantize: dict[str, Any], lora: Lora | None, sharded: bool, precision: str) -> None:
     """Raise UserError where a quantised base cannot be trained on."""
     said = None
     if lora is None:
         said = "does not train by itself: add model.lora (configs/model/lora.yaml), whose adapters do"
     elif lora.moves_base:
         said = "does not go with model.lora.init_lora_weights pissa or olora, which change the base: take true"
-    elif isinstance(trainer.strategy, ShardedStrategy):
+    elif sharded:
         said = "does not go with ShardedStrategy, which cannot shard it: take one device or ddp, or leave it out"
-    elif str(trainer.precision) == "64-true":
+    elif precision == "64-true":
         said = "does not go with trainer.precision 64-true: take 32-true or bf16-mixed"
-    elif quantize.get("load_in_8bit") and str(trainer.precision) != "bf16-mixed":
+    elif quantize.get("load_in_8bit") and precision != "bf16-mixed":
         said = "in 8 bits computes in 16: set trainer.precision bf16-mixed"
     if said is not None:
         raise UserError(f"model.quantize {said}.")

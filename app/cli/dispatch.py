@@ -20,7 +20,7 @@ from app.cli.options import sentence
 from app.cli.planning import PlanCLI, run_plan
 from app.cli.showing import ShowCLI, run_show
 from app.cli.trainer import PartsCLI, be_quiet, run_trainer_command
-from app.commands import COMMANDS
+from app.commands import COMMANDS, function_of
 from app.core.errors import UserError
 from app.core.files import shipped
 from callbacks.run_checkpoint import Interrupted
@@ -48,14 +48,15 @@ def run(command: str, arguments: list[str]) -> None:
         elif command not in COMMANDS:
             run_trainer_command(arguments)
         else:
-            function = COMMANDS[command]
+            function = function_of(command)
             words = _leading_words_as_list(function, arguments[1:])
             auto_cli(function, args=words, as_positional=True, exit_on_error=False, prog=f"beta-dpo {command}")
     except UserError as error:
         _refuse(str(error))
     except ArgumentError as error:
         said = next((str(cause) for cause in causes(error) if isinstance(cause, UserError)), None)
-        _refuse(said or sentence(str(error), command, known_options(command)))
+        known = list(signature(function_of(command)).parameters) if command in COMMANDS else trainer_options()
+        _refuse(said or sentence(str(error), command, known))
     except Interrupted as stop:
         _leave(f"{stop}: the same command with --ckpt_path last resumes from there.", stop.exit_status)
     except SIGTERMException:
@@ -112,8 +113,3 @@ def _refuse(sentence: str) -> NoReturn:
     if os.environ.get("BETA_DPO_TRACEBACK"):
         traceback.print_exc()
     _leave(sentence, 2)
-
-
-def known_options(command: str) -> list[str]:
-    """Return the options of the command, without those of model and data."""
-    return list(signature(COMMANDS[command]).parameters) if command in COMMANDS else trainer_options()

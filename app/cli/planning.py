@@ -21,6 +21,7 @@ from lightning_modules.base import LanguageModelTraining
 from lightning_modules.lora import add_lora
 from lightning_modules.memory import WEIGHT, MemoryPlan, Setup, Sizes, activations
 from lightning_modules.pretrained import bare_model, load_config, parameter_count, store_linear_weights
+from lightning_modules.start_checks import check_quantized
 from lightning_modules.strategy import ShardedStrategy
 from lightning_modules.tensor_parallel import keep_local_part
 
@@ -91,8 +92,8 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
     half = "bf16" in precision
     if sharded:
         half = strategy.requested_dtype == "bfloat16" or (strategy.requested_dtype == "auto" and not on_cpu)
-    if module.quantize is not None and (module.lora is None or sharded):
-        raise UserError("plan: model.quantize needs model.lora, and goes with one device or ddp alone.")
+    if module.quantize is not None:
+        check_quantized(module.quantize, module.lora, sharded, precision)
     lora = None if module.lora is None else replace(module.lora, init_lora_weights=True)
     second = lora is None or getattr(module, "other_reference", None) is not None
     needs_reference = getattr(getattr(module, "loss", None), "needs_reference", False) and second

@@ -7,21 +7,19 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from app.core.errors import UserError
-from app.core.files import folder_hash
 from app.judges.server import Client, SamplingServer
 from datamodules.packing import pack
 from datamodules.records import PreferencePair, TokenisedPair
 from datamodules.sources.prompts import prompt_messages
 from datamodules.tokenisation import Tokenisation, tokenise_prompts
 from datamodules.tokenizer import read_tokenizer, stop_ids
-from lightning_modules.pretrained import load_model
+from lightning_modules.pretrained import load_model, model_identity
 from lightning_modules.refused_models import refuse_beyond
 from lightning_modules.scorer import ResponseScorer
 
@@ -50,7 +48,9 @@ class LocalSampler:
         self.sampling = sampling
         self.stops = stop_ids(self.tokenizer, settings, self.models[0].generation_config.eos_token_id)
         self.job: dict[str, Any] = {
-            "models": [model_content(name, loaded) for name, loaded in zip(self.names, self.models, strict=True)],
+            "models": [
+                model_identity(name, loaded.config) for name, loaded in zip(self.names, self.models, strict=True)
+            ],
             "stops": self.stops,
             "device": self.device.type,  # another kind of device draws other numbers
         }
@@ -194,11 +194,6 @@ def _served(text: str, reply: Any) -> Answer | str:
     if prompt and getattr(choice, "token_ids", None):
         answer |= {"prompt_ids": list(prompt), "response_ids": list(choice.token_ids)}
     return answer
-
-
-def model_content(name: str, model: Any) -> str:
-    """Return an identifier of a model's weights: a hash of its folder, or the commit of its Hub id."""
-    return folder_hash(name) if Path(name).is_dir() else f"{name}@{model.config._commit_hash}"
 
 
 def hashed(rows: list[Any]) -> str:

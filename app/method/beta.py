@@ -78,10 +78,6 @@ class BetaSchedule:
     m0: FiniteFloat | None = None
     z_normalised: bool = False
 
-    def __post_init__(self) -> None:
-        if self.level not in ("batch", "instance"):
-            raise ValueError(f'level must be "batch" or "instance", got {self.level!r}')
-
     @property
     def needs_moments(self) -> bool:
         """Return whether the schedule reads the running statistics; with a constant M0 and raw gaps it does not."""

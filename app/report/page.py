@@ -12,6 +12,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from app.cli.resume_rules import flattened
 from app.core.intervals import digits, share_over, span
 from app.report import plot
 from app.report.charts import all_panels
@@ -33,7 +34,7 @@ def page(runs: Sequence[Run], sampled: bool) -> str:
         levels=LEVELS,
         missing=missing(runs, sampled),
         numbers=by_row([numbers_of(run) for run in runs]),
-        differences=differences([flat(run.config) for run in runs]),
+        differences=differences([settings(run.config) for run in runs]),
         version=version("beta-dpo"),
         style=Markup(asset("page.css")),
         colours=plot.COLOURS,
@@ -125,21 +126,11 @@ def by_row(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
     return [(name, [column.get(name, "–") for column in columns]) for name in names]
 
 
-def differences(settings: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
+def differences(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
     """Return the rows in which the settings of the runs differ."""
-    return [row for row in by_row(settings) if len(set(row[1])) > 1]
+    return [row for row in by_row(columns) if len(set(row[1])) > 1]
 
 
-def flat(config: Any, path: str = "") -> dict[str, str]:
-    """Return every leaf of a configuration by its dotted name; a callback with all its settings is one leaf."""
-    if isinstance(config, Mapping):
-        inner = {name: flat(value, f"{path}.{name}" if path else str(name)) for name, value in config.items()}
-        return {name: text for part in inner.values() for name, text in part.items()}
-    if isinstance(config, list) and any(isinstance(item, Mapping) and "class_path" in item for item in config):
-        return {str(item["class_path"]).rsplit(".", 1)[-1]: told(item.get("init_args") or {}) for item in config}
-    return {path.replace(".init_args", ""): str(config)}
-
-
-def told(settings: Mapping[str, Any]) -> str:
-    """Return the settings that have a value, in one line."""
-    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None) or "yes"
+def settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return every setting of a configuration as text by its dotted name."""
+    return {name: str(value) for name, value in flattened(config).items()}

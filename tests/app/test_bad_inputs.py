@@ -381,9 +381,18 @@ def test_the_table_in_the_docs() -> None:
         assert f"| {kind} | {count} |" in page, (kind, count)
 
 
+def some_of_each(place: int) -> list[pytest.MarkDecorator]:
+    """Return the mark of a case: every third is in the fast suite, the others differ from it in words alone."""
+    return [] if place % 3 == 0 else [pytest.mark.slow]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
-    [pytest.param(*case, id=f"{kind} {case[0]}") for kind, cases in OF_A_RUN.items() for case in cases],
+    [
+        pytest.param(*case, id=f"{kind} {case[0]}", marks=some_of_each(place))
+        for kind, cases in OF_A_RUN.items()
+        for place, case in enumerate(cases)
+    ],
 )
 def test_options_of_a_run(
     words: str, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -393,7 +402,9 @@ def test_options_of_a_run(
     assert not list((folder / "runs").rglob("*"))
 
 
-@pytest.mark.parametrize("case", OF_A_MODEL)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=some_of_each(place)) for place, case in enumerate(OF_A_MODEL)]
+)
 def test_model_folders(
     case: str,
     tiny_llama: str,

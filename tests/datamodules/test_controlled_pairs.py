@@ -12,6 +12,7 @@ from statistics import fmean, pvariance
 import pytest
 
 from datamodules.controlled_task import (
+    Gap,
     Kind,
     demonstrations,
     grade,
@@ -65,7 +66,7 @@ def test_observed_rates_are_the_rates_asked_for() -> None:
 
 
 @pytest.mark.parametrize(("gap", "distances"), [("adjacent", {1}), ("extreme", {2, 3, 4}), ("any", {1, 2, 3, 4})])
-def test_the_gap_says_how_far_the_grades_lie_apart(gap, distances: set[int]) -> None:
+def test_the_gap_says_how_far_the_grades_lie_apart(gap: Gap, distances: set[int]) -> None:
     pairs = preference_pairs(400, seed=3, gap=gap, broken_share=0)
     assert {abs(better - worse) for better, worse in map(rungs, pairs)} == distances
     assert {grade(pair.prompt, pair.chosen).kind for pair in pairs} == set(Kind) - {Kind.MALFORMED}

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from datamodules.controlled_task import build_tokenizer, demonstrations, preference_pairs, prompts
+from datamodules.controlled_task import Gap, build_tokenizer, demonstrations, preference_pairs, prompts
 from datamodules.controlled_task.grammar import WORDS
 
 TOKENIZER = build_tokenizer()
@@ -19,7 +20,7 @@ TOKENIZER = build_tokenizer()
     split=st.sampled_from(["train", "held_out"]),
     gap=st.sampled_from(["adjacent", "extreme", "any"]),
 )
-def test_every_generated_text_comes_back_to_the_letter(seed: int, split, gap) -> None:
+def test_every_generated_text_comes_back_to_the_letter(seed: int, split: Any, gap: Gap) -> None:
     for pair in preference_pairs(8, seed, split=split, gap=gap, broken_share=0.5):
         for text in (pair.prompt, pair.chosen, pair.rejected, pair.prompt + pair.chosen):
             assert text is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_a_nan_spoils_its_own_pair_only() -> None:
     mean=st.floats(-1e6, 1e6),
     beta0=st.floats(1e-3, 10.0),
 )
-def test_alpha_zero_is_beta0_to_the_bit(gaps, mean, beta0) -> None:
+def test_alpha_zero_is_beta0_to_the_bit(gaps: list[float], mean: float, beta0: float) -> None:
     values = torch.tensor(gaps, dtype=torch.float64)
     moments = Moments(mean, 1.0)
     assert batch_beta(beta0, 0.0, values, moments).item() == beta0
@@ -170,7 +171,7 @@ def test_without_a_spread_the_normalised_schedule_and_the_margin_rest(std: float
 
 @settings(max_examples=30, deadline=None)
 @given(scale=st.floats(1e-3, 1e3), shift=st.floats(-100, 100), level=st.sampled_from(["batch", "instance"]))
-def test_the_normalised_schedule_ignores_scale_and_origin(scale, shift, level) -> None:
+def test_the_normalised_schedule_ignores_scale_and_origin(scale: float, shift: float, level: Any) -> None:
     schedule = BetaSchedule(0.6, level, z_normalised=True)
     plain = schedule.beta(0.1, GAPS, SOME, HAND)
     moved = schedule.beta(0.1, scale * GAPS + shift, SOME, Moments(scale * 0.5 + shift, scale * 2.0))

@@ -274,7 +274,7 @@ def test_no_pair_gives_no_loss(loss: PairLoss) -> None:
 
 @pytest.mark.parametrize("make", [SigmoidLoss, RobustLoss])
 @pytest.mark.parametrize("smoothing", [-0.1, 0.5, 1.0, math.nan])
-def test_label_smoothing_out_of_range_is_refused(make, smoothing: float) -> None:
+def test_label_smoothing_out_of_range_is_refused(make: type[PairLoss], smoothing: float) -> None:
     with pytest.raises(ValueError, match="label_smoothing"):
         make(label_smoothing=smoothing)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -136,7 +137,9 @@ def test_a_value_that_is_not_finite_is_refused_and_leaves_the_state(bad: float) 
     start=st.sampled_from(["bias_corrected", "zero"]),
     ddof=st.sampled_from([0, 1]),
 )
-def test_a_resumed_run_has_the_same_bits(momentum, batches, start, ddof) -> None:
+def test_a_resumed_run_has_the_same_bits(
+    momentum: float, batches: list[list[float]], start: Any, ddof: Any
+) -> None:
     whole = RunningMoments(momentum=momentum, start=start, ddof=ddof)
     resumed = RunningMoments(momentum=momentum, start=start, ddof=ddof)
     for batch in batches:

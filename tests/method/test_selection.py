@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -104,7 +105,9 @@ def test_a_discrepancy_that_is_not_finite_has_no_weight(std: float | None, bad: 
     std=st.floats(0.5, 20),
     scale=st.sampled_from([0.01, 0.1, 3.0, 40.0]),
 )
-def test_the_scale_of_a_reward_model_does_not_change_the_filter(gaps, mean, std, scale) -> None:
+def test_the_scale_of_a_reward_model_does_not_change_the_filter(
+    gaps: list[float], mean: float, std: float, scale: float
+) -> None:
     values = torch.tensor(gaps, dtype=torch.float64)
     plain = gaussian_log_weights(values, Moments(mean, std))
     scaled = gaussian_log_weights(scale * values, Moments(scale * mean, scale * std))
@@ -199,7 +202,9 @@ weight_lists = st.lists(st.floats(-1e15, 0.0) | st.just(-math.inf), max_size=20)
 
 @settings(max_examples=60, deadline=None)
 @given(weights=weight_lists, data=st.data(), step=st.integers(0, 2**40))
-def test_exactly_k_are_kept_and_weightless_pairs_come_last(weights, data, step) -> None:
+def test_exactly_k_are_kept_and_weightless_pairs_come_last(
+    weights: list[float], data: st.DataObject, step: int
+) -> None:
     k = data.draw(st.integers(0, len(weights)))
     log_weights = torch.tensor(weights, dtype=torch.float64)
     kept = gumbel_top_k(log_weights, k, selection_noise(0, step, len(weights)))
@@ -215,7 +220,7 @@ def test_exactly_k_are_kept_and_weightless_pairs_come_last(weights, data, step) 
     shift=st.sampled_from([-1e4, 1e4, 123.25]),
     step=st.integers(0, 1000),
 )
-def test_a_shift_of_all_log_weights_changes_nothing(weights, shift, step) -> None:
+def test_a_shift_of_all_log_weights_changes_nothing(weights: list[float], shift: float, step: int) -> None:
     log_weights = torch.tensor(weights, dtype=torch.float64)
     noise = selection_noise(9, step, len(weights))
     k = number_kept(len(weights), 0.5)
@@ -254,7 +259,7 @@ def test_degenerate_batches_never_crash(gaps: list[float], moments: Moments) -> 
 
 @settings(max_examples=60, deadline=None)
 @given(batches=st.lists(st.lists(st.floats(-1e6, 1e6), max_size=9), min_size=1, max_size=4))
-def test_no_sequence_of_finite_batches_gives_a_nan(batches) -> None:
+def test_no_sequence_of_finite_batches_gives_a_nan(batches: list[list[float]]) -> None:
     running = RunningMoments()
     for batch in batches:
         values = torch.tensor(batch, dtype=torch.float64)
@@ -283,7 +288,9 @@ def test_an_outlier_is_the_pair_that_is_left_out() -> None:
         ([0.0, 0.0], 1, [0.5, 1.0], "open interval"),
     ],
 )
-def test_what_would_break_the_law_is_refused(weights, k, noise, message) -> None:
+def test_what_would_break_the_law_is_refused(
+    weights: list[float], k: int, noise: list[float], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         gumbel_top_k(torch.tensor(weights), k, torch.tensor(noise, dtype=torch.float64))
 
@@ -300,7 +307,7 @@ def test_effective_sample_size_by_hand() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(weights=st.lists(st.floats(-1e9, 0.0), min_size=1, max_size=20))
-def test_effective_sample_size_lies_between_one_and_all(weights) -> None:
+def test_effective_sample_size_lies_between_one_and_all(weights: list[float]) -> None:
     size = effective_sample_size(torch.tensor(weights, dtype=torch.float64))
     assert 1.0 - 1e-9 <= size <= len(weights) + 1e-9
 
@@ -321,7 +328,7 @@ FIVE = torch.tensor([2.0, -4.0, 6.0, -1.0, 0.0], dtype=torch.float64)  # σ(−0
         ("both", 5, set()),
     ],
 )
-def test_filters_by_gradient_scale_by_hand(drop, k: int, dropped: set[int]) -> None:
+def test_filters_by_gradient_scale_by_hand(drop: Any, k: int, dropped: set[int]) -> None:
     kept = keep_by_gradient_scale(FIVE, k, drop, selection_noise(0, 0, 5))
     assert set((~kept).nonzero().flatten().tolist()) == dropped
 
@@ -333,7 +340,9 @@ def test_filters_by_gradient_scale_by_hand(drop, k: int, dropped: set[int]) -> N
     drop=st.sampled_from(["head", "tail", "both"]),
     step=st.integers(0, 50),
 )
-def test_filters_by_gradient_scale_keep_k_and_never_a_more_extreme_pair(gaps, ratio, drop, step) -> None:
+def test_filters_by_gradient_scale_keep_k_and_never_a_more_extreme_pair(
+    gaps: list[float], ratio: float, drop: Any, step: int
+) -> None:
     values = torch.tensor(gaps, dtype=torch.float64)
     finite = torch.isfinite(values)
     k = number_kept(int(finite.sum()), ratio)

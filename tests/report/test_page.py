@@ -20,7 +20,7 @@ from app.core.errors import UserError
 from app.core.intervals import digits
 from app.report.curves import MOST_POINTS, smoothed, thinned
 from app.report.groups import density
-from app.report.page import flat, numbers_of
+from app.report.page import differences, numbers_of, settings
 from app.report.run import read_curves, read_run, unique_names
 from app.report.run_folder import read_audit
 from callbacks import PairAudit, TextProgress
@@ -260,10 +260,12 @@ def test_curves_of_the_audit_are_those_that_were_logged(two_runs: Path) -> None:
 
 def test_settings_that_differ() -> None:
     config = {
-        "a": {"init_args": {"b": 1, "c": None}},
-        "trainer": {"callbacks": [{"class_path": "x.Y", "init_args": {"d": 2, "e": None}}, {"class_path": "Z"}]},
+        "a": {"class_path": "x.A", "init_args": {"b": 1, "c": None}},
+        "trainer": {"callbacks": [{"class_path": "x.Y", "init_args": {"d": 2}}, {"class_path": "Z"}]},
     }
-    assert flat(config) == {"a.b": "1", "a.c": "None", "Y": "d 2", "Z": "yes"}
+    other = {**config, "a": {"class_path": "x.A", "init_args": {"b": 3, "c": None}}}
+    assert differences([settings(config), settings(other)]) == [("a.b", ["1", "3"])]
+    assert {"callbacks.Y": "Y", "callbacks.Y.d": "2", "callbacks.Z": "Z"}.items() <= settings(config).items()
 
 
 def test_long_curves_are_averaged_not_cut() -> None:

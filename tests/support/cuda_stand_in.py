@@ -118,7 +118,7 @@ class CudaTensor(Tensor):
     inner: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> CudaTensor:
+    def __new__(cls: type[CudaTensor], inner: Tensor) -> CudaTensor:
         made = Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
