@@ -15,12 +15,12 @@ from pathlib import Path
 from app.commands import COMMANDS
 
 TRAINER_COMMANDS = {
-    "fit": "train: SFT or preference optimisation, as the configuration says",
-    "validate": "evaluate on the validation pairs, at fixed β0 and without filter",
-    "test": "the same on the test pairs",
-    "predict": "score every pair of data.path and write scores.parquet",
-    "show": "the first pairs as `fit` trains on them, what was cut, and what was left out and why",
-    "plan": "memory of a `fit` per device, and the largest micro-batch that fits",
+    "fit": "Train SFT or preference optimisation, as the configuration says.",
+    "validate": "Evaluate on the validation pairs, at fixed β0 and without filter.",
+    "test": "Evaluate on the test pairs in the same way.",
+    "predict": "Score every pair of data.path and write scores.parquet.",
+    "show": "Print the first pairs as `fit` trains on them, and count what is cut and left out, with reasons.",
+    "plan": "Print the memory of a `fit` per device, and the largest micro-batch that fits.",
 }
 
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # torchrun's, Slurm's and Lightning's
@@ -56,7 +56,7 @@ def overview() -> str:
     ]
     table = {**TRAINER_COMMANDS, **{name: summary(name) for name in COMMANDS}}
     lines += [f"  {name:<10} {text}" for name, text in table.items()]
-    return "\n".join([*lines, "", "`beta-dpo COMMAND --help` lists the options of one."])
+    return "\n".join([*lines, "", "`beta-dpo COMMAND --help` lists the options of a command."])
 
 
 def summary(command: str) -> str:
