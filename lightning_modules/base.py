@@ -39,7 +39,7 @@ from lightning_modules.resumption import ResumedTraining
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharded_loading import read_weights, weight_files
 from lightning_modules.sharding import clip_gradients, gradient_sync
-from lightning_modules.start_checks import check_start, check_steps
+from lightning_modules.start_checks import check_start, check_steps, try_sharded_step
 from lightning_modules.strategy import ShardedStrategy
 
 log = logging.getLogger(__name__)
@@ -243,7 +243,10 @@ class LanguageModelTraining(ResumedTraining):
         return torch.bfloat16 if "bf16" in precision else torch.float32
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        weights = [p for p in self.policy.parameters() if p.requires_grad]
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            try_sharded_step(self.make_optimizer, weights)
+        optimizer = self.make_optimizer(weights)
         if self.make_lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.make_lr_scheduler(optimizer)}

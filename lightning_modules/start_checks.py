@@ -177,6 +177,24 @@ def try_optimizer(
     check_horizon(schedule, trainer.max_steps)
 
 
+def try_sharded_step(make_optimizer: OptimizerCallable, weights: list[nn.Parameter]) -> None:
+    """Try a step of the optimizer on zeros sharded as the smallest matrix of `weights`, on all ranks.
+
+    Raises UserError if it fails, as optimizers do whose operations know no sharded tensors.
+    """
+    matrices = [weight for weight in weights if weight.ndim == 2]
+    trial = nn.Parameter(torch.zeros_like(min(matrices, key=torch.numel)))
+    trial.grad = torch.ones_like(trial)
+    optimizer = make_optimizer([trial])
+    try:
+        optimizer.step()
+    except Exception as error:
+        raise UserError(
+            f"model.optimizer: {type(optimizer).__name__} cannot step on the sharded weights of ShardedStrategy: "
+            "take another, for example torch.optim.AdamW, or one device or ddp."
+        ) from error
+
+
 def check_horizon(schedule: LRScheduler, steps: int) -> None:
     """Raise UserError if a schedule with a fixed number of steps, such as OneCycleLR, is shorter than the run."""
     total = getattr(schedule, "total_steps", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,14 @@ def test_what_cannot_work_is_refused(
     with pytest.raises(UserError, match=said):
         trainer.fit(preference(tiny_llama), controlled(10))
     assert not torch.distributed.is_initialized()
+
+
+def test_an_optimizer_that_knows_no_shards_is_refused(tiny_llama: str, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, strategy=ShardedStrategy(process_group_backend="gloo"))
+    module = preference(tiny_llama, optimizer=partial(torch.optim.Adafactor, lr=1e-3))
+    with pytest.raises(UserError, match=r"model\.optimizer: Adafactor cannot step on the sharded weights"):
+        trainer.fit(module, controlled(10))
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
