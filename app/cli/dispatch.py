@@ -67,6 +67,8 @@ def run(command: str, arguments: list[str]) -> None:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning exits with status 1 on Ctrl-C
             _leave(f"stopped by Ctrl-C. {go_on(command)}", 130)
         raise
+    except BrokenPipeError:
+        raise  # for app.main, which says so
     except Exception as error:
         if any(sign in str(error) for sign in RANK_LOST):
             _leave(f"another rank has ended, or does not answer: its own messages tell more. {RESUME}", 1)

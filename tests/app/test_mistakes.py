@@ -242,3 +242,16 @@ def test_ctrl_c_in_a_small_command(
         capsys.readouterr().err
         == "beta-dpo: stopped by Ctrl-C. Give the same command again; what it says it keeps is not done twice.\n"
     )
+
+
+def test_a_reader_that_has_enough_ends_the_command() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "app.main", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert done.returncode == 141
+    assert done.stderr.splitlines() == [
+        "beta-dpo: stopped, because nobody reads its output any more ([Errno 32] Broken pipe)"
+    ]
