@@ -184,7 +184,7 @@ def do_again(run: Run, table: pd.DataFrame) -> None:
         for each, row in zip(runs_of(table), table.to_dict("records"), strict=True)
         if each == run
     }
-    row = made.get(processor()) or next(iter(made.values()), {})
+    row: dict[Any, Any] = made.get(processor()) or next(iter(made.values()), {})
     TASKS[run.task].prepare()
     make_sft_model((run.task, run.seed))
     again = make_row(run)

@@ -203,8 +203,8 @@ def summary(questions: Sequence[Question], measures: Mapping[str, str]) -> str:
             for one in question.comparisons:
                 found.setdefault(one.of(measure).verdict, []).append(one.label)
             if len(question.comparisons) == 1:
-                one = question.comparisons[0].of(measure)
-                verdicts.append(f"{one.verdict}, {one}")
+                only = question.comparisons[0].of(measure)
+                verdicts.append(f"{only.verdict}, {only}")
             elif len(found) == 1:
                 verdicts.append(next(iter(found)))
             else:
@@ -359,13 +359,13 @@ def frontier(cells: Mapping[str, pd.DataFrame]) -> Any:
     """Return the chart of reward against KL over the checkpoints of every arm, means over seeds."""
     parts = []
     for number, (name, cell) in enumerate(cells.items()):
-        path = np.mean([path_of(row) for _, row in cell.iterrows()], axis=0)
+        kl, reward = np.mean([path_of(row) for _, row in cell.iterrows()], axis=0).T
         arm, static = cell.arm.iloc[0], name.startswith("static")
         label = name if static else f"{arm}, β0 = {cell.beta0.iloc[0]:g}"
         width = 2.4 if arm in EMPHASISED and (not static or name == BEST) else 1.2
         colour, dash = (
             (EMPHASISED[arm], SOLID) if arm in EMPHASISED else (run_colour(number), DASHES[number % 7 + 1])
         )
-        parts.append(Line(label, *path.T, colour, dash, width, dots=True))
+        parts.append(Line(label, kl, reward, colour, dash, width, dots=True))
     x = axis(alt.X, "KL to the SFT model, nats (linear to 1, then logarithmic)", type="symlog", constant=1)
     return lines(parts, x, axis(alt.Y, "mean true reward"), key="right").properties(width=520, height=380)

@@ -189,7 +189,7 @@ def plan() -> list[Question]:
     """Return the questions of the plan, the most important first; their runs are made in this order."""
     static, ours, gaussian, instance = (Cell(arm) for arm in ("dpo", "beta_dpo", "filter_only", "instance_level"))
     random = Cell("random_filter", like="filter_only")
-    at = {f"flip rate {flips:g}": {"flips": flips} for flips in FLIP_RATES}
+    at = {f"flip rate {flips:g}": flips for flips in FLIP_RATES}
     ends = (0.0, 0.3)
 
     def by_gap(data: str, sign: float) -> dict[Cell | Run, float]:
@@ -212,13 +212,15 @@ def plan() -> list[Question]:
     }
     margins = [Cell(arm, loss="simpo_no_margin") for arm in ("gamma_po", "amapo")]
     simpo = Cell("dpo", loss="simpo")
-    reviews = {"task": "sentiment"}
     questions = [
         Question(
             "whole",
             "(d) Is β-DPO as a whole better than static β?",
             "The paper's main result: batch-level β and the Gaussian filter together, by flip rate.",
-            [less(f"{told}: β-DPO − static β", ours._replace(**f), static._replace(**f)) for told, f in at.items()],
+            [
+                less(f"{told}: β-DPO − static β", ours._replace(flips=f), static._replace(flips=f))
+                for told, f in at.items()
+            ],
             MAIN,
         ),
         Question(
@@ -226,7 +228,7 @@ def plan() -> list[Question]:
             "(c) Does the Gaussian filter help, and more than dropping pairs at random?",
             "At a fixed β0, by flip rate. The random filter drops as many, at the settings of the Gaussian one.",
             [
-                less(f"{told}: Gaussian − {name}", gaussian._replace(**f), other._replace(**f))
+                less(f"{told}: Gaussian − {name}", gaussian._replace(flips=f), other._replace(flips=f))
                 for told, f in at.items()
                 for name, other in (("none", static), ("random", random))
             ],
@@ -240,8 +242,8 @@ def plan() -> list[Question]:
             [
                 less(
                     f"reviews, flip rate {x:g}: {arm} − static β",
-                    Cell(arm, x, **reviews),
-                    Cell("dpo", x, **reviews),
+                    Cell(arm, x, task="sentiment"),
+                    Cell("dpo", x, task="sentiment"),
                 )
                 for x in ends
                 for arm in ("beta_dpo", "re_po")
@@ -367,7 +369,8 @@ def quickstarts() -> Iterator[Run]:
 def missing(question: Question, rows: Rows) -> list[Run]:
     """Return the runs of a question without a row: those of tuning, then those of tuned cells, seed by seed."""
     cells = list(dict.fromkeys(cell for one in question.comparisons for cell in one.weights))
-    runs, left = [], []
+    runs: list[Run] = []
+    left: list[Run] = []
     for cell in cells:
         try:
             runs.append(rows.run(cell))
@@ -416,13 +419,13 @@ class First:
         loss = changed.get("loss", "sigmoid")
         beta0, rate = self.settings[arm if loss == "sigmoid" else f"{arm} {loss}"]
         usual = {"data": "mixed", "flip_rate": 0.15, "loss": loss, "beta0": float(beta0), "learning_rate": rate}
-        return Run("controlled", phase, -1, arm=arm, **(usual | changed))  # type: ignore[arg-type]
+        return Run("controlled", phase, -1, arm=arm, **(usual | changed))
 
     def question(self, comparisons: Mapping[str, str], phase: str, family: int = 1, **told: object) -> Question:
         made = []
         for label, text in comparisons.items():
             terms, _, divisor = f"+ {text}".partition(" ÷ ")
-            weights = {
+            weights: dict[Cell | Run, float] = {
                 self.cell(term, phase): (1.0 if sign == "+" else -1.0) / float(divisor or 1)
                 for sign, term in re.findall(r"([+−]) ([^+−]+)", terms)
             }

@@ -46,9 +46,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(words)
     if options.what == "data":
-        make_data(*options.paths)
+        make_data(options.paths[0])
     else:
-        make_prompts(*options.paths, options.seed)
+        make_prompts(options.paths[0], options.paths[1], options.seed)
 
 
 # --- the text -----------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def make_data(folder: Path) -> None:
     held_out = [(text, label) for text, label in found["D"] if 6 <= len(text.split()) <= 60]
     for name, part in (("proxy", "A"), ("gold", "B")):
         learnt = [(text, int(label)) for text, label in found[part] if 6 <= len(text.split()) <= 60]
-        model = Sentiment.fit(*zip(*learnt, strict=True))
+        model = Sentiment.fit([text for text, _ in learnt], [label for _, label in learnt])
         (folder / f"{name}.json").write_text(json.dumps(vars(model)), encoding="utf-8")
         right = np.mean([(model.score(text) > 0.5) == label for text, label in held_out])
         print(f"{name}: trained on {len(learnt)} sentences, right on {right:.3f} of {len(held_out)} held out")

@@ -165,7 +165,8 @@ def dropped(audit: pd.DataFrame) -> dict[str, float]:
 class Controlled(Task):
     """The controlled task (datamodules/controlled_task), whose reward, from 0 to 4.5, is exact."""
 
-    name, margin, budget, collapsed, steps = "controlled", 0.1, 1.0, 0.25, (16, 32, 48, 64)
+    name, margin, budget, collapsed = "controlled", 0.1, 1.0, 0.25
+    steps: tuple[int, ...] = (16, 32, 48, 64)
     minutes = (0.8, 0.4, 0.5)
 
     def sft(self, seed: int) -> list[Command]:
