@@ -141,15 +141,17 @@ class ChatTemplate:
                 raise Dropped(f"the chat template leaves out the {turn.role} turn")
         return asked
 
-    def split(self, talk: Talk, answer: Message) -> Rendering:
-        """Split the rendering of a conversation and its answer into prompt and response.
+    def split(self, talk: Talk, answers: Sequence[Message]) -> list[Rendering]:
+        """Split the rendering of a conversation with each of its answers into prompt and response.
 
         The prompt is the common start of the renderings with and without the answer; the response is the rest, up
         to the end-of-turn token. Raises Dropped when the template fails or leaves out a part of the answer.
         """
-        frame = self.frame(talk)
+        frame, prompt = self.frame(talk), self.prompt(talk)
+        return [self._split(talk, answer, frame, prompt) for answer in answers]
+
+    def _split(self, talk: Talk, answer: Message, frame: Frame, prompt: str) -> Rendering:
         answer = Message(**{**answer, "content": self._without_end(answer.content.lstrip(), frame)})
-        prompt = self.prompt(talk)
         full = self.render(talk.answered(answer))
         notes: tuple[str, ...] = ()
         if not full.startswith(prompt):

@@ -139,7 +139,7 @@ class _Tokeniser:
             sides = _SIDES[: 1 if pair.rejected is None else 2]
             answers = [pair.answer(side) for side in sides]
             notes = self.template.unused(talk, *answers)
-            both = [self.template.split(talk, answer) for answer in answers]
+            both = self.template.split(talk, answers)
             if len({rendering.prompt for rendering in both}) > 1:
                 raise Dropped("the chat template renders two prompts for the two answers")
             return [rendering._replace(notes=(*rendering.notes, *notes)) for rendering in both]
@@ -155,9 +155,7 @@ class _Tokeniser:
             if isinstance(sides, list):
                 anchor = self.template.anchor(sides[0].prompt)  # type: ignore[union-attr]
                 texts += [sides[0].prompt, anchor]
-                for number, side in enumerate(sides):
-                    end = side.closing if number == 0 or pair.rejected_ends else ""
-                    texts += [anchor + side.body + end, side.body + end]
+                texts += [anchor + trained for trained in _trained(pair, sides)]
         encoded = iter(self._encode(texts, split_special_tokens=False))
         found: list[_Tokens | Dropped] = []
         for pair, sides in zip(pairs, renderings, strict=True):
@@ -165,10 +163,11 @@ class _Tokeniser:
                 found.append(sides)
                 continue
             prompt, anchor_ids, responses = next(encoded), next(encoded), []
-            for number, side in enumerate(sides):
-                joined, alone = next(encoded), next(encoded)
-                # tokenised as in the whole rendering, unless a token would span prompt and response there
-                ids = joined[len(anchor_ids) :] if joined[: len(anchor_ids)] == anchor_ids else alone
+            for number, (side, trained) in enumerate(zip(sides, _trained(pair, sides), strict=True)):
+                joined = next(encoded)
+                ids = joined[len(anchor_ids) :]
+                if joined[: len(anchor_ids)] != anchor_ids:  # a token would span prompt and response
+                    (ids,) = self._encode([trained], split_special_tokens=False)
                 ends = number == 0 or pair.rejected_ends
                 responses.append([*ids, *[self.tokenizer.eos_token_id] * (ends and side.eos)])
             try:
@@ -290,3 +289,9 @@ class _Tokeniser:
         limit, keep = self.settings.max_prompt_length, self.settings.prompt_truncation
         turns, cut = shorten(talk.turns, encode, limit, keep, self.tokenizer)
         return talk._replace(turns=turns), cut
+
+
+def _trained(pair: PreferencePair, sides: Sequence[Rendering]) -> list[str]:
+    """Return the text of each side that is trained; a rejected response that was cut has no end."""
+    ends = [side.closing if number == 0 or pair.rejected_ends else "" for number, side in enumerate(sides)]
+    return [side.body + end for side, end in zip(sides, ends, strict=True)]

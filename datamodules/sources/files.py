@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import tee
 from pathlib import Path
 from typing import IO
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 Rows = Iterator[tuple[int, object]]
 ROWS_PER_BATCH = 1024
+_LARGE = 2**28  # characters
 _NO_VALUE = {"", "nan", "NaN", "<NA>", "#N/A"}  # an empty cell, as pandas and spreadsheets write it
 
 
@@ -48,7 +50,7 @@ def jsonl_rows(file: IO[bytes], path: Path) -> Rows:
 
 def txt_rows(file: IO[bytes], path: Path) -> Rows:
     """Yield (line number from 1, a row whose `text` is the line); a blank line is no row."""
-    lines = enumerate(whole_text(file, path).splitlines(), 1)
+    lines = enumerate("".join(text_lines(file, path)).splitlines(), 1)
     yield from ((number, {"text": line}) for number, line in lines if line.strip())
 
 
@@ -57,7 +59,9 @@ def json_rows(file: IO[bytes], path: Path) -> Rows:
 
     Raises UserError for a broken array, because the rows after the fault cannot be separated.
     """
-    text = whole_text(file, path)
+    text = "".join(text_lines(file, path))
+    if len(text) > _LARGE:
+        log.warning("%s takes about four times its size of memory: .jsonl, an object per line, takes none", path)
     rows: object = None
     try:
         rows = json.loads(text, object_pairs_hook=_object)
@@ -87,21 +91,20 @@ def csv_rows(file: IO[bytes], path: Path, delimiters: str = ",;\t") -> Rows:
     is None. Raises UserError for an unclosed quotation mark, after which rows cannot be separated, and for repeated
     column names.
     """
-    text = whole_text(file, path)
     csv.field_size_limit(sys.maxsize)
-
-    def width(mark: str) -> int:
-        return len(next(csv.reader(io.StringIO(text, newline=""), delimiter=mark), []))
-
+    text, *ahead = tee(text_lines(file, path), 1 + len(delimiters))
+    widths = [len(next(csv.reader(one, delimiter=mark), [])) for one, mark in zip(ahead, delimiters, strict=True)]
+    ahead.clear()  # or they would keep the lines
     quotes, begin = 0, 1  # quotation marks in the row that is being read, and its first line
 
     def lines() -> Iterator[str]:
         nonlocal quotes
-        for line in io.StringIO(text, newline=""):
+        for line in text:
             quotes += line.count('"')
             yield line
 
-    reader = csv.reader(lines(), delimiter=max(delimiters, key=width), strict=True)
+    delimiter = delimiters[widths.index(max(widths))]
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     names: list[str] = []
     try:
         for cells in reader:
@@ -130,21 +133,23 @@ def refuse_same_names(names: list[str], path: Path) -> None:
         raise UserError(f"{path}: two columns have the same name; rename one.")
 
 
-def whole_text(file: IO[bytes], path: Path) -> str:
-    """Return the text of a file in UTF-8, or in UTF-16 if it begins with that byte order mark, without the mark.
+def text_lines(file: IO[bytes], path: Path) -> Iterator[str]:
+    """Yield the lines, with their ends, of a text in UTF-8, or in UTF-16 if it begins with that byte order mark.
 
     Raises UserError with the line of invalid text, or for damaged gzip.
     """
+    number = 1
     try:
-        data = file.read()
+        start = file.peek(2)  # type: ignore[attr-defined]  # files of gzip and of the disk are buffered
+        encoding = "utf-16" if start.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+        for line in io.TextIOWrapper(file, encoding, newline=""):
+            yield line
+            number += 1
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise damaged_gzip(path, error) from error
-    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    try:
-        return data.decode(encoding)
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}, is not UTF-8: save the file in UTF-8.") from error
+        number += error.object.count(b"\n", 0, error.start)
+        raise UserError(f"{path}, line {number}, is not UTF-8: save the file in UTF-8.") from error
 
 
 def damaged_gzip(path: Path, error: Exception) -> UserError:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command_runs import refusal
+from command_runs import environment, refusal, write_config
 
 from app.commands import COMMANDS
 from app.main import TRAINER_COMMANDS, main, overview
@@ -159,6 +159,15 @@ def test_report_takes_its_runs_as_words(capsys: pytest.CaptureFixture[str], tmp_
         main(["report", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "x.png")])
     assert stop.value.code == 2
     assert f"{tmp_path / 'one'} is not the log folder" in capsys.readouterr().err
+
+
+def test_fit_loads_no_library_that_it_does_not_need(tmp_path: Path, tiny_llama: str) -> None:
+    write_config(tmp_path, tiny_llama)
+    unneeded = {"altair", "vl_convert", "datasets", "sklearn", "peft", "openai", "app.commands.report"}
+    check = f"import sys; from app.main import main; main(sys.argv[1:]); print({unneeded} & {{*sys.modules}})"
+    line = [sys.executable, "-c", check, "fit", "--config", "config.yaml", "--trainer.max_steps", "1"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["set()"], done.stderr
 
 
 def test_help_and_version_load_no_library() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from app.cli.options import set_up_parsing
 from app.core.errors import UserError
 from datamodules.preference_data import PreferenceData
 from datamodules.records import Message, PreferencePair
+from datamodules.sources import files
+from datamodules.sources.files import LocalFiles
 from datamodules.sources.pairs import read_row
 from datamodules.sources.reader import read_pairs
 from datamodules.sources.registry import FORMATS, Format
@@ -226,10 +229,36 @@ def test_damaged_files_are_refused_with_the_place(tmp_path: Path, name: str, con
         list(read_pairs(str(tmp_path / name)))
 
 
-def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "p.csv").write_bytes("prompt,chosen,rejected\nä,b,c\n".encode("cp1252"))
-    with pytest.raises(UserError, match="line 2, is not UTF-8"):
+@pytest.mark.parametrize("rows", [0, 5000])
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path, rows: int) -> None:
+    content = "prompt,chosen,rejected\n" + "a,b,c\n" * rows + "ä,b,c\n"
+    (tmp_path / "p.csv").write_bytes(content.encode("cp1252"))
+    with pytest.raises(UserError, match=f"line {rows + 2}, is not UTF-8"):
         list(read_pairs(str(tmp_path / "p.csv")))
+
+
+def test_a_large_array_is_said_to_need_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(files, "_LARGE", 100)
+    for size in (1, 100):
+        row = {"prompt": "q" * size, "chosen": "a", "rejected": "b"}
+        (tmp_path / f"{size}.json").write_text(json.dumps([row]))
+        assert len(list(read_pairs(str(tmp_path / f"{size}.json")))) == 1
+    assert [record.message.partition(" takes ")[0] for record in caplog.records] == [str(tmp_path / "100.json")]
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.tsv.gz"])
+def test_a_table_of_cells_is_not_kept_in_memory(tmp_path: Path, name: str) -> None:
+    mark = "," if name == "p.csv" else "\t"
+    content = mark.join(["prompt", "chosen", "rejected"]) + f"\nq{mark}'yes, yes'{mark}no" * 100_000
+    (tmp_path / name).write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
+    rows = LocalFiles([tmp_path / name]).rows()
+    tracemalloc.start()
+    assert sum(1 for _ in rows) == 100_000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < len(content) / 4
 
 
 def test_a_path_is_a_path_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
