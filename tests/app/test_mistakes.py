@@ -233,8 +233,7 @@ def test_ctrl_c_in_a_small_command(
     def interrupted(*paths: str) -> None:
         raise KeyboardInterrupt
 
-    # by the module's name: the package has a function of the same name
-    monkeypatch.setattr(sys.modules["app.commands.judge"], "aligned", interrupted)
+    monkeypatch.setattr("app.commands.judge.aligned", interrupted)
     with pytest.raises(SystemExit) as stop:
         main(["judge", "a.jsonl", "b.jsonl"])
     assert stop.value.code == 130
