@@ -67,7 +67,7 @@ def build_table(
 ) -> None:
     """Tokenise the pairs of `stream` into the new `folder`; the table's report includes that of the stream.
 
-    The next call for the same folder resumes the work of a killed process behind its last finished part. Raises
+    The next call for the same folder resumes the work of a killed process after its last finished part. Raises
     UserError if no pair remains, FileExistsError if the folder exists and is not empty.
     """
     parts = Parts(folder.with_suffix(".parts"), dict(stream.description))

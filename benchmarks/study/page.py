@@ -80,7 +80,7 @@ def documents(table: pd.DataFrame) -> dict[str, str]:
     }
     parts = [
         head.format(**numbers).rstrip(),
-        *([second_plan(judged, table)] if judged else []),
+        *([second_plan(judged, rows, table)] if judged else []),
         summary(questions, {"reward": "at the end", "within": WITHIN}),
         "## All arms on mixed data, flip rate .15",
         arms_table(arms),
@@ -148,7 +148,7 @@ def answered(questions: Sequence[Question], rows: Rows) -> Iterator[Question]:
             yield replace(question, comparisons=found)
 
 
-def second_plan(questions: Sequence[Question], table: pd.DataFrame) -> str:
+def second_plan(questions: Sequence[Question], rows: Rows, table: pd.DataFrame) -> str:
     """Return the plan's answers: what wins on both tasks, the verdicts, then a table and a figure a question."""
     wanted = sum(judged for _, _, judged in sizes())
     better: dict[str, set[tuple[str, float]]] = {"controlled": set(), "sentiment": set()}
@@ -169,13 +169,16 @@ def second_plan(questions: Sequence[Question], table: pd.DataFrame) -> str:
     open_ = [each.title for each in plan() if each.title not in {question.title for question in questions}]
     sections = []
     for question in questions:
-        rows = []
+        lines = []
         for one in question.comparisons:
             cells = [text for name in MEASURES for text in (f"{one.of(name)}", one.of(name).verdict)]
-            rows.append([one.label, *cells, f"{one.of('reward').seeds}", told_collapses(one)])
-        header = ["", *(text for name in MEASURES.values() for text in (name, "verdict")), "seeds", "collapsed"]
+            chosen = (rows.run(cell) for cell in one.weights)
+            settings = " : ".join(f"{run.beta0:g}, {run.learning_rate:g}" for run in chosen)
+            lines.append([one.label, *cells, f"{one.of('reward').seeds}", told_collapses(one), settings])
+        measures = (text for name in MEASURES.values() for text in (name, "verdict"))
+        header = ["", *measures, "seeds", "collapsed", "β0, rate by the rule"]
         figure = f"![{question.title}](study/{question.name}.svg)"
-        sections += [f"### {question.title}", question.source, markdown(header, rows), figure]
+        sections += [f"### {question.title}", question.source, markdown(header, lines), figure]
     return "\n\n".join(
         [
             "## What the second plan found",
