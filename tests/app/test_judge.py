@@ -243,7 +243,7 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for arguments, reason in [
         (([file], "endpoint", "m"), "at least two"),
         (([file, file], "endpoint"), "--model"),
-        (([file, file], "true_reward", "m"), "no part"),
+        (([file, file], "true_reward", "m"), "does not go with the true reward"),
         (([other, other],), "controlled task"),
         (([write(tmp_path / "empty.jsonl", []), file],), "no answer"),
     ]:

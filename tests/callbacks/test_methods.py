@@ -117,7 +117,8 @@ def test_annotators_without_a_name_and_weights_without_a_sum_are_said(caplog: py
     zero = measured(1.0, 1.0, chosen_reward=[0, 0], rejected_reward=[9e3, 9e3])
     decided(zero, ScoreWeights("quality"))
     assert (
-        caplog.records[-1].getMessage() == "step 0: ScoreWeights gives every pair the weight 0: nothing is learned"
+        caplog.records[-1].getMessage()
+        == "step 0: ScoreWeights gives every pair the weight 0: the step learns nothing"
     )
 
 
