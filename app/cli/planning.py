@@ -169,7 +169,7 @@ def devices_per_node(devices: Any, given: int | None, on_cpu: bool) -> int:
         return int(devices)
     if on_cpu:
         return 1
-    raise UserError("trainer.devices is auto: give --devices_per_node.")
+    raise UserError("trainer.devices is auto: give --devices_per_node, or a number as --trainer.devices.")
 
 
 def optimizer_state(make_optimizer: Any) -> float:

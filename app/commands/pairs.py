@@ -79,7 +79,9 @@ def pairs(
                 written, flipped = written + 1, flipped + pair["flipped"]
         told = "".join(f"; left out: {count} {reason}" for reason, count in left_out.items())
         if not written:
-            raise UserError(f"{samples} makes no pair: {len(groups)} prompts{told}.")
+            raise UserError(
+                f"{samples} makes no pair: {len(groups)} prompts{told}. Draw more --samples, or longer ones."
+            )
     print(f"{written} pairs of {len(groups)} prompts: {out}; {flipped} are flipped{told}")
 
 

@@ -293,4 +293,7 @@ def test_what_cannot_be_planned_is_said(
     assert said in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plan", *HH[:2], "--shape", "EleutherAI/pythia-410m"])
-    assert "trainer.devices is auto: give --devices_per_node." in capsys.readouterr().err
+    assert (
+        "trainer.devices is auto: give --devices_per_node, or a number as --trainer.devices."
+        in capsys.readouterr().err
+    )
