@@ -105,8 +105,8 @@ def make_row(run: Run) -> dict[str, object]:
     shutil.rmtree(run.folder, ignore_errors=True)
     do(TASKS[run.task].commands(run), run.folder.with_name(f"{run.folder.name}.log"))
     row = asdict(run) | {"processor": processor()} | measured(run) | {"seconds": time.perf_counter() - started}
-    for folder in (*run.folder.glob("model-*"), run.folder / "checkpoints"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in (*run.folder.glob("model-*"), *run.folder.glob("checkpoints")):
+        shutil.rmtree(folder)
     return row
 
 

@@ -280,7 +280,6 @@ class RealPairs(Task):
     """SmolLM2-135M-Instruct on pairs of people, some of their labels flipped (benchmarks/study/real_pairs.py)."""
 
     name, margin, budget, collapsed, steps = "real", 0.1, 1.0, 1.0, ()
-    minutes = (0.0, 0.0, 8.0)
 
     def source(self, data: str) -> Path:
         """Return the file of pairs, in the folder that the environment variable PAIRS names."""
