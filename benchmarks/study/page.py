@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,29 +15,14 @@ from app.core.files import atomic_file
 from app.core.intervals import Estimate
 from app.report.plot import DASHES, SOLID, Interval, Line, axis, intervals, lines, run_colour, side_by_side, svg
 from benchmarks.study import real_pairs
-from benchmarks.study.questions import (
-    GAPS,
-    MEASURES,
-    Cell,
-    Comparison,
-    First,
-    Question,
-    Rows,
-    plan,
-    quickstarts,
-    sizes,
-)
+from benchmarks.study.questions import MEASURES, Cell, Comparison, Question, Rows, plan, quickstarts, sizes
 from benchmarks.study.runs import path_of, runs_of, with_measures
-from benchmarks.study.tasks import JUDGED, TASKS, TUNING
+from benchmarks.study.tasks import JUDGED, TASKS
 from benchmarks.study.verdicts import Difference
 from benchmarks.tables import ROOT, markdown
 
 DOCS = ROOT / "docs"
-CONTROLLED = TASKS["controlled"]
-WITHIN = f"within {CONTROLLED.budget:g} nat"
-STATIC, BEST = (0.03, 0.1, 0.3, 1.0), "static β = 0.3"  # of the first plan
-OF_TRAINING = {"reward": "at the end of training", "within": "within the KL budget"}
-EMPHASISED = {"dpo": "run7", "beta_dpo": "run0", "flip_weights": "run4"}
+EMPHASISED = {"dpo": "run7", "beta_dpo": "run0"}
 VERDICTS = {"better": "good", "worse": "act", "equal within the margin": "link"}
 
 
@@ -54,43 +38,16 @@ def documents(table: pd.DataFrame) -> dict[str, str]:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     before, mark, rest = readme.partition("<!-- quickstart -->\n")
     readme = before + mark + quickstart(table) + "\n" + rest[rest.index("<!-- end -->") :]
-    table = table[table.task != "quickstart"]
-    rows, first = Rows(table), First()
-    judged = list(answered(plan(), rows))
-    questions = list(answered(first.questions, rows))
-    arms, own = (
-        {label: rows.of(run).droplevel("processor") for label, run in cells.items()}
-        for cells in first.tables.values()
-    )
-    own = {label: cell.loc[41:47] for label, cell in own.items()}  # the seeds that all of them have
-    figures = {f"study/{question.name}.svg": svg(forest(question)) for question in (*judged, *questions)}
-    figures |= {"study/beta-by-gap.svg": svg(beta_by_gap(rows, first)), "study/frontier.svg": svg(frontier(arms))}
+    questions = list(answered(plan(), Rows(table)))
+    figures = {f"study/{question.name}.svg": svg(forest(question)) for question in questions}
     # head and tail are written by hand; the rest is generated
     head, tail = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("head.md", "tail.md"))
-    count = table.phase.value_counts()
-    earlier = table[~table.phase.isin((TUNING, JUDGED, "pilot"))]
-    numbers = {
-        "runs": len(earlier),
-        **{name: int(count[name]) for name in ("confirmation", "extension")},
-        "tried": int(count.exploration + count.development),
-        "hours": f"{earlier.seconds.sum() / 3600:.1f}",
-        "kl": CONTROLLED.budget,
-        "margin": CONTROLLED.margin,
-        "collapsed": CONTROLLED.collapsed,
-    }
-    parts = [
-        head.format(**numbers).rstrip(),
-        *([second_plan(judged, rows, table)] if judged else []),
-        summary(questions, {"reward": "at the end", "within": WITHIN}),
-        "## All arms on mixed data, flip rate .15",
-        arms_table(arms),
-        "![reward against KL](study/frontier.svg)",
-        *(section(question, rows, first) for question in questions),
-        cells_table(own),
-        *filter(None, [real_model(table[table.task == "real"])]),
-        tail.format(**numbers).rstrip(),
-    ]
-    return {"study.md": "\n\n".join(parts) + "\n", "../README.md": readme, **figures}
+    people = real_model(table[table.task == "real"])
+    parts = [verdicts(questions, table), head, *sections(questions, Rows(table)), people, tail]
+    content = "\n\n".join(
+        ["# The study: which claims about dynamic β hold here", *map(str.rstrip, filter(None, parts))]
+    )
+    return {"study.md": content + "\n", "../README.md": readme, **figures}
 
 
 QUICKSTART = {
@@ -141,19 +98,18 @@ def answered(questions: Sequence[Question], rows: Rows) -> Iterator[Question]:
         found = []
         for one in question.comparisons:
             try:
-                found.append(rows.result(one, question.margin))
-            except LookupError:  # not yet: `second_plan` counts them
+                found.append(rows.result(one))
+            except LookupError:  # not yet: `verdicts` counts them
                 continue
         if found:
             yield replace(question, comparisons=found)
 
 
-def second_plan(questions: Sequence[Question], rows: Rows, table: pd.DataFrame) -> str:
-    """Return the plan's answers: what wins on both tasks, the verdicts, then a table and a figure a question."""
-    wanted = sum(judged for _, _, judged in sizes())
+def verdicts(questions: Sequence[Question], table: pd.DataFrame) -> str:
+    """Return the top of the page: what wins on both tasks, what is done, and the verdicts of every question."""
     better: dict[str, set[tuple[str, float]]] = {"controlled": set(), "sentiment": set()}
     for one in (one for question in questions for one in question.comparisons):
-        ours, theirs, *_ = (cell for cell in one.weights if isinstance(cell, Cell))
+        ours, theirs, *_ = one.weights
         if theirs == Cell("dpo", ours.flips, task=one.task) and one.of("reward").verdict == "better":
             better[one.task].add((ours.arm, ours.flips))
     both = better["controlled"] & better["sentiment"]
@@ -161,13 +117,34 @@ def second_plan(questions: Sequence[Question], rows: Rows, table: pd.DataFrame) 
     first = f"On both tasks {arms} beat tuned static β." if both else "Nothing beats tuned static β on both tasks."
     if "sentiment" not in {one.task for question in questions for one in question.comparisons}:
         first = "Whether anything beats tuned static β on both tasks is not known yet."
-    done, answered_ = (
-        int(((table.phase == JUDGED) & (table.task != "real")).sum()),
-        sum(len(each.comparisons) for each in questions),
+    done = int(((table.phase == JUDGED) & (table.task != "real")).sum())
+    wanted = sum(judged for _, _, judged in sizes())
+    compared, asked = (sum(len(each.comparisons) for each in some) for some in (questions, plan()))
+    rows = [
+        [f"[{question.title}](#{anchor(question.title)})", *(verdict(question, measure) for measure in MEASURES)]
+        for question in questions
+    ]
+    left = [each.title for each in plan() if each.name not in {question.name for question in questions}]
+    return "\n\n".join(
+        [
+            f"**{first}** {done} of the {wanted} runs that judge have a row; "
+            f"{compared} of {asked} comparisons have two pairs of rows or more.",
+            markdown(["question", *MEASURES.values()], rows),
+            *([f"Not run yet: {' '.join(left)}"] if left else []),
+        ]
     )
-    asked = sum(len(each.comparisons) for each in plan())
-    open_ = [each.title for each in plan() if each.title not in {question.title for question in questions}]
-    sections = []
+
+
+def verdict(question: Question, measure: str) -> str:
+    """Return the verdicts of a question by one measure, with the intervals of those that decide."""
+    found = [(one.label, one.of(measure)) for one in question.comparisons]
+    told = [f"**{each.verdict}**: {label} {each}" for label, each in found if each.verdict != "undecided"]
+    left = len(found) - len(told)
+    return "; ".join([*told, *([f"undecided: {left}" + (" more" if told else "")] if left else [])])
+
+
+def sections(questions: Sequence[Question], rows: Rows) -> Iterator[str]:
+    """Yield a table and a figure for every question."""
     for question in questions:
         lines = []
         for one in question.comparisons:
@@ -178,112 +155,17 @@ def second_plan(questions: Sequence[Question], rows: Rows, table: pd.DataFrame) 
         measures = (text for name in MEASURES.values() for text in (name, "verdict"))
         header = ["", *measures, "seeds", "collapsed", "β0, rate by the rule"]
         figure = f"![{question.title}](study/{question.name}.svg)"
-        sections += [f"### {question.title}", question.source, markdown(header, lines), figure]
-    return "\n\n".join(
-        [
-            "## What the second plan found",
-            f"**{first}** {done} of the {wanted} runs that judge have a row, and {answered_} of the {asked} "
-            "comparisons have two pairs of rows or more ([plan](study/plan.md)).",
-            summary(questions, MEASURES),
-            *([f"Not run yet: {'; '.join(open_)}"] if open_ else []),
-            *sections,
-            "## What the first plan found",
-        ]
-    )
+        yield "\n\n".join([f"## {question.title}", question.source, markdown(header, lines), figure])
 
 
 def told_collapses(one: Comparison) -> str:
     return " : ".join(map(str, one.collapsed)) if any(one.collapsed) else "–"
 
 
-def summary(questions: Sequence[Question], measures: Mapping[str, str]) -> str:
-    """Return the table of all questions: their verdicts by measure, with the interval where one decides alone."""
-    rows = []
-    for question in questions:
-        verdicts = []
-        for measure in measures:
-            found: dict[str, list[str]] = {}
-            for one in question.comparisons:
-                found.setdefault(one.of(measure).verdict, []).append(one.label)
-            if len(question.comparisons) == 1:
-                only = question.comparisons[0].of(measure)
-                verdicts.append(f"{only.verdict}, {only}")
-            elif len(found) == 1:
-                verdicts.append(next(iter(found)))
-            else:
-                open_ = found.pop("undecided", [])
-                told = [f"**{verdict}**: {', '.join(labels)}" for verdict, labels in found.items()]
-                verdicts.append("; ".join([*told, *([f"undecided: {len(open_)} more"] if open_ else [])]))
-        rows.append([f"[{question.title}](#{anchor(question.title)})", *verdicts])
-    return markdown(["question", *measures.values()], rows)
-
-
 def anchor(title: str) -> str:
     """Return the fragment identifier of a Markdown heading."""
     kept = "".join(letter for letter in title.lower() if letter.isalnum() or letter in " -_")
     return kept.replace(" ", "-")
-
-
-def section(question: Question, rows: Rows, first: First) -> str:
-    lines = [
-        [one.label, *(text for name in ("reward", "within") for text in (f"{one.of(name)}", one.of(name).verdict))]
-        for one in question.comparisons
-    ]
-    parts = [f"## {question.title}", question.source]
-    parts.append(markdown(["", "at the end", "verdict", WITHIN, "verdict"], lines))
-    parts.append(f"![{question.title}](study/{question.name}.svg)")
-    seeds = sorted({one.of("reward").seeds for one in question.comparisons})
-    told = f"Seeds: {' and '.join(map(str, seeds))}."
-    if unpaired := sum(one.unpaired for one in question.comparisons):
-        told += f" {unpaired} pairs of rows were left out, because they are of different processors."
-    if question.name == "gap":
-        parts.append("![reward by β and gap](study/beta-by-gap.svg)")
-        for measure, name in OF_TRAINING.items():
-            means = {
-                data: {beta: cell[measure].mean() for beta, cell in found.items()}
-                for data, found in static_by_gap(rows, first).items()
-            }
-            best = ", ".join(f"β = {max(at, key=at.__getitem__):g} on {data}" for data, at in means.items())
-            told += f" Highest mean {name}: {best}."
-    return "\n\n".join([*parts, told])
-
-
-def static_by_gap(rows: Rows, first: First) -> dict[str, dict[float, pd.DataFrame]]:
-    """Return the rows of static β by kind of data and β, with the rates that the first plan chose."""
-    runs = {beta: first.tables["arms"][f"static β = {beta:g}"] for beta in STATIC}
-    return {
-        data: {beta: rows.of(replace(run, data=data)).droplevel("processor") for beta, run in runs.items()}
-        for data in GAPS
-    }
-
-
-def arms_table(cells: Mapping[str, pd.DataFrame]) -> str:
-    sft = cells[BEST]
-    reward = f"{sft.sft_reward.mean():.2f} ± {sft.sft_reward.std():.2f}"
-    last = ["SFT model", "", "", reward, "", "", "", f"{sft.sft_malformed.mean():.3f}", "", "0", "", ""]
-    note = "Means over seeds, ± one standard deviation. Bold: the best static β by development."
-    return f"{cells_table(cells, last)}\n\n{note}"
-
-
-def cells_table(cells: Mapping[str, pd.DataFrame], *more: list[str]) -> str:
-    """Return a table of the named cells, with further rows at its end; the best static β is in bold."""
-    rows = []
-    for name, cell in cells.items():
-        mean = cell.mean(numeric_only=True)
-        flipped = "–" if math.isnan(mean.dropped_flipped) else f"{mean.dropped_flipped:.2f}"
-        rows.append(
-            [
-                f"**{name}**" if name == BEST else name,
-                *(f"{mean.beta0:g}", f"{mean.learning_rate:g}"),
-                *(f"{mean[figure]:.2f} ± {cell[figure].std():.2f}" for figure in OF_TRAINING),
-                *(f"{mean[figure]:.3f}" for figure in ("win_rate", "accuracy", "malformed")),
-                *(f"{int(cell.collapsed.sum())} of {len(cell)}", f"{mean.kl:.2f}"),
-                f"{flipped} : {mean.dropped_clean:.2f}" if mean.dropped_clean > 0 else "–",
-                f"{cell.beta_low.min():.2f}–{cell.beta_high.max():.2f}",
-            ]
-        )
-    header = ["arm", "β0", "rate", "reward", WITHIN, "win rate", "accuracy", "malformed"]
-    return markdown([*header, "collapsed", "KL", "dropped, flipped : clean", "β"], [*rows, *more])
 
 
 def paths_table(table: pd.DataFrame) -> str:
@@ -336,22 +218,6 @@ def forest(question: Question) -> Any:
     return side_by_side(panels, ("at the end", "within the KL budget"))
 
 
-def beta_by_gap(rows: Rows, first: First) -> Any:
-    """Return the chart of reward against static β for each kind of data, with a dot per seed."""
-    colours, panels, by_gap = {"low": "run2", "mixed": "run1", "high": "run3"}, [], static_by_gap(rows, first)
-    for measure in OF_TRAINING:
-        cells = {data: [cell[measure] for cell in by_gap[data].values()] for data in colours}
-        parts = [Line(f"{data} gap", STATIC, [c.mean() for c in cells[data]], colours[data]) for data in colours]
-        x = axis(alt.X, "β", type="log", nice=False).axis(values=list(STATIC))
-        panel = lines(parts, x, axis(alt.Y, "mean true reward"))
-        for data, colour in colours.items():
-            seeds = [{"x": b, "y": float(y)} for b, cell in zip(STATIC, cells[data], strict=True) for y in cell]
-            dots = alt.Chart(alt.Data(values=seeds)).mark_point(filled=True, opacity=0.4, color=f"var(--{colour})")
-            panel += dots.encode(x="x:Q", y="y:Q")
-        panels.append(panel)
-    return side_by_side(panels, tuple(OF_TRAINING.values()))
-
-
 def by_arm(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the rows of each arm, those of static β by its β."""
     groups = table.groupby(["arm", "beta0"], sort=False)
@@ -365,7 +231,7 @@ def frontier(cells: Mapping[str, pd.DataFrame]) -> Any:
         kl, reward = np.mean([path_of(row) for _, row in cell.iterrows()], axis=0).T
         arm, static = cell.arm.iloc[0], name.startswith("static")
         label = name if static else f"{arm}, β0 = {cell.beta0.iloc[0]:g}"
-        width = 2.4 if arm in EMPHASISED and (not static or name == BEST) else 1.2
+        width = 2.4 if arm in EMPHASISED and not static else 1.2
         colour, dash = (
             (EMPHASISED[arm], SOLID) if arm in EMPHASISED else (run_colour(number), DASHES[number % 7 + 1])
         )

@@ -1,19 +1,18 @@
 """The plan of the study as code: its questions, the settings by its rule, and its runs in their order.
 
-docs/study/plan.md says the same in words. docs/study/first.yaml has the questions of an earlier plan.
+docs/study/plan.md says the same in words.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, NamedTuple
 
 import pandas as pd
-import yaml
 
-from benchmarks.study.runs import RESULTS, runs_of, with_measures
+from benchmarks.study.runs import runs_of, with_measures
 from benchmarks.study.tasks import JUDGED, PAIR_FILES, TASKS, TUNING, TUNING_SEEDS, Quickstart, Run
 from benchmarks.study.verdicts import Difference
 from benchmarks.tables import processor
@@ -30,7 +29,7 @@ BASES = {
     "alpha_dpo": (0.8, 2.5, 7.5),
 }
 RATES = {"controlled": (1.8e-4, 3.6e-4), "sentiment": (1e-4, 2e-4)}
-FLIP_RATES, GAPS, STATIC = (0.0, 0.15, 0.3), ("low", "mixed", "high"), (0.1, 0.3, 1.0)
+FLIP_RATES = (0.0, 0.15, 0.3)
 MEASURES = {"reward": "at the end", "within": "within the KL budget", "per_root": "gain per √KL"}
 
 
@@ -62,11 +61,10 @@ class Comparison:
     """A weighted sum of cells, such as one arm less another, by seed; the last three are its results."""
 
     label: str
-    weights: Mapping[Cell | Run, float]  # a run as a cell has no seed
+    weights: Mapping[Cell, float]
     family: int = 1  # comparisons whose intervals hold together (Bonferroni)
     found: Mapping[str, Difference] | None = None  # by measure
-    unpaired: int = 0  # seeds that all cells have, but not from one processor
-    collapsed: tuple[int, ...] = ()  # runs of each cell
+    collapsed: tuple[int, ...] = ()  # of the runs of each cell that are compared
 
     @property
     def task(self) -> str:
@@ -85,9 +83,7 @@ class Question:
     title: str
     source: str
     comparisons: Sequence[Comparison]
-    seeds: Sequence[int] = ()
-    margin: float | None = None  # that of the task unless given
-    phase: str = JUDGED
+    seeds: Sequence[int]
 
 
 class Untuned(LookupError):
@@ -140,15 +136,13 @@ class Rows:
             tried = sorted(tried, key=reward.__getitem__, reverse=True)[:left]
         return tried[0]
 
-    def run(self, cell: Cell | Run) -> Run:
+    def run(self, cell: Cell) -> Run:
         """Return the run of a cell without its seed (−1). Raises Untuned while its settings cannot be chosen."""
-        if isinstance(cell, Run):
-            return cell
         base, rate = self.settings(cell.tuned)
         place = (cell.task, JUDGED, -1, cell.data, cell.flips, cell.loss, cell.arm)
         return Run(*place, cell.beta0 or base, rate, cell.alpha, cell.keep, cell.options)
 
-    def of(self, cell: Cell | Run) -> pd.DataFrame:
+    def of(self, cell: Cell) -> pd.DataFrame:
         """Return the rows of a cell, indexed by seed and processor. Raises LookupError when there is none."""
         wanted = self.run(cell)
         rows = [
@@ -158,30 +152,33 @@ class Rows:
             raise LookupError(f"no rows of {wanted}")
         return pd.DataFrame(rows).set_index(["seed", "processor"]).sort_index()
 
-    def result(self, comparison: Comparison, margin: float | None = None) -> Comparison:
+    def result(self, comparison: Comparison) -> Comparison:
         """Return the comparison with its results, paired by seed; rows of different processors are not paired.
 
         Raises LookupError while it has fewer than two pairs.
         """
         cells = {cell: self.of(cell) for cell in comparison.weights}
-        shared = set.intersection(*(set(rows.index.get_level_values("seed")) for rows in cells.values()))
-        bound, found = TASKS[comparison.task].margin if margin is None else margin, {}
+        pairs = reduce(pd.Index.intersection, [rows.index for rows in cells.values()])
+        pairs = pairs[pairs.get_level_values("processor") != "unknown"]
+        pairs = pairs[~pairs.get_level_values("seed").duplicated()]  # a seed counts once, on whichever processor
+        if len(pairs) < 2:
+            raise LookupError(f"fewer than two pairs of rows: {comparison.label}")
+        cells = {cell: rows.loc[pairs] for cell, rows in cells.items()}
+        found = {}
         for measure in MEASURES:
-            parts = [weight * cells[cell][measure] for cell, weight in comparison.weights.items()]
-            values = pd.concat(parts, axis=1, join="inner").sum(axis=1).drop("unknown", level=1, errors="ignore")
-            values = values.groupby(level="seed").first()  # a seed counts once, on whichever processor
-            if len(values) < 2:
-                raise LookupError(f"fewer than two pairs of rows: {comparison.label}")
-            found[measure] = Difference.of(values.to_numpy(float), bound, comparison.family)
-        unpaired = len(shared) - len(values)
-        collapsed = tuple(int(rows.collapsed.sum()) for rows in cells.values())
-        return replace(comparison, found=found, unpaired=unpaired, collapsed=collapsed)
+            values = sum(
+                weight * cells[cell][measure].to_numpy(float) for cell, weight in comparison.weights.items()
+            )
+            found[measure] = Difference.of(values, TASKS[comparison.task].margin, comparison.family)
+        return replace(
+            comparison, found=found, collapsed=tuple(int(rows.collapsed.sum()) for rows in cells.values())
+        )
 
 
 # --- the plan ------------------------------------------------------------------------------------------------
 
 
-def less(label: str, ours: Cell | Run, theirs: Cell | Run, family: int = 1) -> Comparison:
+def less(label: str, ours: Cell, theirs: Cell, family: int = 1) -> Comparison:
     return Comparison(label, {ours: 1.0, theirs: -1.0}, family)
 
 
@@ -192,7 +189,7 @@ def plan() -> list[Question]:
     at = {f"flip rate {flips:g}": flips for flips in FLIP_RATES}
     ends = (0.0, 0.3)
 
-    def by_gap(data: str, sign: float) -> dict[Cell | Run, float]:
+    def by_gap(data: str, sign: float) -> dict[Cell, float]:
         cell = static._replace(data=data)
         return {cell._replace(beta0=1.0): sign, cell._replace(beta0=0.1): -sign}
 
@@ -384,50 +381,11 @@ def missing(question: Question, rows: Rows) -> list[Run]:
 def sizes() -> Iterator[tuple[Question, int, int]]:
     """Yield each question with the number of runs that tune and that judge it, those of earlier ones left out."""
     tuned: set[Cell] = set()
-    done: set[tuple[Cell | Run, int]] = set()
+    done: set[tuple[Cell, int]] = set()
     for question in plan():
         cells = {cell for one in question.comparisons for cell in one.weights}
-        fresh = {cell.tuned for cell in cells if isinstance(cell, Cell)} - tuned
+        fresh = {cell.tuned for cell in cells} - tuned
         runs = {(cell, seed) for cell in cells for seed in question.seeds} - done
         tuned, done = tuned | fresh, done | runs
         first = 2 * len(BASES["controlled"])
         yield question, len(fresh) * (first + 2 * (len(TUNING_SEEDS) - 1)), len(runs)
-
-
-# --- the first plan ------------------------------------------------------------------------------------------
-
-
-class First:
-    """The questions and tables of the first plan, whose rows are those of confirmation and extension."""
-
-    def __init__(self) -> None:
-        told = yaml.safe_load(RESULTS.with_name("first.yaml").read_text(encoding="utf-8"))
-        self.settings = told["settings"]
-        self.questions = [self.question(**each) for each in told["questions"]]
-        self.tables = {
-            name: {label: self.cell(text, table["phase"]) for label, text in table["cells"].items()}
-            for name, table in told["tables"].items()
-        }
-
-    def cell(self, text: str, phase: str) -> Run:
-        """Return the run without its seed of an arm and what differs from the usual: `dpo data=high beta0=1`."""
-        arm, *words = text.split()
-        changed = {
-            name: value if value.isalnum() and not value.isdigit() else float(value)
-            for name, value in (w.split("=") for w in words)
-        }
-        loss = changed.get("loss", "sigmoid")
-        beta0, rate = self.settings[arm if loss == "sigmoid" else f"{arm} {loss}"]
-        usual = {"data": "mixed", "flip_rate": 0.15, "loss": loss, "beta0": float(beta0), "learning_rate": rate}
-        return Run("controlled", phase, -1, arm=arm, **(usual | changed))
-
-    def question(self, comparisons: Mapping[str, str], phase: str, family: int = 1, **told: object) -> Question:
-        made = []
-        for label, text in comparisons.items():
-            terms, _, divisor = f"+ {text}".partition(" ÷ ")
-            weights: dict[Cell | Run, float] = {
-                self.cell(term, phase): (1.0 if sign == "+" else -1.0) / float(divisor or 1)
-                for sign, term in re.findall(r"([+−]) ([^+−]+)", terms)
-            }
-            made.append(Comparison(label, weights, family if len(weights) == 2 else 1))
-        return Question(comparisons=made, phase=phase, **told)  # type: ignore[arg-type]

@@ -65,8 +65,8 @@ def runs_of(table: pd.DataFrame) -> list[Run]:
 def with_measures(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table with what the verdicts read.
 
-    `collapsed`: whether a run has; in the phases of the plan its `reward` then is that of the SFT model. `within`:
-    the highest reward within the KL budget of its task. `per_root`: the gain in reward over √KL at the end.
+    `collapsed`: whether a run has; in tuning and judging its `reward` then is that of the SFT model. `within`: the
+    highest reward within the KL budget of its task. `per_root`: the gain in reward over √KL at the end.
     """
     rows = [row for _, row in table.iterrows()]
     collapsed = np.array([row.malformed > TASKS[row.task].collapsed for row in rows], bool)

@@ -22,20 +22,14 @@ TUNING, JUDGED = "tuning", "judged"  # the phases of the plan in the table
 TUNING_SEEDS = tuple(range(51, 56))  # choose β0 and rate of every arm, and decide nothing
 # data of the controlled task: name → (gap, share of high-gap pairs)
 GAPS = {"low": ("adjacent", 0.0), "mixed": ("mixed", 0.5), "high": ("extreme", 1.0)}
-GAPS |= {f"high{percent}": ("mixed", percent / 100) for percent in (10, 20, 40)}
 # arms that are another file of configs/method with more options
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "adaptive_margin": ("standardised_margin",),  # its name when the runs were made
-    "head_filter": ("filter_only", "--filter.by", "head"),
-    "tail_filter": ("filter_only", "--filter.by", "tail"),
-    "constant_m0": ("beta_dpo", "--schedule.m0", "0.0"),
     "re_po": ("dpo", "--confidence", "AnnotatorReliability"),
     **{by: ("dpo", "--weights", "LossWeights", "--weights.by", by) for by in ("dr_dpo", "kldpo")},
     "gamma_po": ("dpo", "--margin", "GammaPOMargin"),
     "amapo": ("dpo", "--margin", "AMaPOMargin"),
     "alpha_dpo": ("dpo",),  # the loss of the same name
 }
-GONE = ("flip_weights", "flip_weights_tail")  # tried and not kept: rows, but no longer a part of the package
 # pairs of film reviews: ranks of chosen and rejected among the four samples of a prompt
 RANKS = {"high": "[[1, 4]]", "low": "[[2, 3]]", "mixed": "[[1, 4], [2, 3]]"}
 # pairs of people
@@ -83,8 +77,6 @@ class Run:
 
     def fit(self, config: str, *task: str) -> Command:
         """Return the command that trains, with the configuration and further words of the task."""
-        if self.arm in GONE:
-            raise LookupError(f"{self.arm} is no longer a part of the package: version 0.1 has it")
         file, *words = OPTIONS.get(self.arm, (self.arm,))
         if self.arm == "beta_dpo":
             words = ["--filter.keep_ratio", f"{self.keep_ratio:g}", "--schedule.alpha", f"{self.alpha:g}"]

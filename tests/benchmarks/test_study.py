@@ -25,7 +25,6 @@ from benchmarks.study.questions import (
     TUNING_SEEDS,
     Cell,
     Comparison,
-    First,
     Rows,
     Untuned,
     missing,
@@ -38,7 +37,7 @@ from benchmarks.study.tasks import TASKS, Run
 from benchmarks.study.verdicts import Difference, reward_within
 
 ROOT = Path(__file__).parents[2]
-RUN = Run("controlled", "development", 3, "mixed", 0.15, "sigmoid", "beta_dpo", 0.3, 2.4e-4)
+RUN = Run("controlled", JUDGED, SEEDS[0], "mixed", 0.0, "sigmoid", "beta_dpo", 0.3, 3.6e-4)
 
 
 def test_the_page_follows_from_the_table_and_has_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,16 +62,10 @@ def test_no_run_of_the_quickstart_falls_apart() -> None:
 
 
 def test_settings_are_chosen_on_other_seeds_than_they_are_judged_on() -> None:
-    used = set(read_results().query("task == 'controlled' and phase not in ('tuning', 'judged')").seed)
-    assert not used & {*TUNING_SEEDS, *SEEDS}
     assert not set(TUNING_SEEDS) & set(SEEDS)
-    first = First()
-    for question in first.questions:
+    for question in plan():
         for one in question.comparisons:
-            assert abs(sum(one.weights.values())) < 1e-9
-    table = read_results().query("phase == 'development' and arm == 'dpo' and loss == 'sigmoid'")
-    best = table.sort_values("reward").iloc[-1]
-    assert first.settings["dpo"] == [best.beta0, best.learning_rate]
+            assert sum(one.weights.values()) == 0
 
 
 def tuning_rows(cell: Cell, seeds: tuple[int, ...], reward: dict[tuple[float, float], float]) -> list[dict]:
@@ -83,6 +76,12 @@ def tuning_rows(cell: Cell, seeds: tuple[int, ...], reward: dict[tuple[float, fl
         for settings, value in reward.items()
         for seed in seeds
     ]
+
+
+def tuned(cell: Cell) -> list[dict]:
+    """Return made-up rows of tuning after which a cell has its smallest β0 and rate."""
+    grid = [(base, rate) for base in BASES[cell.task] for rate in RATES[cell.task]]
+    return tuning_rows(cell, TUNING_SEEDS, {at: 1.0 + (at == grid[0]) for at in grid})
 
 
 def test_settings_are_chosen_in_two_rounds_and_runs_follow_from_them() -> None:
@@ -117,7 +116,7 @@ def test_settings_are_chosen_in_two_rounds_and_runs_follow_from_them() -> None:
 
 
 def test_a_collapsed_run_counts_as_its_sft_model_in_the_plan_alone() -> None:
-    runs = [replace(RUN, phase=phase) for phase in (TUNING, "confirmation")]
+    runs = [replace(RUN, phase=phase) for phase in (TUNING, "pilot")]
     table = pd.DataFrame([row(run, 0.0) | {"malformed": 0.9, "sft_reward": 2.2, "kl": 4.0} for run in runs])
     rows = Rows(table).by_run
     assert [rows[run]["one"]["reward"] for run in runs] == [2.2, 0.0]
@@ -130,10 +129,9 @@ def test_the_page_says_what_wins_on_both_tasks(monkeypatch: pytest.MonkeyPatch) 
     for task, gain in (("controlled", 0.5), ("sentiment", 0.3)):
         for arm, more in (("dpo", 0.0), ("beta_dpo", gain)):
             cell = Cell(arm, 0.3, task=task)
-            grid = [(base, rate) for base in BASES[task] for rate in RATES[task]]
-            rows += tuning_rows(cell, TUNING_SEEDS, {at: 1.0 + (at == grid[0]) for at in grid})
-            place = (task, JUDGED, 0, "mixed", 0.3, "sigmoid", arm, *grid[0])
-            rows += [row(replace(Run(*place), seed=seed), 1.0 + more + 0.001 * seed) for seed in SEEDS[:8]]
+            rows += tuned(cell)
+            run = Rows(pd.DataFrame(rows)).run(cell)
+            rows += [row(replace(run, seed=seed), 1.0 + more + 0.001 * seed) for seed in SEEDS[:8]]
     earlier = read_results().query("phase not in ('tuning', 'judged')")
     half = len(rows) // 2  # without reviews
     for count, said in ((len(rows), "On both tasks beta_dpo (flip rate 0.3) beat"), (half, "is not known yet")):
@@ -187,28 +185,32 @@ def test_a_row_survives_the_file(tmp_path: Path) -> None:
 
 
 def test_rows_of_different_processors_are_not_compared() -> None:
-    ours, theirs = (replace(RUN, seed=-1, arm=arm) for arm in ("beta_dpo", "filter_only"))
+    ours, theirs = Cell("filter_only"), Cell("dpo")
     comparison = Comparison("", {ours: 1.0, theirs: -1.0})
-    rows = [row(replace(ours, seed=seed), reward, "one") for seed, reward in enumerate((3.0, 3.5, 4.0, 4.5))]
-    rows += [row(replace(theirs, seed=seed), 2.0, "one" if seed < 3 else "other") for seed in range(4)]
-    result = Rows(pd.DataFrame(rows)).result(comparison)
+    made = [*tuned(ours), *tuned(theirs)]
+    run, other = map(Rows(pd.DataFrame(made)).run, (ours, theirs))
+    rows = [row(replace(run, seed=seed), reward, "one") for seed, reward in enumerate((3.0, 3.5, 4.0, 4.5))]
+    rows[0]["malformed"] = rows[3]["malformed"] = 0.9  # collapsed: the first counts with .125, the last in no pair
+    rows += [row(replace(other, seed=seed), 2.0, "one" if seed < 3 else "other") for seed in range(4)]
+    result = Rows(pd.DataFrame(made + rows)).result(comparison)
     end = result.of("reward")
-    assert (end.mean, end.seeds, result.unpaired) == (1.5, 3, 1)
-    unknown = pd.DataFrame(rows).assign(processor="unknown")
+    assert (end.mean, end.seeds, result.collapsed) == (pytest.approx((0.125 - 2 + 1.5 + 2) / 3), 3, (1, 0))
+    unknown = pd.DataFrame(made + [one | {"processor": "unknown"} for one in rows])
     with pytest.raises(LookupError, match="fewer than two"):
         Rows(unknown).result(comparison)
 
 
 def test_comparisons_are_weighted_sums_by_seed() -> None:
-    rows, first = Rows(read_results()), First()
-    gain = first.questions[0].comparisons[0]  # (β = 1 − β = .1) on high, less the same on low
-    assert sorted(gain.weights.values()) == [-1, -1, 1, 1]
+    gain = next(each for each in plan() if each.name == "best-beta").comparisons[0]
     signs = {("high", 1.0): 1, ("high", 0.1): -1, ("low", 1.0): -1, ("low", 0.1): 1}
-    cells = {(run.data, run.beta0): rows.of(run).reward for run in gain.weights if isinstance(run, Run)}
-    found = sum(sign * cells[at] for at, sign in signs.items())
-    assert rows.result(gain).of("reward") == Difference.of(found.dropna().to_numpy(), 0.1)
-    pooled = next(each for each in first.questions if each.name == "mixtures").comparisons[0]
-    assert sorted(pooled.weights.values()) == pytest.approx([-1 / 3] * 3 + [1 / 3] * 3)
+    assert {(cell.data, cell.beta0): sign for cell, sign in gain.weights.items()} == signs
+    rows = [one for data in ("high", "low") for one in tuned(Cell("dpo", data=data))]
+    reward = np.random.default_rng(0).normal(3, 0.2, (4, 6))
+    for cell, values in zip(gain.weights, reward, strict=True):
+        run = Rows(pd.DataFrame(rows)).run(cell)
+        rows += [row(replace(run, seed=seed), float(value)) for seed, value in enumerate(values)]
+    found = Rows(pd.DataFrame(rows)).result(gain).of("reward")
+    assert found == Difference.of(np.array(list(gain.weights.values())) @ reward, 0.1, gain.family)
 
 
 def test_the_highest_reward_within_a_budget() -> None:
@@ -271,7 +273,7 @@ def test_headings_are_found() -> None:
 def test_the_commands_of_a_run_are_listed() -> None:
     line = [sys.executable, "-m", "benchmarks.study"]
     done = subprocess.run([*line, "--list"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.count("done ") == len(read_results())
+    assert done.stdout.count("done ") == len(set(runs_of(read_results())))
     shown = subprocess.run([*line, "--show", "0"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shown.count("beta-dpo fit") == 2  # SFT and the run
     assert shown.count("beta-dpo generate") == 1 + len(TASKS["controlled"].steps)
