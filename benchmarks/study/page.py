@@ -76,12 +76,13 @@ def quickstart(table: pd.DataFrame) -> str:
         rows.append([label, sft.get(name, ""), *cells, over_seeds(difference, "+")])
         told.append(f"{label.split(',')[0]} {AHEAD[Difference.of(difference.to_numpy(float), 0).verdict]}")
     shown = markdown([f"{len(ours)} seeds [95 % interval]", "SFT model", "β-DPO", "plain DPO", "difference"], rows)
+    reordered, processors = len(runs) - len(usual), ", ".join(runs.processor.unique())
     return f"""{shown}
 
 **β-DPO against plain DPO, paired by seed: {", ".join(told[:4])}.** Intervals are Student's t.
-The worst of all {len(runs)} runs, {len(runs) - len(usual)} of them with sums rounded in another order, had
+Of all {len(runs)} runs, {reordered} with sums rounded in another order, the worst had
 {runs.malformed.max():.3f} malformed answers, the furthest a KL of {runs.kl.max():.2f}.
-{", ".join(runs.processor.unique())}; a run on another processor ends elsewhere."""
+{processors}; a run on another processor ends elsewhere."""
 
 
 def over_seeds(values: pd.Series, sign: str = "") -> str:
