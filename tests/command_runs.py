@@ -32,7 +32,7 @@ FORKS.set_forkserver_preload(["app.cli.dispatch", "command_runs"])
 
 def write_config(folder: Path, model: str, version: str | None = "", **data: Any) -> None:
     """`config.yaml` of a β-DPO run: five steps an epoch, a checkpoint every two, validation every three."""
-    source = {"class_path": "datamodules.ControlledTask"}
+    source: dict[str, Any] = {"class_path": "datamodules.ControlledTask"}
     source["init_args"] = {"pairs": 43, "validation_pairs": 7, "test_pairs": 7, "batch_size": 10} | data
     if "path" in data:
         source = {"class_path": "datamodules.PreferenceData", "init_args": data}
@@ -80,23 +80,25 @@ def environment(fault: str = "", **more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places, "FAULT": fault, **more}
 
 
-def command(
-    folder: Path, *arguments: str, fault: str = "", fresh: bool = False, **more: str
-) -> subprocess.CompletedProcess[str]:
+def fresh_command(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """`beta-dpo ARGUMENTS` in `folder` as a user starts it: Lightning starts the other ranks."""
+    line = [sys.executable, "-m", "app.main", *arguments]
+    settings: dict[str, Any] = {"cwd": folder, "env": environment(**more), "timeout": LIMIT_SECONDS}
+    return subprocess.run(line, **settings, capture_output=True, text=True, check=False)
+
+
+def command(folder: Path, *arguments: str, fault: str = "", **more: str) -> subprocess.CompletedProcess[str]:
     """`beta-dpo ARGUMENTS` in `folder`, with `more` in its environment.
 
     The processes are forks (see `begin`): importing the program takes longer than most runs. Of several ranks the
-    status is that of the first. With `fresh`, and where libraries read `more` as they are imported, the command
-    starts as a user's does, and Lightning starts the other ranks.
+    status is that of the first. Where libraries read `more` as they are imported, it is a `fresh_command`.
     """
-    variables = environment(fault, **more)
-    if fresh or any(name != "PYTHONPATH" and not name.startswith("BETA_DPO_") for name in more):
-        line = [sys.executable, "-m", "app.main", *arguments]
-        settings: dict[str, Any] = {"cwd": folder, "env": variables, "timeout": LIMIT_SECONDS}
-        return subprocess.run(line, **settings, capture_output=True, text=True, check=False)
+    if any(name != "PYTHONPATH" and not name.startswith("BETA_DPO_") for name in more):
+        return fresh_command(folder, *arguments, FAULT=fault, **more)
     ranks = int(dict(pairwise(arguments)).get("--trainer.devices", 1))
     with tempfile.TemporaryDirectory() as logs:
-        status, *_ = ended(begin(partial(main_in, folder, arguments), variables, Path(logs), ranks))
+        work = partial(main_in, folder, arguments)
+        status, *_ = ended(begin(work, environment(fault, **more), Path(logs), ranks))
         said = [
             "".join(file.read_text() for file in sorted(Path(logs).glob(f"*.{name}"))) for name in ("out", "err")
         ]

@@ -30,7 +30,8 @@ class InjectedFault(Callback):
         if self.kind.startswith("slow") and trainer.global_step >= self.when:
             time.sleep(float(self.kind.split()[1]))
         if self.kind == "nonfinite" and trainer.global_step == self.when:
-            pl_module.policy.register_forward_hook(lambda scorer, rows, logps: logps * float("nan"))
+            policy = pl_module.get_submodule("policy")
+            policy.register_forward_hook(lambda scorer, rows, logps: logps * float("nan"))
         before, self.began = self.began, time.monotonic()
         if self.kind.startswith("kill") and trainer.global_step >= self.when:
             # in time that this machine needed for the last step, checkpoint and validation included

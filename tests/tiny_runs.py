@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from app.method.step import StepDecision
 from callbacks import BetaScheduler, PairFilter, RewardGapStatistics
 from datamodules import ControlledTask
+from datamodules.base import PairDataModule, Split
 from datamodules.controlled_task import build_tokenizer
+from datamodules.table import PairTable
 from lightning_modules import PreferenceOptimization
+from lightning_modules.base import LanguageModelTraining
 
 VOCABULARY = 116  # of the controlled task
 _COMMON = {
@@ -104,20 +107,26 @@ def controlled(pairs: int, batch_size: int = 10, micro_batch_tokens: int = 8192,
     )
 
 
+def table_of(data: PairDataModule, split: Split = "train") -> tuple[PairTable, np.ndarray]:
+    """The table and the rows of a split that the data has."""
+    opened = data.open_table(split)
+    assert opened is not None, split
+    return opened
+
+
 def rarest_token(pairs: int = 20) -> int:
     """A token that one of the `controlled` training pairs alone holds."""
-    table, rows = controlled(pairs).open_table("train")
+    table, rows = table_of(controlled(pairs))
     holders: Counter[int] = Counter()
     for row in rows:
-        pair = table[int(row)]
-        holders.update({*pair.prompt.tolist(), *pair.chosen.tolist(), *pair.rejected.tolist()})
+        holders.update({int(token) for ids in table[int(row)] if ids is not None for token in ids})
     return next(token for token, count in sorted(holders.items()) if count == 1)
 
 
 def preference(name: str, lr: float = 0.5, **settings: Any) -> PreferenceOptimization:
     """A stage with plain SGD: rounding stays rounding, which Adam's division would blow up."""
-    optimizer = partial(torch.optim.SGD, lr=lr, momentum=0.5)
-    return PreferenceOptimization(name, **({"optimizer": optimizer, "max_grad_norm": 0.5} | settings))
+    settings = {"optimizer": partial(torch.optim.SGD, lr=lr, momentum=0.5), "max_grad_norm": 0.5, **settings}
+    return PreferenceOptimization(name, **settings)
 
 
 def beta_dpo(keep_ratio: float = 0.6, alpha: float = 0.6) -> list[Callback]:
@@ -143,7 +152,7 @@ class Recorder(Callback):
 
 def quiet_trainer(folder: Path, callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer:
     """A Trainer on the CPU that shows and keeps nothing unless `settings` say so."""
-    defaults = {
+    settings = {
         "accelerator": "cpu",
         "devices": 1,
         "max_epochs": 1,
@@ -154,16 +163,23 @@ def quiet_trainer(folder: Path, callbacks: Sequence[Callback] = (), **settings: 
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "default_root_dir": str(folder),
+        **settings,
     }
-    return Trainer(callbacks=list(callbacks), **(defaults | settings))
+    return Trainer(callbacks=list(callbacks), **settings)
 
 
-def weights(module: PreferenceOptimization) -> dict[str, Tensor]:
+def predicted(trainer: Trainer, module: PreferenceOptimization, data: PairDataModule, column: str) -> Tensor:
+    """One column of what `predict` returns, a number for each pair."""
+    parts: Any = trainer.predict(module, data)
+    return torch.tensor([value for part in parts for value in part[column]])
+
+
+def weights(module: LanguageModelTraining) -> dict[str, Tensor]:
     """A copy of the policy's parameters."""
     return {name: tensor.detach().clone() for name, tensor in module.policy.named_parameters()}
 
 
-def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+def same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 

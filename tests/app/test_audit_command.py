@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -18,7 +19,7 @@ RUN = "runs/csv"
 TESTS = Path(__file__).parents[1]
 
 
-def train(folder: Path, model: str, monkeypatch: pytest.MonkeyPatch, **data: object) -> None:
+def train(folder: Path, model: str, monkeypatch: pytest.MonkeyPatch, **data: Any) -> None:
     """Ten steps, logged as CSV, without the callback for injected faults."""
     folder.mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(folder)

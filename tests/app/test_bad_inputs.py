@@ -223,7 +223,7 @@ def halved(folder: Path) -> None:
 
 
 LLAMA4 = {"model_type": "llama4_text", "head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2}
-OF_A_MODEL: dict[str, tuple[Callable[[Path], None], str]] = {
+OF_A_MODEL: dict[str, tuple[Callable[[Path], object], str]] = {
     **{
         f"weights of {method}": (
             described(quantization_config={"quant_method": method}),
@@ -272,7 +272,7 @@ OF_A_MODEL: dict[str, tuple[Callable[[Path], None], str]] = {
         stored("lm_head", lambda w: w.index_fill(0, torch.tensor(3), torch.inf)),
         "is not finite (NaN or infinite): take a sound copy",
     ),
-    "a reward model": (lambda folder: save_reward_model(folder), "they hold score.weight instead"),
+    "a reward model": (save_reward_model, "they hold score.weight instead"),
     "adapters alone": (emptied("adapter_config.json", "{}"), "holds adapters alone: merge them into their model"),
     "adapters beside a model": (written("adapter_config.json", "{}"), "holds adapters alone: merge them"),
     "a log folder": (emptied("checkpoints/last.ckpt"), "/checkpoints/last.ckpt FOLDER` and give that FOLDER"),

@@ -32,9 +32,8 @@ def fit(folder: Path, model: str, rows: list[dict[str, str]], monkeypatch: Any, 
     """Three steps on `rows` in `folder`; returns the folder of the run."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     monkeypatch.chdir(folder)
-    settings = {"path": "pairs.jsonl", "batch_size": 4, "on_bad_row": "skip", "max_length": 24}
-    settings |= {"max_prompt_length": 12} | data
-    write_config(folder, model, **settings)
+    data = {"batch_size": 4, "on_bad_row": "skip", "max_length": 24, "max_prompt_length": 12, **data}
+    write_config(folder, model, path="pairs.jsonl", **data)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     length = ("--trainer.max_steps", str(STEPS), "--trainer.val_check_interval", "1")
     main(["fit", "--config", "config.yaml", *length, *options])

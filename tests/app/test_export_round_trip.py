@@ -15,7 +15,7 @@ import torch
 import yaml
 from command_runs import command, write_config
 from jinja2 import TemplateError
-from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_tiny_model, tiny_model
+from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_tiny_model, table_of, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from app.commands.export import export, generation_config
@@ -60,7 +60,7 @@ def test_round_trip(family: str, settings: dict[str, Any], tmp_path: Path) -> No
     assert tokenizer.eos_token_id == data.tokenizer.eos_token_id == model.generation_config.eos_token_id
     assert model.generation_config.pad_token_id == data.tokenizer.pad_token_id
 
-    table, rows = data.open_table("train")
+    table, rows = table_of(data)
     module.policy.use_attention(module.policy.own_attention)  # plain rows, not the packed ones of training
     policy = module.policy.model.eval()
     moved = 0.0
@@ -201,7 +201,7 @@ def test_a_narrower_type_is_written_and_what_it_costs_is_said(
     trained_tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for dtype in ("bfloat16", "float16"):
-        export(trained_tiny, str(tmp_path / dtype), dtype=dtype)  # type: ignore[arg-type]
+        export(trained_tiny, str(tmp_path / dtype), dtype=dtype)
         assert f"in {dtype}; " in (told := capsys.readouterr().out)
         assert "rounding moves log-probabilities by" in told
         model = AutoModelForCausalLM.from_pretrained(tmp_path / dtype, dtype="auto")
@@ -225,13 +225,11 @@ def test_the_chat_template_renders_the_dialogue_that_was_trained_on(trained_tiny
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     prompt = preference_pairs(1, seed=0)[0].prompt
     assert isinstance(prompt, str)
-    turns = list(hh_messages(prompt))
-    rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    turns: list[dict[str, str]] = [*hh_messages(prompt)]
+    rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     assert rendered == tokenizer(prompt)["input_ids"]
-    answered = [*turns, {"role": "assistant", "content": "yes ."}]
-    assert tokenizer.apply_chat_template(answered, tokenize=False).endswith(
-        "\n\nAssistant: yes ." + tokenizer.eos_token
-    )
+    answered = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": "yes ."}], tokenize=False)
+    assert str(answered).endswith("\n\nAssistant: yes ." + tokenizer.eos_token)
     with pytest.raises(TemplateError, match="alternation"):
         tokenizer.apply_chat_template([{"role": "system", "content": "no"}, *turns])
 

@@ -16,6 +16,7 @@ import pytest
 from command_runs import LIMIT_SECONDS, ROOT, command
 from transformers import AutoTokenizer, GenerationConfig
 
+from app.commands.benchmarks import Form
 from app.commands.export import export
 from app.commands.generate import generate
 from app.core.errors import UserError
@@ -191,8 +192,7 @@ def test_a_response_ends_at_an_end_of_turn_that_is_not_eos(tiny_llama: str, tmp_
     for name, model in (("turns", str(tmp_path / "model")), ("texts", tiny_llama)):
         generate(model, str(tmp_path / f"{name}.jsonl"), count=16, batch_size=16, max_new_tokens=40)
         found[name] = read(tmp_path / f"{name}.jsonl")
-    word = AutoTokenizer.from_pretrained(tiny_llama).decode([turn_end]).strip()
-    assert word
+    (word,) = AutoTokenizer.from_pretrained(tiny_llama).batch_decode([[turn_end]])[0].split()
     ran_on = [row for row in found["texts"] if word in row["response"].split()]
     assert ran_on
     assert not any(word in row["response"].split() for row in found["turns"])
@@ -211,7 +211,7 @@ def test_several_samples_of_a_prompt(tiny_llama: str, tmp_path: Path) -> None:
 
 
 TALK = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-QUESTIONS = {
+QUESTIONS: dict[Form, dict[str, Any]] = {
     "alpaca_eval": {"instruction": "the cat", "output": "theirs", "dataset": "koala"},
     "arena_hard": {"uid": "u7", "prompt": "the cat", "category": "hard"},
     "mt_bench": {"question_id": 81, "turns": ["the cat", "the dog"], "category": "writing"},
@@ -229,14 +229,14 @@ def chat_model(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> str
 
 
 @pytest.mark.parametrize("form", QUESTIONS)
-def test_answers_in_the_form_of_a_benchmark(form: str, chat_model: str, tmp_path: Path) -> None:
+def test_answers_in_the_form_of_a_benchmark(form: Form, chat_model: str, tmp_path: Path) -> None:
     questions, out = tmp_path / "question.jsonl", tmp_path / ("out.json" if form == "alpaca_eval" else "out.jsonl")
     questions.write_text(json.dumps(QUESTIONS[form]) + "\n")
-    settings = {"prompts": str(questions), "count": None, "max_new_tokens": 5, "temperature": 0.0}
-    generate(chat_model, str(out), format=form, **settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"count": None, "max_new_tokens": 5, "temperature": 0.0}
+    generate(chat_model, str(out), str(questions), format=form, **settings)
     messages = {"messages": [{"role": "user", "content": "the cat"}]}
     (tmp_path / "chat.jsonl").write_text(json.dumps(messages) + "\n")
-    generate(chat_model, str(tmp_path / "a.jsonl"), **settings | {"prompts": str(tmp_path / "chat.jsonl")})  # type: ignore[arg-type]
+    generate(chat_model, str(tmp_path / "a.jsonl"), str(tmp_path / "chat.jsonl"), **settings)
     said = read(tmp_path / "a.jsonl")[0]["response"]
     if form == "alpaca_eval":
         assert json.loads(out.read_text()) == [{"instruction": "the cat", "output": said, "generator": "talker"}]
@@ -251,18 +251,19 @@ def test_answers_in_the_form_of_a_benchmark(form: str, chat_model: str, tmp_path
     assert (line["question_id"], line["model_id"], choice["turns"][0]) == (81, "talker", said)
     turns = [*messages["messages"], {"role": "assistant", "content": said}, {"role": "user", "content": "the dog"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    generate(chat_model, str(tmp_path / "b.jsonl"), **settings | {"prompts": str(tmp_path / "chat.jsonl")})  # type: ignore[arg-type]
+    generate(chat_model, str(tmp_path / "b.jsonl"), str(tmp_path / "chat.jsonl"), **settings)
     assert choice["turns"][1:] == [read(tmp_path / "b.jsonl")[0]["response"]]
 
 
 def test_what_is_no_question_of_a_benchmark_is_refused(tiny_llama: str, chat_model: str, tmp_path: Path) -> None:
     questions, out = tmp_path / "question.jsonl", str(tmp_path / "out.jsonl")
     questions.write_text(json.dumps(QUESTIONS["arena_hard"]) + "\n")
-    for model, form, more, told in (
-        (chat_model, "mt_bench", {}, r"question\.jsonl:1 is no question of mt_bench: turns must hold text"),
-        (chat_model, "alpaca_eval", {}, r"out must end in \.json,"),
-        (chat_model, "arena_hard", {"samples": 2}, "takes one answer to a question"),
-        (tiny_llama, "arena_hard", {}, "is chat messages, and no chat template is used"),
-    ):
+    refused: list[tuple[str, Form, int, str]] = [
+        (chat_model, "mt_bench", 1, r"question\.jsonl:1 is no question of mt_bench: turns must hold text"),
+        (chat_model, "alpaca_eval", 1, r"out must end in \.json,"),
+        (chat_model, "arena_hard", 2, "takes one answer to a question"),
+        (tiny_llama, "arena_hard", 1, "is chat messages, and no chat template is used"),
+    ]
+    for model, form, samples, told in refused:
         with pytest.raises(UserError, match=told):
-            generate(model, out, prompts=str(questions), count=None, format=form, **more)  # type: ignore[arg-type]
+            generate(model, out, prompts=str(questions), count=None, format=form, samples=samples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,7 +180,7 @@ def test_a_reward_model_judges_and_scores_no_answer_twice(
         list(learned.rewards([p.prompt for p in PAIRS], [row["response"] for row in side]))
         for side in (ours, theirs)
     ]
-    wanted = (np.sign(np.subtract(*rewards)) + 1) / 2
+    wanted = (np.sign(np.subtract(rewards[0], rewards[1])) + 1) / 2
     path = str(tmp_path / "v.jsonl")
     with VerdictFile.opened(path) as verdicts:
         first = LearnedReward(model, verdicts)
@@ -201,8 +202,8 @@ def test_the_table_has_a_row_for_each_file_and_temperature(
     good = write(
         tmp_path / "good" / "samples.jsonl", samples("chosen", temperature=0.5, logp=-1.0, reference_logp=-2.0)
     )
-    mixed = samples("rejected", temperature=0.0) + samples("chosen", temperature=1.0)
-    mixed = write(tmp_path / "mixed" / "samples.jsonl", mixed)
+    both = samples("rejected", temperature=0.0) + samples("chosen", temperature=1.0)
+    mixed = write(tmp_path / "mixed" / "samples.jsonl", both)
     rival = write(tmp_path / "sft-samples.jsonl", samples("rejected", temperature=1.0))
     judge([good, mixed, rival])
     shown = capsys.readouterr().out
@@ -240,15 +241,16 @@ def test_prompts_are_what_is_resampled() -> None:
 def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", samples("chosen"))
     other = write(tmp_path / "b.jsonl", [{"prompt_id": "1", "prompt": "Why?", "response": "So."}])
-    for arguments, reason in [
-        (([file], "endpoint", "m"), "at least two"),
-        (([file, file], "endpoint"), "--model"),
-        (([file, file], "true_reward", "m"), "does not go with the true reward"),
-        (([other, other],), "controlled task"),
-        (([write(tmp_path / "empty.jsonl", []), file],), "no answer"),
-    ]:
+    refused: list[tuple[list[str], dict[str, Any], str]] = [
+        ([file], {"by": "endpoint", "model": "m"}, "at least two"),
+        ([file, file], {"by": "endpoint"}, "--model"),
+        ([file, file], {"model": "m"}, "does not go with the true reward"),
+        ([other, other], {}, "controlled task"),
+        ([write(tmp_path / "empty.jsonl", []), file], {}, "no answer"),
+    ]
+    for files, settings, reason in refused:
         with pytest.raises(UserError, match=reason):
-            judge(*arguments)  # type: ignore[arg-type]
+            judge(files, **settings)
 
 
 def letters(prompts: list, responses: list[str], letter: str = "a") -> list[float]:
@@ -286,7 +288,7 @@ def test_a_reward_of_ones_own_is_a_column_or_a_function(tmp_path: Path, capsys: 
         ({"reward_args": {"x": 1}}, "name the reward"),
     ):
         with pytest.raises(UserError, match=told):
-            judge([a, b], **settings)  # type: ignore[arg-type]
+            judge([a, b], **settings)
 
 
 def test_the_win_rate_at_equal_length_is_the_logistic_fit_of_scipy() -> None:

@@ -53,8 +53,8 @@ WANTED = [score(*pair) for pair in EVERY]
 DIFFERENT = sum(ours != theirs for ours, theirs in EVERY)
 
 
-def settings(model: Path, url: str, **changes: object) -> Endpoint:
-    return Endpoint(url=url, instructions=str(model / "instructions.txt"), max_tokens=8, **changes)  # type: ignore[arg-type]
+def settings(model: Path, url: str, **changes: Any) -> Endpoint:
+    return Endpoint(url=url, instructions=str(model / "instructions.txt"), max_tokens=8, **changes)
 
 
 def test_scores_are_means_over_both_orders(model: Path, server: str, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_curves_of_an_attempt_that_was_given_up_are_dropped(tiny_llama: str, tmp
 class SharedFolder(Logger):
     """A logger whose runs share a folder, as those of Weights & Biases do."""
 
-    save_dir, name, version = "shared", "project", "one"  # type: ignore[assignment]
+    save_dir, name, version = "shared", "project", "one"
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
 

@@ -87,7 +87,7 @@ def parse(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Callable
 def takes_text(name: str) -> bool:
     """Whether some class has an option of this name whose value may be text."""
     option = name.rpartition(".")[2]
-    parameters = [signature(kind.__init__).parameters for kind in (*CLASSES, *OURS)]
+    parameters = [signature(kind).parameters for kind in (*CLASSES, *OURS)]
     return any(
         option in some and re.search(r"\b(str|Path|RowFormat)\b", str(some[option].annotation))
         for some in parameters

@@ -10,14 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from command_runs import ROOT, audit_of, command, fit, write_config
+from command_runs import ROOT, audit_of, command, fit, fresh_command, write_config
 from test_interruptions import sharded_weights
 from tiny_runs import relative_difference
 
 CHECKPOINT = Path("runs") / "run" / "checkpoints" / "last.ckpt"
 # plain momentum: rounding stays rounding, which Adam's division would blow up
-COMMON = ("--trainer.max_steps", "10", "--model.optimizer", "torch.optim.SGD")
-COMMON += ("--model.optimizer.lr", "0.2", "--model.optimizer.momentum", "0.5", "--model.max_grad_norm", "0.5")
+COMMON = ["--trainer.max_steps", "10", "--model.optimizer", "torch.optim.SGD"]
+COMMON += ["--model.optimizer.lr", "0.2", "--model.optimizer.momentum", "0.5", "--model.max_grad_norm", "0.5"]
 WITH_STATE = ("--confidence", "AnnotatorReliability", "--confidence.column", "kind", "--margin", "GammaPOMargin")
 TRAINED = {
     "all weights": COMMON,
@@ -113,7 +113,8 @@ def test_the_shipped_configuration_runs_on_two_ranks(strategy: str, tiny_llama: 
     sizes = {"pairs": 40, "validation_pairs": 8, "batch_size": 10}
     options += [word for name, size in sizes.items() for word in (f"--data.{name}", str(size))]
     place = ("--trainer.devices", "2", "--trainer.logger.save_dir", "runs", "--model.name", tiny_llama)
-    done = command(tmp_path, "fit", *options, *place, fresh=strategy == "ddp")
+    start = fresh_command if strategy == "ddp" else command
+    done = start(tmp_path, "fit", *options, *place)
     assert done.returncode == 0, done.stderr
     # said by the first rank alone; a fork has loaded all
     loading = "beta-dpo fit: loading PyTorch, Lightning and transformers\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -39,10 +40,9 @@ def test_no_sample_is_in_two_pairs_and_flips_have_a_seed(tmp_path: Path, capsys:
     read = list(read_pairs(out, need_rejected=True))
     for high, low in zip(read[::2], read[1::2], strict=True):
         for pair, places in ((high, [3, 0]), (low, [2, 1])):
-            numbers = [int(side.strip()[1:]) % 4 for side in (pair.chosen, pair.rejected or "")]
-            flipped = pair.labels["flipped"]
-            assert numbers == (places[::-1] if flipped else places)
-            assert (pair.labels["chosen_reward"] < pair.labels["rejected_reward"]) == flipped  # type: ignore[operator]
+            rewards = [int(side.strip()[1:]) for side in (pair.chosen, pair.rejected or "")]
+            assert [reward % 4 for reward in rewards] == (places[::-1] if pair.labels["flipped"] else places)
+            assert [pair.labels["chosen_reward"], pair.labels["rejected_reward"]] == rewards
             assert pair.labels["topic"] == "films"
             assert "good" not in pair.labels  # it is one sample's alone
     assert 0 < sum(bool(pair.labels["flipped"]) for pair in read) < 18
@@ -53,8 +53,9 @@ def test_no_sample_is_in_two_pairs_and_flips_have_a_seed(tmp_path: Path, capsys:
 
 def test_ranks_and_what_makes_no_pair(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     samples, out = sample_file(tmp_path), str(tmp_path / "pairs.jsonl")
-    for ranks, count in (("best_worst", 9), ("adjacent", 18)):
-        pairs(samples, out, reward="good", ranks=ranks)  # type: ignore[arg-type]
+    counts: dict[Literal["best_worst", "adjacent"], int] = {"best_worst": 9, "adjacent": 18}
+    for choice, count in counts.items():
+        pairs(samples, out, reward="good", ranks=choice)
         told = capsys.readouterr().out
         assert f"{count} pairs of 10 prompts" in told
         assert "left out: 1 prompts with a sample that is cut or empty" in told

@@ -23,8 +23,8 @@ from lightning_modules.pretrained import bare_model
 
 # 48 million parameters, a third of them in embeddings and head: the interpreter's own memory does not hide them
 BIG = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 16000}
-RUN = ("--config", "config.yaml", "--config", str(ROOT / "configs/strategy/fsdp.yaml"), "--trainer.max_steps", "2")
-RUN += ("--trainer.devices", "2", "--trainer.num_sanity_val_steps", "0", "--trainer.limit_val_batches", "0")
+RUN = ["--config", "config.yaml", "--config", str(ROOT / "configs/strategy/fsdp.yaml"), "--trainer.max_steps", "2"]
+RUN += ["--trainer.devices", "2", "--trainer.num_sanity_val_steps", "0", "--trainer.limit_val_batches", "0"]
 MODELS = {name: ("--config", str(ROOT / f"configs/model/{name}.yaml")) for name in ("lora", "qlora")}
 # what is freed goes back to the system, so that the peak is of what is held and not of what malloc keeps
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
@@ -202,7 +202,7 @@ def test_a_layer_that_is_split_takes_its_part(capsys: pytest.CaptureFixture[str]
 def test_adapters_are_counted_alone(capsys: pytest.CaptureFixture[str]) -> None:
     one = (*HH[:2], "--trainer.devices", "1", "--shape", "EleutherAI/pythia-1.4b")
     text, plan = plan_of(capsys, *one, *MODELS["lora"], "--memory_gb", "24")
-    trained = int(re.search(r"and ([\d,]+) of adapters", text)[1].replace(",", ""))  # type: ignore[index]
+    (trained,) = (int(count.replace(",", "")) for count in re.findall(r"and ([\d,]+) of adapters", text))
     # 24 layers of width 2048: query_key_value, dense and two of the MLP, r = 16
     assert trained == 24 * 16 * (2048 + 3 * 2048 + 2 * 2048 + 2 * (2048 + 4 * 2048))
     assert plan["optimizer state"] == pytest.approx(8 * trained, abs=6e6)

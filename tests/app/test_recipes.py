@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,9 @@ def test_a_recipe_parses(
         assert callbacks_of(config) == METHOD["beta_dpo"] + RECORDS
     assert config["checkpoint"]["init_args"]["every_n_steps"] > 0
     # pythia_410m of runs/pythia_410m_hh_sft, Meta-Llama-3-8B-Instruct, …
-    family, size = name.lower().split("-")[0], re.search(r"[\d.]+[MB]", name)[0].lower()
+    family, (size,) = name.lower().split("-")[0], re.findall(r"[\d.]+[MB]", name)
     assert family in model["name"].lower()
-    assert size in model["name"].lower()
+    assert size.lower() in model["name"].lower()
     assert data["path"] == SOURCES[source]
     assert data["batch_size"] == (64 if name in ("Pythia-1.4B", "Pythia-2.8B") else 128)
     assert (trainer["num_nodes"], str(trainer["devices"])) == LAYOUTS[recipe.where]
@@ -80,7 +81,7 @@ def test_the_fine_tuned_model_is_what_training_starts_from() -> None:
     ]
     own = [start for start in starts if start.startswith("runs/")]  # the others are ids of the Hub
     assert own
-    assert {re.fullmatch("runs/(.*_sft)/model", start)[1] for start in own} <= folders
+    assert set(own) <= {f"runs/{folder}/model" for folder in folders if folder.endswith("_sft")}
 
 
 def test_named_options_exist(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +135,7 @@ PLANNED = [recipe for recipe in ALL if recipe.what in SHAPES]
 @pytest.mark.parametrize("recipe", PLANNED, ids=[recipe.name for recipe in PLANNED])
 def test_a_recipe_fits(recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    memory = re.search(r"(\d+) GB", recipe.where)[1]
+    (memory,) = re.findall(r"(\d+) GB", recipe.where)
     main(["plan", *recipe.arguments[1:], "--shape", SHAPES[recipe.what], "--memory_gb", memory])
     text = capsys.readouterr().out
     assert f"fits {memory} GB" in text, text
@@ -200,7 +201,12 @@ UF = ("train_prefs", "test_prefs")
     ids=("hh", "hh-sft", "ultrachat", "llama", "llama-lora", "qwen3"),
 )
 def test_a_complete_recipe_trains(
-    recipe: str, family: str, row: object, splits: tuple[str, str], further: tuple[str, ...], tmp_path: Path
+    recipe: str,
+    family: str,
+    row: Callable[[int], dict[str, object]],
+    splits: tuple[str, str],
+    further: tuple[str, ...],
+    tmp_path: Path,
 ) -> None:
     """Three steps of the file as it is, but for model, pairs, batch and device."""
     model = save_tiny_model(family, tmp_path / "model")
@@ -209,7 +215,7 @@ def test_a_complete_recipe_trains(
     tokenizer.save_pretrained(model)
     (tmp_path / "pairs").mkdir()
     for split, count in zip(splits, (12, 4), strict=True):
-        lines = [json.dumps(row(number)) for number in range(count)]  # type: ignore[operator]
+        lines = [json.dumps(row(number)) for number in range(count)]
         (tmp_path / "pairs" / f"{split}.jsonl").write_text("\n".join(lines))
     card = [f"  - split: {split}\n    path: {split}.jsonl\n" for split in splits]
     (tmp_path / "pairs" / "README.md").write_text(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command_runs import assert_same_run, command, write_config
+from command_runs import assert_same_run, command, fresh_command, write_config
 
 from app.cli.seed import LARGEST, settled_seed
 from app.core.errors import UserError
@@ -103,7 +103,7 @@ def test_an_evaluation_leaves_the_record_of_the_training(seeded: Path) -> None:
 def test_every_rank_gets_the_seed_that_the_first_one_picked(tiny_llama: str, tmp_path: Path) -> None:
     write_config(tmp_path, tiny_llama)
     options = ("--seed_everything", "null", "--trainer.devices", "2", "--trainer.strategy", "ddp")
-    done = command(tmp_path, "fit", "--config", "config.yaml", *SHORT, *options, fresh=True)
+    done = fresh_command(tmp_path, "fit", "--config", "config.yaml", *SHORT, *options)
     assert done.returncode == 0, done.stderr
     seed = recorded_seed(tmp_path)
     assert re.findall(r"\[rank: (\d)\] Seed set to (\d+)", done.stderr + done.stdout)

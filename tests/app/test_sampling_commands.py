@@ -67,9 +67,10 @@ def test_judge_scores_a_file_against_itself_as_even(samples: Path, capsys: pytes
 
 def test_judge_sees_the_better_answers() -> None:
     pairs = preference_pairs(20, seed=0, flip_rate=0.0)
-    same = [{"prompt_id": pair.pair_id, "prompt": pair.prompt} for pair in pairs]
-    better = [row | {"response": pair.chosen} for row, pair in zip(same, pairs, strict=True)]
-    worse = [row | {"response": pair.rejected} for row, pair in zip(same, pairs, strict=True)]
+    better, worse = (
+        [{"prompt_id": pair.pair_id, "prompt": pair.prompt, "response": getattr(pair, side)} for pair in pairs]
+        for side in ("chosen", "rejected")
+    )
     assert win_rate(better, worse).mean == 1.0
     assert win_rate(worse, better).mean == 0.0
 

@@ -71,7 +71,7 @@ def test_the_score_ranks_as_well_as_the_true_likelihood_ratio() -> None:
     gaps = [sign * mean + draws.normal(size=pairs) for mean in means]
     ids = [f"p{i}" for i in range(pairs)]
     found = pair_histories(audit_of(*(dict(zip(ids, gap, strict=True)) for gap in gaps)))
-    truth = sum(-2 * mean * gap for mean, gap in zip(means, gaps, strict=True))
+    truth = -2 * np.dot(means, gaps)
     listed = int(wrong.sum())
     ours, best, last = (
         hits(scores, wrong, listed).mean() for scores in (found.mislabelled.to_numpy(), truth, -gaps[-1])

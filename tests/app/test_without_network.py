@@ -32,8 +32,8 @@ def test_what_show_prepares_is_all_that_fit_needs(tmp_path: Path) -> None:
         {"prompt": f"colour of cat {n} ?", "chosen": f"blue {n} .", "rejected": f"the cat {n} ."} for n in range(40)
     ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = ("--config", "own_pairs", "--data.path", "pairs.jsonl", "--data.chat_template", "false")
-    options += ("--data.validation_share", "0.2", "--data.batch_size", "8", "--trainer.accelerator", "cpu")
+    options = ["--config", "own_pairs", "--data.path", "pairs.jsonl", "--data.chat_template", "false"]
+    options += ["--data.validation_share", "0.2", "--data.batch_size", "8", "--trainer.accelerator", "cpu"]
     shown = command(tmp_path, "show", *options, "--model.name", "tiny/llama", "--prepare", "true", **variables)
     assert shown.returncode == 0, shown.stderr
     for line in ("prepared: 32 train pairs", "prepared: 8 validation pairs", "prepared: tiny/llama in "):
@@ -70,11 +70,11 @@ def test_curves_are_written_without_network(name: str, tmp_path: Path, tiny_llam
         pytest.skip(f"{name} is not installed")
     write_config(tmp_path, tiny_llama)
     places = os.pathsep.join([environment()["PYTHONPATH"], PACKAGES])
-    settings = ("--config", "config.yaml", "--config", str(ROOT / f"configs/logger/{name}.yaml"))
-    settings += ("--ckpt_path", "last", "--trainer.max_steps")
+    settings = ["--config", "config.yaml", "--config", str(ROOT / f"configs/logger/{name}.yaml")]
+    settings += ["--ckpt_path", "last", "--trainer.max_steps"]
     for steps in ("4", "8"):  # the second goes on from the first
         more = {"PYTHONPATH": places, "MLFLOW_ALLOW_FILE_STORE": "true"}
-        done = command(tmp_path, "fit", *settings, steps, fresh=True, **more)
+        done = command(tmp_path, "fit", *settings, steps, **more)
         assert done.returncode == 0, done.stderr
     (folder,) = {path.parent for path in tmp_path.rglob("audit")}
     assert sorted(set(audit_of(folder)["step"].to_pylist())) == list(range(1, 9))
