@@ -7,21 +7,15 @@ from typing import Any
 
 import pytest
 from chat_families import CHATML, FAMILIES, GEMMA, QWEN3, TALK, Family
-from tiny_tokenizers import byte_tokenizer, tokenise_pair
-from transformers import PreTrainedTokenizerFast
+from tiny_tokenizers import byte_tokenizer, texts, tokenise_pair
 
 from app.core.errors import UserError
-from datamodules.records import Message, PreferencePair, TokenisedPair
+from datamodules.records import Message, PreferencePair
 from datamodules.tokenisation import PLAIN_BESIDE_TEMPLATE, Tokenisation, tokenise_prompts
 from datamodules.tokenizer import stop_ids
 from datamodules.truncation import LAST_TURN, OLD_TURNS
 
 PAIR = PreferencePair("p", TALK, "Canberra.", "Sydney.")
-
-
-def texts(found: TokenisedPair | None, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    assert found is not None
-    return [str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in found if ids is not None]
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -30,12 +24,13 @@ def test_prompt_and_response_are_parts_of_the_rendering(family: Family) -> None:
     settings = Tokenisation(chat_template_kwargs=family.options)
     pair = PreferencePair("p", family.turns, "Canberra.", "Sydney.")
     found, notes = tokenise_pair(pair, tokenizer, settings)
+    assert found is not None
     wanted = [family.prompt, family.response, family.response.replace("Canberra", "Sydney")]
     assert texts(found, tokenizer) == wanted
     taken_back = "the generation prompt ends in '<think>\\n', which the template takes back"
     assert notes == [taken_back] * (family is FAMILIES["reasoning_only"])
-    assert found.chosen[-1] == tokenizer.convert_tokens_to_ids(family.stop)  # type: ignore[union-attr]
-    assert stop_ids(tokenizer, settings)[0] == found.chosen[-1]  # type: ignore[union-attr]
+    assert found.chosen[-1] == tokenizer.convert_tokens_to_ids(family.stop)
+    assert stop_ids(tokenizer, settings)[0] == found.chosen[-1]
     assert tokenizer.eos_token_id in stop_ids(tokenizer, settings)
     # the end that the data spells out is not doubled
     spelt = PreferencePair("p", family.turns, f"Canberra.{family.stop}\n", "Sydney.")
@@ -71,7 +66,7 @@ def test_tools_calls_and_thoughts_go_through_the_template() -> None:
     # a call without a text of its own, after a call and its answer in the prompt
     told = (
         *pair.prompt,
-        Message("assistant", "", tool_calls=[CALL], name="bot"),  # type: ignore[arg-type]
+        Message("assistant", "", tool_calls=[CALL], name="bot"),
         Message("tool", "3 °C"),
     )
     again = replace(pair, prompt=told, chosen="", chosen_fields={"tool_calls": [CALL]})
@@ -217,16 +212,19 @@ def test_a_transcript_as_text_loses_whole_turns_first() -> None:
     old, new = "\n\nHuman: hi\n\nAssistant: yes?", "\n\nHuman: 0123456789\n\nAssistant:"
     pair = PreferencePair("p", old + new, " a", " b")
     size = len(tokenizer(new)["input_ids"])
-    for limit, keep, wanted, cut in (
-        (size, "keep_end", new, [OLD_TURNS]),
-        (size - 4, "keep_end", new.replace(" 012", ""), [OLD_TURNS, LAST_TURN]),
-        (size - 4, "keep_start", new.replace("6789", ""), [OLD_TURNS, LAST_TURN]),
+    both = [OLD_TURNS, LAST_TURN]
+    for settings, wanted, cut in (
+        (Tokenisation(size + 3, size), new, [OLD_TURNS]),
+        (Tokenisation(size - 1, size - 4), new.replace(" 012", ""), both),
+        (Tokenisation(size - 1, size - 4, "keep_start"), new.replace("6789", ""), both),
     ):
-        settings = Tokenisation(limit + 3, limit, keep)  # type: ignore[arg-type]
         found, notes = tokenise_pair(pair, tokenizer, settings)
-        assert texts(found, tokenizer)[0] == f"<s>{wanted}", (limit, keep)
+        assert found is not None
+        assert texts(found, tokenizer)[0] == f"<s>{wanted}", settings
         assert [note for note in notes if "prompt" in note] == cut
-        assert tokenise_prompts([pair], tokenizer, settings)[0][0].tolist() == found.prompt.tolist()  # type: ignore[union-attr]
+        ids, _ = tokenise_prompts([pair], tokenizer, settings)[0]
+        assert ids is not None
+        assert ids.tolist() == found.prompt.tolist()
     assert tokenise_pair(pair, tokenizer, Tokenisation(8, 5))[1] == [
         "headers and system turn exceed data.max_prompt_length"
     ]

@@ -19,7 +19,7 @@ from datamodules.controlled_task import (
     preference_pairs,
     prompts,
 )
-from datamodules.controlled_task.grammar import parse_question
+from datamodules.controlled_task.grammar import Grade, parse_question
 from datamodules.controlled_task.pairs import MIXED_QUALITY
 from datamodules.records import PreferencePair
 
@@ -30,10 +30,16 @@ def within_three_errors(observed: float, expected: float, count: int) -> bool:
     return abs(observed - expected) <= 3 * math.sqrt(expected * (1 - expected) / count)
 
 
-def rungs(pair: PreferencePair) -> tuple[int, int]:
-    """Whole grades of the chosen and the rejected text, by the parser."""
+def asked(pair: PreferencePair) -> str:
+    """The prompt, which is text in this task."""
+    assert isinstance(pair.prompt, str)
+    return pair.prompt
+
+
+def grades(pair: PreferencePair) -> tuple[Grade, Grade]:
+    """What the parser says of the chosen and the rejected text."""
     assert pair.rejected is not None
-    return grade(pair.prompt, pair.chosen).rung, grade(pair.prompt, pair.rejected).rung
+    return grade(asked(pair), pair.chosen), grade(asked(pair), pair.rejected)
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +49,14 @@ def pairs() -> list[PreferencePair]:
 
 def test_labels_agree_with_the_parser(pairs: list[PreferencePair]) -> None:
     for pair in pairs:
-        assert pair.rejected is not None
-        chosen, rejected = grade(pair.prompt, pair.chosen).reward, grade(pair.prompt, pair.rejected).reward
-        assert (pair.labels["chosen_reward"], pair.labels["rejected_reward"]) == (chosen, rejected)
-        assert (chosen > rejected) == (not pair.labels["flipped"])
-        assert abs(chosen - rejected) >= 1
-        distance = abs(rungs(pair)[0] - rungs(pair)[1])
+        chosen, rejected = grades(pair)
+        assert (pair.labels["chosen_reward"], pair.labels["rejected_reward"]) == (chosen.reward, rejected.reward)
+        assert (chosen.reward > rejected.reward) == (not pair.labels["flipped"])
+        assert abs(chosen.reward - rejected.reward) >= 1
+        distance = abs(chosen.rung - rejected.rung)
         assert distance >= 1
         assert pair.labels["gap_kind"] == ("high" if distance >= 2 else "low")
-        well_formed = [not grade(pair.prompt, text).malformed for text in (pair.chosen, pair.rejected)]
-        assert sum(well_formed) == (1 if pair.labels["kind"] == "broken" else 2)
+        assert chosen.malformed + rejected.malformed == (pair.labels["kind"] == "broken")
 
 
 def test_observed_rates_are_the_rates_asked_for() -> None:
@@ -68,8 +72,8 @@ def test_observed_rates_are_the_rates_asked_for() -> None:
 @pytest.mark.parametrize(("gap", "distances"), [("adjacent", {1}), ("extreme", {2, 3, 4}), ("any", {1, 2, 3, 4})])
 def test_the_gap_says_how_far_the_grades_lie_apart(gap: Gap, distances: set[int]) -> None:
     pairs = preference_pairs(400, seed=3, gap=gap, broken_share=0)
-    assert {abs(better - worse) for better, worse in map(rungs, pairs)} == distances
-    assert {grade(pair.prompt, pair.chosen).kind for pair in pairs} == set(Kind) - {Kind.MALFORMED}
+    assert {abs(better.rung - worse.rung) for better, worse in map(grades, pairs)} == distances
+    assert {better.kind for better, _ in map(grades, pairs)} == set(Kind) - {Kind.MALFORMED}
 
 
 def test_the_default_is_four_fifths_wide_gaps_and_one_fifth_broken() -> None:
@@ -87,8 +91,8 @@ def test_length_is_no_cue_among_well_formed_pairs() -> None:
         assert pair.rejected is not None
         chosen, rejected = len(pair.chosen.split()), len(pair.rejected.split())
         differences.append((chosen > rejected) - (chosen < rejected))
-        by_grade[grade(pair.prompt, pair.chosen).kind].append(chosen)
-        by_grade[grade(pair.prompt, pair.rejected).kind].append(rejected)
+        for judged, length in zip(grades(pair), (chosen, rejected), strict=True):
+            by_grade[judged.kind].append(length)
     assert set(differences) == {-1, 0, 1}
     assert abs(fmean(differences)) <= 3 * math.sqrt(pvariance(differences) / len(differences))
     assert len(by_grade) == 5
@@ -102,16 +106,16 @@ def test_length_is_no_cue_among_well_formed_pairs() -> None:
 def test_neighbouring_grades_differ_in_one_fault_only() -> None:
     for pair in preference_pairs(600, seed=13, gap="adjacent", flip_rate=0, broken_share=0):
         assert pair.rejected is not None
-        facts = parse_question(pair.prompt).facts
+        question = parse_question(asked(pair))
         merits = []
         for text in (pair.chosen, pair.rejected):
             words = text.split()
             start = words.index("has") + 1
             claims = {(words[start], words[start + 1]), (words[start + 3], words[start + 4])}
             named = {attribute for attribute, _ in claims}
-            polite_enough = grade(pair.prompt, text).kind is not Kind.RUDE
-            on_topic = named == set(parse_question(pair.prompt).asked)
-            right = sum(facts[attribute] == value for attribute, value in claims)
+            polite_enough = grade(asked(pair), text).kind is not Kind.RUDE
+            on_topic = named == set(question.asked)
+            right = sum(question.facts[attribute] == value for attribute, value in claims)
             merits.append((polite_enough, on_topic, right))
         better, worse = merits
         assert sum(int(b) - int(w) for b, w in zip(better, worse, strict=True)) == 1
@@ -122,11 +126,12 @@ def test_a_rude_response_has_the_content_of_the_one_it_stands_against() -> None:
     met = set()
     for pair in preference_pairs(600, seed=17, gap="any", flip_rate=0, broken_share=0):
         assert pair.rejected is not None
-        if grade(pair.prompt, pair.rejected).kind is Kind.RUDE:
+        chosen, rejected = grades(pair)
+        if rejected.kind is Kind.RUDE:
             rude_opener = pair.rejected.split()[0]
-            mended = pair.rejected.replace(f" {rude_opener} ", " well ", 1)
-            assert grade(pair.prompt, mended).kind is grade(pair.prompt, pair.chosen).kind
-            met.add(grade(pair.prompt, mended).kind)
+            mended = grade(asked(pair), pair.rejected.replace(f" {rude_opener} ", " well ", 1))
+            assert mended.kind is chosen.kind
+            met.add(mended.kind)
     assert len(met) == 4
 
 
@@ -149,8 +154,8 @@ def test_a_longer_list_begins_with_the_shorter_one() -> None:
 def test_no_animal_description_is_on_both_sides() -> None:
     described: dict[str, set[str]] = {}
     for split in ("train", "held_out"):
-        texts = [pair.prompt for pair in preference_pairs(2000, seed=1, split=split)]
-        texts += [item.prompt for item in demonstrations(2000, seed=1, split=split)]
+        texts = [asked(pair) for pair in preference_pairs(2000, seed=1, split=split)]
+        texts += [asked(item) for item in demonstrations(2000, seed=1, split=split)]
         texts += prompts(2000, seed=1, split=split)
         assert all(parse_question(text).split == split for text in texts)
         described[split] = {text.split(" can you ")[0] for text in texts}
@@ -170,10 +175,10 @@ def test_a_description_stays_on_its_side_whatever_is_asked() -> None:
 def test_demonstrations_come_in_the_shares_asked_for() -> None:
     items = demonstrations(5000, seed=9)
     for kind, share in MIXED_QUALITY.items():
-        observed = sum(grade(item.prompt, item.chosen).kind is kind for item in items) / len(items)
+        observed = sum(grade(asked(item), item.chosen).kind is kind for item in items) / len(items)
         assert within_three_errors(observed, share, len(items))
     for item in items:
-        judged = grade(item.prompt, item.chosen)
+        judged = grade(asked(item), item.chosen)
         assert item.rejected is None
         assert item.labels == {"kind": judged.kind.value, "chosen_reward": judged.reward}
 

@@ -22,8 +22,9 @@ TOKENIZER = build_tokenizer()
 )
 def test_every_generated_text_comes_back_to_the_letter(seed: int, split: Any, gap: Gap) -> None:
     for pair in preference_pairs(8, seed, split=split, gap=gap, broken_share=0.5):
+        assert isinstance(pair.prompt, str)
+        assert pair.rejected is not None
         for text in (pair.prompt, pair.chosen, pair.rejected, pair.prompt + pair.chosen):
-            assert text is not None
             ids = TOKENIZER(text)["input_ids"]
             assert TOKENIZER.unk_token_id not in ids
             assert TOKENIZER.decode(ids) == text
@@ -31,6 +32,7 @@ def test_every_generated_text_comes_back_to_the_letter(seed: int, split: Any, ga
 
 def test_prompt_and_response_encode_apart_as_they_do_together() -> None:
     for item in demonstrations(100, seed=0):
+        assert isinstance(item.prompt, str)
         apart = TOKENIZER(item.prompt)["input_ids"] + TOKENIZER(item.chosen)["input_ids"]
         assert TOKENIZER(item.prompt + item.chosen)["input_ids"] == apart
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from lightning.pytorch import Trainer
+from tiny_runs import table_of
 from tiny_tokenizers import byte_tokenizer
 
 from datamodules.describe import cut_responses, pairs_seen, repeats, shared_prompts
@@ -33,9 +35,7 @@ def opened(folder: Path, *texts: str, sources: int = 1) -> tuple[PairTable, np.n
         str(paths[0]) if sources == 1 else [str(path) for path in paths], max_length=20, max_prompt_length=8
     )
     data.tokenizer = byte_tokenizer()
-    found = data.open_table("train")
-    assert found is not None
-    return found
+    return table_of(data)
 
 
 @pytest.mark.parametrize("sources", [1, 2])
@@ -93,8 +93,8 @@ def test_cut_responses_are_told_of_above_five_percent(tmp_path: Path) -> None:
         ({"max_epochs": -1}, "20000 of 20000 pairs will be seen (no limit of steps;", True),
     ],
 )
-def test_how_many_pairs_will_be_seen(limits: dict[str, float], said: str, all_of_them: bool) -> None:
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **limits)  # type: ignore[arg-type]
+def test_how_many_pairs_will_be_seen(limits: dict[str, Any], said: str, all_of_them: bool) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **limits)
     told, every = pairs_seen(20_000, 8, trainer)
     assert told.startswith(said)
     assert every == all_of_them

@@ -6,11 +6,12 @@ import json
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
-from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer
-from tiny_tokenizers import byte_tokenizer
+from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer, table_of
+from tiny_tokenizers import byte_tokenizer, texts
 
 from app.core.errors import UserError
 from datamodules.controlled_task import preference_pairs
@@ -51,10 +52,9 @@ def write_samples(folder: Path, keep: int = PAIRS, **changes: object) -> str:
     return str(path)
 
 
-def opened(pairs: Path, mixture: GapMixture, **settings: object) -> tuple[GapMixedTable, np.ndarray]:
+def opened(pairs: Path, mixture: GapMixture) -> tuple[GapMixedTable, np.ndarray]:
     tokenizer = str(pairs.parent / "tokenizer")
-    data = PreferenceData(str(pairs), tokenizer=tokenizer, gap_mixture=mixture, **settings)  # type: ignore[arg-type]
-    table, rows = data.open_table("train")  # type: ignore[misc]
+    table, rows = table_of(PreferenceData(str(pairs), tokenizer=tokenizer, gap_mixture=mixture))
     assert isinstance(table, GapMixedTable)
     return table, rows
 
@@ -84,7 +84,7 @@ def epoch(
 
 def rejected_of(batch: PreferenceBatch) -> list[str]:
     tokenizer = byte_tokenizer()
-    return [tokenizer.decode(pair.rejected[:-1]) for pair in batch.share]  # type: ignore[index]
+    return [texts(pair, tokenizer)[2].removesuffix("</s>") for pair in batch.share]
 
 
 def test_pairs_are_drawn_by_their_id_and_get_their_sample(pairs: Path) -> None:
@@ -94,7 +94,7 @@ def test_pairs_are_drawn_by_their_id_and_get_their_sample(pairs: Path) -> None:
     for batch in batches:
         for place, (pair_id, text) in enumerate(zip(batch.pair_ids, rejected_of(batch), strict=True)):
             number = int(pair_id.partition(":")[2]) - 1
-            replaced[pair_id] = batch.labels["replaced"][place]
+            replaced[pair_id] = batch.labels["replaced"][place] is True
             assert text == (f" S{number}" if replaced[pair_id] else f" no {number}")
             assert batch.labels["score_rejected"][place] == (None if replaced[pair_id] else number)
             assert batch.labels["kind"][place] == "k"
@@ -134,7 +134,7 @@ def test_whole_batches_are_drawn_the_same_after_a_resume_and_on_any_rank(pairs: 
 def test_no_share_and_the_whole(pairs: Path) -> None:
     for unit in ("pair", "batch"):
         for share in (0.0, 1.0):
-            mixture = GapMixture(write_samples(pairs.parent), share, unit=unit)  # type: ignore[arg-type]
+            mixture = GapMixture(write_samples(pairs.parent), share, unit=unit)
             told = Counter(was for batch in epoch(*opened(pairs, mixture)) for was in batch.labels["replaced"])
             assert told == {bool(share): PAIRS}
 
@@ -162,9 +162,9 @@ def test_a_sample_that_makes_no_pair_is_not_used(pairs: Path) -> None:
 
 def test_a_sample_that_was_cut_off_has_no_end(pairs: Path) -> None:
     table, _ = opened(pairs, GapMixture(write_samples(pairs.parent, finished=False), 1.0))
-    eos = byte_tokenizer().eos_token_id
-    assert table[PAIRS].rejected[-1] != eos  # type: ignore[index]
-    assert table[PAIRS + 1].rejected[-1] == eos  # type: ignore[index]
+    first, second = (texts(table[row], byte_tokenizer())[2] for row in (PAIRS, PAIRS + 1))
+    assert not first.endswith("</s>")
+    assert second.endswith("</s>")
 
 
 def test_validation_pairs_keep_their_responses(pairs: Path) -> None:
@@ -174,14 +174,17 @@ def test_validation_pairs_keep_their_responses(pairs: Path) -> None:
         gap_mixture=GapMixture(write_samples(pairs.parent), 1.0),
         validation_share=0.1,
     )
-    table, rows = data.open_table("validation")  # type: ignore[misc]
+    table, rows = table_of(data, "validation")
     assert not isinstance(table, GapMixedTable)
-    train_table, train = data.open_table("train")  # type: ignore[misc]
+    train_table, train = table_of(data)
+    assert isinstance(train_table, GapMixedTable)
     assert not set(table.prompt_keys[rows]) & set(train_table.prompt_keys[train_table.exchange(train, 1, 0)])
 
 
 @pytest.mark.parametrize("unit", ["pair", "batch"])
-def test_training_sees_the_samples_with_either_reference(unit: str, tiny_llama: str, tmp_path: Path) -> None:
+def test_training_sees_the_samples_with_either_reference(
+    unit: Literal["pair", "batch"], tiny_llama: str, tmp_path: Path
+) -> None:
     samples = tmp_path / "samples.jsonl"
     rows = [
         {"prompt": pair.prompt, "response": " well the cat has .", "finished": True}
@@ -190,7 +193,7 @@ def test_training_sees_the_samples_with_either_reference(unit: str, tiny_llama: 
     samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
     audits = []
     for reference in ("frozen", "cached"):
-        mixture = GapMixture(str(samples), 0.5, unit=unit)  # type: ignore[arg-type]
+        mixture = GapMixture(str(samples), 0.5, unit=unit)
         recorder = Recorder()
         trainer = quiet_trainer(tmp_path, [*beta_dpo(), recorder])
         trainer.fit(preference(tiny_llama, lr=0.05, reference=reference), controlled(30, gap_mixture=mixture))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_runs import controlled
+from tiny_runs import controlled, table_of
 from torch import Tensor
 
 from app.core.errors import UserError
@@ -27,12 +27,12 @@ SIDES = ("chosen", "rejected")
 
 @pytest.fixture(scope="module")
 def table() -> PairTable:
-    return controlled(PAIRS).open_table("train")[0]
+    return table_of(controlled(PAIRS))[0]
 
 
-def loader(table: PairTable, rank: int = 0, world_size: int = 1, **settings: object) -> OptimizerBatchLoader:
-    options = {"batch_size": BATCH, "micro_batch_tokens": 300, "shuffle": True, "seed": 4} | settings
-    return OptimizerBatchLoader(table, np.arange(len(table)), rank=rank, world_size=world_size, **options)  # type: ignore[arg-type]
+def loader(table: PairTable, rank: int = 0, world_size: int = 1, **settings: Any) -> OptimizerBatchLoader:
+    settings = {"batch_size": BATCH, "micro_batch_tokens": 300, "shuffle": True, "seed": 4, **settings}
+    return OptimizerBatchLoader(table, np.arange(len(table)), rank=rank, world_size=world_size, **settings)
 
 
 def ids(batches: list[PreferenceBatch]) -> list[list[str]]:
@@ -144,7 +144,7 @@ def test_a_budget_too_small_for_the_longest_pair_is_refused() -> None:
 
 
 def test_demonstrations_cannot_be_compared() -> None:
-    demonstrations, _ = controlled(5, stage="demonstrations").open_table("train")
+    demonstrations, _ = table_of(controlled(5, stage="demonstrations"))
     batch = next(iter(loader(demonstrations)))
     with pytest.raises(UserError, match="needs rejected responses"):
         batch.micro_batches(("chosen", "rejected"), "packed", 30.0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_runs import table_of
 from tiny_tokenizers import TEMPLATE, byte_tokenizer
 
 from app.core.errors import UserError
@@ -16,6 +17,8 @@ from datamodules.preference_data import PreferenceData, drawn_rows
 from datamodules.records import Message
 from datamodules.sources.prompts import prompt_key
 from datamodules.sources.source import Source
+
+Paths = list[str | Source]
 
 
 @pytest.fixture(autouse=True)
@@ -35,23 +38,18 @@ def rows(count: int, name: str, **columns: object) -> list[dict[str, object]]:
     ]
 
 
-def data(folder: Path, path: object, template: bool = False, **settings: object) -> PreferenceData:
+def data(folder: Path, path: str | Paths, template: bool = False, validation_share: float = 0.0) -> PreferenceData:
     byte_tokenizer(template=TEMPLATE if template else None).save_pretrained(folder / "tokenizer")
     return PreferenceData(
-        path,  # type: ignore[arg-type]
-        tokenizer=str(folder / "tokenizer"),
-        chat_template=template,
-        **settings,  # type: ignore[arg-type]
+        path, tokenizer=str(folder / "tokenizer"), chat_template=template, validation_share=validation_share
     )
 
 
 def test_sources_give_their_shares_under_ids_of_their_own(tmp_path: Path) -> None:
     first = write(tmp_path / "a/train.jsonl", rows(30, "a", votes=3, source="reddit"))
     second = write(tmp_path / "b/train.jsonl", rows(30, "b", votes="many"))
-    mixed = [Source(first, 3.0, "one"), Source(second, 1.0, "two")]
-    opened = data(tmp_path, mixed).open_table("train")
-    assert opened is not None
-    table, chosen = opened
+    mixed: Paths = [Source(first, 3.0, "one"), Source(second, 1.0, "two")]
+    table, chosen = table_of(data(tmp_path, mixed))
     labels = table.labels(chosen)
     assert (labels["source"].count("one"), labels["source"].count("two")) == (30, 10)
     assert labels["source_in_data"] == ["reddit"] * 30 + [None] * 10
@@ -60,21 +58,19 @@ def test_sources_give_their_shares_under_ids_of_their_own(tmp_path: Path) -> Non
     assert ids[:2] == ["one/train.jsonl:1", "one/train.jsonl:2"]
     assert len(set(ids)) == 40
     assert ids == [id for id in table.columns.column("pair_id").to_pylist() if id in ids]
-    again = data(tmp_path, mixed[::-1]).open_table("train")
-    assert again is not None
-    assert set(again[0].pair_ids(again[1])) == set(ids)  # the draw does not depend on the order of the list
-    more = data(tmp_path, [mixed[0], Source(second, 2.0, "two")]).open_table("train")
-    assert more is not None
-    assert set(more[0].pair_ids(more[1])) > set(ids)
-    whole = data(tmp_path, [Source(first, name="one"), Source(second, name="two")])
-    assert len(whole.open_table("train")[1]) == 60  # type: ignore[index]
-    assert len(data(tmp_path, mixed).open_table("predict")[1]) == 60  # type: ignore[index]
+    again, drawn = table_of(data(tmp_path, mixed[::-1]))
+    assert set(again.pair_ids(drawn)) == set(ids)  # the draw does not depend on the order of the list
+    more, drawn = table_of(data(tmp_path, [mixed[0], Source(second, 2.0, "two")]))
+    assert set(more.pair_ids(drawn)) > set(ids)
+    _, whole = table_of(data(tmp_path, [Source(first, name="one"), Source(second, name="two")]))
+    assert len(whole) == 60
+    assert len(table_of(data(tmp_path, mixed), "predict")[1]) == 60
 
 
 def test_pairs_come_from_their_tables(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{name}.jsonl", rows(count, name)) for name, count in (("a", 3), ("b", 4))]
-    table, _ = data(tmp_path, [Source(path) for path in paths]).open_table("train")  # type: ignore[misc]
-    alone = [data(tmp_path, path).open_table("train")[0] for path in paths]  # type: ignore[index]
+    table, _ = table_of(data(tmp_path, [Source(path) for path in paths]))
+    alone = [table_of(data(tmp_path, path))[0] for path in paths]
     assert table.part_of([0, 2, 3, 6]).tolist() == [0, 0, 1, 1]
     for index in (0, 2, 3, 6):
         own, row = (alone[0], index) if index < 3 else (alone[1], index - 3)
@@ -96,8 +92,8 @@ def test_a_prompt_is_held_out_of_all_sources_in_any_form(tmp_path: Path) -> None
         forms[2].append({"prompt": f"r {n}", "chosen": "x", "rejected": "y"})
     paths = [write(tmp_path / f"{n}.jsonl", form) for n, form in enumerate(forms)]
     source = data(tmp_path, [Source(path) for path in paths], template=True, validation_share=0.2)
-    table, train = source.open_table("train")  # type: ignore[misc]
-    _, held_out = source.open_table("validation")  # type: ignore[misc]
+    table, train = table_of(source)
+    _, held_out = table_of(source, "validation")
     assert not set(table.prompt_keys[train]) & set(table.prompt_keys[held_out])
     assert sorted([*train, *held_out]) == list(range(60))
     assert (table.prompt_keys[:20] == table.prompt_keys[20:40]).all()
@@ -108,8 +104,9 @@ def test_a_prompt_is_held_out_of_all_sources_in_any_form(tmp_path: Path) -> None
 def test_one_question_has_one_key() -> None:
     turn = Message("user", "Why?")
     assert prompt_key("Why?") == prompt_key("\n\nHuman: Why?\n\nAssistant:") == prompt_key((turn,))
-    others = ["Why", (turn, Message("assistant", "So."), turn), (Message("system", "Be brief."), turn)]
-    assert len({prompt_key(prompt) for prompt in ("Why?", *others)}) == 4
+    longer = (turn, Message("assistant", "So."), turn)
+    told = (Message("system", "Be brief."), turn)
+    assert len({prompt_key("Why?"), prompt_key("Why"), prompt_key(longer), prompt_key(told)}) == 4
 
 
 @settings(max_examples=80, deadline=None)
@@ -134,14 +131,15 @@ def test_the_mixture_is_the_largest_with_these_shares(counts: list[int], weights
 def test_what_makes_no_mixture_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", rows(2, "a"))
     other = write(tmp_path / "b/a.jsonl", rows(500, "b"))
-    for sources, said in (
+    refused: list[tuple[Paths, str]] = [
         ([], "an empty list"),
         ([Source(path), Source(other)], "two sources called 'a.jsonl'"),
         ([Source(path, 1.0), Source(other, name="b")], "every source a weight"),
         ([Source(path, format="hh", min_score_ratio=2.0)], "belongs to data.format shp"),
-    ):
+    ]
+    for sources, said in refused:
         with pytest.raises(UserError, match=said):
-            PreferenceData(sources)  # type: ignore[arg-type]
+            PreferenceData(sources)
     with pytest.raises(UserError, match=r"data\.format is 'hh'.*set data\.format: \"auto\""):
         PreferenceData([Source(path)], format="hh")
     few = data(tmp_path, [Source(path, 1.0, "many"), Source(other, 0.001, "few")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer
+from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer, table_of
 from tiny_tokenizers import byte_tokenizer
 
 from app.core.errors import UserError
@@ -31,17 +32,17 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BETA_DPO_CACHE", str(tmp_path / "cache"))
 
 
-def data(folder: Path, scores: list[object] = SCORES, **settings: Any) -> PreferenceData:
+def data(folder: Path, scores: Sequence[object] = SCORES, **settings: Any) -> PreferenceData:
     rows = [{"prompt": f"q {n}", "chosen": " y", "rejected": " no", "own": s} for n, s in enumerate(scores)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     byte_tokenizer().save_pretrained(folder / "tokenizer")
     return PreferenceData(str(folder / "pairs.jsonl"), tokenizer=str(folder / "tokenizer"), **settings)
 
 
-def served(folder: Path, scores: list[object] = SCORES, **settings: Any) -> tuple[list[int], list[str]]:
+def served(folder: Path, scores: Sequence[object] = SCORES, **settings: Any) -> tuple[list[int], list[str]]:
     """The places of the training pairs, in the order of the rows, and the lines for the log."""
     opened = data(folder, scores, **settings)
-    table, rows = opened.open_table("train")  # type: ignore[misc]
+    table, rows = table_of(opened)
     return [int(id.partition(":")[2]) - 1 for id in table.pair_ids(rows)], opened.notes
 
 
@@ -60,8 +61,8 @@ def test_the_first_share_is_kept_and_ties_keep_the_order_of_the_data(tmp_path: P
     assert set(fewer) < set(kept)
     assert len(kept) == 4
     assert kept != [0, 1, 2, 3]
-    everything = data(tmp_path, select=Selection("own")).open_table("predict")
-    assert len(everything[1]) == 8  # type: ignore[index]  # `predict` scores every pair
+    _, everything = table_of(data(tmp_path, select=Selection("own")), "predict")
+    assert len(everything) == 8  # `predict` scores every pair
 
 
 def test_scores_of_a_file_are_joined_by_pair_id(tmp_path: Path) -> None:
@@ -146,18 +147,18 @@ def test_an_order_survives_a_resume_and_is_the_same_on_all_ranks(tiny_llama: str
     assert before + fit(tmp_path / "parts", 8, ckpt_path=str(tmp_path / "parts/step=3.ckpt")) == whole
     # what a rank is given are shares of the same batches
     module = controlled(33, **settings)
-    table, rows = module.open_table("train")  # type: ignore[misc]
+    table, rows = table_of(module)
     for rank in range(2):
         place = {"rank": rank, "num_replicas": 2}
-        module.trainer = type("Two", (), {"distributed_sampler_kwargs": place, "lightning_module": None})()  # type: ignore[assignment]
+        module.trainer = type("Two", (), {"distributed_sampler_kwargs": place, "lightning_module": None})()
         module._tables = {"train": (table, rows)}
         assert [list(batch.pair_ids) for batch in islice(module.train_dataloader(), 4)] == whole[:4]
 
 
 def table_labels(settings: dict[str, Any]) -> dict[str, float]:
-    table, rows = controlled(33, **settings).open_table("train")  # type: ignore[misc]
+    table, rows = table_of(controlled(33, **settings))
     labels = table.labels(rows)
-    margins = np.subtract(labels["chosen_reward"], labels["rejected_reward"])  # type: ignore[arg-type]
+    margins = np.array(labels["chosen_reward"]) - np.array(labels["rejected_reward"])
     return dict(zip(table.pair_ids(rows), margins.tolist(), strict=True))
 
 
@@ -165,11 +166,11 @@ def test_a_gap_mixture_replaces_the_selected_pairs_in_their_order(tmp_path: Path
     rows = [{"prompt": f"q {n}", "response": f" S{n}", "finished": True} for n in range(8)]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     mixture = GapMixture(str(tmp_path / "samples.jsonl"), 1.0)
-    first = {"gap_mixture": mixture, "select": Selection("own", share=0.5), "order": Ranking("own")}
-    assert served(tmp_path, **first)[0] == [4, 0, 2, 3]
+    first: dict[str, Any] = {"gap_mixture": mixture, "select": Selection("own", share=0.5)}
+    assert served(tmp_path, **first, order=Ranking("own"))[0] == [4, 0, 2, 3]
     hashes = set()
     for order in (Ranking("own"), Ranking("own", first="smallest"), None):
-        opened = data(tmp_path, **(first | {"order": order}))
-        opened._tables["train"] = opened.open_table("train")  # type: ignore[assignment]
+        opened = data(tmp_path, **first, order=order)
+        opened._tables["train"] = table_of(opened)
         hashes.add(opened.content("train"))
     assert len(hashes) == 3  # so that a resume with another order is refused

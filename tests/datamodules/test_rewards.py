@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import Recorder, controlled, preference, quiet_trainer
+from tiny_runs import Recorder, controlled, preference, quiet_trainer, table_of
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from app.core.cache import cache_root
@@ -134,7 +134,7 @@ def test_a_prompt_that_the_template_refuses_is_left_out_and_told(tmp_path: Path)
     rows = [{"chosen": f"{turn} yes .", "rejected": f"{turn} no ."} for turn in turns]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = PreferenceData(str(tmp_path / "pairs.jsonl"), tokenizer=name, reward_model=RewardScoring(name))
-    table, chosen = data.open_table("train")  # type: ignore[misc]
+    table, chosen = table_of(data)
     assert table.pair_ids(chosen) == ["pairs.jsonl:1"]
     assert describe(table, chosen)[0].endswith("2 left out, the reward model's chat template refuses them")
     (tmp_path / "pairs.jsonl").write_text(json.dumps(rows[1]) + "\n")
@@ -159,7 +159,8 @@ def test_the_rewards_reach_m_and_beta(rewarder: str, tiny_llama: str, tmp_path: 
         assert decision.discrepancy.tolist() == pytest.approx(wanted.tolist(), abs=1e-5)
         assert decision.labels["chosen_reward_in_data"] == [pair.labels["chosen_reward"] for pair in drawn]
         kept = decision.discrepancy[decision.kept].mean()
-        beta = 0.1 * (1 + 0.6 * (kept - decision.moments.mean))  # type: ignore[union-attr]
+        assert decision.moments is not None
+        beta = 0.1 * (1 + 0.6 * (kept - decision.moments.mean))
         assert decision.beta_used == pytest.approx(float(beta), abs=1e-9)
-    validation, _ = data.open_table("validation")
+    validation, _ = table_of(data, "validation")
     assert "chosen_reward_in_data" not in validation.label_names  # only what is trained on is scored

@@ -19,8 +19,8 @@ def test_show_prints_the_pairs_as_trained_and_what_was_cut_and_dropped(tmp_path:
         {"prompt": [{"role": "system", "content": "Be brief."}, *question], "chosen": "a", "rejected": "b"},
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    limits = {"max_length": 80, "max_prompt_length": 40, "batch_size": 2}
-    write_config(tmp_path, str(tmp_path / "tokenizer"), path=str(tmp_path / "pairs.jsonl"), **limits)
+    pairs, tokenizer = str(tmp_path / "pairs.jsonl"), str(tmp_path / "tokenizer")
+    write_config(tmp_path, tokenizer, path=pairs, max_length=80, max_prompt_length=40, batch_size=2)
     done = command(tmp_path, "show", "--config", "config.yaml", BETA_DPO_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     prompt = json.dumps("<s><start_of_turn>user\nCapital?<end_of_turn>\n<start_of_turn>model\n")

@@ -87,7 +87,7 @@ def test_system_texts_of_all_kinds_come_first() -> None:
 def test_alpaca_joins_its_input_and_takes_its_history() -> None:
     row = {"instruction": "do", "input": "it", "output": ["a", "b"], "history": [["x", "y"]]}
     pair, _ = read_row(row, "f:1", Source("f"), need_rejected=True)
-    assert [message.content for message in pair.prompt] == ["x", "y", "do\nit"]  # type: ignore[union-attr]
+    assert pair.prompt == (Message("user", "x"), Message("assistant", "y"), Message("user", "do\nit"))
     assert (pair.chosen, pair.rejected) == ("a", "b")
     assert read_row({"instruction": "do", "input": "", "output": "a"}, "f:1", Source("f"))[0].prompt == "do"
 
@@ -96,8 +96,9 @@ def test_a_function_call_is_a_tool_call() -> None:
     call = {"from": "function_call", "value": '{"name": "look", "arguments": {"at": 1}}'}
     seen = {"from": "observation", "value": "x"}
     pair, _ = read_row({"conversations": [HUMAN, call, seen, GPT]}, "f:1", Source("f"))
-    assert pair.prompt[1]["tool_calls"][0]["function"] == {"name": "look", "arguments": {"at": 1}}  # type: ignore[index]
-    assert pair.prompt[2] == Message("tool", "x")  # type: ignore[comparison-overlap]
+    assert isinstance(pair.prompt, tuple)
+    assert pair.prompt[1]["tool_calls"][0]["function"] == {"name": "look", "arguments": {"at": 1}}
+    assert pair.prompt[2] == Message("tool", "x")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import random
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,7 +100,7 @@ def _fuzz(folder: Path, files: int, seed: int) -> tuple[int, int]:
     return refused, checked
 
 
-def _assert_exact(pair: PreferencePair, row: dict[str, object]) -> None:
+def _assert_exact(pair: PreferencePair, row: dict[str, Any]) -> None:
     assert pair.labels == {"flipped": row["flipped"]}
     if "prompt" not in row:
         assert (f"{pair.prompt}{pair.chosen}", f"{pair.prompt}{pair.rejected}") == (row["chosen"], row["rejected"])
@@ -107,7 +108,7 @@ def _assert_exact(pair: PreferencePair, row: dict[str, object]) -> None:
         assert (pair.prompt, pair.chosen, pair.rejected) == (row["prompt"], row["chosen"], row["rejected"])
     else:
         assert list(pair.prompt) == row["prompt"]
-        assert [pair.chosen, pair.rejected] == [row[side][0]["content"] for side in ("chosen", "rejected")]  # type: ignore[index]
+        assert [pair.chosen, pair.rejected] == [row[side][0]["content"] for side in ("chosen", "rejected")]
 
 
 FORMS = ("text", "messages", "one message", "parts", "sharegpt", "alpaca", "question", "hh", "json text")
@@ -116,7 +117,7 @@ FORMS = ("text", "messages", "one message", "parts", "sharegpt", "alpaca", "ques
 def _other_row(rng: random.Random, form: str) -> dict[str, object]:
     """Return a row in one of the everyday formats; a text says which side it belongs to."""
 
-    def said(who: str, text: str) -> dict[str, object]:
+    def said(who: str, text: object) -> dict[str, object]:
         return {"role": who, "content": text}
 
     asked, good, bad = (f"{side}\u00b7" + " ".join(rng.choices(_ALPHABET[:5], k=3)) for side in "pcr")
@@ -125,7 +126,7 @@ def _other_row(rng: random.Random, form: str) -> dict[str, object]:
         "text": {"prompt": asked, "chosen": good, "rejected": bad},
         "messages": {"messages": [said("user", asked)], **sides},
         "one message": {"prompt": asked, **sides},
-        "parts": {"prompt": [said("user", [{"type": "text", "text": asked}])], "chosen": good, "rejected": bad},  # type: ignore[arg-type]
+        "parts": {"prompt": [said("user", [{"type": "text", "text": asked}])], "chosen": good, "rejected": bad},
         "sharegpt": {
             "conversations": [{"from": "human", "value": asked}],
             "chosen": {"from": "gpt", "value": good},
@@ -155,7 +156,8 @@ def _written(rng: random.Random, rows: list[dict[str, object]], kind: str) -> li
             ]
         return lines
     pieces = []
-    for cells in [list(rows[0]), *(list(row.values()) for row in rows)]:
+    table: list[list[object]] = [list(rows[0]), *(list(row.values()) for row in rows)]
+    for cells in table:
         text = io.StringIO(newline="")
         csv.writer(text).writerow(cell if isinstance(cell, str) else json.dumps(cell) for cell in cells)
         pieces.append(text.getvalue().removesuffix("\r\n").encode())

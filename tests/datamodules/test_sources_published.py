@@ -47,7 +47,7 @@ def test_a_published_row_becomes_its_pair(format: RowFormat, automatic: bool) ->
 def test_other_formats_refuse_the_row(format: RowFormat) -> None:
     for other in ("hh", *(name for name in ROWS if name != format)):
         with pytest.raises(BadRow):
-            read_row(ROWS[format], "f:1", Source("f", format=other))  # type: ignore[arg-type]
+            read_row(ROWS[format], "f:1", Source("f", format=other))
 
 
 def test_the_other_choice_swaps_the_sides() -> None:
@@ -56,10 +56,10 @@ def test_the_other_choice_swaps_the_sides() -> None:
         ("shp", "labels", 1),
         ("pku_saferlhf", "better_response_id", 0),
     ):
-        row = {**ROWS[format], field: value}  # type: ignore[index]
+        row = {**ROWS[format], field: value}
         if format == "shp":
             row |= {"score_A": 20, "score_B": 5}
-        pair, _ = read_row(row, "f:1", Source("f", format=format))  # type: ignore[arg-type]
+        pair, _ = read_row(row, "f:1", Source("f", format=format))
         assert (pair.chosen, pair.rejected) == (PAIRS[format].rejected, PAIRS[format].chosen)
 
 
@@ -156,7 +156,7 @@ def test_malformed_rows_in_a_dataset_folder_are_located_or_counted(tmp_path: Pat
 def test_low_score_ratios_are_left_out_and_counted_in_either_mode(tmp_path: Path) -> None:
     write(tmp_path / "shp.jsonl", SHP, {**SHP, "score_A": 18, "score_ratio": 20 / 18}, {**SHP, "score_ratio": 2.0})
     for mode in ("error", "skip"):
-        reader = read_pairs(str(tmp_path / "shp.jsonl"), min_score_ratio=2, on_bad_row=mode)  # type: ignore[arg-type]
+        reader = read_pairs(str(tmp_path / "shp.jsonl"), min_score_ratio=2, on_bad_row=mode)
         assert [pair.pair_id for pair in reader] == ["shp.jsonl:1", "shp.jsonl:3"]
         assert reader.report.counts["skipped: score_ratio below 2"] == 1
         assert reader.report.examples == {"skipped: score_ratio below 2": ["shp.jsonl:2"]}

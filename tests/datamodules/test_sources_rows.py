@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import UserError
-from datamodules.records import Message, PreferencePair
+from datamodules.records import Message, PreferencePair, Prompt
 from datamodules.sources.pairs import read_row
 from datamodules.sources.prompts import hh_messages
 from datamodules.sources.reader import read_pairs
@@ -59,9 +59,9 @@ def write(path: Path, *rows: object) -> str:
         ({"chosen": TALK + "a", "rejected": TALK + "b"}, TALK),
     ],
 )
-def test_every_form_gives_the_same_pair(row: dict[str, object], prompt: object) -> None:
+def test_every_form_gives_the_same_pair(row: dict[str, object], prompt: Prompt) -> None:
     pair = pair_of({**row, "flipped": True, "votes": [1, 2]})
-    assert pair == PreferencePair("f:1", prompt, "a", "b", {"flipped": True})  # type: ignore[arg-type]
+    assert pair == PreferencePair("f:1", prompt, "a", "b", {"flipped": True})
 
 
 def test_what_the_chat_template_takes_beside_the_text_is_kept() -> None:
@@ -86,7 +86,8 @@ def test_what_the_chat_template_takes_beside_the_text_is_kept() -> None:
     assert pair.answer("rejected") == {"role": "assistant", "content": "sunny"}
     answered = [USER, asks, {"role": "tool", "content": "3 °C"}]
     found = pair_of({"prompt": answered, "chosen": "cold", "rejected": "hot", **rest}).prompt
-    assert [turn["role"] for turn in found] == ["system", "user", "assistant", "tool"]  # type: ignore[index]
+    assert isinstance(found, tuple)
+    assert [turn.role for turn in found] == ["system", "user", "assistant", "tool"]
     for field, value, reason in (
         ("system", 3, "wrong type"),
         ("tools", "[{", "bad JSON"),

@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from select import select
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from datamodules import table_writer
 from datamodules.preference_data import split_by_prompt
 from datamodules.records import Message, PreferencePair
 from datamodules.sources.reader import OnBadRow, PairStream, pair_stream
-from datamodules.sources.source import Source
+from datamodules.sources.source import RowFormat, Source
 from datamodules.table import PairTable
 from datamodules.table_writer import build_table, cached_table, open_table
 from datamodules.tokenisation import Tokenisation, tokenise_pairs
@@ -49,15 +50,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def pairs(count: int) -> Iterator[PreferencePair]:
     for index in range(count):
-        labels = {"flipped": index % 2 == 0} | ({"grade": index} if index % 3 else {})
+        labels: dict[str, object] = {"flipped": index % 2 == 0, **({"grade": index} if index % 3 else {})}
         yield PreferencePair(f"id{index}", f"the cat {index // 2}", f" yes {index}", f" no {index * 7}", labels)
 
 
 def load_table(
-    path: str, tokenizer: Any, settings: Tokenisation, mode: OnBadRow = "error", **options: str
+    path: str, tokenizer: Any, settings: Tokenisation, mode: OnBadRow = "error", format: RowFormat = "auto"
 ) -> PairTable:
     """Return the table of pairs or demonstrations in a file or folder."""
-    return cached_table(pair_stream(Source(path, **options), mode, False), tokenizer, settings)  # type: ignore[arg-type]
+    return cached_table(pair_stream(Source(path, format=format), mode, False), tokenizer, settings)
 
 
 def test_several_processes_write_what_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +93,7 @@ def built(stream: Iterable[PreferencePair], tokenizer: Any, settings: Tokenisati
     return open_table(folder)
 
 
-ROWS = [{"prompt": f"q{index}", "chosen": " yes", "rejected": " no"} for index in range(5)]
+ROWS: list[dict[str, object]] = [{"prompt": f"q{index}", "chosen": " yes", "rejected": " no"} for index in range(5)]
 
 
 def test_a_table_returns_what_tokenise_pair_gives(tmp_path: Path) -> None:
@@ -233,15 +234,13 @@ def test_a_killed_process_leaves_finished_parts_and_the_next_one_resumes_behind_
     assert select([alive], [], [], 20)[0] == [alive]  # the workers have ended, too
     os.close(alive)
 
-    tokenised: list[PreferencePair] = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    monkeypatch.setattr(
-        table_writer, "tokenise_pairs", lambda pairs, *rest: tokenised.extend(pairs) or tokenise_pairs(pairs, *rest)
-    )
+    monkeypatch.setattr(table_writer, "tokenise_pairs", watched := Mock(wraps=tokenise_pairs))
     with caplog.at_level(logging.INFO):
         resumed = load()
     assert f"p.jsonl: resumes tokenising at row {done + 1} of {count}" in caplog.text
-    assert len(tokenised) == resumed.parts[0].report.counts["rows"] - 60 - done
+    tokenised = sum(len(call.args[0]) for call in watched.call_args_list)
+    assert tokenised == resumed.parts[0].report.counts["rows"] - 60 - done
     assert not folder.exists()
 
     monkeypatch.setenv("BETA_DPO_CACHE", str(tmp_path / "undisturbed"))
@@ -256,9 +255,8 @@ def test_parts_of_refused_data_and_of_work_left_for_a_week_are_removed(
 ) -> None:
     monkeypatch.setattr(table_writer, "_BATCHES_PER_PART", 1)
     good = write(tmp_path / "good.jsonl", ROWS)
-    rows: list[dict[str, object]] = [*ROWS] * 500
     with pytest.raises(UserError, match=r"bad\.jsonl:2501"):
-        load_table(write(tmp_path / "bad.jsonl", [*rows, {}]), byte_tokenizer(), SETTINGS)
+        load_table(write(tmp_path / "bad.jsonl", [*ROWS * 500, {}]), byte_tokenizer(), SETTINGS)
     assert not list(cache.glob("*.parts"))
     left, recent = cache / "left.parts", cache / "recent.parts"
     for folder in (left, recent):

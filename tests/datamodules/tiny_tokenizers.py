@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from datamodules.records import PreferencePair, TokenisedPair
 from datamodules.tokenisation import Tokenisation, tokenise_pairs
@@ -51,7 +51,14 @@ def letter_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tokenise_pair(
-    pair: PreferencePair, tokenizer: PreTrainedTokenizerFast, settings: Tokenisation
+    pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation
 ) -> tuple[TokenisedPair | None, list[str]]:
     """Return the tokens of one pair; see `tokenise_pairs`."""
     return tokenise_pairs([pair], tokenizer, settings)[0]
+
+
+def texts(found: TokenisedPair | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the text of each part of a pair."""
+    assert found is not None
+    parts = [ids.tolist() for ids in found if ids is not None]
+    return tokenizer.batch_decode(parts, clean_up_tokenization_spaces=False)
