@@ -135,7 +135,7 @@ def test_links_lead_somewhere() -> None:
 def test_the_reference_and_the_figures_can_be_built() -> None:
     sys.path.insert(0, str(ROOT / "docs"))
     try:
-        from build import FIGURES, api, data_page, monitoring_page  # type: ignore[import-not-found]
+        from build import FIGURES, api, data_page, monitoring_page
     finally:
         sys.path.pop(0)
     assert "### callbacks.BetaScheduler" in api()

@@ -33,7 +33,7 @@ def test_a_share_of_the_labels_is_flipped_and_held_out_prompts_are_others(tmp_pa
     assert not any(row["flipped"] for row in held_out)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
     # no pair twice, in either direction
-    assert len({(row["prompt"], *sorted((row["chosen"], row["rejected"]))) for row in train + held_out}) == 22
+    assert len({(row["prompt"], frozenset((row["chosen"], row["rejected"]))) for row in train + held_out}) == 22
 
 
 def test_the_most_suspicious_pairs_by_each_signal(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def decided(decision: StepDecision, *callbacks: Any) -> tuple[StepDecision, dict
     return decision, log.seen
 
 
-def start(*gaps: float, **labels: list[object]) -> StepDecision:
+def start(*gaps: float, **labels: Sequence[object]) -> StepDecision:
     ids = [f"pair-{i}" for i in range(len(gaps))]
     decision = StepDecision.start(0, ids, torch.tensor(gaps, dtype=torch.float64), 0.1, labels)
     decision.moments = Moments(0.0, 2.0)
@@ -191,7 +192,7 @@ def test_a_reward_that_is_not_there_is_named() -> None:
             decided(unmeasured(**labels), gap)
 
 
-def unmeasured(**labels: list[object]) -> StepDecision:
+def unmeasured(**labels: Sequence[object]) -> StepDecision:
     decision = start(1.0, 2.0, **labels)
     decision.moments = None
     return decision

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch import Callback
@@ -61,6 +61,7 @@ def test_the_paper_scale_acts_beta0_times_as_strongly(tiny_llama: str, tmp_path:
     )
     assert scaled.moments is not None
     assert raw.moments is not None
+    assert raw.moments.std is not None
     assert scaled.moments.std == pytest.approx(0.1 * raw.moments.std, rel=1e-3)
     assert float(scaled.gaps.std()) == pytest.approx(float(raw.gaps.std()), rel=1e-3)
     expected = 0.1 * (1 + 1e-3 * (0.1 * float(scaled.gaps.mean()) - scaled.moments.mean))
@@ -89,10 +90,10 @@ def test_beta_is_clamped_counted_and_reported(
     ],
 )
 def test_the_floor_follows_the_loss_unless_it_is_given(
-    loss: PairLoss, floor: float | None, expected: float
+    loss: PairLoss, floor: float | None, expected: float, tmp_path: Path
 ) -> None:
     scheduler = BetaScheduler(floor=floor)
-    scheduler.setup(None, SimpleNamespace(loss=loss), "fit")  # type: ignore[arg-type]
+    scheduler.setup(quiet_trainer(tmp_path), preference("anywhere", loss=loss), "fit")
     assert scheduler.bounds.floor == expected
 
 
@@ -106,6 +107,6 @@ def test_the_floor_follows_the_loss_unless_it_is_given(
         (lambda: RewardGapStatistics(momentum=1.0), "RewardGapStatistics: momentum"),
     ],
 )
-def test_settings_are_checked_at_once(make: object, named: str) -> None:
+def test_settings_are_checked_at_once(make: Callable[[], object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        make()  # type: ignore[operator]
+        make()

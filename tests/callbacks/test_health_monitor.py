@@ -148,11 +148,11 @@ def test_a_run_is_watched_stopped_and_goes_on_unchanged(
     caplog.set_level(logging.INFO, "callbacks")
     settings = {"max_steps": 6, "max_epochs": 9, "enable_checkpointing": True}
 
-    def fit(folder: str, *monitors: HealthMonitor, **resume: str) -> dict:
+    def fit(folder: str, *monitors: HealthMonitor, ckpt_path: str | None = None) -> dict[str, torch.Tensor]:
         module = preference(tiny_llama)
         checkpoints = RunCheckpoint(dirpath=str(tmp_path / folder))
         trainer = quiet_trainer(tmp_path, [*monitors, *strong_beta(), checkpoints], **settings)
-        trainer.fit(module, controlled(43), **resume)
+        trainer.fit(module, controlled(43), ckpt_path=ckpt_path)
         return weights(module)
 
     unwatched = fit("unwatched")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from test_arms import decided, run, start, unmeasured
+from tiny_runs import preference, quiet_trainer
 
 from app.core.errors import UserError
 from app.method.logps import PairLogps
@@ -33,7 +35,7 @@ from callbacks.control import CONTROLS, mean_beta
 from callbacks.slots import BY_NAME, in_order, slot_of
 
 
-def measured(*gaps: float, loss: PairLoss | None = None, **labels: list[object]) -> StepDecision:
+def measured(*gaps: float, loss: PairLoss | None = None, **labels: Sequence[object]) -> StepDecision:
     decision = start(*gaps, **labels)
     zero, one = torch.zeros(len(gaps), dtype=torch.float64), torch.ones(len(gaps), dtype=torch.int64)
     decision.loss, decision.logps = loss or SigmoidLoss(), PairLogps(decision.gaps, zero, zero, zero, one, one)
@@ -215,14 +217,14 @@ def test_a_control_keeps_the_distribution_and_exchanges_the_pairs(by: Any) -> No
     assert again[arm.eligible].tolist() == now[arm.eligible].tolist()
 
 
-def test_a_control_without_anything_to_control(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_control_without_anything_to_control(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="shuffled_margin has nothing to control: fill the slot margin"):
         in_order({"filter": PairFilter(), "control": Control("shuffled_margin")})
     with pytest.raises(UserError, match="give run, the log folder of a finished run of the arm, with static_beta"):
         Control("static_beta")
     control = Control("shuffled_beta", seed=1)
     decided(measured(1.0, 2.0), BetaScheduler(), control)  # one β for the batch
-    control.on_train_end(type("Trainer", (), {"is_global_zero": True})(), None)  # type: ignore[arg-type]
+    control.on_train_end(quiet_trainer(tmp_path), preference("anywhere"))
     assert "shuffled_beta changed nothing" in capsys.readouterr().out
 
 

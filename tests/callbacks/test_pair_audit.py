@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_runs import beta_dpo, controlled, preference, quiet_trainer
+from tiny_runs import beta_dpo, controlled, preference, quiet_trainer, table_of
 
 from app.core.errors import UserError
 from app.method.step import StepDecision
@@ -22,11 +22,12 @@ from callbacks.pair_audit import audit_rows, forget_steps_from
 ALPHA, BETA0, KEEP, MOMENTUM = 0.6, 0.1, 0.6, 0.9
 
 
-def train(folder: Path, model: str, audit: PairAudit, steps: int = 5, **settings: object) -> None:
+def train(folder: Path, model: str, audit: PairAudit, steps: int = 5, ckpt_path: str | None = None) -> None:
     checkpoint = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
     callbacks = [audit, *beta_dpo(KEEP, ALPHA), checkpoint]  # first in the list, and still what all agreed on
     trainer = quiet_trainer(folder, callbacks, max_steps=steps, max_epochs=9, enable_checkpointing=True)
-    trainer.fit(preference(model), controlled(43), **settings)  # five steps an epoch, the last one of three
+    # five steps an epoch, the last one of three
+    trainer.fit(preference(model), controlled(43), ckpt_path=ckpt_path)
 
 
 def steps_on_disk(folder: Path) -> list[int]:
@@ -61,8 +62,7 @@ def test_columns_and_labels(tiny_llama: str, tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "audit")
     decided = list(AUDIT_COLUMNS)
     assert table.column_names[: len(decided)] == decided
-    data = controlled(43)
-    stored, rows = data.open_table("train")
+    stored, rows = table_of(controlled(43))
     labels = stored.labels(rows)
     assert set(table.column_names[len(decided) :]) == set(labels) >= {"flipped", "kind"}
     by_id = dict(zip(stored.pair_ids(rows), labels["flipped"], strict=True))
@@ -111,7 +111,8 @@ def test_forgetting_keeps_earlier_rows_and_removes_empty_files(tmp_path: Path) -
 def test_labels_that_some_steps_lack_or_type_otherwise(tmp_path: Path) -> None:
     audit = PairAudit()
     audit._folder = tmp_path
-    for step, values in enumerate(([None, None], [1, 2], [0.5, None])):
+    grades: list[list[float | None]] = [[None, None], [1, 2], [0.5, None]]
+    for step, values in enumerate(grades):
         decision = StepDecision.start(step, ["a", "b"], torch.zeros(2), 0.1, {"grade": values})
         audit._tables.append(audit_rows(decision))
     audit.flush()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_tiny_model
+from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_tiny_model, table_of
 from transformers import AutoModelForCausalLM
 
 from app.core.errors import UserError
@@ -37,12 +37,13 @@ def test_scores_equal_a_direct_computation(tiny_llama: str, tmp_path: Path) -> N
     assert scores.column_names == COLUMNS
     assert [path.name for path in out.parent.iterdir()] == ["scores.parquet"]
 
-    table, rows = data.open_table("predict")
+    table, rows = table_of(data, "predict")
     assert scores["pair_id"].to_pylist() == table.pair_ids(rows)
     module.policy.use_attention(module.policy.own_attention)  # plain rows, not the packed ones of training
     policy, reference = module.policy.model.eval(), AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     for row, score in zip(rows, scores.to_pylist(), strict=True):
         pair = table[int(row)]
+        assert pair.rejected is not None
         assert (score["chosen_tokens"], score["rejected_tokens"]) == (len(pair.chosen), len(pair.rejected))
         expected = {}
         with torch.no_grad():

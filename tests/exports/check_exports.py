@@ -117,7 +117,7 @@ def exported_case(folder: Path, case: tuple[str, dict[str, Any], Lora | None, bo
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, out)
-    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer: Any = AutoTokenizer.from_pretrained(out)
     chats = [list(hh_messages(prompt)) for prompt in prompts]
     sequences = torch.randint(3, COMMON["vocab_size"], (4, 64), generator=torch.Generator().manual_seed(0)).tolist()
     templated = [tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"] for turns in chats]

@@ -58,14 +58,14 @@ def transformers(job: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # the SDPA that 4.57 takes by itself leaves out the soft capping of Gemma 2's attention
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         job["model"], torch_dtype=torch.float32, attn_implementation="eager"
     )
     if job["adapter"]:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, job["adapter"])
-    tokenizer = AutoTokenizer.from_pretrained(job["adapter"] or job["model"])
+    tokenizer: Any = AutoTokenizer.from_pretrained(job["adapter"] or job["model"])
     ids = torch.tensor(job["sequences"])
     with torch.no_grad():
         logps = torch.log_softmax(model.eval()(input_ids=ids).logits, -1)[:, :-1]

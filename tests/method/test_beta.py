@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -180,8 +180,8 @@ def test_the_normalised_schedule_ignores_scale_and_origin(scale: float, shift: f
 
 @pytest.mark.parametrize("level", ["batch", "instance"])
 @pytest.mark.parametrize("normalised", [False, True])
-def test_alpha_zero_is_beta0_under_every_schedule(level: str, normalised: bool) -> None:
-    schedule = BetaSchedule(0.0, level, z_normalised=normalised)  # type: ignore[arg-type]
+def test_alpha_zero_is_beta0_under_every_schedule(level: Literal["batch", "instance"], normalised: bool) -> None:
+    schedule = BetaSchedule(0.0, level, z_normalised=normalised)
     assert schedule.beta(0.3, GAPS, SOME, HAND).tolist() == [0.3] * 4
 
 

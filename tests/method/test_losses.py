@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -274,7 +275,7 @@ def test_no_pair_gives_no_loss(loss: PairLoss) -> None:
 
 @pytest.mark.parametrize("make", [SigmoidLoss, RobustLoss])
 @pytest.mark.parametrize("smoothing", [-0.1, 0.5, 1.0, math.nan])
-def test_label_smoothing_out_of_range_is_refused(make: type[PairLoss], smoothing: float) -> None:
+def test_label_smoothing_out_of_range_is_refused(make: Callable[..., PairLoss], smoothing: float) -> None:
     with pytest.raises(ValueError, match="label_smoothing"):
         make(label_smoothing=smoothing)
 

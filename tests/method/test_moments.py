@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ def test_zero_start_with_bessel_is_the_released_code() -> None:
 def test_momentum_zero_is_the_last_batch_alone() -> None:
     running = RunningMoments(momentum=0.0)
     running.update(torch.tensor([100.0, 300.0]))
-    assert running.update(BATCH) == Moments(mean=0.875, std=pytest.approx(POPULATION_STD))
+    assert astuple(running.update(BATCH))[:2] == (0.875, pytest.approx(POPULATION_STD))
 
 
 def test_an_empty_batch_changes_nothing() -> None:
@@ -81,7 +82,8 @@ def test_an_empty_batch_changes_nothing() -> None:
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_a_single_pair_moves_the_mean_and_not_the_spread(ddof: int) -> None:
     running = RunningMoments(ddof=ddof)
-    assert running.update(torch.tensor([4.0])) == Moments(mean=pytest.approx(4.0), std=None)
+    first = running.update(torch.tensor([4.0]))
+    assert (first.mean, first.std) == (pytest.approx(4.0), None)
     assert running.update(BATCH).std == pytest.approx(BESSEL_STD if ddof else POPULATION_STD)
     spread = running.std
     after = running.update(torch.tensor([7.0]))

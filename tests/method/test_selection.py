@@ -70,9 +70,8 @@ def test_one_and_two_standard_deviations() -> None:
 
 
 def test_the_normal_density_gives_the_same_selection_as_its_exponent() -> None:
-    moments = Moments(mean=0.9875, std=1.9430690)
-    log_weights = gaussian_log_weights(GAPS, moments)
-    density = torch.distributions.Normal(moments.mean, moments.std).log_prob(GAPS)
+    log_weights = gaussian_log_weights(GAPS, Moments(mean=0.9875, std=1.9430690))
+    density = torch.distributions.Normal(0.9875, 1.9430690).log_prob(GAPS)
     assert density.exp().tolist() == pytest.approx([0.1792505, 0.0904777, 0.2053114, 0.1792505], abs=1e-6)
     for step in range(50):
         noise = selection_noise(0, step, 4)

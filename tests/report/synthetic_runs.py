@@ -15,7 +15,9 @@ from app.report.run import Run
 STEPS, PAIRS = 40, 16
 
 
-def run_with(name: str = "run", audit: pd.DataFrame | None = None, **curves: Sequence[float]) -> Run:
+def run_with(
+    name: str = "run", audit: pd.DataFrame | None = None, /, **curves: Sequence[float] | np.ndarray
+) -> Run:
     """A run in memory; `beta__used=[…]` is the curve beta/used."""
     found = {
         tag.replace("__", "/"): pd.Series(np.asarray(values, float), 1 + np.arange(len(values)))

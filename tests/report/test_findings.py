@@ -101,7 +101,7 @@ def test_a_pair_seen_often_counts_once() -> None:
 
 def test_who_is_dropped() -> None:
     audit = audit_of()
-    run = run_with(audit=audit, filter__kept_fraction=[0.8])
+    run = run_with("run", audit, filter__kept_fraction=[0.8])
     (found,) = findings([run])
     assert found.level == "good"
     share = 1 - audit.kept[audit.flipped].mean()
@@ -112,7 +112,7 @@ def test_who_is_dropped() -> None:
     run.audit = audit.drop(columns="flipped")
     assert findings([run]) == []
     unfit = audit.assign(gap=np.where(audit.kept, audit.gap, np.nan))  # no filter left these out
-    assert findings([run_with(audit=unfit, filter__kept_fraction=[0.8])]) == []
+    assert findings([run_with("run", unfit, filter__kept_fraction=[0.8])]) == []
 
 
 @pytest.mark.parametrize(
