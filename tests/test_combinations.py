@@ -13,6 +13,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,13 +133,11 @@ def settings(part: tuple[Any, dict[str, Any]] | None) -> dict[str, Any]:
 def train(folder: Path, model: str, parts: Combination, reward: str) -> tuple[Any, list[StepDecision], float]:
     """Three steps of the arm that `reward` and `parts` name; UserError when it is refused."""
     added = [FILTERS[parts.filter], SCHEDULES[parts.schedule]]
-    deciding = [(kind, {}) for kind in (*REWARDS[reward], RewardGapStatistics)] + [part for part in added if part]
+    deciding = [*REWARDS[reward], RewardGapStatistics, *(partial(part[0], **part[1]) for part in added if part)]
     loss, beta0 = LOSSES[parts.loss]
     module = preference(model, lr=0.1, loss=loss, beta0=beta0)
     recorder = Recorder()
-    trainer = quiet_trainer(
-        folder, [*(kind(**given) for kind, given in deciding), PairAudit(), recorder], max_steps=3
-    )
+    trainer = quiet_trainer(folder, [*(make() for make in deciding), PairAudit(), recorder], max_steps=3)
     trainer.fit(module, controlled(18, batch_size=6, seed=5))
     return module, recorder.decisions, float(trainer.callback_metrics["train/loss"])
 
@@ -192,8 +191,10 @@ def check_step(rows: Any, decision: StepDecision, parts: Combination, reward: st
     if margin is None:
         assert (decision.margin is None) == (parts.schedule != "gamma_po")
     else:
+        assert decision.margin is not None
         np.testing.assert_allclose(decision.margin, margin, rtol=1e-9, atol=1e-12)
     if parts.schedule == "gamma_po":  # its equation has a test of its own
+        assert decision.margin is not None
         assert (np.diff(decision.margin.numpy()[gap.argsort()]) >= 0).all()
 
 
@@ -234,6 +235,7 @@ def check_reliabilities(decisions: list[StepDecision]) -> None:
         eta = np.array([reliability.setdefault(name, 0.9) for name in names])
         p = 1 / (1 + np.exp(-decision.label_logits().numpy()))
         w = eta * p / (eta * p + (1 - eta) * (1 - p))
+        assert decision.confidence is not None
         np.testing.assert_allclose(decision.confidence, w, rtol=1e-9)
         for name in set(names):
             reliability[name] = 0.7 * reliability[name] + 0.3 * w[[other == name for other in names]].mean()
@@ -254,9 +256,10 @@ def expected_beta(parts: Combination, m: Any, kept: Any, mean: float, std: float
     schedule = parts.schedule
     if schedule == "epsilon_dpo":
         return None
-    arguments = settings(SCHEDULES[schedule])
-    if schedule == "fixed" or SCHEDULES[schedule][0] is not BetaScheduler:
+    part = SCHEDULES[schedule]
+    if part is None or part[0] is not BetaScheduler:
         return np.full(len(m), beta0)
+    arguments = part[1]
     spread = std if std > 1e-6 else np.inf
     deviation = {
         "batch_level": lambda: m[kept].mean() - mean,
@@ -307,7 +310,8 @@ def controlled_by(by: Any, name: str, part: Any, folder: Path, model: str) -> bo
     control = Control(by, str(folder / "arm") if by == "static_beta" else None, seed=7)
 
     def arm(**more: Any) -> list[Any]:
-        own = {slot_of(part[0]).name: part[0](**part[1])} if part else {}  # type: ignore[union-attr]
+        slot = slot_of(part[0]) if part else None
+        own = {slot.name: part[0](**part[1])} if slot else {}
         return in_order({"statistics": RewardGapStatistics(), "filter": PairFilter(0.7, seed=1), **own, **more})
 
     def fit(place: Path, callbacks: list[Any]) -> None:

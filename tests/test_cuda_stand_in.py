@@ -90,7 +90,9 @@ def test_gradients_are_those_of_the_cpu_and_modules_move() -> None:
         host(values).square().sum().backward()
         for each in (module, twin):
             each(values.to("cuda")).square().sum().backward()
-            torch.testing.assert_close(each.weight.grad.cpu(), host.weight.grad)
+            gradient = each.weight.grad
+            assert gradient is not None
+            torch.testing.assert_close(gradient.cpu(), host.weight.grad)
         with torch.autocast("cuda", torch.bfloat16):
             assert module(values.to("cuda")).dtype == torch.bfloat16
             assert torch.is_autocast_enabled("cuda")

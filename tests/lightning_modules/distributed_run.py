@@ -34,7 +34,8 @@ SCENARIOS = {"single_pass": (22, 8192), "many_passes": (21, 115)}
 # that computes nothing in float32 (Llama's norms do): what is left of a difference is no rounding.
 EXACT = {1: 8192, 2: 300, 5: 130}
 STRATEGIES = ("ddp", "fsdp2")
-PLACES = {"adapters": (*STRATEGIES, "hsdp", "meta")}  # meta: read in shards, never whole
+# meta: read in shards, never whole
+PLACES: dict[str, tuple[str, ...]] = {"adapters": (*STRATEGIES, "hsdp", "meta")}
 PLACES |= {"quantized": ("ddp",)} if find_spec("bitsandbytes") else {}
 ADAPTERS = Lora(r=4, lora_alpha=8.0)
 

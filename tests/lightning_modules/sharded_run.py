@@ -15,7 +15,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import torch  # noqa: E402
-from tiny_runs import beta_dpo, controlled, preference, quiet_trainer, weights  # noqa: E402
+from tiny_runs import beta_dpo, controlled, preference, quiet_trainer, table_of, weights  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
@@ -56,10 +56,13 @@ def train(model: str, folder: Path, settings: dict[str, Any], **trainer: Any) ->
     facts: dict[str, Any] = {"block_forwards": len(forwards)}
     reference = module.reference_values.scorer
     if isinstance(module.policy, FSDPModule):
+        assert isinstance(reference, ResponseScorer)
+        shards = [p for p in module.policy.parameters() if isinstance(p, DTensor)]
+        assert len(shards) == len(list(module.policy.parameters()))
         facts |= {
             "types": [{p.dtype for p in scorer.parameters()} for scorer in (module.policy, reference)],
-            "rows": [p.to_local().shape[0] for p in module.policy.parameters() if p.shape[0] % 2 == 0],
-            "all_rows": [p.shape[0] for p in module.policy.parameters() if p.shape[0] % 2 == 0],
+            "rows": [p.to_local().shape[0] for p in shards if p.shape[0] % 2 == 0],
+            "all_rows": [p.shape[0] for p in shards if p.shape[0] % 2 == 0],
             "buffers": {n: b.dtype for n, b in reference.named_buffers()},
         }
     return {"weights": final, **facts}
@@ -81,7 +84,7 @@ def counted(data: Any, module: Any, forwards: list[int]) -> Any:
 
 def rows() -> PackedRows:
     """Four pairs in plain rows."""
-    table, order = controlled(4).open_table("train")
+    table, order = table_of(controlled(4))
     share = [table[int(row)] for row in order]
     (plain,) = pack(share, range(4), ("chosen", "rejected"), "separate", 8192, 64.0)
     return plain

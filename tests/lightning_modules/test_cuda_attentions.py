@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from varlen_reference import varlen_reference
 
 from app.core.errors import UserError
-from app.method.batch import PackedRows
+from app.method.batch import Layout, PackedRows
 from lightning_modules import flex, pairwise_attention, varlen
 from lightning_modules.scorer import ResponseScorer
 
@@ -79,8 +79,9 @@ def test_flex_takes_one_graph_with_gradient_and_one_without(family: str, monkeyp
     with torch.no_grad():
         expected = score(scorer, pairs, "packed", 1000)
     scorer.use_attention("flex")
+    sizes: list[tuple[Layout, int]] = [("packed", 1000), ("packed", 80), ("separate", 100)]
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=2):
-        for layout, budget in (("packed", 1000), ("packed", 80), ("separate", 100)):
+        for layout, budget in sizes:
             seen = score(scorer, pairs, layout, budget)
             torch.testing.assert_close(seen.detach(), expected, rtol=0, atol=1e-4)
             seen.sum().backward()

@@ -111,14 +111,12 @@ def test_a_checkpoint_of_adapters_is_small_and_exported_to_the_bit(
     moved = 0
     for name, weight in base.state_dict().items():
         layer = name.removesuffix(".weight")
-        parts = [adapters.get(f"model.{layer}.lora_{part}.default.weight") for part in "AB"]
-        if parts[0] is not None and parts[1] is not None:
-            assert all(
-                torch.equal(alone[f"base_model.model.{layer}.lora_{p}.weight"], q)
-                for p, q in zip("AB", parts, strict=True)
-            )
+        a, b = (adapters.get(f"model.{layer}.lora_{part}.default.weight") for part in "AB")
+        if a is not None and b is not None:
+            assert torch.equal(alone[f"base_model.model.{layer}.lora_A.weight"], a)
+            assert torch.equal(alone[f"base_model.model.{layer}.lora_B.weight"], b)
             moved += 1
-            weight = weight + parts[1] @ parts[0] * (ADAPTERS.lora_alpha / ADAPTERS.r)
+            weight = weight + b @ a * (ADAPTERS.lora_alpha / ADAPTERS.r)
         assert torch.equal(merged.state_dict()[name], weight), name
     assert moved == len(adapters) // 2
 

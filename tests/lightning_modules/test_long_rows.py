@@ -79,7 +79,12 @@ def test_a_window_that_counts_places_in_the_row(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(FAMILIES, "gpt_neo", {"model_type": "gpt_neo"})  # no other test shall meet it
-    local = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4, "window_size": 8}
+    local: dict[str, Any] = {
+        "attention_types": [[["global", "local"], 1]],
+        "num_layers": 2,
+        "num_heads": 4,
+        "window_size": 8,
+    }
     with caplog.at_level(logging.WARNING, logger="lightning_modules"):
         module, data = start(tmp_path, "gpt_neo", **local)
     assert module.policy.layout == "separate"
@@ -88,7 +93,8 @@ def test_a_window_that_counts_places_in_the_row(
     with pytest.raises(UserError, match=r"model.layout: .* set it to auto or separate"):
         start(tmp_path, "gpt_neo", stage={"layout": "packed"}, **local)
     # where no pair is longer than the window, rows hold several
-    assert start(tmp_path, "gpt_neo", **(local | {"window_size": 200}))[0].policy.layout == "packed"
+    local["window_size"] = 200
+    assert start(tmp_path, "gpt_neo", **local)[0].policy.layout == "packed"
 
 
 def test_a_window_that_acts_through_the_mask_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

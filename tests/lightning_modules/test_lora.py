@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from tiny_runs import (
     Recorder,
     beta_dpo,
@@ -126,12 +125,15 @@ def test_a_cached_reference_goes_with_adapters(tiny_llama: str, tmp_path: Path) 
         torch.testing.assert_close(one.gaps, other.gaps, rtol=0, atol=1e-4)
 
 
-def run(folder: Path, model: str, steps: int, checkpoint: Path | None = None, lora: Lora = SETTINGS) -> Trainer:
+def run(
+    folder: Path, model: str, steps: int, checkpoint: Path | None = None, lora: Lora = SETTINGS
+) -> PreferenceOptimization:
     torch.manual_seed(0)
+    module = preference(model, lora=lora)
     callbacks = [*beta_dpo(), RunCheckpoint(every_n_steps=1, dirpath=str(folder / "checkpoints"))]
     trainer = quiet_trainer(folder, callbacks, max_steps=steps, enable_checkpointing=True)
-    trainer.fit(preference(model, lora=lora), controlled(60), ckpt_path=checkpoint, weights_only=True)
-    return trainer
+    trainer.fit(module, controlled(60), ckpt_path=checkpoint, weights_only=True)
+    return module
 
 
 STARTS = {
@@ -150,10 +152,10 @@ STARTS = {
 @pytest.mark.parametrize("start", STARTS)
 def test_a_resumed_run_is_the_uninterrupted_one_and_exports_it(start: str, tiny_llama: str, tmp_path: Path) -> None:
     lora = STARTS[start]
-    whole = run(tmp_path / "whole", tiny_llama, 5, lora=lora).lightning_module
+    whole = run(tmp_path / "whole", tiny_llama, 5, lora=lora)
     run(tmp_path / "part", tiny_llama, 2, lora=lora)
     last = tmp_path / "part" / "checkpoints" / "last.ckpt"
-    resumed = run(tmp_path / "part", tiny_llama, 5, last, lora).lightning_module
+    resumed = run(tmp_path / "part", tiny_llama, 5, last, lora)
     held = read_checkpoint(last)["state_dict"]
     # PiSSA changes the base, so the checkpoint holds it, and the reference is a model of its own
     assert all("lora_" in name for name in held) == (len(resumed.scorers) == 1) == (start != "PiSSA")
@@ -211,11 +213,10 @@ def test_adapters_on_tied_embeddings_are_exported_untied(
             out = tmp_path / f"adapter-{adapter}"
             export(str(tmp_path / "run.ckpt"), str(out), adapter=adapter)
             assert ("the head is no longer tied" in capsys.readouterr().out) is not adapter
-            model = AutoModelForCausalLM.from_pretrained(name if adapter else out, dtype=torch.float32)
-            if adapter:
-                from peft import PeftModel
+            from peft import PeftModel
 
-                model = PeftModel.from_pretrained(model, out)
+            base = AutoModelForCausalLM.from_pretrained(name if adapter else out, dtype=torch.float32)
+            model = PeftModel.from_pretrained(base, out) if adapter else base
             torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -227,8 +228,9 @@ def test_supervised_fine_tuning_takes_adapters_too(tiny_llama: str, tmp_path: Pa
 
 
 EXPERTS = {"num_experts_per_tok": 2, "head_dim": 8}
-CONVERTED = {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 32, **EXPERTS}
-FUSED = {"model_type": "gpt_oss", "num_local_experts": 4, "sliding_window": 6, **EXPERTS}  # not converted by peft
+CONVERTED: dict[str, Any] = {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 32, **EXPERTS}
+# not converted by peft
+FUSED: dict[str, Any] = {"model_type": "gpt_oss", "num_local_experts": 4, "sliding_window": 6, **EXPERTS}
 
 
 def test_fused_experts_are_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -252,10 +254,10 @@ def test_adapters_of_experts_are_resumed_and_exported(tmp_path: Path) -> None:
     model = save_tiny_model("llama", tmp_path / "model", **FUSED)
     experts = ["experts.gate_up_proj", "experts.down_proj"]
     lora = Lora(r=2, target_modules=["q_proj"], target_parameters=experts)
-    whole = run(tmp_path / "whole", model, 3, lora=lora).lightning_module
+    whole = run(tmp_path / "whole", model, 3, lora=lora)
     run(tmp_path / "part", model, 2, lora=lora)
     last = tmp_path / "part" / "checkpoints" / "last.ckpt"
-    resumed = run(tmp_path / "part", model, 3, last, lora).lightning_module
+    resumed = run(tmp_path / "part", model, 3, last, lora)
     moved = {name for name, weight in weights(resumed).items() if "experts" in name and "lora_B" in name}
     assert len(moved) == 4
     for (name, one), other in zip(weights(whole).items(), weights(resumed).values(), strict=True):

@@ -8,10 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer, rarest_token, tiny_model, weights
+from tiny_runs import (
+    Recorder,
+    beta_dpo,
+    controlled,
+    predicted,
+    preference,
+    quiet_trainer,
+    rarest_token,
+    table_of,
+    tiny_model,
+    weights,
+)
 
 from app.core.errors import UserError
-from app.method.losses import PairLogps
 
 PAIRS, BATCH = 20, 10
 
@@ -19,9 +29,9 @@ PAIRS, BATCH = 20, 10
 @pytest.fixture(scope="module")
 def spoilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A model with an infinite embedding for a token that one training pair alone holds; and this pair's id."""
-    table, rows = controlled(PAIRS).open_table("train")
+    table, rows = table_of(controlled(PAIRS))
     token = rarest_token(PAIRS)
-    (row,) = (r for r in rows if any(token in ids for ids in table[int(r)]))
+    (row,) = (r for r in rows if any(token in ids for ids in table[int(r)] if ids is not None))
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = torch.inf
@@ -75,12 +85,10 @@ def test_too_many_stop_the_run_before_the_weights_move(spoilt: tuple[str, str], 
 
 def test_neighbours_keep_their_scores(spoilt: tuple[str, str], tmp_path: Path) -> None:
     # the same scores, whether the pairs lie in one row with the bad one or in rows of their own
-    scores: list[PairLogps] = []
+    scores = []
     for layout in ("packed", "separate"):
         module = preference(spoilt[0], layout=layout)
-        trainer = quiet_trainer(tmp_path)
-        parts = trainer.predict(module, controlled(PAIRS))
-        scores.append(torch.tensor([value for part in parts for value in part["policy_chosen_logp"]]))
+        scores.append(predicted(quiet_trainer(tmp_path), module, controlled(PAIRS), "policy_chosen_logp"))
     assert int(torch.isnan(scores[0]).sum()) <= 1
     torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-3, equal_nan=True)
 

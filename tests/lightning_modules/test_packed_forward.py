@@ -12,7 +12,7 @@ from cuda_stand_in import StandIn
 from tiny_runs import VOCABULARY, plain_logps, tiny_model
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
-from app.method.batch import PackedRows
+from app.method.batch import Layout, PackedRows
 from datamodules.packing import pack
 from datamodules.records import TokenisedPair
 from lightning_modules.attention import dense_mask, one_row
@@ -63,10 +63,10 @@ def plain_sums(model: Any, pairs: list[TokenisedPair]) -> torch.Tensor:
     )
 
 
-def score(scorer: ResponseScorer, pairs: list[TokenisedPair], layout: str, budget: int) -> torch.Tensor:
+def score(scorer: ResponseScorer, pairs: list[TokenisedPair], layout: Layout, budget: int) -> torch.Tensor:
     """[pairs, 2] by the project; an infinite `balanced_row` asks for rows as long as the budget allows."""
     sums = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    for rows in pack(pairs, range(len(pairs)), SIDES, layout, budget, math.inf):  # type: ignore[arg-type]
+    for rows in pack(pairs, range(len(pairs)), SIDES, layout, budget, math.inf):
         sums = sums.index_copy(0, rows.pairs, scorer(rows).view(-1, 2))
     return sums
 
@@ -81,7 +81,7 @@ def scorer_of(model: Any, attention: str) -> ResponseScorer:
 @pytest.mark.parametrize("attention", ["own", "pairwise"])
 @pytest.mark.parametrize("family", PACKABLE)
 @pytest.mark.parametrize(("layout", "budget"), [("packed", 1000), ("packed", 80), ("separate", 100)])
-def test_equal_to_plain_rows(family: str, layout: str, budget: int, attention: str) -> None:
+def test_equal_to_plain_rows(family: str, layout: Layout, budget: int, attention: str) -> None:
     if attention == "pairwise" and family in ("gemma2", "gptj"):
         pytest.skip("attention pair by pair has no soft cap, and GPT-J an attention of its own")
     model, pairs = tiny_model(family), random_pairs()
@@ -234,13 +234,13 @@ def test_rows_without_a_response_still_reach_every_parameter() -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 3, 9, 200])
 @pytest.mark.parametrize("layout", ["packed", "separate"])
-def test_the_block_mask_is_the_dense_mask(layout: str, window: int | None) -> None:
+def test_the_block_mask_is_the_dense_mask(layout: Layout, window: int | None) -> None:
     pairs = [pair for seed in range(6) for pair in random_pairs(seed)]  # rows of several blocks
     long = np.arange(3, 103)
     pairs.append(
         TokenisedPair(np.resize(long, 300), np.resize(long, 290), np.resize(long, 140))
     )  # with full blocks
-    for rows in pack(pairs, range(len(pairs)), SIDES, layout, 1400, math.inf):  # type: ignore[arg-type]
+    for rows in pack(pairs, range(len(pairs)), SIDES, layout, 1400, math.inf):
         runs = one_row(rows, BLOCK, 2 * BLOCK)["pair_runs"].runs
         width = sum(run.tokens for run in runs)
         block = Blocks.of(runs, window, torch.device("cpu")).mask(width)
@@ -254,6 +254,8 @@ def test_the_block_mask_is_the_dense_mask(layout: str, window: int | None) -> No
         counts = seen.view(side, BLOCK, side, BLOCK).sum((1, 3))
         assert torch.equal(block.to_dense()[0, 0].bool(), counts > 0)
         full = torch.zeros(side, side, dtype=torch.bool)
+        assert block.full_kv_num_blocks is not None
+        assert block.full_kv_indices is not None
         for query, number in enumerate(block.full_kv_num_blocks[0, 0].tolist()):
             full[query, block.full_kv_indices[0, 0, query, :number].long()] = True
         assert torch.equal(full, counts == BLOCK * BLOCK)

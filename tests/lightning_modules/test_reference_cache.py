@@ -166,8 +166,8 @@ def test_another_attention_is_another_reference(tiny_llama: str, tmp_path: Path)
 
 
 def test_another_layout_or_device_is_another_reference(tiny_llama: str, tmp_path: Path) -> None:
-    for settings in ({}, {"layout": "separate"}):
-        module = preference(tiny_llama, reference="cached", attention="sdpa", **settings)
+    for layout in ("auto", "separate"):
+        module = preference(tiny_llama, reference="cached", attention="sdpa", layout=layout)
         quiet_trainer(tmp_path, max_steps=1).fit(module, controlled(10))
     assert len({path.parent for path in parts()}) == 2
     with cuda_stand_in():

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
 from app.core.errors import UserError
 from lightning_modules.schedules import WarmupCosine
 
 
-def rates(make: object) -> list[float]:
+def rates(make: Callable[[Optimizer], LRScheduler]) -> list[float]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-    schedule = make(optimizer)  # type: ignore[operator]
+    schedule = make(optimizer)
     found = []
     for _ in range(11):
-        found.append(schedule.get_last_lr()[0])
+        found.append(float(schedule.get_last_lr()[0]))
         optimizer.step()
         schedule.step()
     return found

@@ -55,7 +55,7 @@ def test_equals_the_textbook(
         optimizer.step()
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     expected = {f"model.{name}": tensor.detach() for name, tensor in model.named_parameters()}
-    assert relative_difference(expected, weights(module)) < 1e-5  # type: ignore[arg-type]
+    assert relative_difference(expected, weights(module)) < 1e-5
     with torch.no_grad():
         held_out = [plain_logps(model, p.prompt, p.chosen) for b in again.val_dataloader() for p in b.share]
     mean = -torch.cat(held_out).mean().item()
@@ -68,7 +68,7 @@ def test_a_new_model_is_drawn_from_the_global_seed(tmp_path: Path) -> None:
         torch.manual_seed(seed)
         module = sft(None, architecture=dict(ARCHITECTURE))
         quiet_trainer(tmp_path, max_steps=1).fit(module, controlled(4, stage="demonstrations"))
-        drawn.append(weights(module))  # type: ignore[arg-type]
+        drawn.append(weights(module))
     assert same_bits(drawn[0], drawn[1])
     assert not same_bits(drawn[0], drawn[2])
 
@@ -94,7 +94,7 @@ def test_gradient_checkpointing_is_at_work(tiny_llama: str, tmp_path: Path) -> N
         def count(*_: object, calls: list[int] = calls) -> None:
             calls[0] += 1
 
-        class Counting(type(module)):  # type: ignore[misc]
+        class Counting(SupervisedFineTuning):
             def configure_model(self, count: Any = count) -> None:
                 super().configure_model()
                 self.policy.model.model.layers[0].self_attn.register_forward_hook(count)

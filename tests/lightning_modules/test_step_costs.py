@@ -16,17 +16,23 @@ from lightning_modules.logged_training import LoggedTraining
 from lightning_modules.sharding import clip_gradients
 
 
+def with_gradients(gradients: list[torch.Tensor]) -> list[torch.nn.Parameter]:
+    """Parameters that hold these gradients, and no copies of them."""
+    parameters = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    return parameters
+
+
 @pytest.mark.parametrize("limit", [100.0, 13.0, 5.0, 0.1, float("inf")])
 def test_clipping_multiplies_only_where_it_clips(limit: float) -> None:
-    ours, theirs = ([torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))] for _ in range(2))
-    for parameters in (ours, theirs):
-        for parameter, gradient in zip(parameters, ([3.0, 4.0], [12.0]), strict=True):
-            parameter.grad = torch.tensor(gradient)  # norms 5 and 12: 13 together
-    before = [parameter.grad._version for parameter in ours]
-    assert clip_gradients(ours, limit) == pytest.approx(13.0)
-    clip_grad_norm_(theirs, limit)
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
-    touched = [parameter.grad._version > version for parameter, version in zip(ours, before, strict=True)]
+    # norms 5 and 12: 13 together
+    ours, theirs = ([torch.tensor([3.0, 4.0]), torch.tensor([12.0])] for _ in range(2))
+    before = [gradient._version for gradient in ours]
+    assert clip_gradients(with_gradients(ours), limit) == pytest.approx(13.0)
+    clip_grad_norm_(with_gradients(theirs), limit)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    touched = [gradient._version > version for gradient, version in zip(ours, before, strict=True)]
     assert touched == [limit <= 13.0] * 2
 
 

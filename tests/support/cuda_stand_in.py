@@ -113,9 +113,9 @@ def note(kind: str, operation: str) -> None:
 
 
 class CudaTensor(Tensor):
-    """A CPU tensor, `inner`, that says it lies on a CUDA device."""
+    """A CPU tensor, `on_host`, that says it lies on a CUDA device."""
 
-    inner: Tensor
+    on_host: Tensor
 
     @staticmethod
     def __new__(cls: type[CudaTensor], inner: Tensor) -> CudaTensor:
@@ -129,22 +129,24 @@ class CudaTensor(Tensor):
             device=inner.device,
             requires_grad=False,
         )
-        made.inner = inner.detach() if inner.requires_grad else inner
+        made.on_host = inner.detach() if inner.requires_grad else inner
         return made
 
     device = property(lambda self: CUDA)
     is_cuda = property(lambda self: True)
     is_cpu = property(lambda self: False)
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's own do
 
-    def __repr__(self) -> str:
-        return f"CudaTensor({self.inner!r})"
+    def __repr__(self) -> str:  # type: ignore[override]  # nobody passes the contents
+        return f"CudaTensor({self.on_host!r})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.inner.__reduce_ex__(protocol)
+        return self.on_host.__reduce_ex__(protocol)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares what switches it off
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if _current is not None and func.namespace == "aten":
             _current.operations[str(func)] += 1
@@ -157,7 +159,7 @@ class CudaTensor(Tensor):
             # asked by C++, to which these tensors lie on the CPU: Python's own asking does not come here
             kwargs["device"] = torch.device("cpu")
         if func is aten.mm.dtype:  # which CPUs lack: the factors as they are, sums that are not rounded
-            made = torch.mm(*(factor.inner.to(args[2]) for factor in args[:2]))
+            made = torch.mm(*(factor.on_host.to(args[2]) for factor in args[:2]))
         else:
             made = func(*mapped(_unwrap, args), **mapped(_unwrap, kwargs))
         written = kwargs["out"] if func is aten.mul.out else args[0] if func is aten.copy_.default else None
@@ -194,7 +196,7 @@ def leaves(*values: Any) -> Iterator[Any]:
 
 
 def _unwrap(value: Any) -> Any:
-    return value.inner if isinstance(value, CudaTensor) else value
+    return value.on_host if isinstance(value, CudaTensor) else value
 
 
 def _wrap(value: Any) -> Any:
@@ -242,7 +244,7 @@ class _ToCuda(torch.autograd.Function):
 class _ToHost(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: CudaTensor) -> Tensor:
-        return tensor.inner.detach().clone()
+        return tensor.on_host.detach().clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -262,7 +264,7 @@ def to_host(tensor: Tensor) -> Tensor:
         return tensor
     if tensor.requires_grad and torch.is_grad_enabled():
         return _ToHost.apply(tensor)
-    return tensor.inner.detach().clone()
+    return tensor.on_host.detach().clone()
 
 
 def names_cuda(device: Any) -> bool:
@@ -324,7 +326,7 @@ def _pin(tensor: Tensor, *_: Any) -> Tensor:
 
 def _set_data(tensor: Tensor, value: Tensor) -> None:
     if isinstance(tensor, CudaTensor):
-        tensor.inner = _unwrap(value)
+        tensor.on_host = _unwrap(value)
     Tensor.data.__set__(tensor, value)  # type: ignore[attr-defined]
 
 
@@ -430,7 +432,7 @@ class _Same(TorchFunctionMode):
 
 def _grouped(tensors: Any) -> Any:
     """The gradients by device, which C++ takes to be the CPU."""
-    groups = _group_tensors_by_device_and_dtype(tensors)
+    groups: dict[Any, Any] = _group_tensors_by_device_and_dtype(tensors)
     return {(lists[0][0].device, dtype): (lists, places) for (_, dtype), (lists, places) in groups.items()}
 
 
@@ -464,4 +466,4 @@ class _H100:
 
 def counted(events: list[Event]) -> Counter[tuple[str, str, str]]:
     """How often each kind of event happened at each place."""
-    return Counter(tuple(event) for event in events)
+    return Counter(events)

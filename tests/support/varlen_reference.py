@@ -28,7 +28,8 @@ def varlen_reference(
     assert query.device == key.device == cu_seq_q.device == cu_seq_k.device
     # a kernel reads them on the device: on the stand-in this is no wait
     ends = [
-        (offsets.inner if isinstance(offsets, CudaTensor) else offsets).tolist() for offsets in (cu_seq_q, cu_seq_k)
+        (offsets.on_host if isinstance(offsets, CudaTensor) else offsets).tolist()
+        for offsets in (cu_seq_q, cu_seq_k)
     ]
     assert [each[-1] for each in ends] == [len(query), len(key)]
     if not enable_gqa:
