@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -16,20 +19,52 @@ from torch.utils.tensorboard import SummaryWriter
 from app.core.log_folder import log_folder
 from app.method.ranges import NonNegativeInt, PositiveInt, checked
 from app.method.step import StepDecision
-from callbacks.dashboard_layout import GUIDE, guide, layout
 from callbacks.hyperparameters import settings_of, summaries
 
 LONGEST_TEXT = 240  # characters of a response that are shown
 MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in "&\\`*_[]<>|#"}
 
 
-@runtime_checkable
-class KnowsTexts(Protocol):
-    """A DataModule that can show its training pairs."""
+@dataclass(frozen=True)
+class Chart:
+    """An entry of charts.yaml."""
 
-    def pair_texts(self, pair_ids: list[str]) -> dict[str, dict[str, str]]:
-        """Return `prompt`, `chosen` and `rejected` of training pairs, by pair id."""
-        ...
+    title: str
+    tags: Sequence[str]
+    shows: str
+    when_wrong: str
+    band: bool = False
+
+    @property
+    def layout(self) -> list[object]:
+        """Return the chart as `SummaryWriter.add_custom_scalars` takes it."""
+        if self.band:
+            return ["Margin", list(self.tags)]
+        # TensorBoard matches a tag as the start of a regular expression
+        return ["Multiline", [f"{re.escape(tag)}$" for tag in self.tags]]
+
+
+_FILE = files("callbacks").joinpath("charts.yaml").read_text(encoding="utf-8")
+CHARTS = {name: tuple(Chart(**chart) for chart in charts) for name, charts in yaml.safe_load(_FILE).items()}
+
+
+def charts_with(tags: Collection[str]) -> dict[str, list[Chart]]:
+    """Return the categories and charts that have at least one of the curves `tags`.
+
+    A chart never loses single curves: TensorBoard draws a chart twice if it differs between runs.
+    """
+    found = {name: [chart for chart in charts if set(chart.tags) & set(tags)] for name, charts in CHARTS.items()}
+    return {name: charts for name, charts in found.items() if charts}
+
+
+def lay_out(writer: SummaryWriter, tags: Collection[str], step: int) -> None:
+    """Write the charts that have a curve among `tags`, and a Markdown table that explains each category."""
+    found = charts_with(tags)
+    writer.add_custom_scalars({name: {one.title: one.layout for one in charts} for name, charts in found.items()})
+    for number, (name, charts) in enumerate(found.items(), 1):
+        rows = [f"| **{one.title}** | {one.shows} | {one.when_wrong} |" for one in charts]
+        table = "\n".join(["| chart | shows | when it looks wrong |\n|---|---|---|", *rows])
+        writer.add_text(f"how to read/{number} {name}", table, step)
 
 
 class MeasuredPair(NamedTuple):
@@ -42,32 +77,17 @@ class MeasuredPair(NamedTuple):
     labels: Mapping[str, object]
 
 
-class ExtremePairs:
-    """A collection of the `count` lowest and `count` highest gaps of all decisions since it was last emptied."""
-
-    def __init__(self, count: int):
-        self.count = count
-        self.lowest: list[MeasuredPair] = []
-        self.highest: list[MeasuredPair] = []
-
-    def add(self, decision: StepDecision) -> None:
-        """Add the eligible pairs of a step."""
-        seen = [
-            MeasuredPair(
-                gap, decision.step, decision.pair_ids[at], kept, {n: v[at] for n, v in decision.labels.items()}
-            )
-            for at, (gap, kept, eligible) in enumerate(
-                zip(decision.gaps.tolist(), decision.kept.tolist(), decision.eligible.tolist(), strict=True)
-            )
-            if eligible
-        ]
-        self.lowest = heapq.nsmallest(self.count, [*self.lowest, *seen], key=lambda pair: pair.gap)
-        self.highest = heapq.nlargest(self.count, [*self.highest, *seen], key=lambda pair: pair.gap)
-
-    def empty(self) -> tuple[list[MeasuredPair], list[MeasuredPair]]:
-        """Return both lists, the most extreme pairs first, and empty them."""
-        lowest, highest, self.lowest, self.highest = self.lowest, self.highest, [], []
-        return lowest, highest
+def measured_pairs(decision: StepDecision) -> list[MeasuredPair]:
+    """Return the eligible pairs of a step."""
+    return [
+        MeasuredPair(
+            gap, decision.step, decision.pair_ids[at], kept, {n: v[at] for n, v in decision.labels.items()}
+        )
+        for at, (gap, kept, eligible) in enumerate(
+            zip(decision.gaps.tolist(), decision.kept.tolist(), decision.eligible.tolist(), strict=True)
+        )
+        if eligible
+    ]
 
 
 def as_markdown(pairs: Sequence[MeasuredPair], texts: Mapping[str, Mapping[str, str]]) -> str:
@@ -118,7 +138,8 @@ class BetaDashboard(Callback):
         self.histogram_every_n_steps = histogram_every_n_steps
         self.kl_every_n_steps = kl_every_n_steps
         self.pairs_every_n_steps = pairs_every_n_steps
-        self.extreme = ExtremePairs(pairs)
+        self.pairs = pairs
+        self._extreme: dict[str, list[MeasuredPair]] = {}  # since the last list, the most extreme first
         self._decision: StepDecision | None = None
         self._kl: Tensor | None = None
         self._laid_out = False
@@ -145,7 +166,10 @@ class BetaDashboard(Callback):
             self._laid_out = True
         if (decision.step - 1) % self.histogram_every_n_steps == 0:
             add_histograms(writer, decision)
-        self.extreme.add(decision)
+        seen = measured_pairs(decision)
+        for name, most_extreme in (("lowest", heapq.nsmallest), ("highest", heapq.nlargest)):
+            both = [*self._extreme.get(name, []), *seen]
+            self._extreme[name] = most_extreme(self.pairs, both, key=lambda pair: pair.gap)
         if decision.step % self.pairs_every_n_steps == 0:
             self._list_extreme_pairs(trainer, writer, decision.step)
 
@@ -175,19 +199,12 @@ class BetaDashboard(Callback):
         return curves
 
     def _list_extreme_pairs(self, trainer: Trainer, writer: SummaryWriter, step: int) -> None:
-        lists = dict(zip(("lowest", "highest"), self.extreme.empty(), strict=True))
         data = getattr(trainer, "datamodule", None)
-        for name, pairs in lists.items():
+        for name, pairs in self._extreme.items():
             if pairs:
-                texts = data.pair_texts([pair.pair_id for pair in pairs]) if isinstance(data, KnowsTexts) else {}
+                texts = data.pair_texts([pair.pair_id for pair in pairs]) if hasattr(data, "pair_texts") else {}
                 writer.add_text(f"pairs/{name} gaps", as_markdown(pairs, texts), step)
-
-
-def lay_out(writer: SummaryWriter, tags: set[str], step: int) -> None:
-    """Write the charts that have a curve among `tags`, and the guide to them."""
-    writer.add_custom_scalars(layout(tags))
-    for number, (name, text) in enumerate(guide(tags).items(), 1):
-        writer.add_text(f"{GUIDE}/{number} {name}", text, step)
+        self._extreme = {}
 
 
 def add_histograms(writer: SummaryWriter, decision: StepDecision) -> None:

@@ -12,16 +12,15 @@ from torch import Tensor
 
 from app.method.batch import PackedRows, PairRun
 from lightning_modules.flex import BLOCK, FLEX, LEAST
-from lightning_modules.pair_runs import PairRuns
-from lightning_modules.pairwise_attention import PAIRWISE
+from lightning_modules.pairwise_attention import PAIRWISE, PairRuns
 from lightning_modules.private import attention_of, takes_attentions
 from lightning_modules.varlen import VARLEN, lacking
 
 log = logging.getLogger(__name__)
 
-OURS = (VARLEN, FLEX, PAIRWISE)  # this project's implementations, which take the runs of one row and no mask
-# The order in which `attention: auto` tries them on CUDA: expected fastest first, not yet measured on a GPU.
-CUDA_ORDER = (VARLEN, FLEX, PAIRWISE)
+# This project's implementations, which take the runs of one row and no mask, in the order in which
+# `attention: auto` tries them on CUDA: expected fastest first, not yet measured on a GPU.
+OURS = (VARLEN, FLEX, PAIRWISE)
 
 
 def dense_mask(rows: PackedRows, window: int | None = None) -> Tensor:
@@ -61,7 +60,7 @@ def attentions(model: Any, device: torch.device, dtype: torch.dtype) -> list[str
         return [PAIRWISE]
     if lack := lacking(model.config, dtype):
         log.info("attention %s is not tried: %s", VARLEN, lack)
-    return [name for name in CUDA_ORDER if name != VARLEN or lack is None]
+    return [name for name in OURS if name != VARLEN or lack is None]
 
 
 def model_inputs(rows: PackedRows, config: Any) -> dict[str, Any]:

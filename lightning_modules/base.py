@@ -136,7 +136,7 @@ class LanguageModelTraining(ResumedTraining):
             keep_freed_memory()
         # converted before Lightning does it, because the reference is a copy and sharding fixes the dtype
         self.policy = self.trainer.precision_plugin.convert_module(self.build_scorer(self.name, self.lora))  # type: ignore[assignment]
-        self.keep_reference(self.policy)
+        self.keep_reference()
         stop_at(self.policy.model, getattr(self.data, "stop_ids", []))
         if self.gradient_checkpointing:
             if not self.policy.model.supports_gradient_checkpointing:
@@ -206,8 +206,8 @@ class LanguageModelTraining(ResumedTraining):
         """Return the models of the stage with the name that each was loaded from, copies of one together."""
         return [(self.name, self.scorers)]
 
-    def keep_reference(self, fresh: ResponseScorer) -> None:
-        """Make the reference, perhaps of the `fresh` model, which is not sharded yet; does nothing by default."""
+    def keep_reference(self) -> None:
+        """Make the reference, perhaps of the policy, which is not sharded yet; does nothing by default."""
 
     def on_policy_ready(self) -> None:
         """Run code once the policy is placed and before any checkpoint is loaded; does nothing by default."""

@@ -10,8 +10,7 @@ from torch import Tensor
 from app.method.batch import OptimizerBatch, PackedRows, on_device
 from app.method.epsilon import perturbed_logits
 from app.method.logps import token_kl
-from lightning_modules.measuring import PairMeasurer
-from lightning_modules.reference import AdapterOff
+from lightning_modules.measuring import AdapterOff, PairMeasurer
 from lightning_modules.scorer import ResponseScorer, response_sums, token_logps
 from lightning_modules.sharding import gather_root
 
@@ -58,7 +57,7 @@ def response_table(
     Pairs that are not `eligible` [G] are left out of the rows, which they could make NaN, and get NaN. It costs an
     extra forward pass of policy and reference and must be called on every rank at once.
     """
-    policy, reference, ranks = measurer.policy, measurer.reference.scorer, measurer.ranks
+    policy, reference, ranks = measurer.policy, measurer.reference, measurer.ranks
     assert reference is not None
     here = torch.nonzero(eligible[batch.positions]).flatten().tolist()
     table = torch.zeros(size, len(batch.pair_ids), 2, dtype=torch.float64, device=ranks.device)

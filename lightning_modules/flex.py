@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from app.method.batch import PairRun, on_device
-from lightning_modules.pair_runs import PairRuns, one_dtype, register
+from lightning_modules.pairwise_attention import Options, PairRuns, one_dtype, register
 from lightning_modules.private import mark_dynamic
 
 FLEX = "flex"  # its name in transformers
@@ -161,16 +161,9 @@ def compile_flex(backend: str | Callable[..., Any] = "inductor") -> Callable[...
 compiled_flex = compile_flex()
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    runs: PairRuns,
-    window: int | None,
-    scale: float | None,
-    softcap: float | None,
-) -> Tensor:
-    """Compute FlexAttention; see `pair_runs.Attend` for the arguments."""
+def attend(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
+    """Compute FlexAttention; see `Attend`."""
+    window, scale, softcap = options
     blocks: Blocks = runs.made((FLEX, window), lambda: Blocks.of(runs.runs, window, query.device))
     states = one_dtype(query, key, value)
     for tensor in (*states, *blocks):
@@ -180,4 +173,4 @@ def attend(
     return compiled_flex(*states, blocks, scale, softcap)
 
 
-register(FLEX, attend)
+register(FLEX, attend, softcaps=True)

@@ -18,7 +18,7 @@ from app.core.errors import UserError, first_line
 from app.method.batch import Layout, OptimizerBatch, PackedRows
 from lightning_modules.attention import attentions
 from lightning_modules.ranks import Ranks
-from lightning_modules.scorer import ResponseScorer, response_logps
+from lightning_modules.scorer import ResponseScorer, response_logps, response_tokens
 from lightning_modules.sharding import gradient_sync
 
 log = logging.getLogger(__name__)
@@ -215,7 +215,8 @@ class StartCheck:
         with self.policy.as_loaded(), torch.no_grad():
             expected = self._score(rows, whole_logits=True).cpu()
             ours = self._score(rows).cpu()
-        sample = Sample(batch, pairs, expected, _response_tokens(rows, expected))
+        tokens = response_tokens(rows, CHECKED_PAIRS, len(self.responses), self.ranks.device)
+        sample = Sample(batch, pairs, expected, tokens.double().cpu())
         apart = ((ours - expected).abs() / sample.tokens).nan_to_num(nan=math.inf)
         worst = self.ranks.reduce(apart.masked_fill(~torch.isfinite(expected), 0).max(), "max")
         if float(worst) > TOLERANCE[self.dtype]:
@@ -249,12 +250,3 @@ class StartCheck:
     def _score(self, rows: Sequence[PackedRows], whole_logits: bool = False) -> Tensor:
         scorer = partial(self.policy, whole_logits=True) if whole_logits else self.policy
         return response_logps(scorer, rows, CHECKED_PAIRS, len(self.responses), self.ranks.device)
-
-
-def _response_tokens(rows: Sequence[PackedRows], like: Tensor) -> Tensor:
-    """Return the tokens of every response in the form of `like` [pairs, sides]; 1 for pairs not in the rows."""
-    tokens = torch.ones_like(like)
-    for micro_batch in rows:
-        lengths = micro_batch.response_tokens.view(-1, tokens.shape[1])  # also valid for an empty micro-batch
-        tokens = tokens.index_copy(0, micro_batch.pairs.cpu(), lengths.double().cpu())
-    return tokens

@@ -2,34 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from app.method.batch import OptimizerBatch, PackedRows, on_device
 from app.method.logps import PairLogps
+from lightning_modules.lora import without_adapters
 from lightning_modules.ranks import Ranks
-from lightning_modules.reference import Reference
-from lightning_modules.scorer import ResponseScorer, response_logps
+from lightning_modules.scorer import ResponseScorer, response_logps, response_tokens
 
 SIDES = ("chosen", "rejected")
 
 
-class PairMeasurer:
-    """The policy, its reference and the ranks that measure the pairs of a batch together."""
+class AdapterOff:
+    """The reference of a policy with adapters: the policy with its adapters disabled, not a second model."""
 
-    def __init__(self, policy: ResponseScorer, reference: Reference, ranks: Ranks):
+    def __init__(self, policy: ResponseScorer):
         self.policy = policy
-        self.reference = reference
+
+    def __call__(self, rows: PackedRows, **options: Any) -> Tensor:
+        with without_adapters(self.policy.model):
+            return self.policy(rows, **options)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.policy.logits(hidden)  # the head has no adapter
+
+
+class PairMeasurer:
+    """The policy, its reference and the ranks that measure the pairs of a batch together.
+
+    It is no module, so checkpoints do not hold the reference.
+
+    Args:
+        policy: the model that is trained.
+        ranks: the processes of the run.
+        reference: the model that computes the reference's values for every batch; None if none does.
+        stored: instead, the reference's log-probabilities [n, 2] of the pairs with the keys [n].
+    """
+
+    def __init__(
+        self,
+        policy: ResponseScorer,
+        ranks: Ranks,
+        reference: ResponseScorer | AdapterOff | None = None,
+        stored: Callable[[np.ndarray], Tensor] | None = None,
+    ):
+        self.policy = policy
         self.ranks = ranks
+        self.reference = reference
+        self.stored = stored
 
     @property
     def scorers(self) -> tuple[ResponseScorer, ...]:
         """Return the models, the policy first."""
-        reference = self.reference.scorer
-        return (self.policy, reference) if isinstance(reference, ResponseScorer) else (self.policy,)
+        return (self.policy, self.reference) if isinstance(self.reference, ResponseScorer) else (self.policy,)
+
+    @torch.no_grad()
+    def reference_logps(self, batch: OptimizerBatch, rows: Sequence[PackedRows]) -> Tensor | None:
+        """Return the reference's values [B, 2] float64 of the share's pairs; None for a loss without a reference.
+
+        A model scores the pairs in `rows` alone, and the others get zeros.
+        """
+        if self.stored is not None:
+            return on_device(self.stored(batch.pair_keys.numpy()), self.ranks.device)
+        if self.reference is None:
+            return None
+        return response_logps(self.reference, rows, len(batch.positions), 2, self.ranks.device)
 
     def rows(self, batch: OptimizerBatch, pairs: Sequence[int] | None = None) -> list[PackedRows]:
         """Return this rank's rows of `pairs` (indices into its share; None: all), the same number on every rank."""
@@ -51,11 +94,9 @@ class PairMeasurer:
     def measure_rows(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> PairLogps:
         """Return the log-probabilities of the pairs in the rows; other pairs of the share get zeros."""
         share, device = len(batch.positions), self.ranks.device
-        reference = self.reference.logps(batch, micro_batches)  # first: the policy's activations stay in memory
+        reference = self.reference_logps(batch, micro_batches)  # first: the policy's activations stay in memory
         policy = response_logps(self.policy, micro_batches, share, 2, device)
-        tokens = torch.ones(share, 2, dtype=torch.int64, device=device)
-        for rows in micro_batches:
-            tokens[rows.pairs] = rows.response_tokens.view(-1, 2)
+        tokens = response_tokens(micro_batches, share, 2, device)
         return PairLogps(
             policy_chosen=policy[:, 0],
             policy_rejected=policy[:, 1],

@@ -185,7 +185,7 @@ class PreferenceOptimization(PreferenceScoring):
         decision.reference_margin = global_logps.reference_margin
         decision.minimum_std = self.minimum_std(global_logps)
         decision.measure_perturbed = partial(perturbed_gaps, self.measurer, batch, decision.eligible)
-        if self.reference_values.scorer is not None:  # a cached reference has no distributions to compare
+        if self.measurer.reference is not None:  # a cached reference has no distributions to compare
             decision.measure_kl = partial(reference_kl, self.measurer, batch, decision.eligible)
         self.report_nonfinite(decision)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -235,7 +235,7 @@ class PreferenceOptimization(PreferenceScoring):
         kept = torch.nonzero(decision.kept).flatten()
         loss = decision.losses(self.loss.for_batch(global_logps), global_logps.select(kept), kept).mean()
         responses = int(global_logps.chosen_tokens.sum() + global_logps.rejected_tokens.sum())
-        reference = None if self.reference_values.scorer is None else self.scorers[-1].model
+        reference = None if self.measurer.reference is None else self.scorers[-1].model
         operations = step_operations(self.policy.model, reference, batch.tokens, responses, decision.kept_fraction)
         seconds = self.step_seconds()
         rate = operations / seconds / self.trainer.world_size

@@ -17,9 +17,8 @@ from app.method.pair_loss import PairLoss
 from lightning_modules.base import LanguageModelTraining
 from lightning_modules.layout_check import CHECKED_PAIRS
 from lightning_modules.logged_training import warn_of_nonfinite
-from lightning_modules.measuring import SIDES, PairMeasurer
-from lightning_modules.reference import AdapterOff, NoReference, Reference, ScoredReference
-from lightning_modules.reference_cache import CachedReference, filled_reference_cache
+from lightning_modules.measuring import SIDES, AdapterOff, PairMeasurer
+from lightning_modules.reference_cache import filled_reference_cache
 from lightning_modules.refused_models import refuse_other_tokens
 from lightning_modules.scorer import ResponseScorer
 
@@ -48,7 +47,6 @@ class PreferenceScoring(LanguageModelTraining):
         self.loss = loss
         self.reference = reference
         self.reference_name = reference_name
-        self.reference_values: Reference = NoReference()
         self.measurer: PairMeasurer
         self._evaluation: dict[str, Metric] = {}
 
@@ -74,17 +72,17 @@ class PreferenceScoring(LanguageModelTraining):
         except UserError as error:
             raise UserError(str(error).replace("model.name", "model.reference_name")) from error
 
-    def keep_reference(self, fresh: ResponseScorer) -> None:
+    def keep_reference(self) -> None:
+        scorer: ResponseScorer | AdapterOff | None
         if not self.loss.needs_reference or (self.reference == "cached" and self.other_reference is None):
-            return
-        scorer: ResponseScorer | AdapterOff
-        if self.other_reference is not None:
+            scorer = None
+        elif self.other_reference is not None:
             scorer = self.load_reference(self.other_reference)
         elif self.lora is not None:
-            scorer = AdapterOff(fresh)
+            scorer = AdapterOff(self.policy)
         else:
-            scorer = self.place(copy.deepcopy(fresh).eval().requires_grad_(False), frozen=True)
-        self.reference_values = ScoredReference(scorer, self.ranks.device)
+            scorer = self.place(copy.deepcopy(self.policy).eval().requires_grad_(False), frozen=True)
+        self.measurer = PairMeasurer(self.policy, self.ranks, scorer)
 
     def on_policy_ready(self) -> None:
         if not self.loss.needs_reference or self.reference != "cached":
@@ -92,24 +90,19 @@ class PreferenceScoring(LanguageModelTraining):
         assert self.name is not None
         # before a checkpoint is loaded, while the policy's weights are still those of the reference, unless that is
         # a model of its own, which is given up once it has scored the pairs
-        model = self.scorers[-1]
         self.to(self.ranks.device)
         # batches are made on the CPU, but Lightning sets the root device as the default device here
         with torch.no_grad(), torch.device("cpu"), self.trainer.precision_plugin.forward_context():
             few = self.data.batches_of(lambda keys: np.ones(len(keys), bool), CHECKED_PAIRS)
             for batch in chain.from_iterable(few):
                 self.micro_batches(batch)  # settles layout and attention, which are part of the cache key
-            measurer, name = PairMeasurer(model, NoReference(), self.ranks), self.other_reference or self.name
+            name, measurer = self.other_reference or self.name, PairMeasurer(self.scorers[-1], self.ranks)
             cache = filled_reference_cache(name, measurer, self.compute_dtype, self.data.batches_of)
-        self.reference_values = CachedReference(cache, self.ranks.device)
-
-    def configure_model(self) -> None:
-        super().configure_model()
-        self.measurer = PairMeasurer(self.policy, self.reference_values, self.ranks)
+        self.measurer = PairMeasurer(self.policy, self.ranks, stored=cache.logps)
 
     @property
     def scorers(self) -> tuple[ResponseScorer, ...]:
-        return PairMeasurer(self.policy, self.reference_values, self.ranks).scorers
+        return self.measurer.scorers
 
     # --- evaluation: no filter, β0, nothing of the training state is touched ------------------------------
 

@@ -18,7 +18,7 @@ from app.core.cache import cache_root, fingerprint, lock_of
 from app.core.errors import UserError
 from app.core.files import atomic_file
 from app.core.locks import Lock
-from app.method.batch import OptimizerBatch, PackedRows, on_device
+from app.method.batch import OptimizerBatch
 from lightning_modules.layout_check import CHECKED_PAIRS, TOLERANCE
 from lightning_modules.measuring import PairMeasurer
 from lightning_modules.pretrained import model_identity
@@ -95,19 +95,6 @@ def _read_part(path: Path) -> np.ndarray | None:
         pass
     log.warning("%s is damaged: its pairs are scored again.", path)
     return None
-
-
-class CachedReference:
-    """A reference whose values are read from the cache, so that no model is in memory."""
-
-    scorer = None
-
-    def __init__(self, cache: ReferenceCache, device: torch.device):
-        self.cache = cache
-        self.device = device
-
-    def logps(self, batch: OptimizerBatch, rows: Sequence[PackedRows]) -> Tensor:
-        return on_device(self.cache.logps(batch.pair_keys.numpy()), self.device)
 
 
 def reference_fingerprint(name: str, measurer: PairMeasurer, dtype: torch.dtype) -> str:

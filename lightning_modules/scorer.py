@@ -165,6 +165,16 @@ def response_logps(
     return logps
 
 
+def response_tokens(
+    micro_batches: Sequence[PackedRows], share: int, sides: int, device: torch.device | str
+) -> Tensor:
+    """Return the number of tokens [share, sides] int64 of a rank's responses; 1 for pairs not in the rows."""
+    tokens = torch.ones(share, sides, dtype=torch.int64, device=device)
+    for rows in micro_batches:
+        tokens[rows.pairs] = rows.response_tokens.view(-1, sides)
+    return tokens
+
+
 def response_sums(per_token: Tensor, rows: PackedRows) -> Tensor:
     """Return the sums [S] float64 of `per_token` [N] over the tokens of each response."""
     # float64, because h is a small difference of large sums

@@ -12,7 +12,7 @@ from app.method.batch import OptimizerBatch
 from app.method.ranges import PositiveFloat, checked
 from lightning_modules.base import LanguageModelTraining
 from lightning_modules.logged_training import warn_of_nonfinite
-from lightning_modules.scorer import response_logps
+from lightning_modules.scorer import response_logps, response_tokens
 
 
 @checked
@@ -55,9 +55,7 @@ class SupervisedFineTuning(LanguageModelTraining):
     def validation_step(self, batch: OptimizerBatch, batch_idx: int) -> None:
         micro_batches = self.micro_batches(batch)
         logps = response_logps(self.policy, micro_batches, len(batch.positions), 1, self.device).flatten()
-        tokens = torch.ones_like(logps)
-        for rows in micro_batches:
-            tokens[rows.pairs] = rows.response_tokens.to(tokens)
+        tokens = response_tokens(micro_batches, len(batch.positions), 1, self.device).flatten().to(logps)
         finite = logps.isfinite()
         loss = -logps.where(finite, 0)
         self._validation.append(torch.stack([loss, tokens * finite, finite.double(), (~finite).double()]).sum(1))

@@ -12,14 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from app.method.batch import on_device
-from lightning_modules.pair_runs import PairRuns, one_dtype, register
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.9
-    varlen_attn = None  # type: ignore[assignment]
+from lightning_modules.pairwise_attention import Options, PairRuns, one_dtype, register
 
 VARLEN = "varlen"  # its name in transformers
 DTYPES = (torch.bfloat16, torch.float16)
@@ -57,10 +53,7 @@ class Pieces(NamedTuple):
 
 def lacking(config: Any, dtype: torch.dtype) -> str | None:
     """Return why this attention cannot run a model of this `config` in `dtype`, or None if it may."""
-    if (
-        varlen_attn is None
-        or not {"window_size", "enable_gqa", "scale"} <= signature(varlen_attn).parameters.keys()
-    ):
+    if not {"window_size", "enable_gqa", "scale"} <= signature(varlen_attn).parameters.keys():
         return f"torch {torch.__version__} does not offer it"
     if dtype not in DTYPES:
         return f"it does not compute in {dtype}"
@@ -70,18 +63,8 @@ def lacking(config: Any, dtype: torch.dtype) -> str | None:
     return None if width % 8 == 0 and width <= WIDEST_HEAD else f"it has no heads of {width}"
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    runs: PairRuns,
-    window: int | None,
-    scale: float | None,
-    softcap: float | None,
-) -> Tensor:
-    """Compute FlashAttention; see `pair_runs.Attend` for the arguments."""
-    if softcap is not None:
-        raise ValueError(f"attention {VARLEN} has no softcap")
+def attend(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
+    """Compute FlashAttention; see `Attend`."""
     pieces: Pieces = runs.made(VARLEN, lambda: Pieces.of(runs, query.device))
     # [T, heads, d]
     q, k, v = (states[0].transpose(0, 1) for states in one_dtype(query, key, value))
@@ -95,9 +78,9 @@ def attend(
         pieces.key_offsets,
         pieces.longest_query,
         pieces.longest_key,
-        scale=scale,
+        scale=options.scale,
         # (keys before the query, keys after): a window of W tokens includes the query itself
-        window_size=(-1 if window is None else window - 1, 0),
+        window_size=(-1 if options.window is None else options.window - 1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
     assert isinstance(out, Tensor)

@@ -14,7 +14,7 @@ from browser import chromium, complaints, screenshot
 from small_quickstart import quickstart_run
 from tensorboard import program
 
-from callbacks.dashboard_layout import CHARTS
+from callbacks.dashboard import CHARTS
 
 pytestmark = pytest.mark.slow
 

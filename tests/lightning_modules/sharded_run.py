@@ -54,7 +54,7 @@ def train(model: str, folder: Path, settings: dict[str, Any], **trainer: Any) ->
     run.save_checkpoint(folder / "run.ckpt")
     final = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in weights(module).items()}
     facts: dict[str, Any] = {"block_forwards": len(forwards)}
-    reference = module.reference_values.scorer
+    reference = module.measurer.reference
     if isinstance(module.policy, FSDPModule):
         assert isinstance(reference, ResponseScorer)
         shards = [p for p in module.policy.parameters() if isinstance(p, DTensor)]

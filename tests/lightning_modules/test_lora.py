@@ -31,7 +31,7 @@ from callbacks import BetaScheduler, EpsilonBeta, RewardGapStatistics, RunCheckp
 from lightning_modules import PreferenceOptimization, SupervisedFineTuning
 from lightning_modules.checkpoint import read_checkpoint
 from lightning_modules.lora import Lora, adapted, add_lora, without_adapters
-from lightning_modules.reference import ScoredReference
+from lightning_modules.measuring import PairMeasurer
 
 pytestmark = pytest.mark.skipif(find_spec("peft") is None, reason="the extra lora is not installed")
 SETTINGS = Lora(r=4, lora_alpha=8.0)
@@ -81,10 +81,9 @@ def test_a_step_is_that_of_a_separate_frozen_reference(tiny_llama: str, tmp_path
     class TwoModels(PreferenceOptimization):
         """The same adapters beside a second model as reference."""
 
-        def keep_reference(self, fresh: Any) -> None:
-            self.reference_values = ScoredReference(
-                copy.deepcopy(fresh).eval().requires_grad_(False), self.ranks.device
-            )
+        def keep_reference(self) -> None:
+            reference = copy.deepcopy(self.policy).eval().requires_grad_(False)
+            self.measurer = PairMeasurer(self.policy, self.ranks, reference)
 
     module = TwoModels(tiny_llama, lora=SETTINGS, optimizer=ours.make_optimizer, max_grad_norm=0.5)
     recorder = Recorder()
@@ -120,7 +119,7 @@ def test_a_cached_reference_goes_with_adapters(tiny_llama: str, tmp_path: Path) 
 
     _, frozen, _ = train(tmp_path / "frozen", tiny_llama, 3, parts())
     module, cached, _ = train(tmp_path / "cached", tiny_llama, 3, parts(), reference="cached")
-    assert module.reference_values.scorer is None
+    assert module.measurer.reference is None
     for one, other in zip(frozen, cached, strict=True):
         torch.testing.assert_close(one.gaps, other.gaps, rtol=0, atol=1e-4)
 

@@ -159,7 +159,7 @@ def test_micro_batches_change_nothing(tiny_llama: str, tmp_path: Path) -> None:
 def test_the_reference_never_moves_and_never_enters_a_checkpoint(tiny_llama: str, tmp_path: Path) -> None:
     class Modes(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: object) -> None:
-            assert not pl_module.reference_values.scorer.training
+            assert not pl_module.measurer.reference.training
             assert pl_module.policy.training
 
     saving = {
@@ -170,7 +170,7 @@ def test_the_reference_never_moves_and_never_enters_a_checkpoint(tiny_llama: str
     }
     module, _ = run(tmp_path, tiny_llama, [Modes(), ModelCheckpoint(tmp_path, "last")], pairs=20, trainer=saving)
     start = {f"model.{n}": p for n, p in AutoModelForCausalLM.from_pretrained(tiny_llama).named_parameters()}
-    reference = dict(module.reference_values.scorer.named_parameters())
+    reference = dict(module.measurer.reference.named_parameters())
     assert same_bits(start, reference)
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in reference.values())
     assert not same_bits(start, weights(module))

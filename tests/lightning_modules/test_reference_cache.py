@@ -49,7 +49,7 @@ def parts() -> list[Path]:
 def test_trains_as_with_the_frozen_reference(tiny_llama: str, tmp_path: Path, tokens: int) -> None:
     frozen, expected, first = run(tmp_path, tiny_llama, "frozen", tokens)
     cached, seen, second = run(tmp_path, tiny_llama, "cached", tokens)
-    assert cached.reference_values.scorer is None  # no second model
+    assert cached.measurer.reference is None  # no second model
     assert len(seen) == len(expected) == 4
     for ours, theirs in zip(seen, expected, strict=True):
         torch.testing.assert_close(ours.gaps, theirs.gaps, rtol=0, atol=2e-5)
