@@ -39,7 +39,7 @@ from lightning_modules.resumption import ResumedTraining
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharded_loading import read_weights, weight_files
 from lightning_modules.sharding import clip_gradients, gradient_sync
-from lightning_modules.start_checks import check_start, check_steps, try_sharded_step
+from lightning_modules.start_checks import check_start, check_steps, try_optimizer, try_sharded_step
 from lightning_modules.strategy import ShardedStrategy
 
 log = logging.getLogger(__name__)
@@ -111,15 +111,9 @@ class LanguageModelTraining(ResumedTraining):
 
     def configure_callbacks(self) -> list[Callback]:
         """Raise UserError for settings that cannot work, before Lightning's own check, which names no remedy."""
-        check_start(
-            self.trainer,
-            self.name,
-            self.make_optimizer,
-            self.make_lr_scheduler,
-            self.compile_layers,
-            self.lora,
-            self.quantize,
-        )
+        check_start(self.trainer, self.name, self.compile_layers, self.lora, self.quantize)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            try_optimizer(self.trainer, self.make_optimizer, self.make_lr_scheduler, self.lora)
         return []
 
     def setup(self, stage: str) -> None:

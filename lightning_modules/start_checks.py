@@ -13,7 +13,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -62,17 +61,12 @@ def refuse_strategy(strategy: str | Strategy) -> None:
 
 
 def check_start(
-    trainer: Trainer,
-    name: str | None,
-    make_optimizer: OptimizerCallable,
-    make_lr_scheduler: LRSchedulerCallable | None,
-    compile_layers: bool | str,
-    lora: Lora | None,
-    quantize: dict[str, Any] | None,
+    trainer: Trainer, name: str | None, compile_layers: bool | str, lora: Lora | None, quantize: dict | None
 ) -> None:
     """Raise UserError for settings that cannot work, before data and model are loaded."""
-    precision = str(trainer.precision)
-    refuse_strategy(trainer.strategy)
+    strategy, precision = trainer.strategy, str(trainer.precision)
+    sharded = isinstance(strategy, ShardedStrategy)
+    refuse_strategy(strategy)
     if trainer.accumulate_grad_batches != 1:
         raise UserError(
             "trainer.accumulate_grad_batches has no place here: data.batch_size is the number of pairs per "
@@ -85,27 +79,23 @@ def check_start(
             f"trainer.precision {precision} loses log-probabilities (overflow, or rotary positions in half "
             "precision): use 32-true, 64-true or bf16-mixed, or ShardedStrategy, which computes in bfloat16."
         )
-    if isinstance(trainer.strategy, ShardedStrategy):
-        if precision != "32-true":
-            raise UserError(
-                f"trainer.precision {precision}: set 32-true with ShardedStrategy, whose own compute_dtype "
-                "is the type of the forward pass; the weights themselves stay float32."
-            )
-        if lora is not None and trainer.strategy.tensor_parallel_size > 1:
-            raise UserError(
-                "model.lora does not go with trainer.strategy's tensor_parallel_size above 1: set it to 1."
-            )
+    if sharded and precision != "32-true":
+        raise UserError(
+            f"trainer.precision {precision}: set 32-true with ShardedStrategy, whose own compute_dtype "
+            "is the type of the forward pass; the weights themselves stay float32."
+        )
+    if lora is not None and getattr(strategy, "tensor_parallel_size", 1) > 1:
+        raise UserError("model.lora does not go with trainer.strategy's tensor_parallel_size above 1: set it to 1.")
     if quantize is not None:
-        sharded = isinstance(trainer.strategy, ShardedStrategy)
         check_quantized(quantize, lora, sharded, precision)
     if compile_layers is True and not which(os.environ.get("CXX", "g++")):
         raise UserError("model.compile_layers needs a C++ compiler: install g++, or name one by CXX.")
     if name is not None:
         refuse_path(name)  # before the data is read with its tokenizer
-    refuse_callbacks(trainer)
-    if trainer.state.fn == TrainerFn.FITTING:
-        matrices_only = lora is not None and not lora.use_dora
-        try_optimizer(trainer, make_optimizer, make_lr_scheduler, matrices_only)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind, cure in UNSUITABLE.items():
+            if isinstance(callback, kind):
+                raise UserError(f"trainer.callbacks: {type(callback).__name__} does not work here: {cure}.")
 
 
 def check_quantized(quantize: dict[str, Any], lora: Lora | None, sharded: bool, precision: str) -> None:
@@ -125,28 +115,20 @@ def check_quantized(quantize: dict[str, Any], lora: Lora | None, sharded: bool, 
         raise UserError(f"model.quantize {said}.")
 
 
-def refuse_callbacks(trainer: Trainer) -> None:
-    """Raise UserError for callbacks of Lightning that would have no effect or damage the weights."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for kind, cure in UNSUITABLE.items():
-            if isinstance(callback, kind):
-                raise UserError(f"trainer.callbacks: {type(callback).__name__} does not work here: {cure}.")
-
-
 def try_optimizer(
     trainer: Trainer,
     make_optimizer: OptimizerCallable,
     make_lr_scheduler: LRSchedulerCallable | None,
-    matrices_only: bool,
+    lora: Lora | None,
 ) -> None:
-    """Try a step of the optimizer and its schedule on a matrix and, unless `matrices_only` are trained, a vector.
+    """Try a step of the optimizer and its schedule on a matrix and, unless `lora` trains only those, a vector.
 
     The trial needs no list of supported classes. Raises UserError if the optimizer or the schedule fails, for
     example an optimizer that needs a closure or sparse gradients, or a schedule that needs a metric. Also raises it
     for a schedule that is shorter than the run.
     """
     device = trainer.strategy.root_device
-    shapes = [(4, 4)] if matrices_only else [(4, 4), (4,)]
+    shapes = [(4, 4), (4,)] if lora is None or lora.use_dora else [(4, 4)]
     weights = [nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
@@ -174,7 +156,12 @@ def try_optimizer(
             raise UserError(f"{option} cannot take a step here: {reason}; {cure}.") from error
     if not isinstance(schedule, LRScheduler):
         raise UserError(f"model.lr_scheduler: {type(schedule).__name__} is no schedule of torch; {cure}.")
-    check_horizon(schedule, trainer.max_steps)
+    total = getattr(schedule, "total_steps", None)  # such as that of OneCycleLR
+    if total is not None and total < trainer.max_steps:
+        raise UserError(
+            f"model.lr_scheduler: {type(schedule).__name__} ends after total_steps = {total}, and the run takes "
+            f"{trainer.max_steps} steps: raise total_steps, or lower trainer.max_steps."
+        )
 
 
 def try_sharded_step(make_optimizer: OptimizerCallable, weights: list[nn.Parameter]) -> None:
@@ -193,16 +180,6 @@ def try_sharded_step(make_optimizer: OptimizerCallable, weights: list[nn.Paramet
             f"model.optimizer: {type(optimizer).__name__} cannot step on the sharded weights of ShardedStrategy: "
             "take another, for example torch.optim.AdamW, or one device or ddp."
         ) from error
-
-
-def check_horizon(schedule: LRScheduler, steps: int) -> None:
-    """Raise UserError if a schedule with a fixed number of steps, such as OneCycleLR, is shorter than the run."""
-    total = getattr(schedule, "total_steps", None)
-    if total is not None and total < steps:
-        raise UserError(
-            f"model.lr_scheduler: {type(schedule).__name__} ends after total_steps = {total}, and the run takes "
-            f"{steps} steps: raise total_steps, or lower trainer.max_steps."
-        )
 
 
 def check_steps(trainer: Trainer) -> None:
