@@ -34,8 +34,8 @@ from lightning_modules.pretrained import (
     store_linear_weights,
 )
 from lightning_modules.ranks import Ranks
+from lightning_modules.recorded_training import RecordedTraining
 from lightning_modules.refused_models import refuse_beyond
-from lightning_modules.resumption import ResumedTraining
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharded_loading import read_weights, weight_files
 from lightning_modules.sharding import clip_gradients, gradient_sync
@@ -49,7 +49,7 @@ CompileLayers = bool | Literal["auto"]
 
 
 @checked
-class LanguageModelTraining(ResumedTraining):
+class LanguageModelTraining(RecordedTraining):
     """A training stage that uses manual optimisation, one optimizer batch per `training_step`.
 
     Args:

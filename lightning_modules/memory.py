@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +73,8 @@ def _kept(config: Any, dtype: torch.dtype, autocast: bool, split: int, rows: int
         kept = [0] * (len(blocks) + 1)
         place = [0]
 
-        def enter(number: int, *_: Any) -> None:
+        def move_to(number: int, *_: Any) -> None:
             place[0] = number
-
-        def leave(*_: Any) -> None:
-            place[0] = 0
 
         def count(tensor: Tensor) -> Tensor:
             if storage_id(tensor) not in counted:
@@ -85,8 +83,8 @@ def _kept(config: Any, dtype: torch.dtype, autocast: bool, split: int, rows: int
             return tensor
 
         for number, block in enumerate(blocks, 1):
-            block.register_forward_pre_hook(partial(enter, number))
-            block.register_forward_hook(leave)
+            block.register_forward_pre_hook(partial(move_to, number))
+            block.register_forward_hook(partial(move_to, 0))
         ids = torch.zeros(rows, SHORT_ROW, dtype=torch.int64)
         mask = torch.ones(rows, 1, SHORT_ROW, SHORT_ROW, dtype=torch.bool)
         with (
@@ -98,32 +96,43 @@ def _kept(config: Any, dtype: torch.dtype, autocast: bool, split: int, rows: int
     return kept
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Parameter counts of a model, or under tensor parallelism of one rank's part of it."""
+class Parts(NamedTuple):
+    """Numbers of parameters."""
 
     all: int
     block: int  # of the largest transformer block
     root: int  # outside the blocks: embeddings, head, final norm
     head: int
+
+    @classmethod
+    def of(cls, model: Any, trained: bool = False) -> Parts:
+        """Count the parameters of `model`, or those that are `trained`."""
+
+        def count(module: nn.Module) -> int:
+            return sum(w.numel() for w in module.parameters() if w.requires_grad or not trained)
+
+        blocks, head = [count(block) for block in transformer_blocks(model)], model.get_output_embeddings().weight
+        own_head = head.numel() * (head.requires_grad or not trained)
+        return cls(count(model), max(blocks), count(model) - sum(blocks), own_head)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameter counts of a model, or under tensor parallelism of one rank's part of it."""
+
+    weights: Parts
+    trained: Parts
     vocabulary: int
     linear: int  # weights of linear layers, which a frozen model keeps in the autocast dtype
-    trained: int
-    trained_block: int
-    trained_root: int
-    trained_head: int
     stored: int  # bytes of all weights as they are kept
     copied: int  # weights of which autocast makes a copy
     dequantized: int  # of the largest quantised layer, which is dequantised for its products
 
     @classmethod
-    def of(cls, model: nn.Module, quantize: Mapping[str, Any] | None = None) -> Sizes:
+    def of(cls, model: Any, quantize: Mapping[str, Any] | None = None) -> Sizes:
         """Count the parameters of `model`; with `quantize`, linear layers as `quantized_size` says."""
-        blocks = [_numbers(block) for block in transformer_blocks(model)]
-        own = [_numbers(block, trained=True) for block in transformer_blocks(model)]
-        every, trained = _numbers(model), _numbers(model, trained=True)
-        head = model.get_output_embeddings().weight  # type: ignore[operator]
-        linear = {id(weight): weight for weight in linear_weights(model) if not weight.requires_grad}
+        head, every_linear = model.get_output_embeddings().weight, linear_weights(model)
+        linear = {id(weight): weight for weight in every_linear if not weight.requires_grad}
         packed = [w.numel() for w in linear.values() if w is not head] if quantize is not None else []
         whole = [w for w in model.parameters() if quantize is None or w is head or id(w) not in linear]
         stored = sum(w.numel() * w.element_size() for w in whole) + sum(packed) * quantized_size(quantize or {})
@@ -131,24 +140,14 @@ class Sizes:
             w.numel() for w in whole if w.requires_grad or (id(w) in linear and w.element_size() == WEIGHT)
         )
         return cls(
-            all=every,
-            block=max(blocks),
-            root=every - sum(blocks),
-            head=head.numel(),
+            weights=Parts.of(model),
+            trained=Parts.of(model, trained=True),
             vocabulary=head.shape[0],
-            linear=sum(weight.numel() for weight in linear_weights(model)),
-            trained=trained,
-            trained_block=max(own),
-            trained_root=trained - sum(own),
-            trained_head=head.numel() * head.requires_grad,
+            linear=sum(weight.numel() for weight in every_linear),
             stored=int(stored),
             copied=copied,
             dequantized=max(packed, default=0),
         )
-
-
-def _numbers(module: nn.Module, trained: bool = False) -> int:
-    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad or not trained)
 
 
 def quantized_size(quantize: Mapping[str, Any]) -> float:
@@ -189,22 +188,23 @@ class MemoryPlan:
     sizes: Sizes
     setup: Setup
     activations: Activations
-    resident: dict[str, int] = field(init=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def resident(self) -> dict[str, int]:
+        """Return the bytes held throughout the step."""
         sizes, setup = self.sizes, self.setup
-        trained = WEIGHT * sizes.trained // setup.shards
+        trained = WEIGHT * sizes.trained.all // setup.shards
         resident = {
             "parameters": sizes.stored // setup.shards,
             "optimizer state": int(trained * setup.optimizer_state),
         }
         if setup.reference and not (setup.kind == "sharded" and setup.offload_reference):
-            halved = sizes.all if setup.kind == "sharded" else sizes.linear
-            reference = setup.compute_bytes * halved + WEIGHT * (sizes.all - halved)
+            halved = sizes.weights.all if setup.kind == "sharded" else sizes.linear
+            reference = setup.compute_bytes * halved + WEIGHT * (sizes.weights.all - halved)
             resident["reference"] = (sizes.stored if sizes.dequantized else reference) // setup.shards
         if setup.autocast:
             resident["bfloat16 copies of autocast"] = 2 * sizes.copied
-        object.__setattr__(self, "resident", resident)
+        return resident
 
     def logits(self, tokens: int) -> int:
         """Return the head's working memory for `tokens` response tokens: a slice of logits and its gradient."""
@@ -213,60 +213,54 @@ class MemoryPlan:
 
     def moments(self, tokens: int) -> dict[str, dict[str, int]]:
         """Return the bytes held at each candidate for the peak, with micro-batches of `tokens` tokens."""
-        sizes, setup = self.sizes, self.setup
+        weights, trained, setup = self.sizes.weights, self.sizes.trained, self.setup
         sharded = setup.kind == "sharded"
         compute = setup.compute_bytes
-        share = WEIGHT * sizes.trained // setup.shards
-        gradients = share + (WEIGHT * sizes.trained if setup.kind == "ddp" else 0)  # DDP adds its buckets
+        share = WEIGHT * trained.all // setup.shards
+        gradients = share + (WEIGHT * trained.all if setup.kind == "ddp" else 0)  # DDP adds its buckets
         if sharded and setup.accumulate_whole:
-            gradients += WEIGHT * sizes.trained
-        root = compute * sizes.root if sharded else 0
-        block = compute * sizes.block if sharded else 0
+            gradients += WEIGHT * trained.all
+        root = compute * weights.root if sharded else 0
+        block = compute * weights.block if sharded else 0
         # the running block, the prefetched blocks, and the receive buffer of one block
-        blocks = block * (2 + setup.prefetch) if setup.reshard else compute * (sizes.all - sizes.root) + block
+        blocks = block * (2 + setup.prefetch) if setup.reshard else compute * (weights.all - weights.root) + block
         blocks *= sharded
         # in the worst case all tokens are in one row
         masks = setup.dense_mask * tokens**2 or mask_bytes(tokens) * (setup.device == "cuda")
         kept = int(self.activations.kept(setup.checkpointed) * tokens) + masks
         # gradients of the running block's activations
         working = int(self.activations.largest_block * tokens / 2)
-        head_gradient = (compute if sharded else WEIGHT) * sizes.trained_head
-        layer = compute * sizes.dequantized
-        forward = {
-            "dequantised layer": layer,
-            "gathered weights": root + blocks,
-            "activations": kept,
-            "logits": self.logits(tokens),
+        head_gradient = (compute if sharded else WEIGHT) * trained.head
+        layer = compute * self.sizes.dequantized
+        moments = {
+            "the forward pass": {
+                "dequantised layer": layer,
+                "gathered weights": (root + blocks) * (2 if setup.reference and sharded else 1),
+                "activations": kept,
+                "logits": self.logits(tokens),
+            },
+            "the head": {
+                "gradients": gradients,
+                "gathered weights": root,
+                "gradients not yet reduced": head_gradient,
+                "activations": kept,
+                "logits": self.logits(tokens),
+            },
+            "the backward pass": {
+                "gradients": gradients,
+                "dequantised layer": layer,
+                "gathered weights": root + blocks,
+                "gradients not yet reduced": head_gradient + (compute + WEIGHT) * trained.block * sharded,
+                "activations": kept + working,
+            },
+            "the end of the backward pass": {
+                "gradients": gradients,
+                "gathered weights": root,
+                "gradients not yet reduced": (compute + WEIGHT) * trained.root * sharded,
+            },
+            "the optimizer step": {"gradients": share, "optimizer's working memory": share * setup.foreach_step},
         }
-        if setup.reference and sharded:
-            forward["gathered weights"] += root + blocks
-        backward = {
-            "gradients": gradients,
-            "dequantised layer": layer,
-            "gathered weights": root + blocks,
-            "gradients not yet reduced": head_gradient + (compute + WEIGHT) * sizes.trained_block * sharded,
-            "activations": kept + working,
-        }
-        head = {
-            "gradients": gradients,
-            "gathered weights": root,
-            "gradients not yet reduced": head_gradient,
-            "activations": kept,
-            "logits": self.logits(tokens),
-        }
-        end = {
-            "gradients": gradients,
-            "gathered weights": root,
-            "gradients not yet reduced": (compute + WEIGHT) * sizes.trained_root * sharded,
-        }
-        update = {"gradients": share, "optimizer's working memory": share * setup.foreach_step}
-        return {
-            "the forward pass": self.resident | forward,
-            "the head": self.resident | head,
-            "the backward pass": self.resident | backward,
-            "the end of the backward pass": self.resident | end,
-            "the optimizer step": self.resident | update,
-        }
+        return {name: self.resident | held for name, held in moments.items()}
 
     def peak(self, tokens: int) -> tuple[str, dict[str, int]]:
         """Return the moment that needs most memory, and the bytes held then."""
@@ -274,13 +268,5 @@ class MemoryPlan:
 
     def largest_budget(self, limit: int, step: int = 256) -> int:
         """Return the largest multiple of `step` tokens whose peak is within `limit` bytes; 0 if none is."""
-        low, high = 0, 1
-        while sum(self.peak(high * step)[1].values()) <= limit:
-            low, high = high, high * 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            if sum(self.peak(middle * step)[1].values()) <= limit:
-                low = middle
-            else:
-                high = middle
-        return low * step
+        budgets = range(step, 2**40, step)
+        return step * bisect_right(budgets, limit, key=lambda tokens: sum(self.peak(tokens)[1].values()))

@@ -16,8 +16,8 @@ from app.method.metrics import pair_metrics
 from app.method.pair_loss import PairLoss
 from lightning_modules.base import LanguageModelTraining
 from lightning_modules.layout_check import CHECKED_PAIRS
-from lightning_modules.logged_training import warn_of_nonfinite
 from lightning_modules.measuring import SIDES, AdapterOff, PairMeasurer
+from lightning_modules.recorded_training import warn_of_nonfinite
 from lightning_modules.reference_cache import filled_reference_cache
 from lightning_modules.refused_models import refuse_other_tokens
 from lightning_modules.scorer import ResponseScorer

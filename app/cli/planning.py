@@ -128,12 +128,12 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
     sizes = Sizes.of(model, module.quantize)
     plan = MemoryPlan(sizes, setup, activations(config, dtype, setup.autocast, split))
     device = "CPU processes" if on_cpu else "GPUs"
-    words = f"{parameters:,} parameters" + (f" and {sizes.trained:,} of adapters" if lora is not None else "")
+    words = f"{parameters:,} parameters" + (f" and {sizes.trained.all:,} of adapters" if lora is not None else "")
     words += f" on {nodes} × {per_node} {device}, {setup.kind}"
     words += f" in {setup.shards} shards" if sharded else ""
     words += f" of {split} ranks each (tensor parallelism)" if split > 1 else ""
-    kept = sizes.trained if module.adapters_alone else parameters + (0 if lora is None else sizes.trained)
-    updated = parameters if lora is None else sizes.trained
+    kept = (0 if module.adapters_alone else parameters) + (0 if lora is None else sizes.trained.all)
+    updated = parameters if lora is None else sizes.trained.all
     disk = WEIGHT * (kept + updated * setup.optimizer_state)
     words += f"; a checkpoint takes {disk / 1e9:.2f} GB on disk"
     return plan, f"{words}\n{start_memory(module, parameters, setup, per_node, strategy if sharded else None)}"

@@ -149,7 +149,7 @@ HH = ("--config", str(ROOT / "configs/hh_pythia.yaml"), "--devices_per_node", "8
 )
 def test_known_shapes_have_their_published_size(shape: str, parameters: int) -> None:
     config = model_config(PreferenceOptimization(name=shape), None)
-    assert Sizes.of(bare_model(config, dtype=torch.float32)).all == parameters
+    assert Sizes.of(bare_model(config, dtype=torch.float32)).weights.all == parameters
 
 
 def test_a_plan_names_what_is_held(capsys: pytest.CaptureFixture[str]) -> None:

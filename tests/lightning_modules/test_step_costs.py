@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from tiny_runs import controlled, preference, quiet_trainer
 from torch.nn.utils import clip_grad_norm_
 
-from lightning_modules.logged_training import LoggedTraining
+from lightning_modules.recorded_training import RecordedTraining
 from lightning_modules.sharding import clip_gradients
 
 
@@ -48,8 +48,9 @@ def test_pairs_per_second_counts_what_lies_between_steps(tiny_llama: str, tmp_pa
     assert seen[1] < 10 / 0.5
 
 
-def test_validation_is_not_time_of_a_step() -> None:
-    training = LoggedTraining()
+def test_validation_is_not_time_of_a_step(tmp_path: Path) -> None:
+    training, trainer = RecordedTraining(), quiet_trainer(tmp_path)
+    training.trainer = trainer
     training.on_train_start()
     training.on_validation_start()
     time.sleep(0.2)

@@ -1,26 +1,35 @@
-"""What a stage's checkpoints hold, and a resumed run's own settings instead of the checkpoint's."""
+"""What a stage logs without waiting for the device, what its checkpoints hold, and the settings after a resume."""
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from app.core.errors import UserError
-from lightning_modules.logged_training import LoggedTraining
 from lightning_modules.lora import Lora
 from lightning_modules.scorer import ResponseScorer
 
 
-class ResumedTraining(LoggedTraining):
-    """A LightningModule whose checkpoints `beta-dpo export` reads, and whose own settings replace restored ones."""
+class RecordedTraining(LightningModule):
+    """A LightningModule that logs without waiting for its device, measures the time of a step, and resumes.
 
+    `beta-dpo export` reads its checkpoints, and its own settings replace restored ones.
+    """
+
+    _step_ended = 0.0  # from time.perf_counter, like `_validation_started`
+    _validation_started = 0.0
     name: str | None
     lora: Lora | None
     quantize: dict[str, Any] | None
@@ -29,6 +38,35 @@ class ResumedTraining(LoggedTraining):
     make_optimizer: Any
     make_lr_scheduler: Any
     base_identity: Any = None  # of the model that a checkpoint of adapters alone needs (`model_identity`)
+
+    def log(self, name: str, value: Any, *args: Any, **settings: Any) -> None:
+        """Log `value`, a number as a CPU tensor; Lightning would copy it to the device and wait for the copy."""
+        if isinstance(value, (int, float)):
+            value = torch.tensor(float(value))
+        super().log(name, value, *args, **settings)
+
+    def on_fit_start(self) -> None:
+        """Number logged values by completed steps, as checkpoints do; Lightning's own number is one less."""
+        connector, trainer = self.trainer._logger_connector, self.trainer
+        write = connector.log_metrics
+
+        def log_metrics(metrics: dict[str, Any], step: int | None = None) -> None:
+            if metrics and step is None and "step" not in metrics:
+                metrics, step = {"epoch": trainer.current_epoch, **metrics}, trainer.global_step
+            write(metrics, step)
+
+        connector.log_metrics = log_metrics  # type: ignore[method-assign]
+
+    def on_validation_start(self) -> None:
+        self._validation_started = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        self._step_ended += time.perf_counter() - self._validation_started
+
+    def step_seconds(self) -> float:
+        """Return the seconds since the last step or the start, with loader and callbacks but without validation."""
+        before, self._step_ended = self._step_ended, time.perf_counter()
+        return self._step_ended - before
 
     @property
     def adapters_alone(self) -> bool:
@@ -47,7 +85,7 @@ class ResumedTraining(LoggedTraining):
 
     def on_train_start(self) -> None:
         """Replace the restored settings of optimizer and schedule by those of this run's configuration."""
-        super().on_train_start()
+        self._step_ended = time.perf_counter()
         if self.trainer.ckpt_path is None:
             return
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
@@ -110,3 +148,11 @@ def count_batches_of(fit_loop: dict[str, Any], batch_size: int) -> None:
         # the counters may differ by one, which tells Lightning where it stopped: shift them all alike
         more = done - counters["ready"]
         counters.update({name: count + more for name, count in counters.items()})
+
+
+def warn_of_nonfinite(stage: str, figures: Mapping[str, Tensor]) -> None:
+    """Warn if the `figures` of an evaluation leave out `nonfinite_pairs`."""
+    left_out, counted = (int(figures.get(name, 0)) for name in ("nonfinite_pairs", "pairs"))
+    if left_out:
+        rest = f"the means are those of the other {counted}" if counted else "so there is no mean to report"
+        rank_zero_warn(f"{stage}: {left_out} of {left_out + counted} pairs have no finite gap: {rest}.")
