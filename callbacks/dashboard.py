@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -199,7 +199,7 @@ class BetaDashboard(Callback):
         return curves
 
     def _list_extreme_pairs(self, trainer: Trainer, writer: SummaryWriter, step: int) -> None:
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         for name, pairs in self._extreme.items():
             if pairs:
                 texts = data.pair_texts([pair.pair_id for pair in pairs]) if hasattr(data, "pair_texts") else {}

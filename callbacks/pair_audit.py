@@ -67,16 +67,7 @@ class PairAudit(Callback):
         if len(self._tables) >= self.every_n_steps:
             self.flush()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
-        self.flush()  # a resumed run needs every step up to its checkpoint
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.flush()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.flush()
-
-    def flush(self) -> None:
+    def flush(self, *_: object) -> None:
         """Write the rows in memory to one file named by its first and last step."""
         if not self._tables:
             return
@@ -86,6 +77,9 @@ class PairAudit(Callback):
         first, last = table["step"][0].as_py(), table["step"][-1].as_py()
         with atomic_file(self._folder / f"steps-{first:08d}-{last:08d}.parquet") as temporary:
             pq.write_table(table, temporary)
+
+    # a resumed run needs every step up to its checkpoint
+    on_save_checkpoint = on_train_end = on_exception = flush  # type: ignore[assignment]
 
 
 def audit_folder(trainer: Trainer) -> Path:

@@ -164,10 +164,10 @@ class RunCheckpoint(ModelCheckpoint):
     # --- stopping, after everything of the finished step has been logged -------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
-        self.stop_if_told(trainer)
+        if self._stopped_by is not None:
+            raise Interrupted(self._stopped_by, trainer.global_step, str(self.last))
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.stop_if_told(trainer)
+    on_validation_start = on_train_batch_start  # type: ignore[assignment]
 
     def note_signal(self, trainer: Trainer) -> None:
         """Agree with the other ranks whether any of them received a signal, and which.
@@ -176,10 +176,6 @@ class RunCheckpoint(ModelCheckpoint):
         """
         own = torch.tensor(self._signals.received or 0, device=trainer.strategy.root_device)
         self._stopped_by = int(trainer.strategy.reduce(own, reduce_op="max")) or None
-
-    def stop_if_told(self, trainer: Trainer) -> None:
-        if self._stopped_by is not None:
-            raise Interrupted(self._stopped_by, trainer.global_step, str(self.last))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._within_epoch:

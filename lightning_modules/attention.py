@@ -70,11 +70,9 @@ def model_inputs(rows: PackedRows, config: Any) -> dict[str, Any]:
     """
     implementation = attention_of(config)
     if implementation in OURS:
-        return rows.remember(implementation, lambda: one_row(rows, *ROW_OF.get(implementation, (1, 1))))
+        size = (BLOCK, LEAST) if implementation == FLEX else (1, 1)
+        return rows.remember(implementation, lambda: one_row(rows, *size))
     return {"input_ids": rows.input_ids, "position_ids": rows.position_ids, **masks(rows, config)}
-
-
-ROW_OF = {FLEX: (BLOCK, LEAST)}  # implementation → a row's length is a multiple of this, and at least this
 
 
 def one_row(rows: PackedRows, multiple: int, least: int) -> dict[str, Any]:

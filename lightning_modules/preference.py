@@ -69,18 +69,12 @@ class PreferenceOptimization(PreferenceScoring):
         max_nonfinite_share: ShareBelowOne = 0.1,
         **settings: Any,
     ):
+        super().__init__(name=name, architecture=None, optimizer=optimizer, max_grad_norm=max_grad_norm, **settings)
+        self.beta0 = beta0
         loss = SigmoidLoss() if loss is None else loss
-        super().__init__(
-            beta0,
-            WithSFTTerm(loss, sft_weight) if sft_weight else loss,
-            reference,
-            reference_name,
-            name=name,
-            architecture=None,
-            optimizer=optimizer,
-            max_grad_norm=max_grad_norm,
-            **settings,
-        )
+        self.loss = WithSFTTerm(loss, sft_weight) if sft_weight else loss
+        self.reference: ReferenceKind = reference
+        self.reference_name = reference_name
         self.max_nonfinite_share = max_nonfinite_share
         self.nonfinite_pairs = 0
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torchmetrics import MeanMetric, Metric, SumMetric
+from torch import Tensor
 
 from app.core.errors import UserError
 from app.method.batch import OptimizerBatch
@@ -23,32 +23,23 @@ from lightning_modules.refused_models import refuse_other_tokens
 from lightning_modules.scorer import ResponseScorer
 
 ReferenceKind = Literal["frozen", "cached"]
+# of an evaluation: the pairs in its means, on which their uncertainty depends, and those left out
+COUNTED = ("pairs", "nonfinite_pairs")
 
 
 class PreferenceScoring(LanguageModelTraining):
-    """A stage that scores pairs under policy and reference for training steps, evaluation and `predict`.
-
-    Args:
-        beta0: β0, which evaluation uses for rewards and loss.
-        loss: per-pair loss of the log-probabilities and β.
-        reference: `frozen`, a second copy of the model, or `cached`, log-probabilities that the untrained policy
-            scores once and that are kept on disk (see `reference_cache`).
-        reference_name: folder or Hub id of the reference, if it is not the model that the policy starts from.
-        settings: the arguments of `LanguageModelTraining`.
-    """
+    """A stage that scores pairs under policy and reference for training steps, evaluation and `predict`."""
 
     responses = SIDES
+    beta0: float  # which evaluation uses for rewards and loss
+    loss: PairLoss
+    reference: ReferenceKind
+    reference_name: str | None
+    measurer: PairMeasurer
 
-    def __init__(
-        self, beta0: float, loss: PairLoss, reference: ReferenceKind, reference_name: str | None, **settings: Any
-    ):
+    def __init__(self, **settings: Any):
         super().__init__(**settings)
-        self.beta0 = beta0
-        self.loss = loss
-        self.reference = reference
-        self.reference_name = reference_name
-        self.measurer: PairMeasurer
-        self._evaluation: dict[str, Metric] = {}
+        self._evaluation: dict[str, Tensor] = {}  # sums over the pairs of all batches, float64
 
     @property
     def other_reference(self) -> str | None:
@@ -107,39 +98,30 @@ class PreferenceScoring(LanguageModelTraining):
     # --- evaluation: no filter, β0, nothing of the training state is touched ------------------------------
 
     def validation_step(self, batch: OptimizerBatch, batch_idx: int) -> None:
-        self.evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        self.log_evaluation("val")
-
-    def test_step(self, batch: OptimizerBatch, batch_idx: int) -> None:
-        self.evaluate(batch)
-
-    def on_test_epoch_end(self) -> None:
-        self.log_evaluation("test")
-
-    def evaluate(self, batch: OptimizerBatch) -> None:
         """Add the pairs of the global batch to the means, in which each counts once for any number of ranks.
 
-        The values of all pairs are on the CPU of every rank, so the metrics neither wait nor synchronise. A pair
-        without a finite gap enters no mean and is counted in `nonfinite_pairs`.
+        The values of all pairs are on the CPU of every rank, so nothing waits or synchronises. A pair without a
+        finite gap enters no mean and is counted in `nonfinite_pairs`.
         """
         _, logps = self.measurer.measure(batch, self.micro_batches(batch))
         beta = torch.full((len(batch.pair_ids),), self.beta0)
         values = pair_metrics(logps, self.loss, beta)
         values |= {"loss": self.loss.for_batch(logps)(logps, beta), "gap_mean": self.loss.discrepancy(logps)}
         finite = values["gap_mean"].isfinite()
+        values = {name: column[finite] for name, column in values.items()}
+        values |= dict(zip(COUNTED, (finite, ~finite), strict=True))
         for name, column in values.items():
-            self._evaluation.setdefault(name, exact(MeanMetric)).update(column[finite])
-        # the number of pairs in the means, which their uncertainty depends on
-        for name, counted in (("pairs", finite), ("nonfinite_pairs", ~finite)):
-            self._evaluation.setdefault(name, exact(SumMetric)).update(counted.double())
+            self._evaluation[name] = self._evaluation.get(name, 0.0) + column.double().sum()
 
-    def log_evaluation(self, stage: str) -> None:
-        figures = {name: metric.compute() for name, metric in self._evaluation.items()}
-        warn_of_nonfinite(stage, figures)
+    def on_validation_epoch_end(self) -> None:
+        stage = self.trainer.state.stage.dataloader_prefix  # type: ignore[union-attr]  # `val` or `test`
+        sums, self._evaluation = self._evaluation, {}
+        figures = {name: total if name in COUNTED else total / sums["pairs"] for name, total in sums.items()}
+        warn_of_nonfinite(str(stage), figures)
         self.log_dict({f"{stage}/{name}": value for name, value in figures.items()})
-        self._evaluation.clear()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: OptimizerBatch, batch_idx: int) -> dict[str, Any]:
         """Return the columns of `scores.parquet` for this rank's pairs."""
@@ -152,8 +134,3 @@ class PreferenceScoring(LanguageModelTraining):
         columns["chosen_tokens"] = logps.chosen_tokens.long().tolist()
         columns["rejected_tokens"] = logps.rejected_tokens.long().tolist()
         return columns
-
-
-def exact(kind: type[Metric]) -> Metric:
-    """Return a metric in float64 on the CPU that is not synchronised, because every rank adds all pairs."""
-    return kind(sync_on_compute=False).set_dtype(torch.float64).cpu()

@@ -8,7 +8,6 @@ import them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,14 +36,14 @@ __all__ = [
 # --- torch ----------------------------------------------------------------------------------------------
 
 
-def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
-    """Return what `module.compile()` left behind; None if the module is not compiled."""
-    return module._compiled_call_impl
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether `module.compile()` was called."""
+    return module._compiled_call_impl is not None
 
 
-def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
-    """Give `module` the result of an earlier `compile()`, or none; torch has no other way to undo it."""
-    module._compiled_call_impl = call
+def leave_compiled(module: nn.Module) -> None:
+    """Undo `module.compile()`; torch has no other way."""
+    module._compiled_call_impl = None
 
 
 def raise_recompile_limit(graphs: int) -> None:

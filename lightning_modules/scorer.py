@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from app.core.errors import UserError
 from app.method.batch import Layout, OptimizerBatch, PackedRows
 from lightning_modules.attention import OURS, model_inputs
 from lightning_modules.head import LogitRule, at_least_float32, head_logits, head_logps
-from lightning_modules.private import attention_of, compiled_call, raise_recompile_limit, set_compiled_call
+from lightning_modules.private import attention_of, is_compiled, leave_compiled, raise_recompile_limit
 from lightning_modules.sharding import transformer_blocks
 
 RECOMPILE_LIMIT = 64  # most graphs that the compiler keeps of a layer's code
@@ -67,35 +67,29 @@ class ResponseScorer(nn.Module):
     def as_loaded(self) -> Iterator[None]:
         """Use the attention that transformers chose at loading, and uncompiled layers, within the block."""
         attention = self.attention
-        compiled = [(block, compiled_call(block)) for block in self._blocks()]
         self.use_attention(self.own_attention)
-        self.leave_layers()
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):
+                yield
         finally:
             self.use_attention(attention)
-            for block, call in compiled:
-                set_compiled_call(block, call)
 
     @property
     def compiled(self) -> bool:
         """Return whether the layers are compiled."""
-        return any(compiled_call(block) is not None for block in self._blocks())
+        return any(is_compiled(block) for block in transformer_blocks(self.model))
 
     def compile_layers(self) -> None:
         """Compile the transformer blocks by `torch.compile`, with one graph for all row lengths."""
         # grad mode, training mode and kinds of layers each need a graph of the same code; torch keeps only 8
         raise_recompile_limit(RECOMPILE_LIMIT)
-        for block in self._blocks():
+        for block in transformer_blocks(self.model):
             block.compile(dynamic=True)
 
     def leave_layers(self) -> None:
         """Undo `compile_layers`."""
-        for block in self._blocks():
-            set_compiled_call(block, None)
-
-    def _blocks(self) -> Iterable[nn.Module]:
-        return transformer_blocks(self.model)
+        for block in transformer_blocks(self.model):
+            leave_compiled(block)
 
     @property
     def balanced_row(self) -> float:

@@ -36,15 +36,12 @@ class Pieces(NamedTuple):
         keys: list[np.ndarray] = []
         queries: list[int] = []
         start = 0
-        for prompt, (first, *others) in runs.runs:
-            shared = np.arange(start, start + prompt)
-            keys.append(np.arange(start, start + prompt + first))
-            queries.append(prompt + first)
-            start += prompt + first
-            for other in others:
-                keys.append(np.concatenate([shared, np.arange(start, start + other)]))
-                queries.append(other)
-                start += other
+        for prompt, responses in runs.runs:
+            shared, start = np.arange(start, start + prompt), start + prompt
+            for number, tokens in enumerate(responses):
+                keys.append(np.concatenate([shared, np.arange(start, start + tokens)]))
+                queries.append(tokens if number else prompt + tokens)
+                start += tokens
         seen = [len(each) for each in keys]
         offsets = (np.cumsum([0, *lengths], dtype=np.int32) for lengths in (queries, seen))
         tensors = (on_device(torch.from_numpy(each), device) for each in (np.concatenate(keys), *offsets))
