@@ -31,9 +31,6 @@ class TextProgress(ProgressBar):
         """Switch the lines off; Lightning calls this on all ranks but the first."""
         self._enabled = False
 
-    def enable(self) -> None:
-        self._enabled = True
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = (time.perf_counter(), trainer.global_step)
 

@@ -43,16 +43,21 @@ class SafeCheckpointIO(TorchCheckpointIO):
             try:
                 torch.save(checkpoint, temporary)
             except RuntimeError as error:  # torch's writer hides the operating system's reason
-                raise UserError(
-                    f"{path} could not be written, probably because the disk is full: free space and repeat "
-                    "the command with --ckpt_path last; an earlier one is untouched."
-                ) from error
+                raise unwritable(path) from error
 
     def load_checkpoint(
         self, path: Any, map_location: Callable | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Return the contents on the CPU, whatever the arguments say. Raises UserError like `read_checkpoint`."""
         return read_checkpoint(Path(path), mmap=False)
+
+
+def unwritable(path: Any) -> UserError:
+    """Return the error for a checkpoint that cannot be written."""
+    return UserError(
+        f"{path} could not be written, probably because the disk is full: free space and repeat the command with "
+        "--ckpt_path last; an earlier one is untouched."
+    )
 
 
 def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:

@@ -8,8 +8,8 @@ bounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -149,16 +149,10 @@ def packed_flex(
     return out
 
 
-def compile_flex(backend: str | Callable[..., Any] = "inductor") -> Callable[..., Tensor]:
-    """Return `packed_flex` compiled as one graph, which raises past the compiler's limit.
-
-    `attend` marks the dimensions that follow the row's length as dynamic, so that one graph serves every length.
-    `dynamic=True` would also make scale and soft cap dynamic, which FlexAttention refuses.
-    """
-    return torch.compile(packed_flex, fullgraph=True, backend=backend)
-
-
-compiled_flex = compile_flex()
+# One graph, which raises past the compiler's limit. `attend` marks the dimensions that follow the row's length as
+# dynamic, so that it serves every length. `dynamic=True` would also make scale and soft cap dynamic, which
+# FlexAttention refuses.
+compiled_flex = torch.compile(packed_flex, fullgraph=True)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:

@@ -67,7 +67,6 @@ def head_logps(
     bias: Tensor | None,
     targets: Tensor,
     rule: LogitRule,
-    slice_logits: int | None = None,
     some_dropped: bool = True,
 ) -> Tensor:
     """Return log-probabilities [N] of `targets` [N] in float32 (float64 for float64 weights), with gradient.
@@ -80,12 +79,10 @@ def head_logps(
     Args:
         hidden: outputs of the decoder that predict the targets, [N, width].
         weight, bias: of the head, [V, width] and [V].
-        slice_logits: largest number of logits to hold at a time; None chooses by device.
         some_dropped: whether pairs may be dropped after this forward pass.
     """
-    most = SLICE_LOGITS.get(hidden.device.type, SLICE_LOGITS["cuda"]) if slice_logits is None else slice_logits
-    narrowest = NARROWEST_SLICE if slice_logits is None else 1
-    width = min(len(weight), max(most // max(len(targets), 1), narrowest))
+    most = SLICE_LOGITS.get(hidden.device.type, SLICE_LOGITS["cuda"])
+    width = min(len(weight), max(most // max(len(targets), 1), NARROWEST_SLICE))
     return _HeadLogps.apply(hidden.to(compute_dtype(weight)), weight, bias, targets, rule, width, some_dropped)
 
 

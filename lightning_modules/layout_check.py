@@ -215,8 +215,7 @@ class StartCheck:
         with self.policy.as_loaded(), torch.no_grad():
             expected = self._score(rows, whole_logits=True).cpu()
             ours = self._score(rows).cpu()
-        tokens = response_tokens(rows, CHECKED_PAIRS, len(self.responses), self.ranks.device)
-        sample = Sample(batch, pairs, expected, tokens.double().cpu())
+        sample = Sample(batch, pairs, expected, self._tokens(rows))
         apart = ((ours - expected).abs() / sample.tokens).nan_to_num(nan=math.inf)
         worst = self.ranks.reduce(apart.masked_fill(~torch.isfinite(expected), 0).max(), "max")
         if float(worst) > TOLERANCE[self.dtype]:
@@ -231,21 +230,21 @@ class StartCheck:
         """Return the pairs of the batch, every response scored in a micro-batch of its own, free of other rows."""
         pairs = list(range(len(batch.positions)))
         expected = torch.zeros(CHECKED_PAIRS, len(self.responses), dtype=torch.float64)
-        tokens = torch.ones_like(expected)
         with self.policy.as_loaded(), torch.no_grad():
             for pair in range(2):  # also on ranks without a pair, because forward passes may be collective
                 for number, side in enumerate(self.responses):
-                    for rows in self._rows(batch, (side,), "separate", pairs[pair : pair + 1]):
-                        score = self.policy(rows)
-                        if len(rows.response_tokens):
-                            expected[pair, number] = float(score)
-                            tokens[pair, number] = float(rows.response_tokens)
-        return Sample(batch, pairs, expected, tokens)
+                    rows = self._rows(batch, (side,), "separate", pairs[pair : pair + 1])
+                    alone = response_logps(self.policy, rows, CHECKED_PAIRS, 1, self.ranks.device)
+                    expected[:, number] += alone.flatten().cpu()
+        return Sample(batch, pairs, expected, self._tokens(self._rows(batch, self.responses, "separate", pairs)))
 
     def _rows(
         self, batch: OptimizerBatch, sides: Sequence[str], layout: Layout, pairs: list[int]
     ) -> list[PackedRows]:
         return self.ranks.match(batch.micro_batches(sides, layout, math.inf, pairs))
+
+    def _tokens(self, rows: Sequence[PackedRows]) -> Tensor:
+        return response_tokens(rows, CHECKED_PAIRS, len(self.responses), self.ranks.device).double().cpu()
 
     def _score(self, rows: Sequence[PackedRows], whole_logits: bool = False) -> Tensor:
         scorer = partial(self.policy, whole_logits=True) if whole_logits else self.policy

@@ -17,8 +17,7 @@ from lightning_modules.flex import mask_bytes
 from lightning_modules.head import NARROWEST_SLICE, SLICE_LOGITS
 from lightning_modules.pretrained import linear_weights
 from lightning_modules.private import FakeTensorMode, storage_id
-from lightning_modules.sharding import transformer_blocks
-from lightning_modules.tensor_parallel import LOCAL, keep_local_part
+from lightning_modules.sharding import LOCAL, keep_local_part, transformer_blocks
 
 WEIGHT = 4  # bytes of a master weight, of a gradient and of each number of optimizer state: float32
 SHORT_ROW = 16  # tokens; short, so that the dense mask, which FlexAttention does not need, adds almost nothing

@@ -21,8 +21,8 @@ from app.method.moments import MINIMUM_STD, rounding_std
 from app.method.pair_loss import PairLoss
 from app.method.ranges import NonNegativeFloat, PositiveFloat, ShareBelowOne, checked
 from app.method.step import MissingStatistics, RewardGapHook, StepDecision, StepObserver
-from lightning_modules.divergence import perturbed_gaps, reference_kl
 from lightning_modules.flops import peak_operations, step_operations
+from lightning_modules.measuring import perturbed_gaps, reference_kl
 from lightning_modules.preference_scoring import PreferenceScoring, ReferenceKind
 from lightning_modules.scorer import response_logps
 from lightning_modules.sharding import keeps_gradients

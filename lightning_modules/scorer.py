@@ -30,10 +30,9 @@ class ResponseScorer(nn.Module):
     Args:
         model: a causal language model of transformers. Raises UserError if its head is not a linear layer or if
             it has no backbone separate from the head.
-        slice_logits: largest number of logits to hold at a time; None chooses by device.
     """
 
-    def __init__(self, model: Any, slice_logits: int | None = None):
+    def __init__(self, model: Any):
         super().__init__()
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
@@ -47,7 +46,6 @@ class ResponseScorer(nn.Module):
                 "choose another model."
             )
         self.model = model
-        self.slice_logits = slice_logits
         self.some_dropped = False  # whether pairs may be dropped between a forward pass and its backward pass
         # the fallback if none of this project's attentions works, and the baseline of the start-up check
         self.own_attention = attention_of(model.config)
@@ -127,9 +125,7 @@ class ResponseScorer(nn.Module):
         if hidden_only:
             return hidden
         head = self._head()
-        per_token = head_logps(
-            hidden, *head, rows.target_ids, self.logit_rule, self.slice_logits, self.some_dropped
-        )
+        per_token = head_logps(hidden, *head, rows.target_ids, self.logit_rule, self.some_dropped)
         return response_sums(per_token, rows)
 
     @property

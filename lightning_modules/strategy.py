@@ -16,10 +16,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from app.core.errors import UserError
 from app.method.ranges import NonNegativeInt, PositiveInt, UpToInfinity, checked
+from lightning_modules.checkpoint import unwritable
 from lightning_modules.private import default_pg_timeout
 from lightning_modules.scorer import ResponseScorer
-from lightning_modules.sharding import shard
-from lightning_modules.tensor_parallel import SUMMED, split_layers
+from lightning_modules.sharding import SUMMED, shard, split_layers
 
 
 @checked
@@ -130,10 +130,7 @@ class ShardedStrategy(ModelParallelStrategy):
         except (OSError, RuntimeError, CheckpointException) as error:  # CheckpointException is no Exception
             if self.is_global_zero:
                 shutil.rmtree(part, ignore_errors=True)
-            raise UserError(
-                f"{path} could not be written, probably because the disk is full: free space and repeat "
-                "the command with --ckpt_path last; an earlier one is untouched."
-            ) from error
+            raise unwritable(path) from error
         self.barrier("shards written")
         if self.is_global_zero:
             if path.is_dir():  # a checkpoint of the same step, which was repeated

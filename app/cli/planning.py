@@ -21,9 +21,9 @@ from lightning_modules.base import LanguageModelTraining
 from lightning_modules.lora import add_lora
 from lightning_modules.memory import WEIGHT, MemoryPlan, Setup, Sizes, activations
 from lightning_modules.pretrained import bare_model, load_config, parameter_count, store_linear_weights
+from lightning_modules.sharding import keep_local_part
 from lightning_modules.start_checks import check_quantized
 from lightning_modules.strategy import ShardedStrategy
-from lightning_modules.tensor_parallel import keep_local_part
 
 SHAPES = CONFIGS / "shapes"  # <owner>/<name>.json, with the content of config.json on the Hub
 RESERVED = 0.1  # share of a device reserved for CUDA, communication buffers and fragmentation

@@ -69,7 +69,7 @@ SLOW = [
 def test_flex_takes_one_graph_with_gradient_and_one_without(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short, long, several and empty rows, every window, training and validation; and the right numbers."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
-    monkeypatch.setattr(flex, "compiled_flex", flex.compile_flex("aot_eager"))
+    monkeypatch.setattr(flex, "compiled_flex", torch.compile(flex.packed_flex, fullgraph=True, backend="aot_eager"))
     monkeypatch.setitem(FAMILIES, "gemma3", GEMMA3)  # no other test shall meet it
     torch._dynamo.reset()
     counters.clear()

@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from app.method.batch import Layout, PackedRows
 from datamodules.packing import pack
 from datamodules.records import TokenisedPair
+from lightning_modules import head
 from lightning_modules.attention import dense_mask, one_row
 from lightning_modules.flex import BLOCK, Blocks
 from lightning_modules.head import LogitRule, head_logits
@@ -110,7 +111,12 @@ def test_a_mask_that_lets_pairs_see_each_other_would_be_noticed(
 @pytest.mark.parametrize("attention", ["own", "pairwise"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral_window", "gemma2"])
 @pytest.mark.parametrize("slice_logits", [1, 100, 1500, None])
-def test_gradients_equal_those_of_plain_rows(family: str, slice_logits: int | None, attention: str) -> None:
+def test_gradients_equal_those_of_plain_rows(
+    family: str, slice_logits: int | None, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if slice_logits is not None:
+        monkeypatch.setitem(head.SLICE_LOGITS, "cpu", slice_logits)
+        monkeypatch.setattr(head, "NARROWEST_SLICE", 1)
     pairs = random_pairs()
     plain, packed = tiny_model(family), tiny_model(family)
     if attention == "pairwise":
@@ -119,7 +125,7 @@ def test_gradients_equal_those_of_plain_rows(family: str, slice_logits: int | No
         packed.set_attn_implementation(attention)
     weight = torch.linspace(-1, 1, 2 * len(pairs), dtype=torch.float64).view(-1, 2)
     (plain_sums(plain, pairs) * weight).sum().backward()
-    (score(ResponseScorer(packed, slice_logits), pairs, "packed", 1000) * weight).sum().backward()
+    (score(ResponseScorer(packed), pairs, "packed", 1000) * weight).sum().backward()
     for (name, expected), seen in zip(plain.named_parameters(), packed.parameters(), strict=True):
         assert expected.grad is not None, name
         torch.testing.assert_close(seen.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)

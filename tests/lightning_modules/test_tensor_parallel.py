@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from app.commands.export import export
 from app.core.errors import UserError
 from lightning_modules import ShardedStrategy
-from lightning_modules.tensor_parallel import keep_local_part, split_plan
+from lightning_modules.sharding import keep_local_part, split_plan
 
 FAMILIES = sorted({family for variants in VARIANTS.values() for family, *_ in variants.values()})
 
