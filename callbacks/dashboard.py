@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from app.core.log_folder import log_folder
@@ -141,31 +139,37 @@ class BetaDashboard(Callback):
         self.pairs = pairs
         self._extreme: dict[str, list[MeasuredPair]] = {}  # since the last list, the most extreme first
         self._decision: StepDecision | None = None
-        self._kl: Tensor | None = None
+        self._kl: dict[str, float] = {}  # the curves of the step, if it is due
         self._laid_out = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._laid_out = False
 
     def on_step_decided(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
-        self._decision = decision  # drawn at the end of the step
+        self._decision, self._kl = decision, {}  # drawn at the end of the step
         due = self.kl_every_n_steps and (decision.step - 1) % self.kl_every_n_steps == 0
         # here, because all ranks measure together, and before the policy's update, as for every other curve
-        self._kl = decision.measure_kl() if due and decision.measure_kl and trainer.loggers else None
+        if due and decision.measure_kl and trainer.loggers:
+            chosen, rejected = decision.measure_kl()[:, decision.eligible].mean(dim=1).tolist()
+            self._kl = {"train/kl_chosen": chosen, "train/kl_rejected": rejected}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         decision, self._decision = self._decision, None
         if decision is None:
             return
-        curves = self._log_kl(trainer, decision)
+        for logger in trainer.loggers if self._kl else ():
+            # not by `self.log`, which would repeat a measurement at every step up to the next one
+            logger.log_metrics(self._kl, step=decision.step)
         writer = tensorboard_writer(trainer)
         if writer is None:
             return
         if not self._laid_out:  # only after the first step are the curves of this run known
-            lay_out(writer, {*trainer.callback_metrics, *curves}, decision.step)
+            lay_out(writer, {*trainer.callback_metrics, *self._kl}, decision.step)
             self._laid_out = True
         if (decision.step - 1) % self.histogram_every_n_steps == 0:
-            add_histograms(writer, decision)
+            for name, chosen in (("kept", decision.kept), ("dropped", decision.eligible & ~decision.kept)):
+                if chosen.any():
+                    writer.add_histogram(f"gap/{name}", decision.gaps[chosen], decision.step)
         seen = measured_pairs(decision)
         for name, most_extreme in (("lowest", heapq.nsmallest), ("highest", heapq.nlargest)):
             both = [*self._extreme.get(name, []), *seen]
@@ -185,19 +189,6 @@ class BetaDashboard(Callback):
                 writer._get_file_writer().add_summary(summary)  # as torch writes hparams itself
         writer.flush()
 
-    def _log_kl(self, trainer: Trainer, decision: StepDecision) -> dict[str, float]:
-        """Log the KL and return its curves.
-
-        It goes to the loggers directly: `self.log` would repeat a measurement at every step up to the next one.
-        """
-        if self._kl is None:
-            return {}
-        chosen, rejected = self._kl[:, decision.eligible].mean(dim=1).tolist()
-        curves = {"train/kl_chosen": chosen, "train/kl_rejected": rejected}
-        for logger in trainer.loggers:
-            logger.log_metrics(curves, step=decision.step)
-        return curves
-
     def _list_extreme_pairs(self, trainer: Trainer, writer: SummaryWriter, step: int) -> None:
         data: Any = getattr(trainer, "datamodule", None)
         for name, pairs in self._extreme.items():
@@ -205,17 +196,6 @@ class BetaDashboard(Callback):
                 texts = data.pair_texts([pair.pair_id for pair in pairs]) if hasattr(data, "pair_texts") else {}
                 writer.add_text(f"pairs/{name} gaps", as_markdown(pairs, texts), step)
         self._extreme = {}
-
-
-def add_histograms(writer: SummaryWriter, decision: StepDecision) -> None:
-    """Write the histograms `gap/kept` and `gap/dropped`; omit one without pairs."""
-    gaps: dict[str, torch.Tensor] = {
-        "gap/kept": decision.gaps[decision.kept],
-        "gap/dropped": decision.gaps[decision.eligible & ~decision.kept],
-    }
-    for name, values in gaps.items():
-        if len(values):
-            writer.add_histogram(name, values, decision.step)
 
 
 def tensorboard_writer(trainer: Trainer) -> SummaryWriter | None:

@@ -84,7 +84,11 @@ def summaries(settings: Mapping[str, Value]) -> tuple[Summary, ...]:
     columns = api_pb2.Experiment(
         hparam_infos=[
             # the tab puts the settings marked as different between runs first
-            api_pb2.HParamInfo(name=title, type=data_type(title), differs=title in SHOWN)
+            api_pb2.HParamInfo(
+                name=title,
+                type=api_pb2.DATA_TYPE_STRING if title in TEXTS else api_pb2.DATA_TYPE_FLOAT64,
+                differs=title in SHOWN,
+            )
             for title in SETTINGS
         ],
         metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in METRICS],
@@ -95,7 +99,3 @@ def summaries(settings: Mapping[str, Value]) -> tuple[Summary, ...]:
     )
     _, start, end = torch_summary.hparams(dict(settings), {})
     return Summary(value=[Summary.Value(tag=metadata.EXPERIMENT_TAG, metadata=described)]), start, end
-
-
-def data_type(title: str) -> int:
-    return api_pb2.DATA_TYPE_STRING if title in TEXTS else api_pb2.DATA_TYPE_FLOAT64

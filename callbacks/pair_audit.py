@@ -44,7 +44,7 @@ class PairAudit(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not in `setup`, where Lightning does not know yet whether the run is resumed
-        self._folder = audit_folder(trainer)
+        self._folder = log_folder(trainer) / "audit"
         reads = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
         files = sorted(self._folder.glob("*.parquet")) if reads else []
         # broadcast, or the other ranks would wait for the one that stopped
@@ -80,11 +80,6 @@ class PairAudit(Callback):
 
     # a resumed run needs every step up to its checkpoint
     on_save_checkpoint = on_train_end = on_exception = flush  # type: ignore[assignment]
-
-
-def audit_folder(trainer: Trainer) -> Path:
-    """Return `<log dir>/audit`; every rank must call it, as for the log folder."""
-    return log_folder(trainer) / "audit"
 
 
 def audit_rows(decision: StepDecision) -> pa.Table:

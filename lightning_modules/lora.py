@@ -100,14 +100,12 @@ def add_lora(model: Any, lora: Lora) -> None:
     Raises UserError if one of the targets matches nothing; says what got adapters, and warns of fused experts that
     got none.
     """
-    refuse_unmatched(model, lora.target_modules)
+    experts = fused_experts(model)
+    refuse_unmatched(model, lora.target_modules, experts)
     for one in lora.target_parameters or []:
         if not any(f".{name}".endswith(f".{one}") for name, _ in model.named_parameters()):
-            named = (
-                f"the fused experts are {', '.join(fused_experts(model))}" if fused_experts(model) else NOT_FUSED
-            )
+            named = f"the fused experts are {', '.join(experts)}" if experts else NOT_FUSED
             raise UserError(f"model.lora.target_parameters: {one} names no weight: {named}.")
-    experts = fused_experts(model)
     try:
         model.add_adapter(lora.peft_config())
     except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
@@ -159,27 +157,28 @@ def save_adapters_alone(module: nn.Module) -> None:
     module.register_load_state_dict_post_hook(keep)
 
 
-def refuse_unmatched(model: Any, targets: str | list[str]) -> None:
+def refuse_unmatched(model: Any, targets: str | list[str], experts: list[str]) -> None:
     """Raise UserError for entries of `target_modules` that match no layer or the output head."""
+    if targets == "all-linear":
+        return
     layers = {
         name: kind for name, kind in model.named_modules() if isinstance(kind, (nn.Linear, nn.Embedding, Conv1D))
     }
     names = sorted({name.rpartition(".")[2] for name in layers})
-    found = {one: [name for name in layers if f".{name}".endswith(f".{one}")] for one in targets}
-    if targets == "all-linear":
-        return
     if isinstance(targets, str):
         try:
             found = {targets: [name for name in layers if re.fullmatch(targets, name)]}
         except re.error as error:
             raise UserError(f"model.lora.target_modules: {targets!r} is no pattern: {error}.") from error
+    else:
+        found = {one: [name for name in layers if f".{name}".endswith(f".{one}")] for one in targets}
     unmatched = [one for one, fitting in found.items() if not fitting]
     if not targets or unmatched:
         near = [name for one in unmatched for name in get_close_matches(one, names, 2)]
         hint = f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else "."
         if targets in names:
             hint = f"; write [{targets}]: text by itself is a pattern for whole names."
-        if experts := fused_experts(model):
+        if experts:
             hint = f". If the experts are meant, {TO_ADAPT.format(', '.join(experts))}."
         raise UserError(
             f"model.lora.target_modules: {', '.join(unmatched) or 'an empty list'} names no layer; there are "

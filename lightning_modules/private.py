@@ -36,11 +36,6 @@ __all__ = [
 # --- torch ----------------------------------------------------------------------------------------------
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Return whether `module.compile()` was called."""
-    return module._compiled_call_impl is not None
-
-
 def leave_compiled(module: nn.Module) -> None:
     """Undo `module.compile()`; torch has no other way."""
     module._compiled_call_impl = None

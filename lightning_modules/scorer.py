@@ -15,7 +15,7 @@ from app.core.errors import UserError
 from app.method.batch import Layout, OptimizerBatch, PackedRows
 from lightning_modules.attention import OURS, model_inputs
 from lightning_modules.head import LogitRule, at_least_float32, head_logits, head_logps
-from lightning_modules.private import attention_of, is_compiled, leave_compiled, raise_recompile_limit
+from lightning_modules.private import attention_of, leave_compiled, raise_recompile_limit
 from lightning_modules.sharding import transformer_blocks
 
 RECOMPILE_LIMIT = 64  # most graphs that the compiler keeps of a layer's code
@@ -50,6 +50,8 @@ class ResponseScorer(nn.Module):
         # the fallback if none of this project's attentions works, and the baseline of the start-up check
         self.own_attention = attention_of(model.config)
         self.layout: Layout | None = None  # of the rows, known after the start-up check
+        self.compiled = False  # the layers
+        self.logit_rule = LogitRule.of(model.config)
 
     @property
     def attention(self) -> str:
@@ -72,22 +74,19 @@ class ResponseScorer(nn.Module):
         finally:
             self.use_attention(attention)
 
-    @property
-    def compiled(self) -> bool:
-        """Return whether the layers are compiled."""
-        return any(is_compiled(block) for block in transformer_blocks(self.model))
-
     def compile_layers(self) -> None:
         """Compile the transformer blocks by `torch.compile`, with one graph for all row lengths."""
         # grad mode, training mode and kinds of layers each need a graph of the same code; torch keeps only 8
         raise_recompile_limit(RECOMPILE_LIMIT)
         for block in transformer_blocks(self.model):
             block.compile(dynamic=True)
+        self.compiled = True
 
     def leave_layers(self) -> None:
         """Undo `compile_layers`."""
         for block in transformer_blocks(self.model):
             leave_compiled(block)
+        self.compiled = False
 
     @property
     def balanced_row(self) -> float:
@@ -127,10 +126,6 @@ class ResponseScorer(nn.Module):
         head = self._head()
         per_token = head_logps(hidden, *head, rows.target_ids, self.logit_rule, self.some_dropped)
         return response_sums(per_token, rows)
-
-    @property
-    def logit_rule(self) -> LogitRule:
-        return LogitRule.of(self.model.config)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [N, V] of outputs [N, width]. Outside `forward`, call `sharding.gather_root` first."""

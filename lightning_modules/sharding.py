@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -104,16 +104,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
         if parameter.grad is not None:
             groups[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
     norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups.values()]
-    total = get_total_norm([_whole(norm) for norm in norms])
+    total = get_total_norm([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
     norm = float(total)
     if norm + 1e-6 > max_norm:  # torch's own margin
         for group in groups.values():
             clip_grads_with_norm_(group, max_norm, total)
     return norm
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # --- tensor parallelism: the matrices of every block are split by the model's own plan -------------------------

@@ -12,7 +12,7 @@ from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_t
 
 from app.core.errors import UserError
 from lightning_modules.head import LogitRule
-from lightning_modules.scorer import ResponseScorer, response_logps
+from lightning_modules.scorer import response_logps
 
 
 def one_step(folder: Path, name: str, layout: str) -> tuple[Any, Any]:
@@ -61,7 +61,7 @@ def test_separate_rows_on_request(tiny_llama: str, tmp_path: Path) -> None:
 def test_a_head_that_the_project_does_not_know_is_refused(
     tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ResponseScorer, "logit_rule", LogitRule(scale=1.01))
+    monkeypatch.setattr(LogitRule, "of", lambda config: LogitRule(scale=1.01))
     for layout in ("auto", "packed", "separate"):
         with pytest.raises(UserError, match=r"output head .* is not supported"):
             one_step(tmp_path, tiny_llama, layout)
