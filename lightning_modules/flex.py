@@ -8,7 +8,7 @@ bounds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -152,7 +152,7 @@ def packed_flex(
 # One graph, which raises past the compiler's limit. `attend` marks the dimensions that follow the row's length as
 # dynamic, so that it serves every length. `dynamic=True` would also make scale and soft cap dynamic, which
 # FlexAttention refuses.
-compiled_flex = torch.compile(packed_flex, fullgraph=True)
+compiled_flex: Callable[..., Tensor] = torch.compile(packed_flex, fullgraph=True)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
