@@ -77,13 +77,12 @@ class MeasuredPair(NamedTuple):
 
 def measured_pairs(decision: StepDecision) -> list[MeasuredPair]:
     """Return the eligible pairs of a step."""
+    gaps, kept, labels = decision.gaps.tolist(), decision.kept.tolist(), decision.labels
     return [
         MeasuredPair(
-            gap, decision.step, decision.pair_ids[at], kept, {n: v[at] for n, v in decision.labels.items()}
+            gaps[at], decision.step, decision.pair_ids[at], kept[at], {n: v[at] for n, v in labels.items()}
         )
-        for at, (gap, kept, eligible) in enumerate(
-            zip(decision.gaps.tolist(), decision.kept.tolist(), decision.eligible.tolist(), strict=True)
-        )
+        for at, eligible in enumerate(decision.eligible.tolist())
         if eligible
     ]
 

@@ -34,7 +34,6 @@ class Slot:
     kinds: tuple[type[Callback], ...]
     text: str  # its line in `fit --help`
     on: bool = False  # whether the first kind, with its default options, is the default
-    decides: bool = False  # whether it changes the step; with all such slots empty a run is plain DPO
 
     @property
     def accepted(self) -> Any:
@@ -47,37 +46,24 @@ class Slot:
         return {"class_path": f"callbacks.{self.kinds[0].__name__}"} if self.on else None
 
 
-# in the order in which they run, but for `control`, which follows the slot that it controls; the user's
-# trainer.callbacks run after the slots that decide
-SLOTS = (
-    Slot(
-        "reward",
-        (ExplicitRewardGap,),
-        "reward gap M from columns of the data; null: the policy's",
-        decides=True,
-    ),
-    Slot("statistics", (RewardGapStatistics,), "running mean M0 and standard deviation σ of M", decides=True),
-    Slot("filter", (PairFilter,), "which pairs of the batch are trained on; null: all", decides=True),
-    Slot("schedule", (BetaScheduler, EpsilonBeta), "β of the step or of each pair; null: β0", decides=True),
+# Those that change the step, in the order in which they run, but for `control`, which follows the slot that it
+# controls. With all of them empty a run is plain DPO.
+DECIDING = (
+    Slot("reward", (ExplicitRewardGap,), "reward gap M from columns of the data; null: the policy's"),
+    Slot("statistics", (RewardGapStatistics,), "running mean M0 and standard deviation σ of M"),
+    Slot("filter", (PairFilter,), "which pairs of the batch are trained on; null: all"),
+    Slot("schedule", (BetaScheduler, EpsilonBeta), "β of the step or of each pair; null: β0"),
     Slot(
         "margin",
         (StandardisedMargin, GammaPOMargin, AMaPOMargin),
         "margin subtracted from each pair's logit; null: none",
-        decides=True,
     ),
-    Slot("confidence", (AnnotatorReliability,), "probability that each label is right; null: 1", decides=True),
-    Slot(
-        "weights",
-        (ReferenceWeights, LossWeights, ScoreWeights),
-        "weight of each pair in the loss; null: 1",
-        decides=True,
-    ),
-    Slot(
-        "control",
-        (Control,),
-        "breaks the link between one decision and its pairs; null: none",
-        decides=True,
-    ),
+    Slot("confidence", (AnnotatorReliability,), "probability that each label is right; null: 1"),
+    Slot("weights", (ReferenceWeights, LossWeights, ScoreWeights), "weight of each pair in the loss; null: 1"),
+    Slot("control", (Control,), "breaks the link between one decision and its pairs; null: none"),
+)
+# after the user's trainer.callbacks, those that only observe
+OBSERVING = (
     Slot("audit", (PairAudit,), "every pair of every step as parquet", on=True),
     Slot("dashboard", (BetaDashboard,), "charts, histograms and KL in TensorBoard", on=True),
     Slot("health", (HealthMonitor,), "warnings in the log, and a stop if asked for", on=True),
@@ -86,6 +72,7 @@ SLOTS = (
     Slot("checkpoint", (RunCheckpoint,), "checkpoints, and a clean stop at a signal", on=True),
     Slot("progress", (TextProgress,), "lines of progress; a bar on a terminal", on=True),
 )
+SLOTS = (*DECIDING, *OBSERVING)
 BY_NAME = {slot.name: slot for slot in SLOTS}
 
 
@@ -106,7 +93,7 @@ def in_order(filled: Mapping[str, Callback | None], own: Sequence[Callback] = ()
         if right is not None and right.name != name:
             raise UserError(f"{name}: {type(callback).__name__} belongs in the slot {right.name!r}.")
     control = filled.get("control")
-    order = {slot.name: float(place) for place, slot in enumerate(SLOTS)}
+    order = [slot.name for slot in DECIDING]
     if isinstance(control, Control):
         controlled = [name for name in CONTROLS[control.by][1] if filled.get(name) is not None]
         if not controlled:
@@ -114,13 +101,10 @@ def in_order(filled: Mapping[str, Callback | None], own: Sequence[Callback] = ()
             raise UserError(
                 f"control: {control.by} has nothing to control: fill the slot {slots}, or --control null."
             )
-        order["control"] = order[controlled[-1]] + 0.5
-    found: dict[bool, list[Callback]] = {True: [], False: []}
-    for slot in sorted(SLOTS, key=lambda slot: order[slot.name]):
-        callback = filled.get(slot.name)
-        if callback is not None:
-            found[slot.decides].append(callback)
-    return [*found[True], *own, *found[False]]
+        order.insert(order.index(controlled[-1]) + 1, order.pop())
+    deciding = [one for name in order if (one := filled.get(name)) is not None]
+    observing = [one for slot in OBSERVING if (one := filled.get(slot.name)) is not None]
+    return [*deciding, *own, *observing]
 
 
 def refuse_listed(kinds: Sequence[type]) -> None:
@@ -140,8 +124,7 @@ def entries(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
     It also reads the lists of version 0.1.
     """
-    filled = [(slot, config.get(slot.name)) for slot in SLOTS]
     own = (config.get("trainer") or {}).get("callbacks") or []
-    yield from (entry for slot, entry in filled if slot.decides and entry)
+    yield from (entry for slot in DECIDING if (entry := config.get(slot.name)))
     yield from own if isinstance(own, list) else [own]
-    yield from (entry for slot, entry in filled if not slot.decides and entry and slot.name != "scores")
+    yield from (entry for slot in OBSERVING if (entry := config.get(slot.name)) and slot.name != "scores")
