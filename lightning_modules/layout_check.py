@@ -125,11 +125,9 @@ class StartCheck:
         names = [self.policy.attention]
         if self.attention == "auto":
             names = [*attentions(self.policy.model, self.ranks.device, self.dtype), own]
-        packed: list[tuple[str, Layout]] = [(name, "packed") for name in names]
-        separate: list[tuple[str, Layout]] = [(name, "separate") for name in names]
-        if self.layout == "auto":
-            return [*packed, separate[-1]]
-        return packed if self.layout == "packed" else separate
+        if self.layout != "auto":
+            return [(name, self.layout) for name in names]
+        return [*((name, "packed") for name in names), (names[-1], "separate")]
 
     def _refusal(self, finding: str, attention: str, layout: Layout) -> str:
         """Return the error message, with a remedy, for a run in which no candidate agrees."""

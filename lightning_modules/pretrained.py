@@ -193,19 +193,17 @@ def stand_ins_for_meta(model: nn.Module) -> Iterator[None]:
     `peft` puts adapters on the device of their layer: those that it adds within the block are real, and start as
     they would beside the model's own weights.
     """
-    missing = [weight for weight in model.parameters() if weight.is_meta]
-    zeros = {weight: nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape)) for weight in missing}
-    _replace(model, zeros)
+    pairs = [
+        (weight, nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape)))
+        for weight in model.parameters()
+        if weight.is_meta
+    ]
+    for weight, zero in pairs:
+        torch.utils.swap_tensors(weight, zero)
     yield
-    for weight, zero in zeros.items():
-        weight.requires_grad_(zero.requires_grad)
-    _replace(model, {zero: weight for weight, zero in zeros.items()})
-
-
-def _replace(model: nn.Module, others: dict[nn.Parameter, nn.Parameter]) -> None:
-    for module in model.modules():
-        for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            setattr(module, name, others.get(weight, weight))
+    for weight, zero in pairs:
+        zero.requires_grad_(weight.requires_grad)
+        torch.utils.swap_tensors(weight, zero)
 
 
 def linear_weights(model: nn.Module) -> list[torch.Tensor]:
