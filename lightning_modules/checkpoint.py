@@ -85,7 +85,7 @@ def read_for_export(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         return read_checkpoint(path)
-    check_checkpoint(path)
+    state = check_checkpoint(path)
     reader = FileSystemReader(path)
     weights = {
         name: torch.empty(stored.size, dtype=stored.properties.dtype)
@@ -96,8 +96,7 @@ def read_for_export(path: Path) -> dict[str, Any]:
         dcp.load(weights, storage_reader=reader, no_dist=True)
     except (Exception, CheckpointException) as error:  # CheckpointException is no subclass of Exception
         raise _refusal(path) from error
-    state = {name.removeprefix("state_dict."): tensor for name, tensor in weights.items()}
-    return _load(path, path / _LIGHTNING_METADATA) | {"state_dict": state}
+    return state | {"state_dict": {name.removeprefix("state_dict."): tensor for name, tensor in weights.items()}}
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:

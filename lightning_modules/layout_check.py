@@ -39,27 +39,17 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class StartCheck:
-    """The start-up check of a stage.
+    """The start-up check of a stage; `attention`, `layout` and `compile_layers` are its options."""
 
-    Args:
-        name: of the model, for errors.
-        scorers: the models, the policy first.
-        responses: the sides of a pair that the stage scores.
-        ranks: those that run the same check.
-        dtype: of the forward pass.
-        attention, layout, compile_layers: as the options of `LanguageModelTraining`.
-        trains: a backward pass follows.
-    """
-
-    name: str | None
-    scorers: Sequence[ResponseScorer]
-    responses: Sequence[str]
-    ranks: Ranks
-    dtype: torch.dtype
+    name: str | None  # of the model, for errors
+    scorers: Sequence[ResponseScorer]  # the models, the policy first
+    responses: Sequence[str]  # the sides of a pair that the stage scores
+    ranks: Ranks  # those that run the same check
+    dtype: torch.dtype  # of the forward pass
     attention: str
     layout: Literal["auto", "packed", "separate"]
     compile_layers: bool | Literal["auto"]
-    trains: bool
+    trains: bool  # whether a backward pass follows
 
     @property
     def policy(self) -> ResponseScorer:
