@@ -20,7 +20,7 @@ JUDGE :=
 RIVAL = $(RUN)/sft-samples.jsonl
 ARMS := dpo dynamic_beta filter_only beta_dpo instance_level random_filter weight_matched
 
-.PHONY: install quickstart quickstart-seeds arm arms pipeline pipeline-smollm2 smollm2 parity docs bench study sentiment check-exports wheels size lint test test-slow
+.PHONY: install quickstart quickstart-seeds arm arms pipeline pipeline-smollm2 smollm2 parity docs bench study sentiment check-exports wheels lint test test-slow
 
 install: $(VENV)/.installed
 
@@ -137,10 +137,6 @@ $(VLLM_ENV)/.installed $(TF4_ENV)/.installed:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
 	touch $@
-
-# lines, files, import cycles, YAML files and pages, against their targets
-size:
-	$(PYTHON) -m benchmarks.size
 
 # a process for each of two cores; a file's tests stay together, because they share runs
 PYTEST := -n 2 --dist loadfile --durations 15

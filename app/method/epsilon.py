@@ -32,22 +32,15 @@ def epsilon_steps(gap_minus: Tensor, gap_zero: Tensor, gap_plus: Tensor) -> Tens
 
 
 def epsilon_beta(beta: float, epsilon: float, steps: Tensor) -> Tensor:
-    """Return β_i = β/(1 + ε·step_i), [B] float64, for `steps` [B]. Raises ValueError unless 0 < ε < 1."""
-    _check(epsilon)
+    """Return β_i = β/(1 + ε·step_i), [B] float64, for `steps` [B] and ε in (0, 1)."""
     return beta / (1.0 + epsilon * steps.to(torch.float64))
 
 
 def next_epsilon_beta(beta: float, epsilon: float, steps: Tensor) -> float:
     """Return β for the next optimizer step, β/(1 + ε·mean(steps)), from `steps` [G] of the global batch.
 
-    β is unchanged when there is no pair. Raises ValueError unless 0 < ε < 1.
+    β is unchanged when there is no pair.
     """
-    _check(epsilon)
     if steps.numel() == 0:
         return beta
     return beta / (1.0 + epsilon * float(steps.to(torch.float64).mean()))
-
-
-def _check(epsilon: float) -> None:
-    if not 0.0 < epsilon < 1.0:
-        raise ValueError(f"ε must lie in (0, 1), got {epsilon}")

@@ -74,17 +74,11 @@ class RunningMoments:
 
     momentum: ShareBelowOne = 0.9
     start: Literal["bias_corrected", "zero"] = "bias_corrected"
-    ddof: int = 0
+    ddof: Literal[0, 1] = 0
     mean: float = 0.0
     std: float = 0.0
     mean_updates: int = 0
     std_updates: int = 0
-
-    def __post_init__(self) -> None:
-        if self.start not in ("bias_corrected", "zero"):
-            raise ValueError(f'start must be "bias_corrected" or "zero", got {self.start!r}')
-        if self.ddof not in (0, 1):
-            raise ValueError(f"ddof must be 0 or 1, got {self.ddof}")
 
     def update(self, values: Tensor) -> Moments:
         """Add the discrepancies `values` [n] of a global batch and return the moments to use for that batch.

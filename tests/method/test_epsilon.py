@@ -62,12 +62,3 @@ def test_perturbed_logits_are_the_policy_of_another_beta() -> None:
 def test_a_policy_that_equals_its_reference_is_not_perturbed() -> None:
     logits = torch.tensor([0.5, -2.0, 7.0], dtype=torch.float64)
     assert torch.equal(perturbed_logits(logits, logits, 0.01), logits)
-
-
-@pytest.mark.parametrize("epsilon", [0.0, -0.01, 1.0, math.nan])
-def test_epsilon_out_of_range_is_refused(epsilon: float) -> None:
-    steps = torch.tensor([1, -1])
-    with pytest.raises(ValueError, match="ε"):
-        epsilon_beta(0.1, epsilon, steps)
-    with pytest.raises(ValueError, match="ε"):
-        next_epsilon_beta(0.1, epsilon, steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import astuple
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ POPULATION_STD = math.sqrt(8.1875 / 4)
 BESSEL_STD = math.sqrt(8.1875 / 3)
 
 
-def warm(momentum: float = 0.9, ddof: int = 0) -> RunningMoments:
+def warm(momentum: float = 0.9, ddof: Literal[0, 1] = 0) -> RunningMoments:
     """Averages that stand at M0 = 1, σ = 2 without bias correction."""
     return RunningMoments(
         momentum=momentum, start="zero", ddof=ddof, mean=1.0, std=2.0, mean_updates=1, std_updates=1
@@ -33,7 +33,7 @@ def test_batch_spread_is_that_of_the_hand_computation() -> None:
 
 
 @pytest.mark.parametrize(("ddof", "std"), [(0, 1.9430690), (1, 1.9652020)])
-def test_statistics_are_updated_before_they_are_used(ddof: int, std: float) -> None:
+def test_statistics_are_updated_before_they_are_used(ddof: Literal[0, 1], std: float) -> None:
     moments = warm(ddof=ddof).update(BATCH)
     assert moments.mean == pytest.approx(0.9 * 1.0 + 0.1 * 0.875, abs=1e-12)
     assert moments.std == pytest.approx(std, abs=1e-6)
@@ -80,7 +80,7 @@ def test_an_empty_batch_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("ddof", [0, 1])
-def test_a_single_pair_moves_the_mean_and_not_the_spread(ddof: int) -> None:
+def test_a_single_pair_moves_the_mean_and_not_the_spread(ddof: Literal[0, 1]) -> None:
     running = RunningMoments(ddof=ddof)
     first = running.update(torch.tensor([4.0]))
     assert (first.mean, first.std) == (pytest.approx(4.0), None)
