@@ -59,11 +59,11 @@ def trl_rows(bench: Bench) -> list[Row]:
     from benchmarks import parity_trl
 
     against, rows = f"TRL {version('trl')}", []
-    for outcome in parity_trl.compare(bench):
+    for name, run, theirs, parameters in parity_trl.compare(bench):
         # relative for IPO and SPPO, whose losses start at 25 and 50
-        losses = [abs(a - b) / max(1.0, abs(b)) for a, b in zip(outcome.ours, outcome.theirs, strict=True)]
-        rows.append(Row(against, outcome.name, f"loss, {len(losses)} steps", float(np.max(losses)), 1e-5))
-        rows += parameter_rows(against, outcome.name, bench, outcome.our_parameters, outcome.their_parameters)
+        apart = [abs(step.loss - loss) / max(1.0, abs(loss)) for step, loss in zip(run.steps, theirs, strict=True)]
+        rows.append(Row(against, name, f"loss, {len(apart)} steps", float(np.max(apart)), 1e-5))
+        rows += parameter_rows(against, name, bench, run.parameters, parameters)
     return rows
 
 
@@ -83,13 +83,7 @@ def method_rows(bench: Bench, run: Run) -> list[Row]:
 def parity_table(rows: Sequence[Row]) -> str:
     header = ["against", "loss or method", "quantity", "largest difference", "tolerance", "holds"]
     lines = [
-        [
-            *(r.against, r.subject, r.quantity),
-            f"{r.difference:.1e}",
-            f"{r.tolerance:.0e}",
-            "yes" if r.holds else "NO",
-        ]
-        for r in rows
+        [*row[:3], f"{row.difference:.1e}", f"{row.tolerance:.0e}", "yes" if row.holds else "NO"] for row in rows
     ]
     return markdown(header, lines, aligned=True)
 

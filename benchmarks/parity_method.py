@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from benchmarks.authors_semantics import (
 from benchmarks.parity_runs import ALPHA, BETA0, KEEP_RATIO, LEARNING_RATE, MAX_GRAD_NORM, Bench, Run, token_ids
 
 STEPS, BATCH_SIZE = 24, 16
+SHOWN = (1, 2, 10)  # steps in the table of `differences`
 
 
 def step_differences(run: Run) -> dict[str, float]:
@@ -92,29 +93,20 @@ def response_logps(model: torch.nn.Module, texts: list[tuple[list[int], list[int
     return (taken * ((position >= first) & (position < last))).sum(-1)
 
 
-class State(NamedTuple):
-    """The state of one step under one setting, as text."""
+def differences(authors: Run, default: Run) -> list[list[str]]:
+    """Return rows of step, setting, gap, M0, σ, β and kept pairs, for both presets and the released code.
 
-    step: str  # from 1
-    setting: str
-    gap: str
-    mean: str
-    std: str
-    beta: str  # a range over micro-batches for the released code
-    kept: str
-
-
-def differences(authors: Run, default: Run, steps: tuple[int, ...] = (1, 2, 10)) -> list[State]:
-    """Return M0, σ, β and kept pairs of both presets and of the released code on four micro-batches per batch."""
-    statistics, rng, states = AuthorsStatistics(), np.random.default_rng(0), []
+    The released code gets four micro-batches per batch, so its β is a range.
+    """
+    statistics, rng, rows = AuthorsStatistics(), np.random.default_rng(0), []
 
     def add(setting: str, gaps: NDArray[np.float64], moments: Any, beta: str, kept: object) -> None:
-        gap, mean, std = (f"{each:.4f}" for each in (gaps.mean(), moments.mean, moments.std))
-        states.append(State(str(number), setting, gap, mean, std, beta, str(kept)))
+        figures = (f"{each:.4f}" for each in (gaps.mean(), moments.mean, moments.std))
+        rows.append([str(number), setting, *figures, beta, str(kept)])
 
     for number, (theirs, ours) in enumerate(zip(authors.steps, default.steps, strict=True), start=1):
         betas = micro_batch_betas(statistics, theirs.gaps, BATCH_SIZE // 4, rng)
-        if number not in steps:
+        if number not in SHOWN:
             continue
         stopped = bool(np.isnan(betas).any())
         beta = "stops: σ = 0" if stopped else f"{betas.min():.4f} … {betas.max():.4f}"
@@ -122,4 +114,4 @@ def differences(authors: Run, default: Run, steps: tuple[int, ...] = (1, 2, 10))
         add("released code, 4 micro-batches", theirs.gaps, statistics, beta, kept)
         for setting, step in (("authors_code.yaml", theirs), ("beta_dpo.yaml (default)", ours)):
             add(setting, step.gaps, step, f"{step.beta:.4f}", step.kept.sum())
-    return states
+    return rows

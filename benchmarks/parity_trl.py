@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from benchmarks.parity_runs import BETA0, LEARNING_RATE, MAX_GRAD_NORM, Bench, fit, token_ids
+from benchmarks.parity_runs import BETA0, LEARNING_RATE, MAX_GRAD_NORM, Bench, Run, fit, token_ids
 
 STEPS, BATCH_SIZE, SMOOTHING = 10, 8, 0.1
 
@@ -48,28 +49,18 @@ class RecordingDPOTrainer(DPOTrainer):
         return result
 
 
-class Outcome(NamedTuple):
-    """The losses per step and the final parameters of one case, trained by both."""
+def compare(bench: Bench) -> Iterator[tuple[str, Run, list[float], dict[str, Tensor]]]:
+    """Train every case with both; yield its name, this project's run, and TRL's losses per step and parameters.
 
-    name: str
-    ours: list[float]
-    theirs: list[float]
-    our_parameters: dict[str, Tensor]
-    their_parameters: dict[str, Tensor]
-
-
-def compare(bench: Bench) -> list[Outcome]:
-    """Train every case with both and return the outcomes. Raises AssertionError if TRL tokenises differently."""
+    Raises AssertionError if TRL tokenises differently.
+    """
     disable_progress_bars()
-    outcomes = []
     for number, case in enumerate(CASES):
         loss = f"--model.loss=app.method.losses.{case.ours[0]}"
         options = [loss, *case.ours[1:], f"--model.beta0={case.beta}"]
         run = fit(bench, f"loss-{number}", "dpo", STEPS, BATCH_SIZE, *options)
         order = [pair_id for step in run.steps for pair_id in step.pair_ids]
-        losses, parameters = train_trl(bench, order, case, bench.folder / f"trl-{number}")
-        outcomes.append(Outcome(case.name, [step.loss for step in run.steps], losses, run.parameters, parameters))
-    return outcomes
+        yield case.name, run, *train_trl(bench, order, case, bench.folder / f"trl-{number}")
 
 
 def trl_settings(folder: str | Path, **options: Any) -> DPOConfig:

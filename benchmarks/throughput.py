@@ -63,10 +63,6 @@ def main() -> None:
     sys.exit(1 if entry["failed"] else 0)
 
 
-class ContestantFailed(Exception):
-    """The error of a contestant that failed, with the end of its error output."""
-
-
 def take_turns(prepared: Setting, contestants: Sequence[str], repeats: int) -> Iterator[dict[str, dict[str, Any]]]:
     """Run all contestants in turn, `repeats` times; yield `turns` and `failed` so far after each.
 
@@ -80,10 +76,10 @@ def take_turns(prepared: Setting, contestants: Sequence[str], repeats: int) -> I
                 continue
             try:
                 result = json.loads(output_of(name, prepared).splitlines()[-1])
-            except ContestantFailed as error:
-                failed[name] = str(error)
+            except subprocess.CalledProcessError as error:
+                failed[name] = error.stderr[-3000:]
                 turns.pop(name, None)
-                print(f"turn {turn}: {name} failed:\n{error}", flush=True)
+                print(f"turn {turn}: {name} failed:\n{failed[name]}", flush=True)
             else:
                 turns.setdefault(name, []).append(result)
                 print(f"turn {turn}: {name} {result}", flush=True)
@@ -94,10 +90,10 @@ def output_of(name: str, prepared: Setting, *options: str) -> str:
     """Return the output of a contestant in a process of its own; all runs of one model share its cache."""
     command = [sys.executable, "-m", "benchmarks.contestants", name, json.dumps(vars(prepared)), *options]
     environment = {**os.environ, "BETA_DPO_CACHE": f"{prepared.model}/cache"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    if done.returncode:
-        raise ContestantFailed(done.stderr[-3000:])
-    return done.stdout.strip()
+    errors = None if options else subprocess.PIPE  # a profile has no turns, which would print them
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=environment, check=True
+    ).stdout.strip()
 
 
 def conditions(setting: Setting, *packages: str) -> dict[str, Any]:

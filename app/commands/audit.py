@@ -66,11 +66,18 @@ def audit(
         better = [name for name in list(SIGNALS)[: list(SIGNALS).index(signal)] if name not in signals]
         without = f"; the run has no usable {' or '.join(better)}" if better else ""
         print(f"Ranked by {signal}: {signals[signal]}{without}.")
-    lists = [suspects(histories, SIGNALS[signal], count, "mislabelled"), suspects(histories, "outlier", count)]
+    lists = [
+        suspects(histories, SIGNALS[signal], count, "mislabelled"),
+        suspects(histories, "outlier", count, "outlier"),
+    ]
     listed = pd.concat(lists, ignore_index=True)
     texts = pd.DataFrame([pairs.texts(pair_id) for pair_id in listed.pair_id])
     with atomic_file(out) as temporary:
-        write(pd.concat([listed, texts], axis="columns"), temporary, out)
+        found = pd.concat([listed, texts], axis="columns")
+        if out.endswith(".csv"):
+            found.to_csv(temporary, index=False)
+        else:
+            found.to_json(temporary, orient="records", lines=True, force_ascii=False)
     print(f"{len(lists[0])} likely mislabelled pairs and {len(lists[1])} outliers: {out}")
     if not len(lists[0]):
         print(why_no_suspects(rows))
@@ -136,9 +143,8 @@ def why_no_suspects(rows: pd.DataFrame) -> str:
 
 def suspects_by(label: str, histories: pd.DataFrame, listed: pd.DataFrame) -> Table:
     """Return the share of likely mislabelled pairs for each value of a label, the highest first."""
-    table = Table(title=f"likely mislabelled pairs by {label}, share of its pairs [95 % interval]")
-    for column in (label, "pairs", "listed", "share"):
-        table.add_column(column)
+    title = f"likely mislabelled pairs by {label}, share of its pairs [95 % interval]"
+    table = Table(label, "pairs", "listed", "share", title=title)
     suspicious = histories.pair_id.isin(listed.pair_id)
     groups = {value: suspicious[histories[label].eq(value)] for value in histories[label].dropna().unique()}
     for value, found in sorted(groups.items(), key=lambda group: -group[1].mean()):
@@ -156,18 +162,11 @@ def how_often_seen(histories: pd.DataFrame) -> str:
     return f"{len(histories)} pairs, each seen {often} time(s), dropped {share:.1%} of the times{once}."
 
 
-def suspects(histories: pd.DataFrame, score: str, count: int, kind: str | None = None) -> pd.DataFrame:
+def suspects(histories: pd.DataFrame, score: str, count: int, kind: str) -> pd.DataFrame:
     """Return the `count` pairs with the highest `score`, without those whose score is not positive, as `kind`."""
     ranked = histories.sort_values(score, ascending=False, kind="stable").head(count)
     ranked = ranked[ranked[score] > 0]
-    return ranked.assign(listed_as=kind or score)[["listed_as", *histories.columns]]
-
-
-def write(listed: pd.DataFrame, file: Path, name: str) -> None:
-    if name.endswith(".csv"):
-        listed.to_csv(file, index=False)
-    else:
-        listed.to_json(file, orient="records", lines=True, force_ascii=False)
+    return ranked.assign(listed_as=kind)[["listed_as", *histories.columns]]
 
 
 def comparison(scores: dict[str, np.ndarray], extra_tokens: np.ndarray, wrong: np.ndarray, count: int) -> Table:
@@ -178,9 +177,8 @@ def comparison(scores: dict[str, np.ndarray], extra_tokens: np.ndarray, wrong: n
     random list is the share of wrong labels.
     """
     total = int(wrong.sum())
-    table = Table(title=f"finding the {total} flipped of {len(wrong)} pairs [95 % interval]")
-    for column in ("list", "pairs", "precision", "recall"):
-        table.add_column(column)
+    title = f"finding the {total} flipped of {len(wrong)} pairs [95 % interval]"
+    table = Table("list", "pairs", "precision", "recall", title=title)
     shares = (max(1, round(len(wrong) * share)) for share in (0.01, 0.05, 0.1))
     for size in dict.fromkeys((count, *shares, total)):
         by_length = max((hits(sign * extra_tokens, wrong, size) for sign in (1, -1)), key=np.mean)

@@ -66,9 +66,8 @@ def judge(
         rows.append({"answers": f"{names[rival]} (rival)" if compared else names[rival]} | described(last, judge))
         notes = judge.notes()
     over = f"wins over {names[rival]} by {reward or model or by}; a tie is half a win" if compared else names[rival]
-    table = Table(title=f"{over}: mean [95 % interval]")
-    for name in (columns := list(dict.fromkeys(name for row in rows for name in row))):
-        table.add_column(name)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    table = Table(*columns, title=f"{over}: mean [95 % interval]")
     for row in rows:
         table.add_row(*(row.get(name, "") for name in columns))
     # a file has no width limit, and a table cut to 80 columns is hard to read

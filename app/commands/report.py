@@ -47,9 +47,7 @@ def report(runs: list[str], baseline: str | None = None, out: str | None = None)
             add_samples(run, baseline)
         for rival in read[1:]:
             add_rival(read[0], rival)
-    table = Table(title="mean [95 % interval]")
-    for column in ("", *(run.name for run in read)):
-        table.add_column(column)
+    table = Table("", *(run.name for run in read), title="mean [95 % interval]")
     for name, cells in by_row([numbers_of(run) for run in read]):
         table.add_row(name, *cells)
     Console().print(table)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,13 +24,6 @@ _VERDICT = re.compile(r"verdict\W*\b(A|B|tie)\b", re.IGNORECASE)
 _ALONE = re.compile(r"\W*(A|B|tie)\W*", re.IGNORECASE)
 
 
-class Question(NamedTuple):
-    """A question to the judge: one order of a pair."""
-
-    key: str
-    text: str
-
-
 class EndpointJudge:
     """A judge that shows a language model every pair in both orders and scores it with the mean of both verdicts.
 
@@ -44,7 +37,7 @@ class EndpointJudge:
         self.verdicts = verdicts
         self.template = read_instructions(settings.instructions)
         self.client = Client(settings)
-        self._seen: list[list[str | None]] = []
+        self._seen: list[tuple[float, float]] = []  # per pair the score of the answer shown first, in both orders
         self._refused: dict[str, str] = {}  # refusals of this run: key of the question → the server's reason
         self._refused_pairs: dict[str, None] = {}  # prompt ids of the refused pairs, in order
 
@@ -54,52 +47,46 @@ class EndpointJudge:
         Raises UserError when the server fails, or when no pair has a readable verdict in both orders.
         """
         asked = [self._both_orders(row, rival) for row, rival in zip(ours, theirs, strict=True)]
-        self._ask([question for pair in asked for question in pair])
+        self._ask({key: text for pair in asked for key, text in pair if key not in self.verdicts})
         scores = np.full(len(asked), 0.5)
         for index, pair in enumerate(asked):
             if pair:
-                found: list[str | None] = [
-                    None if question.key in self._refused else self.verdicts[question.key]["verdict"]
-                    for question in pair
-                ]
-                self._seen.append(found)
-                forth, back = (np.nan if said is None else SCORES[said] for said in found)
+                refused = [key in self._refused for key, _ in pair]
+                forth, back = (
+                    np.nan if no or (said := self.verdicts[key]["verdict"]) is None else SCORES[said]
+                    for no, (key, _) in zip(refused, pair, strict=True)
+                )
+                self._seen.append((forth, back))
                 scores[index] = (forth + 1.0 - back) / 2
-                if any(question.key in self._refused for question in pair):
+                if any(refused):
                     self._refused_pairs[ours[index]["prompt_id"]] = None
-        if self._seen and not self._read():
+        seen = np.array(self._seen)
+        if self._seen and np.isnan(seen).any(axis=1).all():
             raise UserError(
-                f"No pair has a readable verdict of {self.model} in both orders: {self._unread()} of "
-                f"{2 * len(self._seen)} replies hold none, so there is nothing to compare."
+                f"No pair has a readable verdict of {self.model} in both orders: {np.isnan(seen).sum()} of "
+                f"{seen.size} replies hold none, so there is nothing to compare."
                 + "".join(f" The endpoint refused: {reason}." for reason in sorted(set(self._refused.values()))[:1])
             )
         return scores
-
-    def _read(self) -> list[list[str]]:
-        """Return the verdicts of the pairs that have both."""
-        return [[said for said in pair if said is not None] for pair in self._seen if None not in pair]
-
-    def _unread(self) -> int:
-        return sum(said is None for pair in self._seen for said in pair)
 
     def describe(self, answers: Sequence[Answer]) -> dict[str, np.ndarray]:
         return {}
 
     def notes(self) -> list[str]:
         """Return how many verdicts depend on the order, and how many are missing or refused."""
-        n = len(self._seen)
-        if not n:
+        if not self._seen:
             return ["All answers are equal to their rivals: nothing was asked."]
-        read = self._read()
-        changed = sum(SCORES[forth] + SCORES[back] != 1.0 for forth, back in read)
-        first = np.mean([SCORES[said] for pair in read for said in pair])
+        seen = np.array(self._seen)
+        n, unread = len(seen), np.isnan(seen).sum()
+        read = seen[~np.isnan(seen).any(axis=1)]
         named = ", ".join(list(self._refused_pairs)[:NAMED]) + (", …" if len(self._refused_pairs) > NAMED else "")
         reasons = "; ".join(sorted(set(self._refused.values()))[:NAMED])
         return [
             f"{self.model} saw {n} pairs of different answers in both orders. Of the {len(read)} with both "
-            f"verdicts the order changed it on {changed}; the answer shown first won {first:.3f} of all.",
-            f"{self._unread()} of {2 * n} replies hold no verdict: {n - len(read)} pairs are in no win rate."
-            if self._unread()
+            f"verdicts the order changed it on {(read.sum(axis=1) != 1).sum()}; the answer shown first won "
+            f"{read.mean():.3f} of all.",
+            f"{unread} of {2 * n} replies hold no verdict: {n - len(read)} pairs are in no win rate."
+            if unread
             else "Every reply holds a verdict.",
             *(
                 [f"The endpoint refused {len(self._refused_pairs)} pairs (prompts {named}): {reasons}."]
@@ -110,51 +97,39 @@ class EndpointJudge:
 
     # --- asking ---------------------------------------------------------------------------------------------
 
-    def _both_orders(self, row: Answer, rival: Answer) -> list[Question]:
+    def _both_orders(self, row: Answer, rival: Answer) -> list[tuple[str, str]]:
+        """Return key and text of the question in each order; none for equal answers."""
         ours, theirs = row["response"].strip(), rival["response"].strip()
         if ours == theirs:
             return []
         prompt = dialogue_text(row["prompt"])
-        return [self._question(prompt, ours, theirs), self._question(prompt, theirs, ours)]
+        orders = ((ours, theirs), (theirs, ours))
+        texts = [self.template.substitute(prompt=prompt, first=one, second=other) for one, other in orders]
+        settings = (self.settings.url, self.model, self.settings.temperature, self.settings.max_tokens)
+        return [(verdict_key(*settings, text), text) for text in texts]
 
-    def _question(self, prompt: str, first: str, second: str) -> Question:
-        text = self.template.substitute(prompt=prompt, first=first, second=second)
-        return Question(
-            verdict_key(self.settings.url, self.model, self.settings.temperature, self.settings.max_tokens, text),
-            text,
-        )
-
-    def _ask(self, questions: Sequence[Question]) -> None:
-        new = {question.key: question for question in questions if question.key not in self.verdicts}
-        if not new:
+    def _ask(self, texts: dict[str, str]) -> None:
+        """Ask the questions `texts` (by key) and keep their verdicts."""
+        if not texts:
             return
+        options: dict[str, Any] = {"model": self.model, "max_completion_tokens": self.settings.max_tokens}
+        if self.settings.temperature is not None:
+            options["temperature"] = self.settings.temperature
 
-        def ask(client: Any, question: Question) -> None:
-            reply = self._reply(client, question.text)
-            self.verdicts.add(question.key, model=self.model, verdict=parse_verdict(reply), reply=reply)
-
-        def refused(question: Question, reason: str) -> None:
-            self._refused[question.key] = reason  # not stored, so the next run asks again
+        def ask(client: Any, key: str) -> None:
+            answer = client.chat.completions.create(messages=[{"role": "user", "content": texts[key]}], **options)
+            reply = answer.choices[0].message.content or ""
+            self.verdicts.add(key, model=self.model, verdict=parse_verdict(reply), reply=reply)
 
         self.client.ask_all(
-            list(new.values()),
+            list(texts),
             ask,
-            refused,
+            self._refused.__setitem__,  # not stored, so the next run asks again
             lambda: (
                 f"{self.verdicts.path} keeps {len(self.verdicts)} verdicts, and the same command continues from "
                 "there."
             ),
         )
-
-    def _reply(self, client: Any, text: str) -> str:
-        options = {} if self.settings.temperature is None else {"temperature": self.settings.temperature}
-        answer = client.chat.completions.create(
-            model=self.model,
-            messages=[{"role": "user", "content": text}],
-            max_completion_tokens=self.settings.max_tokens,
-            **options,
-        )
-        return answer.choices[0].message.content or ""
 
 
 def parse_verdict(reply: str) -> str | None:

@@ -69,11 +69,19 @@ class SamplingServer(Server):
 
 
 class Client:
-    """A client that asks many questions at a time and tells refusals from failures."""
+    """A client that asks many questions at a time and tells refusals from failures.
+
+    Raises UserError if the environment variable of the key is not set.
+    """
 
     def __init__(self, settings: Server) -> None:
         self.settings = settings
-        self.api_key = api_key(settings)
+        name = settings.api_key_env or ("OPENAI_API_KEY" if settings.url is None else None)
+        self.api_key = os.environ.get(name) if name else NO_KEY  # never written
+        if not self.api_key:
+            raise UserError(
+                f"Set the environment variable {name}, or --endpoint.url to a server that needs no key."
+            )
 
     def ask_all(
         self,
@@ -86,7 +94,10 @@ class Client:
 
         Both run in threads. Raises UserError when the server fails; `kept()` says what the next run need not ask.
         """
-        openai = import_openai()
+        try:
+            import openai
+        except ImportError as error:
+            raise UserError("Asking an endpoint needs one more package: pip install 'beta-dpo[judge]'.") from error
         client = openai.OpenAI(
             base_url=self.settings.url,
             api_key=self.api_key,
@@ -119,25 +130,3 @@ class Client:
     def _reason(self, error: Exception) -> str:
         reason = first_line(error)
         return (reason if self.api_key == NO_KEY else reason.replace(self.api_key, "…")).rstrip(".")
-
-
-def api_key(settings: Server) -> str:
-    """Return the key in `api_key_env`; without it, OPENAI_API_KEY for OpenAI's url and no key for another server.
-
-    The key is never written. Raises UserError if the environment variable is not set.
-    """
-    name = settings.api_key_env or ("OPENAI_API_KEY" if settings.url is None else None)
-    if name is None:
-        return NO_KEY
-    key = os.environ.get(name)
-    if not key:
-        raise UserError(f"Set the environment variable {name}, or --endpoint.url to a server that needs no key.")
-    return key
-
-
-def import_openai() -> Any:
-    try:
-        import openai
-    except ImportError as error:
-        raise UserError("Asking an endpoint needs one more package: pip install 'beta-dpo[judge]'.") from error
-    return openai
