@@ -80,8 +80,15 @@ def train_ours(
     reference: Any = "frozen",
     compiled: bool = False,
     attention: Any = "auto",
+    split: bool = False,
 ) -> dict[str, Any]:
-    """Measure `PreferenceOptimization` in a Lightning Trainer, as a user runs it."""
+    """Measure `PreferenceOptimization` in a Lightning Trainer, as a user runs it.
+
+    `split` makes the batch larger, in several micro-batches.
+    """
+    if split:
+        larger = SPLIT_BATCHES * setting.batch_size
+        setting = replace(setting, micro_batch_tokens=SPLIT_TOKENS, batch_size=larger)
     clock = Clock(setting)
     method = [RewardGapStatistics(), PairFilter(keep_ratio=0.8), BetaScheduler()] if beta_dpo else []
     trainer = Trainer(
@@ -226,20 +233,14 @@ def matrix_products(setting: Setting) -> dict[str, Any]:
     return {"operations_per_second": max(rates)}
 
 
-def split(setting: Setting, **options: Any) -> dict[str, Any]:
-    """Measure this project on a larger batch in several micro-batches."""
-    larger = replace(setting, micro_batch_tokens=SPLIT_TOKENS, batch_size=SPLIT_BATCHES * setting.batch_size)
-    return train_ours(larger, **options)
-
-
 CONTESTANTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "ours": train_ours,
     "ours-compiled": partial(train_ours, compiled=True),
     "ours-flex": partial(train_ours, compiled=True, attention="flex"),
     "ours-varlen": partial(train_ours, compiled=True, attention="varlen"),
     "ours-cached": partial(train_ours, beta_dpo=True, reference="cached"),
-    "ours-split": split,
-    "ours-split-cached": partial(split, beta_dpo=True, reference="cached"),
+    "ours-split": partial(train_ours, split=True),
+    "ours-split-cached": partial(train_ours, split=True, beta_dpo=True, reference="cached"),
     "plain": train_plain,
     "trl": train_trl,
     "gemm": matrix_products,

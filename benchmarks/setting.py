@@ -24,6 +24,9 @@ LEARNING_RATE = 1e-6
 MAX_LENGTH = 512
 TOKENISATION = Tokenisation(max_length=MAX_LENGTH)
 SYNTHETIC = "synthetic"
+# mean and most tokens of random texts, the means those of Anthropic-HH; tokenisation adds an end to each response
+LENGTHS = {"prompt": (125, 256), "chosen": (39, 200), "rejected": (49, 200)}
+SPREAD = 0.75  # standard deviation of the logarithm of these lengths
 SPLIT_BATCHES = 3  # factor of the batch size in the contestants with several micro-batches
 
 
@@ -31,9 +34,7 @@ SPLIT_BATCHES = 3  # factor of the batch size in the contestants with several mi
 class Setting:
     """The settings of one benchmark: the shape of a Llama, the data, and the number of steps.
 
-    data: preference pairs as for `data.path`, or `synthetic`: random words, by default with the lengths of
-        Anthropic-HH's pairs (mean tokens: prompt 125, chosen 40, rejected 50, with a large spread).
-    spread: standard deviation of the logarithm of synthetic lengths; 0 makes all lengths equal.
+    data: preference pairs as for `data.path`, or `synthetic`: random words with the `LENGTHS` of Anthropic-HH.
     tokenizer: folder of a tokenizer; not used for synthetic data, which has its own of `vocabulary` words.
     """
 
@@ -41,10 +42,6 @@ class Setting:
     layers: int = 8
     vocabulary: int = 49152
     data: str = SYNTHETIC
-    prompt_tokens: int = 125
-    chosen_tokens: int = 40
-    rejected_tokens: int = 50
-    spread: float = 0.75
     tokenizer: str = "models/smollm2"
     batch_size: int = 8
     steps: int = 6  # measured steps, after one warm-up step
@@ -97,22 +94,14 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def synthetic_pairs(setting: Setting) -> list[dict[str, str]]:
-    """Return pairs of random words; lengths are log-normal with the means and the spread of the setting."""
+    """Return pairs of random words with log-normal lengths."""
     random = np.random.default_rng(0)
 
     def text(mean: float, most: int) -> str:
-        length = round(random.lognormal(np.log(mean) - setting.spread**2 / 2, setting.spread))
+        length = round(random.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD))
         return " ".join(f"w{word}" for word in random.integers(2, setting.vocabulary, min(max(length, 2), most)))
 
-    return [
-        {
-            "prompt": text(setting.prompt_tokens, 256),
-            # tokenisation adds the end-of-turn token to the response
-            "chosen": text(setting.chosen_tokens - 1, 200),
-            "rejected": text(setting.rejected_tokens - 1, 200),
-        }
-        for _ in range(setting.pairs)
-    ]
+    return [{side: text(*lengths) for side, lengths in LENGTHS.items()} for _ in range(setting.pairs)]
 
 
 def first_pairs(setting: Setting, tokenizer: Any) -> list[dict[str, str]]:

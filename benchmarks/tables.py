@@ -11,7 +11,6 @@ import platform
 import re
 import statistics
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +66,6 @@ def versions(*packages: str) -> dict[str, str | None]:
     return found
 
 
-def today() -> str:
-    return date.today().isoformat()
-
-
 def processor() -> str:
     """Return the name of this machine's processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -101,7 +96,9 @@ def comparison(entry: dict[str, Any]) -> str:
             continue
         how = f" ({results[0]['how']})" if "how" in results[0] else ""
         speeds = [result["pairs_per_second"] for result in results]
-        ratios = speed_ups(turns, name, base)
+        # an interrupted turn has fewer
+        both = zip(speeds, turns[base], strict=False)
+        ratios = [mine / other["pairs_per_second"] for mine, other in both]
         peak = max(result["peak_gb"] for result in results)
         rows.append([LABELS[name] + how, spread(speeds), spread(ratios), f"{peak:.2f} GB"])
     rows += [[LABELS.get(name, name), "failed", "", ""] for name in entry.get("failed", {})]
@@ -128,12 +125,6 @@ def comparison(entry: dict[str, Any]) -> str:
         "of the rate of this machine's matrix products in the same turns "
         f"({statistics.median(rates) / 1e9:.0f} billion a second)."
     )
-
-
-def speed_ups(turns: dict[str, list[dict[str, Any]]], name: str, base: str) -> list[float]:
-    """Return how many times as fast as `base` a contestant was in each turn; an interrupted turn has fewer."""
-    both = zip(turns[name], turns[base], strict=False)
-    return [mine["pairs_per_second"] / other["pairs_per_second"] for mine, other in both]
 
 
 def spread(values: Sequence[float]) -> str:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.setting import Setting, prepare, unavoidable_operations
-from benchmarks.tables import ROOT, comparison, processor, save, today, versions
+from benchmarks.tables import ROOT, comparison, processor, save, versions
 
 
 def main() -> None:
@@ -103,7 +104,7 @@ def conditions(setting: Setting, *packages: str) -> dict[str, Any]:
     told = vars(setting) | {"data": Path(setting.data).name}
     # torch says more of itself than its package: the build for CPU or CUDA
     found = versions(*packages) | {"torch": torch.__version__}
-    return {"date": today(), "machine": machine, "versions": found, "setting": told}
+    return {"date": date.today().isoformat(), "machine": machine, "versions": found, "setting": told}
 
 
 if __name__ == "__main__":

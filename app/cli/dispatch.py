@@ -11,7 +11,7 @@ from inspect import signature
 from itertools import takewhile
 from typing import NoReturn
 
-from jsonargparse import ArgumentError, auto_cli
+from jsonargparse import ArgumentError, ArgumentParser, auto_cli
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from app.cli.help import brief_help, trainer_options
@@ -32,6 +32,16 @@ AGAIN = "Give the same command again; what it says it keeps is not done twice."
 RANK_LOST = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer")
 
 
+class WordsParser(ArgumentParser):
+    """A parser whose help shows a list without an option as words, as `_leading_words_as_list` takes it."""
+
+    def format_help(self) -> str:
+        for action in self._actions:
+            if not action.option_strings and action.metavar == "[ITEM,...]":
+                action.metavar = f"{action.dest.upper()} [...]"
+        return super().format_help()
+
+
 def run(command: str, arguments: list[str]) -> None:
     """Run `command`, the first of `arguments`. Exits with status 2 and one sentence if the user made a mistake."""
     be_quiet()
@@ -49,8 +59,9 @@ def run(command: str, arguments: list[str]) -> None:
             run_trainer_command(arguments)
         else:
             function = function_of(command)
-            words = _leading_words_as_list(function, arguments[1:])
-            auto_cli(function, args=words, as_positional=True, exit_on_error=False, prog=f"beta-dpo {command}")
+            args = _leading_words_as_list(function, arguments[1:])
+            name = f"beta-dpo {command}"
+            auto_cli(function, args=args, exit_on_error=False, prog=name, parser_class=WordsParser)
     except UserError as error:
         _refuse(str(error))
     except ArgumentError as error:

@@ -67,7 +67,7 @@ def refusing(doing: str, unless: Callable[[], bool] = lambda: False) -> Iterator
     Exceptions with a `plain_sentence` pass unchanged, and so does any while `unless()` is true.
     `BETA_DPO_TRACEBACK=1` shows where an exception came from.
     """
-    options.built.refusal = None  # type: ignore[attr-defined]
+    options.refusals.clear()
     try:
         yield
     except UserError:
@@ -75,8 +75,8 @@ def refusing(doing: str, unless: Callable[[], bool] = lambda: False) -> Iterator
     except Exception as error:
         if unless() or plain_sentence(error) is not None:
             raise
-        if options.built.refusal is not None:  # type: ignore[attr-defined]
-            raise options.built.refusal from error  # type: ignore[attr-defined]
+        if options.refusals:
+            raise options.refusals[-1] from error
         raise UserError(f"{doing} failed in {place(error)}: {options.reason(error)}{TRACE}") from error
 
 

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
-from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -47,8 +46,14 @@ WORDS = {
 WITHOUT_THE_OPTION = re.compile(
     r"^    - Problem with given class_path '.+':\n +Option '.+' is not accepted\n", re.MULTILINE
 )
+# faults that jsonargparse says well
+UNTOUCHED = re.compile(
+    "has no attribute|No module named|^(File does not exist|Path is not|Problems parsing|Unable to load)"
+)
 BASES = {"optimizer": torch.optim.Optimizer, "lr_scheduler": torch.optim.lr_scheduler.LRScheduler}
-OWN_PACKAGES = ("app", "lightning_modules", "datamodules", "callbacks", "torch.optim")
+refusals: list[Exception] = []  # of `built`: jsonargparse keeps only the text of errors from members of a union
+STAGES = ("lightning_modules", "datamodules", "callbacks")
+OWN_PACKAGES = ("app", *STAGES, "torch.optim")
 
 
 def set_up_parsing() -> None:
@@ -65,16 +70,12 @@ def built(class_type: type, *args: Any, applied_instantiation_links: dict, **set
     try:
         return class_type(*args, **settings)
     except (UserError, ModuleNotFoundError) as error:
-        built.refusal = error  # type: ignore[attr-defined]
+        refusals.append(error)
         raise
     except Exception as error:
         named = str(error).startswith(f"{class_type.__name__}: ")
-        text = reason(error) if named else f"{class_type.__name__}: {reason(error)}"
-        built.refusal = UserError(text)  # type: ignore[attr-defined]
-        raise built.refusal from error  # type: ignore[attr-defined]
-
-
-built.refusal = None  # type: ignore[attr-defined]  # jsonargparse keeps only the text of errors from members of a union
+        refusals.append(UserError(reason(error) if named else f"{class_type.__name__}: {reason(error)}"))
+        raise refusals[-1] from error
 
 
 def reason(error: BaseException) -> str:
@@ -144,12 +145,8 @@ def listed(command: str, found: Finding | None = None) -> str:
     place = found.field.split(".")[0] if found else ""
     if found and found.class_path and place in ("model", "data", *BY_NAME):
         package, _, name = found.class_path.rpartition(".")
-        within = package not in (
-            "lightning_modules",
-            "datamodules",
-            "callbacks",
-        )  # a class among the options of a stage
-        inner = f".{found.field.split('.')[1]}" if within and "." in found.field else ""
+        # a class of another package is among the options of a stage
+        inner = f".{found.field.split('.')[1]}" if package not in STAGES and "." in found.field else ""
         return f"See `beta-dpo {command} --{place}{inner}.help {name}`."
     return f"See `beta-dpo {command} --help`."
 
@@ -189,7 +186,7 @@ def finding(message: str) -> Finding | None:
         elif absent := re.match(r"the following arguments are required: (.*)", text):
             wrong = f"{(class_path or '').rpartition('.')[2]} needs a value for {absent[1]}"
             break
-        elif "has no attribute" in text or "No module named" in text:
+        elif UNTOUCHED.search(text):
             wrong = text
             break
         elif ranged := re.match(r"Not of type \w+: (.*)", text):
@@ -200,12 +197,9 @@ def finding(message: str) -> Finding | None:
         elif other := re.search(r"Expected '(.+)' to be a subclass of|does not correspond to a subclass of", text):
             value = other[1] or value
             expected.append("class")
-        elif wanted := re.match(r"Expected an? (.*)$", text):
-            if not wanted[1].startswith("path but"):
-                expected.append(WORDS.get(wanted[1].rstrip("."), literal(wanted[1])))
-        elif re.match(r"(File does not exist|Path is not|Problems parsing|Unable to load)", text):
-            wrong = text
-            break
+        elif wanted := re.match(r"Expected an? (?!path but)(.*)$", text):
+            words = re.sub(r"^typing\.Literal\[(.*)\].*", r"one of \1", wanted[1])
+            expected.append(WORDS.get(wanted[1].rstrip("."), words))
     if not field or not (wrong or expected):
         return None
     return Finding(".".join(field), class_path, wrong or unmet(field, expected, subtypes, value))
@@ -221,7 +215,8 @@ def unmet(field: list[str], expected: list[str], subtypes: str, value: str) -> s
         expected = [words for words in expected if words != "class"]
     if "class" not in expected:
         return f"expected {' or '.join(dict.fromkeys(expected))}, not {value!r}"
-    base = base_class(field[-1], subtypes)
+    named = re.search(r"<class '(\w+\.[\w.]+)'>", subtypes)
+    base = class_at(named[1]) if named else BASES.get(field[-1])
     if base is None:
         others = [words for words in dict.fromkeys(expected) if words != "class"]
         return f"{value!r} is no class: give the path of one{''.join(f', or {words}' for words in others)}"
@@ -236,20 +231,6 @@ def unmet(field: list[str], expected: list[str], subtypes: str, value: str) -> s
         if classes
         else f"{value!r} names no class of {base.__name__}: give the path of one"
     )
-
-
-def literal(text: str) -> str:
-    """Return `typing.Literal['a', 'b']` in words, and other text unchanged."""
-    found = re.match(r"typing\.Literal\[(.*)\]", text)
-    return f"one of {found[1]}" if found else text
-
-
-def base_class(name: str, subtypes: str) -> type | None:
-    """Return the base class of the classes that an option accepts; None if unknown."""
-    found = re.search(r"<class '([\w.]+)\.(\w+)'>", subtypes)
-    if found is None:
-        return BASES.get(name)
-    return class_at(f"{found[1]}.{found[2]}")
 
 
 def subclasses(base: type) -> list[str]:
@@ -295,6 +276,6 @@ def class_at(path: str) -> type:
 
 def suggestion(word: str, known: list[str], dashes: str = "") -> str:
     """Return ` Did you mean …?` with the nearest known word, or an empty text."""
-    begin = partial(str.startswith, word)
-    near = get_close_matches(word, known, 1, 0.6) or [one for one in known if one.startswith(word) or begin(one)]
+    near = get_close_matches(word, known, 1, 0.6)
+    near = near or [one for one in known if one.startswith(word) or word.startswith(one)]
     return f" Did you mean {dashes}{near[0]}?" if near else ""

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoConfig
 
-from app.cli.trainer import PartsCLI, lightning_options
+from app.cli.trainer import PartsCLI
 from app.core.errors import UserError
 from app.core.files import CONFIGS
 from app.method.ranges import PositiveFloat, PositiveInt
@@ -49,8 +48,7 @@ class PlanCLI(PartsCLI):
 
 def run_plan(arguments: list[str]) -> None:
     """Parse the options of `fit` and of the plan, and print the plan."""
-    cli = PlanCLI(LightningModule, LightningDataModule, **lightning_options(["fit", *arguments[1:]]))
-    options = cli.config_init["fit"]
+    options = PlanCLI.parsed(arguments)
     module: LanguageModelTraining = options["model"]
     config = model_config(module, options["shape"])
     plan, devices = memory_plan(module, config, options)

@@ -7,10 +7,9 @@ import os
 import secrets
 
 from app.core.errors import UserError
+from app.method.ranges import LARGEST_SEED
 
 log = logging.getLogger(__name__)
-
-LARGEST = 2**32 - 1  # the largest seed that NumPy accepts
 
 
 def settled_seed(seed: bool | int | None, *, resumes: bool = False, nodes: int = 1) -> int:
@@ -25,26 +24,24 @@ def settled_seed(seed: bool | int | None, *, resumes: bool = False, nodes: int =
     handed_down = os.environ.get("PL_GLOBAL_SEED")
     if seed is None or seed is True:
         if handed_down is None:
-            _check_that_one_may_be_picked(resumes, nodes)
-            seed = secrets.randbelow(LARGEST + 1)
+            cure = "give --seed_everything a number"
+            if resumes:
+                raise UserError(
+                    "--ckpt_path needs the seed of the run, or its data and draws would change when it is resumed: "
+                    f"{cure}; a run's config.yaml holds the one that it had."
+                )
+            # torchrun and srun start the processes separately, and each would pick another seed
+            processes = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1"
+            if nodes > 1 or processes != "1":
+                raise UserError(
+                    f"seed_everything: processes that are started apart cannot agree on a picked seed; {cure}."
+                )
+            seed = secrets.randbelow(LARGEST_SEED + 1)
             log.info("seed_everything: picked %d, which config.yaml in the log folder records", seed)
         elif handed_down.isdecimal():
             seed = int(handed_down)
         else:
             raise UserError(f"The environment variable PL_GLOBAL_SEED is not a number from 0: {handed_down!r}.")
-    if not 0 <= seed <= LARGEST:
-        raise UserError(f"seed_everything must lie between 0 and {LARGEST}, not {seed}.")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"seed_everything must lie between 0 and {LARGEST_SEED}, not {seed}.")
     return seed
-
-
-def _check_that_one_may_be_picked(resumes: bool, nodes: int) -> None:
-    cure = "give --seed_everything a number"
-    if resumes:
-        raise UserError(
-            "--ckpt_path needs the seed of the run, or its data and draws would change when it is resumed: "
-            f"{cure}; a run's config.yaml holds the one that it had."
-        )
-    # torchrun and srun start the processes separately, and each would pick another seed
-    processes = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1"
-    if nodes > 1 or processes != "1":
-        raise UserError(f"seed_everything: processes that are started apart cannot agree on a picked seed; {cure}.")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub import snapshot_download
-from lightning.pytorch import LightningDataModule, LightningModule
 
-from app.cli.trainer import PartsCLI, lightning_options
+from app.cli.trainer import PartsCLI
 from app.core.errors import UserError, first_line
+from app.method.ranges import NonNegativeInt
 from datamodules.base import SPLITS, PairDataModule
 from datamodules.describe import cut_responses, describe, repeats
 
@@ -22,17 +22,14 @@ class ShowCLI(PartsCLI):
     """A CLI with the options of `fit`, the number of pairs to show, and whether to prepare a run."""
 
     own: ClassVar[dict[str, tuple[Any, Any, str]]] = {
-        "pairs": (int, 3, "number of pairs to show, the first of the data"),
+        "pairs": (NonNegativeInt, 3, "number of pairs to show, the first of the data"),
         "prepare": (bool, False, "tokenise the validation pairs and download the model, for a run without network"),
     }
 
 
 def run_show(arguments: list[str]) -> None:
     """Parse the options of `fit` and `--pairs`; print the first pairs and what was cut and left out."""
-    cli = ShowCLI(LightningModule, LightningDataModule, **lightning_options(["fit", *arguments[1:]]))
-    options = cli.config_init["fit"]
-    if options["pairs"] < 0:
-        raise UserError(f"--pairs must be at least 0, not {options['pairs']}.")
+    options = ShowCLI.parsed(arguments)
     data: PairDataModule = options["data"]
     data.module = options["model"]
     print("\n".join(lines(data, options["pairs"])))

@@ -150,6 +150,12 @@ class PartsCLI(BetaDPOCLI):
 
     own: ClassVar[dict[str, tuple[Any, Any, str]]] = {}
 
+    @classmethod
+    def parsed(cls, arguments: list[str]) -> Any:
+        """Return the options in `arguments`, which follow the name of a command, with stage and data built."""
+        cli = cls(LightningModule, LightningDataModule, **lightning_options(["fit", *arguments[1:]]))
+        return cli.config_init["fit"]
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         for name, (kind, default, text) in self.own.items():

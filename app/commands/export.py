@@ -115,17 +115,14 @@ def write_model(
     del model, weights  # one model at a time, unless an adapter needs its base
     if not adapter:
         state.pop("state_dict")
-    check_equal(logps, sequence_logps(exported_model(folder, state if adapter else None, base)))
+    if adapter:
+        from peft import PeftModel
+
+        exported: Any = PeftModel.from_pretrained(plain_model(state, base), folder)
+    else:
+        exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    check_equal(logps, sequence_logps(exported))
     return [*notes, "read again, it computes what the policy does"]
-
-
-def exported_model(folder: Path, state: dict[str, Any] | None, base: str | None) -> Any:
-    """Return the model in `folder`, read as a user would in float32; an adapter goes on the base of `state`."""
-    if state is None:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(plain_model(state, base), folder)
 
 
 def plain_model(state: dict[str, Any], base: str | None) -> Any:
@@ -134,10 +131,13 @@ def plain_model(state: dict[str, Any], base: str | None) -> Any:
     A checkpoint of adapters alone does not hold it: it is read from `base`, or from where the run found it. Raises
     UserError if it is not there, or another model.
     """
-    lora = state.get("lora") or {}
-    weights = {name.replace("base_layer.", ""): part for name, part in policy_weights(state).items()}
-    weights = {name: part.float() for name, part in weights.items() if ".lora_" not in name}
+    weights = {
+        name.replace("base_layer.", ""): part.float()
+        for name, part in policy_weights(state).items()
+        if ".lora_" not in name
+    }
     if not weights:
+        lora = state["lora"]
         place = base or lora["base"]
         quantized = quantization(state.get("quantize"), torch.float32)
         try:
@@ -204,8 +204,7 @@ def divide_logits(model: Any, temperature: float) -> None:
         for part in outside
         if isinstance(weight := getattr(part, "weight", None), nn.Parameter) and weight.dim() == 1
     ]
-    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if norms and not capped:
+    if norms and not getattr(model.config.get_text_config(), "final_logit_softcapping", None):
         weight = norms[-1].weight
         biases = [getattr(part, "bias", None) for part in (norms[-1], model.get_output_embeddings())]
         for bias in (bias for bias in biases if bias is not None):
@@ -233,7 +232,7 @@ def convert(weights: list[nn.Parameter], dtype: torch.dtype) -> None:
 
 def write_chat_template(folder: Path, state: dict[str, Any]) -> list[str]:
     """Write the chat template of plain dialogue if training used that; return notes for the user."""
-    if not any(part["plain_dialogue"] for part in state.values() if "plain_dialogue" in _keys(part)):
+    if not any(isinstance(part, dict) and part.get("plain_dialogue") for part in state.values()):
         return []
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     (folder / "chat_template.jinja").write_text(plain_dialogue_template(tokenizer), encoding="utf-8")
@@ -275,11 +274,8 @@ def tokenizer_files(state: dict[str, Any], checkpoint: str) -> dict[str, str]:
 
     Raises UserError if there are none, or if a name is not a plain file name and could lead outside the folder.
     """
-    files = next((part["tokenizer_files"] for part in state.values() if "tokenizer_files" in _keys(part)), None)
+    parts = (part for part in state.values() if isinstance(part, dict) and "tokenizer_files" in part)
+    files: dict[str, str] | None = next((part["tokenizer_files"] for part in parts), None)
     if files is None or any(Path(name).name != name for name in files):
         raise UserError(f"{checkpoint} was not written by beta-dpo: it holds no tokenizer, or a damaged one.")
     return files
-
-
-def _keys(part: object) -> tuple[str, ...]:
-    return tuple(part) if isinstance(part, dict) else ()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from callbacks.hyperparameters import arguments
 from callbacks.slots import entries
 
 # the trainer settings that affect the training; the others concern places and logging
@@ -21,7 +21,7 @@ def model_card(state: dict[str, Any], checkpoint: str, dtype: str, temperature: 
     """Return the card of a `checkpoint` with this `state`: data, method, β settings, final metrics, as recorded."""
     config = yaml.safe_load(state["config"]) if "config" in state else None
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["beta-dpo"]}
-    base = _arguments(config["model"]).get("name") if config else None
+    base = arguments(config["model"]).get("name") if config else None
     if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
         head["base_model"] = base  # the Hub accepts only Hub ids here
     lines = ["---", yaml.safe_dump(head).strip(), "---", "", "# Model card", ""]
@@ -35,27 +35,24 @@ def model_card(state: dict[str, Any], checkpoint: str, dtype: str, temperature: 
         return "\n".join([*lines, UNRECORDED, ""])
     model, data, trainer = config["model"], config["data"], config["trainer"]
     started = f"`{base}`" if base else "random weights"
-    reference = _arguments(model).get("reference_name")
+    reference = arguments(model).get("reference_name")
     started += f", against the reference `{reference}`" if reference else ""
-    lines += ["## Method", "", f"`{_name(model)}`, from {started}; the seed is {config['seed_everything']}.", ""]
-    lines += _table("setting", [row for row in _arguments(model).items() if row[0] not in ("name", "architecture")])
+    lines += [
+        "## Method",
+        "",
+        f"`{model['class_path']}`, from {started}; the seed is {config['seed_everything']}.",
+        "",
+    ]
+    lines += _table("setting", [row for row in arguments(model).items() if row[0] not in ("name", "architecture")])
     lines += ["β, filter and records are callbacks, in this order; without any the β of every step is `beta0`.", ""]
-    lines += _table("callback", [(_name(part), _arguments(part)) for part in entries(config)])
-    lines += ["## Data", "", f"`{_name(data)}`.", ""]
-    lines += _table("setting", list(_arguments(data).items()))
+    lines += _table("callback", [(part["class_path"], arguments(part)) for part in entries(config)])
+    lines += ["## Data", "", f"`{data['class_path']}`.", ""]
+    lines += _table("setting", list(arguments(data).items()))
     lines += ["## Hardware and length", ""]
     lines += _table("setting", [(name, trainer[name]) for name in TRAINER_SETTINGS])
     lines += ["## Final metrics", "", "The newest value of each at the time of the checkpoint.", ""]
     lines += _table("metric", [(name, f"{value:.6g}") for name, value in sorted(state["metrics"].items())])
     return "\n".join(lines)
-
-
-def _name(part: Mapping[str, Any]) -> str:
-    return part["class_path"]
-
-
-def _arguments(part: Mapping[str, Any]) -> dict[str, Any]:
-    return part.get("init_args") or {}
 
 
 def _table(title: str, rows: list[tuple[str, Any]]) -> list[str]:

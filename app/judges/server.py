@@ -77,11 +77,12 @@ class Client:
     def __init__(self, settings: Server) -> None:
         self.settings = settings
         name = settings.api_key_env or ("OPENAI_API_KEY" if settings.url is None else None)
-        self.api_key = os.environ.get(name) if name else NO_KEY  # never written
-        if not self.api_key:
+        key = os.environ.get(name) if name else NO_KEY
+        if not key:
             raise UserError(
                 f"Set the environment variable {name}, or --endpoint.url to a server that needs no key."
             )
+        self.api_key = key  # never written
 
     def ask_all(
         self,

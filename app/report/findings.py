@@ -11,12 +11,13 @@ from typing import Literal, NamedTuple, get_args
 
 import pandas as pd
 
-from app.core.intervals import bootstrap_mean, digits, share_over, span
+from app.core.intervals import Estimate, bootstrap_mean, digits, share_over, span
 from app.report.run import Run
 from callbacks.health import BEST_SPEED, BY_NAME, CONDITIONS, Condition, Window
 from callbacks.schedules import BetaScheduler, EpsilonBeta
 
 Level = Literal["act", "watch", "good"]  # something to change, something to know, something that went well
+VERBS: dict[Level, str] = {"good": "beat", "act": "lose to", "watch": "cannot be told from"}
 OFTEN = 0.1  # share of the steps from which a condition asks for a change
 WIDE_SWING = 0.5  # mean change of β from step to step, as a share of β0
 OVERFITTED = 0.1  # training accuracy minus held-out accuracy that gives a finding
@@ -153,7 +154,7 @@ def overfitting(run: Run) -> Iterator[Finding]:
 def samples(run: Run) -> Iterator[Finding]:
     """Yield findings on the sampled answers beside those of the SFT model and of the other runs."""
     if (rate := run.samples.get("win rate")) is not None:
-        level: Level = "good" if rate.low > 0.5 else "act" if rate.high < 0.5 else "watch"
+        level = wins(rate)
         told, advice = {
             "good": (f"Its answers beat the SFT model's in {rate.mean:.0%} of prompts.", ""),
             "act": (
@@ -167,13 +168,11 @@ def samples(run: Run) -> Iterator[Finding]:
         }[level]
         yield Finding(level, told, f"win rate {rate} [95 % interval], ties half", "quality", advice)
     if run.rivals:
-        verbs = {
-            name: "beat" if rate.low > 0.5 else "lose to" if rate.high < 0.5 else "cannot be told from"
-            for name, rate in run.rivals.items()
-        }
+        levels = [wins(rate) for rate in run.rivals.values()]
+        told = ", ".join(f"{VERBS[one]} those of {name}" for name, one in zip(run.rivals, levels, strict=True))
         yield Finding(
-            "good" if set(verbs.values()) == {"beat"} else "watch",
-            f"Its answers {', '.join(f'{verb} those of {name}' for name, verb in verbs.items())}.",
+            "good" if set(levels) == {"good"} else "watch",
+            f"Its answers {told}.",
             "win rate [95 % interval]: " + ", ".join(f"{name} {rate}" for name, rate in run.rivals.items()),
             "quality",
             "The intervals are over prompts: repeat with other seeds before preferring an arm.",
@@ -187,6 +186,11 @@ def samples(run: Run) -> Iterator[Finding]:
             "quality",
             "Probability has leaked to broken answers: a higher model.beta0, or model.sft_weight.",
         )
+
+
+def wins(rate: Estimate) -> Level:
+    """Return whether a win rate is above one half ("good"), below it ("act"), or its interval holds it."""
+    return "good" if rate.low > 0.5 else "act" if rate.high < 0.5 else "watch"
 
 
 def sentence(clause: str) -> str:

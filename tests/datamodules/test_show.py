@@ -38,4 +38,4 @@ def test_show_prints_the_pairs_as_trained_and_what_was_cut_and_dropped(tmp_path:
         tmp_path, "show", "--config", "config.yaml", "--pairs", "-1", BETA_DPO_CACHE=str(tmp_path / "cache")
     )
     assert one.returncode == 2
-    assert "--pairs must be at least 0, not -1." in one.stderr
+    assert "pairs: must be a whole number from 0" in one.stderr
