@@ -52,8 +52,13 @@ def main() -> None:
         if "trl" in contestants and importlib.util.find_spec("trl") is None:
             contestants.remove("trl")
             print("trl is not installed here and is left out")
+        cores = f"{torch.get_num_threads()} cores of {processor()}"
         entry = {
-            **conditions(setting, "torch", "transformers", "trl"),
+            "date": date.today().isoformat(),
+            "machine": torch.cuda.get_device_name() if setting.device == "cuda" else cores,
+            # torch says more of itself than its package: the build for CPU or CUDA
+            "versions": versions("torch", "transformers", "trl") | {"torch": torch.__version__},
+            "setting": vars(setting) | {"data": Path(setting.data).name},
             "unavoidable_operations": unavoidable_operations(prepared),
         }
         for turn in take_turns(prepared, contestants, repeats):
@@ -95,16 +100,6 @@ def output_of(name: str, prepared: Setting, *options: str) -> str:
     return subprocess.run(
         command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=environment, check=True
     ).stdout.strip()
-
-
-def conditions(setting: Setting, *packages: str) -> dict[str, Any]:
-    """Return date, machine, versions and setting of an entry."""
-    cores = f"{torch.get_num_threads()} cores of {processor()}"
-    machine = torch.cuda.get_device_name() if setting.device == "cuda" else cores
-    told = vars(setting) | {"data": Path(setting.data).name}
-    # torch says more of itself than its package: the build for CPU or CUDA
-    found = versions(*packages) | {"torch": torch.__version__}
-    return {"date": date.today().isoformat(), "machine": machine, "versions": found, "setting": told}
 
 
 if __name__ == "__main__":

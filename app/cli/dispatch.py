@@ -46,22 +46,17 @@ def run(command: str, arguments: list[str]) -> None:
     """Run `command`, the first of `arguments`. Exits with status 2 and one sentence if the user made a mistake."""
     be_quiet()
     try:
-        if command not in COMMANDS:
-            arguments = with_shipped_configs(arguments)
-        if command not in COMMANDS and {"-h", "--help"} & set(arguments):
-            print("\n".join(brief_help(command, {"plan": PlanCLI, "show": ShowCLI}.get(command, PartsCLI).own)))
-            sys.exit()
-        elif command == "plan":
-            run_plan(arguments)
-        elif command == "show":
-            run_show(arguments)
-        elif command not in COMMANDS:
-            run_trainer_command(arguments)
-        else:
+        if command in COMMANDS:
             function = function_of(command)
             args = _leading_words_as_list(function, arguments[1:])
             name = f"beta-dpo {command}"
             auto_cli(function, args=args, exit_on_error=False, prog=name, parser_class=WordsParser)
+        elif {"-h", "--help"} & set(arguments):
+            print("\n".join(brief_help(command, {"plan": PlanCLI, "show": ShowCLI}.get(command, PartsCLI).own)))
+            sys.exit()
+        else:
+            own = {"plan": run_plan, "show": run_show}
+            own.get(command, run_trainer_command)(with_shipped_configs(arguments))
     except UserError as error:
         _refuse(str(error))
     except ArgumentError as error:

@@ -89,7 +89,7 @@ def generate(
     temperatures = [float(one) for one in (temperature if isinstance(temperature, list) else [temperature])]
     if not out.endswith(ENDINGS[format]):
         raise UserError(f"out must end in {ENDINGS[format]}, not {out!r}.")
-    if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
+    if not temperatures or len(set(temperatures)) < len(temperatures):
         raise UserError("temperature must be a number from 0, or a list of different ones.")
     if samples > 1 and 0 in temperatures:
         raise UserError("samples: at temperature 0 they would all be equal; give a higher one.")

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 Answer = dict[str, Any]  # one row of a sample file: `prompt_id`, `prompt`, `response` and further columns
 
 
-class Judge(Protocol):
-    """A judge that compares answers to the same prompts."""
+class Judge:
+    """The base of judges, which compare answers to the same prompts; a subclass has `scores`."""
 
     def scores(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> np.ndarray:
         """Return scores [n]: 1 if our answer is better, 0 if theirs is, ½ for a tie, NaN without a verdict.
 
         A score may be the mean of several verdicts.
         """
-        ...
+        raise NotImplementedError
 
     def describe(self, answers: Sequence[Answer]) -> dict[str, np.ndarray]:
-        """Return figures [n] of one model's answers alone, by name; may be empty."""
-        ...
+        """Return figures [n] of one model's answers alone, by name."""
+        return {}
 
     def notes(self) -> list[str]:
         """Return notes for a reader of the scores; call it after `scores`."""
-        ...
+        return []

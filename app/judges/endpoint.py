@@ -12,7 +12,7 @@ import numpy as np
 
 from app.core.errors import UserError
 from app.core.files import shipped
-from app.judges import Answer
+from app.judges import Answer, Judge
 from app.judges.answers import dialogue_text
 from app.judges.server import Client, Endpoint
 from app.judges.verdicts import VerdictFile, verdict_key
@@ -24,7 +24,7 @@ _VERDICT = re.compile(r"verdict\W*\b(A|B|tie)\b", re.IGNORECASE)
 _ALONE = re.compile(r"\W*(A|B|tie)\W*", re.IGNORECASE)
 
 
-class EndpointJudge:
+class EndpointJudge(Judge):
     """A judge that shows a language model every pair in both orders and scores it with the mean of both verdicts.
 
     A pair that lacks a verdict in either order has no score (NaN) and is counted. Equal answers are a tie without a
@@ -68,9 +68,6 @@ class EndpointJudge:
                 + "".join(f" The endpoint refused: {reason}." for reason in sorted(set(self._refused.values()))[:1])
             )
         return scores
-
-    def describe(self, answers: Sequence[Answer]) -> dict[str, np.ndarray]:
-        return {}
 
     def notes(self) -> list[str]:
         """Return how many verdicts depend on the order, and how many are missing or refused."""

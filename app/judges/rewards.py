@@ -13,13 +13,13 @@ from rich.progress import track
 
 from app.core.errors import UserError
 from app.core.intervals import win_scores
-from app.judges import Answer
+from app.judges import Answer, Judge
 from app.judges.verdicts import VerdictFile, verdict_key
 from datamodules.controlled_task import grade
 from datamodules.rewards import RewardModel
 
 
-class Reward:
+class Reward(Judge):
     """A judge that compares the rewards of two answers; a subclass has `rewards`."""
 
     def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
@@ -31,9 +31,6 @@ class Reward:
 
     def describe(self, answers: Sequence[Answer]) -> dict[str, np.ndarray]:
         return {"reward": self.rewards(answers)}
-
-    def notes(self) -> list[str]:
-        return []
 
 
 class TrueReward(Reward):

@@ -97,8 +97,7 @@ class PairTexts:
 
     def extra_tokens_of_rejected(self, pair_ids: list[str]) -> list[int]:
         """Return |y_l| − |y_w| of these pairs, in tokens."""
-        rows = [self.row(pair_id) for pair_id in pair_ids]
-        pairs = [self.table[row] for row in rows]
+        pairs = [self.table[self.row(pair_id)] for pair_id in pair_ids]
         return [(0 if pair.rejected is None else len(pair.rejected)) - len(pair.chosen) for pair in pairs]
 
 
