@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +16,10 @@ from app.core.errors import UserError
 from app.core.intervals import Estimate, bootstrap_mean, length_controlled
 from app.judges import Answer, Judge
 from app.judges.answers import aligned, sampled_answers
-from app.judges.endpoint import Endpoint, EndpointJudge
-from app.judges.rewards import TrueReward, chosen_reward
-from app.judges.verdicts import VerdictFile
+from app.judges.endpoint import Endpoint
+from app.judges.rewards import HOW_TO_ASK, TrueReward, chosen_judge
 
 By = Literal["true_reward", "reward_model", "endpoint"]
-HOW_TO_ASK = Endpoint()
 
 
 @checked_command
@@ -74,26 +71,6 @@ def judge(
     Console(width=None if os.isatty(1) else 240).print(table)
     for note in notes:
         print(note)
-
-
-@contextmanager
-def chosen_judge(
-    by: By,
-    model: str | None,
-    reward: str | None,
-    settings: dict[str, Any] | None,
-    verdicts: str,
-    endpoint: Endpoint,
-) -> Iterator[Judge]:
-    """Yield the judge for these arguments. Raises UserError if they do not fit together."""
-    if by == "endpoint" and reward is None:
-        if model is None:
-            raise UserError("--by endpoint needs --model, the name of the model at the server.")
-        with VerdictFile.opened(verdicts) as file:
-            yield EndpointJudge(model, endpoint, file)
-    else:
-        with chosen_reward(by, model, reward, settings, verdicts) as own:
-            yield own
 
 
 def by_temperature(

@@ -15,7 +15,7 @@ from app.core.files import atomic_file
 from app.core.samples import SAMPLE_FIELDS
 from app.judges import Answer
 from app.judges.answers import sampled_answers
-from app.judges.rewards import chosen_reward
+from app.judges.rewards import chosen_judge
 from app.method.ranges import Seed, Share
 
 Ranks = Literal["best_worst", "adjacent"]
@@ -60,7 +60,7 @@ def pairs(
     if isinstance(ranks, list) and not (ranks and all(len(pair) == 2 and all(pair) for pair in ranks)):
         raise UserError("ranks must be a list of two ranks each, from 1 or from -1 down, as [[1, -1]].")
     rows = sampled_answers(samples)
-    with chosen_reward(by, model, reward, reward_args, verdicts) as judge:
+    with chosen_judge(by, model, reward, reward_args, verdicts) as judge:
         rewards = judge.rewards(rows)
     groups: dict[str, list[tuple[float, Answer]]] = {}
     for row, each in zip(rows, rewards.tolist(), strict=True):

@@ -14,9 +14,12 @@ from rich.progress import track
 from app.core.errors import UserError
 from app.core.intervals import win_scores
 from app.judges import Answer, Judge
+from app.judges.endpoint import Endpoint, EndpointJudge
 from app.judges.verdicts import VerdictFile, verdict_key
 from datamodules.controlled_task import grade
 from datamodules.rewards import RewardModel
+
+HOW_TO_ASK = Endpoint()
 
 
 class Reward(Judge):
@@ -125,10 +128,18 @@ def imported(name: str, settings: dict[str, Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def chosen_reward(
-    by: str, model: str | None, reward: str | None, settings: dict[str, Any] | None, verdicts: str
-) -> Iterator[Reward]:
-    """Yield the reward for these arguments. Raises UserError if they do not fit together."""
+def chosen_judge(
+    by: str,
+    model: str | None,
+    reward: str | None,
+    settings: dict[str, Any] | None,
+    verdicts: str,
+    endpoint: Endpoint = HOW_TO_ASK,
+) -> Iterator[Any]:
+    """Yield the judge for these arguments: a `Reward`, unless `by` is "endpoint".
+
+    Raises UserError if they do not fit together.
+    """
     if settings and reward is None:
         raise UserError("reward_args: name the reward that takes them by --reward.")
     if reward is not None and (by != "true_reward" or model is not None):
@@ -140,7 +151,8 @@ def chosen_reward(
             raise UserError("--model does not go with the true reward: add --by reward_model or --by endpoint.")
         yield TrueReward()
     elif model is None:
-        raise UserError(f"--by {by} needs --model, a folder or Hub id.")
+        wanted = "the name of the model at the server" if by == "endpoint" else "a folder or Hub id"
+        raise UserError(f"--by {by} needs --model, {wanted}.")
     else:
         with VerdictFile.opened(verdicts) as file:
-            yield LearnedReward(model, file)
+            yield EndpointJudge(model, endpoint, file) if by == "endpoint" else LearnedReward(model, file)
