@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from app.commands import quickstart
 from app.commands.audit import LABEL
-from app.commands.quickstart import command
 from app.commands.suspects import SIGNALS, available, hits, pair_histories
 from app.core.intervals import wilson
 from app.report.run_folder import read_audit
@@ -36,19 +36,13 @@ REAL_ARMS: dict[str, tuple[str, ...]] = {"beta_dpo_re_po": RE_PO}
 def train(folder: Path, seed: int) -> None:
     """Train the arms of one seed into `folder`."""
     # the quickstart as it was when docs/monitoring.md was written
-    words = ["--config", "quickstart", "--model.beta0", "0.1", "--model.optimizer.init_args.lr", "2.2e-5"]
+    words = ["--model.beta0", "0.1", "--model.optimizer.init_args.lr", "2.2e-5"]
     words += ["--data.pairs", "14080", "--data.broken_share", "0.25", "--model.name", str(folder / "sft-model")]
     if not (folder / "sft-model").exists():
-        fit(folder, "sft", seed, ["--config", "quickstart_sft"])
-        command("export", str(folder / "sft/checkpoints/last.ckpt"), str(folder / "sft-model"))
+        quickstart.train("quickstart_sft", "sft", folder / "sft-model", [], seed, folder)
     for arm, more in ARMS.items():
         if not (folder / arm).exists():
-            fit(folder, arm, seed, [*words, *more, "--dashboard", "null"])
-
-
-def fit(folder: Path, name: str, seed: int, words: list[str]) -> None:
-    logger = f"{{save_dir: {folder}, name: {name}, version: ''}}"
-    command("fit", *words, "--seed_everything", str(seed), "--trainer.logger.init_args", logger)
+            quickstart.fit("quickstart", arm, [*words, *more, "--dashboard", "null"], seed, folder)
 
 
 def area(scores: np.ndarray, wrong: np.ndarray) -> float:
@@ -98,7 +92,7 @@ def reference_alone(folder: Path, options: argparse.Namespace) -> str:
         write(data, pairs, np.zeros(len(pairs), bool))
         words = ["--config", "own_pairs", "--config", "loss/simpo", "--model.name", options.model]
         words += ["--data.path", str(data), "--data.validation_share", "0", "--trainer.accelerator", "cpu"]
-        command("predict", *words, "--scores.path", str(file))
+        quickstart.command("predict", *words, "--scores.path", str(file))
     ids = [json.loads(line)["pair_id"] for line in data.open(encoding="utf-8")]
     scores = pd.read_parquet(file).set_index("pair_id").loc[ids]
     chosen, rejected = (scores[f"policy_{s}_logp"] / scores[f"{s}_tokens"] for s in ("chosen", "rejected"))

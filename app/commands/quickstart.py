@@ -57,10 +57,14 @@ def train(
     config: str, name: str, model: Path, words: list[str], seed: int, folder: Path, log: Path | None = None
 ) -> None:
     """Run `fit` into `folder/name` and export its last checkpoint to the folder `model`."""
+    fit(config, name, words, seed, folder, log)
+    command("export", str(folder / name / "checkpoints" / "last.ckpt"), str(model), log=log)
+
+
+def fit(config: str, name: str, words: list[str], seed: int, folder: Path, log: Path | None = None) -> None:
     logger = f"{{save_dir: {folder}, name: {name}, version: ''}}"
     words = [*words, "--trainer.logger.init_args", logger, "--seed_everything", str(seed)]
     command("fit", "--config", config, *words, log=log)
-    command("export", str(folder / name / "checkpoints" / "last.ckpt"), str(model), log=log)
 
 
 def command(*words: str, log: Path | None = None) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from app.core.errors import UserError
+from app.judges import Answer
 from app.judges.server import Client, SamplingServer
 from datamodules.packing import pack
 from datamodules.records import PreferencePair, TokenisedPair
@@ -22,8 +23,6 @@ from datamodules.tokenizer import read_tokenizer, stop_ids
 from lightning_modules.pretrained import load_model, model_identity
 from lightning_modules.refused_models import refuse_beyond
 from lightning_modules.scorer import ResponseScorer
-
-Answer = dict[str, Any]  # fields of a sample: `response`, `finished`, `tokens`, …
 
 
 class Batch(NamedTuple):
