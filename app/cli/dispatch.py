@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from inspect import signature
 from itertools import takewhile
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser, auto_cli
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -35,11 +35,11 @@ RANK_LOST = ("Timed out waiting", "Connection closed by peer", "Connection reset
 class WordsParser(ArgumentParser):
     """A parser whose help shows a list without an option as words, as `_leading_words_as_list` takes it."""
 
-    def format_help(self) -> str:
+    def format_help(self, *given: Any, **more: Any) -> str:
         for action in self._actions:
             if not action.option_strings and action.metavar == "[ITEM,...]":
                 action.metavar = f"{action.dest.upper()} [...]"
-        return super().format_help()
+        return super().format_help(*given, **more)
 
 
 def run(command: str, arguments: list[str]) -> None:

@@ -11,8 +11,9 @@ import pytest
 import yaml
 from command_runs import assert_same_run, command, fresh_command, write_config
 
-from app.cli.seed import LARGEST, settled_seed
+from app.cli.seed import settled_seed
 from app.core.errors import UserError
+from app.method.ranges import LARGEST_SEED
 
 RUN = Path("runs") / "run"
 SHORT = ("--trainer.max_steps", "6")
@@ -115,7 +116,7 @@ def test_two_picks_differ() -> None:
 
 
 def test_a_given_seed_stays() -> None:
-    for seed in (0, 1, 42, LARGEST):
+    for seed in (0, 1, 42, LARGEST_SEED):
         assert settled_seed(seed, resumes=True, nodes=9) == seed
 
 
@@ -129,7 +130,7 @@ def test_a_rank_takes_the_seed_that_was_handed_down(monkeypatch: pytest.MonkeyPa
         settled_seed(None)
 
 
-@pytest.mark.parametrize("seed", [-1, LARGEST + 1, False])
+@pytest.mark.parametrize("seed", [-1, LARGEST_SEED + 1, False])
 def test_no_seed_and_impossible_seeds_are_refused(seed: int) -> None:
     with pytest.raises(UserError, match="seed_everything"):
         settled_seed(seed)
