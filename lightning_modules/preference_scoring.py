@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torchmetrics import MeanMetric, Metric, SumMetric
 
 from app.core.errors import UserError
 from app.method.batch import OptimizerBatch
@@ -39,7 +39,7 @@ class PreferenceScoring(LanguageModelTraining):
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
-        self._evaluation: dict[str, Tensor] = {}  # sums over the pairs of all batches, float64
+        self._evaluation: dict[str, Metric] = {}
 
     @property
     def other_reference(self) -> str | None:
@@ -100,8 +100,8 @@ class PreferenceScoring(LanguageModelTraining):
     def validation_step(self, batch: OptimizerBatch, batch_idx: int) -> None:
         """Add the pairs of the global batch to the means, in which each counts once for any number of ranks.
 
-        The values of all pairs are on the CPU of every rank, so nothing waits or synchronises. A pair without a
-        finite gap enters no mean and is counted in `nonfinite_pairs`.
+        The values of all pairs are on the CPU of every rank, so the metrics neither wait nor synchronise. A pair
+        without a finite gap enters no mean and is counted in `nonfinite_pairs`.
         """
         _, logps = self.measurer.measure(batch, self.micro_batches(batch))
         beta = torch.full((len(batch.pair_ids),), self.beta0)
@@ -111,12 +111,13 @@ class PreferenceScoring(LanguageModelTraining):
         values = {name: column[finite] for name, column in values.items()}
         values |= dict(zip(COUNTED, (finite, ~finite), strict=True))
         for name, column in values.items():
-            self._evaluation[name] = self._evaluation.get(name, 0.0) + column.double().sum()
+            kind = SumMetric if name in COUNTED else MeanMetric
+            self._evaluation.setdefault(name, exact(kind)).update(column.double())
 
     def on_validation_epoch_end(self) -> None:
         stage = self.trainer.state.stage.dataloader_prefix  # type: ignore[union-attr]  # `val` or `test`
-        sums, self._evaluation = self._evaluation, {}
-        figures = {name: total if name in COUNTED else total / sums["pairs"] for name, total in sums.items()}
+        figures = {name: metric.compute() for name, metric in self._evaluation.items()}
+        self._evaluation.clear()
         warn_of_nonfinite(str(stage), figures)
         self.log_dict({f"{stage}/{name}": value for name, value in figures.items()})
 
@@ -134,3 +135,8 @@ class PreferenceScoring(LanguageModelTraining):
         columns["chosen_tokens"] = logps.chosen_tokens.long().tolist()
         columns["rejected_tokens"] = logps.rejected_tokens.long().tolist()
         return columns
+
+
+def exact(kind: type[Metric]) -> Metric:
+    """Return a metric in float64 on the CPU that is not synchronised, because every rank adds all pairs."""
+    return kind(sync_on_compute=False).set_dtype(torch.float64).cpu()
