@@ -20,7 +20,7 @@ JUDGE :=
 RIVAL = $(RUN)/sft-samples.jsonl
 ARMS := dpo dynamic_beta filter_only beta_dpo instance_level random_filter weight_matched
 
-.PHONY: install quickstart quickstart-seeds arm arms pipeline pipeline-smollm2 smollm2 parity docs bench study sentiment check-exports wheels lint test test-slow
+.PHONY: install quickstart quickstart-seeds arm arms pipeline pipeline-smollm2 smollm2 parity docs bench study sentiment check-exports wheels size lint test test-slow
 
 install: $(VENV)/.installed
 
@@ -137,6 +137,14 @@ $(VLLM_ENV)/.installed $(TF4_ENV)/.installed:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
 	touch $@
+
+# lines of Python, files of configuration and pages, against their targets; then whether imports form a cycle
+SOURCE := app lightning_modules datamodules callbacks benchmarks
+size: install
+	@for each in $(SOURCE) tests; do printf '%-18s%7d lines\n' $$each $$(find $$each -name '*.py' -exec cat {} + | wc -l); done
+	@printf 'source            %7d lines, target 12000\n' $$(find $(SOURCE) -name '*.py' -exec cat {} + | wc -l)
+	@printf 'YAML files        %7d, target 35\npages of docs     %7d, target 13\n' $$(find configs -name '*.yaml' | wc -l) $$(find docs -name '*.md' | wc -l)
+	@$(BIN)/python -m pytest tests/test_architecture.py -k "imports"
 
 # a process for each of two cores; a file's tests stay together, because they share runs
 PYTEST := -n 2 --dist loadfile --durations 15
