@@ -30,8 +30,10 @@ def gaussian_log_weights(discrepancy: Tensor, moments: Moments) -> Tensor:
 def number_kept(n: int, keep_ratio: float) -> int:
     """Return k = clamp(⌊n·ρ + 1e-9⌋, 1, n), the number of `n` pairs that ρ = `keep_ratio` keeps; 0 for n = 0.
 
-    ρ lies in (0, 1]. The 1e-9 prevents the loss of a pair to rounding, as in 100·0.29.
+    The 1e-9 prevents the loss of a pair to rounding, as in 100·0.29. Raises ValueError unless 0 < ρ ≤ 1.
     """
+    if not 0.0 < keep_ratio <= 1.0:
+        raise ValueError(f"keep_ratio is the fraction of pairs kept and must lie in (0, 1], got {keep_ratio}")
     return min(max(math.floor(n * keep_ratio + 1e-9), 1), n)
 
 

@@ -137,6 +137,12 @@ def test_the_rule_for_k(n: int, keep_ratio: float, k: int) -> None:
     assert number_kept(n, keep_ratio) == k
 
 
+@pytest.mark.parametrize("keep_ratio", [0.0, -0.2, 1.01, math.nan])
+def test_a_keep_ratio_out_of_range_is_refused(keep_ratio: float) -> None:
+    with pytest.raises(ValueError, match="keep_ratio"):
+        number_kept(8, keep_ratio)
+
+
 def test_noise_depends_on_seed_and_step_only() -> None:
     torch.manual_seed(1)
     first = selection_noise(7, 3, 64)
