@@ -38,14 +38,12 @@ class Talk(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """The text that a template writes around every answer.
+    """The text that a template writes after every answer.
 
-    `opening`: text between the generation prompt and the answer (an empty block of thoughts). `ending`: all text
-    after the answer. `closing`: the part of `ending` that is trained, up to the end-of-turn token. `stop`: the id
-    of that token. Without an end-of-turn token, `stop` is None, `closing` is plain text, and EOS follows it.
+    `ending`: all text after the answer. `closing`: the part of it that is trained, up to the end-of-turn token.
+    `stop`: the id of that token. Without one, `stop` is None, `closing` is plain text, and EOS follows it.
     """
 
-    opening: str
     ending: str
     closing: str
     stop: int | None
@@ -59,6 +57,10 @@ class Rendering(NamedTuple):
     closing: str
     eos: bool
     notes: tuple[str, ...] = ()
+
+    @property
+    def trained(self) -> str:
+        return self.body + self.closing
 
 
 class ChatTemplate:
@@ -113,16 +115,14 @@ class ChatTemplate:
         return self._sources[source]
 
     def frame(self, talk: Talk) -> Frame:
-        """Return what the template writes around the answer; cached for all conversations."""
+        """Return what the template writes after the answer; cached for all conversations."""
         key = json.dumps([bool(talk.tools), talk.options], sort_keys=True, default=str)
         if key not in self._frames:
-            before, ending = self._around_answer(talk)
-            asked = self.prompt(talk)
-            opening = before.removeprefix(asked) if before.startswith(asked) else ""
+            _, ending = self._around_answer(talk)
             found = self._turn_end(ending)
             closing = ending.rstrip() if found is None else ending[: found.end()]
             stop = None if found is None else self.tokenizer.get_vocab()[found[0]]
-            self._frames[key] = Frame(opening, ending, closing, stop)
+            self._frames[key] = Frame(ending, closing, stop)
         return self._frames[key]
 
     def prompt(self, talk: Talk) -> str:

@@ -118,56 +118,49 @@ def lay_out(rows: Sequence[Sequence[Run]], responses_per_pair: int, layout: Layo
     """Return the runs as tensors in a `PackedRows`, without a Python loop over tokens."""
     width = max(sum(run.tokens for run in row) for row in rows)
     segments: list[np.ndarray] = []
-    row_of, column_of, group_of, part_of, first_position, response_of, prompt_end = ([] for _ in range(7))
+    known: list[tuple[int, ...]] = []  # of each segment: the six columns that are named below
     pairs: list[int] = []
     pair_runs: list[PairRun] = []
     for row_number, row in enumerate(rows):
-        column = 0
+        place = row_number * width
         for group, run in enumerate(row):
             if not pairs or pairs[-1] != run.pair:
                 pairs.append(run.pair)
-            before_responses = (len(pairs) - 1) * responses_per_pair + run.first_response
-            end_of_prompt = row_number * width + column + len(run.prompt) - 1
+            first_response = (len(pairs) - 1) * responses_per_pair + run.first_response
+            prompt_end = place + len(run.prompt) - 1
             for part, tokens in enumerate([run.prompt, *run.responses]):
                 segments.append(tokens)
-                row_of.append(row_number)
-                column_of.append(column)
-                group_of.append(group)
-                part_of.append(part)
-                first_position.append(0 if part == 0 else len(run.prompt))
-                response_of.append(before_responses + part - 1 if part else -1)
-                prompt_end.append(end_of_prompt)
-                column += len(tokens)
+                position, response = (len(run.prompt), first_response + part - 1) if part else (0, -1)
+                known.append((place, group, part, position, response, prompt_end))
+                place += len(tokens)
             pair_runs.append(PairRun(len(run.prompt), tuple(map(len, run.responses))))
-        if column < width:
-            pair_runs.append(PairRun(0, (width - column,)))
+        if padding := (row_number + 1) * width - place:
+            pair_runs.append(PairRun(0, (padding,)))
 
     lengths = np.array([len(segment) for segment in segments])
-    starts = np.cumsum(lengths) - lengths
     tokens = np.concatenate(segments)
-    offset = np.arange(len(tokens)) - np.repeat(starts, lengths)  # position of each token in its segment
-    place = np.repeat(np.array(row_of) * width + np.array(column_of), lengths) + offset
+    offset = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # of a token in its segment
+    starts, groups, parts, positions, response, prompt_ends = np.repeat(np.array(known), lengths, axis=0).T
+    places = starts + offset
 
     def grid(values: np.ndarray, fill: int) -> torch.Tensor:
         flat = np.full(len(rows) * width, fill, dtype=np.int64)
-        flat[place] = values
+        flat[places] = values
         return torch.from_numpy(flat).view(len(rows), width)
 
-    response = np.repeat(np.array(response_of), lengths)
     is_target = response >= 0
     # the first token of every response is predicted by the last token of its prompt
-    predictor = np.where(offset == 0, np.repeat(np.array(prompt_end), lengths), place - 1)
+    predictor = np.where(offset == 0, prompt_ends, places - 1)
+    counts = np.bincount(response[is_target], minlength=len(pairs) * responses_per_pair)
     return PackedRows(
         input_ids=grid(tokens, 0),
-        position_ids=grid(np.repeat(np.array(first_position), lengths) + offset, 0),
-        group=grid(np.repeat(np.array(group_of), lengths), -1),
-        part=grid(np.repeat(np.array(part_of), lengths), 0),
-        predict_index=torch.from_numpy(predictor[is_target].astype(np.int64)),
-        target_ids=torch.from_numpy(tokens[is_target].astype(np.int64)),
-        response_index=torch.from_numpy(response[is_target].astype(np.int64)),
-        response_tokens=torch.from_numpy(
-            np.bincount(response[is_target], minlength=len(pairs) * responses_per_pair).astype(np.int64)
-        ),
+        position_ids=grid(positions + offset, 0),
+        group=grid(groups, -1),
+        part=grid(parts, 0),
+        predict_index=torch.from_numpy(predictor[is_target]),
+        target_ids=torch.from_numpy(tokens[is_target]),
+        response_index=torch.from_numpy(response[is_target]),
+        response_tokens=torch.from_numpy(counts),
         pairs=torch.tensor(pairs, dtype=torch.int64),
         runs=pair_runs,
         layout=layout,

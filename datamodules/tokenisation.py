@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from app.core.errors import UserError
 from datamodules.chat_template import ESSENTIAL, ChatTemplate, Rendering, Talk, conversation
 from datamodules.records import Dropped, Message, PreferencePair, Side, TokenisedPair
-from datamodules.truncation import PlainPrompt, PromptTruncation, plain_prompts, shorten, shorten_plain
+from datamodules.sources.prompts import is_transcript_prompt, transcript, transcript_turns
+from datamodules.truncation import PromptTruncation, shorten
 
 PLAIN_BESIDE_TEMPLATE = (
     "prompts as plain text (data.chat_template: true puts them into the tokenizer's chat template)"
@@ -108,6 +110,8 @@ class _Tokeniser:
         self.template = ChatTemplate(tokenizer, settings.chat_template_kwargs) if named else None
         if settings.chat_template_kwargs and self.template is None:
             raise UserError("data.chat_template_kwargs is given, but no chat template is used: leave it out.")
+        mask = tokenizer("a", return_special_tokens_mask=True)
+        self.leading = mask["input_ids"][: mask["special_tokens_mask"].index(0)]  # what precedes a plain prompt
 
     def templated(self, pair: PreferencePair) -> bool:
         """Return whether the pair uses the chat template. Raises UserError if it needs one and there is none."""
@@ -118,109 +122,102 @@ class _Tokeniser:
             raise UserError(f"Pair {pair.pair_id} is chat messages, and no chat template is used: {cure}.")
         return True
 
-    @property
-    def _plain_notes(self) -> tuple[str, ...]:
-        beside = self.template is not None and self.settings.chat_template == "auto"
-        return (PLAIN_BESIDE_TEMPLATE,) * beside
-
-    def tokens(self, pairs: Sequence[PreferencePair]) -> list[_Tokens | Dropped]:
-        """Return the tokens of each pair before truncation, or the reason why it is dropped."""
-        chats = [pair for pair in pairs if self.templated(pair)]
-        plain = [pair for pair in pairs if not self.templated(pair)]
-        of_chats = iter(self._chat_tokens(chats, [self._rendered(pair) for pair in chats]))
-        of_plain = iter(self._plain_tokens(plain))
-        return [next(of_chats if self.templated(pair) else of_plain) for pair in pairs]
-
-    def _rendered(self, pair: PreferencePair, talk: Talk | None = None) -> list[Rendering] | Dropped:
-        """Return the rendering of each side of a pair, with `talk` as the prompt if given."""
-        assert self.template is not None
-        try:
-            talk = conversation(pair) if talk is None else talk
-            sides = _SIDES[: 1 if pair.rejected is None else 2]
-            answers = [pair.answer(side) for side in sides]
-            notes = self.template.unused(talk, *answers)
-            both = self.template.split(talk, answers)
-            if len({rendering.prompt for rendering in both}) > 1:
-                raise Dropped("the chat template renders two prompts for the two answers")
-            return [rendering._replace(notes=(*rendering.notes, *notes)) for rendering in both]
-        except Dropped as dropped:
-            return dropped
-
-    def _chat_tokens(
-        self, pairs: Sequence[PreferencePair], renderings: Sequence[list[Rendering] | Dropped]
-    ) -> list[_Tokens | Dropped]:
-        assert self.template is not None or not renderings
-        texts: list[str] = []
-        for pair, sides in zip(pairs, renderings, strict=True):
-            if isinstance(sides, list):
-                anchor = self.template.anchor(sides[0].prompt)  # type: ignore[union-attr]
-                texts += [sides[0].prompt, anchor]
-                texts += [anchor + trained for trained in _trained(pair, sides)]
-        encoded = iter(self._encode(texts, split_special_tokens=False))
-        found: list[_Tokens | Dropped] = []
-        for pair, sides in zip(pairs, renderings, strict=True):
-            if not isinstance(sides, list):
-                found.append(sides)
-                continue
-            prompt, anchor_ids, responses = next(encoded), next(encoded), []
-            for number, (side, trained) in enumerate(zip(sides, _trained(pair, sides), strict=True)):
-                joined = next(encoded)
-                ids = joined[len(anchor_ids) :]
-                if joined[: len(anchor_ids)] != anchor_ids:  # a token would span prompt and response
-                    (ids,) = self._encode([trained], split_special_tokens=False)
-                ends = number == 0 or pair.rejected_ends
-                responses.append([*ids, *[self.tokenizer.eos_token_id] * (ends and side.eos)])
-            try:
-                stop = self.template.frame(conversation(pair)).stop  # type: ignore[union-attr]
-                self._check_responses(responses, [True, pair.rejected_ends], stop, "BOS, EOS or end of turn")
-                found.append(_Tokens(prompt, responses, sides[0].notes))
-            except Dropped as dropped:
-                found.append(dropped)
-        return found
-
-    def _check_responses(self, responses: list[list[int]], ends: list[bool], stop: int | None, named: str) -> None:
-        special = {stop, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id}
-        for side, ids, ended in zip(_SIDES, responses, ends, strict=False):
-            body = ids[:-1] if ended else ids
-            if not body:
-                raise Dropped(f"empty {side} after tokenisation")
-            if special.intersection(body):
-                raise Dropped(f"{named} within {side}")
-
-    def _plain_tokens(self, pairs: Sequence[PreferencePair]) -> list[_Tokens | Dropped]:
-        eos = self.tokenizer.eos_token_id
-        texts = [text for pair in pairs for text in (pair.chosen, pair.rejected or "")]
-        responses = iter(self._encode(texts))
-        prompts = plain_prompts(self.tokenizer, [str(pair.prompt) for pair in pairs])
-        found: list[_Tokens | Dropped] = []
-        for pair, prompt in zip(pairs, prompts, strict=True):
-            sides = [next(responses), next(responses)][: 1 if pair.rejected is None else 2]
-            ended = [True, pair.rejected_ends]
-            try:
-                if not pair.prompt:  # plain text is learnt whole, after BOS, or EOS where there is none
-                    start = self.tokenizer.bos_token_id
-                    prompt = PlainPrompt([eos if start is None else start], 1)
-                self._check_plain(pair, prompt)
-                for side in sides:
-                    while side and side[-1] == eos:
-                        side.pop()
-                sides = [[*side, *[eos] * end] for side, end in zip(sides, ended, strict=False)]
-                self._check_responses(sides, ended, None, "BOS or EOS")
-                found.append(_Tokens(prompt.ids, sides, self._plain_notes if pair.prompt else ()))
-            except Dropped as dropped:
-                found.append(dropped)
-        return found
-
-    def _check_plain(self, pair: PreferencePair, prompt: PlainPrompt) -> None:
-        if not prompt.ids:
-            raise Dropped("empty prompt after tokenisation")
+    def notes(
+        self, pair: PreferencePair, talk: Talk | None = None, answers: Sequence[Message] = ()
+    ) -> tuple[str, ...]:
+        """Return notes on what a pair has and its tokens lack. Raises Dropped if that is essential."""
+        if self.templated(pair) and self.template is not None:
+            return self.template.unused(talk or conversation(pair), *answers)
         given = {"tools": pair.tools, **pair.chosen_fields, **pair.rejected_fields}
         if lost := [name for name in ESSENTIAL if given.get(name)]:
             raise Dropped(f"plain text has no place for {lost[0]}: it needs data.chat_template: true")
+        beside = pair.prompt and self.template is not None and self.settings.chat_template == "auto"
+        return (PLAIN_BESIDE_TEMPLATE,) if beside else ()
 
-    def _encode(self, texts: list[str], **options: Any) -> list[list[int]]:
+    def tokens(self, pairs: Sequence[PreferencePair], talk: Talk | None = None) -> list[_Tokens | Dropped]:
+        """Return the tokens of each pair before truncation, or the reason why it is dropped.
+
+        `talk` replaces the prompts of chats.
+        """
+        renderings = [self._rendered(pair, talk) for pair in pairs]
+        texts: dict[bool, list[str]] = {True: [], False: []}  # of chats, and of plain text
+        for pair, sides in zip(pairs, renderings, strict=True):
+            if isinstance(sides, list):
+                anchor = self.template.anchor(sides[0].prompt) if self.templated(pair) and self.template else ""
+                texts[self.templated(pair)] += [sides[0].prompt, *(anchor + side.trained for side in sides), anchor]
+        encoded = {chat: iter(self._encode(some, chat)) for chat, some in texts.items()}
+        return [
+            self._tokens(pair, sides, encoded[self.templated(pair)]) if isinstance(sides, list) else sides
+            for pair, sides in zip(pairs, renderings, strict=True)
+        ]
+
+    def _rendered(self, pair: PreferencePair, talk: Talk | None) -> list[Rendering] | Dropped:
+        """Return the text of the prompt and of each side of a pair; a response that was cut has no end."""
+        answers = [pair.answer(side) for side in _SIDES[: 1 if pair.rejected is None else 2]]
+        try:
+            if self.templated(pair) and self.template is not None:
+                talk = talk or conversation(pair)
+                notes = self.notes(pair, talk, answers)
+                sides = self.template.split(talk, answers)
+                if len({side.prompt for side in sides}) > 1:
+                    raise Dropped("the chat template renders two prompts for the two answers")
+            else:
+                notes = self.notes(pair)
+                sides = [Rendering(str(pair.prompt), answer.content, "", True) for answer in answers]
+        except Dropped as dropped:
+            return dropped
+        if not pair.rejected_ends:
+            sides[1:] = [side._replace(closing="", eos=False) for side in sides[1:]]
+        return [side._replace(notes=(*side.notes, *notes)) for side in sides]
+
+    def _tokens(self, pair: PreferencePair, sides: list[Rendering], ids: Iterator[list[int]]) -> _Tokens | Dropped:
+        """Return a pair's tokens, given those of its prompt, of the anchor with each side, and of the anchor."""
+        prompt, *joined, anchor = islice(ids, 2 + len(sides))
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        chat, special, named = self.templated(pair), {bos, eos}, "BOS or EOS"
+        responses = []
+        try:
+            if chat and self.template is not None:
+                special.add(self.template.frame(conversation(pair)).stop)
+                named = "BOS, EOS or end of turn"
+            else:  # plain text without a prompt is learnt whole, after BOS, or EOS where there is none
+                prompt = self._plain_prompt(prompt) if pair.prompt else [eos if bos is None else bos]
+            for name, side, found in zip(_SIDES, sides, joined, strict=False):
+                response = found[len(anchor) :]
+                if found[: len(anchor)] != anchor:  # a token would span prompt and response
+                    (response,) = self._encode([side.trained], chat)
+                if not chat:
+                    response = self._without_eos(response)
+                response += [eos] * side.eos
+                inner = response[:-1] if side.closing or side.eos else response
+                if not inner:
+                    raise Dropped(f"empty {name} after tokenisation")
+                if special.intersection(inner):
+                    raise Dropped(f"{named} within {name}")
+                responses.append(response)
+        except Dropped as dropped:
+            return dropped
+        return _Tokens(prompt, responses, sides[0].notes)
+
+    def _plain_prompt(self, ids: list[int]) -> list[int]:
+        """Return a plain prompt after the special tokens, BOS at most once, no EOS at its end. Raises Dropped."""
+        bos, body = self.tokenizer.bos_token_id, self._without_eos(ids)
+        if not body:
+            raise Dropped("empty prompt after tokenisation")
+        found = [*self.leading, *body]
+        while bos is not None and found[:2] == [bos, bos]:
+            del found[0]
+        return found
+
+    def _without_eos(self, ids: list[int]) -> list[int]:
+        while ids and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]
+        return ids
+
+    def _encode(self, texts: list[str], chat: bool) -> list[list[int]]:
         if not texts:
             return []
+        options = {"split_special_tokens": False} if chat else {}
         encoded = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options
         )
@@ -228,28 +225,28 @@ class _Tokeniser:
 
     def truncated(self, pair: PreferencePair, tokens: _Tokens) -> tuple[TokenisedPair, list[str]]:
         """Cut the pair to the maximum lengths, first the prompt, then the responses. Raises Dropped."""
-        if len(tokens.responses) == 2 and tokens.responses[0] == tokens.responses[1]:
+        if tokens.responses[0] in tokens.responses[1:]:
             raise Dropped("identical after tokenisation")
-        limit, prompt_limit = self.settings.max_length, self.settings.max_prompt_length
+        limit = self.settings.max_length
         cut: list[str] = []
-        if len(tokens.prompt) + max(map(len, tokens.responses)) > limit and len(tokens.prompt) > prompt_limit:
+        longest = len(tokens.prompt) + max(map(len, tokens.responses))
+        if longest > limit and len(tokens.prompt) > self.settings.max_prompt_length:
             tokens, cut = self._with_short_prompt(pair, tokens)
         room = limit - len(tokens.prompt)
-        for side, response in zip(_SIDES, tokens.responses, strict=False):
-            if len(response) > room:
-                cut.append(f"{side} truncated")
-        arrays = [np.array(response[:room], dtype=np.int64) for response in tokens.responses]
-        if len(arrays) == 2 and np.array_equal(arrays[0], arrays[1]):
+        lengths = zip(_SIDES, map(len, tokens.responses), strict=False)
+        cut += [f"{side} truncated" for side, length in lengths if length > room]
+        responses = [response[:room] for response in tokens.responses]
+        if responses[0] in responses[1:]:
             raise Dropped("identical after truncation")
-        rejected = arrays[1] if len(arrays) == 2 else None
-        return TokenisedPair(np.array(tokens.prompt, dtype=np.int64), arrays[0], rejected), [*tokens.notes, *cut]
+        prompt, chosen, *rejected = (np.array(ids, dtype=np.int64) for ids in (tokens.prompt, *responses))
+        return TokenisedPair(prompt, chosen, rejected[0] if rejected else None), [*tokens.notes, *cut]
 
     def _with_short_prompt(self, pair: PreferencePair, tokens: _Tokens) -> tuple[_Tokens, list[str]]:
         if not self.templated(pair):
-            ids, cut = self.prompt(pair)
+            ids, cut = self._short_plain(str(pair.prompt), tokens.prompt)
             return tokens._replace(prompt=ids), cut
-        talk, cut = self._short_chat(pair)
-        (again,) = self._chat_tokens([pair], [self._rendered(pair, talk)])
+        talk, cut = self._short_chat(conversation(pair))
+        (again,) = self.tokens([pair], talk)
         if isinstance(again, Dropped):
             raise again
         return again, cut
@@ -258,31 +255,20 @@ class _Tokeniser:
         """Return the tokens of a prompt alone, at most `max_prompt_length`, and notes on what was cut."""
         limit = self.settings.max_prompt_length
         if not self.templated(pair):
-            (prompt,) = plain_prompts(self.tokenizer, [str(pair.prompt)])
-            self._check_plain(pair, prompt)
-            if len(prompt.ids) <= limit:
-                return prompt.ids, []
-            return shorten_plain(str(pair.prompt), prompt, limit, self.settings.prompt_truncation, self.tokenizer)
-        ids = self._chat_prompt(conversation(pair))
+            ids = self._plain_prompt(*self._encode([str(pair.prompt)], False))
+            return (ids, []) if len(ids) <= limit else self._short_plain(str(pair.prompt), ids)
+        talk = conversation(pair)
+        ids = self._chat_prompt(talk)
         if len(ids) <= limit:
             return ids, []
-        talk, cut = self._short_chat(pair)
+        talk, cut = self._short_chat(talk)
         return self._chat_prompt(talk), cut
-
-    def notes(self, pair: PreferencePair) -> tuple[str, ...]:
-        """Return the notes on a prompt, apart from those on truncation. Raises Dropped."""
-        if not self.templated(pair):
-            return self._plain_notes
-        assert self.template is not None
-        return self.template.unused(conversation(pair))
 
     def _chat_prompt(self, talk: Talk) -> list[int]:
         assert self.template is not None
-        return self._encode([self.template.prompt(talk)], split_special_tokens=False)[0]
+        return self._encode([self.template.prompt(talk)], True)[0]
 
-    def _short_chat(self, pair: PreferencePair) -> tuple[Talk, list[str]]:
-        talk = conversation(pair)
-
+    def _short_chat(self, talk: Talk) -> tuple[Talk, list[str]]:
         def encode(turns: Sequence[Message]) -> list[int]:
             return self._chat_prompt(talk._replace(turns=turns))
 
@@ -290,8 +276,24 @@ class _Tokeniser:
         turns, cut = shorten(talk.turns, encode, limit, keep, self.tokenizer)
         return talk._replace(turns=turns), cut
 
+    def _short_plain(self, text: str, ids: list[int]) -> tuple[list[int], list[str]]:
+        """Return at most `max_prompt_length` of the tokens `ids` of a plain prompt, and notes on what was cut.
 
-def _trained(pair: PreferencePair, sides: Sequence[Rendering]) -> list[str]:
-    """Return the text of each side that is trained; a rejected response that was cut has no end."""
-    ends = [side.closing if number == 0 or pair.rejected_ends else "" for number, side in enumerate(sides)]
-    return [side.body + end for side, end in zip(sides, ends, strict=True)]
+        An HH dialogue loses whole old turns first. Other text is cut at the end that `prompt_truncation` does not
+        name; "keep_end" also keeps the leading special tokens.
+        """
+        limit, keep = self.settings.max_prompt_length, self.settings.prompt_truncation
+        if is_transcript_prompt(text):
+
+            def encode(turns: Sequence[Message]) -> list[int]:
+                return self._plain_prompt(*self._encode([transcript(turns)], False))
+
+            turns, cut = shorten(transcript_turns(text), encode, limit, keep, self.tokenizer)
+            return encode(turns), cut
+        if keep == "keep_start":
+            return ids[:limit], ["prompt truncated"]
+        head = ids[: min(limit, max(len(self.leading), int(ids[0] == self.tokenizer.bos_token_id)))]
+        tail = ids[len(ids) - (limit - len(head)) :]
+        while head and tail and tail[0] == head[-1]:  # the text itself may spell the BOS
+            del tail[0]
+        return head + tail, ["prompt truncated"]
