@@ -248,7 +248,7 @@ class PairDataModule(LightningDataModule):
         seen = np.zeros(0, np.int64)
         for table, served in self._tables.values():
             rows = table.reachable(served)
-            keys, first = np.unique(table.keys(rows), return_index=True)
+            keys, first = np.unique(table.keys("pair", rows), return_index=True)
             new = wanted(keys) & ~np.isin(keys, seen)
             chosen = np.sort(rows[first[new]])[: None if most is None else most - len(seen)]
             loaders.append(self._loader(table, chosen, shuffle=False))
@@ -258,7 +258,7 @@ class PairDataModule(LightningDataModule):
     def content(self, split: Split) -> str:
         """Return a hash of the tokens of the pairs that a split may serve, in their order."""
         table, rows = self._tables[split]
-        return hashlib.blake2b(table.keys(table.reachable(rows)).tobytes(), digest_size=16).hexdigest()
+        return hashlib.blake2b(table.keys("pair", table.reachable(rows)).tobytes(), digest_size=16).hexdigest()
 
     def pair_texts(self, pair_ids: list[str]) -> dict[str, dict[str, str]]:
         """Return prompt, chosen and rejected text of training pairs by pair id, without special tokens."""

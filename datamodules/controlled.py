@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -72,4 +72,4 @@ class ControlledTask(PairDataModule):
             settings |= {"flip_rate": self.flip_rate if training else 0.0, **self.settings}
             generate = preference_pairs
         source = {"generator": f"controlled task {GENERATOR_VERSION}", "stage": self.stage, **settings}
-        return [PairStream("controlled task", source, partial(generate, **settings))]
+        return [PairStream("controlled task", lambda: source, lambda _: generate(**settings))]

@@ -70,7 +70,7 @@ def _of_part(part: Part, count: int) -> str:
 
 def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str]:
     """Return a message on repeated pairs and one on contradicting pairs, each empty if there are none."""
-    pairs = np.column_stack([table.prompt_keys[rows], table.answer_keys[rows]])  # [n, 3]
+    pairs = np.column_stack([table.keys(name, rows) for name in ("prompt", "chosen", "rejected")])  # [n, 3]
     if not len(rows):
         return "", ""
     mixed = pairs.view(np.uint64) @ _ODD  # keys are hashes, so that different pairs give different sums
@@ -88,10 +88,9 @@ def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str]:
 def shared_prompts(trained: tuple[PairTable, np.ndarray], held_out: tuple[PairTable, np.ndarray]) -> str:
     """Return a message if prompts of held-out pairs are trained on, else an empty text."""
     (table, rows), (other, trained_rows) = held_out, trained
-    same = _within(table.prompt_keys[rows], other.prompt_keys[trained_rows])
-    near = ~same & _within(table.near_keys[rows], other.near_keys[trained_rows])
+    same, near = (_within(table.keys(name, rows), other.keys(name, trained_rows)) for name in ("prompt", "near"))
     told = []
-    for found, which in ((same, "that is trained on"), (near, f"like one that is trained on, {ALIKE}")):
+    for found, which in ((same, "that is trained on"), (near & ~same, f"like one that is trained on, {ALIKE}")):
         if found.any():
             told.append(
                 f"{found.sum()} of {len(rows)} pairs have a prompt {which} (first: {_named(table, rows[found])})"

@@ -20,7 +20,7 @@ from app.core.samples import read_samples
 from app.method.ranges import Seed, Share, checked
 from datamodules.records import PreferencePair, read_prompt
 from datamodules.sources.prompts import prompt_key
-from datamodules.sources.reader import PairReader, PairStream
+from datamodules.sources.reader import PairStream
 from datamodules.sources.rows import RowReport
 from datamodules.table import PairTable, joined
 
@@ -121,8 +121,8 @@ def replaced_stream(stream: PairStream, samples: str) -> PairStream:
         ) from error
     return PairStream(
         stream.name,
-        {"pairs": dict(stream.description), "rejected": content},
-        lambda: PairReader(partial(replaced_pairs, stream.read(), samples)),
+        lambda: {"pairs": stream.description(), "rejected": content},
+        partial(replaced_pairs, stream, samples),
         stream.rows,
     )
 

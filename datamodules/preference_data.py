@@ -162,7 +162,7 @@ class PreferenceData(PairDataModule):
     def rows_of(self, table: PairTable, split: Split) -> np.ndarray:
         rows = np.arange(len(table))
         if self.held_out and split in ("train", "validation"):
-            sides = split_by_prompt(table.prompt_keys, self.validation_share)
+            sides = split_by_prompt(table.keys("prompt"), self.validation_share)
             rows = sides[split == "validation"]
         if split == "predict" or not self.mixed:
             return rows

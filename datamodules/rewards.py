@@ -73,7 +73,7 @@ def reward_scores(stream: PairStream, scoring: RewardScoring, device: torch.devi
     A pair whose prompt the model's chat template refuses has null rewards. If the cache has no entry, or a damaged
     one, one process scores the pairs while the others wait. Raises UserError for faults of the model or the data.
     """
-    job = {"version": REWARDS_VERSION, "data": dict(stream.description), **scoring.fingerprint()}
+    job = {"version": REWARDS_VERSION, "data": stream.description(), **scoring.fingerprint()}
 
     def build(folder: Path) -> None:
         parts = Parts(folder.with_suffix(".parts"), job)
@@ -90,7 +90,7 @@ def _score_parts(stream: PairStream, scoring: RewardScoring, device: torch.devic
     done = len(parts)
     log.info("scoring %s with %s%s", stream.name, scoring.name, f", from part {done} on" if done else "")
     model = RewardModel(scoring.name, scoring.batch_size, str(device), scoring.max_length)
-    pairs = iter(stream.read())
+    pairs = iter(stream)
     scored = sum(1 for _ in islice(pairs, done * _PAIRS_PER_PART))
     with tqdm(desc="scoring", unit=" pairs", initial=scored, disable=None) as progress:
         while batch := list(islice(pairs, _PAIRS_PER_PART)):

@@ -21,9 +21,9 @@ SCHEMA = pa.schema(
         ("pair_id", pa.string()),
         ("labels", pa.string()),  # a JSON object: columns differ from row to row and may mix types
         ("pair_key", pa.int64()),  # of the tokens: `TokenisedPair.key`
-        ("prompt_key", pa.int64()),
-        ("near_key", pa.int64()),
-        ("chosen_key", pa.int64()),
+        ("prompt_key", pa.int64()),  # equal for equal prompts
+        ("near_key", pa.int64()),  # equal also for prompts that differ in case, spaces or punctuation alone
+        ("chosen_key", pa.int64()),  # equal for equal texts
         ("rejected_key", pa.int64()),
         ("prompt", _TOKENS),
         ("chosen", _TOKENS),
@@ -53,7 +53,7 @@ class PairTable:
         self.columns = columns
         self.kinds = kinds
         self.parts = parts
-        self._sides = [_TokenColumn(columns.column(side)) for side in TokenisedPair._fields]
+        self._sides = [columns.column(side) for side in TokenisedPair._fields]
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -62,17 +62,15 @@ class PairTable:
         """Return the tokens of pair `index`. Raises IndexError if there is no such pair."""
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
-        prompt, chosen, rejected = (side[index] for side in self._sides)
-        return TokenisedPair(prompt, chosen, rejected if self._has_rejected[index] else None)
-
-    @cached_property
-    def _has_rejected(self) -> np.ndarray:
-        return self.columns.column("rejected").is_valid().to_numpy()
+        sides = (side[index].values for side in self._sides)
+        arrays = (None if ids is None else ids.to_numpy().astype(np.int64) for ids in sides)
+        return TokenisedPair(*arrays)  # type: ignore[arg-type]  # `rejected` alone may be None
 
     @cached_property
     def side_lengths(self) -> np.ndarray:
         """Return the tokens of prompt, chosen and rejected (0 for a demonstration), [3, N] int64."""
-        return np.stack([side.lengths for side in self._sides])
+        lengths = [pc.fill_null(pc.list_value_length(side), 0) for side in self._sides]
+        return np.stack([column.to_numpy().astype(np.int64) for column in lengths])
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -85,32 +83,13 @@ class PairTable:
         return self.side_lengths[0] + self.side_lengths[1:].max(axis=0)
 
     @cached_property
-    def prompt_keys(self) -> np.ndarray:
-        """Return keys that are equal for equal prompts, [N] int64."""
-        return self.columns.column("prompt_key").to_numpy()
-
-    @cached_property
-    def answer_keys(self) -> np.ndarray:
-        """Return keys of chosen and rejected that are equal for equal texts, [N, 2] int64."""
-        return np.stack([self.columns.column(f"{side}_key").to_numpy() for side in ("chosen", "rejected")], axis=1)
-
-    @cached_property
     def largest_id(self) -> int:
-        """Return the largest token id of all pairs; -1 without tokens."""
-        return max(side.largest() for side in self._sides)
+        """Return the largest token id of all pairs."""
+        return max(pc.max(chunk.values).as_py() or 0 for side in self._sides for chunk in side.chunks)
 
-    @cached_property
-    def near_keys(self) -> np.ndarray:
-        """Return keys [N] int64, equal also for prompts that differ in case, spaces or punctuation alone."""
-        return self.columns.column("near_key").to_numpy()
-
-    @cached_property
-    def _pair_keys(self) -> np.ndarray:
-        return self.columns.column("pair_key").to_numpy()
-
-    def keys(self, indices: Rows) -> np.ndarray:
-        """Return `TokenisedPair.key` of these pairs, [n] int64."""
-        return self._pair_keys[np.asarray(indices, dtype=np.int64)]
+    def keys(self, name: str, indices: Rows | slice = slice(None)) -> np.ndarray:
+        """Return the column `<name>_key` of these pairs, [n] int64."""
+        return self.columns.column(f"{name}_key").to_numpy()[indices]
 
     def part_of(self, indices: Rows) -> np.ndarray:
         """Return the number of the part of each of these pairs, [n] int64."""
@@ -176,26 +155,3 @@ def label_kind(value: object) -> str:
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return "big integer"
     return type(value).__name__
-
-
-class _TokenColumn:
-    """A column of token ids by row, read without a copy by the offsets and values of every chunk."""
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        self._starts = np.cumsum([0, *map(len, column.chunks)])  # row where each chunk begins
-        self._offsets = [chunk.offsets.to_numpy() for chunk in column.chunks]
-        self._values = [chunk.values.to_numpy() for chunk in column.chunks]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Return the number of ids of each row, [N] int64; 0 for null."""
-        return np.concatenate([np.zeros(0, np.int64), *(np.diff(offsets) for offsets in self._offsets)])
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
-        first, end = self._offsets[chunk][row - self._starts[chunk] :][:2]
-        return self._values[chunk][first:end].astype(np.int64)
-
-    def largest(self) -> int:
-        """Return the largest id of all rows; -1 without ids."""
-        return max((int(values.max(initial=-1)) for values in self._values), default=-1)

@@ -47,7 +47,7 @@ def cached_table(stream: PairStream, tokenizer: PreTrainedTokenizerBase, setting
 
     Raises UserError if the cache folder cannot be written or no pair remains.
     """
-    described = [TABLE_VERSION, dict(stream.description), tokenizer_fingerprint(tokenizer), asdict(settings)]
+    described = [TABLE_VERSION, stream.description(), tokenizer_fingerprint(tokenizer), asdict(settings)]
     build = partial(build_table, stream, tokenizer, settings)
     return cached("tables", fingerprint(described), open_table, build)
 
@@ -70,7 +70,7 @@ def build_table(
     The next call for the same folder resumes the work of a killed process after its last finished part. Raises
     UserError if no pair remains, FileExistsError if the folder exists and is not empty.
     """
-    parts = Parts(folder.with_suffix(".parts"), dict(stream.description))
+    parts = Parts(folder.with_suffix(".parts"), stream.description())
     try:
         report = _tokenise_parts(stream, tokenizer, settings, parts)
         kinds: dict[str, set[str]] = {}
@@ -103,8 +103,7 @@ def _tokenise_parts(
     stream: PairStream, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation, parts: Parts
 ) -> RowReport:
     """Tokenise the pairs that no finished part contains; return the report on what the stream read."""
-    reader = stream.read()
-    pairs = iter(reader)
+    pairs = iter(stream)
     done, rows = len(parts), stream.rows()
     read = done * _BATCHES_PER_PART * _PAIRS_PER_BATCH
     if done:
@@ -122,7 +121,8 @@ def _tokenise_parts(
                     writer.write_batch(batch.rows, {_FOUND: batch.found()})
                     read += batch.read
                     progress.update(batch.read)
-    return getattr(reader, "report", RowReport(Counter(rows=read)))
+    stream.report.counts.setdefault("rows", read)  # a generator counts none
+    return stream.report
 
 
 def _read_part(path: Path) -> Iterator[Tokenised]:

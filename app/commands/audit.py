@@ -102,7 +102,7 @@ def write_clean(file: str, pairs: PairTexts, worst: set[str], swap: bool) -> Non
     written, found = 0, set()
     with atomic_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for stream in pairs.data.streams("train") or ():
-            for pair in stream.read():
+            for pair in stream:
                 wrong = pair.pair_id in worst
                 found |= {pair.pair_id} & worst
                 if not wrong or swap:

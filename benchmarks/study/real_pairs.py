@@ -55,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def drawn(file: str, longest: int, draws: np.random.Generator) -> list[PreferencePair]:
     """Return the distinct pairs of at most `longest` characters in a drawn order; unreadable rows are counted."""
     found: dict[tuple[str, frozenset[str | None]], PreferencePair] = {}
-    for pair in pair_stream(Source(file), "skip", need_rejected=True).read():
+    for pair in pair_stream(Source(file), "skip", need_rejected=True):
         if len(f"{pair.prompt}{pair.chosen}{pair.rejected}") <= longest:
             found.setdefault((str(pair.prompt), frozenset((pair.chosen, pair.rejected))), pair)
     pairs = list(found.values())

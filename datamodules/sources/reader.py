@@ -1,9 +1,9 @@
-"""Reader of preference pairs from a source; its report accounts for every row."""
+"""Streams of preference pairs from a source; their report accounts for every row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -17,19 +17,33 @@ from datamodules.sources.source import HubDataset, Source
 OnBadRow = Literal["error", "skip"]
 
 
-class PairReader(Iterator[PreferencePair]):
-    """An iterator over pairs; `report` counts the rows while they are read."""
+@dataclass
+class PairStream(Iterable[PreferencePair]):
+    """A stream of pairs as text, in a fixed order; every iteration starts at the first pair.
 
-    def __init__(self, read: Callable[[RowReport], Iterator[PreferencePair]]) -> None:
+    `description` returns the part of the cache key that identifies the pairs, in JSON values: content hash, format,
+    seed of a generator, …. `read` yields the pairs and counts the rows in the report that it is given; `report` is
+    that of the last iteration. `rows` returns the number of rows if that is known before they are read.
+    """
+
+    name: str
+    description: Callable[[], dict[str, object]]
+    read: Callable[[RowReport], Iterable[PreferencePair]]
+    rows: Callable[[], int | None] = lambda: None
+    report: RowReport = field(default_factory=RowReport, init=False)
+
+    def __iter__(self) -> Iterator[PreferencePair]:
         self.report = RowReport()
-        self._pairs = read(self.report)
-
-    def __next__(self) -> PreferencePair:
-        return next(self._pairs)
+        return iter(self.read(self.report))
 
 
 def _read(
-    source: Source, opened: LocalFiles | HubDataset, on_bad_row: OnBadRow, report: RowReport, **reading: bool
+    source: Source,
+    opened: LocalFiles | HubDataset,
+    on_bad_row: OnBadRow,
+    need_rejected: bool,
+    prompts_only: bool,
+    report: RowReport,
 ) -> Iterator[PreferencePair]:
     seen: set[str] = set()
     first_bad = ""
@@ -38,7 +52,7 @@ def _read(
         try:
             if isinstance(row, BadRow):
                 raise row
-            pair, ignored = read_row(row, location, source, **reading)
+            pair, ignored = read_row(row, location, source, need_rejected, prompts_only)
             if pair.pair_id in seen:
                 raise BadRow("repeated pair_id", pair.pair_id)
         except BadRow as bad:
@@ -63,47 +77,33 @@ def read_pairs(
     need_rejected: bool = False,
     prompts_only: bool = False,
     **options: Any,
-) -> PairReader:
-    """Return the pairs of local files, a folder or a Hub id, in order; `options` are the fields of `Source`.
+) -> PairStream:
+    """Return the pairs of local files, a folder or a Hub id; `options` are the fields of `Source`."""
+    return pair_stream(Source(path, **options), on_bad_row, need_rejected, prompts_only)
+
+
+def pair_stream(
+    source: Source, on_bad_row: OnBadRow, need_rejected: bool, prompts_only: bool = False
+) -> PairStream:
+    """Return the pairs of a source, in order, named by its label. Raises UserError if the source does not exist.
 
     A pair's id is its field `pair_id` (text or integer, unique) or `<file or dataset>:<line or row number>`.
-    `on_bad_row`: "error" raises at the first bad row, "skip" leaves it out and counts it in the reader's `report`.
-    Raises UserError, also for a source without a usable row and, in both modes, for a file that is damaged as a
+    `on_bad_row`: "error" raises at the first bad row, "skip" leaves it out and counts it in the stream's `report`.
+    Reading raises UserError for a source without a usable row and, in both modes, for a file that is damaged as a
     whole. For the other arguments see `read_row`.
     """
-    source = Source(path, **options)
     opened = source.open()
-    return PairReader(
-        partial(_read, source, opened, on_bad_row, need_rejected=need_rejected, prompts_only=prompts_only)
-    )
 
+    def description() -> dict[str, object]:
+        return {
+            "name": opened.name,  # part of the pair ids
+            "content": opened.fingerprint(),
+            "on_bad_row": on_bad_row,
+            "need_rejected": need_rejected,
+            "prompts_only": prompts_only,
+            "columns": source.columns or {},
+            **{name: getattr(source, name) for name in ("format", "min_score_ratio", "preferred_by")},
+        }
 
-@dataclass(frozen=True)
-class PairStream:
-    """A stream of pairs as text, in a fixed order, that can be read again.
-
-    `description` is the part of the cache key that identifies the pairs, in JSON values: content hash, format, seed
-    of a generator, …. `read` starts at the first pair; its result may have a `report` (a `RowReport`) of the rows.
-    `rows` gives their number if that is known before they are read.
-    """
-
-    name: str
-    description: Mapping[str, object]
-    read: Callable[[], Iterable[PreferencePair]]
-    rows: Callable[[], int | None] = lambda: None
-
-
-def pair_stream(source: Source, on_bad_row: OnBadRow, need_rejected: bool) -> PairStream:
-    """Return the stream of a source, named by its label. Raises UserError if it does not exist."""
-    opened = source.open()
-    description = {
-        "name": opened.name,  # part of the pair ids
-        "content": opened.fingerprint(),
-        "on_bad_row": on_bad_row,
-        "need_rejected": need_rejected,
-        "prompts_only": False,
-        "columns": source.columns or {},
-        **{name: getattr(source, name) for name in ("format", "min_score_ratio", "preferred_by")},
-    }
-    read = partial(_read, source, opened, on_bad_row, need_rejected=need_rejected)
-    return PairStream(source.label, description, partial(PairReader, read), opened.count)
+    read = partial(_read, source, opened, on_bad_row, need_rejected, prompts_only)
+    return PairStream(source.label, description, read, opened.count)

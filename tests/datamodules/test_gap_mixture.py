@@ -178,7 +178,7 @@ def test_validation_pairs_keep_their_responses(pairs: Path) -> None:
     assert not isinstance(table, GapMixedTable)
     train_table, train = table_of(data)
     assert isinstance(train_table, GapMixedTable)
-    assert not set(table.prompt_keys[rows]) & set(train_table.prompt_keys[train_table.exchange(train, 1, 0)])
+    assert not set(table.keys("prompt", rows)) & set(train_table.keys("prompt", train_table.exchange(train, 1, 0)))
 
 
 @pytest.mark.parametrize("unit", ["pair", "batch"])

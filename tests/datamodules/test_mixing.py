@@ -94,9 +94,9 @@ def test_a_prompt_is_held_out_of_all_sources_in_any_form(tmp_path: Path) -> None
     source = data(tmp_path, [Source(path) for path in paths], template=True, validation_share=0.2)
     table, train = table_of(source)
     _, held_out = table_of(source, "validation")
-    assert not set(table.prompt_keys[train]) & set(table.prompt_keys[held_out])
+    assert not set(table.keys("prompt", train)) & set(table.keys("prompt", held_out))
     assert sorted([*train, *held_out]) == list(range(60))
-    assert (table.prompt_keys[:20] == table.prompt_keys[20:40]).all()
+    assert (table.keys("prompt")[:20] == table.keys("prompt")[20:40]).all()
     names = table.labels(held_out)["source"]
     assert names.count("0.jsonl") == names.count("1.jsonl") > 0
 

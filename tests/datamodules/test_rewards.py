@@ -60,7 +60,7 @@ def save(folder: Path, seed: int = 0, template: str | None = None) -> str:
 
 
 def stream(seed: int = 1) -> PairStream:
-    return PairStream("pairs", {"seed": seed}, lambda: preference_pairs(PAIRS, seed=seed))
+    return PairStream("pairs", lambda: {"seed": seed}, lambda _: preference_pairs(PAIRS, seed=seed))
 
 
 def test_rewards_are_those_of_the_model_and_scored_once(rewarder: str, monkeypatch: pytest.MonkeyPatch) -> None:

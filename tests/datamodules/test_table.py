@@ -89,7 +89,7 @@ def write(path: Path, rows: list[dict[str, object]]) -> str:
 
 
 def built(stream: Iterable[PreferencePair], tokenizer: Any, settings: Tokenisation, folder: Path) -> PairTable:
-    build_table(PairStream("pairs", {}, lambda: stream), tokenizer, settings, folder)
+    build_table(PairStream("pairs", dict, lambda _: stream), tokenizer, settings, folder)
     return open_table(folder)
 
 
@@ -114,8 +114,8 @@ def test_a_table_returns_what_tokenise_pair_gives(tmp_path: Path) -> None:
     assert table.pair_ids(np.array([], dtype=np.int64)) == []
     assert table.labels([0, 1]) == {"flipped": [True, False], "grade": [None, 1]}
     assert table.kinds == {"flipped": ["bool"], "grade": ["int"]}
-    assert len(np.unique(table.prompt_keys)) == count // 2
-    assert table.prompt_keys[0] == table.prompt_keys[1]
+    assert len(np.unique(table.keys("prompt"))) == count // 2
+    assert len(set(table.keys("prompt", [0, 1]))) == 1
     with pytest.raises(IndexError):
         table[count]
 
@@ -273,7 +273,7 @@ def test_a_generated_source_is_cached_without_generating_again() -> None:
         calls.append(1)
         return pairs(3)
 
-    stream = PairStream("cats", {"task": "cats", "seed": 1}, generate)
+    stream = PairStream("cats", lambda: {"task": "cats", "seed": 1}, lambda _: generate())
     for _ in range(2):
         assert len(cached_table(stream, byte_tokenizer(), SETTINGS)) == 3
     assert len(calls) == 1
