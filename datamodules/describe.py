@@ -76,7 +76,8 @@ def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str]:
     mixed = pairs.view(np.uint64) @ _ODD  # keys are hashes, so that different pairs give different sums
     order = np.argsort(mixed, kind="stable")
     again = np.sort(order[1:][mixed[order[1:]] == mixed[order[:-1]]])
-    against = np.flatnonzero(_within(pairs[:, [0, 2, 1]].view(np.uint64) @ _ODD, mixed))
+    two_answers = pairs[:, 1] != pairs[:, 2]  # answers that differ in outer spaces alone have one key
+    against = np.flatnonzero(two_answers & _within(pairs[:, [0, 2, 1]].view(np.uint64) @ _ODD, mixed))
     twice = f"{len(again)} pairs repeat an earlier one (first: {_named(table, rows[again])})" if len(again) else ""
     contradiction = (
         f"{len(against)} pairs contradict another one: the same prompt, chosen and rejected swapped "

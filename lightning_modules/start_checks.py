@@ -74,6 +74,15 @@ def check_start(
         )
     if trainer.gradient_clip_val is not None:
         raise UserError("trainer.gradient_clip_val has no effect here: set model.max_grad_norm instead.")
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
+        raise UserError(
+            "trainer.overfit_batches has no effect here, every epoch takes other batches: set data.path to a file "
+            "of as few pairs."
+        )
+    if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        raise UserError(
+            "trainer.reload_dataloaders_every_n_epochs would repeat the order of the first epoch: take it out."
+        )
     if precision not in ("32-true", "64-true", "bf16-mixed"):
         raise UserError(
             f"trainer.precision {precision} loses log-probabilities (overflow, or rotary positions in half "

@@ -95,12 +95,12 @@ def csv_rows(file: IO[bytes], path: Path, delimiters: str = ",;\t") -> Rows:
     text, *ahead = tee(text_lines(file, path), 1 + len(delimiters))
     widths = [len(next(csv.reader(one, delimiter=mark), [])) for one, mark in zip(ahead, delimiters, strict=True)]
     ahead.clear()  # or they would keep the lines
-    quotes, begin = 0, 1  # quotation marks in the row that is being read, and its first line
+    raw: list[str] = []  # the lines of the row that is being read
+    begin = 1  # its first line
 
     def lines() -> Iterator[str]:
-        nonlocal quotes
         for line in text:
-            quotes += line.count('"')
+            raw.append(line)
             yield line
 
     delimiter = delimiters[widths.index(max(widths))]
@@ -109,14 +109,18 @@ def csv_rows(file: IO[bytes], path: Path, delimiters: str = ",;\t") -> Rows:
     try:
         for cells in reader:
             first, begin = begin, reader.line_num + 1
-            odd, quotes = quotes % 2, 0
-            if odd:
+            written = "".join(raw)
+            raw.clear()
+            if written.count('"') % 2:
                 raise UserError(
                     f'{path}, line {first}: a quotation mark is not closed: close it, or write "" for one in text.'
                 )
             if cells and not names:
                 names = [name.strip() or f"column {number}" for number, name in enumerate(cells, 1)]
                 refuse_same_names(names, path)
+            elif any(cell.lstrip()[:1] == '"' and f"{delimiter} {cell.lstrip()}" in written for cell in cells):
+                # the format reads such marks as text, and a delimiter between them as the end of the cell
+                yield first, BadRow("a space before a quotation mark", "begin the cell with the mark")
             elif len(cells) == len(names):
                 yield first, {n: None if c in _NO_VALUE else Cell(c) for n, c in zip(names, cells, strict=True)}
             elif cells:  # a blank line is no row

@@ -86,7 +86,9 @@ class Source:
         local = Path(self.path).expanduser()
         files = [local]
         if has_magic(self.path) and not local.exists():
-            files = [Path(name) for name in sorted(glob(str(local), recursive=True)) if Path(name).is_file()]
+            found = [Path(name) for name in sorted(glob(str(local), recursive=True))]
+            refuse_dead_links(found)
+            files = [path for path in found if path.is_file()]
             if not files:
                 raise UserError(f"No file is called {self.path}: check the pattern that you gave.")
         elif not local.exists() and readable(local):
@@ -176,6 +178,8 @@ def folder_source(folder: Path, split: str, subset: str | None) -> HubDataset | 
     except (EmptyDatasetError, FileNotFoundError) as error:
         raise UserError(f"The folder {folder} holds no file: check data.path.") from error
     files = {str(name): sorted({Path(path) for path in paths}) for name, paths in found.items()}
+    everything = sorted(Path(base).rglob("*"))
+    refuse_dead_links(everything)
     given = {
         name: [path for path in paths if readable(path) and path.name not in _NO_ROWS]
         for name, paths in files.items()
@@ -186,10 +190,19 @@ def folder_source(folder: Path, split: str, subset: str | None) -> HubDataset | 
         names = ", ".join(name for name, paths in given.items() if paths)
         raise UserError(f"The folder {folder} has no split {split!r}: its files make {names}.")
     used = {path for paths in given.values() for path in paths}
-    present = [path for path in sorted(Path(base).rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    present = [path for path in everything if path.is_file() and not path.name.startswith(".")]
     if left_out := [path.name for path in present if path not in used and path.name not in _NO_ROWS]:
         log.warning("%s: left out, of no split or no known kind: %s", folder, ", ".join(left_out))
     return LocalFiles(given[split], folder.absolute().name)
+
+
+def refuse_dead_links(paths: Iterable[Path]) -> None:
+    """Raise UserError for a link to a file of rows that is not there, which would else be missing from the data."""
+    for path in paths:
+        if readable(path) and path.is_symlink() and not path.exists():
+            raise UserError(
+                f"{path} is a link to {path.readlink()}, which is not there: fetch it, or remove the link."
+            )
 
 
 def _is_saved(folder: Path) -> bool:

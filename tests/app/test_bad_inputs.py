@@ -153,6 +153,8 @@ OF_A_RUN: dict[str, list[tuple[str, str]]] = {
         ("--trainer.fast_dev_run=x", "trainer.fast_dev_run: expected a whole number or true or false"),
         ("--trainer.overfit_batches=-1", "trainer: You have passed invalid value -1 for overfit_batches"),
         ("--trainer.reload_dataloaders_every_n_epochs=-1", "reload_dataloaders_every_n_epochs"),
+        ("--trainer.overfit_batches=1", "trainer.overfit_batches has no effect here"),
+        ("--trainer.reload_dataloaders_every_n_epochs=1", "would repeat the order of the first epoch"),
         ("--trainer.max_time=x", "trainer: `Timer(duration='x')` is not a valid duration"),
         ("--trainer.profiler=foo", "`profiler`"),
         ("--trainer.plugins=foo", "trainer.plugins: 'foo' names no class"),

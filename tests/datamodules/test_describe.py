@@ -49,6 +49,15 @@ def test_repeats_and_contradictions_are_counted_within_and_across_files(tmp_path
     assert repeats(*opened(tmp_path, "p a b", "q b a", "p a c")) == ("", "")
 
 
+def test_answers_that_differ_in_outer_spaces_do_not_contradict_themselves(tmp_path: Path) -> None:
+    (tmp_path / "0.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "a\n"}))
+    data = PreferenceData(str(tmp_path / "0.jsonl"))
+    data.tokenizer = byte_tokenizer()
+    found = data.open_table("train")
+    assert found is not None
+    assert repeats(*found) == ("", "")
+
+
 def test_validation_prompts_that_are_trained_on_are_named(tmp_path: Path) -> None:
     trained = opened(tmp_path, "p a b", "q a b")
     held_out = opened(tmp_path, "x a b", "p c d", "q e f")

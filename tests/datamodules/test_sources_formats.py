@@ -212,6 +212,8 @@ def test_files_together_folders_and_saved_data_sets(tmp_path: Path, monkeypatch:
         ("p.csv", 'prompt,chosen,rejected\na,b",c\n', "line 2: a quotation mark is not closed"),
         ("p.csv", "prompt,chosen,rejected\na,b\n", r"p\.csv:2: wrong number of cells \(2 instead of 3\)"),
         ("p.csv", "prompt,chosen,prompt\na,b,c\n", "same name"),
+        ("p.csv", 'prompt, chosen, rejected\na, "b", "c"\n', r"p\.csv:2: a space before a quotation mark"),
+        ("p.csv", 'prompt,chosen,rejected\na, "b, c", d\n', r"p\.csv:2: a space before a quotation mark"),
         ("p.csv", "prompt,chosen,rejected\na,,c\n", r"p\.csv:2: wrong type \(chosen is null"),
         ("p.csv", "frage,gut\na,b\n", r"p\.csv:2: missing field .*columns found: frage, gut"),
         ("p.json", '[{"prompt": "a"}', r"p.json is bad JSON \(Expecting .*: line 1 column 17"),
@@ -228,6 +230,20 @@ def test_damaged_files_are_refused_with_the_place(tmp_path: Path, name: str, con
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=said):
         list(read_pairs(str(tmp_path / name)))
+
+
+def test_a_quotation_in_a_cell_may_follow_a_space(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text('prompt,chosen,rejected\n"p, ""q"""," ""b, c"""," d"\n', encoding="utf-8")
+    (pair,) = read_pairs(str(tmp_path / "p.csv"))
+    assert (pair.prompt, pair.chosen, pair.rejected) == ('p, "q"', ' "b, c"', " d")
+
+
+@pytest.mark.parametrize("path", [".", "*.jsonl"])
+def test_a_link_without_its_file_is_no_smaller_data_set(tmp_path: Path, path: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))
+    (tmp_path / "b.jsonl").symlink_to("gone.jsonl")
+    with pytest.raises(UserError, match=r"b\.jsonl is a link to gone\.jsonl, which is not there"):
+        read_pairs(str(tmp_path / path))
 
 
 @pytest.mark.parametrize("rows", [0, 5000])
