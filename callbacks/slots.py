@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar
 
 from app.core.errors import UserError
+from app.method.step import RewardGapHook
 from callbacks.annotator_reliability import AnnotatorReliability
 from callbacks.control import CONTROLS, Control
 from callbacks.dashboard import BetaDashboard
@@ -86,12 +87,17 @@ def slot_of(kind: type) -> Slot | None:
 def in_order(filled: Mapping[str, Callback | None], own: Sequence[Callback] = ()) -> list[Callback]:
     """Return the callbacks of a Trainer: those that decide, then the user's `own`, then those that only observe.
 
-    Raises UserError for a class of this project in a slot other than its own.
+    Raises UserError for a class of this project in a slot other than its own, and for one that decides nothing in a
+    slot that decides.
     """
     for name, callback in filled.items():
         right = slot_of(type(callback))
         if right is not None and right.name != name:
             raise UserError(f"{name}: {type(callback).__name__} belongs in the slot {right.name!r}.")
+        if callback is not None and BY_NAME[name] in DECIDING and not isinstance(callback, RewardGapHook):
+            raise UserError(
+                f"{name}: {type(callback).__name__} has no method on_reward_gaps, so it would decide nothing."
+            )
     control = filled.get("control")
     order = [slot.name for slot in DECIDING]
     if isinstance(control, Control):

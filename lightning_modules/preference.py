@@ -188,6 +188,8 @@ class PreferenceOptimization(PreferenceScoring):
                     callback.on_reward_gaps(self.trainer, self, decision)
                 except MissingStatistics as error:
                     raise UserError(str(error)) from error
+                if fault := decision.fault():
+                    raise UserError(f"{type(callback).__name__}, step {decision.step}: {fault}.")
         return decision
 
     def minimum_std(self, global_logps: PairLogps) -> float:

@@ -50,7 +50,7 @@ class PairLoss(ABC):
     ) -> Tensor:
         """Return the loss of every pair [B] for `beta`, `margin` and `confidence`, each [B] or 0-d, all detached.
 
-        Raises ValueError for a margin or a confidence that the loss does not take.
+        Raises ValueError for a margin or a confidence that the loss does not take, and for a loss of another shape.
         """
         if margin is not None and not self.takes_margin:
             raise ValueError(f"{self} has no logit β·h to subtract a margin from")
@@ -60,8 +60,12 @@ class PairLoss(ABC):
         like = logps.policy_chosen
         beta, margin = beta.detach().to(like), None if margin is None else margin.detach().to(like)
         if confidence is None:
-            return self.per_pair(logps, beta, margin)
-        return self.under_doubt(logps, beta, margin, confidence.detach().to(like))
+            losses = self.per_pair(logps, beta, margin)
+        else:
+            losses = self.under_doubt(logps, beta, margin, confidence.detach().to(like))
+        if losses.shape != like.shape:  # a mean would count a micro-batch as one pair
+            raise ValueError(f"{self} returns a loss of shape {[*losses.shape]}, not one per pair {[*like.shape]}")
+        return losses
 
     def label_logit(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
         """Return log p/(1 − p) [B], where p = σ(L(swapped) − L(as labelled)) is the probability of the label."""

@@ -135,6 +135,19 @@ class StepDecision:
         assert self.logps is not None
         return self.loss.label_logit(self.logps, self.beta, self.margin).masked_fill(~self.eligible, math.nan)
 
+    def fault(self) -> str:
+        """Return why the step cannot be trained as decided, as a clause; an empty text if it can."""
+        for name in ("kept", *self._term_names):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) or value.shape != self.gaps.shape:
+                return f"decision.{name} must be a tensor with an entry for each of the {len(self.pair_ids)} pairs"
+        if self.kept.dtype != torch.bool or not self.kept.any() or (self.kept & ~self.eligible).any():
+            return "decision.kept must be bool, true for at least one pair, and for none without a finite gap"
+        for name in self._term_names:
+            if not getattr(self, name)[self.kept].isfinite().all():
+                return f"decision.{name} is not finite for a kept pair"
+        return "" if (self.beta[self.kept] > 0).all() else "decision.beta is not above 0 for a kept pair"
+
     def require_moments(self, who: str) -> Moments:
         """Return M0 and σ of this step to the callback named `who`. Raises MissingStatistics if there are none."""
         if self.moments is None:

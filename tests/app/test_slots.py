@@ -52,6 +52,12 @@ def test_the_order_is_that_of_the_table_whatever_the_order_of_the_keys() -> None
     assert in_order({slot.name: None for slot in SLOTS}) == []
 
 
+def test_a_callback_that_decides_nothing_fills_no_slot_that_decides() -> None:
+    with pytest.raises(UserError, match=r"schedule: Own has no method on_reward_gaps"):
+        in_order({"schedule": Own()})
+    assert len(in_order({"samples": Own()})) == 1
+
+
 def test_a_class_belongs_in_one_slot() -> None:
     assert slot_of(EarlyStopping) is None
     for kind, name in {OwnFilter: "filter", TQDMProgressBar: "progress"}.items():

@@ -23,7 +23,7 @@ from app.method.losses import (
     WithSFTTerm,
 )
 from app.method.moments import Moments, RunningMoments
-from app.method.pair_loss import PairLoss
+from app.method.pair_loss import LogitLoss, PairLoss
 
 
 def with_gap(gap: torch.Tensor) -> PairLogps:
@@ -375,3 +375,12 @@ def test_sft_term_by_hand_and_around_any_loss() -> None:
     for weight in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="sft_weight"):
             WithSFTTerm(SigmoidLoss(), weight)
+
+
+def test_a_loss_that_averages_is_refused() -> None:
+    class Mean(LogitLoss):
+        def of_logits(self, logits: torch.Tensor) -> torch.Tensor:
+            return -F.logsigmoid(logits).mean()
+
+    with pytest.raises(ValueError, match=r"Mean returns a loss of shape \[\], not one per pair \[2\]"):
+        Mean()(with_gap(torch.zeros(2)), torch.tensor(0.1))

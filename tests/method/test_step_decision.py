@@ -90,6 +90,28 @@ def test_labels_travel_along() -> None:
     assert decision.labels["flipped"] == [True, False]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("kept", torch.zeros(3, dtype=torch.bool), "at least one pair"),
+        ("kept", torch.tensor([1, 0, 0]), "at least one pair"),  # would be read as indices
+        ("kept", torch.ones(3, dtype=torch.bool), "none without a finite gap"),
+        ("kept", torch.ones(2, dtype=torch.bool), "each of the 3 pairs"),
+        ("beta", 0.2, "each of the 3 pairs"),
+        ("beta", torch.tensor(0.2), "each of the 3 pairs"),
+        ("beta", torch.tensor([0.2, math.nan, 0.2]), "beta is not finite"),
+        ("beta", torch.tensor([0.2, -0.2, 0.2]), "beta is not above 0"),
+        ("loss_weight", torch.tensor([1.0, math.inf, 1.0]), "loss_weight is not finite"),
+        ("margin", torch.tensor([0.0, math.nan, 0.0]), "margin is not finite"),
+    ],
+)
+def test_a_decision_that_cannot_be_trained_is_named(name: str, value: Any, said: str) -> None:
+    decision = start(0.5, 0.1, math.nan)
+    assert decision.fault() == ""
+    setattr(decision, name, value)
+    assert said in decision.fault()
+
+
 def test_the_hook_is_found_by_its_method() -> None:
     class Doubler:
         def on_reward_gaps(self, trainer: Any, pl_module: Any, decision: StepDecision) -> None:
