@@ -154,6 +154,8 @@ class PreferenceData(PairDataModule):
         sources = self.sources_of(split)
         if not sources and split == "test":
             raise UserError("There are no test pairs: give data.test_path, or data.test_split of a Hub id.")
+        if not sources and self.trainer is not None and self.trainer.state.fn == "validate":
+            raise UserError("There are no validation pairs: give data.validation_path, _split or _share.")
         streams = []
         for source, name in sources:
             streams.append(pair_stream(replace(source, split=name), self.on_bad_row, self.need_rejected))

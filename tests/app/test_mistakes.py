@@ -64,6 +64,16 @@ def test_wrong_fields_of_a_run(option: str, sentence: str, run_config: Path, tol
     assert not (run_config / "runs").exists()
 
 
+@pytest.mark.parametrize(("command", "split"), [("validate", "validation"), ("test", "test")])
+def test_an_evaluation_without_pairs(
+    command: str, split: str, tiny_llama: str, tmp_path: Path, told: Callable[..., str]
+) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "the cat", "chosen": "is red", "rejected": "is blue"}\n')
+    write_config(tmp_path, tiny_llama, path=str(tmp_path / "p.jsonl"))
+    sentence = told(command, "--config", str(tmp_path / "config.yaml"))
+    assert sentence.startswith(f"There are no {split} pairs: give data.{split}_path")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(run_config: Path, told: Callable[..., str]) -> None:
     sentence = told("fit", "--config", "config.yaml", "--trainer.accelerator", "gpu")
