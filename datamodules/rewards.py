@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from jinja2.exceptions import TemplateError
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from app.core.cache import cached, fingerprint
@@ -27,7 +26,7 @@ from datamodules.records import PreferencePair, Prompt
 from datamodules.sources.prompts import prompt_messages
 from datamodules.sources.reader import PairStream
 from datamodules.table import PairTable
-from datamodules.table_writer import read_rows, record_batch, write_rows
+from datamodules.table_writer import progress_bar, read_rows, record_batch, write_rows
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def _score_parts(stream: PairStream, scoring: RewardScoring, device: torch.devic
     model = RewardModel(scoring.name, scoring.batch_size, str(device), scoring.max_length)
     pairs = iter(stream)
     scored = sum(1 for _ in islice(pairs, done * _PAIRS_PER_PART))
-    with tqdm(desc="scoring", unit=" pairs", initial=scored, disable=None) as progress:
+    with progress_bar("scoring", scored) as progress:
         while batch := list(islice(pairs, _PAIRS_PER_PART)):
             rows = [(pair.pair_id, *both) for pair, both in zip(batch, _rewards(model, batch), strict=True)]
             with atomic_file(parts.path(done)) as temporary:

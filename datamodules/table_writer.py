@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -109,7 +110,7 @@ def _tokenise_parts(
     if done:
         log.info("%s: resumes tokenising at row %d of %s", stream.name, read + 1, rows or "an unknown number")
         deque(islice(pairs, read), maxlen=0)
-    with tqdm(desc="tokenising", unit=" pairs", total=rows, initial=read, delay=3, disable=None) as progress:
+    with progress_bar("tokenising", read, rows) as progress:
         batches = in_order(in_batches(pairs), tokenizer, settings)
         for number, first in enumerate(batches, done):
             with (
@@ -123,6 +124,20 @@ def _tokenise_parts(
                     progress.update(batch.read)
     stream.report.counts.setdefault("rows", read)  # a generator counts none
     return stream.report
+
+
+def progress_bar(told: str, done: int, total: int | None = None) -> tqdm:
+    """Return a bar of pairs, which a terminal shows after three seconds, and a log once a minute."""
+    pause = 0.1 if sys.stderr.isatty() else 60.0
+    return tqdm(
+        desc=told,
+        unit=" pairs",
+        initial=done,
+        total=total,
+        delay=3,
+        mininterval=pause,
+        maxinterval=max(pause, 10.0),
+    )
 
 
 def _read_part(path: Path) -> Iterator[Tokenised]:
