@@ -24,7 +24,7 @@ class Measured(Callback):
 
     def on_reward_gaps(self, trainer: Any, pl_module: Any, decision: Any) -> None:
         self.before.append(weights(pl_module))
-        decision.eligible[0] = decision.step != 2  # as if its gap were not finite
+        decision.eligible[0] = decision.kept[0] = decision.step != 2  # as if its gap were not finite
         self.kl.append(decision.measure_kl and decision.measure_kl())
 
 
