@@ -94,14 +94,16 @@ def over_seeds(values: pd.Series, sign: str = "") -> str:
 
 
 def answered(questions: Sequence[Question], rows: Rows) -> Iterator[Question]:
-    """Yield the questions with the comparisons that have at least two pairs of rows, and their results."""
+    """Yield the questions with the comparisons that have all the seeds of the plan, and their results."""
     for question in questions:
         found = []
         for one in question.comparisons:
             try:
-                found.append(rows.result(one))
-            except LookupError:  # not yet: `verdicts` counts them
+                result = rows.result(one)
+            except LookupError:
                 continue
+            if result.of("reward").seeds >= len(question.seeds):  # a verdict before that would be a look ahead
+                found.append(result)
         if found:
             yield replace(question, comparisons=found)
 
@@ -129,9 +131,9 @@ def verdicts(questions: Sequence[Question], table: pd.DataFrame) -> str:
     return "\n\n".join(
         [
             f"**{first}** {done} of the {wanted} runs that judge have a row; "
-            f"{compared} of {asked} comparisons have two pairs of rows or more.",
+            f"{compared} of {asked} comparisons have all their seeds.",
             markdown(["question", *MEASURES.values()], rows),
-            *([f"Not run yet: {' '.join(left)}"] if left else []),
+            *([f"Not answered yet: {' '.join(left)}"] if left else []),
         ]
     )
 
