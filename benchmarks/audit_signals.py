@@ -30,7 +30,6 @@ SHARES = (0.01, 0.05, 0.1)
 HEAD = [f"first {share:.0%}: precision, recall" for share in SHARES]
 RE_PO = ("--confidence", "AnnotatorReliability")
 ARMS: dict[str, tuple[str, ...]] = {"beta_dpo": (), "dpo_re_po": ("--config", "method/dpo", *RE_PO)}
-REAL_ARMS: dict[str, tuple[str, ...]] = {"beta_dpo_re_po": RE_PO}
 
 
 def train(folder: Path, seed: int) -> None:

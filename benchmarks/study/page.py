@@ -13,16 +13,15 @@ import pandas as pd
 
 from app.core.files import atomic_file
 from app.core.intervals import Estimate
-from app.report.plot import DASHES, SOLID, Interval, Line, axis, intervals, lines, run_colour, side_by_side, svg
+from app.report.plot import DASHES, Interval, Line, axis, intervals, lines, run_colour, side_by_side, svg
 from benchmarks.study import real_pairs
 from benchmarks.study.questions import MEASURES, Cell, Comparison, Question, Rows, plan, quickstarts, sizes
-from benchmarks.study.runs import path_of, runs_of, with_measures
-from benchmarks.study.tasks import JUDGED, TASKS
+from benchmarks.study.runs import KEY, path_of, runs_of, with_measures
+from benchmarks.study.tasks import JUDGED, TASKS, TUNING, Run
 from benchmarks.study.verdicts import Difference
 from benchmarks.tables import ROOT, markdown
 
 DOCS = ROOT / "docs"
-EMPHASISED = {"dpo": "run7", "beta_dpo": "run0"}
 VERDICTS = {"better": "good", "worse": "act", "equal within the margin": "link"}
 
 
@@ -43,7 +42,14 @@ def documents(table: pd.DataFrame) -> dict[str, str]:
     # head and tail are written by hand; the rest is generated
     head, tail = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("head.md", "tail.md"))
     people = real_model(table[table.task == "real"])
-    parts = [verdicts(questions, table), head, *sections(questions, Rows(table)), people, tail]
+    parts = [
+        verdicts(questions, table),
+        head,
+        *sections(questions, Rows(table)),
+        people,
+        arms(questions, table),
+        tail,
+    ]
     content = "\n\n".join(
         ["# The study: which claims about dynamic β hold here", *map(str.rstrip, filter(None, parts))]
     )
@@ -161,6 +167,42 @@ def sections(questions: Sequence[Question], rows: Rows) -> Iterator[str]:
         yield "\n\n".join([f"## {question.title}", question.source, markdown(header, lines), figure])
 
 
+def arms(questions: Sequence[Question], table: pd.DataFrame) -> str:
+    """Return the section with the means of every setting of the controlled task that the questions compare."""
+    plan_rows, measured = Rows(table), with_measures(table[table.task == "controlled"])
+    wanted = {plan_rows.run(cell) for question in questions for one in question.comparisons for cell in one.weights}
+    settings = list(KEY[3:])
+    tried = dict(list(measured[measured.phase == TUNING].groupby(settings)))
+    rows = []
+    for place, runs in measured[measured.phase == JUDGED].groupby(settings):
+        run = Run("controlled", JUDGED, -1, *place)
+        if run not in wanted:
+            continue
+        varied = f"α {run.alpha:g}, ρ {run.keep_ratio:g}" if (run.alpha, run.keep_ratio) != (0.6, 0.8) else ""
+        collapses = [runs, *([tried[place]] if place in tried else [])]
+        flipped = f"{runs.dropped_flipped.mean():.2f}" if run.flip_rate else "–"
+        rows.append(
+            [
+                f"{run.data}, {run.flip_rate:g}",
+                " ".join(filter(None, [run.loss, run.arm, varied, run.options])),
+                f"{run.beta0:g}, {run.learning_rate:g}",
+                *(f"{runs.reward.mean():.2f}", f"{runs.kl.mean():.2f}", f"{runs.malformed.mean():.3f}"),
+                ", ".join(f"{some.collapsed.sum()} of {len(some)}" for some in collapses),
+                f"{flipped} : {runs.dropped_clean.mean():.2f}" if runs.dropped_clean.any() else "–",
+            ]
+        )
+    header = [
+        "gaps, flip rate",
+        "loss and arm",
+        "β0, rate",
+        "reward",
+        "KL",
+        "malformed",
+        "collapsed: judged, tuned",
+    ]
+    return "## All settings\n\n" + markdown([*header, "dropped: flipped : other"], rows)
+
+
 def told_collapses(one: Comparison) -> str:
     return " : ".join(map(str, one.collapsed)) if any(one.collapsed) else "–"
 
@@ -232,12 +274,9 @@ def frontier(cells: Mapping[str, pd.DataFrame]) -> Any:
     parts = []
     for number, (name, cell) in enumerate(cells.items()):
         kl, reward = np.mean([path_of(row) for _, row in cell.iterrows()], axis=0).T
-        arm, static = cell.arm.iloc[0], name.startswith("static")
-        label = name if static else f"{arm}, β0 = {cell.beta0.iloc[0]:g}"
-        width = 2.4 if arm in EMPHASISED and not static else 1.2
-        colour, dash = (
-            (EMPHASISED[arm], SOLID) if arm in EMPHASISED else (run_colour(number), DASHES[number % 7 + 1])
-        )
-        parts.append(Line(label, kl, reward, colour, dash, width, dots=True))
+        arm = cell.arm.iloc[0]
+        label = name if arm == "dpo" else f"{arm}, β0 = {cell.beta0.iloc[0]:g}"
+        width = 2.4 if arm == "beta_dpo" else 1.2
+        parts.append(Line(label, kl, reward, run_colour(number), DASHES[number % 8], width, dots=True))
     x = axis(alt.X, "KL to the SFT model, nats (linear to 1, then logarithmic)", type="symlog", constant=1)
     return lines(parts, x, axis(alt.Y, "mean true reward"), key="right").properties(width=520, height=380)

@@ -285,8 +285,8 @@ def plan() -> list[Question]:
             "(e) Does it carry over to IPO and SimPO?",
             "β-DPO less static β, both tuned under the loss. SimPO has no reference; its KL is to the SFT model.",
             [
-                less(f"{x.upper()}: β-DPO − static β", Cell("beta_dpo", loss=x), Cell("dpo", loss=x))
-                for x in ("ipo", "simpo")
+                less(f"{told}: β-DPO − static β", Cell("beta_dpo", loss=x), Cell("dpo", loss=x))
+                for x, told in (("ipo", "IPO"), ("simpo", "SimPO"))
             ],
             SIDE,
         ),

@@ -118,7 +118,9 @@ def csv_rows(file: IO[bytes], path: Path, delimiters: str = ",;\t") -> Rows:
             if cells and not names:
                 names = [name.strip() or f"column {number}" for number, name in enumerate(cells, 1)]
                 refuse_same_names(names, path)
-            elif any(cell.lstrip()[:1] == '"' and f"{delimiter} {cell.lstrip()}" in written for cell in cells):
+            elif any(
+                c[:1].isspace() and c.lstrip()[:1] == '"' and delimiter + c in delimiter + written for c in cells
+            ):
                 # the format reads such marks as text, and a delimiter between them as the end of the cell
                 yield first, BadRow("a space before a quotation mark", "begin the cell with the mark")
             elif len(cells) == len(names):

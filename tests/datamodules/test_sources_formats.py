@@ -214,6 +214,8 @@ def test_files_together_folders_and_saved_data_sets(tmp_path: Path, monkeypatch:
         ("p.csv", "prompt,chosen,prompt\na,b,c\n", "same name"),
         ("p.csv", 'prompt, chosen, rejected\na, "b", "c"\n', r"p\.csv:2: a space before a quotation mark"),
         ("p.csv", 'prompt,chosen,rejected\na, "b, c", d\n', r"p\.csv:2: a space before a quotation mark"),
+        ("p.csv", 'prompt,chosen,rejected\n "a",b,c\n', r"p\.csv:2: a space before a quotation mark"),
+        ("p.csv", 'prompt,chosen,rejected\na,  "b",c\n', r"p\.csv:2: a space before a quotation mark"),
         ("p.csv", "prompt,chosen,rejected\na,,c\n", r"p\.csv:2: wrong type \(chosen is null"),
         ("p.csv", "frage,gut\na,b\n", r"p\.csv:2: missing field .*columns found: frage, gut"),
         ("p.json", '[{"prompt": "a"}', r"p.json is bad JSON \(Expecting .*: line 1 column 17"),
