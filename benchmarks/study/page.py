@@ -86,8 +86,8 @@ def quickstart(table: pd.DataFrame) -> str:
     return f"""{shown}
 
 **β-DPO against plain DPO, paired by seed: {", ".join(told[:4])}.** Intervals are Student's t.
-Of all {len(runs)} runs, {reordered} with sums rounded in another order, the worst had
-{runs.malformed.max():.3f} malformed answers, the furthest a KL of {runs.kl.max():.2f}.
+Of all {len(runs)} runs, {reordered} with sums rounded in another order, the worst had \
+{runs.malformed.max():.3f} malformed answers, the furthest a KL of {runs.kl.max():.2f}. \
 {processors}; a run on another processor ends elsewhere."""
 
 
