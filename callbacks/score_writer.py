@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.core.errors import UserError
-from app.core.files import atomic_file
+from app.core.files import atomic_file, refuse_place
 from app.core.intervals import wilson
 
 LOGP_COLUMNS = (
@@ -46,6 +46,11 @@ class ScoreWriter(Callback):
         self.by = by
         self._tables: list[pa.Table] = []
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        files = getattr(trainer.datamodule, "files", None)  # type: ignore[attr-defined]
+        read = [] if files is None else map(str, files("predict"))
+        self._replaced = refuse_place("scores.path", str(self.path), (".parquet",), *read)
+
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: object
     ) -> None:
@@ -72,7 +77,7 @@ class ScoreWriter(Callback):
                 pq.write_table(self._joined([pq.read_table(one) for one in parts[::alike]]), temporary)
             for one in parts:
                 one.unlink()
-            print(f"scores of {pq.read_metadata(self.path).num_rows} pairs: {self.path}")
+            print(f"scores of {pq.read_metadata(self.path).num_rows} pairs: {self.path}{self._replaced}")
             if self.by is not None:
                 print("\n".join(accuracies(pq.read_table(self.path), self.by)))
 

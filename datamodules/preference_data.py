@@ -16,6 +16,7 @@ from app.core.errors import UserError
 from app.method.ranges import FactorFromOne, PositiveInt, ShareBelowOne, checked
 from datamodules.base import PairDataModule, Split
 from datamodules.sources.conversions import PreferredBy
+from datamodules.sources.files import LocalFiles
 from datamodules.sources.reader import OnBadRow, PairStream, pair_stream
 from datamodules.sources.source import RowFormat, Source
 from datamodules.table import PairTable
@@ -149,6 +150,11 @@ class PreferenceData(PairDataModule):
             alike = replace(source, path=path, subset=None, revision=None)
             return [(alike, getattr(source, attribute) or "train")]
         return [(source, name) for source in self.sources if (name := getattr(source, attribute)) is not None]
+
+    def files(self, split: Split) -> list[Path]:
+        """Return the files that a split is read from, which no command may replace."""
+        sources = [replace(source, split=name).open() for source, name in self.sources_of(split)]
+        return [path for opened in sources if isinstance(opened, LocalFiles) for path in opened.places]
 
     def streams(self, split: Split) -> list[PairStream] | None:
         sources = self.sources_of(split)

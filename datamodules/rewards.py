@@ -170,7 +170,7 @@ class RewardModel:
             model, missing = AutoModelForSequenceClassification.from_pretrained(
                 name, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # damaged files may raise anything
             raise UserError(f"There is no reward model at {name!r}: {first_line(error)}") from error
         if model.config.num_labels != 1 or missing["missing_keys"]:
             raise UserError(f"{name} is no reward model: it needs a trained classifier with exactly one output.")

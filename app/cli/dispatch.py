@@ -22,7 +22,6 @@ from app.cli.showing import ShowCLI, run_show
 from app.cli.trainer import PartsCLI, be_quiet, run_trainer_command
 from app.commands import COMMANDS, function_of
 from app.core.errors import UserError
-from app.core.files import shipped
 from callbacks.run_checkpoint import Interrupted
 
 RESUME = "The same command with --ckpt_path last resumes from the last checkpoint."
@@ -56,7 +55,7 @@ def run(command: str, arguments: list[str]) -> None:
             sys.exit()
         else:
             own = {"plan": run_plan, "show": run_show}
-            own.get(command, run_trainer_command)(with_shipped_configs(arguments))
+            own.get(command, run_trainer_command)(arguments)
     except UserError as error:
         _refuse(str(error))
     except ArgumentError as error:
@@ -82,17 +81,6 @@ def run(command: str, arguments: list[str]) -> None:
         if told is None:
             raise
         _refuse(told)
-
-
-def with_shipped_configs(arguments: list[str]) -> list[str]:
-    """Return the arguments, with the name of a shipped configuration after `--config` replaced by its path."""
-    found = []
-    for before, word in zip(["", *arguments], arguments, strict=False):
-        option, equals, value = word.partition("=")
-        if option == "--config" and equals:
-            word = f"--config={shipped(value)}"
-        found.append(shipped(word) if before == "--config" else word)
-    return found
 
 
 def go_on(command: str) -> str:

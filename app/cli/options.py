@@ -130,7 +130,10 @@ def sentence(message: str, command: str, known: list[str]) -> str:
     unknown = re.match(r"[Uu]nrecogni[sz]ed arguments: (.*)", message)
     if unknown:
         word = unknown[1].split()[0].split("=")[0]
-        hint = suggestion(word.strip("-"), known, "--") if word.startswith("-") else ""
+        name = word.strip("-")
+        hint = suggestion(name, known, "--") if word.startswith("-") else ""
+        if name in known:  # an argument without a default
+            hint = f" Give {name} as a word without --, in its place among the others."
         return f"There is no option {unknown[1]}.{hint} {listed(command)}"
     found = finding(message)
     if found is None:

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoConfig
 
 from app.cli.trainer import PartsCLI
-from app.core.errors import UserError
+from app.core.errors import UserError, first_line
 from app.core.files import CONFIGS
 from app.method.ranges import PositiveFloat, PositiveInt
 from lightning_modules.attention import dense_mask_bytes
@@ -61,8 +61,12 @@ def model_config(module: LanguageModelTraining, shape: str | None) -> Any:
         return load_config(module.name, module.architecture, module.trust_remote_code)
     for candidate in (Path(shape or ""), SHAPES / f"{shape or module.name}.json"):
         if candidate.is_file():
-            settings = json.loads(candidate.read_text(encoding="utf-8"))
-            return AutoConfig.for_model(settings.pop("model_type"), **settings)
+            try:
+                settings = json.loads(candidate.read_bytes())
+                return AutoConfig.for_model(settings.pop("model_type"), **settings)
+            except Exception as error:  # inconsistent values may raise anything
+                said = f"{type(error).__name__}: {first_line(error):.200}"
+                raise UserError(f"--shape: {candidate} is not the config.json of a model ({said}).") from error
     if shape is not None:
         known = ", ".join(sorted(path.relative_to(SHAPES).as_posix()[:-5] for path in SHAPES.rglob("*.json")))
         raise UserError(f"--shape: {shape} is no file, and not among the known shapes: {known}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from contextlib import ExitStack
@@ -26,13 +27,14 @@ from app.cli.run_record import RunRecord, continue_newest_version, settle_checkp
 from app.cli.seed import settled_seed
 from app.cli.slurm import check_processes, slurm_environment
 from app.core.errors import UserError
+from app.core.files import shipped
 from app.core.log_folder import claimed_log_folder
 from callbacks import TextProgress
 from callbacks.slots import BY_NAME, SLOTS, in_order, refuse_listed
 from lightning_modules.checkpoint import SafeCheckpointIO
 from lightning_modules.start_checks import refuse_strategy
 
-CONFIG_WORDS = ("--config", "-c")
+CONFIG_WORDS = re.compile(r"(?:-c|--config)(?:=(.*))?|-c([^=-].*)", re.DOTALL)  # with the value or without
 
 set_up_parsing()  # at import, so that every reader of a configuration checks the ranges of numbers
 
@@ -173,23 +175,33 @@ def as_list(given: Any) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
 
 
+def shipped_configs(arguments: list[str]) -> list[str]:
+    """Return `arguments` with each configuration as `--config FILE`, the FILE of a shipped one by its path."""
+    found: list[str] = []
+    for word in arguments:
+        option = None if found[-1:] == ["--config"] else CONFIG_WORDS.fullmatch(word)
+        if option is not None:
+            found.append("--config")
+            value = option[1] if option[1] is not None else option[2]
+            found += [] if value is None else [shipped(value)]
+        else:
+            found.append(shipped(word) if found[-1:] == ["--config"] else word)
+    return found
+
+
 def slots_as_wholes(arguments: list[str]) -> list[str]:
-    """Return `arguments` changed so that a slot in a later configuration file replaces the whole slot.
+    """Return `arguments` of `shipped_configs` so that a slot in a later file replaces the whole slot.
 
     jsonargparse would merge the options of both, so the slot is emptied before such a file. An option on the
     command line still changes one part.
     """
     found: list[str] = []
-    for at, word in enumerate(arguments):
-        before = arguments[at - 1] if at else ""
-        if before in CONFIG_WORDS or word.startswith("--config="):
-            given = word if before in CONFIG_WORDS else word.partition("=")[2]
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if before == "--config":
             empty = {
-                name: None for name, value in read_mapping(given).items() if name in BY_NAME and value is not None
+                name: None for name, value in read_mapping(word).items() if name in BY_NAME and value is not None
             }
-            if empty:
-                rest = found.pop() if before in CONFIG_WORDS else None
-                found += ["--config", json.dumps(empty), *([rest] if rest is not None else [])]
+            found += [json.dumps(empty), "--config"] if empty else []
         found.append(word)
     return found
 
@@ -206,7 +218,7 @@ def read_mapping(given: str) -> dict[str, Any]:
 
 def lightning_options(arguments: list[str]) -> dict[str, Any]:
     """Return the settings of LightningCLI to parse `arguments`, the first of which is the subcommand."""
-    command = arguments[0]
+    command, arguments = arguments[0], shipped_configs(arguments)
     return {
         "subclass_mode_model": True,
         "subclass_mode_data": True,

@@ -14,7 +14,7 @@ from rich.table import Table
 from app.cli.mistakes import checked_command
 from app.commands.suspects import SIGNALS, available, hits, pair_histories
 from app.core.errors import UserError
-from app.core.files import atomic_file
+from app.core.files import atomic_file, refuse_place
 from app.core.intervals import bootstrap_mean, wilson
 from app.method.ranges import PositiveInt
 from app.report.run_folder import PairTexts, grouping_labels, read_audit
@@ -47,16 +47,19 @@ def audit(
         clean: a .jsonl file for the training data, as its source has it, without the listed mislabelled pairs.
         swap: keep these pairs in the clean data, with their responses exchanged.
     """
-    if clean is not None and not clean.endswith(".jsonl"):
-        raise UserError(f"clean must end in .jsonl, not {clean!r}.")
     if swap and clean is None:
         raise UserError("swap exchanges responses in the clean data: give its file by --clean.")
     out = out or str(Path(run, "suspects.jsonl"))
-    if not out.endswith((".jsonl", ".csv")):
-        raise UserError(f"out must end in .jsonl or .csv, not {out!r}.")
+    if clean is not None and Path(clean).absolute() == Path(out).absolute():
+        raise UserError(f"clean: {clean} is the file of the list too: give another one.")
     rows = read_audit(Path(run))
     histories = pair_histories(rows)
     pairs = PairTexts(Path(run))
+    files = getattr(pairs.data, "files", None)  # generated data has none
+    read = [] if files is None else [str(path) for path in files("train")]
+    replaced = refuse_place("out", out, (".jsonl", ".csv"), *read)
+    if clean is not None:
+        refuse_place("clean", clean, (".jsonl",), *read)
     print(how_often_seen(histories))
     signals = available(histories)
     signal = next(iter(signals), "gaps") if by == "best" else by
@@ -78,17 +81,21 @@ def audit(
             found.to_csv(temporary, index=False)
         else:
             found.to_json(temporary, orient="records", lines=True, force_ascii=False)
-    print(f"{len(lists[0])} likely mislabelled pairs and {len(lists[1])} outliers: {out}")
+    print(f"{len(lists[0])} likely mislabelled pairs and {len(lists[1])} outliers: {out}{replaced}")
     if not len(lists[0]):
         print(why_no_suspects(rows))
     for label in grouping_labels(rows):
         label = f"label_{label}" if f"label_{label}" in histories else label
         Console().print(suspects_by(label, histories, lists[0]))
     if LABEL in rows:
-        wrong = rows.groupby("pair_id", sort=False)[LABEL].first().to_numpy().astype(bool)
+        labels = rows.groupby("pair_id", sort=False)[LABEL].first()
+        known = labels.isin([True, False]).to_numpy()  # 1 and 0 too
+        if not known.all():
+            print(f"{(~known).sum()} pairs have neither true nor false in `{LABEL}`: they are not in the table.")
+        wrong = labels[known].to_numpy().astype(bool)
         if wrong.any():
-            extra = np.array(pairs.extra_tokens_of_rejected(histories.pair_id.tolist()))
-            scores = {f"audit by {name}": histories[SIGNALS[name]].to_numpy(float) for name in signals}
+            extra = np.array(pairs.extra_tokens_of_rejected(histories.pair_id[known].tolist()))
+            scores = {f"audit by {name}": histories[SIGNALS[name]].to_numpy(float)[known] for name in signals}
             Console().print(comparison(scores, extra, wrong, min(count, len(wrong))))
     if clean is not None:
         write_clean(clean, pairs, set(lists[0].pair_id), swap)

@@ -32,7 +32,7 @@ def convert(gguf: str, out: str) -> None:
         model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
     except ImportError as error:
         raise UserError("Reading GGUF needs more packages: pip install gguf accelerate.") from error
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file may raise anything
         raise UserError(f"{path} cannot be read as a GGUF model: {first_line(error)}") from error
     for mark in QUANTISATION_MARKS:
         if hasattr(model, mark):
@@ -47,12 +47,12 @@ def convert(gguf: str, out: str) -> None:
 
 def find_gguf(name: str) -> Path:
     """Return the file itself, or the only .gguf file of an installed package. Raises UserError if there is none."""
-    if name.endswith(".gguf"):
+    if name.lower().endswith(".gguf"):
         if not Path(name).is_file():
             raise UserError(f"There is no file {name}.")
         return Path(name)
     # without importing the package, which may need other packages
-    spec = find_spec(name)
+    spec = find_spec(name) if all(map(str.isidentifier, name.split("."))) else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"{name} is neither a .gguf file nor an installed package: install it first.")
     found = [path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.gguf")]

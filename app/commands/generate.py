@@ -16,7 +16,7 @@ from app.cli.mistakes import checked_command
 from app.commands.benchmarks import ENDINGS, Form, answer_file, further_turns, read_questions
 from app.commands.sampling import Batch, LocalSampler, ServedSampler
 from app.core.errors import UserError
-from app.core.files import Parts, atomic_file
+from app.core.files import Parts, atomic_file, refuse_place
 from app.core.samples import SAMPLE_FIELDS, sample_line
 from app.judges.server import SamplingServer
 from app.method.ranges import NonNegativeFloat, PositiveInt, PositiveShare, Seed
@@ -87,8 +87,7 @@ def generate(
         endpoint: the server that samples, with OpenAI's API, such as vLLM; without endpoint.url this process does.
     """
     temperatures = [float(one) for one in (temperature if isinstance(temperature, list) else [temperature])]
-    if not out.endswith(ENDINGS[format]):
-        raise UserError(f"out must end in {ENDINGS[format]}, not {out!r}.")
+    replaced = refuse_place("out", out, (ENDINGS[format],), prompts)
     if not temperatures or len(set(temperatures)) < len(temperatures):
         raise UserError("temperature must be a number from 0, or a list of different ones.")
     if samples > 1 and 0 in temperatures:
@@ -130,7 +129,7 @@ def generate(
         sampler.read(items, prompts)
         batches = batches_of(items, temperatures, samples, batch_size, batches[-1].number + 1)
         sample_parts(batches, parts, sampler)
-    write_out(out, format, name or Path(model).name, parts, f"{model}: {out}", max_new_tokens)
+    write_out(out, format, name or Path(model).name, parts, f"{model}: {out}{replaced}", max_new_tokens)
 
 
 def batches_of(

@@ -155,4 +155,6 @@ def summary(rows: list[Answer]) -> dict[str, Estimate]:
     names = {"true reward": "mean true reward", "malformed": "malformed share", "KL": "KL to the reference"}
     told = figures(rows, TrueReward())
     found = {name: told[short] for short, name in names.items() if short in told}
-    return found | {"tokens": mean_by_prompt(rows, np.array([row["tokens"] for row in rows]))}
+    if all(row.get("tokens") is not None for row in rows):
+        found["tokens"] = mean_by_prompt(rows, np.array([row["tokens"] for row in rows]))
+    return found

@@ -11,7 +11,7 @@ import numpy as np
 
 from app.cli.mistakes import checked_command
 from app.core.errors import UserError
-from app.core.files import atomic_file
+from app.core.files import atomic_file, refuse_place
 from app.core.samples import SAMPLE_FIELDS
 from app.judges import Answer
 from app.judges.answers import sampled_answers
@@ -55,10 +55,9 @@ def pairs(
         seed: seed of that draw.
         verdicts: .jsonl file that keeps the rewards of a reward model.
     """
-    if not out.endswith(".jsonl"):
-        raise UserError(f"out must end in .jsonl, not {out!r}.")
-    if isinstance(ranks, list) and not (ranks and all(len(pair) == 2 and all(pair) for pair in ranks)):
-        raise UserError("ranks must be a list of two ranks each, from 1 or from -1 down, as [[1, -1]].")
+    replaced = refuse_place("out", out, (".jsonl",), samples)
+    if isinstance(ranks, list):
+        check_ranks(ranks, reuse)
     rows = sampled_answers(samples)
     with chosen_judge(by, model, reward, reward_args, verdicts) as judge:
         rewards = judge.rewards(rows)
@@ -82,7 +81,17 @@ def pairs(
             raise UserError(
                 f"{samples} makes no pair: {len(groups)} prompts{told}. Draw more --samples, or longer ones."
             )
-    print(f"{written} pairs of {len(groups)} prompts: {out}; {flipped} are flipped{told}")
+    print(f"{written} pairs of {len(groups)} prompts: {out}{replaced}; {flipped} are flipped{told}")
+
+
+def check_ranks(ranks: list[list[int]], reuse: bool) -> None:
+    """Raise UserError for ranks that no number of samples makes possible."""
+    if not (ranks and all(len(pair) == 2 and all(pair) for pair in ranks)):
+        raise UserError("ranks must be a list of two ranks each, from 1 or from -1 down, as [[1, -1]].")
+    if not all(best > 0 > worst or (best < worst and best * worst > 0) for best, worst in ranks):
+        raise UserError(f"ranks: {ranks} do not name the better one first.")
+    if not reuse and len({rank for pair in ranks for rank in pair}) < 2 * len(ranks):
+        raise UserError(f"ranks: {ranks} use one twice: set --reuse true for that.")
 
 
 def pairs_of(
@@ -98,13 +107,11 @@ def pairs_of(
     elif ranks != "best_worst":
         wanted = ranks
     places = [[rank - 1 if rank > 0 else len(group) + rank for rank in pair] for pair in wanted]
-    if len(group) < 2 or any(not 0 <= place < len(group) for pair in places for place in pair):
+    # rank 3 and rank -2 of four samples are one and the same
+    met = not reuse and len({place for pair in places for place in pair}) < 2 * len(places)
+    if len(group) < 2 or met or any(not 0 <= best < worst < len(group) for best, worst in places):
         left_out["prompts with too few samples for these ranks"] += 1
         return
-    if any(best >= worst for best, worst in places):
-        raise UserError(f"ranks: {wanted} of {len(group)} samples do not name the better one first.")
-    if not reuse and len({place for pair in places for place in pair}) < 2 * len(places):
-        raise UserError(f"ranks: {wanted} of {len(group)} samples use one twice: set --reuse true for that.")
     ranked = sorted(group, key=lambda scored: -scored[0])
     for best, worst in places:
         (high, chosen), (low, rejected) = ranked[best], ranked[worst]
@@ -112,12 +119,11 @@ def pairs_of(
             left_out["pairs of equal text or reward"] += 1
             continue
         shared = [name for name in chosen if name not in SAMPLE_FIELDS and chosen[name] == rejected.get(name)]
-        yield {
+        yield {name: chosen[name] for name in shared} | {
             "pair_id": f"{chosen['prompt_id']}/{best + 1}-{worst + 1}",
             "prompt": chosen["prompt"],
             "chosen": chosen["response"],
             "rejected": rejected["response"],
             "chosen_reward": high,
             "rejected_reward": low,
-            **{name: value for name, value in chosen.items() if name in shared},
         }

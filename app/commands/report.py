@@ -10,7 +10,7 @@ from rich.table import Table
 from app.cli.mistakes import checked_command
 from app.commands.judge import aligned, summary, win_rate
 from app.core.errors import UserError
-from app.core.files import atomic_file
+from app.core.files import atomic_file, refuse_place
 from app.report.charts import figure
 from app.report.page import by_row, numbers_of, page
 from app.report.run import SAMPLES, Run, read_run, unique_names
@@ -32,8 +32,7 @@ def report(runs: list[str], baseline: str | None = None, out: str | None = None)
     if not runs:
         raise UserError("runs: give the log folder of at least one run.")
     out = out or str(Path(runs[0], "report.png"))
-    if not out.endswith((".html", ".png")):
-        raise UserError(f"out must end in .html or .png, not {out!r}.")
+    replaced = refuse_place("out", out, (".html", ".png"))
     if baseline is not None and not Path(baseline).is_file():
         raise UserError(f"baseline: there is no file {baseline!r}; `beta-dpo generate` writes samples.")
     folders = [Path(folder) for folder in runs]
@@ -51,7 +50,6 @@ def report(runs: list[str], baseline: str | None = None, out: str | None = None)
     for name, cells in by_row([numbers_of(run) for run in read]):
         table.add_row(name, *cells)
     Console().print(table)
-    replaced = " (replaces the one that was there)" if Path(out).exists() else ""
     with atomic_file(out) as temporary:
         if out.endswith(".html"):
             temporary.write_text(page(read, sampled=baseline is not None), encoding="utf-8")

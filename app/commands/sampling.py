@@ -14,7 +14,7 @@ import torch
 
 from app.core.errors import UserError
 from app.judges import Answer
-from app.judges.server import Client, SamplingServer
+from app.judges.server import Client, SamplingServer, first_choice
 from datamodules.packing import pack
 from datamodules.records import PreferencePair, TokenisedPair
 from datamodules.sources.prompts import prompt_messages
@@ -166,11 +166,9 @@ class ServedSampler:
                 reply = client.chat.completions.create(
                     messages=turns, max_completion_tokens=self.max_tokens, **options
                 )
-                text = reply.choices[0].message.content or ""
             else:
                 reply = client.completions.create(prompt=prompt, max_tokens=self.max_tokens, **options)
-                text = reply.choices[0].text
-            found[place] = _served(text, reply)
+            found[place] = _served(reply)
 
         self.client.ask_all(
             range(len(batch.items)),
@@ -181,8 +179,8 @@ class ServedSampler:
         return [found[place] for place in range(len(batch.items))]
 
 
-def _served(text: str, reply: Any) -> Answer | str:
-    choice, usage = reply.choices[0], reply.usage
+def _served(reply: Any) -> Answer | str:
+    (choice, text), usage = first_choice(reply), reply.usage
     if choice.finish_reason not in ("stop", "length"):
         return f"it ended by {choice.finish_reason}"
     answer = {"response": text, "finished": choice.finish_reason == "stop"}

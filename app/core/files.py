@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,22 @@ def shipped(name: str) -> str:
     return str(next(found, name))
 
 
+def refuse_place(option: str, out: str, endings: tuple[str, ...], *read: str | None) -> str:
+    """Return a remark for the user if a file at `out` will be replaced, else an empty text.
+
+    Raises UserError unless `out` ends in one of `endings` and is neither a folder nor one of the files `read`.
+    """
+    if not out.endswith(endings):
+        raise UserError(f"{option} must end in {' or '.join(endings)}, not {out!r}.")
+    if os.path.isdir(out):
+        raise UserError(f"{option}: {out} is a folder: give a file.")
+    if not os.path.exists(out):
+        return ""
+    if any(one and os.path.exists(one) and os.path.samefile(one, out) for one in read):
+        raise UserError(f"{option}: {out} is read by this command, which would replace it: give another file.")
+    return " (replaces the one that was there)"
+
+
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; rename it to `path` when the block ends without error.
@@ -35,18 +52,19 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     The folder is created if missing. On an exception the temporary file is removed and `path` does not change.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    obey_umask(temporary)
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
+        obey_umask(temporary)
+        try:
+            yield temporary
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -56,19 +74,38 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises FileExistsError if `path` exists already and is not an empty folder.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-    try:
-        yield temporary
-        for written in (temporary, *temporary.rglob("*")):
-            obey_umask(written)
-        # renaming onto an existing folder works only if that folder is empty, as intended
+    with _naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
         try:
-            os.replace(temporary, target)
-        except OSError as error:
-            raise FileExistsError(f"{target} exists already") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            yield temporary
+            for written in (temporary, *temporary.rglob("*")):
+                obey_umask(written)
+            # renaming onto an existing folder works only if that folder is empty, as intended
+            try:
+                os.replace(temporary, target)
+            except OSError as error:
+                raise FileExistsError(f"{target} exists already") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Make an error of the disk name `target`, for users do not know the temporary name.
+
+    Libraries in Rust, such as safetensors, raise no OSError: their error becomes one.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and f"/.{target.name}." in f"/{error.filename or f'.{target.name}.'}":
+            error.filename = str(target)
+        raise
+    except Exception as error:
+        if hidden := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(hidden[1]), os.strerror(int(hidden[1])), str(target)) from error
+        raise
 
 
 def obey_umask(path: Path) -> None:
@@ -108,7 +145,10 @@ class Parts:
         described = json.loads(json.dumps(job))
         record = folder / "job.json"
         if record.exists():
-            before = json.loads(record.read_text(encoding="utf-8"))
+            try:
+                before = dict(json.loads(record.read_bytes()))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{record} is damaged: remove the folder {folder}.") from error
             other = sorted(name for name in before.keys() | job.keys() if before.get(name) != described.get(name))
             if other:
                 raise UserError(

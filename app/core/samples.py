@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,13 +29,15 @@ def read_samples(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (byte offset of the line, row) for every sample.
 
     A line needs `prompt` and `response`. `prompt_id` defaults to the line number, and `finished` to True. Raises
-    UserError if the file cannot be read, or with the line number if a line is not a sample.
+    UserError if the file cannot be read, or with the line number if a line is neither blank nor a sample.
     """
     place = 0
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                yield place, {"prompt_id": str(number), "finished": True, **_sample(line, f"{path}:{number}")}
+                if line.strip():
+                    row = {"prompt_id": number, "finished": True, **_sample(line, f"{path}:{number}")}
+                    yield place, row | {"prompt_id": str(row["prompt_id"])}
                 place += len(line)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; `beta-dpo generate` writes samples.") from error
@@ -43,16 +46,40 @@ def read_samples(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def _sample(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-        if _is_prompt(row["prompt"]) and isinstance(row["response"], str):
-            return dict(row)
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{where} is not a sample as `beta-dpo generate` writes it; sample again.")
+        if b"\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()  # half of a character cannot be written
+        wrong = "it is no object" if not isinstance(row, dict) else _wrong_field(row)
+    except ValueError as error:
+        wrong = f"bad JSON, {error}"
+    if wrong:
+        raise UserError(f"{where} is not a sample as `beta-dpo generate` writes it ({wrong}): correct the line.")
+    return dict(row)
+
+
+def _wrong_field(row: dict[str, Any]) -> str | None:
+    """Return what is wrong with the first field that cannot be used, or None."""
+    if not _is_prompt(row.get("prompt")):
+        return "prompt must be text or messages"
+    if not isinstance(row.get("response"), str):
+        return "response must be text"
+    if isinstance(row.get("prompt_id", ""), bool) or not isinstance(row.get("prompt_id", ""), (str, int)):
+        return "prompt_id must be text or a whole number"
+    if not isinstance(row.get("finished", True), bool):
+        return "finished must be true or false"
+    scored = ("logp", "reference_logp") if "reference_logp" in row else ()
+    for name in (*scored, "tokens", "temperature"):
+        value = row.get(name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number and (value is not None or name in scored):
+            return f"{name} must be a finite number"
+    return None
 
 
 def _is_prompt(value: Any) -> bool:
     """Return whether `value` is text, or turns as objects or (in older files) as lists of role and content."""
     if isinstance(value, str):
         return True
+    if not isinstance(value, list) or not all(isinstance(turn, (dict, list)) for turn in value):
+        return False
     turns = [list(map(turn.get, ("role", "content"))) if isinstance(turn, dict) else turn for turn in value]
     return all(len(turn) == 2 and all(isinstance(part, str) for part in turn) for turn in turns)

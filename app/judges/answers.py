@@ -46,10 +46,17 @@ def aligned(ours: str, theirs: str) -> tuple[list[Answer], list[Answer]]:
 
 
 def sampled_answers(path: str) -> list[Answer]:
-    """Return the rows of a sample file. Raises UserError if it has no row, or a row that is not a sample."""
+    """Return the rows of a sample file.
+
+    Raises UserError if it has no row, a row that is not a sample, or two prompts with one `prompt_id`.
+    """
     rows = [row | {"prompt": read_prompt(row["prompt"])} for _, row in read_samples(path)]
     if not rows:
         raise UserError(f"{path} holds no answer.")
+    prompts: dict[str, Prompt] = {}
+    for row in rows:
+        if prompts.setdefault(row["prompt_id"], row["prompt"]) != row["prompt"]:
+            raise UserError(f"{path}: the prompt_id {row['prompt_id']!r} has two prompts: give each its own.")
     return rows
 
 
@@ -71,7 +78,7 @@ def holds_samples(path: str) -> bool:
     """Return whether `path` is a file of samples and not of preference pairs."""
     if not path.endswith(".jsonl") or not Path(path).is_file():
         return False
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         try:
             first = json.loads(file.readline())
         except ValueError:

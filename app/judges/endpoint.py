@@ -14,7 +14,7 @@ from app.core.errors import UserError
 from app.core.files import shipped
 from app.judges import Answer, Judge
 from app.judges.answers import dialogue_text
-from app.judges.server import Client, Endpoint
+from app.judges.server import Client, Endpoint, first_choice
 from app.judges.verdicts import VerdictFile, verdict_key
 
 PLACES = {"prompt", "first", "second"}
@@ -115,7 +115,7 @@ class EndpointJudge(Judge):
 
         def ask(client: Any, key: str) -> None:
             answer = client.chat.completions.create(messages=[{"role": "user", "content": texts[key]}], **options)
-            reply = answer.choices[0].message.content or ""
+            reply = first_choice(answer)[1]
             self.verdicts.add(key, model=self.model, verdict=parse_verdict(reply), reply=reply)
 
         self.client.ask_all(
@@ -139,8 +139,9 @@ def read_instructions(path: str) -> Template:
     """Return the template of the question. Raises UserError unless it is readable with exactly the three places."""
     try:
         template = Template(Path(shipped(path)).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"endpoint.instructions: {path} cannot be read: {error.strerror}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"endpoint.instructions: {path} cannot be read: {why}.") from error
     if not template.is_valid() or set(template.get_identifiers()) != PLACES:
         raise UserError(
             f"{path} must hold the places $prompt, $first and $second and no other; a dollar sign is $$."

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.progress import track
 
 from app.core.errors import UserError
+from app.core.files import folder_hash
 from app.core.intervals import win_scores
 from app.judges import Answer, Judge
 from app.judges.endpoint import Endpoint, EndpointJudge
 from app.judges.verdicts import VerdictFile, verdict_key
 from datamodules.controlled_task import grade
+from datamodules.controlled_task.grammar import Grade
 from datamodules.rewards import RewardModel
 
 HOW_TO_ASK = Endpoint()
@@ -41,17 +46,21 @@ class TrueReward(Reward):
 
     def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
         """Return rewards [n] from 0 to 4.5. Raises UserError if a prompt is not from the controlled task."""
+        return np.array([found.reward for found in self._grades(answers)])
+
+    def describe(self, answers: Sequence[Answer]) -> dict[str, np.ndarray]:
+        malformed = [found.malformed for found in self._grades(answers)]
+        return {"true reward": self.rewards(answers), "malformed": np.array(malformed)}
+
+    def _grades(self, answers: Sequence[Answer]) -> list[Grade]:
         try:
-            return np.array([grade(str(row["prompt"]), row["response"]).reward for row in answers])
+            return [grade(str(row["prompt"]), row["response"]) for row in answers]
         except UserError as error:
             raise UserError(
                 "These prompts are not of the controlled task, whose true reward is the default judge: name "
-                "another by --by reward_model --model FOLDER, --by endpoint --model NAME, or --reward NAME."
+                "another by --by reward_model --model FOLDER, --by endpoint --model NAME (`judge` alone), or "
+                "--reward NAME; `report` has no other: leave --baseline out."
             ) from error
-
-    def describe(self, answers: Sequence[Answer]) -> dict[str, np.ndarray]:
-        malformed = [grade(str(row["prompt"]), row["response"]).malformed for row in answers]
-        return {"true reward": self.rewards(answers), "malformed": np.array(malformed)}
 
 
 class LearnedReward(Reward):
@@ -59,6 +68,7 @@ class LearnedReward(Reward):
 
     def __init__(self, name: str, verdicts: VerdictFile):
         self.name = name
+        self.identity = folder_hash(name) if Path(name).is_dir() else name  # a folder may hold another model later
         self.verdicts = verdicts
 
     def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
@@ -69,11 +79,16 @@ class LearnedReward(Reward):
                 [row["prompt"] for row in new.values()], [row["response"] for row in new.values()]
             )
             for key, reward in zip(new, track(rewards, "scoring", total=len(new), transient=True), strict=True):
+                if not math.isfinite(reward):
+                    raise UserError(
+                        f"{self.name} gives an answer to the prompt {new[key]['prompt_id']!r} the reward {reward}: "
+                        "leave that prompt out, or take another model."
+                    )
                 self.verdicts.add(key, model=self.name, reward=reward)
         return np.array([self.verdicts[self._key(row)]["reward"] for row in answers])
 
     def _key(self, row: Answer) -> str:
-        return verdict_key(self.name, row["prompt"], row["response"])
+        return verdict_key(self.identity, row["prompt"], row["response"])
 
 
 class OwnReward(Reward):
@@ -98,7 +113,8 @@ class OwnReward(Reward):
         else:
             texts = [[row[side] for row in answers] for side in ("prompt", "response")]
             try:
-                found = list(self.function(*texts))
+                given = self.function(*texts)
+                found = list(given.tolist() if hasattr(given, "tolist") else given)  # of an array or a tensor
             except Exception as error:  # the user's own code may raise anything
                 raise UserError(
                     f"reward: {self.name} failed ({type(error).__name__}: {error}); BETA_DPO_TRACEBACK=1 shows "
@@ -107,8 +123,7 @@ class OwnReward(Reward):
             if len(found) != len(answers):
                 raise UserError(f"reward: {self.name} gave {len(found)} rewards for {len(answers)} responses.")
         for row, reward in zip(answers, found, strict=True):
-            number = isinstance(reward, (int, float, np.number)) and np.isfinite(float(reward))
-            if not number:
+            if not isinstance(reward, (int, float, np.number)) or not abs(reward) <= sys.float_info.max:
                 told = "is a column of the samples" if self.function is None else "is a function"
                 raise UserError(
                     f"reward: {self.name} {told}, and {reward!r:.40} for the prompt {row['prompt_id']!r} is no "
@@ -123,8 +138,11 @@ def imported(name: str, settings: dict[str, Any]) -> Callable[..., Any]:
     try:
         found = getattr(import_module(module), attribute)
         return found(**settings) if isinstance(found, type) else partial(found, **settings)
-    except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"reward: {name} cannot be imported or built ({error}).") from error
+    except Exception as error:  # the user's own code may raise anything
+        raise UserError(
+            f"reward: {name} cannot be imported or built ({type(error).__name__}: {error}); a file in the current "
+            "folder is found with PYTHONPATH=."
+        ) from error
 
 
 @contextmanager

@@ -68,6 +68,18 @@ class SamplingServer(Server):
     token_ids: bool = False
 
 
+def first_choice(reply: Any) -> tuple[Any, str]:
+    """Return the first choice of a reply and its text. Raises ValueError for a reply of another form."""
+    try:
+        choice = reply.choices[0]
+        text = choice.message.content if hasattr(choice, "message") else choice.text
+        if text is None or isinstance(text, str):
+            return choice, text or ""
+    except (AttributeError, TypeError, IndexError):
+        pass
+    raise ValueError(f"it sent {reply!r:.200}")
+
+
 class Client:
     """A client that asks many questions at a time and tells refusals from failures.
 
@@ -82,6 +94,8 @@ class Client:
             raise UserError(
                 f"Set the environment variable {name}, or --endpoint.url to a server that needs no key."
             )
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"The environment variable {name} holds a character that no key has: set it again.")
         self.api_key = key  # never written
 
     def ask_all(
@@ -113,6 +127,12 @@ class Client:
                 if error.status_code not in REFUSALS:
                     raise
                 refused(question, self._reason(error))
+            except ValueError as error:
+                where = self.settings.url or "The endpoint"
+                raise UserError(
+                    f"{where} does not answer as OpenAI's API does ({self._reason(error)}): check --endpoint.url, "
+                    f"which mostly ends in /v1; {kept()}"
+                ) from error
 
         with ThreadPoolExecutor(self.settings.parallel) as pool, Progress(transient=True) as progress:
             bar = progress.add_task("asking", total=len(questions))

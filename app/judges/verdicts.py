@@ -14,6 +14,8 @@ from typing import Any
 from app.core.errors import UserError
 from app.core.locks import locked
 
+BEGIN = b'{"key": '  # of every line
+
 
 def verdict_key(*decisive: Any) -> str:
     """Return a hash of everything that determines a verdict: judge, settings and question."""
@@ -54,9 +56,13 @@ class VerdictFile:
         """Record a verdict and return once it is on disk. Safe to call from several threads."""
         with self._lock:
             self._known[key] = fields
-            self._file.write(json.dumps({"key": key, **fields}, ensure_ascii=False) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            try:
+                self._file.write(json.dumps({"key": key, **fields}, ensure_ascii=False) + "\n")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                error.filename = str(self.path)  # writing names none
+                raise
 
     def _read(self) -> None:
         if not self.path.exists():
@@ -69,5 +75,7 @@ class VerdictFile:
                 self._known[fields.pop("key")] = fields
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise UserError(f"{self.path}:{number} is not a verdict: correct or remove the line.") from error
-        if len(whole) < len(content):
+        if begun := content[len(whole) :]:
+            if begun[: len(BEGIN)] != BEGIN[: len(begun)]:  # a whole file without a line break, but for the kill
+                raise UserError(f"{self.path}: the last line is not a verdict: name another file, or remove it.")
             os.truncate(self.path, len(whole))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,14 +12,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tb_logging
 
 from app.cli.run_record import COMMANDS_FILE
 from app.core.errors import UserError, first_line
 from app.core.intervals import Estimate
-from app.report.run_folder import read_audit, read_config
+from app.report.run_folder import inside, read_audit, read_config
 from callbacks.hyperparameters import arguments, last_word
 from callbacks.slots import entries
 
+log = logging.getLogger(__name__)
 SAMPLES = "samples.jsonl"
 _NUMBERED = re.compile(r"version_\d+")  # Lightning's loggers number their folders in this way
 
@@ -75,7 +78,7 @@ def read_run(folder: Path, name: str) -> Run:
     if not curves and audit is None:
         raise UserError(
             f"{folder} is not the log folder of a run: it holds neither TensorBoard events, metrics.csv nor "
-            "audit/*.parquet (callbacks.PairAudit)."
+            f"audit/*.parquet (callbacks.PairAudit).{inside(folder)}"
         )
     if audit is not None:
         # the audit has every step at full precision, but its accuracy is that of the loss's own gap
@@ -88,17 +91,31 @@ def read_run(folder: Path, name: str) -> Run:
 def read_curves(folder: Path) -> dict[str, pd.Series]:
     """Return all scalars in the TensorBoard events of a folder, else in the metrics.csv of Lightning's CSVLogger.
 
-    If a step was logged twice, its last value counts.
+    If a step was logged twice, its last value counts. The log names a file whose rest is damaged and left out.
     """
     if not any(folder.glob("events.out.tfevents.*")):
         return read_csv(folder / "metrics.csv")
     accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    accumulator.Reload()
+    reader = tb_logging.get_logger()
+    before = reader.level
+    reader.setLevel(logging.DEBUG)  # at which it says that it stops at a damaged record
+    reader.addFilter(_warn_of_damage)
+    try:
+        accumulator.Reload()
+    finally:
+        reader.setLevel(before)
+        reader.removeFilter(_warn_of_damage)
     curves = {}
     for tag in accumulator.Tags()["scalars"]:
         points = {point.step: point.value for point in accumulator.Scalars(tag)}
         curves[tag] = pd.Series(points, dtype=float).sort_index()
     return curves
+
+
+def _warn_of_damage(record: logging.LogRecord) -> bool:
+    if record.msg.startswith("Truncated record"):
+        log.warning("%s is cut or damaged: what follows the damage is not shown", record.args[0])  # type: ignore
+    return record.levelno >= logging.WARNING
 
 
 def read_csv(file: Path) -> dict[str, pd.Series]:
@@ -107,9 +124,9 @@ def read_csv(file: Path) -> dict[str, pd.Series]:
         return {}
     try:
         table = pd.read_csv(file).groupby("step").last()
+        return {tag: table[tag].dropna().astype(float) for tag in table.columns if "/" in tag}
     except (KeyError, ValueError) as error:
         raise UserError(f"{file} is not what CSVLogger writes: {first_line(error)}.") from error
-    return {tag: table[tag].dropna().astype(float) for tag in table.columns if "/" in tag}
 
 
 def curves_of_audit(audit: pd.DataFrame) -> dict[str, pd.Series]:
@@ -132,7 +149,7 @@ def curves_of_audit(audit: pd.DataFrame) -> dict[str, pd.Series]:
 def read_commands(folder: Path) -> list[str]:
     """Return the run's `fit` commands in order; a resumed run has more than one."""
     file = folder / COMMANDS_FILE
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
     return [line for line in lines if line.startswith("beta-dpo fit")]
 
 

@@ -21,11 +21,24 @@ def read_audit(folder: Path) -> pd.DataFrame:
     """Return all rows of `PairAudit`, one per pair and step. Raises UserError if there are none."""
     files = sorted((folder / "audit").glob("*.parquet"))
     if not files:
-        raise UserError(f"{folder} holds no audit/*.parquet: give the log folder of a run that had PairAudit.")
+        raise UserError(
+            f"{folder} holds no audit/*.parquet: give the log folder of a run that had PairAudit.{inside(folder)}"
+        )
     try:
-        return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+        rows = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{folder}/audit cannot be read: {first_line(error)}") from error
+    lacks = [name for name in AUDIT_COLUMNS[:8] if name != "log_weight" and name not in rows]
+    if lacks or not len(rows):
+        what = f"no column {lacks[0]}" if lacks else "no row"
+        raise UserError(f"{folder}/audit has {what}: it is not what PairAudit writes, so remove it.")
+    return rows
+
+
+def inside(folder: Path) -> str:
+    """Return ` Did you mean …?` with the newest run in the folder, or an empty text."""
+    found = sorted(folder.glob("version_*"), key=lambda path: path.stat().st_mtime)
+    return f" Did you mean {found[-1]}?" if found else ""
 
 
 # the columns of `PairAudit` itself; every other column is a label of the data
@@ -48,11 +61,14 @@ def read_config(folder: Path) -> tuple[Mapping[str, Any], str]:
     file = folder / "config.yaml"
     if not file.is_file():
         return {}, ""
-    text = file.read_text(encoding="utf-8")
     try:
+        text = file.read_text(encoding="utf-8")
         config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not YAML: {first_line(error)}.") from error
+    parts = ("trainer", "model", "data") if isinstance(config, Mapping) else ()
+    if not all(isinstance(config.get(part) or {}, Mapping) for part in parts):
+        raise UserError(f"{file} is not the record of `beta-dpo fit`: remove it, or give another folder.")
     return (config if isinstance(config, Mapping) else {}), text
 
 
@@ -65,7 +81,7 @@ class PairTexts:
 
     def __init__(self, folder: Path) -> None:
         config, _ = read_config(folder)
-        if not {"model", "data"} <= config.keys():
+        if not all("class_path" in (config.get(part) or {}) for part in ("model", "data")):
             file = folder / "config.yaml"
             raise UserError(f"{file} is missing or has no model and data: it is not the record of `beta-dpo fit`.")
         self.data = training_data(config)
@@ -108,7 +124,7 @@ def training_data(config: Mapping[str, Any]) -> PairDataModule:
     # generated data depends on the seed of the run
     seed_everything(config.get("seed_everything") or 0, verbose=False)
     if settings["init_args"].get("tokenizer", "") is None:
-        settings["init_args"]["tokenizer"] = config["model"]["init_args"].get("name")
+        settings["init_args"]["tokenizer"] = (config["model"].get("init_args") or {}).get("name")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(PairDataModule, "data")
     return parser.instantiate_classes(parser.parse_object({"data": settings})).data

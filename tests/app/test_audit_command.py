@@ -152,3 +152,43 @@ def test_texts_need_no_tokenizer_of_their_own(
     (pair_id,) = pairs.rows
     assert pairs.texts(pair_id) == {"prompt": "tell me", "chosen": "the fox<unk>", "rejected": "the tiger"}
     assert pairs.extra_tokens_of_rejected([pair_id]) == [-1]
+
+
+def test_the_training_data_is_not_replaced_and_unknown_labels_are_counted(
+    tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "pairs.jsonl"
+    row = {"prompt": "the cat", "chosen": "is red", "rejected": "is blue"}
+    data.write_text("".join(json.dumps(row | {"pair_id": f"p{n}"}) + "\n" for n in range(20)))
+    before = data.read_text()
+    config = {
+        "model": {"class_path": "lightning_modules.PreferenceOptimization", "init_args": {"name": tiny_llama}},
+        "data": {
+            "class_path": "datamodules.PreferenceData",
+            "init_args": {"path": str(data), "tokenizer": None},
+        },
+    }
+    run = tmp_path / "run"
+    (run / "audit").mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def told_of(labels: list[Any]) -> str:
+        rows = {"pair_id": [f"p{n}" for n in range(20)], "gap": [-1.0, *[1.0] * 19], "flipped": labels}
+        steps = [pd.DataFrame(rows | {"step": step, "kept": True, "beta": 0.1}) for step in (1, 2)]
+        audit = pd.concat(steps).assign(running_mean=None, running_std=None)
+        audit.to_parquet(run / "audit" / "steps.parquet")
+        main(["audit", str(run)])
+        return capsys.readouterr().out
+
+    assert "20 pairs have neither true nor false in `flipped`" in told_of(["true", *["false"] * 19])
+    told = told_of([True, None, None, *[False] * 17])
+    assert "2 pairs have neither true nor false in `flipped`" in told
+    assert "finding the 1 flipped of 18 pairs" in told
+    for option, said in (("--clean", "clean"), ("--out", "out")):
+        with pytest.raises(SystemExit):
+            main(["audit", str(run), option, str(data)])
+        assert f"{said}: {data} is read by this command, which would replace it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["audit", str(run), "--clean", "same.jsonl", "--out", "same.jsonl"])
+    assert "same.jsonl is the file of the list too" in capsys.readouterr().err
+    assert data.read_text() == before

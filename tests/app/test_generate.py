@@ -64,9 +64,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
 
 
-def test_samples_are_kept_until_the_file_is_there(tiny_llama: str, tmp_path: Path) -> None:
+def test_samples_are_kept_until_the_file_is_there(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out.jsonl"
     out.mkdir()  # a file cannot take the name of a folder
+    with pytest.raises(UserError, match=r"out\.jsonl is a folder"):
+        generate(tiny_llama, str(out), count=4, batch_size=2)
+    monkeypatch.setattr("app.commands.generate.refuse_place", lambda *_: "")  # the folder came after the check
     with pytest.raises(OSError, match=r"out\.jsonl"):
         generate(tiny_llama, str(out), count=4, batch_size=2)
     assert len(list(Path(f"{out}.parts").glob("0*"))) == 2
@@ -170,6 +175,14 @@ def test_prompts_alone_are_answered_and_their_columns_kept(tiny_llama: str, tmp_
     for columns, told in ((["level"], "has no 'level' to copy; it has topic"), (["logp"], "is a field of every")):
         with pytest.raises(UserError, match=told):
             generate(tiny_llama, out, prompts=str(path), count=None, columns=columns)
+
+
+def test_the_prompts_are_not_replaced(tiny_llama: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "the cat"}\n')
+    with pytest.raises(UserError, match=r"out: .*prompts\.jsonl is read by this command"):
+        generate(tiny_llama, str(file), prompts=str(file))
+    assert file.read_text() == '{"prompt": "the cat"}\n'
 
 
 def test_python_is_refused_what_the_command_line_is(tiny_llama: str, tmp_path: Path) -> None:

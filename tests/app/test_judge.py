@@ -5,10 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace as Said
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
 from scipy.special import expit
 from tiny_runs import save_reward_model
@@ -16,9 +19,11 @@ from tiny_runs import save_reward_model
 from app.commands.judge import by_temperature, distinct_names, judge, mean_by_prompt
 from app.core.errors import UserError
 from app.core.intervals import length_controlled
-from app.judges.answers import aligned, dialogue_text
+from app.core.samples import read_samples
+from app.judges.answers import aligned, dialogue_text, rival_answers, sampled_answers
 from app.judges.endpoint import Endpoint, EndpointJudge, parse_verdict, read_instructions
-from app.judges.rewards import LearnedReward
+from app.judges.rewards import LearnedReward, OwnReward
+from app.judges.server import Client, first_choice
 from app.judges.verdicts import VerdictFile, verdict_key
 from datamodules.controlled_task import preference_pairs
 from datamodules.records import Message
@@ -310,3 +315,121 @@ def test_the_win_rate_at_equal_length_is_the_logistic_fit_of_scipy() -> None:
     even = length_controlled(scores, np.zeros(399), prompts)
     assert even.mean == pytest.approx(float(np.average(scores, weights=weight)), abs=1e-6)
     assert length_controlled(np.ones(5), longer[:5], prompts[:5]).mean == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prompt": 1}, "prompt must be text or messages"),
+        ({"response": None}, "response must be text"),
+        ({"response": "\ud83d"}, "surrogates not allowed"),
+        ({"prompt_id": [1]}, "prompt_id must be text or a whole number"),
+        ({"finished": "false"}, "finished must be true or false"),
+        ({"temperature": "0.5"}, "temperature must be a finite number"),
+        ({"reference_logp": -1.0}, "logp must be a finite number"),
+        ({"logp": float("nan"), "reference_logp": -1.0}, "logp must be a finite number"),
+    ],
+)
+def test_the_wrong_field_of_a_sample_is_named(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    row = {"prompt_id": "1", "prompt": "p", "response": "r"}
+    file = write(tmp_path / "a.jsonl", [row, row | changes])
+    with pytest.raises(UserError, match=rf"a\.jsonl:2 is not a sample .*{said}.*: correct the line"):
+        list(read_samples(file))
+
+
+def test_samples_of_other_programs(tmp_path: Path) -> None:
+    rows = [{"prompt_id": 7, "prompt": "p", "response": "r"}, {"prompt": "q", "response": "r", "temperature": None}]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+    read = list(read_samples(str(file)))
+    assert [row["prompt_id"] for _, row in read] == ["7", "3"]
+    assert [json.loads(file.read_bytes()[place:].splitlines()[0])["response"] for place, _ in read] == ["r", "r"]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('\ufeff{"pair_id": "7", "prompt": "p", "chosen": "a", "rejected": "b"}\n', encoding="utf-8")
+    assert [row["response"] for row in rival_answers(str(pairs))] == ["a"]
+    twice = write(tmp_path / "b.jsonl", [rows[0], rows[0] | {"prompt": "other"}])
+    with pytest.raises(UserError, match="the prompt_id '7' has two prompts"):
+        sampled_answers(twice)
+
+
+def test_a_file_that_is_no_file_of_verdicts_keeps_its_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"mine": 1}')  # one line, without an end
+    with pytest.raises(UserError, match="the last line is not a verdict"), VerdictFile.opened(str(path)):
+        pass
+    assert path.read_text() == '{"mine": 1}'
+
+
+def test_a_reward_model_that_was_trained_again_scores_again(tmp_path: Path) -> None:
+    model, ours = save_reward_model(tmp_path / "rm"), samples("chosen")
+    with VerdictFile.opened(str(tmp_path / "v.jsonl")) as verdicts:
+        first = LearnedReward(model, verdicts).rewards(ours)
+        weights = load_file(tmp_path / "rm" / "model.safetensors")
+        save_file({name: -part for name, part in weights.items()}, tmp_path / "rm" / "model.safetensors")
+        assert not np.allclose(LearnedReward(model, verdicts).rewards(ours), first)
+        save_file({name: part * np.nan for name, part in weights.items()}, tmp_path / "rm" / "model.safetensors")
+        with pytest.raises(UserError, match=r"an answer to the prompt .* the reward nan: leave that prompt out"):
+            LearnedReward(model, verdicts).rewards(ours)
+
+
+class Unbuilt:
+    """A reward whose constructor fails."""
+
+    def __init__(self) -> None:
+        raise RuntimeError("no GPU")
+
+
+def tensors(prompts: list, responses: list[str]) -> torch.Tensor:
+    """Rewards as a tensor, the length of each response."""
+    return torch.tensor([float(len(response)) for response in responses])
+
+
+def huge(prompts: list, responses: list[str]) -> list[int]:
+    """Rewards beyond the range of float."""
+    return [10**400] * len(responses)
+
+
+def test_what_a_reward_of_ones_own_gives_or_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [{"prompt_id": "1", "prompt": "p", "response": "abc"}]
+    assert OwnReward(f"{__name__}.tensors").rewards(answers).tolist() == [3.0]
+    with pytest.raises(UserError, match="is no finite number"):
+        OwnReward(f"{__name__}.huge").rewards(answers)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "half_a_reward.py").write_text("def f(:")
+    for name, said in ((f"{__name__}.Unbuilt", "RuntimeError: no GPU"), ("half_a_reward.f", "SyntaxError: ")):
+        with pytest.raises(UserError, match=f"cannot be imported or built .{said}.*PYTHONPATH=."):
+            OwnReward(name)
+
+
+# --- replies of another form ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reply", ["<html>", None, Said(choices=[]), Said(choices=None), Said(choices=[Said(message=None)])], ids=repr
+)
+def test_a_reply_of_another_form_is_refused(reply: Any) -> None:
+    with pytest.raises(ValueError, match="it sent "):
+        first_choice(reply)
+    parts = Said(choices=[Said(message=Said(content=[{"text": "A"}]))])
+    with pytest.raises(ValueError, match="it sent "):
+        first_choice(parts)
+    assert first_choice(Said(choices=[Said(message=Said(content=None))]))[1] == ""
+    assert first_choice(Said(choices=[Said(text="x")]))[1] == "x"
+
+
+def test_a_server_of_another_kind_and_a_key_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(client: Any, question: int) -> None:
+        first_choice("<html>")
+
+    client = Client(Endpoint(url="http://127.0.0.1:9"))
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9 does not answer as OpenAI's API does .*<html>.*/v1; kept"):
+        client.ask_all([1, 2], ask, print, lambda: "kept")
+    monkeypatch.setenv("MY_KEY", "schl\u00fcssel\n")
+    with pytest.raises(UserError, match="variable MY_KEY holds a character that no key has"):
+        Client(Endpoint(api_key_env="MY_KEY"))
+
+
+def test_instructions_that_are_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_bytes(b"caf\xe9 $prompt $first $second")
+    with pytest.raises(UserError, match=r"mine\.txt cannot be read: it is not UTF-8"):
+        read_instructions(str(tmp_path / "mine.txt"))

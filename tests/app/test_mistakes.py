@@ -18,6 +18,8 @@ from command_runs import command, refusal, write_config
 
 from app.cli.dispatch import go_on
 from app.cli.mistakes import plain_sentence
+from app.core.errors import UserError
+from app.core.files import Parts, atomic_file, atomic_folder
 from app.main import main
 from lightning_modules.checkpoint import check_checkpoint
 
@@ -113,7 +115,10 @@ def test_an_extra_that_is_not_installed(run_config: Path, told: Callable[..., st
         (["report", "none"], "none is not the log folder of a run"),
         (["audit"], "the following arguments are required: run"),
         (["audit", "none"], "none holds no audit/*.parquet"),
-        (["convert", "none.gguf", "out"], "There is no file none.gguf"),
+        (["generate", "MODEL", "--out", "out.jsonl"], "Give out as a word without --, in its place"),
+        (["generate", "MODEL", "a file", "--prompts", "a file"], "out must end in .jsonl"),
+        (["convert", "none.GGUF", "out"], "There is no file none.GGUF"),
+        (["convert", "./x", "out"], "./x is neither a .gguf file nor an installed package"),
         (["convert", "no_such_package", "out"], "no_such_package is neither a .gguf file nor an installed package"),
         (["frobnicate"], "There is no command 'frobnicate'"),
     ],
@@ -264,3 +269,35 @@ def test_a_reader_that_has_enough_ends_the_command() -> None:
     assert done.stderr.splitlines() == [
         "beta-dpo: stopped, because nobody reads its output any more ([Errno 32] Broken pipe)"
     ]
+
+
+def test_an_error_of_the_disk_names_the_file_that_the_user_gave(tmp_path: Path) -> None:
+    class SafetensorError(Exception):
+        """What safetensors raises, which is no OSError."""
+
+    faults = (
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    )
+    for writing in (atomic_file, atomic_folder):
+        for fault in faults:
+            with pytest.raises(OSError, match="No space") as raised, writing(tmp_path / "out"):
+                raise fault
+            assert plain_sentence(raised.value) == (
+                f"{tmp_path / 'out'} could not be written, there is no space left: free some, or write to another "
+                "disk."
+            )
+    with pytest.raises(PermissionError) as raised, atomic_file(tmp_path / "out"):
+        raise OSError(errno.EACCES, "Permission denied", "another file")
+    assert "another file may not be read" in str(plain_sentence(raised.value))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as raised, atomic_file(tmp_path / "folder"):
+        pass
+    assert str(plain_sentence(raised.value)).startswith(f"{tmp_path / 'folder'}: Is a directory")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_the_record_of_unfinished_work_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text("{")
+    with pytest.raises(UserError, match=r"job\.json is damaged: remove the folder"):
+        Parts(tmp_path, {})

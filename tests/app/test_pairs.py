@@ -65,9 +65,36 @@ def test_ranks_and_what_makes_no_pair(tmp_path: Path, capsys: pytest.CaptureFixt
         ([[1, 2], [2, 3]], "use one twice"),
         ([[3, 1]], "do not name the better one first"),
         ([[1]], "must be a list of two ranks each"),
+        ([[-1, 1]], "do not name the better one first"),
+        ([[3, -3]], "makes no pair: 10 prompts; left out: 1 .*; left out: 9 prompts with too few samples"),
+        ([[1, 3], [2, -2]], "makes no pair: 10 prompts; left out: 1 .*; left out: 9 prompts with too few samples"),
         ([[1, 9]], "makes no pair: 10 prompts; left out: 1 .*; left out: 9 prompts with too few samples"),
     ):
         with pytest.raises(UserError, match=told):
             pairs(samples, out, reward="good", ranks=ranks)
     with pytest.raises(UserError, match="left out: 9 pairs of equal text or reward"):
         pairs(sample_file(tmp_path, good=1), out, reward="good")
+
+
+def test_a_prompt_with_fewer_samples_does_not_stop_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples, out = Path(sample_file(tmp_path)), tmp_path / "pairs.jsonl"
+    samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:-2]))
+    pairs(str(samples), str(out), reward="good", ranks=[[1, -1], [2, -2]])
+    assert "left out: 1 prompts with too few samples for these ranks" in capsys.readouterr().out
+    pairs(str(samples), str(out), reward="good")
+    assert f"{out} (replaces the one that was there)" in capsys.readouterr().out
+
+
+def test_the_samples_are_not_replaced_and_own_columns_are_not_the_pairs(tmp_path: Path) -> None:
+    samples = sample_file(tmp_path, chosen_reward=-1)
+    before = Path(samples).read_text()
+    with pytest.raises(UserError, match=r"out: .*samples\.jsonl is read by this command"):
+        pairs(samples, samples, reward="good")
+    (tmp_path / "o.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"out: .*\.jsonl is a folder: give a file"):
+        pairs(samples, str(tmp_path / "o.jsonl"), reward="good")
+    assert Path(samples).read_text() == before
+    pairs(samples, str(tmp_path / "pairs.jsonl"), reward="good")
+    assert json.loads((tmp_path / "pairs.jsonl").read_text().splitlines()[0])["chosen_reward"] == 7.0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tiny_runs import save_tiny_model
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from app.cli.planning import model_config
+from app.core.errors import UserError
 from app.main import main
 from lightning_modules import PreferenceOptimization
 from lightning_modules.memory import Sizes
@@ -297,3 +299,12 @@ def test_what_cannot_be_planned_is_said(
         "trainer.devices is auto: give --devices_per_node, or a number as --trainer.devices."
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"model_type": "nope"}', '{"model_type": "llama", "hidden_size": "x"}']
+)
+def test_a_shape_that_is_no_configuration(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"--shape: .*config\.json is not the config\.json of a model"):
+        model_config(SimpleNamespace(name="x"), str(tmp_path / "config.json"))  # type: ignore[arg-type]

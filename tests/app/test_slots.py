@@ -15,8 +15,9 @@ from lightning.pytorch.callbacks import EarlyStopping, TQDMProgressBar
 from test_configs import printed
 
 from app.cli.resume_rules import refuse_version_0_1
-from app.cli.trainer import slots_as_wholes
+from app.cli.trainer import shipped_configs, slots_as_wholes
 from app.core.errors import UserError
+from app.core.files import CONFIGS
 from callbacks import BetaScheduler, PairAudit, PairFilter, RewardGapStatistics, RunCheckpoint
 from callbacks.slots import SLOTS, entries, in_order, refuse_listed, slot_of
 
@@ -90,11 +91,18 @@ def test_a_slot_is_emptied_before_a_later_file(tmp_path: Path) -> None:
     file.write_text("filter: {by: head}\nschedule: null\nmodel: {}\n")
     before = ["--config", '{"filter": null}']
     assert slots_as_wholes(["fit", "--config", str(file)]) == ["fit", *before, "--config", str(file)]
-    assert slots_as_wholes(["fit", f"--config={file}"]) == ["fit", *before, f"--config={file}"]
-    text = json.dumps({"filter": {}})
-    assert slots_as_wholes(["fit", "-c", text]) == ["fit", *before, "-c", text]
     for words in (["--config", "nowhere.yaml"], ["--config", "{"], ["--filter", "{by: head}"], ["--config"]):
         assert slots_as_wholes(["fit", *words]) == ["fit", *words]
+
+
+@pytest.mark.parametrize(
+    "words", [["--config", "{}"], ["--config={}"], ["-c", "{}"], ["-c={}"], ["-c{}"]], ids=lambda words: words[0]
+)
+def test_every_spelling_of_config_takes_the_name_of_a_shipped_one(words: list[str]) -> None:
+    for name, path in (("quickstart", str(CONFIGS / "quickstart.yaml")), ("nowhere.yaml", "nowhere.yaml")):
+        given = ["fit", *(word.replace("{}", name) for word in words), "--model.beta0", "0.1"]
+        assert shipped_configs(given) == ["fit", "--config", path, "--model.beta0", "0.1"]
+    assert shipped_configs(["fit", "--config"]) == ["fit", "--config"]
 
 
 def test_a_later_file_replaces_and_an_option_changes(capsys: pytest.CaptureFixture[str]) -> None:

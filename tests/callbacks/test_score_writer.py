@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,6 +16,7 @@ from app.core.errors import UserError
 from app.core.intervals import wilson
 from app.method.losses import SimPOLoss
 from callbacks import ScoreWriter
+from datamodules import PreferenceData
 
 COLUMNS = [
     "pair_id",
@@ -97,3 +100,15 @@ def test_accuracy_by_a_label(tiny_llama: str, tmp_path: Path, capsys: pytest.Cap
         trainer.predict(preference(tiny_llama), controlled(3), return_predictions=False)
     with pytest.raises(UserError, match="gap is a column of the scores"):
         ScoreWriter(by="gap")
+
+
+def test_the_pairs_are_not_replaced(tmp_path: Path) -> None:
+    path = str(tmp_path / "pairs.parquet")
+    pq.write_table(pa.table({"prompt": ["p"], "chosen": ["a"], "rejected": ["b"]}), path)
+    data = PreferenceData(path)
+    with pytest.raises(UserError, match=r"scores\.path: .*pairs\.parquet is read by this command"):
+        ScoreWriter(path).on_predict_start(SimpleNamespace(datamodule=data), None)  # type: ignore[arg-type]
+    ScoreWriter(str(tmp_path / "scores.parquet")).on_predict_start(
+        SimpleNamespace(datamodule=data),  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+    )

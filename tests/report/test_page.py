@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,38 @@ def test_what_cannot_be_a_report(two_runs: Path, tmp_path: Path) -> None:
     (broken / "audit" / "steps.parquet").write_text("no parquet")
     with pytest.raises(UserError, match="audit cannot be read"):
         report([str(broken)], out=str(tmp_path / "x.html"))
+    shutil.rmtree(broken / "audit")
+    (broken / "config.yaml").write_bytes(b"a: caf\xe9")
+    with pytest.raises(UserError, match=r"config\.yaml is not YAML"):
+        report([str(broken)], out=str(tmp_path / "x.html"))
+    (broken / "config.yaml").write_text("trainer: 5")
+    with pytest.raises(UserError, match="is not the record of `beta-dpo fit`"):
+        report([str(broken)], out=str(tmp_path / "x.html"))
+    with pytest.raises(UserError, match=r"Did you mean .*/a/version_0\?"):
+        report([str(two_runs / "a")], out=str(tmp_path / "x.html"))
+    for name, audit, said in (
+        ("no rows", audit_of().iloc[:0], "no row"),
+        ("no gap", audit_of().drop(columns="gap"), "no column gap"),
+    ):
+        with pytest.raises(UserError, match=f"audit has {said}: it is not what PairAudit writes"):
+            read_run(write_run(tmp_path / name, audit, {}), name)
+    with pytest.raises(UserError, match=r"metrics\.csv is not what CSVLogger writes"):
+        read_run(write_run(tmp_path / "text", None, {}, metrics_csv="step,beta/used\n0,0.1\n1,x\n"), "text")
     assert not list(tmp_path.glob("x.*"))
+
+
+@pytest.mark.parametrize("at", ["cut", "spoilt"])
+def test_damaged_events_are_said(at: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = write_run(tmp_path / "run", None, scalars_of())
+    file = next(run.glob("events.*"))
+    whole = read_curves(run)
+    assert not caplog.records
+    content = file.read_bytes()
+    half = len(content) // 2
+    file.write_bytes(content[:half] if at == "cut" else content[:half] + b"damaged" + content[half + 7 :])
+    assert set(read_curves(run)) < set(whole)
+    (said,) = caplog.messages
+    assert f"{file.name} is cut or damaged: what follows the damage is not shown" in said
 
 
 def test_a_run_with_a_csv_logger(tmp_path: Path) -> None:
