@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from transformers import GenerationConfig
 
 from app.core.errors import UserError
 from app.core.files import atomic_file
@@ -81,13 +82,14 @@ class PolicySamples(Callback):
         policy: Any = pl_module.policy
         stops = policy.model.generation_config.eos_token_id
         stops = stops if isinstance(stops, list) else [stops]
-        model, training = policy.model, policy.training
+        model, training, own = policy.model, policy.training, policy.model.generation_config
         policy.eval()  # in train mode, gradient checkpointing switches the key-value cache off
         answers = []
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         # the forward pass of the training step takes packed rows only
         with policy.as_loaded(), torch.random.fork_rng(devices):
             torch.manual_seed(self.seed)
+            model.generation_config = GenerationConfig()  # its own has a temperature, a nucleus or penalties
             for prompt in self._prompts:
                 ids = torch.as_tensor(prompt, device=pl_module.device)[None]
                 output = model.generate(
@@ -101,5 +103,6 @@ class PolicySamples(Callback):
                 )
                 answer = output[0, ids.shape[1] :].cpu()
                 answers.append((answer, int(answer[-1]) in stops))
+        model.generation_config = own
         policy.train(training)
         return answers

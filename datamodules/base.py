@@ -250,7 +250,7 @@ class PairDataModule(LightningDataModule):
             rows = table.reachable(served)
             keys, first = np.unique(table.keys("pair", rows), return_index=True)
             new = wanted(keys) & ~np.isin(keys, seen)
-            chosen = np.sort(rows[first[new]])[: None if most is None else most - len(seen)]
+            chosen = np.sort(rows[first[new]])[: None if most is None else max(0, most - len(seen))]
             loaders.append(self._loader(table, chosen, shuffle=False))
             seen = np.concatenate([seen, keys[new]])
         return loaders

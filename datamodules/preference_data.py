@@ -96,6 +96,7 @@ class PreferenceData(PairDataModule):
         # the type of `path` includes `Path` for jsonargparse, which otherwise would read the file and take its
         # content as the value of the option, as for any option that may be an object
         self.mixed = isinstance(path, list)
+        self._single = single
         entries = path if isinstance(path, list) else [str(path)]
         self.sources = [Source(entry, **single) if isinstance(entry, str) else entry for entry in entries]
         if all(isinstance(entry, str) for entry in entries):
@@ -143,12 +144,9 @@ class PreferenceData(PairDataModule):
             return [(source, source.split) for source in self.sources]
         attribute = f"{split}_split"
         path = self.paths[split]
-        if path is not None and self.mixed:
-            return [(Source(path), "train")]
         if path is not None:
-            (source,) = self.sources
-            alike = replace(source, path=path, subset=None, revision=None)
-            return [(alike, getattr(source, attribute) or "train")]
+            alike = Source(path, **{**self._single, "subset": None, "revision": None})
+            return [(alike, getattr(alike, attribute) or "train")]
         return [(source, name) for source in self.sources if (name := getattr(source, attribute)) is not None]
 
     def files(self, split: Split) -> list[Path]:

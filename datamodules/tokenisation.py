@@ -143,8 +143,9 @@ class _Tokeniser:
         texts: dict[bool, list[str]] = {True: [], False: []}  # of chats, and of plain text
         for pair, sides in zip(pairs, renderings, strict=True):
             if isinstance(sides, list):
-                anchor = self.template.anchor(sides[0].prompt) if self.templated(pair) and self.template else ""
-                texts[self.templated(pair)] += [sides[0].prompt, *(anchor + side.trained for side in sides), anchor]
+                prompt, chat = sides[0].prompt, self.templated(pair) and self.template
+                anchor = chat.anchor(prompt) if chat else prompt[-1:]  # SentencePiece writes a space before a text
+                texts[bool(chat)] += [prompt, *(anchor + side.trained for side in sides), anchor]
         encoded = {chat: iter(self._encode(some, chat)) for chat, some in texts.items()}
         return [
             self._tokens(pair, sides, encoded[self.templated(pair)]) if isinstance(sides, list) else sides

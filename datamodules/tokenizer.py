@@ -14,6 +14,8 @@ from datamodules.chat_template import TEMPLATE_DATE, ChatTemplate, Talk
 from datamodules.records import Dropped, Message
 from datamodules.tokenisation import Tokenisation
 
+FILE_TEXT = ("utf-8", "surrogateescape")  # a vocabulary of SentencePiece is not text
+
 
 def read_tokenizer(name: str, option: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder or Hub id. Raises UserError that names the `option` if there is none."""
@@ -52,10 +54,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         rules.pop("padding", None)
         digest.update(json.dumps(rules, sort_keys=True).encode())
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            for file in sorted(Path(folder).iterdir()):
-                digest.update(file.name.encode() + file.read_bytes())
+        for name, text in tokenizer_files(tokenizer).items():
+            digest.update((name + text).encode(*FILE_TEXT))
     rest = [
         type(tokenizer).__qualname__,
         tokenizer.bos_token_id,
@@ -70,7 +70,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return the text of the files that `save_pretrained` writes, by name."""
+    """Return the files that `save_pretrained` writes, by name, as text that `FILE_TEXT` turns into their bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("*.*"))}
+        # several named chat templates would be in a folder of their own
+        tokenizer.save_pretrained(folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
+        return {path.name: path.read_bytes().decode(*FILE_TEXT) for path in sorted(Path(folder).iterdir())}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from app.cli.mistakes import checked_command
 from app.commands.suspects import SIGNALS, available, hits, pair_histories
 from app.core.errors import UserError
 from app.core.files import atomic_file, refuse_place
-from app.core.intervals import bootstrap_mean, wilson
+from app.core.intervals import wilson
 from app.method.ranges import PositiveInt
 from app.report.run_folder import PairTexts, grouping_labels, read_audit
 from datamodules.records import PreferencePair
@@ -82,13 +83,16 @@ def audit(
         else:
             found.to_json(temporary, orient="records", lines=True, force_ascii=False)
     print(f"{len(lists[0])} likely mislabelled pairs and {len(lists[1])} outliers: {out}{replaced}")
+    if signal == "reference":  # it has a probability for every pair, and lists as many as it is asked for
+        expected = lists[0].wrong_by_reference.sum()
+        print(f"The reference expects {expected:.0f} of these {len(lists[0])} to be so; --count lists fewer.")
     if not len(lists[0]):
         print(why_no_suspects(rows))
     for label in grouping_labels(rows):
         label = f"label_{label}" if f"label_{label}" in histories else label
         Console().print(suspects_by(label, histories, lists[0]))
     if LABEL in rows:
-        labels = rows.groupby("pair_id", sort=False)[LABEL].first()
+        labels = rows.groupby("pair_id")[LABEL].first()[histories.pair_id]
         known = labels.isin([True, False]).to_numpy()  # 1 and 0 too
         if not known.all():
             print(f"{(~known).sum()} pairs have neither true nor false in `{LABEL}`: they are not in the table.")
@@ -125,11 +129,18 @@ def write_clean(file: str, pairs: PairTexts, worst: set[str], swap: bool) -> Non
 
 
 def as_row(pair: PreferencePair, swapped: bool) -> dict[str, Any]:
-    """Return a pair as a row that `data.path` reads; answers are messages only where they have more than text."""
+    """Return a pair as a row that `data.path` reads; answers are messages only where they have more than text.
+
+    If it is swapped, so are the labels of its sides (`chosen_reward`, `score_rejected`) and the mark `flipped`.
+    """
     more = bool(pair.chosen_fields or pair.rejected_fields)
     chosen, rejected = (pair.answer(side) if more else getattr(pair, side) for side in ("chosen", "rejected"))
+    labels = pair.labels
     if swapped:
         chosen, rejected = rejected, chosen
+        labels = {other_side(name): value for name, value in labels.items()}
+        if (mark := labels.get(LABEL)) in (0, 1):
+            labels[LABEL] = int(not mark) if type(mark) is int else not mark
     sides = {"chosen": [chosen], "rejected": [rejected]} if more else {"chosen": chosen, "rejected": rejected}
     own = {"tools": pair.tools, "chat_template_kwargs": dict(pair.template_kwargs)}
     return {
@@ -137,8 +148,14 @@ def as_row(pair: PreferencePair, swapped: bool) -> dict[str, Any]:
         "prompt": pair.prompt if isinstance(pair.prompt, str) else list(pair.prompt),
         **sides,
         **{name: value for name, value in own.items() if value},
-        **pair.labels,
+        **labels,
     }
+
+
+def other_side(label: str) -> str:
+    """Return the name of a label with its side exchanged: `score_chosen` for `score_rejected`; others unchanged."""
+    sides = {"chosen": "rejected", "rejected": "chosen"}
+    return re.sub("chosen|rejected", lambda side: sides[side[0]], label)
 
 
 def why_no_suspects(rows: pd.DataFrame) -> str:
@@ -191,6 +208,6 @@ def comparison(scores: dict[str, np.ndarray], extra_tokens: np.ndarray, wrong: n
         by_length = max((hits(sign * extra_tokens, wrong, size) for sign in (1, -1)), key=np.mean)
         lists = {name: hits(np.nan_to_num(score, nan=-np.inf), wrong, size) for name, score in scores.items()}
         for name, found in {**lists, "length": by_length}.items():
-            table.add_row(name, str(size), str(bootstrap_mean(found)), f"{found.sum() / total:.3f}")
+            table.add_row(name, str(size), str(wilson(found.mean(), size)), f"{found.sum() / total:.3f}")
         table.add_row("random (expected)", str(size), f"{wrong.mean():.3f}", f"{size / len(wrong):.3f}")
     return table

@@ -20,7 +20,7 @@ from app.core.errors import UserError
 from app.core.files import atomic_folder
 from app.method.ranges import PositiveFloat
 from datamodules.tokenisation import Tokenisation
-from datamodules.tokenizer import stop_ids
+from datamodules.tokenizer import FILE_TEXT, stop_ids
 from lightning_modules.checkpoint import read_for_export
 from lightning_modules.lora import MOVING, Lora
 from lightning_modules.pretrained import bare_model, load_model, model_identity, parameter_count, quantization
@@ -70,7 +70,7 @@ def export(
         notes.append(f"training started from {base_dtype}, which --dtype auto writes, in half the space")
     with atomic_folder(out) as folder:
         for name, text in tokenizer_files(state, checkpoint).items():
-            (folder / name).write_text(text, encoding="utf-8")
+            (folder / name).write_bytes(text.encode(*FILE_TEXT))
         notes += write_chat_template(folder, state)
         (folder / "README.md").write_text(model_card(state, checkpoint, written, temperature), encoding="utf-8")
         notes += write_model(folder, state, adapter, base, written, temperature)
@@ -107,6 +107,8 @@ def write_model(
     else:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         settings = json.loads(state.get("generation_config", "{}"))
+        if temperature != 1.0:  # a server would apply the start model's own once more
+            settings.pop("temperature", None)
         model.generation_config = generation_config(settings, tokenizer)
         model.save_pretrained(folder)
     spell_for_others(folder)

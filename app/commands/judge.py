@@ -13,7 +13,7 @@ from rich.table import Table
 
 from app.cli.mistakes import checked_command
 from app.core.errors import UserError
-from app.core.intervals import Estimate, bootstrap_mean, length_controlled
+from app.core.intervals import Estimate, bootstrap_mean, length_controlled, wilson
 from app.judges import Answer, Judge
 from app.judges.answers import aligned, sampled_answers
 from app.judges.endpoint import Endpoint
@@ -95,7 +95,7 @@ def table_row(
     if unjudged < len(scores):
         known = np.flatnonzero(~np.isnan(scores))
         longer = np.array([len(rows[index]["response"]) - len(rivals[index]["response"]) for index in known])
-        rate = str(mean_by_prompt(rows, scores))
+        rate = str(mean_by_prompt(rows, scores, share=True))
         at_equal_length = str(
             length_controlled(scores[known], longer, [rows[index]["prompt_id"] for index in known])
         )
@@ -123,16 +123,22 @@ def figures(rows: Sequence[Answer], judge: Judge) -> dict[str, Estimate]:
         found["finished"] = np.array([row.get("finished", True) for row in rows])
     if all("reference_logp" in row for row in rows):
         found["KL"] = np.array([row["logp"] - row["reference_logp"] for row in rows])
-    return {name: mean_by_prompt(rows, values) for name, values in found.items()}
+    return {name: mean_by_prompt(rows, values, values.dtype == bool) for name, values in found.items()}
 
 
-def mean_by_prompt(rows: Sequence[Answer], scores: np.ndarray) -> Estimate:
-    """Return the mean of the scores that are not NaN; the bootstrap resamples prompts with all their answers."""
+def mean_by_prompt(rows: Sequence[Answer], scores: np.ndarray, share: bool = False) -> Estimate:
+    """Return the mean of the scores that are not NaN; the bootstrap resamples prompts with all their answers.
+
+    A `share` that is 0 or 1 in every prompt has Wilson's interval, because resampling equal values gives no width.
+    """
     prompts: dict[str, list[float]] = {}
     for row, score in zip(rows, scores, strict=True):
         if not np.isnan(score):
             prompts.setdefault(row["prompt_id"], []).append(score)
-    return bootstrap_mean(np.array([np.mean(of_prompt) for of_prompt in prompts.values()]))
+    means = np.array([np.mean(of_prompt) for of_prompt in prompts.values()])
+    if share and len(means) and means.mean() in (0.0, 1.0):
+        return wilson(float(means.mean()), len(means))
+    return bootstrap_mean(means)
 
 
 def distinct_names(paths: Sequence[str]) -> dict[str, str]:
@@ -147,7 +153,7 @@ def distinct_names(paths: Sequence[str]) -> dict[str, str]:
 
 def win_rate(rows: list[Answer], rivals: list[Answer]) -> Estimate:
     """Return P(better) + ½ P(tie) by the controlled task's true reward, resampled by prompt."""
-    return mean_by_prompt(rows, TrueReward().scores(rows, rivals))
+    return mean_by_prompt(rows, TrueReward().scores(rows, rivals), share=True)
 
 
 def summary(rows: list[Answer]) -> dict[str, Estimate]:

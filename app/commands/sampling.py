@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from app.core.errors import UserError
 from app.judges import Answer
@@ -46,6 +47,8 @@ class LocalSampler:
         self.settings = settings
         self.sampling = sampling
         self.stops = stop_ids(self.tokenizer, settings, self.models[0].generation_config.eos_token_id)
+        # its own temperature, nucleus and penalties would change what is asked for here
+        self.models[0].generation_config = GenerationConfig()
         self.job: dict[str, Any] = {
             "models": [
                 model_identity(name, loaded.config) for name, loaded in zip(self.names, self.models, strict=True)

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -55,9 +56,10 @@ def cached(kind: Kind, key: str, read: Callable[[Path], T], build: Callable[[Pat
 def _remove_abandoned(root: Path) -> None:
     """Remove what killed processes left behind and no other one has resumed for a week."""
     for left in [*root.glob("*.parts"), *root.glob(".*.part")]:
-        if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
-            log.info("removing %s, which a killed process left more than a week ago", left)
-            shutil.rmtree(left)
+        with suppress(FileNotFoundError):  # another process finishes its entry
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                log.info("removing %s, which a killed process left more than a week ago", left)
+                shutil.rmtree(left)
 
 
 def lock_of(kind: Kind, key: str) -> tuple[Path, str, str]:

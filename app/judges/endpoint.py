@@ -20,7 +20,8 @@ from app.judges.verdicts import VerdictFile, verdict_key
 PLACES = {"prompt", "first", "second"}
 SCORES = {"first": 1.0, "tie": 0.5, "second": 0.0}  # of the answer that is shown first
 NAMED = 3  # number of refused pairs and reasons that are printed
-_VERDICT = re.compile(r"verdict\W*\b(A|B|tie)\b", re.IGNORECASE)
+# "a" before another word is an article, as in "Verdict: a tie"
+_VERDICT = re.compile(r"verdict\W*\b(?:a +(?=tie))?(?!(?-i:a) +\w)(A|B|tie)\b", re.IGNORECASE)
 _ALONE = re.compile(r"\W*(A|B|tie)\W*", re.IGNORECASE)
 
 

@@ -165,7 +165,8 @@ def intervals(
 ) -> Any:
     """Return a chart with a dot and an interval per row, under its name and numbers; `mark` is a line."""
     values = [
-        {"row": number, "name": row.name, "colour": f"var(--{row.colour})", **row.estimate._asdict(),
+        {"row": number, "name": row.name, "colour": f"var(--{row.colour})",
+         **{end: value if math.isfinite(value) else None for end, value in row.estimate._asdict().items()},
          "text": row.estimate.text(decimals)}
         for number, row in enumerate(rows)
     ]  # fmt: skip

@@ -23,11 +23,18 @@ def unchanged(row: Row, source: Any) -> Row:
 
 
 def renamed(**names: str) -> Convert:
-    """Return a conversion that renames fields to ours: `own="theirs"` or `own="either|other"`."""
+    """Return a conversion that renames fields to ours: `own="theirs"` or `own="either|other"`.
+
+    A field that has our name already and a value becomes `<name>_in_data`.
+    """
 
     def convert(row: Row, source: Any) -> Row:
         theirs = {first_of(row, alternatives): own for own, alternatives in names.items()}
-        rest = {name: value for name, value in row.items() if name not in theirs and name not in names}
+        rest = {
+            f"{name}_in_data" if name in names else name: value
+            for name, value in row.items()
+            if name not in theirs and not (name in names and missing(value))
+        }
         return {**rest, **{own: row[name] for name, own in theirs.items()}}
 
     return convert

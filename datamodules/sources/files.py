@@ -50,7 +50,7 @@ def jsonl_rows(file: IO[bytes], path: Path) -> Rows:
 
 def txt_rows(file: IO[bytes], path: Path) -> Rows:
     """Yield (line number from 1, a row whose `text` is the line); a blank line is no row."""
-    lines = enumerate("".join(text_lines(file, path)).splitlines(), 1)
+    lines = enumerate((line.rstrip("\r\n") for line in text_lines(file, path)), 1)
     yield from ((number, {"text": line}) for number, line in lines if line.strip())
 
 

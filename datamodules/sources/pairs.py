@@ -34,6 +34,8 @@ def read_row(
     if "system" not in fields and "system_prompt" in fields:
         fields = {"system" if name == "system_prompt" else name: value for name, value in fields.items()}
     ignored = [name for name, value in fields.items() if name not in _OWN_FIELDS and not is_label(value)]
+    if "chosen" in fields and not missing(fields.get("response")):
+        ignored.append("response")
     return _pair(fields, default_id, format.name), ignored
 
 

@@ -154,6 +154,7 @@ FORMATS = (
         "plain text to learn whole, with no prompt; the lines of a .txt file are such rows",
         {"text": "2 + 2 is 4."},
         lambda row, source: {**to.renamed(response="text")(row, source), "prompt": ""},
+        when=lambda row: missing(row.get("prompt")),  # else the prompt would be lost
     ),
     Format(
         "tldr", "`openai/summarize_from_feedback`, `comparisons`", _TLDR, to.tldr_pair, when=_without_own_fields

@@ -11,9 +11,11 @@ import pytest
 import yaml
 from command_runs import write_config
 
+from app.commands.audit import as_row
 from app.main import main
 from app.report.run_folder import PairTexts
 from datamodules.controlled_task import preference_pairs
+from datamodules.records import PreferencePair
 
 RUN = "runs/csv"
 TESTS = Path(__file__).parents[1]
@@ -88,7 +90,7 @@ def test_flipped_pairs_are_listed_with_the_texts_that_were_trained_on(
             pair = texts[row["pair_id"]]
             sides = (pair.rejected, pair.chosen) if row["pair_id"] in listed else (pair.chosen, pair.rejected)
             assert (row["prompt"], row["chosen"], row["rejected"]) == (pair.prompt, *sides)
-            assert row["flipped"] == pair.labels["flipped"]
+            assert row["flipped"] == (pair.labels["flipped"] != (row["pair_id"] in listed))
     assert f"20 pairs of the training data, {len(listed)} with their responses exchanged" in capfd.readouterr().out
     assert "clean must end in .jsonl" in refused(["audit", RUN, "--clean", "a.csv"], capfd)
     assert "give its file by --clean" in refused(["audit", RUN, "--swap", "true"], capfd)
@@ -102,6 +104,15 @@ def test_flipped_pairs_are_listed_with_the_texts_that_were_trained_on(
     (Path(RUN) / "audit" / "half.parquet").write_bytes(b"PAR1")
     assert f"{RUN}/audit cannot be read" in refused(["audit", RUN], capfd)
     assert Path(RUN, "suspects.jsonl").read_text(encoding="utf-8").count("\n") == len(rows)
+
+
+def test_a_swapped_pair_has_swapped_scores() -> None:
+    labels: dict[str, object] = {"chosen_reward": 1, "rejected_reward": 2, "score_chosen": 3, "flipped": True}
+    pair = PreferencePair("1", "q", "good", "bad", labels)
+    own = {"pair_id": "1", "prompt": "q"}
+    assert as_row(pair, swapped=False) == {**own, "chosen": "good", "rejected": "bad", **labels}
+    labels = {"chosen_reward": 2, "rejected_reward": 1, "score_rejected": 3, "flipped": False}
+    assert as_row(pair, swapped=True) == {**own, "chosen": "bad", "rejected": "good", **labels}
 
 
 def test_pairs_of_a_file_as_csv(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import controlled, preference, quiet_trainer, save_tiny_model, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from app.commands.export import divide_logits, export
 from app.core.errors import UserError
@@ -49,12 +49,16 @@ def test_the_export_samples_as_the_policy_at_that_temperature(
     module, data = preference(save_tiny_model("llama", tmp_path / "m")), controlled(10, batch_size=5)
     trainer = quiet_trainer(tmp_path, max_steps=1)
     trainer.fit(module, data)
+    module.policy.model.generation_config.update(do_sample=True, temperature=0.6)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     export(str(tmp_path / "run.ckpt"), str(tmp_path / "plain"))
     export(str(tmp_path / "run.ckpt"), str(tmp_path / "warm"), temperature=0.5)
     assert "its logits are divided by 0.5" in capsys.readouterr().out
     assert "divide the logits by 0.5" in (tmp_path / "warm" / "README.md").read_text()
     ids = torch.arange(4, 30)[None]
+    recommended = [GenerationConfig.from_pretrained(tmp_path / name).temperature for name in ("plain", "warm")]
+    assert recommended[0] == 0.6
+    assert recommended[1] in (None, 1.0)
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("plain", "warm")]
     plain, warm = (model(input_ids=ids).logits for model in models)
     torch.testing.assert_close(warm, plain / 0.5, rtol=1e-5, atol=1e-5)

@@ -113,6 +113,10 @@ def test_each_temperature_answers_every_prompt(tiny_llama: str, tmp_path: Path) 
     assert [row["prompt_id"] for row in rows[:5]] == [row["prompt_id"] for row in rows[5:]]
     generate(tiny_llama, str(tmp_path / "b.jsonl"), count=5, batch_size=5, temperature=0.0, seed=0)
     assert [row["response"] for row in read(tmp_path / "b.jsonl")] == [row["response"] for row in rows[:5]]
+    other = shutil.copytree(tiny_llama, tmp_path / "other")  # recommends what was not asked for
+    GenerationConfig(do_sample=True, temperature=0.1, min_p=0.9, repetition_penalty=9.0).save_pretrained(other)
+    generate(str(other), str(tmp_path / "c.jsonl"), count=5, batch_size=2, temperature=[0, 1.5])
+    assert read(tmp_path / "c.jsonl") == rows
 
 
 def test_parts_of_other_samples_are_refused_and_left(tiny_llama: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tiny_runs import save_reward_model
 
 from app.commands.judge import by_temperature, distinct_names, judge, mean_by_prompt
 from app.core.errors import UserError
-from app.core.intervals import length_controlled
+from app.core.intervals import length_controlled, wilson
 from app.core.samples import read_samples
 from app.judges.answers import aligned, dialogue_text, rival_answers, sampled_answers
 from app.judges.endpoint import Endpoint, EndpointJudge, parse_verdict, read_instructions
@@ -108,6 +108,10 @@ def test_a_dialogue_is_written_out(tmp_path: Path) -> None:
         ("My first verdict: A. No, on reflection.\nVerdict: B", "second"),
         ("B", "second"),
         (" (a) ", "first"),
+        ("verdict: a", "first"),
+        ("Verdict: a tie.", "tie"),
+        ("Verdict: A tie", "tie"),
+        ("The verdict: a slight edge.", None),
         ("A: The sky is blue.", None),
         ("Verdict: Both are fine", None),
         ("", None),
@@ -213,7 +217,7 @@ def test_the_table_has_a_row_for_each_file_and_temperature(
     judge([good, mixed, rival])
     shown = capsys.readouterr().out
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines() if "│" in line]
-    won, even = "1.000 [1.000, 1.000]", "0.500 [0.500, 0.500]"
+    won, even = "1.000 [0.610, 1.000]", "0.500 [0.500, 0.500]"
     assert [row[:4] for row in cells] == [
         ["good", "0.5", won, "6/0/0"],
         ["mixed", "0", even, "0/6/0"],
@@ -241,6 +245,8 @@ def test_prompts_are_what_is_resampled() -> None:
     estimate = mean_by_prompt(rows, scores)
     assert estimate.mean == 0.5
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(50), rel=0.1)
+    assert mean_by_prompt(rows, np.ones(400), share=True) == wilson(1.0, 50)
+    assert mean_by_prompt(rows, np.ones(400)) == (1.0, 1.0, 1.0)  # rewards or nats
 
 
 def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from lightning.pytorch.strategies import ModelParallelStrategy
 from tiny_runs import beta_dpo, controlled, preference, quiet_trainer, same_bits, weights
+from transformers import GenerationConfig
 
 from app.core.errors import UserError
 from app.core.samples import read_samples
@@ -32,7 +34,9 @@ def test_samples_follow_the_policy_and_change_nothing(tiny_llama: str, tmp_path:
     assert [row["prompt_id"] for _, row in read_samples(str(files[0]))] == ["0", "1", "2"]
     assert all(row["prompt"].endswith("Assistant:") for row in first)
     assert [row["response"] for row in first] != [row["response"] for row in second]
-    again = fit(tmp_path / "again", tiny_llama, PolicySamples(prompts=3, max_new_tokens=12))
+    other = shutil.copytree(tiny_llama, tmp_path / "other")  # its settings are not those of the samples
+    GenerationConfig(do_sample=True, temperature=0.1, top_p=0.5, repetition_penalty=9.0).save_pretrained(other)
+    again = fit(tmp_path / "again", str(other), PolicySamples(prompts=3, max_new_tokens=12))
     assert same_bits(again, watched)
     assert (tmp_path / "again" / "samples" / "step-00000004.jsonl").read_text() == files[1].read_text()
 

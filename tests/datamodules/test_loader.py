@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from itertools import chain, islice
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -155,3 +156,12 @@ def test_demonstrations_cannot_be_compared() -> None:
 def test_sizes_are_checked(field: str) -> None:
     with pytest.raises(ValueError, match=rf"{field} must be a whole number from 1"):
         controlled(5, **{field: 0})
+
+
+@pytest.mark.parametrize("most", [3, 7, None])
+def test_no_more_pairs_than_asked_for_come_from_all_splits(table: PairTable, most: int | None) -> None:
+    data = controlled(PAIRS)
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs=None)  # type: ignore[assignment]
+    data._tables = {"train": (table, np.arange(5)), "validation": (table, np.arange(PAIRS))}
+    loaders = data.batches_of(lambda keys: np.ones(len(keys), bool), most)
+    assert sum(len(one.indices) for one in loaders) == (most or PAIRS)

@@ -295,23 +295,37 @@ def test_a_path_is_a_path_on_the_command_line(tmp_path: Path, monkeypatch: pytes
         assert parser.parse_args([f"--data.path=['{given}', b.csv]"]).data.path == [given, "b.csv"]
 
 
+def test_a_second_prompt_or_answer_is_not_lost_without_a_word() -> None:
+    row = {"instruction": "i", "prompt": "p", "chosen_response": "a", "rejected_response": "b"}
+    pair, _ = read_row(row, "f:1", Source("f"))
+    assert (pair.prompt, pair.labels) == ("i", {"prompt_in_data": "p"})
+    assert read_row({"prompt": "p", "chosen": "a", "rejected": "b", "response": "c"}, "f:1", Source("f"))[1] == [
+        "response"
+    ]
+    with pytest.raises(BadRow, match="missing field"):  # it is no plain text to learn whole
+        read_row({"prompt": "p", "text": "a"}, "f:1", Source("f"))
+
+
 def test_a_list_of_paths_takes_the_options_beside_it(tmp_path: Path) -> None:
     data = PreferenceData(
-        [str(tmp_path / "x" / "p.csv"), str(tmp_path / "y" / "p.csv")], columns={"prompt": "frage"}
+        [str(tmp_path / "x" / "p.csv"), str(tmp_path / "y" / "p.csv")],
+        validation_path="v.csv",
+        columns={"prompt": "frage"},
     )
     assert [source.columns for source in data.sources] == [{"prompt": "frage"}] * 2
+    assert data.sources_of("validation") == [(Source("v.csv", columns={"prompt": "frage"}), "train")]
     assert [source.label for source in data.sources] == [source.path for source in data.sources]
 
 
 def test_the_lines_of_a_text_file_are_learnt_whole(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one line\n\n  another  \n")
+    (tmp_path / "a.txt").write_text("one\x0cline\n\n  ano\u2028ther  \r\n")
     pairs = list(read_pairs(str(tmp_path / "a.txt")))
     assert [(pair.prompt, pair.chosen, pair.rejected, pair.labels) for pair in pairs] == [
-        ("", "one line", None, {}),
-        ("", "  another  ", None, {}),
+        ("", "one\x0cline", None, {}),
+        ("", "  ano\u2028ther  ", None, {}),
     ]
     assert [pair.pair_id for pair in pairs] == ["a.txt:1", "a.txt:3"]
     asked = list(read_pairs(str(tmp_path / "a.txt"), prompts_only=True))  # for `generate` they are prompts
-    assert [pair.prompt for pair in asked] == ["one line", "  another  "]
+    assert [pair.prompt for pair in asked] == ["one\x0cline", "  ano\u2028ther  "]
     with pytest.raises(UserError, match="as text it is for supervised fine-tuning"):
         list(read_pairs(str(tmp_path / "a.txt"), need_rejected=True))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import TEMPLATE, byte_tokenizer, letter_tokenizer, texts, tokenise_pair
-from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models, normalizers
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from app.core.errors import UserError
 from datamodules.records import Message, PreferencePair, TokenisedPair
 from datamodules.tokenisation import Tokenisation, tokenise_pairs
-from datamodules.tokenizer import tokenizer_fingerprint
+from datamodules.tokenizer import FILE_TEXT, tokenizer_files, tokenizer_fingerprint
 from datamodules.truncation import PromptTruncation
 
 PAIR = PreferencePair("p", "the cat", " sat on", " mat")
@@ -219,6 +221,31 @@ def test_a_tokenizer_without_a_backend_works_alike() -> None:
     eos = ByT5Tokenizer().eos_token_id
     assert found.prompt.tolist() == [byte + 3 for byte in b"the cat"]
     assert found.chosen.tolist() == [*(byte + 3 for byte in b" sat on"), eos]
+
+
+@pytest.mark.parametrize(("response", "wanted"), [(" ab", ["▁", "a", "b"]), ("ab", ["a", "b"])])
+def test_a_response_continues_its_prompt_without_a_space_of_the_tokenizers_own(
+    response: str, wanted: list[str]
+) -> None:
+    """SentencePiece puts a space before every text, which a response is not."""
+    inside = Tokenizer(models.BPE({"</s>": 0, "▁": 1, "a": 2, "b": 3, ":": 4}, []))
+    inside.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inside, eos_token="</s>")
+    found = tokens(PreferencePair("p", "b:", response, None), tokenizer)
+    assert tokenizer.convert_ids_to_tokens(found.prompt.tolist()) == ["▁", "b", ":"]
+    assert tokenizer.convert_ids_to_tokens(found.chosen.tolist()) == [*wanted, "</s>"]
+
+
+def test_the_files_of_a_tokenizer_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    for name, text in tokenizer_files(tokenizer).items():
+        (tmp_path / name).write_bytes(text.encode(*FILE_TEXT))
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
+    monkeypatch.setattr(
+        tokenizer, "save_pretrained", lambda folder, **_: (Path(folder) / "spiece.model").write_bytes(b"\xff\r\n")
+    )
+    assert tokenizer_files(tokenizer)["spiece.model"].encode(*FILE_TEXT) == b"\xff\r\n"
 
 
 @pytest.mark.parametrize("settings", [PLAIN, CHAT])

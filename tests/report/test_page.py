@@ -18,10 +18,10 @@ from tiny_runs import beta_dpo, controlled, preference, quiet_trainer
 
 from app.commands.report import report
 from app.core.errors import UserError
-from app.core.intervals import digits
+from app.core.intervals import digits, wilson
 from app.report.curves import MOST_POINTS, smoothed, thinned
-from app.report.groups import density
-from app.report.page import differences, numbers_of, settings
+from app.report.groups import density, rows_panel
+from app.report.page import differences, numbers_of, settings, spec_of
 from app.report.run import read_curves, read_run, unique_names
 from app.report.run_folder import read_audit
 from callbacks import PairAudit, TextProgress
@@ -318,3 +318,9 @@ def test_a_density_integrates_to_one() -> None:
     assert np.trapezoid(found, at) == pytest.approx(1, abs=1e-3)
     exact = np.exp(-(((at - 1) / 2) ** 2) / 2) / (2 * np.sqrt(2 * np.pi))
     assert np.abs(found - exact).max() < 0.06 * exact.max()
+
+
+def test_a_rate_that_is_not_finite_leaves_the_page_valid_json() -> None:
+    (panel,) = rows_panel("accuracy", [("run", 0, wilson(float("nan"), 10))], "share of pairs")
+    assert json.dumps(spec_of(panel), allow_nan=False)
+    assert panel.said == "accuracy: run nan [nan, nan]"
