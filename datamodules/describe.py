@@ -64,7 +64,7 @@ def _of_part(part: Part, count: int) -> str:
     if any("truncated" in reason for reason in part.report.counts):
         told.append("data.max_length and data.max_prompt_length set the limits")
     if part.unscored:
-        told.append(f"{part.unscored} left out, the reward model's chat template refuses them")
+        told.append(f"{part.unscored} left out, the reward model's chat template refuses them or they call tools")
     return "; ".join(told)
 
 

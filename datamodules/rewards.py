@@ -30,7 +30,7 @@ from datamodules.table_writer import progress_bar, read_rows, record_batch, writ
 
 log = logging.getLogger(__name__)
 
-REWARDS_VERSION = 2  # raise when scoring or the layout below changes
+REWARDS_VERSION = 3  # raise when scoring or the layout below changes
 COLUMNS = ("chosen_reward", "rejected_reward")
 _FILES = ("rewards.arrow", "rewards.json")
 _PAIRS_PER_PART = 256
@@ -69,8 +69,9 @@ class RewardScoring:
 def reward_scores(stream: PairStream, scoring: RewardScoring, device: torch.device) -> pa.Table:
     """Return the rewards of all pairs of `stream`: `pair_id, chosen_reward, rejected_reward`, mapped into memory.
 
-    A pair whose prompt the model's chat template refuses has null rewards. If the cache has no entry, or a damaged
-    one, one process scores the pairs while the others wait. Raises UserError for faults of the model or the data.
+    A pair with a tool call, or a prompt that the model's chat template refuses, has null rewards. If the cache has no
+    entry, or a damaged one, one process scores the pairs while the others wait. Raises UserError for faults of the
+    model or the data.
     """
     job = {"version": REWARDS_VERSION, "data": stream.description(), **scoring.fingerprint()}
 
@@ -103,8 +104,9 @@ def _score_parts(stream: PairStream, scoring: RewardScoring, device: torch.devic
 
 
 def _rewards(model: RewardModel, pairs: Sequence[PreferencePair]) -> list[Rewards]:
-    """Return the rewards of each pair. Raises UserError for a reward that is not finite."""
-    taken = [pair for pair in pairs if model.takes(pair.prompt)]
+    """Return the rewards of each pair, none for a tool call. Raises UserError for a reward that is not finite."""
+    calling = {pair.pair_id for pair in pairs if "tool_calls" in {**pair.chosen_fields, **pair.rejected_fields}}
+    taken = [pair for pair in pairs if pair.pair_id not in calling and model.takes(pair.prompt)]
     texts = [(pair.prompt, response or "") for pair in taken for response in (pair.chosen, pair.rejected)]
     found = [0.0] * len(texts)
     # texts of similar length need little padding
@@ -142,7 +144,8 @@ def rows_with_reward(table: PairTable, rows: np.ndarray) -> np.ndarray:
     kept = rows[table.columns.column(COLUMNS[0]).is_valid().to_numpy()[rows]]
     if len(rows) and not len(kept):
         raise UserError(
-            "data.reward_model: its chat template refuses the prompts of all pairs: take another reward model."
+            "data.reward_model: its chat template refuses the prompts of all pairs, or their answers call tools: "
+            "take another reward model."
         )
     return kept
 

@@ -25,6 +25,7 @@ from datamodules.controlled_task.grammar import Grade
 from datamodules.rewards import RewardModel
 
 HOW_TO_ASK = Endpoint()
+LARGEST = sys.float_info.max
 
 
 class Reward(Judge):
@@ -123,7 +124,7 @@ class OwnReward(Reward):
             if len(found) != len(answers):
                 raise UserError(f"reward: {self.name} gave {len(found)} rewards for {len(answers)} responses.")
         for row, reward in zip(answers, found, strict=True):
-            if not isinstance(reward, (int, float, np.number)) or not abs(reward) <= sys.float_info.max:
+            if not isinstance(reward, (int, float, np.number)) or not -LARGEST <= reward <= LARGEST:
                 told = "is a column of the samples" if self.function is None else "is a function"
                 raise UserError(
                     f"reward: {self.name} {told}, and {reward!r:.40} for the prompt {row['prompt_id']!r} is no "

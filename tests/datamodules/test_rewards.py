@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -136,10 +137,19 @@ def test_a_prompt_that_the_template_refuses_is_left_out_and_told(tmp_path: Path)
     data = PreferenceData(str(tmp_path / "pairs.jsonl"), tokenizer=name, reward_model=RewardScoring(name))
     table, chosen = table_of(data)
     assert table.pair_ids(chosen) == ["pairs.jsonl:1"]
-    assert describe(table, chosen)[0].endswith("2 left out, the reward model's chat template refuses them")
+    assert describe(table, chosen)[0].endswith(
+        "2 left out, the reward model's chat template refuses them or they call tools"
+    )
     (tmp_path / "pairs.jsonl").write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(UserError, match="refuses the prompts of all pairs"):
         data.open_table("train")
+
+
+def test_an_answer_that_calls_a_tool_has_no_reward_of_its_text_alone(rewarder: str) -> None:
+    text, other = preference_pairs(2, seed=1)
+    calls = replace(other, chosen="", chosen_fields={"tool_calls": [{"function": {"name": "f"}}]})
+    found = reward_scores(PairStream("p", lambda: {}, lambda _: [text, calls]), RewardScoring(rewarder), CPU)
+    assert [one is None for one in found.column("chosen_reward").to_pylist()] == [False, True]
 
 
 def test_the_rewards_reach_m_and_beta(rewarder: str, tiny_llama: str, tmp_path: Path) -> None:
