@@ -69,9 +69,9 @@ class RewardScoring:
 def reward_scores(stream: PairStream, scoring: RewardScoring, device: torch.device) -> pa.Table:
     """Return the rewards of all pairs of `stream`: `pair_id, chosen_reward, rejected_reward`, mapped into memory.
 
-    A pair with a tool call, or a prompt that the model's chat template refuses, has null rewards. If the cache has no
-    entry, or a damaged one, one process scores the pairs while the others wait. Raises UserError for faults of the
-    model or the data.
+    A pair with a tool call, or a prompt that the model's chat template refuses, has null rewards. If the cache has
+    no entry, or a damaged one, one process scores the pairs while the others wait. Raises UserError for faults of
+    the model or the data.
     """
     job = {"version": REWARDS_VERSION, "data": stream.description(), **scoring.fingerprint()}
 
