@@ -22,6 +22,7 @@ from callbacks.schedules import BoundedBeta
 log = logging.getLogger(__name__)
 
 SPEED, BEST_SPEED = "train/tokens_per_second", "best tokens per second"
+TOTAL = "train/nonfinite_pairs"  # since the start of the run
 
 
 def beta_at_bounds(clamped: Sequence[float]) -> bool:
@@ -150,7 +151,7 @@ CONDITIONS = (
     ),
     Condition(
         "pairs without a finite gap",
-        ("train/nonfinite_pairs",),
+        (TOTAL,),
         nonfinite_pairs,
         "lower the learning rate, use trainer.precision 32-true, or look at the pairs that the log names",
         "accuracy",
@@ -173,7 +174,7 @@ class Window:
     def __init__(self, length: int):
         self.length = length
         # the first value is the total before the first step, so that a pair lost there counts
-        self.values: dict[str, list[float]] = {"train/nonfinite_pairs": [0.0]}
+        self.values: dict[str, list[float]] = {TOTAL: [0.0]}
 
     def add(self, measured: Mapping[str, float]) -> set[str]:
         """Add the measurements of a step; return the names of the conditions that hold on the last steps."""
@@ -182,6 +183,11 @@ class Window:
         if len(speed := self.values.get(SPEED, [])) == self.length:
             self._append(BEST_SPEED, max(median(speed), *self.values.get(BEST_SPEED, [0.0])[-1:]))
         return {condition.name for condition in CONDITIONS if self._meets(condition)}
+
+    def forget(self, condition: Condition) -> None:
+        """Test `condition` on later steps alone; a total goes on from its last value."""
+        for name in condition.needs:
+            self.values[name] = self.values.get(name, [])[-1:] if name == TOTAL else []
 
     def _append(self, name: str, value: float) -> None:
         self.values[name] = [*self.values.get(name, []), value][-self.length :]
@@ -206,7 +212,8 @@ class HealthMonitor(Callback):
     Args:
         window: number of steps that a condition is tested on.
         stop_on: names of conditions that stop the run, with a checkpoint of the last step if `checkpoint` is on;
-            the run ends with exit status 2 and an error that names the condition.
+            the run ends with exit status 2 and an error that names the condition. A resumed run tests it on its own
+            steps alone.
     """
 
     def __init__(self, window: AtLeastTwo = 20, stop_on: Sequence[str] = ()):
@@ -264,3 +271,6 @@ class HealthMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.window.values |= state_dict["values"]
         self._since, self._last_held = dict(state_dict["since"]), dict(state_dict["last_held"])
+        for name in self._since.keys() & set(self.stop_on):  # or the resumed run would stop before its first step
+            del self._since[name]
+            self.window.forget(BY_NAME[name])

@@ -86,8 +86,9 @@ class PolicySamples(Callback):
         policy.eval()  # in train mode, gradient checkpointing switches the key-value cache off
         answers = []
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
+        precision = pl_module.trainer.precision_plugin.forward_context()  # Lightning's steps alone run in it
         # the forward pass of the training step takes packed rows only
-        with policy.as_loaded(), torch.random.fork_rng(devices):
+        with policy.as_loaded(), torch.random.fork_rng(devices), precision:
             torch.manual_seed(self.seed)
             model.generation_config = GenerationConfig()  # its own has a temperature, a nucleus or penalties
             for prompt in self._prompts:

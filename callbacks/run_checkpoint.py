@@ -98,6 +98,11 @@ class RunCheckpoint(ModelCheckpoint):
         self._within_epoch = False  # whether a save uses `_progress` instead of the current state
 
     @property
+    def state_key(self) -> str:
+        """Return the key of the state in a checkpoint; Lightning's would be another for another `every_n_steps`."""
+        return type(self).__name__
+
+    @property
     def last(self) -> Path:
         """Return the link to the newest checkpoint."""
         assert self.dirpath is not None

@@ -38,7 +38,7 @@ from lightning_modules.recorded_training import RecordedTraining
 from lightning_modules.refused_models import refuse_beyond
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharded_loading import read_weights, weight_files
-from lightning_modules.sharding import clip_gradients, gradient_sync
+from lightning_modules.sharding import clip_gradients, gradient_sync, leave_gathered
 from lightning_modules.start_checks import check_start, check_steps, try_optimizer, try_sharded_step
 from lightning_modules.strategy import ShardedStrategy
 
@@ -281,6 +281,7 @@ class LanguageModelTraining(RecordedTraining):
         """
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
+        leave_gathered(self.policy)
         grad_norm = clip_gradients(self.policy.parameters(), self.max_grad_norm or math.inf)
         if not math.isfinite(grad_norm):
             raise UserError(

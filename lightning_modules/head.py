@@ -53,9 +53,12 @@ def widened_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule) -> Tensor:
-    """Return logits [N, V] of `hidden` [N, width] in float32 (float64 for float64 weights), without gradient."""
-    dtype = compute_dtype(weight)
-    logits = widened_product(hidden.to(dtype), weight.to(dtype).t())
+    """Return logits [N, V] of `hidden` [N, width] in float32 (float64 for float64 inputs), without gradient.
+
+    The product is computed in the dtype of `hidden`, not of autocast: on CUDA a backward pass runs in a thread of
+    its own, which does not know the dtype of autocast.
+    """
+    logits = widened_product(hidden, weight.to(hidden.dtype).t())
     if bias is not None:
         logits += bias
     return rule.apply_(logits)

@@ -195,8 +195,13 @@ def refuse_unmatched(model: Any, targets: str | list[str], experts: list[str]) -
 @contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
     """Disable the adapters within the block, so that outputs equal those before `add_lora` bit for bit."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     model.disable_adapters()
     try:
         yield
     finally:
         model.enable_adapters()
+        # peft freezes the weights that it finds and thaws those that it finds later: under FSDP2 first the shards,
+        # then gathered weights
+        for weight in trained:
+            weight.requires_grad_(True)

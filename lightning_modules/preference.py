@@ -171,7 +171,7 @@ class PreferenceOptimization(PreferenceScoring):
         decision = StepDecision.start(
             step=self.trainer.global_step + 1,
             pair_ids=batch.pair_ids,
-            gaps=self.loss.discrepancy(global_logps),
+            gaps=self.gaps(global_logps),
             beta0=self.beta0,
             labels=batch.labels,
         )

@@ -31,7 +31,8 @@ class Ranks:
             return value.cpu()
         if how == "sum" and self.number % (self.size // self.shares):
             value = torch.zeros_like(value)  # the first rank of the tensor-parallel group adds it
-        return self.strategy.reduce(value.to(self.device), reduce_op=how).cpu()
+        # a copy, because the strategy reduces in place
+        return self.strategy.reduce(value.to(self.device, copy=True), reduce_op=how).cpu()
 
     def match(self, rows: list[PackedRows]) -> list[PackedRows]:
         """Return `rows` on this rank's device, with empty rows added up to the largest number on any rank.

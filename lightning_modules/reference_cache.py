@@ -23,6 +23,7 @@ from lightning_modules.layout_check import CHECKED_PAIRS, TOLERANCE
 from lightning_modules.measuring import PairMeasurer
 from lightning_modules.pretrained import model_identity
 from lightning_modules.ranks import Ranks
+from lightning_modules.strategy import ShardedStrategy
 
 Batches = Sequence[Collection[OptimizerBatch]]
 
@@ -100,11 +101,15 @@ def _read_part(path: Path) -> np.ndarray | None:
 def reference_fingerprint(name: str, measurer: PairMeasurer, dtype: torch.dtype) -> str:
     """Return the cache key of a reference: weights, compute dtype and kernel.
 
-    A folder counts by its content, a Hub model by its id and commit. The kernel (device type, attention, layout) is
-    included because the rounding noise of another kernel would look like reward gaps.
+    A folder counts by its content, a Hub model by its id and commit. The kernel (device type, attention, layout,
+    compiled layers) is included because the rounding noise of another kernel would look like reward gaps. So is a
+    sharded bfloat16 model, which computes all in bfloat16, while autocast does so for products alone.
     """
-    scorer = measurer.policy
-    kernel = [measurer.ranks.device.type, scorer.attention, str(scorer.layout)]
+    scorer, ranks = measurer.policy, measurer.ranks
+    kernel = [ranks.device.type, scorer.attention, str(scorer.layout)]
+    kernel += ["compiled"] if scorer.compiled else []
+    if dtype == torch.bfloat16 and isinstance(ranks.strategy, ShardedStrategy):
+        kernel.append(f"sharded, split {ranks.size // ranks.shares}")
     quantised = getattr(scorer.model.config, "quantization_config", None)
     kernel += [] if quantised is None else [quantised.to_json_string()]
     model = model_identity(name, scorer.model.config)
@@ -132,11 +137,7 @@ def filled_reference_cache(
     folder = cache_root("references") / ranks.strategy.broadcast(own)
     with _lock(ranks, folder):
         cache = ReferenceCache(folder)
-        count = torch.tensor(float(len(cache)))
-        if ranks.reduce(count, "max") != ranks.reduce(count, "mean"):
-            raise UserError(
-                f"{folder} differs from rank to rank: set BETA_DPO_CACHE to a folder that all nodes share."
-            )
+        refuse_apart(cache, ranks)
         error = _largest_error(measurer, cache, batches_of(cache.knows, CHECKED_PAIRS))
         if error > TOLERANCE[dtype]:
             log.warning(
@@ -151,7 +152,17 @@ def filled_reference_cache(
         _score(measurer, cache, batches_of(lambda keys: ~cache.knows(keys)))
         ranks.strategy.barrier()
         cache.load()
+        refuse_apart(cache, ranks)  # once more, because empty folders are alike
     return cache
+
+
+def refuse_apart(cache: ReferenceCache, ranks: Ranks) -> None:
+    """Raise UserError on all ranks if they do not read the same number of pairs."""
+    count = torch.tensor(float(len(cache)))
+    if ranks.reduce(count, "max") != ranks.reduce(count, "mean"):
+        raise UserError(
+            f"{cache.folder} differs from rank to rank: set BETA_DPO_CACHE to a folder that all nodes share."
+        )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from app.core.errors import UserError
 from app.method.batch import Layout, OptimizerBatch, PackedRows
 from lightning_modules.attention import OURS, model_inputs
-from lightning_modules.head import LogitRule, at_least_float32, head_logits, head_logps
+from lightning_modules.head import LogitRule, at_least_float32, compute_dtype, head_logits, head_logps
 from lightning_modules.private import attention_of, leave_compiled, raise_recompile_limit
 from lightning_modules.sharding import transformer_blocks
 
@@ -129,7 +129,8 @@ class ResponseScorer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [N, V] of outputs [N, width]. Outside `forward`, call `sharding.gather_root` first."""
-        return head_logits(hidden, *self._head(), self.logit_rule)
+        weight, bias = self._head()
+        return head_logits(hidden.to(compute_dtype(weight)), weight, bias, self.logit_rule)
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
         head = self.model.get_output_embeddings()

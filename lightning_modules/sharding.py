@@ -62,10 +62,21 @@ def shard(
 def gather_root(scorer: nn.Module) -> None:
     """Gather the FSDP2 root group (embeddings, head), for use outside `forward`; do nothing without FSDP2.
 
-    After a forward pass FSDP2 keeps it gathered anyway; the next backward pass or optimizer step reshards it.
+    After a forward pass FSDP2 keeps it gathered anyway, until the next backward pass or `leave_gathered`.
     """
     if isinstance(scorer, FSDPModule):
         scorer.unshard()
+
+
+def leave_gathered(scorer: nn.Module) -> None:
+    """Free gathered weights, which FSDP2 keeps after a forward pass without a backward pass, before an update.
+
+    While they are there, `parameters()` returns them instead of the shards, which alone have gradients, and the
+    next forward pass would use them although the update changes the shards. Does nothing without FSDP2.
+    """
+    for module in scorer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @contextmanager

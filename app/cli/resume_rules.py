@@ -14,7 +14,8 @@ START = "give the old value, or start a run of its own from the checkpoint's mod
 REFUSED = (
     *("model", "model.architecture*", "model.loss*", "model.sft_weight", "model.lora*", "model.optimizer"),
     *("model.quantize*", "model.reference_name"),
-    "statistics*",
+    # M0 and σ are in the units of M
+    *("reward", "reward.*", "data.reward_model", "data.reward_model.name", "statistics*"),
     "data.order*",  # a place in one order is none in another
 )
 # keys whose old value still applies, because it is part of the state

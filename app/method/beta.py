@@ -6,7 +6,7 @@ Every function here detaches its inputs, so that no gradient flows through β.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -93,7 +93,7 @@ class BetaSchedule:
             if self.needs_moments:
                 raise ValueError("this β schedule needs the running moments")
             moments = Moments(0.0, None)
-        centre = Moments(moments.mean if self.m0 is None else self.m0, moments.std)
+        centre = moments if self.m0 is None else replace(moments, mean=self.m0)
         if self.z_normalised:
             discrepancy, centre = centre.z_scores(discrepancy), Moments(0.0, 1.0)
         if self.level == "instance":

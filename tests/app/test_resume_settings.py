@@ -35,6 +35,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ("--model.optimizer", "torch.optim.RMSprop"),
             "model.optimizer is RMSprop, but the run of the checkpoint had",
         ),
+        (("--reward", "ExplicitRewardGap"), "reward is ExplicitRewardGap, but the run of the checkpoint had None"),
         (("--data.pairs", "44"), "other training pairs (data.pairs was 43 and is 44)"),
     ],
 )

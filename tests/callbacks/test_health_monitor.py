@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +122,31 @@ def test_lost_throughput_is_measured_against_the_best_of_this_machine() -> None:
         # a window of two slow steps is below half of the best
         assert ("throughput lost" in monitor._since) == (step >= 7 and step < 9)
     assert set(monitor.state_dict()["values"]) == {"train/nonfinite_pairs"}
+
+
+def test_a_stopped_run_resumes_with_the_same_settings_and_stops_by_its_own_steps() -> None:
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda name: name), global_step=0)
+
+    def stops_after(monitor: HealthMonitor, measured: dict[str, float]) -> int:
+        for step in range(1, 9):
+            monitor.on_train_batch_start(trainer, None)  # type: ignore[arg-type]
+            monitor.observe(step, measured)
+            try:
+                monitor.on_train_batch_start(trainer, None)  # type: ignore[arg-type]
+            except StepRefused:
+                return step
+        return 0
+
+    for name, wrong, right, steps in (
+        ("β at its bounds", {"beta/clamped": 1.0}, {"beta/clamped": 0.0}, 3),
+        ("pairs without a finite gap", {"train/nonfinite_pairs": 1.0}, {"train/nonfinite_pairs": 1.0}, 1),
+    ):
+        monitor = HealthMonitor(window=3, stop_on=[name])
+        assert stops_after(monitor, wrong) == steps
+        for measured, expected in ((right, 0), (wrong, 0 if right == wrong else steps)):
+            resumed = HealthMonitor(window=3, stop_on=[name])
+            resumed.load_state_dict(monitor.state_dict())
+            assert stops_after(resumed, measured) == expected
 
 
 def test_wrong_settings_are_refused() -> None:

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from app.core.errors import UserError
 from app.core.samples import read_samples
 from callbacks import PolicySamples
+from lightning_modules.lora import Lora
 
 
 def fit(folder: Path, model: str, *callbacks: PolicySamples) -> dict:
@@ -39,6 +40,13 @@ def test_samples_follow_the_policy_and_change_nothing(tiny_llama: str, tmp_path:
     again = fit(tmp_path / "again", str(other), PolicySamples(prompts=3, max_new_tokens=12))
     assert same_bits(again, watched)
     assert (tmp_path / "again" / "samples" / "step-00000004.jsonl").read_text() == files[1].read_text()
+
+
+def test_adapters_on_a_base_in_bfloat16_are_sampled_from(tiny_llama: str, tmp_path: Path) -> None:
+    samples = PolicySamples(prompts=1, max_new_tokens=4)
+    trainer = quiet_trainer(tmp_path, [samples], max_steps=1, limit_val_batches=1, precision="bf16-mixed")
+    trainer.fit(preference(tiny_llama, lora=Lora(r=2)), controlled(10))
+    assert len(list((tmp_path / "samples").iterdir())) == 1
 
 
 def test_a_sharded_policy_is_refused(tiny_llama: str, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from callbacks import RunCheckpoint
 from callbacks.run_checkpoint import move_link
 
 
-def train(folder: Path, model: str, steps: int, resume: str | None = None, keep_all: bool = False) -> RunCheckpoint:
-    checkpoint = RunCheckpoint(every_n_steps=2, keep_all=keep_all)
+def train(folder: Path, model: str, steps: int, resume: str | None = None, **settings: Any) -> RunCheckpoint:
+    checkpoint = RunCheckpoint(**{"every_n_steps": 2, **settings})
     trainer = quiet_trainer(folder, [checkpoint], max_steps=steps, enable_checkpointing=True)
     trainer.fit(preference(model), controlled(80), ckpt_path=resume)
     return checkpoint
@@ -112,6 +112,12 @@ def test_a_checkpoint_stays_until_a_step_from_the_next_one_is_good(tiny_llama: s
     assert names(tmp_path) == ["last.ckpt", "step=2.ckpt", "step=3.ckpt"]
     train(tmp_path, tiny_llama, 5, str(tmp_path / "checkpoints" / "last.ckpt"))
     assert names(tmp_path) == ["last.ckpt", "step=5.ckpt"]
+
+
+def test_a_resume_with_another_interval_knows_what_to_delete(tiny_llama: str, tmp_path: Path) -> None:
+    train(tmp_path, tiny_llama, 2)
+    train(tmp_path, tiny_llama, 3, str(tmp_path / "checkpoints" / "last.ckpt"), every_n_steps=1)
+    assert names(tmp_path) == ["last.ckpt", "step=3.ckpt"]
 
 
 class Failing(Callback):

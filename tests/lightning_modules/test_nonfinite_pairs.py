@@ -22,6 +22,7 @@ from tiny_runs import (
 )
 
 from app.core.errors import UserError
+from app.method.losses import AlphaDPOLoss
 
 PAIRS, BATCH = 20, 10
 
@@ -46,6 +47,16 @@ def train(folder: Path, name: str, tokens: int, layout: str = "auto", **settings
     trainer = quiet_trainer(folder, [*beta_dpo(), recorder])
     trainer.fit(module, controlled(PAIRS, batch_size=BATCH, micro_batch_tokens=tokens))
     return module, recorder
+
+
+def test_a_reference_that_is_not_finite_leaves_a_pair_out_though_the_gap_does_not_use_it(
+    spoilt: tuple[str, str], tiny_llama: str, tmp_path: Path
+) -> None:
+    settings = {"reference_name": spoilt[0], "loss": AlphaDPOLoss()}
+    module, recorder = train(tmp_path, tiny_llama, 8192, **settings)
+    left_out = [id for d in recorder.decisions for id, good in zip(d.pair_ids, d.eligible, strict=True) if not good]
+    assert left_out == [spoilt[1]]
+    assert all(weight.isfinite().all() for weight in weights(module).values())
 
 
 @pytest.mark.parametrize("layout", ["auto", "separate"])

@@ -18,7 +18,7 @@ from datamodules.records import TokenisedPair
 from lightning_modules import head
 from lightning_modules.attention import dense_mask, one_row
 from lightning_modules.flex import BLOCK, Blocks
-from lightning_modules.head import LogitRule, head_logits
+from lightning_modules.head import LogitRule, head_logits, head_logps
 from lightning_modules.pretrained import store_linear_weights
 from lightning_modules.scorer import ResponseScorer
 
@@ -211,6 +211,21 @@ def test_logits_on_cuda_are_not_rounded_to_half_precision() -> None:
         assert float((wide.cpu() - exact).abs().max()) < 1e-4
     rounded = head_logits(hidden, weight, None, LogitRule())
     assert float((rounded - exact).abs().max()) > 1e-2
+
+
+def test_the_head_computes_in_one_dtype_in_both_passes() -> None:
+    # on CUDA the backward pass runs in another thread, where autocast has another dtype, as outside of its block
+    generator = torch.Generator().manual_seed(0)
+    given, weight = (torch.randn(n, 16, generator=generator) for n in (6, 40))
+    gradients = []
+    for inside in (True, False):
+        hidden = given.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            logps = head_logps(hidden, weight, None, torch.arange(6), LogitRule()).sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            logps.backward()
+        gradients.append(hidden.grad)
+    assert torch.equal(*gradients)
 
 
 def test_padding_that_equals_eos_is_no_matter() -> None:

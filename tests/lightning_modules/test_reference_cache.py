@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,10 @@ from tiny_runs import (
 )
 
 from app.core.cache import cache_root
-from lightning_modules.reference_cache import ReferenceCache
+from app.core.errors import UserError
+from lightning_modules.ranks import Ranks
+from lightning_modules.reference_cache import ReferenceCache, reference_fingerprint, refuse_apart
+from lightning_modules.strategy import ShardedStrategy
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +178,40 @@ def test_another_layout_or_device_is_another_reference(tiny_llama: str, tmp_path
         module = preference(tiny_llama, reference="cached", attention="sdpa")
         cuda_trainer(tmp_path, max_steps=1).fit(module, controlled(10))
     assert len({path.parent for path in parts()}) == 3
+
+
+def test_whatever_rounds_otherwise_is_another_reference(tmp_path: Path) -> None:
+    def key(
+        strategy: Any = None, compiled: bool = False, dtype: torch.dtype = torch.bfloat16, shares: int = 2
+    ) -> str:
+        scorer = SimpleNamespace(attention="varlen", layout="packed", compiled=compiled, model=tiny_model("llama"))
+        ranks = SimpleNamespace(device=torch.device("cuda"), strategy=strategy, size=2, shares=shares)
+        return reference_fingerprint(str(tmp_path), SimpleNamespace(policy=scorer, ranks=ranks), dtype)  # type: ignore[arg-type]
+
+    sharded = ShardedStrategy()
+    assert len({key(), key(compiled=True), key(sharded), key(sharded, shares=1), key(dtype=torch.float32)}) == 5
+    assert key(sharded, dtype=torch.float32) == key(dtype=torch.float32)
+
+
+def two_ranks(other: float) -> Ranks:
+    """Ranks of which the other one holds the number `other`; the strategy reduces in place, as Lightning's do."""
+
+    def reduce(value: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        return value.clamp_(min=other) if reduce_op == "max" else value.add_(other).div_(2)
+
+    ranks = object.__new__(Ranks)
+    ranks.strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))  # type: ignore[assignment]
+    ranks.size, ranks.number, ranks.shares = 2, 0, 2
+    return ranks
+
+
+def test_a_cache_that_differs_between_ranks_is_refused(tmp_path: Path) -> None:
+    cache = ReferenceCache(tmp_path)
+    cache.add(np.array([4, -7]), np.array([[-1.0, -2.0], [-3.0, -4.0]]))
+    cache.load()
+    refuse_apart(cache, two_ranks(other=2.0))
+    with pytest.raises(UserError, match="differs from rank to rank: set BETA_DPO_CACHE"):
+        refuse_apart(cache, two_ranks(other=3.0))
 
 
 def test_evaluation_of_a_checkpoint_keeps_the_first_weights_as_reference(tiny_llama: str, tmp_path: Path) -> None:

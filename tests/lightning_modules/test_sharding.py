@@ -13,10 +13,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from command_runs import run_ranks
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file, save_file
 from sharded_run import VARIANTS, rows, train
-from tiny_runs import FAMILIES, controlled, preference, quiet_trainer, relative_difference, save_tiny_model
+from tiny_runs import (
+    FAMILIES,
+    controlled,
+    preference,
+    quiet_trainer,
+    relative_difference,
+    same_bits,
+    save_tiny_model,
+    weights,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -259,6 +269,37 @@ def test_an_optimizer_that_knows_no_shards_is_refused(tiny_llama: str, tmp_path:
     with pytest.raises(UserError, match=r"model\.optimizer: Adafactor cannot step on the sharded weights"):
         trainer.fit(module, controlled(10))
     torch.distributed.destroy_process_group()
+
+
+class Measuring(Callback):
+    """Measures the KL between backward pass and update, as the dashboard does."""
+
+    def on_step_decided(self, trainer: Any, pl_module: Any, decision: Any) -> None:
+        decision.measure_kl()
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_a_measurement_before_the_update_changes_nothing(reshard: bool, tiny_llama: str, tmp_path: Path) -> None:
+    def trained(*callbacks: Callback) -> dict[str, torch.Tensor]:
+        strategy = ShardedStrategy(process_group_backend="gloo", reshard_after_forward=reshard)
+        module = preference(tiny_llama)
+        quiet_trainer(tmp_path, callbacks, strategy=strategy, max_steps=3).fit(module, controlled(30))
+        return {name: weight.full_tensor() for name, weight in weights(module).items()}
+
+    try:
+        assert same_bits(trained(Measuring()), trained())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_adapters_stay_in_the_checkpoint_when_gathered_weights_are_kept(tiny_llama: str, tmp_path: Path) -> None:
+    strategy = ShardedStrategy(process_group_backend="gloo", reshard_after_forward=False)
+    module = preference(tiny_llama, lora=Lora(r=2, target_modules=["q_proj", "embed_tokens"]))
+    try:
+        quiet_trainer(tmp_path, strategy=strategy, max_steps=2).fit(module, controlled(20))
+        assert len(module.state_dict()) == 6  # A and B of two layers and of the embeddings
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

@@ -198,3 +198,10 @@ def test_margin_by_hand_and_outside_the_graph() -> None:
 def test_a_schedule_out_of_range_is_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         BetaSchedule(**wrong)
+
+
+@pytest.mark.parametrize("m0", [None, 0.02])
+def test_z_scores_of_a_spread_that_rounding_explains_leave_beta_at_its_base(m0: float | None) -> None:
+    rounded = Moments(0.0, 0.06, minimum_std=0.08)  # as in bfloat16
+    schedule = BetaSchedule(0.6, m0=m0, z_normalised=True)
+    assert schedule.beta(0.1, 0.06 * GAPS, ALL, rounded).tolist() == [0.1] * 4
