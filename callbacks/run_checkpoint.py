@@ -117,12 +117,16 @@ class RunCheckpoint(ModelCheckpoint):
                 f"{self.dirpath} already holds the checkpoints of another run: choose another log folder "
                 "(trainer.logger), or resume that run with --ckpt_path last."
             )
-        if trainer.is_global_zero and self.last.parent.is_dir():
-            for part in self.last.parent.glob(f".*{self.FILE_EXTENSION}.*.part"):
+        resumed, folder = Path(trainer.ckpt_path or "").resolve(), self.last.parent
+        here = resumed.parent == folder.resolve()
+        if here:  # the state may name the place that the folder was moved from
+            self.best_model_path = str(folder / resumed.name)
+        self._older = [str(folder / Path(path).name) for path in self._older if here]
+        if trainer.is_global_zero and folder.is_dir():
+            for part in folder.glob(f".*{self.FILE_EXTENSION}.*.part"):
                 # left by a run that was killed while it wrote
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
-            resumed = Path(trainer.ckpt_path or "").resolve()
-            if resumed.parent == self.last.parent.resolve():
+            if here:
                 # a run resumed from an earlier checkpoint must not return to the later one after a kill
                 move_link(self.last, resumed)
         self._signals.start()
@@ -221,8 +225,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if state_dict["dirpath"] == self.dirpath:
-            self._older = list(state_dict.get("older", []))
+        self._older = list(state_dict.get("older", []))
 
 
 def weights_are_finite(trainer: Trainer) -> bool:

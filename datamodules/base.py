@@ -180,7 +180,7 @@ class PairDataModule(LightningDataModule):
 
     @rank_zero_only
     def _tell(self, split: Split) -> None:
-        """Log anomalies in the pairs of a split, and how many training pairs the run will see."""
+        """Log anomalies in the pairs of a split."""
         table, rows = self._tables[split]
         warnings = [cut_responses(table, self.tokenisation.max_length)]
         if split == "train":
@@ -189,14 +189,18 @@ class PairDataModule(LightningDataModule):
             twice, contradicted = repeats(table, rows)
             if twice:
                 log.info("train: %s", twice)
-            assert self.trainer is not None
-            seen, all_of_them = pairs_seen(len(rows), self.batch_size, self.trainer)
-            log.log(logging.INFO if all_of_them else logging.WARNING, "train: %s", seen)
             warnings.append(contradicted)
         elif "train" in self._tables:
             warnings.append(shared_prompts(self._tables["train"], (table, rows)))
         for warning in filter(None, warnings):
             log.warning("%s: %s", split, warning)
+
+    @rank_zero_only
+    def tell_pairs_seen(self) -> None:
+        """Log how many training pairs a new run will see; of a resumed one the loader says where it resumes."""
+        assert self.trainer is not None
+        seen, all_of_them = pairs_seen(len(self._tables["train"][1]), self.batch_size, self.trainer)
+        log.log(logging.INFO if all_of_them else logging.WARNING, "train: %s", seen)
 
     def loader(self, split: Split) -> OptimizerBatchLoader | list:
         if split not in self._tables:

@@ -125,7 +125,7 @@ def pairs_seen(pairs: int, batch_size: int, trainer: Trainer) -> tuple[str, bool
     seen = int(min(pairs, steps * batch_size))
     option = "trainer.limit_train_batches" if per_epoch < batches else "trainer.max_steps or trainer.max_epochs"
     passes = "" if steps == math.inf or seen < pairs else f", {steps / max(1, batches):.3g} times"
-    told = "no limit of steps" if steps == math.inf else f"{steps} steps of {batch_size}"
+    told = "no limit of steps" if steps == math.inf else f"{steps} steps of {min(batch_size, pairs)}"
     return f"{seen} of {pairs} pairs will be seen{passes} ({told}; {option} decides)", seen == pairs
 
 

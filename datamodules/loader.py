@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from app.core.errors import UserError
 from app.method.batch import Layout, PackedRows
@@ -219,3 +220,7 @@ class OptimizerBatchLoader:
         self.epoch = int(state["epoch"])
         self.pairs_served = int(state["pairs_served"])
         self.seed = int(state["seed"])
+        rank_zero_info(
+            f"train: resumes after {self.pairs_served} of {len(self.indices)} pairs in pass {self.epoch + 1}, with "
+            f"{self.batch_size} pairs a step"
+        )

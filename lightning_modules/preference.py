@@ -72,6 +72,10 @@ class PreferenceOptimization(PreferenceScoring):
         super().__init__(name=name, architecture=None, optimizer=optimizer, max_grad_norm=max_grad_norm, **settings)
         self.beta0 = beta0
         loss = SigmoidLoss() if loss is None else loss
+        if reference_name is not None and not loss.needs_reference:
+            raise UserError(
+                f"model.reference_name has no effect with {loss}, which needs no reference: take it out."
+            )
         self.loss = WithSFTTerm(loss, sft_weight) if sft_weight else loss
         self.reference: ReferenceKind = reference
         self.reference_name = reference_name

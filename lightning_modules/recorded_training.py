@@ -87,6 +87,8 @@ class RecordedTraining(LightningModule):
         """Replace the restored settings of optimizer and schedule by those of this run's configuration."""
         self._step_ended = time.perf_counter()
         if self.trainer.ckpt_path is None:
+            if hasattr(self.data, "tell_pairs_seen"):
+                self.data.tell_pairs_seen()
             return
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)

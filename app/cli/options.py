@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
-from jsonargparse import ArgumentParser, Namespace, add_instantiator
+import yaml
+from jsonargparse import ArgumentParser, Namespace, add_instantiator, get_loader, set_loader
 from jsonargparse.typing import register_type
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -57,12 +58,30 @@ OWN_PACKAGES = ("app", *STAGES, "torch.optim")
 
 
 def set_up_parsing() -> None:
-    """Make jsonargparse check the ranges of numbers, and name the class that could not be built."""
+    """Make jsonargparse refuse repeated keys, check the ranges of numbers, and name a class that fails."""
     for kind in number_types():
         register_type(
             kind, serializer=kind.base, deserializer=kind, type_check=lambda value, kind: kind.holds(value)
         )
     add_instantiator(built, object, subclasses=True)
+    read = get_loader("yaml")
+
+    def without_repeats(text: str) -> Any:
+        refuse_repeats(yaml.compose(text, yaml.SafeLoader))
+        return read(text)
+
+    set_loader("yaml", without_repeats, (yaml.YAMLError,))
+
+
+def refuse_repeats(node: yaml.Node | None) -> None:
+    """Raise YAMLError for a key that a mapping holds twice, because YAML keeps the last value alone."""
+    seen: set[str] = set()
+    for part in node.value if isinstance(node, yaml.CollectionNode) else ():
+        key, value = part if isinstance(part, tuple) else (None, part)
+        if key is not None and str(key.value) in seen:
+            raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+        seen.add("" if key is None else str(key.value))
+        refuse_repeats(value)
 
 
 def built(class_type: type, *args: Any, applied_instantiation_links: dict, **settings: Any) -> Any:
@@ -138,6 +157,8 @@ def sentence(message: str, command: str, known: list[str]) -> str:
     found = finding(message)
     if found is None:
         text = " ".join(dict.fromkeys(line.strip(" -") for line in message.splitlines() if line.strip(" -")))
+        if refused := re.match(r"\w+ '\w+' does not accept option '(.+)'", text):
+            return f"There is no option {refused[1]}.{suggestion(refused[1], known)} {listed(command)}"
         return f"{text[:500].rstrip('.')}. {listed(command)}"
     text = found.wrong if found.wrong.endswith("?") else f"{found.wrong.rstrip('.')}."
     return f"{found.field}: {text} {listed(command, found)}"
@@ -197,8 +218,13 @@ def finding(message: str) -> Finding | None:
         elif named := re.search(r"Expected a dot import path string: ?(.*)$", text):
             value = value or named[1]
             expected.append("class")
+        elif function := re.match(r"Expected '.+' to be a function that returns (.+?)\.?$", text):
+            expected.append(f"a class, or a function annotated to return {function[1]}")
         elif other := re.search(r"Expected '(.+)' to be a subclass of|does not correspond to a subclass of", text):
             value = other[1] or value
+            expected.append("class")
+        elif abstract := re.match(r"Expected an instantiatable class, but (\S+) is abstract", text):
+            subtypes = f"<class '{abstract[1]}'>"
             expected.append("class")
         elif wanted := re.match(r"Expected an? (?!path but)(.*)$", text):
             words = re.sub(r"^typing\.Literal\[(.*)\].*", r"one of \1", wanted[1])
@@ -227,17 +253,22 @@ def unmet(field: list[str], expected: list[str], subtypes: str, value: str) -> s
         fields = ", ".join(options_of(base))
         return f"{value!r} are no settings of {base.__name__}: give a mapping, {{name: value}}, of {fields}"
     classes = subclasses(base)
-    near = [one for one in classes if value.lower().strip("'\"") in one.lower()] or classes[:1]
-    return (
-        f"{value!r} names no class of {base.__name__}: name one, for example --{'.'.join(field)} {near[0]}; "
-        f"there are {', '.join(classes)}"
-        if classes
-        else f"{value!r} names no class of {base.__name__}: give the path of one"
-    )
+    option = re.match(r"NestedArg\(key='(\w+)'|\{'(\w+)'", value)  # without the class that it belongs to
+    name = (option[1] or option[2]) if option else value.lower().strip("'\"")
+    near = [
+        one
+        for one, kind in classes.items()
+        if name in (inspect.signature(kind).parameters if option else one.lower())
+    ]
+    wrong = f"{name} is an option of a class" if option else f"{value!r} names no class of {base.__name__}"
+    if not classes:
+        return f"{wrong}: give the path of one"
+    first = (near or list(classes))[0]
+    return f"{wrong}: name one, for example --{'.'.join(field)} {first}; there are {', '.join(classes)}"
 
 
-def subclasses(base: type) -> list[str]:
-    """Return the subclasses in this project and torch.optim, in the shortest form that a configuration accepts."""
+def subclasses(base: type) -> dict[str, type]:
+    """Return the subclasses in this project and torch.optim by their shortest names that a configuration takes."""
     found: set[type] = {base}
     for _ in range(4):
         found |= set().union(*(one.__subclasses__() for one in found))
@@ -248,11 +279,12 @@ def subclasses(base: type) -> list[str]:
         and not inspect.isabstract(one)
         and not one.__name__.startswith("_")
     ]
-    return sorted(
-        f"torch.optim.{one.__name__}" if hasattr(torch.optim, one.__name__) else one.__name__
+    named = {
+        f"torch.optim.{one.__name__}" if hasattr(torch.optim, one.__name__) else one.__name__: one
         for one in ours
         if one is not base or one.__module__.startswith(("app", "callbacks"))
-    )
+    }
+    return dict(sorted(named.items()))
 
 
 def options_of(kind: type) -> dict[str, Any]:

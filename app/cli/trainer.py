@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 import yaml
+from jsonargparse import get_loader
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -207,12 +208,19 @@ def slots_as_wholes(arguments: list[str]) -> list[str]:
 
 
 def read_mapping(given: str) -> dict[str, Any]:
-    """Return the mapping in a YAML file or text; an empty one if there is none, which the parser refuses later."""
+    """Return the mapping in a YAML file or text; an empty one for other text, which the parser refuses later.
+
+    Raises UserError for a file that cannot be read or holds no mapping.
+    """
+    is_file = os.path.isfile(given)
     try:
-        text = Path(given).read_text(encoding="utf-8") if os.path.isfile(given) else given
-        found = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
+        found = get_loader("yaml")(Path(given).read_text(encoding="utf-8") if is_file else given)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        if is_file:
+            raise UserError(f"{given} cannot be read as YAML: {' '.join(str(error).split())}.") from error
         return {}
+    if is_file and not isinstance(found, dict):
+        raise UserError(f"{given} holds no options: write a line `name: value` for each.")
     return found if isinstance(found, dict) else {}
 
 

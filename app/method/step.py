@@ -24,8 +24,9 @@ class StepDecision:
     """The measurements and decisions for the G pairs of a global batch, between the gaps and the loss.
 
     It starts as plain DPO: every eligible pair is kept and β = β0. Callbacks change `discrepancy`, `moments`,
-    `log_weights`, `kept`, `beta`, `margin`, `confidence` and `loss_weight`, in the order of `callbacks.slots`.
-    Every rank makes the same changes to the same numbers. All tensors are on the CPU, outside any graph.
+    `log_weights`, `kept`, `beta`, `margin`, `confidence` and `loss_weight`, in the order of `callbacks.slots`; the
+    gaps stay as measured. Every rank makes the same changes to the same numbers. All tensors are on the CPU,
+    outside any graph.
     """
 
     step: int  # the number of this optimizer step, from 1
@@ -135,8 +136,13 @@ class StepDecision:
         assert self.logps is not None
         return self.loss.label_logit(self.logps, self.beta, self.margin).masked_fill(~self.eligible, math.nan)
 
+    def __post_init__(self) -> None:
+        self._measured = self.gaps.clone()
+
     def fault(self) -> str:
         """Return why the step cannot be trained as decided, as a clause; an empty text if it can."""
+        if not torch.equal(self.gaps.nan_to_num(), self._measured.nan_to_num()):
+            return "decision.gaps are the measured ones and must stay: change decision.discrepancy"
         for name in ("kept", *self._term_names):
             value = getattr(self, name)
             if not isinstance(value, Tensor) or value.shape != self.gaps.shape:

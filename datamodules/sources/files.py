@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 Rows = Iterator[tuple[int, object]]
 ROWS_PER_BATCH = 1024
 _LARGE = 2**28  # characters
+_DELIMITER_NAMED = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
+_SAID_BY = {"role", "from"}  # the keys of a message that name its speaker
 _NO_VALUE = {"", "nan", "NaN", "<NA>", "#N/A"}  # an empty cell, as pandas and spreadsheets write it
 
 
@@ -37,14 +40,11 @@ def jsonl_rows(file: IO[bytes], path: Path) -> Rows:
 
     Raises UserError for damaged gzip.
     """
-    number = 0
     try:
         for number, line in enumerate(file, 1):
             if line.strip():  # a blank line is no row
                 yield number, _json_value(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-    except EOFError:
-        yield number + 1, BadRow("truncated gzip", "the compressed file ends early")
-    except (gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise damaged_gzip(path, error) from error
 
 
@@ -74,27 +74,38 @@ def json_rows(file: IO[bytes], path: Path) -> Rows:
             return
         if start == "[":
             raise UserError(f"{path} is bad JSON ({first_line(error)}): correct it there.") from error
-    wraps = isinstance(rows, dict) and len(rows) == 1 and isinstance(next(iter(rows.values())), list)
-    if isinstance(rows, (dict, BadRow)) and not wraps:  # {"data": [{…}, …]} is a wrapper, not a row
+    if isinstance(rows, BadRow) or (isinstance(rows, dict) and any(map(_is_of_a_row, rows.values()))):
         rows = [rows]
     if not isinstance(rows, list):
         raise UserError(
-            f"{path} is neither an array of rows ([{{…}}, {{…}}]) nor one row a line: write it as one of these."
+            f"{path} is neither an array of rows ([{{…}}, {{…}}]) nor one row a line: write it as one of these "
+            '(pandas does with orient="records").'
         )
     yield from enumerate(rows, 1)
+
+
+def _is_of_a_row(field: object) -> bool:
+    """Return whether a field tells a row from a wrapper or a table by columns: it is a value, or holds messages."""
+    first = field[0] if isinstance(field, list) and field else field
+    return not isinstance(field, (dict, list)) or (
+        isinstance(first, dict) and not first.keys().isdisjoint(_SAID_BY)
+    )
 
 
 def csv_rows(file: IO[bytes], path: Path, delimiters: str = ",;\t") -> Rows:
     """Yield (first line of the row, its cells by column name, or a BadRow if their number is wrong).
 
-    The first line has the column names, and the delimiter that gives it most cells is taken. A cell without a value
-    is None. Raises UserError for an unclosed quotation mark, after which rows cannot be separated, and for repeated
-    column names.
+    The first line has the column names, and the delimiter that gives it most cells is taken; Excel may name one in
+    a line before (`sep=;`). A cell without a value is None. Raises UserError for an unclosed quotation mark, after
+    which rows cannot be separated, and for repeated column names.
     """
     csv.field_size_limit(sys.maxsize)
-    text, *ahead = tee(text_lines(file, path), 1 + len(delimiters))
-    widths = [len(next(csv.reader(one, delimiter=mark), [])) for one, mark in zip(ahead, delimiters, strict=True)]
-    ahead.clear()  # or they would keep the lines
+    named, text, *ahead = tee(text_lines(file, path), 2 + len(delimiters))
+    excel = _DELIMITER_NAMED.fullmatch(next(named, ""))
+    delimiters = excel[1] if excel else delimiters
+    readers = [csv.reader(one, delimiter=mark) for one, mark in zip(ahead, delimiters, strict=False)]
+    widths = [len(next(filter(None, reader), [])) for reader in readers]
+    del named, ahead, readers  # or they would keep the lines
     raw: list[str] = []  # the lines of the row that is being read
     begin = 1  # its first line
 
@@ -115,7 +126,9 @@ def csv_rows(file: IO[bytes], path: Path, delimiters: str = ",;\t") -> Rows:
                 raise UserError(
                     f'{path}, line {first}: a quotation mark is not closed: close it, or write "" for one in text.'
                 )
-            if cells and not names:
+            if not cells or (excel and first == 1):  # a blank line is no row
+                continue
+            if not names:
                 names = [name.strip() or f"column {number}" for number, name in enumerate(cells, 1)]
                 refuse_same_names(names, path)
             elif any(
@@ -125,7 +138,7 @@ def csv_rows(file: IO[bytes], path: Path, delimiters: str = ",;\t") -> Rows:
                 yield first, BadRow("a space before a quotation mark", "begin the cell with the mark")
             elif len(cells) == len(names):
                 yield first, {n: None if c in _NO_VALUE else Cell(c) for n, c in zip(names, cells, strict=True)}
-            elif cells:  # a blank line is no row
+            else:
                 yield first, BadRow("wrong number of cells", f"{len(cells)} instead of {len(names)}")
     except csv.Error as error:
         raise UserError(

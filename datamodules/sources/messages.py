@@ -59,7 +59,8 @@ def _message(value: object, name: str) -> Message:
         given["content"] = _joined(given["content"], name)
     kept = message_fields(given)
     if "role" not in kept or "content" not in kept:
-        raise BadRow("wrong type", f"{name} holds something that has no role and content")
+        found = f"an object of {', '.join(given)[:60]}" if given else kind(value)
+        raise BadRow("wrong type", f"{name} holds {found}, and a message has role and content")
     spelt, content = text(kept["role"], f"{name}: role"), text(kept["content"], f"{name}: content")
     role = ROLES.get(spelt.lower())
     if role is None:

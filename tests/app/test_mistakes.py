@@ -56,14 +56,37 @@ def run_config(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("--model.class_path=lightning_modules.Nope", "has no attribute 'Nope'"),
         ("--model.beta0=-1", "model.beta0: must be a finite number above 0, up to 1e+09, not '-1'"),
         ("--data.batch_size=0", "data.batch_size: must be a whole number from 1, up to 1e+12, not '0'"),
-        ("--config=broken.yaml", "Problems parsing config"),
+        (
+            "--model.loss.label_smoothing=0.1",
+            "label_smoothing is an option of a class: name one, for example --model.loss ",
+        ),
+        ("--model.lr_scheduler=app.main.summary", "a class, or a function annotated to return Union[LRScheduler"),
+        ("--model.loss.gamma=0.1", "for example --model.loss AlphaDPOLoss; there are"),
         ("--ckpt_path=none.ckpt", "there is no checkpoint none.ckpt"),
     ],
 )
 def test_wrong_fields_of_a_run(option: str, sentence: str, run_config: Path, told: Callable[..., str]) -> None:
-    (run_config / "broken.yaml").write_text("model: [")
     assert sentence in told("fit", "--config", "config.yaml", option)
     assert not (run_config / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("model: [", "b.yaml cannot be read as YAML: while parsing a flow"),
+        ("trainer:\n\tmax_steps: 3", "found character '\\t' that cannot start any token in"),
+        # YAML would take the last of them, and drop the options of the first
+        ("trainer: {max_steps: 3}\ntrainer: {devices: 1}", "b.yaml cannot be read as YAML: trainer is given twice"),
+        ("model:\n  init_args:\n    beta0: 1\n    beta0: 2", 'beta0 is given twice in "<unicode string>", line 4'),
+        ("- a", "b.yaml holds no options"),
+        ("", "b.yaml holds no options"),
+        ("trainer: {max_step: 3}", "There is no option trainer.max_step. Did you mean trainer.max_steps?"),
+        ("trainr: {max_steps: 3}", "There is no option trainr.max_steps. Did you mean trainer.max_steps?"),
+    ],
+)
+def test_wrong_configuration_files(text: str, sentence: str, run_config: Path, told: Callable[..., str]) -> None:
+    (run_config / "b.yaml").write_text(text)
+    assert sentence in told("fit", "--config", "config.yaml", "--config", "b.yaml")
 
 
 @pytest.mark.parametrize(("command", "split"), [("validate", "validation"), ("test", "test")])

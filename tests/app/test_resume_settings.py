@@ -71,6 +71,8 @@ def test_what_can_be_applied_applies_and_is_listed(stopped: Path, tmp_path: Path
         "model.max_nonfinite_share: 0.1 → 0.2",
     ):
         assert f"  {line}" in done.stderr
+    assert "train: resumes after 40 of 43 pairs in pass 1, with 5 pairs a step" in done.stderr
+    assert "will be seen" not in done.stderr
     state = torch.load(folder / RUN / "checkpoints" / "last.ckpt", weights_only=True)
     assert state["optimizer_states"][0]["param_groups"][0]["lr"] == 0.001
     now, before = (

@@ -120,6 +120,13 @@ def test_a_resume_with_another_interval_knows_what_to_delete(tiny_llama: str, tm
     assert names(tmp_path) == ["last.ckpt", "step=3.ckpt"]
 
 
+def test_a_folder_that_was_moved_keeps_no_older_checkpoint(tiny_llama: str, tmp_path: Path) -> None:
+    train(tmp_path / "a", tiny_llama, 2)
+    (tmp_path / "a").rename(tmp_path / "b")
+    train(tmp_path / "b", tiny_llama, 4, str(tmp_path / "b" / "checkpoints" / "last.ckpt"))
+    assert names(tmp_path / "b") == ["last.ckpt", "step=4.ckpt"]
+
+
 class Failing(Callback):
     """Fails in the first step."""
 

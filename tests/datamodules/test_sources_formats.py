@@ -225,6 +225,10 @@ def test_files_together_folders_and_saved_data_sets(tmp_path: Path, monkeypatch:
         ("p.json", "[] x", "is bad JSON .Extra data: line 1 column 4"),
         ("p.json", '{"prompt": "a", "prompt": "b"}', r"p\.json:1: repeated field"),
         ("p.json", "a b", "neither an array of rows"),
+        ("p.json", '{"prompt": {"0": "a"}, "chosen": {"0": "b"}}', r"pandas does with orient=\"records\""),
+        ("p.json", '{"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}', "neither an array of rows"),
+        ("p.json", '{"prompt": "a", "chosen": {"text": "b"}}', "chosen holds an object of text, and a message has"),
+        ("p.json", '{"prompt": "a", "chosen": ["b"]}', "chosen holds text, and a message has role and content"),
         ("p.arrow", "no", "cannot be read as Arrow"),
     ],
 )
@@ -232,6 +236,13 @@ def test_damaged_files_are_refused_with_the_place(tmp_path: Path, name: str, con
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=said):
         list(read_pairs(str(tmp_path / name)))
+
+
+def test_lines_before_the_names_of_the_columns(tmp_path: Path) -> None:
+    for text in ("sep=|\r\nprompt|chosen|rejected\r\na,;|b|c", '\n\nprompt;chosen;rejected\n\n"a,;";b;c'):
+        (tmp_path / "p.csv").write_text(text, encoding="utf-8")
+        (pair,) = read_pairs(str(tmp_path / "p.csv"))
+        assert (pair.prompt, pair.chosen, pair.rejected) == ("a,;", "b", "c")
 
 
 def test_a_quotation_in_a_cell_may_follow_a_space(tmp_path: Path) -> None:

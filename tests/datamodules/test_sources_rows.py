@@ -227,18 +227,13 @@ def test_a_file_without_a_good_row_is_refused(tmp_path: Path, content: bytes) ->
             list(read_pairs(str(tmp_path / name), on_bad_row="skip"))
 
 
-def test_truncated_gzip_is_a_bad_row_and_a_wrong_checksum_is_fatal(tmp_path: Path) -> None:
+def test_damaged_gzip_is_refused(tmp_path: Path) -> None:
     lines = b"".join(json.dumps({**GOOD, "chosen": os.urandom(50).hex()}).encode() + b"\n" for _ in range(500))
     packed = gzip.compress(lines)
     path = tmp_path / "p.jsonl.gz"
     path.write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(UserError, match="truncated gzip"):
-        list(read_pairs(str(path)))
-    reader = read_pairs(str(path), on_bad_row="skip")
-    read = [pair.chosen for pair in reader]
-    assert 0 < len(read) < 500
-    assert read == [json.loads(line)["chosen"] for line in lines.splitlines()[: len(read)]]
-    assert reader.report.counts["skipped: truncated gzip"] == 1
+    with pytest.raises(UserError, match=r"damaged gzip .Compressed file ended before"):
+        list(read_pairs(str(path), on_bad_row="skip"))  # half of the rows would count as one that is skipped
     path.write_bytes(packed[:-8] + bytes(4) + packed[-4:])
     with pytest.raises(UserError, match="damaged gzip"):
         list(read_pairs(str(path), on_bad_row="skip"))

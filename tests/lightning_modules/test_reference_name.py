@@ -12,6 +12,7 @@ import torch
 from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer, save_tiny_model
 
 from app.core.errors import UserError
+from app.method.losses import SimPOLoss
 from lightning_modules.lora import Lora
 
 
@@ -58,3 +59,8 @@ def test_a_model_with_other_tokens_is_refused(tiny_llama: str, tiny_gpt2: str, t
         run(tmp_path, tiny_llama, reference_name=str(other))
     with pytest.raises(UserError, match=r"model\.reference_name: no model at 'nowhere/model'"):
         run(tmp_path, tiny_llama, reference_name="nowhere/model")
+
+
+def test_a_loss_without_a_reference_refuses_one() -> None:
+    with pytest.raises(UserError, match=r"model\.reference_name has no effect with SimPOLoss"):
+        preference("policy", reference_name="reference", loss=SimPOLoss())

@@ -103,6 +103,7 @@ def test_labels_travel_along() -> None:
         ("beta", torch.tensor([0.2, -0.2, 0.2]), "beta is not above 0"),
         ("loss_weight", torch.tensor([1.0, math.inf, 1.0]), "loss_weight is not finite"),
         ("margin", torch.tensor([0.0, math.nan, 0.0]), "margin is not finite"),
+        ("gaps", torch.tensor([0.5, 0.2, math.nan]), "gaps are the measured ones and must stay"),
     ],
 )
 def test_a_decision_that_cannot_be_trained_is_named(name: str, value: Any, said: str) -> None:
