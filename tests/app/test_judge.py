@@ -344,7 +344,10 @@ def test_the_wrong_field_of_a_sample_is_named(changes: dict[str, Any], said: str
 
 
 def test_samples_of_other_programs(tmp_path: Path) -> None:
-    rows = [{"prompt_id": 7, "prompt": "p", "response": "r"}, {"prompt": "q", "response": "r", "temperature": None}]
+    rows: list[dict[str, Any]] = [
+        {"prompt_id": 7, "prompt": "p", "response": "r"},
+        {"prompt": "q", "response": "r", "temperature": None},
+    ]
     file = tmp_path / "a.jsonl"
     file.write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
     read = list(read_samples(str(file)))

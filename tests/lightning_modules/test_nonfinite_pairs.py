@@ -52,8 +52,7 @@ def train(folder: Path, name: str, tokens: int, layout: str = "auto", **settings
 def test_a_reference_that_is_not_finite_leaves_a_pair_out_though_the_gap_does_not_use_it(
     spoilt: tuple[str, str], tiny_llama: str, tmp_path: Path
 ) -> None:
-    settings = {"reference_name": spoilt[0], "loss": AlphaDPOLoss()}
-    module, recorder = train(tmp_path, tiny_llama, 8192, **settings)
+    module, recorder = train(tmp_path, tiny_llama, 8192, reference_name=spoilt[0], loss=AlphaDPOLoss())
     left_out = [id for d in recorder.decisions for id, good in zip(d.pair_ids, d.eligible, strict=True) if not good]
     assert left_out == [spoilt[1]]
     assert all(weight.isfinite().all() for weight in weights(module).values())

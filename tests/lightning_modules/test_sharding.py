@@ -284,7 +284,8 @@ def test_a_measurement_before_the_update_changes_nothing(reshard: bool, tiny_lla
         strategy = ShardedStrategy(process_group_backend="gloo", reshard_after_forward=reshard)
         module = preference(tiny_llama)
         quiet_trainer(tmp_path, callbacks, strategy=strategy, max_steps=3).fit(module, controlled(30))
-        return {name: weight.full_tensor() for name, weight in weights(module).items()}
+        shards: Any = weights(module)
+        return {name: weight.full_tensor() for name, weight in shards.items()}
 
     try:
         assert same_bits(trained(Measuring()), trained())
