@@ -7,7 +7,7 @@ import logging
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cached_property, partialmethod
+from functools import cached_property, partial, partialmethod
 from typing import Any, Literal
 
 import numpy as np
@@ -266,16 +266,12 @@ class PairDataModule(LightningDataModule):
 
     def pair_texts(self, pair_ids: list[str]) -> dict[str, dict[str, str]]:
         """Return prompt, chosen and rejected text of training pairs by pair id, without special tokens."""
-        table, _ = self._tables["train"]
-        texts: dict[str, dict[str, str]] = {}
+        table, texts = self._tables["train"][0], dict[str, dict[str, str]]()
+        plain = partial(self.tokenizer.decode, skip_special_tokens=True)
         rows = pc.index_in(pa.array(pair_ids, pa.string()), value_set=table.columns.column("pair_id")).to_pylist()
         for pair_id, row in zip(pair_ids, rows, strict=True):
-            sides = table[row]._asdict().items()
-            texts[pair_id] = {
-                side: str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-                for side, ids in sides
-                if ids is not None
-            }
+            sides = table[row]._asdict()
+            texts[pair_id] = {side: str(plain(ids)).strip() for side, ids in sides.items() if ids is not None}
         return texts
 
     train_dataloader = partialmethod(loader, "train")

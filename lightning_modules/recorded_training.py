@@ -34,7 +34,7 @@ class RecordedTraining(LightningModule):
     lora: Lora | None
     quantize: dict[str, Any] | None
     policy: ResponseScorer
-    data: Any
+    data: Any = None
     make_optimizer: Any
     make_lr_scheduler: Any
     base_identity: Any = None  # of the model that a checkpoint of adapters alone needs (`model_identity`)

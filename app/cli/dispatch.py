@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from app.cli.help import brief_help, trainer_options
 from app.cli.mistakes import causes, plain_sentence
-from app.cli.options import sentence
+from app.cli.parse_errors import sentence
 from app.cli.planning import PlanCLI, run_plan
 from app.cli.showing import ShowCLI, run_show
 from app.cli.trainer import PartsCLI, be_quiet, run_trainer_command

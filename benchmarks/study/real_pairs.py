@@ -67,7 +67,7 @@ def write(path: Path, pairs: Sequence[PreferencePair], flips: np.ndarray) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for pair, flip in zip(pairs, flips.tolist(), strict=True):
-            row = as_row(replace(pair, labels={LABEL: flip}), flip)
+            row = as_row(replace(pair, labels={LABEL: False}), flip)  # which turns the mark of a flipped pair
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ import pyarrow as pa
 from app.core.errors import UserError
 from app.method.ranges import FactorFromOne, PositiveFloat, checked
 from datamodules.sources.conversions import PreferredBy
-from datamodules.sources.files import ROWS_PER_BATCH, LocalFiles, arrow_rows, log, readable
+from datamodules.sources.files import ROWS_PER_BATCH, LocalFiles, arrow_rows, readable
 from datamodules.sources.messages import TEMPLATE_FIELDS
 from datamodules.sources.registry import FIELDS, NAMES
+
+log = logging.getLogger(__name__)
 
 _COLUMNS = {*FIELDS, *TEMPLATE_FIELDS, "pair_id", "chosen_reward", "rejected_reward"}
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
