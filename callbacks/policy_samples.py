@@ -45,6 +45,13 @@ class PolicySamples(Callback):
                 "`beta-dpo generate` on an exported checkpoint."
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not sum(trainer.num_val_batches):
+            raise UserError(
+                "PolicySamples answers validation prompts, and this run has none: give data.validation_path or "
+                "data.validation_share (and trainer.limit_val_batches), or set --samples null."
+            )
+
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: object
     ) -> None:

@@ -56,6 +56,12 @@ def test_a_sharded_policy_is_refused(tiny_llama: str, tmp_path: Path) -> None:
         PolicySamples().setup(trainer, preference(tiny_llama), "fit")
 
 
+def test_a_run_without_validation_is_refused(tiny_llama: str, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, [PolicySamples()], max_steps=1, limit_val_batches=0)
+    with pytest.raises(UserError, match="this run has none: give data"):
+        trainer.fit(preference(tiny_llama), controlled(10))
+
+
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="prompts must be a whole number from 1"):
         PolicySamples(prompts=0)
