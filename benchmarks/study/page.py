@@ -116,15 +116,16 @@ def answered(questions: Sequence[Question], rows: Rows) -> Iterator[Question]:
 
 def verdicts(questions: Sequence[Question], table: pd.DataFrame) -> str:
     """Return the top of the page: what wins on both tasks, what is done, and the verdicts of every question."""
-    better: dict[str, set[tuple[str, float]]] = {"controlled": set(), "sentiment": set()}
+    found: dict[str, dict[str, str]] = {"controlled": {}, "sentiment": {}}
     for one in (one for question in questions for one in question.comparisons):
         ours, theirs, *_ = one.weights
-        if theirs == Cell("dpo", ours.flips, task=one.task) and one.of("reward").verdict == "better":
-            better[one.task].add((ours.arm, ours.flips))
-    both = better["controlled"] & better["sentiment"]
-    arms = " and ".join(sorted({f"{arm} (flip rate {flips:g})" for arm, flips in both}))
-    first = f"On both tasks {arms} beat tuned static β." if both else "Nothing beats tuned static β on both tasks."
-    if "sentiment" not in {one.task for question in questions for one in question.comparisons}:
+        if theirs == Cell("dpo", ours.flips, task=one.task):
+            found[one.task][f"{ours.arm} at a flip rate of {ours.flips:g}"] = one.of("reward").verdict
+    both = sorted(found["controlled"].keys() & found["sentiment"].keys())
+    better = [arm for arm in both if found["controlled"][arm] == found["sentiment"][arm] == "better"]
+    winners = f"On both tasks {' and '.join(better)} beat" if better else "On both tasks nothing beats"
+    first = f"{winners} tuned static β (compared there: {', '.join(both)})."
+    if not both:
         first = "Whether anything beats tuned static β on both tasks is not known yet."
     done = int(((table.phase == JUDGED) & (table.task != "real")).sum())
     wanted = sum(judged for _, _, judged in sizes())
@@ -168,14 +169,14 @@ def sections(questions: Sequence[Question], rows: Rows) -> Iterator[str]:
 
 
 def arms(questions: Sequence[Question], table: pd.DataFrame) -> str:
-    """Return the section with the means of every setting of the controlled task that the questions compare."""
-    plan_rows, measured = Rows(table), with_measures(table[table.task == "controlled"])
+    """Return the section with the means of every setting that the questions compare."""
+    plan_rows, measured = Rows(table), with_measures(table)
     wanted = {plan_rows.run(cell) for question in questions for one in question.comparisons for cell in one.weights}
-    settings = list(KEY[3:])
+    settings = ["task", *KEY[3:]]
     tried = dict(list(measured[measured.phase == TUNING].groupby(settings)))
     rows = []
     for place, runs in measured[measured.phase == JUDGED].groupby(settings):
-        run = Run("controlled", JUDGED, -1, *place)
+        run = Run(place[0], JUDGED, -1, *place[1:])
         if run not in wanted:
             continue
         varied = f"α {run.alpha:g}, ρ {run.keep_ratio:g}" if (run.alpha, run.keep_ratio) != (0.6, 0.8) else ""
@@ -183,7 +184,7 @@ def arms(questions: Sequence[Question], table: pd.DataFrame) -> str:
         flipped = f"{runs.dropped_flipped.mean():.2f}" if run.flip_rate else "–"
         rows.append(
             [
-                f"{run.data}, {run.flip_rate:g}",
+                f"{'reviews' if run.task == 'sentiment' else run.data}, {run.flip_rate:g}",
                 " ".join(filter(None, [run.loss, run.arm, varied, run.options])),
                 f"{run.beta0:g}, {run.learning_rate:g}",
                 *(f"{runs.reward.mean():.2f}", f"{runs.kl.mean():.2f}", f"{runs.malformed.mean():.3f}"),
@@ -192,7 +193,7 @@ def arms(questions: Sequence[Question], table: pd.DataFrame) -> str:
             ]
         )
     header = [
-        "gaps, flip rate",
+        "gaps or reviews, flip rate",
         "loss and arm",
         "β0, rate",
         "reward",

@@ -50,7 +50,8 @@ class Difference:
         return "worse" if self.high < 0 else "undecided"
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+        digits = 2 if self.margin >= 0.1 else 3
+        return f"{self.mean:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
 
 
 def reward_within(path: Sequence[tuple[float, float]], budget: float) -> float:
