@@ -114,7 +114,7 @@ def read_curves(folder: Path) -> dict[str, pd.Series]:
 
 def _warn_of_damage(record: logging.LogRecord) -> bool:
     if record.msg.startswith("Truncated record"):
-        log.warning("%s is cut or damaged: what follows the damage is not shown", record.args[0])  # type: ignore
+        log.warning("%s is cut or damaged: what follows the damage is not shown", record.args[0])  # type: ignore[index]
     return record.levelno >= logging.WARNING
 
 
