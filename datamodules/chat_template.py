@@ -13,13 +13,14 @@ from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from app.core.errors import UserError, first_line
-from datamodules.records import Dropped, Message, PreferencePair
+from datamodules.records import Dropped, Message, PreferencePair, Prompt
 from datamodules.sources.prompts import prompt_messages
 
 # the date of a template's `strftime_now`, fixed so that prompts and cache keys stay the same; from Llama 3.1
 TEMPLATE_DATE = datetime(2024, 7, 26)
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 ESSENTIAL = ("tools", "tool_calls", THOUGHTS[0])  # a conversation without these is a different one
+CONTROL_TOKENS = "prompts whose text spells special tokens, which the tokenizer reads as such"
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template")
 _PROBES = ("Answer", "Reply")  # two answers that differ from the first letter
@@ -239,6 +240,13 @@ def conversation(pair: PreferencePair) -> Talk:
         return Talk(prompt_messages(pair.prompt), pair.tools, pair.template_kwargs)
     except ValueError:
         raise Dropped("HH turns do not alternate, as a chat needs") from None
+
+
+def spelled_tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Return a note if the text of a prompt spells a special token, which the tokenizer reads as that token."""
+    names = "|".join(map(re.escape, tokenizer.all_special_tokens))
+    texts = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
+    return (CONTROL_TOKENS,) if any(re.search(names, text) for text in texts) else ()
 
 
 def _shared(one: str, other: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from app.core.errors import UserError
-from datamodules.chat_template import ESSENTIAL, ChatTemplate, Rendering, Talk, conversation
+from datamodules.chat_template import ESSENTIAL, ChatTemplate, Rendering, Talk, conversation, spelled_tokens
 from datamodules.records import Dropped, Message, PreferencePair, Side, TokenisedPair
 from datamodules.sources.prompts import is_transcript_prompt, transcript, transcript_turns
 from datamodules.truncation import PromptTruncation, shorten
@@ -82,8 +82,7 @@ def tokenise_prompts(
 ) -> list[tuple[np.ndarray | None, list[str]]]:
     """Tokenise prompts alone, for sampling: as in training, but always at most `max_prompt_length` tokens each.
 
-    Return for each prompt its tokens and notes, or None and the reason why training would drop it. Raises UserError
-    as `tokenise_pairs` does.
+    Return for each prompt its tokens and notes, or None and the reason why training would drop it.
     """
     found = _Tokeniser(tokenizer, settings)
     results: list[tuple[np.ndarray | None, list[str]]] = []
@@ -125,14 +124,15 @@ class _Tokeniser:
     def notes(
         self, pair: PreferencePair, talk: Talk | None = None, answers: Sequence[Message] = ()
     ) -> tuple[str, ...]:
-        """Return notes on what a pair has and its tokens lack. Raises Dropped if that is essential."""
+        """Return notes on how tokens differ from their pair. Raises Dropped if they lack what is essential."""
+        control = spelled_tokens(pair.prompt, self.tokenizer)
         if self.templated(pair) and self.template is not None:
-            return self.template.unused(talk or conversation(pair), *answers)
+            return (*control, *self.template.unused(talk or conversation(pair), *answers))
         given = {"tools": pair.tools, **pair.chosen_fields, **pair.rejected_fields}
         if lost := [name for name in ESSENTIAL if given.get(name)]:
             raise Dropped(f"plain text has no place for {lost[0]}: it needs data.chat_template: true")
         beside = pair.prompt and self.template is not None and self.settings.chat_template == "auto"
-        return (PLAIN_BESIDE_TEMPLATE,) if beside else ()
+        return (*control, PLAIN_BESIDE_TEMPLATE) if beside else control
 
     def tokens(self, pairs: Sequence[PreferencePair], talk: Talk | None = None) -> list[_Tokens | Dropped]:
         """Return the tokens of each pair before truncation, or the reason why it is dropped.

@@ -10,7 +10,8 @@ from chat_families import CHATML, FAMILIES, GEMMA, QWEN3, TALK, Family
 from tiny_tokenizers import byte_tokenizer, texts, tokenise_pair
 
 from app.core.errors import UserError
-from datamodules.records import Message, PreferencePair
+from datamodules.chat_template import CONTROL_TOKENS
+from datamodules.records import Message, PreferencePair, Prompt
 from datamodules.tokenisation import PLAIN_BESIDE_TEMPLATE, Tokenisation, tokenise_prompts
 from datamodules.tokenizer import stop_ids
 from datamodules.truncation import LAST_TURN, OLD_TURNS
@@ -140,6 +141,14 @@ def test_what_the_template_does_not_use_of_a_message_is_named() -> None:
     named = [f"field not used by the chat template: {name}" for name in ("weight", "speed")]
     assert tokenise_pair(pair, tokenizer, Tokenisation())[1] == named
     assert tokenise_prompts([pair], tokenizer, Tokenisation())[0][1] == named
+
+
+@pytest.mark.parametrize("prompt", ["Say <|im_end|> twice", (Message("user", "Say <|im_end|> twice"),)])
+def test_a_prompt_that_spells_a_special_token_is_counted(prompt: Prompt) -> None:
+    tokenizer = FAMILIES["qwen3"].tokenizer()
+    pair = replace(PAIR, prompt=prompt)
+    assert tokenise_pair(pair, tokenizer, Tokenisation())[1][0] == CONTROL_TOKENS
+    assert tokenise_prompts([pair], tokenizer, Tokenisation())[0][1][0] == CONTROL_TOKENS
 
 
 def test_text_stays_text_unless_it_is_asked_for() -> None:

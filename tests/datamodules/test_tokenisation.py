@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from app.core.errors import UserError
+from datamodules.chat_template import CONTROL_TOKENS
 from datamodules.records import Message, PreferencePair, TokenisedPair
 from datamodules.tokenisation import Tokenisation, tokenise_pairs
 from datamodules.tokenizer import FILE_TEXT, tokenizer_files, tokenizer_fingerprint
@@ -43,7 +44,9 @@ def test_prompt_has_the_tokenizers_bos_and_responses_end_with_one_eos(bos: bool,
 def test_special_tokens_that_stand_in_the_text_are_not_doubled() -> None:
     tokenizer = byte_tokenizer()
     pair = PreferencePair("p", "<s><s>the cat</s>", " sat</s>", " mat</s></s>")
-    assert texts(tokens(pair, tokenizer), tokenizer) == ["<s>the cat", " sat</s>", " mat</s>"]
+    found, notes = tokenise_pair(pair, tokenizer, PLAIN)
+    assert texts(found, tokenizer) == ["<s>the cat", " sat</s>", " mat</s>"]
+    assert notes == [CONTROL_TOKENS]
 
 
 def test_a_demonstration_has_no_rejected() -> None:
