@@ -32,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
+    except KeyboardInterrupt:  # while the libraries are loaded
+        print("beta-dpo: stopped by Ctrl-C.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError as error:
         # Python flushes again at its end, into the pipe that nobody reads
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -110,6 +110,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._stopped_by, self._progress, self._within_epoch = None, None, False  # of an earlier fit
         taken = trainer.is_global_zero and os.path.lexists(self.last)
         # broadcast, or the other ranks would wait for the one that stopped
         if trainer.strategy.broadcast(taken and trainer.ckpt_path is None):

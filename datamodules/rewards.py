@@ -104,7 +104,7 @@ def _score_parts(stream: PairStream, scoring: RewardScoring, device: torch.devic
 
 
 def _rewards(model: RewardModel, pairs: Sequence[PreferencePair]) -> list[Rewards]:
-    """Return the rewards of each pair, none for a tool call. Raises UserError for a reward that is not finite."""
+    """Return the rewards of each pair, none for a tool call."""
     calling = {pair.pair_id for pair in pairs if "tool_calls" in {**pair.chosen_fields, **pair.rejected_fields}}
     taken = [pair for pair in pairs if pair.pair_id not in calling and model.takes(pair.prompt)]
     texts = [(pair.prompt, response or "") for pair in taken for response in (pair.chosen, pair.rejected)]
@@ -114,10 +114,6 @@ def _rewards(model: RewardModel, pairs: Sequence[PreferencePair]) -> list[Reward
     for start in range(0, len(order), model.batch_size):
         batch = order[start : start + model.batch_size]
         for index, reward in zip(batch, model.batch_rewards([texts[i] for i in batch]), strict=True):
-            if not math.isfinite(reward):
-                raise UserError(
-                    f"{model.name} gives pair {taken[index // 2].pair_id} the reward {reward}: leave it out."
-                )
             found[index] = reward
     both: Iterator[Rewards] = iter(zip(found[::2], found[1::2], strict=True))
     ids = {pair.pair_id for pair in taken}
@@ -196,7 +192,10 @@ class RewardModel:
 
     @torch.no_grad()
     def batch_rewards(self, texts: Sequence[tuple[Prompt, str]]) -> list[float]:
-        """Return the rewards of at most `batch_size` prompts and responses, in one forward pass."""
+        """Return the rewards of at most `batch_size` prompts and responses, in one forward pass.
+
+        Raises UserError for a reward that is not finite.
+        """
         encoded = [self._encode(prompt, response) for prompt, response in texts]
         inputs: Any
         if len(encoded) == 1:
@@ -204,7 +203,14 @@ class RewardModel:
         else:
             inputs = dict(self.tokenizer.pad(encoded, return_tensors="pt", padding_side="right"))
         logits = self.model(**{name: column.to(self.device) for name, column in inputs.items()}).logits
-        return logits[:, 0].double().tolist()
+        rewards: list[float] = logits[:, 0].double().tolist()
+        for reward, (prompt, _) in zip(rewards, texts, strict=True):
+            if not math.isfinite(reward):
+                raise UserError(
+                    f"{self.name} gives an answer to the prompt {str(prompt)[:60]!r} the reward {reward}: leave "
+                    "that prompt out, or take another model."
+                )
+        return rewards
 
     def _encode(self, prompt: Prompt, response: str) -> dict[str, list[int]]:
         if self.tokenizer.chat_template:

@@ -192,7 +192,13 @@ def try_sharded_step(make_optimizer: OptimizerCallable, weights: list[nn.Paramet
 
 
 def check_steps(trainer: Trainer) -> None:
-    """Raise UserError if the validation interval exceeds an epoch; warn if it exceeds the run."""
+    """Raise UserError for bounds that exclude each other, or validation rarer than epochs; warn without any."""
+    for unit in ("steps", "epochs"):
+        least, most = (getattr(trainer, f"{bound}_{unit}") for bound in ("min", "max"))
+        if least is not None and most is not None and 0 <= most < least:
+            raise UserError(
+                f"trainer.min_{unit} is {least}, but trainer.max_{unit} is {most}: lower one, or raise the other."
+            )
     interval, limit = trainer.val_check_interval, trainer.limit_train_batches
     wanted = trainer.limit_val_batches > 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
     if not wanted or not isinstance(interval, int):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from inspect import signature
@@ -46,6 +48,8 @@ def run(command: str, arguments: list[str]) -> None:
     be_quiet()
     try:
         if command in COMMANDS:
+            if threading.current_thread() is threading.main_thread():  # which alone handles signals
+                signal.signal(signal.SIGTERM, _end)
             function = function_of(command)
             args = _leading_words_as_list(function, arguments[1:])
             name = f"beta-dpo {command}"
@@ -81,6 +85,11 @@ def run(command: str, arguments: list[str]) -> None:
         if told is None:
             raise
         _refuse(told)
+
+
+def _end(*_: object) -> NoReturn:
+    """End a small command by an exception, so that it removes what it has half written."""
+    raise SIGTERMException
 
 
 def go_on(command: str) -> str:

@@ -60,6 +60,14 @@ def refuse_repeats(node: yaml.Node | None) -> None:
         refuse_repeats(value)
 
 
+def yaml_fault(error: Exception) -> str:
+    """Return place and fault of text that is no YAML, without the reader's name for it and its drawing."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return " ".join(str(error).replace('in "<unicode string>", ', "").split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+
+
 def built(class_type: type, *args: Any, applied_instantiation_links: dict, **settings: Any) -> Any:
     """Return `class_type(…)` with the configured settings. Raises UserError with the class name if that fails."""
     try:

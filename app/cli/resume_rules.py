@@ -18,6 +18,8 @@ REFUSED = (
     *("reward", "reward.*", "data.reward_model", "data.reward_model.name", "statistics*"),
     "data.order*",  # a place in one order is none in another
 )
+# the settings under which a state is in the units of β0, so that model.beta0 is refused as well
+IN_UNITS_OF_BETA0 = {"statistics.gap_scale": "beta0", "schedule": "EpsilonBeta", "margin": "GammaPOMargin"}
 # keys whose old value still applies, because it is part of the state
 KEPT = {
     "seed_everything": "the order of the pairs stays that of the checkpoint",
@@ -76,10 +78,12 @@ def refuse_version_0_1(before: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_what_cannot_be_applied(found: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raise UserError for the first difference with which a checkpoint cannot be resumed."""
+def refuse_what_cannot_be_applied(found: Mapping[str, tuple[Any, Any]], now: Mapping[str, Any]) -> None:
+    """Raise UserError for the first difference with which no checkpoint resumes under the configuration `now`."""
+    settings = flattened(now)
+    scaled = any(settings.get(key) == value for key, value in IN_UNITS_OF_BETA0.items())
     for key, (old, new) in found.items():
-        if any(fnmatchcase(key, pattern) for pattern in REFUSED):
+        if any(fnmatchcase(key, pattern) for pattern in REFUSED) or (scaled and key == "model.beta0"):
             raise UserError(
                 f"--ckpt_path: {key} is {new}, but the run of the checkpoint had {old}, and its state cannot be "
                 f"carried over: {START}."

@@ -54,8 +54,9 @@ class RunRecord(SaveConfigCallback):
         if "config" in checkpoint:
             before = yaml.safe_load(checkpoint["config"])
             refuse_version_0_1(before)
-            self._differences = differences(before, yaml.safe_load(self.text))
-            refuse_what_cannot_be_applied(self._differences)
+            now = yaml.safe_load(self.text)
+            self._differences = differences(before, now)
+            refuse_what_cannot_be_applied(self._differences, now)
 
     @property
     def text(self) -> str:

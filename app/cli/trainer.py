@@ -23,7 +23,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from transformers.utils.logging import disable_progress_bar
 
 from app.cli.mistakes import refusing
-from app.cli.options import check_numbers, class_at, reason, set_up_parsing
+from app.cli.options import check_numbers, class_at, reason, set_up_parsing, yaml_fault
 from app.cli.run_record import RunRecord, continue_newest_version, settle_checkpoint
 from app.cli.seed import settled_seed
 from app.cli.slurm import check_processes, slurm_environment
@@ -217,7 +217,7 @@ def read_mapping(given: str) -> dict[str, Any]:
         found = get_loader("yaml")(Path(given).read_text(encoding="utf-8") if is_file else given)
     except (OSError, ValueError, yaml.YAMLError) as error:
         if is_file:
-            raise UserError(f"{given} cannot be read as YAML: {' '.join(str(error).split())}.") from error
+            raise UserError(f"{given} cannot be read as YAML: {yaml_fault(error)}.") from error
         return {}
     if is_file and not isinstance(found, dict):
         raise UserError(f"{given} holds no options: write a line `name: value` for each.")

@@ -17,6 +17,7 @@ from app.commands.benchmarks import ENDINGS, Form, answer_file, further_turns, r
 from app.commands.sampling import Batch, LocalSampler, ServedSampler
 from app.core.errors import UserError
 from app.core.files import Parts, atomic_file, refuse_place
+from app.core.locks import locked
 from app.core.samples import SAMPLE_FIELDS, sample_line
 from app.judges.server import SamplingServer
 from app.method.ranges import NonNegativeFloat, PositiveInt, PositiveShare, Seed
@@ -121,15 +122,17 @@ def generate(
         "batch_size": batch_size,
         **sampler.job,
     }
-    parts = Parts(Path(f"{out}.parts"), job)
-    batches = batches_of(items, temperatures, samples, batch_size, 0)
-    sample_parts(batches, parts, sampler)
-    # a further round asks the next turn of the questions that have one
-    while format == "mt_bench" and (items := further_turns(items, rows_of(parts, batches))):
-        sampler.read(items, prompts)
-        batches = batches_of(items, temperatures, samples, batch_size, batches[-1].number + 1)
+    place = Path(f"{out}.parts")
+    with locked(place / ".lock", out, "name another file by out", waits=False):
+        parts = Parts(place, job)
+        batches = batches_of(items, temperatures, samples, batch_size, 0)
         sample_parts(batches, parts, sampler)
-    write_out(out, format, name or Path(model).name, parts, f"{model}: {out}{replaced}", max_new_tokens)
+        # a further round asks the next turn of the questions that have one
+        while format == "mt_bench" and (items := further_turns(items, rows_of(parts, batches))):
+            sampler.read(items, prompts)
+            batches = batches_of(items, temperatures, samples, batch_size, batches[-1].number + 1)
+            sample_parts(batches, parts, sampler)
+        write_out(out, format, name or Path(model).name, parts, f"{model}: {out}{replaced}", max_new_tokens)
 
 
 def batches_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -85,7 +86,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             try:
                 os.replace(temporary, target)
             except OSError as error:
-                raise FileExistsError(f"{target} exists already") from error
+                raise FileExistsError(errno.EEXIST, "exists already", str(target)) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +19,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from app.core.errors import UserError
 from app.core.files import atomic_file
 from app.core.locks import locked
+
+log = logging.getLogger(__name__)
 
 LOCK = ".beta-dpo.lock"
 ELSEWHERE = "choose another log folder (trainer.logger)"
@@ -114,6 +117,15 @@ def continue_curves(trainer: Trainer, resumes: bool) -> None:
             logger.experiment.file_writer.add_event(start, step)
 
 
+def whole_lines(file: Path) -> str:
+    """Return the text of a file that grows by lines, without a last one that a kill cut short, which is logged."""
+    text = file.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        log.warning("%s: the last line is cut and left out", file)
+    return whole
+
+
 class ContinuedTable(ExperimentWriter):
     """A writer of metrics.csv that keeps the rows of earlier starts of the run; Lightning's writer deletes them."""
 
@@ -143,8 +155,7 @@ class ContinuedTable(ExperimentWriter):
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
         if not self.path.exists():
             return [], []
-        text = self.path.read_text(encoding="utf-8")
-        reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+        reader = csv.DictReader(whole_lines(self.path).splitlines())
         rows = list(reader)
         columns = list(reader.fieldnames or [])
         if columns and ("step" not in columns or not all(str(row["step"]).isdigit() for row in rows)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -80,11 +79,6 @@ class LearnedReward(Reward):
                 [row["prompt"] for row in new.values()], [row["response"] for row in new.values()]
             )
             for key, reward in zip(new, track(rewards, "scoring", total=len(new), transient=True), strict=True):
-                if not math.isfinite(reward):
-                    raise UserError(
-                        f"{self.name} gives an answer to the prompt {new[key]['prompt_id']!r} the reward {reward}: "
-                        "leave that prompt out, or take another model."
-                    )
                 self.verdicts.add(key, model=self.name, reward=reward)
         return np.array([self.verdicts[self._key(row)]["reward"] for row in answers])
 

@@ -71,7 +71,7 @@ class VerdictFile:
         whole = content[: content.rfind(b"\n") + 1]  # a kill may cut the last line; its question is asked again
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                fields = json.loads(line)
+                fields = json.loads(line, parse_constant=int)  # which refuses NaN and Infinity
                 self._known[fields.pop("key")] = fields
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise UserError(f"{self.path}:{number} is not a verdict: correct or remove the line.") from error

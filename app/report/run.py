@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from tensorboard.util import tb_logging
 from app.cli.run_record import COMMANDS_FILE
 from app.core.errors import UserError, first_line
 from app.core.intervals import Estimate
+from app.core.log_folder import whole_lines
 from app.report.run_folder import inside, read_audit, read_config
 from callbacks.hyperparameters import arguments, last_word
 from callbacks.slots import entries
@@ -123,7 +125,7 @@ def read_csv(file: Path) -> dict[str, pd.Series]:
     if not file.is_file():
         return {}
     try:
-        table = pd.read_csv(file).groupby("step").last()
+        table = pd.read_csv(io.StringIO(whole_lines(file))).groupby("step").last()
         return {tag: table[tag].dropna().astype(float) for tag in table.columns if "/" in tag}
     except (KeyError, ValueError) as error:
         raise UserError(f"{file} is not what CSVLogger writes: {first_line(error)}.") from error

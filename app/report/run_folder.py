@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import seed_everything
 
+from app.cli.options import yaml_fault
 from app.core.errors import UserError, first_line
 from datamodules.base import PairDataModule
 from datamodules.table import PairTable
@@ -65,7 +66,7 @@ def read_config(folder: Path) -> tuple[Mapping[str, Any], str]:
         text = file.read_text(encoding="utf-8")
         config = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not YAML: {first_line(error)}.") from error
+        raise UserError(f"{file} is not YAML: {yaml_fault(error)}.") from error
     parts = ("trainer", "model", "data") if isinstance(config, Mapping) else ()
     if not all(isinstance(config.get(part) or {}, Mapping) for part in parts):
         raise UserError(f"{file} is not the record of `beta-dpo fit`: remove it, or give another folder.")

@@ -14,6 +14,7 @@ PreferredBy = Literal["better", "safer"]
 Row = Mapping[str, object]
 Convert = Callable[[Row, Any], Row]  # the second argument is the `Source`
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_VERDICTS = (*("0", "1", "0.0", "1.0"), *("true", "false", "desirable", "undesirable", "chosen", "rejected"))
 _ANSWERS = ("completion", "output", "response")
 
 
@@ -128,8 +129,8 @@ def refuse_unusable(row: Row) -> None:
             raise BadRow("more than text", f"a field {name}; only text is trained on")
     if "chosen" in row and not missing(row["chosen"]):
         return
-    label = typed(row.get("label"))
-    judged = any(not missing(row.get(name)) for name in _ANSWERS) and (label in (0, 1, "True", "False"))
+    judged = str(row.get("label")).strip().lower() in _VERDICTS
+    judged = judged and any(not missing(row.get(name)) for name in (*_ANSWERS, "messages", "conversations"))
     if judged or not missing(row.get("kto_tag")):
         raise BadRow(
             "unpaired preference",

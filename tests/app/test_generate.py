@@ -21,6 +21,7 @@ from app.commands.export import export
 from app.commands.generate import generate
 from app.core.errors import UserError
 from app.core.files import Parts
+from app.core.locks import locked
 from app.core.samples import read_samples
 from datamodules.controlled_task import preference_pairs
 
@@ -117,6 +118,15 @@ def test_each_temperature_answers_every_prompt(tiny_llama: str, tmp_path: Path) 
     GenerationConfig(do_sample=True, temperature=0.1, min_p=0.9, repetition_penalty=9.0).save_pretrained(other)
     generate(str(other), str(tmp_path / "c.jsonl"), count=5, batch_size=2, temperature=[0, 1.5])
     assert read(tmp_path / "c.jsonl") == rows
+
+
+def test_two_at_once_do_not_write_one_file(tiny_llama: str, tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    folder = tmp_path / "a.jsonl.parts"
+    with locked(folder / ".lock", "", ""), pytest.raises(UserError, match=r"a\.jsonl is in use by process \d+ on"):
+        generate(tiny_llama, str(out), count=3)
+    generate(tiny_llama, str(out), count=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_parts_of_other_samples_are_refused_and_left(tiny_llama: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -73,11 +74,14 @@ def test_wrong_fields_of_a_run(option: str, sentence: str, run_config: Path, tol
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("model: [", "b.yaml cannot be read as YAML: while parsing a flow"),
-        ("trainer:\n\tmax_steps: 3", "found character '\\t' that cannot start any token in"),
+        ("model: [", "b.yaml cannot be read as YAML: line 1, column 9: expected the node content"),
+        ("trainer:\n\tmax_steps: 3", "line 2, column 1: found character '\\t' that cannot start any token."),
         # YAML would take the last of them, and drop the options of the first
-        ("trainer: {max_steps: 3}\ntrainer: {devices: 1}", "b.yaml cannot be read as YAML: trainer is given twice"),
-        ("model:\n  init_args:\n    beta0: 1\n    beta0: 2", 'beta0 is given twice in "<unicode string>", line 4'),
+        (
+            "trainer: {max_steps: 3}\ntrainer: {devices: 1}",
+            "b.yaml cannot be read as YAML: line 2, column 1: trainer is given twice.",
+        ),
+        ("model:\n  init_args:\n    beta0: 1\n    beta0: 2", "line 4, column 5: beta0 is given twice."),
         ("- a", "b.yaml holds no options"),
         ("", "b.yaml holds no options"),
         ("trainer: {max_step: 3}", "There is no option trainer.max_step. Did you mean trainer.max_steps?"),
@@ -279,6 +283,25 @@ def test_ctrl_c_in_a_small_command(
         capsys.readouterr().err
         == "beta-dpo: stopped by Ctrl-C. Give the same command again; what it says it keeps is not done twice.\n"
     )
+
+
+def test_sigterm_leaves_nothing_half_written_by_a_small_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def ended(path: str) -> None:
+        with atomic_file(tmp_path / "out.jsonl"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("app.commands.pairs.sampled_answers", ended)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(["pairs", "a.jsonl", "b.jsonl"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 143
+    assert capsys.readouterr().err.startswith("beta-dpo: stopped by SIGTERM. Give the same command again")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_reader_that_has_enough_ends_the_command() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import yaml
 from command_runs import command, fit, write_config
 from tiny_runs import save_tiny_model
 
-from app.cli.resume_rules import differences
+from app.cli.resume_rules import differences, refuse_what_cannot_be_applied
+from app.core.errors import UserError
 
 RUN = Path("runs") / "run"
 
@@ -80,6 +82,21 @@ def test_what_can_be_applied_applies_and_is_listed(stopped: Path, tmp_path: Path
     )
     rates = [config["model"]["init_args"]["optimizer"]["init_args"]["lr"] for config in (now, before)]
     assert rates == [0.001, 0.003]
+
+
+@pytest.mark.parametrize(
+    "slot",
+    [
+        {"statistics": {"class_path": "callbacks.RewardGapStatistics", "init_args": {"gap_scale": "beta0"}}},
+        {"schedule": {"class_path": "callbacks.EpsilonBeta"}},
+        {"margin": {"class_path": "callbacks.GammaPOMargin"}},
+    ],
+)
+def test_another_beta0_is_refused_where_a_state_is_in_its_units(slot: dict[str, Any]) -> None:
+    found = {"model.beta0": (0.1, 0.2)}
+    refuse_what_cannot_be_applied(found, {"statistics": {"gap_scale": "raw"}})
+    with pytest.raises(UserError, match=r"model\.beta0 is 0\.2, but the run of the checkpoint had 0\.1"):
+        refuse_what_cannot_be_applied(found, slot)
 
 
 def test_fast_dev_run_leaves_nothing(tiny_llama: str, tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from tiny_runs import Recorder, controlled, preference, quiet_trainer, same_bits, weights
 
 from app.core.errors import StepRefused, UserError
 from callbacks import RunCheckpoint
-from callbacks.run_checkpoint import move_link
+from callbacks.run_checkpoint import Interrupted, move_link
 
 
 def train(folder: Path, model: str, steps: int, resume: str | None = None, **settings: Any) -> RunCheckpoint:
@@ -31,6 +33,16 @@ def test_last_is_the_end_of_the_run_whatever_its_number(keep_all: bool, tiny_lla
     kept = ["step=2.ckpt", "step=4.ckpt", "step=5.ckpt"] if keep_all else ["step=5.ckpt"]
     assert names(tmp_path) == ["last.ckpt", *kept]
     assert checkpoint.last.readlink() == Path("step=5.ckpt")
+
+
+def test_a_fit_after_a_signal_in_one_process_goes_on(tiny_llama: str, tmp_path: Path) -> None:
+    checkpoint = RunCheckpoint(every_n_steps=2)
+    stop = LambdaCallback(on_train_batch_end=lambda *_: signal.raise_signal(signal.SIGUSR1))
+    trainer = quiet_trainer(tmp_path, [stop, checkpoint], max_steps=3, enable_checkpointing=True)
+    module, data = preference(tiny_llama), controlled(80)
+    for step in (1, 2):
+        with pytest.raises(Interrupted, match=f"stopped by SIGUSR1 after step {step}"):
+            trainer.fit(module, data, ckpt_path=str(checkpoint.last) if step > 1 else None)
 
 
 def test_the_folder_of_another_run_is_left_alone(tiny_llama: str, tmp_path: Path) -> None:

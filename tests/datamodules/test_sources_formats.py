@@ -105,6 +105,8 @@ def test_a_function_call_is_a_tool_call() -> None:
     ("row", "said"),
     [
         ({"prompt": "hi", "completion": "a", "label": True}, "unpaired preference .*KTO"),
+        ({"prompt": "hi", "completion": "a", "label": "Undesirable"}, "unpaired preference .*KTO"),
+        ({"messages": [TURN, YES], "label": False}, "unpaired preference .*KTO"),
         ({"instruction": "hi", "output": "a", "kto_tag": False}, "unpaired preference .*kto_tag"),
         ({"prompt": "hi", "completions": ["a"], "labels": [True]}, "stepwise"),
         ({"prompt": "hi", "answers": [{"answer": "a", "rank": 1}]}, "ranked answers"),
@@ -222,6 +224,8 @@ def test_files_together_folders_and_saved_data_sets(tmp_path: Path, monkeypatch:
         ("p.json", '{"data": [{"prompt": "a"}]}', "neither an array of rows"),
         ("p.json", '[{"prompt": "a", "prompt": "b"}]', r"p\.json:1: repeated field"),
         ("p.json", '[{"prompt": [{"role": "user", "role": "b"}]}]', r"p\.json:1: repeated field"),
+        ("p.jsonl", '[\n{"prompt": "a"}\n]', r"p\.jsonl is no object a line, but JSON as a whole: name it \.json"),
+        ("p.jsonl", '{\n"prompt": "a"\n}', r"p\.jsonl is no object a line, but JSON as a whole: name it \.json"),
         ("p.json", "[] x", "is bad JSON .Extra data: line 1 column 4"),
         ("p.json", '{"prompt": "a", "prompt": "b"}', r"p\.json:1: repeated field"),
         ("p.json", "a b", "neither an array of rows"),

@@ -117,6 +117,15 @@ def test_what_was_scored_before_an_interruption_stays(
     assert added == [10, 10, 0, 10, 10, 7]
 
 
+def test_pairs_of_another_command_are_refused_in_a_sentence(tiny_llama: str, tmp_path: Path) -> None:
+    module, data = preference(tiny_llama, reference="cached"), controlled(20)
+    trainer = quiet_trainer(tmp_path, limit_val_batches=1.0, max_steps=1)
+    for _ in range(2):
+        trainer.validate(module, data, verbose=False)
+    with pytest.raises(UserError, match=r"model\.reference: cached scored the pairs of the command"):
+        trainer.fit(module, data)
+
+
 def test_a_damaged_part_is_scored_anew(tiny_llama: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, expected, _ = run(tmp_path, tiny_llama, "cached")
     (part,) = parts()

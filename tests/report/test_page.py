@@ -223,6 +223,8 @@ def test_a_run_with_a_csv_logger(tmp_path: Path) -> None:
         "beta/used": [0.1, 0.2],
         "val/loss": [0.6],
     }
+    (tmp_path / "run" / "metrics.csv").write_text("step,beta/used\n0,0.125\n1,0.1")  # of 0.125
+    assert read_run(tmp_path / "run", "run").curves["beta/used"].tolist() == [0.125]
     (tmp_path / "run" / "metrics.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=r"metrics\.csv is not what CSVLogger writes"):
         read_run(tmp_path / "run", "run")
