@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from os.path import commonprefix
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from datamodules.sources.prompts import prompt_messages
 TEMPLATE_DATE = datetime(2024, 7, 26)
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 ESSENTIAL = ("tools", "tool_calls", THOUGHTS[0])  # a conversation without these is a different one
-CONTROL_TOKENS = "prompts whose text spells special tokens, which the tokenizer reads as such"
+CONTROL_TOKENS = "{} whose text spells special tokens, which the tokenizer reads as such"
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template")
 _PROBES = ("Answer", "Reply")  # two answers that differ from the first letter
@@ -242,11 +242,26 @@ def conversation(pair: PreferencePair) -> Talk:
         raise Dropped("HH turns do not alternate, as a chat needs") from None
 
 
-def spelled_tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Return a note if the text of a prompt spells a special token, which the tokenizer reads as that token."""
-    names = "|".join(map(re.escape, tokenizer.all_special_tokens))
-    texts = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
-    return (CONTROL_TOKENS,) if any(re.search(names, text) for text in texts) else ()
+def spelled_tokens(tokenizer: PreTrainedTokenizerBase) -> Callable[[Prompt, Sequence[Message]], tuple[str, ...]]:
+    """Return a function of a prompt and answers that notes which spell special tokens, which they are read as.
+
+    At the end of an answer they are in their place.
+    """
+    others = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    special = "|".join(map(re.escape, {*tokenizer.all_special_tokens, *others}))
+    before_end = rf"(?:{special})(?!(?:\s|{special})*\Z)"
+
+    def notes(prompt: Prompt, answers: Sequence[Message]) -> tuple[str, ...]:
+        asked = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
+        said = [answer.content for answer in answers]
+        sides = (("prompts", special, asked), ("answers", before_end, said))
+        return tuple(
+            CONTROL_TOKENS.format(side)
+            for side, pattern, texts in sides
+            if any(re.search(pattern, text) for text in texts)
+        )
+
+    return notes
 
 
 def _shared(one: str, other: str) -> str:

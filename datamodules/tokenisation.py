@@ -16,9 +16,7 @@ from datamodules.records import Dropped, Message, PreferencePair, Side, Tokenise
 from datamodules.sources.prompts import is_transcript_prompt, transcript, transcript_turns
 from datamodules.truncation import PromptTruncation, shorten
 
-PLAIN_BESIDE_TEMPLATE = (
-    "prompts as plain text (data.chat_template: true puts them into the tokenizer's chat template)"
-)
+PLAIN_BESIDE_TEMPLATE = "prompts as plain text (data.chat_template: true puts them into the chat template)"
 _SIDES: tuple[Side, Side] = ("chosen", "rejected")
 
 
@@ -109,6 +107,7 @@ class _Tokeniser:
         self.template = ChatTemplate(tokenizer, settings.chat_template_kwargs) if named else None
         if settings.chat_template_kwargs and self.template is None:
             raise UserError("data.chat_template_kwargs is given, but no chat template is used: leave it out.")
+        self.spelled = spelled_tokens(tokenizer)
         mask = tokenizer("a", return_special_tokens_mask=True)
         self.leading = mask["input_ids"][: mask["special_tokens_mask"].index(0)]  # what precedes a plain prompt
 
@@ -125,7 +124,7 @@ class _Tokeniser:
         self, pair: PreferencePair, talk: Talk | None = None, answers: Sequence[Message] = ()
     ) -> tuple[str, ...]:
         """Return notes on how tokens differ from their pair. Raises Dropped if they lack what is essential."""
-        control = spelled_tokens(pair.prompt, self.tokenizer)
+        control = self.spelled(pair.prompt, answers)
         if self.templated(pair) and self.template is not None:
             return (*control, *self.template.unused(talk or conversation(pair), *answers))
         given = {"tools": pair.tools, **pair.chosen_fields, **pair.rejected_fields}
@@ -163,7 +162,7 @@ class _Tokeniser:
                 if len({side.prompt for side in sides}) > 1:
                     raise Dropped("the chat template renders two prompts for the two answers")
             else:
-                notes = self.notes(pair)
+                notes = self.notes(pair, answers=answers)
                 sides = [Rendering(str(pair.prompt), answer.content, "", True) for answer in answers]
         except Dropped as dropped:
             return dropped

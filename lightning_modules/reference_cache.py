@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,8 +80,10 @@ class ReferenceCache:
         """Write the log-probabilities [n, 2] of the pairs `keys` [n] as a new part; `load` reads it."""
         rows = np.zeros(len(keys), _ROW)
         rows["key"], rows["chosen"], rows["rejected"] = keys, logps[:, 0], logps[:, 1]
-        with atomic_file(self.folder / f"{_content_hash(rows)}.npy") as temporary, open(temporary, "wb") as file:
-            np.save(file, rows)
+        content = io.BytesIO()  # numpy's own writing hides the reason of the operating system
+        np.save(content, rows)
+        with atomic_file(self.folder / f"{_content_hash(rows)}.npy") as temporary:
+            temporary.write_bytes(content.getvalue())
 
 
 def _content_hash(rows: np.ndarray) -> str:

@@ -40,6 +40,9 @@ def settled_seed(seed: bool | int | None, *, resumes: bool = False, nodes: int =
             log.info("seed_everything: picked %d, which config.yaml in the log folder records", seed)
         elif handed_down.isdecimal():
             seed = int(handed_down)
+            # not of a rank that Lightning starts; a second run in one process finds the seed of the first
+            if "LOCAL_RANK" not in os.environ:
+                log.info("seed_everything: %d, from the environment variable PL_GLOBAL_SEED", seed)
         else:
             raise UserError(f"The environment variable PL_GLOBAL_SEED is not a number from 0: {handed_down!r}.")
     if not 0 <= seed <= LARGEST_SEED:

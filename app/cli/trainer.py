@@ -208,17 +208,15 @@ def slots_as_wholes(arguments: list[str]) -> list[str]:
 
 
 def read_mapping(given: str) -> dict[str, Any]:
-    """Return the mapping in a YAML file or text; an empty one for other text, which the parser refuses later.
+    """Return the mapping in a YAML file or text; an empty one for a scalar, which the parser refuses later.
 
-    Raises UserError for a file that cannot be read or holds no mapping.
+    Raises UserError for what is no YAML, and for a file that cannot be read or holds no mapping.
     """
     is_file = os.path.isfile(given)
     try:
         found = get_loader("yaml")(Path(given).read_text(encoding="utf-8") if is_file else given)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        if is_file:
-            raise UserError(f"{given} cannot be read as YAML: {yaml_fault(error)}.") from error
-        return {}
+        raise UserError(f"{given} cannot be read as YAML: {yaml_fault(error)}.") from error
     if is_file and not isinstance(found, dict):
         raise UserError(f"{given} holds no options: write a line `name: value` for each.")
     return found if isinstance(found, dict) else {}

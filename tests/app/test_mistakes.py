@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command_runs import command, refusal, write_config
@@ -23,6 +24,7 @@ from app.core.errors import UserError
 from app.core.files import Parts, atomic_file, atomic_folder
 from app.main import main
 from lightning_modules.checkpoint import check_checkpoint
+from lightning_modules.reference_cache import ReferenceCache
 
 RUN = Path("runs") / "run"
 
@@ -91,6 +93,10 @@ def test_wrong_fields_of_a_run(option: str, sentence: str, run_config: Path, tol
 def test_wrong_configuration_files(text: str, sentence: str, run_config: Path, told: Callable[..., str]) -> None:
     (run_config / "b.yaml").write_text(text)
     assert sentence in told("fit", "--config", "config.yaml", "--config", "b.yaml")
+
+
+def test_wrong_configuration_text(told: Callable[..., str]) -> None:
+    assert "{a: [ cannot be read as YAML: line 1, column 6: expected" in told("fit", "--config", "{a: [")
 
 
 @pytest.mark.parametrize(("command", "split"), [("validate", "validation"), ("test", "test")])
@@ -315,6 +321,18 @@ def test_a_reader_that_has_enough_ends_the_command() -> None:
     assert done.stderr.splitlines() == [
         "beta-dpo: stopped, because nobody reads its output any more ([Errno 32] Broken pipe)"
     ]
+
+
+def test_a_part_of_the_reference_cache_on_a_full_disk(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        with pytest.raises(OSError, match="too large") as raised:
+            ReferenceCache(tmp_path).add(np.arange(500), np.zeros((500, 2)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "there is no space left" in str(plain_sentence(raised.value))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_of_the_disk_names_the_file_that_the_user_gave(tmp_path: Path) -> None:

@@ -120,11 +120,16 @@ def test_a_given_seed_stays() -> None:
         assert settled_seed(seed, resumes=True, nodes=9) == seed
 
 
-def test_a_rank_takes_the_seed_that_was_handed_down(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_takes_the_seed_that_was_handed_down(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "123")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert settled_seed(None, resumes=True) == 123
     assert settled_seed(7) == 7
+    with caplog.at_level("INFO", "app"):
+        settled_seed(None)
+    assert "seed_everything: 123, from the environment variable PL_GLOBAL_SEED" in caplog.text
     monkeypatch.setenv("PL_GLOBAL_SEED", "none")
     with pytest.raises(UserError, match="PL_GLOBAL_SEED"):
         settled_seed(None)

@@ -147,8 +147,14 @@ def test_what_the_template_does_not_use_of_a_message_is_named() -> None:
 def test_a_prompt_that_spells_a_special_token_is_counted(prompt: Prompt) -> None:
     tokenizer = FAMILIES["qwen3"].tokenizer()
     pair = replace(PAIR, prompt=prompt)
-    assert tokenise_pair(pair, tokenizer, Tokenisation())[1][0] == CONTROL_TOKENS
-    assert tokenise_prompts([pair], tokenizer, Tokenisation())[0][1][0] == CONTROL_TOKENS
+    assert tokenise_pair(pair, tokenizer, Tokenisation())[1][0] == CONTROL_TOKENS.format("prompts")
+    assert tokenise_prompts([pair], tokenizer, Tokenisation())[0][1][0] == CONTROL_TOKENS.format("prompts")
+
+
+def test_an_answer_that_spells_any_special_token_is_counted() -> None:
+    tokenizer = FAMILIES["chatml_on_a_base_tokenizer"].tokenizer()
+    pair = replace(PAIR, rejected="a <|im_start|> b <|im_end|>\n")
+    assert tokenise_pair(pair, tokenizer, Tokenisation())[1] == [CONTROL_TOKENS.format("answers")]
 
 
 def test_text_stays_text_unless_it_is_asked_for() -> None:

@@ -75,3 +75,9 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match="reward model"):
             RewardModel(folder)
+
+
+def test_adapters_of_a_reward_model_are_to_be_merged(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds adapters: merge them into their model"):
+        RewardModel(str(tmp_path))

@@ -46,7 +46,7 @@ def test_special_tokens_that_stand_in_the_text_are_not_doubled() -> None:
     pair = PreferencePair("p", "<s><s>the cat</s>", " sat</s>", " mat</s></s>")
     found, notes = tokenise_pair(pair, tokenizer, PLAIN)
     assert texts(found, tokenizer) == ["<s>the cat", " sat</s>", " mat</s>"]
-    assert notes == [CONTROL_TOKENS]
+    assert notes == [CONTROL_TOKENS.format("prompts")]
 
 
 def test_a_demonstration_has_no_rejected() -> None:
