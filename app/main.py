@@ -62,15 +62,12 @@ def _run(arguments: list[str]) -> None:
 
 def overview() -> str:
     """Return the text of `beta-dpo --help`."""
-    lines = [
-        "usage: beta-dpo COMMAND [--config FILE …] [options]",
-        "",
-        "Preference training with dynamic β.",
-        "",
-    ]
     table = {**TRAINER_COMMANDS, **{name: summary(name) for name in COMMANDS}}
-    lines += [f"  {name:<10} {text}" for name, text in table.items()]
-    return "\n".join([*lines, "", "`beta-dpo COMMAND --help` lists the options of a command."])
+    lines = "\n".join(f"  {name:<10} {text}" for name, text in table.items())
+    return (
+        "usage: beta-dpo COMMAND [--config FILE …] [options]\n\nPreference training with dynamic β.\n\n"
+        f"{lines}\n\n`beta-dpo COMMAND --help` lists the options of a command."
+    )
 
 
 def summary(command: str) -> str:

@@ -69,13 +69,12 @@ def run(command: str, arguments: list[str]) -> None:
     except Interrupted as stop:
         _leave(f"{stop}: the same command with --ckpt_path last resumes from there.", stop.exit_status)
     except SIGTERMException:
-        _leave(f"stopped by SIGTERM. {go_on(command)}", 143)
-    except KeyboardInterrupt:
-        _leave(f"stopped by Ctrl-C. {go_on(command)}", 130)
-    except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning exits with status 1 on Ctrl-C
-            _leave(f"stopped by Ctrl-C. {go_on(command)}", 130)
-        raise
+        _leave(f"stopped by SIGTERM. {RESUME if command == 'fit' else AGAIN}", 143)
+    except (KeyboardInterrupt, SystemExit) as end:
+        # Lightning exits with status 1 on Ctrl-C
+        if not isinstance(end, KeyboardInterrupt) and not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        _leave(f"stopped by Ctrl-C. {RESUME if command == 'fit' else AGAIN}", 130)
     except BrokenPipeError:
         raise  # for app.main, which says so
     except Exception as error:
@@ -90,11 +89,6 @@ def run(command: str, arguments: list[str]) -> None:
 def _end(*_: object) -> NoReturn:
     """End a small command by an exception, so that it removes what it has half written."""
     raise SIGTERMException
-
-
-def go_on(command: str) -> str:
-    """Return the advice after an interruption."""
-    return RESUME if command == "fit" else AGAIN
 
 
 def _leading_words_as_list(function: Callable[..., None], words: list[str]) -> list[str]:

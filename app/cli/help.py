@@ -62,6 +62,5 @@ def trainer_options() -> list[str]:
     """Return the options of `fit`, `validate`, `test` and `predict` for suggestions, without model and data."""
     names = [f"trainer.{name}" for name in options_of(Trainer)]
     for slot in SLOTS:
-        options = {one: None for kind in slot.kinds for one in options_of(kind)}
-        names += [slot.name, *(f"{slot.name}.{one}" for one in options)]
+        names += [slot.name, *(f"{slot.name}.{one}" for kind in slot.kinds for one in options_of(kind))]
     return ["config", "seed_everything", "model", "data", "trainer", "ckpt_path", *names]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from difflib import get_close_matches
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
@@ -123,16 +123,9 @@ def options_of(kind: type) -> dict[str, Any]:
 def names_at(path: str) -> list[str]:
     """Return the names of the options of the class at an import path; none if there is no such class."""
     try:
-        return list(options_of(class_at(path)))
+        return list(options_of(resolve_name(path)))
     except (ImportError, AttributeError, ValueError):
         return []
-
-
-def class_at(path: str) -> type:
-    """Return the class at an import path."""
-    module, _, name = path.rpartition(".")
-    found: type = getattr(import_module(module), name)
-    return found
 
 
 def suggestion(word: str, known: list[str], dashes: str = "") -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 import torch
 
-from app.cli.options import class_at, names_at, options_of, suggestion
+from app.cli.options import names_at, options_of, suggestion
 from callbacks.slots import BY_NAME
 
 WORDS = {
@@ -146,7 +147,7 @@ def unmet(field: list[str], expected: list[str], subtypes: str, value: str) -> s
     if "class" not in expected:
         return f"expected {' or '.join(dict.fromkeys(expected))}, not {value!r}"
     named = re.search(r"<class '(\w+\.[\w.]+)'>", subtypes)
-    base = class_at(named[1]) if named else BASES.get(field[-1])
+    base = resolve_name(named[1]) if named else BASES.get(field[-1])
     if base is None:
         others = [words for words in dict.fromkeys(expected) if words != "class"]
         return f"{value!r} is no class: give the path of one{''.join(f', or {words}' for words in others)}"

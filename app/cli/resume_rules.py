@@ -69,18 +69,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     return {key: pair for key, pair in found.items() if pair[0] != pair[1]}
 
 
-def refuse_version_0_1(before: Mapping[str, Any]) -> None:
-    """Raise UserError for a configuration of version 0.1, which listed callbacks and had no slots."""
+def compared(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the `differences` of a run's configuration to the checkpoint's.
+
+    Raises UserError if the checkpoint cannot be resumed with one of them, or is of version 0.1, which had no slots.
+    """
     if "checkpoint" not in before:
         raise UserError(
             "--ckpt_path: the checkpoint is of version 0.1, which had a list of callbacks instead of named slots: "
             "finish that run with version 0.1, or start a new run from its exported model (`beta-dpo export`)."
         )
-
-
-def refuse_what_cannot_be_applied(found: Mapping[str, tuple[Any, Any]], now: Mapping[str, Any]) -> None:
-    """Raise UserError for the first difference with which no checkpoint resumes under the configuration `now`."""
-    settings = flattened(now)
+    found, settings = differences(before, now), flattened(now)
     scaled = any(settings.get(key) == value for key, value in IN_UNITS_OF_BETA0.items())
     for key, (old, new) in found.items():
         if any(fnmatchcase(key, pattern) for pattern in REFUSED) or (scaled and key == "model.beta0"):
@@ -88,6 +87,7 @@ def refuse_what_cannot_be_applied(found: Mapping[str, tuple[Any, Any]], now: Map
                 f"--ckpt_path: {key} is {new}, but the run of the checkpoint had {old}, and its state cannot be "
                 f"carried over: {START}."
             )
+    return found
 
 
 def described(found: Mapping[str, tuple[Any, Any]]) -> str:

@@ -15,14 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
-from app.cli.resume_rules import (
-    CONTENTS,
-    START,
-    described,
-    differences,
-    refuse_version_0_1,
-    refuse_what_cannot_be_applied,
-)
+from app.cli.resume_rules import CONTENTS, START, compared, described
 from app.core.errors import UserError
 from app.core.files import folder_hash
 from app.core.log_folder import continue_curves, log_folder
@@ -52,11 +45,7 @@ class RunRecord(SaveConfigCallback):
         """Compare with the run that wrote `checkpoint`. Raises UserError if these settings cannot resume it."""
         self._resumed = checkpoint
         if "config" in checkpoint:
-            before = yaml.safe_load(checkpoint["config"])
-            refuse_version_0_1(before)
-            now = yaml.safe_load(self.text)
-            self._differences = differences(before, now)
-            refuse_what_cannot_be_applied(self._differences, now)
+            self._differences = compared(yaml.safe_load(checkpoint["config"]), yaml.safe_load(self.text))
 
     @property
     def text(self) -> str:

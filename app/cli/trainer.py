@@ -10,6 +10,7 @@ import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from transformers.utils.logging import disable_progress_bar
 
 from app.cli.mistakes import refusing
-from app.cli.options import check_numbers, class_at, reason, set_up_parsing, yaml_fault
+from app.cli.options import check_numbers, reason, set_up_parsing, yaml_fault
 from app.cli.run_record import RunRecord, continue_newest_version, settle_checkpoint
 from app.cli.seed import settled_seed
 from app.cli.slurm import check_processes, slurm_environment
@@ -56,7 +57,7 @@ class BetaDPOCLI(LightningCLI):
         command = self.config["subcommand"]
         options = self.config[command]
         check_numbers(options)
-        refuse_listed([class_at(entry["class_path"]) for entry in as_list(options["trainer"]["callbacks"])])
+        refuse_listed([resolve_name(entry["class_path"]) for entry in as_list(options["trainer"]["callbacks"])])
         options["seed_everything"] = settled_seed(
             options["seed_everything"],
             resumes=command == "fit" and options["ckpt_path"] is not None,

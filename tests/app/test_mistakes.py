@@ -18,7 +18,7 @@ import pytest
 import torch
 from command_runs import command, refusal, write_config
 
-from app.cli.dispatch import go_on
+from app.cli.dispatch import AGAIN, RESUME
 from app.cli.mistakes import plain_sentence
 from app.core.errors import UserError
 from app.core.files import Parts, atomic_file, atomic_folder
@@ -270,25 +270,24 @@ def test_the_cause_is_found_behind_what_was_raised_from_it() -> None:
     )
 
 
-def test_only_fit_has_something_to_go_on_from() -> None:
-    assert "--ckpt_path last" in go_on("fit")
-    assert "--ckpt_path" not in go_on("generate")
-
-
-def test_ctrl_c_in_a_small_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("words", "place", "advice"),
+    [
+        ("judge a b", "commands.judge.aligned", AGAIN),
+        ("fit", "cli.dispatch.run_trainer_command", RESUME),
+    ],
+)
+def test_ctrl_c_says_how_to_resume(
+    words: str, place: str, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*paths: str) -> None:
+    def interrupted(*given: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("app.commands.judge.aligned", interrupted)
+    monkeypatch.setattr(f"app.{place}", interrupted)
     with pytest.raises(SystemExit) as stop:
-        main(["judge", "a.jsonl", "b.jsonl"])
+        main(words.split())
     assert stop.value.code == 130
-    assert (
-        capsys.readouterr().err
-        == "beta-dpo: stopped by Ctrl-C. Give the same command again; what it says it keeps is not done twice.\n"
-    )
+    assert capsys.readouterr().err == f"beta-dpo: stopped by Ctrl-C. {advice}\n"
 
 
 def test_sigterm_leaves_nothing_half_written_by_a_small_command(

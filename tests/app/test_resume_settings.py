@@ -12,7 +12,7 @@ import yaml
 from command_runs import command, fit, write_config
 from tiny_runs import save_tiny_model
 
-from app.cli.resume_rules import differences, refuse_what_cannot_be_applied
+from app.cli.resume_rules import compared, differences
 from app.core.errors import UserError
 
 RUN = Path("runs") / "run"
@@ -93,10 +93,11 @@ def test_what_can_be_applied_applies_and_is_listed(stopped: Path, tmp_path: Path
     ],
 )
 def test_another_beta0_is_refused_where_a_state_is_in_its_units(slot: dict[str, Any]) -> None:
-    found = {"model.beta0": (0.1, 0.2)}
-    refuse_what_cannot_be_applied(found, {"statistics": {"gap_scale": "raw"}})
+    before, now = ({"checkpoint": None, "model": {"beta0": beta0}} for beta0 in (0.1, 0.2))
+    raw = {"statistics": {"gap_scale": "raw"}}
+    assert compared(before | raw, now | raw) == {"model.beta0": (0.1, 0.2)}
     with pytest.raises(UserError, match=r"model\.beta0 is 0\.2, but the run of the checkpoint had 0\.1"):
-        refuse_what_cannot_be_applied(found, slot)
+        compared(before | slot, now | slot)
 
 
 def test_fast_dev_run_leaves_nothing(tiny_llama: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, TQDMProgressBar
 from test_configs import printed
 
-from app.cli.resume_rules import refuse_version_0_1
+from app.cli.resume_rules import compared
 from app.cli.trainer import shipped_configs, slots_as_wholes
 from app.core.errors import UserError
 from app.core.files import CONFIGS
@@ -138,8 +138,8 @@ def test_options_of_slots_work_on_every_recipe(path: Path, capsys: pytest.Captur
 
 def test_version_0_1_is_refused() -> None:
     with pytest.raises(UserError, match=r"of version 0\.1.*finish that run with version 0\.1"):
-        refuse_version_0_1({"trainer": {"callbacks": []}})
-    refuse_version_0_1({"checkpoint": None})
+        compared({"trainer": {"callbacks": []}}, {})
+    assert compared({"checkpoint": None}, {}) == {"checkpoint": (None, "not set")}
 
 
 def test_what_a_run_takes_from_its_slots(tiny_llama: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ import yaml
 from command_runs import ROOT
 from tiny_runs import beta_dpo, controlled, preference, quiet_trainer, save_tiny_model, weights
 
-from app.cli.trainer import class_at
 from callbacks import RunCheckpoint
 from lightning_modules.lora import Lora
 
@@ -32,7 +32,7 @@ def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run(folder: Path, model: str, kind: str, steps: int, resume: Path | None = None) -> Any:
     def optimizer(parameters: Any) -> Any:
-        return class_at(kind)(parameters, **OPTIMIZERS[kind] | {"lr": 2e-3})
+        return resolve_name(kind)(parameters, **OPTIMIZERS[kind] | {"lr": 2e-3})
 
     torch.manual_seed(0)
     module = preference(model, optimizer=optimizer, lora=Lora(r=16, target_modules=["q_proj", "v_proj"]))
