@@ -9,23 +9,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from app.cli.mistakes import checked_command
-from app.commands.export_check import LARGEST, check_equal, described_rounding, sequence_logps
-from app.commands.export_spelling import plain_dialogue_template, spell_for_others
+from app.commands.export_spelling import generation_config, spell_for_others, write_chat_template
 from app.commands.model_card import model_card
 from app.core.errors import UserError
 from app.core.files import atomic_folder
 from app.method.ranges import PositiveFloat
-from datamodules.tokenisation import Tokenisation
-from datamodules.tokenizer import FILE_TEXT, stop_ids
+from datamodules.tokenizer import FILE_TEXT
 from lightning_modules.checkpoint import read_for_export
 from lightning_modules.lora import MOVING, Lora
 from lightning_modules.pretrained import bare_model, load_model, model_identity, parameter_count, quantization
 
 POLICY_PREFIX = "policy.model."
+SEQUENCES, TOKENS = 2, 48
+LARGEST = 2_000_000_000  # parameters; a larger model would take minutes and tens of GB to read back
+TOLERANCE = 2e-3  # nats per token; merged adapters round far less, a lost tie or rotary base changes far more
 
 
 @checked_command
@@ -87,8 +88,7 @@ def write_model(
     model = policy_model(state, base)
     if temperature != 1.0:
         divide_logits(model if state.get("lora") is None else model.get_base_model(), temperature)
-    checked = parameter_count(model) <= LARGEST
-    logps = sequence_logps(model) if checked else None
+    logps = sequence_logps(model) if parameter_count(model) <= LARGEST else None
     notes = [f"its logits are divided by {temperature:g}"] if temperature != 1.0 else []
     if state.get("lora") is not None and not adapter:
         notes += ["merged into the quantised base, dequantised"] if state.get("quantize") else []
@@ -115,13 +115,12 @@ def write_model(
     if logps is None:
         return [*notes, f"not read again, for it has more than {LARGEST:.0e} parameters"]
     del model, weights  # one model at a time, unless an adapter needs its base
-    if not adapter:
-        state.pop("state_dict")
     if adapter:
         from peft import PeftModel
 
         exported: Any = PeftModel.from_pretrained(plain_model(state, base), folder)
     else:
+        state.pop("state_dict")
         exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     check_equal(logps, sequence_logps(exported))
     return [*notes, "read again, it computes what the policy does"]
@@ -232,36 +231,6 @@ def convert(weights: list[nn.Parameter], dtype: torch.dtype) -> None:
                 raise UserError(f"--dtype {str(dtype).removeprefix('torch.')}: a weight is beyond its range.")
 
 
-def write_chat_template(folder: Path, state: dict[str, Any]) -> list[str]:
-    """Write the chat template of plain dialogue if training used that; return notes for the user."""
-    if not any(isinstance(part, dict) and part.get("plain_dialogue") for part in state.values()):
-        return []
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    (folder / "chat_template.jinja").write_text(plain_dialogue_template(tokenizer), encoding="utf-8")
-    replaced = " in place of the tokenizer's own" if tokenizer.chat_template else ""
-    return [f"the chat template is that of the plain dialogue that was trained on{replaced}"]
-
-
-def generation_config(settings: dict[str, Any], tokenizer: Any) -> GenerationConfig:
-    """Return the start model's generation config with the tokenizer's special tokens and stop ids, EOS first.
-
-    The stop ids are EOS, the end-of-turn of the chat template and those of the start model.
-    """
-    ends = stop_ids(tokenizer, Tokenisation(), settings.get("eos_token_id"))
-    ends.sort(key=lambda token: token != tokenizer.eos_token_id)
-    tokens = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    config = GenerationConfig(**settings | tokens)
-    try:
-        config.validate(strict=True)
-    except ValueError:  # transformers refuses to save a temperature without sampling, which is common
-        config.do_sample = True
-    return config
-
-
 def policy_weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the policy's parameters under their names in transformers."""
     return {
@@ -281,3 +250,35 @@ def tokenizer_files(state: dict[str, Any], checkpoint: str) -> dict[str, str]:
     if files is None or any(Path(name).name != name for name in files):
         raise UserError(f"{checkpoint} was not written by beta-dpo: it holds no tokenizer, or a damaged one.")
     return files
+
+
+@torch.no_grad()
+def sequence_logps(model: Any) -> Tensor:
+    """Return log π [2, 47] of the tokens of random sequences, the same sequences for every model of a vocabulary.
+
+    Fewer tokens are used if the model takes fewer positions. Raises UserError if a value is not finite.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None) or TOKENS
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (SEQUENCES, min(TOKENS, longest)), generator=draw)
+    logps = torch.log_softmax(model.eval()(input_ids=ids).logits.float(), dim=-1)[:, :-1]
+    found = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    if not found.isfinite().all():
+        raise UserError("The policy's log-probabilities are not finite: export an earlier checkpoint.")
+    return found
+
+
+def check_equal(policy: Tensor, exported: Tensor) -> None:
+    """Raise UserError unless the two agree up to rounding."""
+    apart = float((policy - exported).abs().max())
+    if not apart <= TOLERANCE:
+        raise UserError(
+            "The export, read again, does not compute what the policy does: log-probabilities differ by up to "
+            f"{apart:.3g} nats per token, so it was removed. Please report the model's family."
+        )
+
+
+def described_rounding(policy: Tensor, rounded: Tensor) -> str:
+    """Return in words how much the rounding to a narrower type changes the log-probabilities."""
+    apart = (policy - rounded).abs()
+    return f"rounding moves log-probabilities by {apart.mean():.2g} nats per token, at most {apart.max():.2g}"

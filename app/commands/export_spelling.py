@@ -1,4 +1,4 @@
-"""The field names by which transformers 4.57 and vLLM read a model of transformers 5, and a chat template."""
+"""What other programs read in an export: field names of transformers 4.57 and vLLM, stop ids, a chat template."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig
+
+from datamodules.tokenisation import Tokenisation
+from datamodules.tokenizer import stop_ids
 
 Fields = dict[str, Any]
 # internal fields that transformers adds when it reads a folder
@@ -33,15 +36,42 @@ def spell_for_others(folder: Path) -> None:
             (folder / name).write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def plain_dialogue_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the chat template that renders a dialogue as training on HH-style text tokenises it.
+def write_chat_template(folder: Path, state: dict[str, Any]) -> list[str]:
+    """Write a chat template if training used plain dialogue; return notes for the user.
 
-    It writes the leading special tokens itself, because the text of a chat template is tokenised without them.
+    It renders a dialogue as training on HH-style text tokenises it, and writes the leading special tokens itself,
+    because the text of a chat template is tokenised without them.
     """
+    if not any(isinstance(part, dict) and part.get("plain_dialogue") for part in state.values()):
+        return []
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ids = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     leading = "".join(tokenizer.convert_ids_to_tokens(ids[: ids.index(plain[0])]))
-    return (f"{{{{- {json.dumps(leading)} }}}}\n" if leading else "") + _PLAIN_DIALOGUE
+    template = (f"{{{{- {json.dumps(leading)} }}}}\n" if leading else "") + _PLAIN_DIALOGUE
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    replaced = " in place of the tokenizer's own" if tokenizer.chat_template else ""
+    return [f"the chat template is that of the plain dialogue that was trained on{replaced}"]
+
+
+def generation_config(settings: dict[str, Any], tokenizer: Any) -> GenerationConfig:
+    """Return the start model's generation config with the tokenizer's special tokens and stop ids, EOS first.
+
+    The stop ids are EOS, the end-of-turn of the chat template and those of the start model.
+    """
+    ends = stop_ids(tokenizer, Tokenisation(), settings.get("eos_token_id"))
+    ends.sort(key=lambda token: token != tokenizer.eos_token_id)
+    tokens = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = GenerationConfig(**settings | tokens)
+    try:
+        config.validate(strict=True)
+    except ValueError:  # transformers refuses to save a temperature without sampling, which is common
+        config.do_sample = True
+    return config
 
 
 def _config(fields: Fields) -> Fields:

@@ -20,7 +20,6 @@ from app.judges import Answer, Judge
 from app.judges.endpoint import Endpoint, EndpointJudge
 from app.judges.verdicts import VerdictFile, verdict_key
 from datamodules.controlled_task import grade
-from datamodules.controlled_task.grammar import Grade
 from datamodules.rewards import RewardModel
 
 HOW_TO_ASK = Endpoint()
@@ -46,21 +45,21 @@ class TrueReward(Reward):
 
     def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
         """Return rewards [n] from 0 to 4.5. Raises UserError if a prompt is not from the controlled task."""
-        return np.array([found.reward for found in self._grades(answers)])
+        return self.describe(answers)["true reward"]
 
     def describe(self, answers: Sequence[Answer]) -> dict[str, np.ndarray]:
-        malformed = [found.malformed for found in self._grades(answers)]
-        return {"true reward": self.rewards(answers), "malformed": np.array(malformed)}
-
-    def _grades(self, answers: Sequence[Answer]) -> list[Grade]:
         try:
-            return [grade(str(row["prompt"]), row["response"]) for row in answers]
+            grades = [grade(str(row["prompt"]), row["response"]) for row in answers]
         except UserError as error:
             raise UserError(
                 "These prompts are not of the controlled task, whose true reward is the default judge: name "
                 "another by --by reward_model --model FOLDER, --by endpoint --model NAME (`judge` alone), or "
                 "--reward NAME; `report` has no other: leave --baseline out."
             ) from error
+        return {
+            "true reward": np.array([found.reward for found in grades]),
+            "malformed": np.array([found.malformed for found in grades]),
+        }
 
 
 class LearnedReward(Reward):

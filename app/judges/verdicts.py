@@ -22,13 +22,13 @@ def verdict_key(*decisive: Any) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-class VerdictFile:
+class VerdictFile(dict[str, dict[str, Any]]):
     """An append-only .jsonl file of verdicts by key; use it within `opened`, which locks out other processes."""
 
     def __init__(self, path: Path):
+        super().__init__()
         self.path = path
         self._lock = Lock()
-        self._known: dict[str, dict[str, Any]] = {}
         self._read()
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 closed by `opened`
 
@@ -43,19 +43,10 @@ class VerdictFile:
             finally:
                 verdicts._file.close()
 
-    def __getitem__(self, key: str) -> dict[str, Any]:
-        return self._known[key]
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._known
-
-    def __len__(self) -> int:
-        return len(self._known)
-
     def add(self, key: str, **fields: Any) -> None:
         """Record a verdict and return once it is on disk. Safe to call from several threads."""
         with self._lock:
-            self._known[key] = fields
+            self[key] = fields
             try:
                 self._file.write(json.dumps({"key": key, **fields}, ensure_ascii=False) + "\n")
                 self._file.flush()
@@ -72,7 +63,7 @@ class VerdictFile:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 fields = json.loads(line, parse_constant=int)  # which refuses NaN and Infinity
-                self._known[fields.pop("key")] = fields
+                self[fields.pop("key")] = fields
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise UserError(f"{self.path}:{number} is not a verdict: correct or remove the line.") from error
         if begun := content[len(whole) :]:

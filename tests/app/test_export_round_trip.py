@@ -18,8 +18,8 @@ from jinja2 import TemplateError
 from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_tiny_model, table_of, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from app.commands.export import export, generation_config
-from app.commands.export_spelling import spell_for_others
+from app.commands.export import export
+from app.commands.export_spelling import generation_config, spell_for_others
 from app.core.errors import UserError
 from datamodules.controlled_task import build_tokenizer, preference_pairs
 from datamodules.sources.prompts import hh_messages
