@@ -1,8 +1,11 @@
-"""How jsonargparse parses a configuration: ranges of numbers, repeated keys, the options of classes."""
+"""How a configuration is parsed: ranges of numbers, repeated keys, the seed, the options of classes."""
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+import secrets
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pkgutil import resolve_name
@@ -14,7 +17,9 @@ from jsonargparse.typing import register_type
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from app.core.errors import UserError, first_line
-from app.method.ranges import FromMinusOne, NonNegativeInt, PositiveFloat, PositiveInt, number_types
+from app.method.ranges import LARGEST_SEED, FromMinusOne, NonNegativeInt, PositiveFloat, PositiveInt, number_types
+
+log = logging.getLogger(__name__)
 
 # options of Lightning's Trainer that it accepts at any value but later ignores or fails on
 TRAINER_RANGES: dict[str, Any] = {
@@ -111,6 +116,44 @@ def numbers(config: Any, key: str = "") -> Iterator[tuple[str, float]]:
     for name, value in named:
         inner = f"{key}[{name}]" if isinstance(config, list) else key if name == "init_args" else f"{key}.{name}"
         yield from numbers(value, inner.removeprefix("."))
+
+
+def settled_seed(seed: bool | int | None, *, resumes: bool = False, nodes: int = 1) -> int:
+    """Return the seed for `seed_everything`: the given number, or a picked one for null and true.
+
+    `resumes` says that the run resumes from a checkpoint, if there is one. A rank that Lightning starts finds the
+    seed of rank 0 in PL_GLOBAL_SEED. Raises UserError for false, for a number out of range, and if a picked seed
+    would differ between processes or after a restart.
+    """
+    if seed is False:
+        raise UserError("seed_everything: every run has a seed; give a number, or null to have one picked.")
+    handed_down = os.environ.get("PL_GLOBAL_SEED")
+    if seed is None or seed is True:
+        if handed_down is None:
+            cure = "give --seed_everything a number"
+            if resumes:
+                raise UserError(
+                    "--ckpt_path needs the seed of the run, or its data and draws would change when it is resumed: "
+                    f"{cure}; a run's config.yaml holds the one that it had."
+                )
+            # torchrun and srun start the processes separately, and each would pick another seed
+            processes = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1"
+            if nodes > 1 or processes != "1":
+                raise UserError(
+                    f"seed_everything: processes that are started apart cannot agree on a picked seed; {cure}."
+                )
+            seed = secrets.randbelow(LARGEST_SEED + 1)
+            log.info("seed_everything: picked %d, which config.yaml in the log folder records", seed)
+        elif handed_down.isdecimal():
+            seed = int(handed_down)
+            # not of a rank that Lightning starts; a second run in one process finds the seed of the first
+            if "LOCAL_RANK" not in os.environ:
+                log.info("seed_everything: %d, from the environment variable PL_GLOBAL_SEED", seed)
+        else:
+            raise UserError(f"The environment variable PL_GLOBAL_SEED is not a number from 0: {handed_down!r}.")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"seed_everything must lie between 0 and {LARGEST_SEED}, not {seed}.")
+    return seed
 
 
 def options_of(kind: type) -> dict[str, Any]:

@@ -24,9 +24,8 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from transformers.utils.logging import disable_progress_bar
 
 from app.cli.mistakes import refusing
-from app.cli.options import check_numbers, reason, set_up_parsing, yaml_fault
+from app.cli.options import check_numbers, reason, set_up_parsing, settled_seed, yaml_fault
 from app.cli.run_record import RunRecord, continue_newest_version, settle_checkpoint
-from app.cli.seed import settled_seed
 from app.cli.slurm import check_processes, slurm_environment
 from app.core.errors import UserError
 from app.core.files import shipped

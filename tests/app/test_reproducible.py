@@ -11,7 +11,7 @@ import pytest
 import yaml
 from command_runs import assert_same_run, command, fresh_command, write_config
 
-from app.cli.seed import settled_seed
+from app.cli.options import settled_seed
 from app.core.errors import UserError
 from app.method.ranges import LARGEST_SEED
 
