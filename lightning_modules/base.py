@@ -182,7 +182,7 @@ class LanguageModelTraining(RecordedTraining):
 
     def check_data(self, model: Any) -> None:
         """Raise UserError if the data has token ids or row lengths beyond the model's embeddings."""
-        if hasattr(self.data, "largest_id"):
+        if self.data is not None:
             refuse_beyond(model, self.data.longest[1], self.data.largest_id, "data.tokenizer", "data.max_length")
 
     @property

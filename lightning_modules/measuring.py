@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from app.method.batch import OptimizerBatch, PackedRows, on_device
 from app.method.epsilon import perturbed_logits
@@ -16,7 +17,6 @@ from app.method.logps import PairLogps, token_kl
 from lightning_modules.lora import without_adapters
 from lightning_modules.ranks import Ranks
 from lightning_modules.scorer import ResponseScorer, response_logps, response_sums, response_tokens, token_logps
-from lightning_modules.sharding import gather_root
 
 SIDES = ("chosen", "rejected")
 CHUNK_TOKENS = 512  # response tokens whose logits [chunk, V] of both models are in memory at a time
@@ -102,14 +102,8 @@ class PairMeasurer:
         reference = self.reference_logps(batch, micro_batches)  # first: the policy's activations stay in memory
         policy = response_logps(self.policy, micro_batches, share, 2, device)
         tokens = response_tokens(micro_batches, share, 2, device)
-        return PairLogps(
-            policy_chosen=policy[:, 0],
-            policy_rejected=policy[:, 1],
-            reference_chosen=None if reference is None else reference[:, 0],
-            reference_rejected=None if reference is None else reference[:, 1],
-            chosen_tokens=tokens[:, 0],
-            rejected_tokens=tokens[:, 1],
-        )
+        fixed = (None, None) if reference is None else reference.unbind(1)
+        return PairLogps(*policy.unbind(1), *fixed, *tokens.unbind(1))
 
     def gather(self, logps: PairLogps, batch: OptimizerBatch) -> PairLogps:
         """Return `logps` of all G pairs of the global batch, detached, on the CPU, equal on every rank.
@@ -137,9 +131,11 @@ class PairMeasurer:
                 attention.enter_context(scorer.as_loaded())
             rows = batch.micro_batches(SIDES, "separate", self.policy.balanced_row, suspects)
             again = vars(self.measure_rows(batch, self.ranks.match(rows)))
-        columns = {name: column for name, column in vars(logps).items() if column is not None}
-        alone = {name: torch.where(spoilt, again[name], column.detach()) for name, column in columns.items()}
-        return PairLogps(**{name: alone.get(name) for name in vars(logps)})  # type: ignore[arg-type]
+        alone: dict[str, Any] = {
+            name: None if column is None else torch.where(spoilt, again[name], column.detach())
+            for name, column in vars(logps).items()
+        }
+        return PairLogps(**alone)
 
 
 # --- what needs the logits of policy and reference together: gaps under perturbation (ε-DPO) and the KL ---------
@@ -203,8 +199,8 @@ def compared_sums(
     """
     hidden = [scorer(rows, hidden_only=True) for scorer in (policy, reference)]
     for scorer in (policy, reference):
-        if isinstance(scorer, ResponseScorer):  # `AdapterOff` uses the policy's root
-            gather_root(scorer)
+        if isinstance(scorer, FSDPModule):  # its embeddings and head; `AdapterOff` uses those of the policy
+            scorer.unshard()
     chunks = [part.split(CHUNK_TOKENS) for part in (*hidden, rows.target_ids)]
     per_token = [
         compare(policy.logits(ours), reference.logits(fixed), targets)

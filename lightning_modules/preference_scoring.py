@@ -60,7 +60,7 @@ class PreferenceScoring(LanguageModelTraining):
         """Return the model `name`, frozen and placed. Raises UserError if it cannot be read or has other tokens."""
         try:
             scorer = self.trainer.precision_plugin.convert_module(self.build_scorer(name, None))
-            if hasattr(self.data, "tokenizer"):
+            if self.data is not None:
                 refuse_other_tokens(name, self.data.tokenizer, self.trust_remote_code)
             return self.place(scorer.eval().requires_grad_(False), frozen=True)  # type: ignore[arg-type]
         except UserError as error:
@@ -130,8 +130,11 @@ class PreferenceScoring(LanguageModelTraining):
         values = {name: column[finite] for name, column in values.items()}
         values |= dict(zip(COUNTED, (finite, ~finite), strict=True))
         for name, column in values.items():
-            kind = SumMetric if name in COUNTED else MeanMetric
-            self._evaluation.setdefault(name, exact(kind)).update(column.double())
+            if name not in self._evaluation:
+                # in float64 on the CPU, and not synchronised, because every rank adds all pairs
+                metric = SumMetric if name in COUNTED else MeanMetric
+                self._evaluation[name] = metric(sync_on_compute=False).set_dtype(torch.float64).cpu()
+            self._evaluation[name].update(column.double())
 
     def on_validation_epoch_end(self) -> None:
         stage = self.trainer.state.stage.dataloader_prefix  # type: ignore[union-attr]  # `val` or `test`
@@ -154,8 +157,3 @@ class PreferenceScoring(LanguageModelTraining):
         columns["chosen_tokens"] = logps.chosen_tokens.long().tolist()
         columns["rejected_tokens"] = logps.rejected_tokens.long().tolist()
         return columns
-
-
-def exact(kind: type[Metric]) -> Metric:
-    """Return a metric in float64 on the CPU that is not synchronised, because every rank adds all pairs."""
-    return kind(sync_on_compute=False).set_dtype(torch.float64).cpu()

@@ -14,12 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    GenerationConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from app.core.errors import UserError
 from app.core.files import folder_hash
@@ -166,13 +161,6 @@ def bare_model(config: Any, **options: Any) -> Any:
 
     The constructor computes the buffers, so those that no checkpoint holds are correct.
     """
-    with parameters_on_meta():
-        return AutoModelForCausalLM.from_config(config, **options)
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Put every parameter that a module registers within the block on the meta device."""
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.is_meta:
@@ -181,7 +169,7 @@ def parameters_on_meta() -> Iterator[None]:
 
     hook = register_module_parameter_registration_hook(to_meta)
     try:
-        yield
+        return AutoModelForCausalLM.from_config(config, **options)
     finally:
         hook.remove()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +14,6 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from app.core.errors import UserError
@@ -84,21 +83,30 @@ class RecordedTraining(LightningModule):
             count_batches_of(checkpoint["loops"]["fit_loop"], self.data.batch_size)
 
     def on_train_start(self) -> None:
-        """Replace the restored settings of optimizer and schedule by those of this run's configuration."""
+        """Replace the restored settings of optimizer and schedule by those of this run's configuration.
+
+        A restored state silently contains the learning rate and all other hyperparameters of the earlier run. Here
+        the schedule of a new optimizer takes the steps that were done: the same settings give the same values bit
+        for bit, and changed settings apply from now on with the schedule at its position.
+        """
         self._step_ended = time.perf_counter()
         if self.trainer.ckpt_path is None:
-            if hasattr(self.data, "tell_pairs_seen"):
+            if self.data is not None:
                 self.data.tell_pairs_seen()
             return
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        assert isinstance(optimizer, LightningOptimizer)
-        apply_settings(
-            optimizer.optimizer,
-            schedule if isinstance(schedule, LRScheduler) else None,
-            self.make_optimizer,
-            self.make_lr_scheduler,
-            self.trainer.global_step,
-        )
+        wrapped, restored = self.optimizers(), self.lr_schedulers()
+        assert isinstance(wrapped, LightningOptimizer)
+        groups = wrapped.optimizer.param_groups
+        fresh = self.make_optimizer([parameter for group in groups for parameter in group["params"]])
+        replayed: Any = None if self.make_lr_scheduler is None else self.make_lr_scheduler(fresh)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that the optimizer took no steps
+            for _ in range(0 if replayed is None else self.trainer.global_step):
+                replayed.step()
+        for group, asked in zip(groups, fresh.param_groups, strict=True):
+            group.update({name: value for name, value in asked.items() if name != "params"})
+        if isinstance(restored, LRScheduler):
+            restored.load_state_dict(replayed.state_dict())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # `beta-dpo export` rebuilds the model from these, without the run's configuration
@@ -109,31 +117,6 @@ class RecordedTraining(LightningModule):
         named = self.policy.model.base_dtype
         checkpoint["base_dtype"] = None if named is None else str(named).removeprefix("torch.")
         checkpoint["generation_config"] = self.policy.model.generation_config.to_json_string()
-
-
-def apply_settings(
-    optimizer: Optimizer,
-    schedule: LRScheduler | None,
-    make_optimizer: Callable[[list[Any]], Optimizer],
-    make_schedule: Callable[[Optimizer], Any] | None,
-    steps: int,
-) -> None:
-    """Give the restored `optimizer` and `schedule` the current settings, as they would be after `steps` steps.
-
-    A restored state silently contains the learning rate and all other hyperparameters of the earlier run. Here the
-    schedule of a new optimizer takes `steps` steps: the same settings give the same values bit for bit, and changed
-    settings apply from now on with the schedule at its position.
-    """
-    fresh = make_optimizer([parameter for group in optimizer.param_groups for parameter in group["params"]])
-    replayed = None if make_schedule is None else make_schedule(fresh)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that the optimizer took no steps
-        for _ in range(steps if replayed is not None else 0):
-            replayed.step()  # type: ignore[union-attr]
-    for group, asked in zip(optimizer.param_groups, fresh.param_groups, strict=True):
-        group.update({name: value for name, value in asked.items() if name != "params"})
-    if schedule is not None and replayed is not None:
-        schedule.load_state_dict(replayed.state_dict())
 
 
 def count_batches_of(fit_loop: dict[str, Any], batch_size: int) -> None:

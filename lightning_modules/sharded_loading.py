@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -38,7 +38,7 @@ def weight_files(name: str) -> dict[str, Path]:
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
-        except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        except (OSError, HFValidationError) as error:
             raise UserError(f"model.name: the weights of {name!r} cannot be fetched from the Hub.") from error
     files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):

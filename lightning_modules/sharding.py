@@ -59,15 +59,6 @@ def shard(
         block.set_modules_to_backward_prefetch(blocks[max(0, number - prefetch_blocks) : number][::-1])
 
 
-def gather_root(scorer: nn.Module) -> None:
-    """Gather the FSDP2 root group (embeddings, head), for use outside `forward`; do nothing without FSDP2.
-
-    After a forward pass FSDP2 keeps it gathered anyway, until the next backward pass or `leave_gathered`.
-    """
-    if isinstance(scorer, FSDPModule):
-        scorer.unshard()
-
-
 def leave_gathered(scorer: nn.Module) -> None:
     """Free gathered weights, which FSDP2 keeps after a forward pass without a backward pass, before an update.
 
@@ -146,7 +137,11 @@ def split_plan(model: Any, size: int) -> dict[str, str]:
         )
     modules = dict(model.named_modules())
     others = rules.keys() - {named[name] for name in plan}
-    others |= {named[name] for name, style in plan.items() if not _understood(modules[name], style)}
+    others |= {
+        named[name]
+        for name, style in plan.items()
+        if not (isinstance(modules[name], nn.Linear) if style in _SPLIT else style == SUMMED)
+    }
     if others:
         raise UserError(
             f"trainer.strategy: the tensor-parallel plan of {kind} models splits more than linear layers "
@@ -191,7 +186,3 @@ def keep_local_part(model: Any, size: int, styles: Collection[str] = tuple(_SPLI
             if parameter.ndim > dimension:  # a layer split along its inputs keeps its whole bias
                 part = parameter.detach().narrow(dimension, 0, parameter.shape[dimension] // size)
                 setattr(module, own, nn.Parameter(part.clone()))
-
-
-def _understood(module: nn.Module, style: str) -> bool:
-    return isinstance(module, nn.Linear) if style in _SPLIT else style == SUMMED

@@ -28,6 +28,20 @@ STRATEGIES = (
     "(configs/strategy/fsdp.yaml)"
 )
 OWN_UPDATE = "the stages update the weights by themselves: take it out"
+# options of the trainer: the value that asks for nothing, and why any other is refused
+UNUSABLE: dict[str, tuple[object, str]] = {
+    "accumulate_grad_batches": (
+        1,
+        "has no place here: data.batch_size is the number of pairs per optimizer step, and data.micro_batch_tokens "
+        "splits it to fit memory",
+    ),
+    "gradient_clip_val": (None, "has no effect here: set model.max_grad_norm instead"),
+    "overfit_batches": (
+        0.0,
+        "has no effect here, every epoch takes other batches: set data.path to a file of as few pairs",
+    ),
+    "reload_dataloaders_every_n_epochs": (0, "would repeat the order of the first epoch: take it out"),
+}
 UNSUITABLE: dict[type, str] = {
     lightning_callbacks.GradientAccumulationScheduler: "data.batch_size is the number of pairs per optimizer step, "
     "and data.micro_batch_tokens splits it: take it out",
@@ -67,22 +81,9 @@ def check_start(
     strategy, precision = trainer.strategy, str(trainer.precision)
     sharded = isinstance(strategy, ShardedStrategy)
     refuse_strategy(strategy)
-    if trainer.accumulate_grad_batches != 1:
-        raise UserError(
-            "trainer.accumulate_grad_batches has no place here: data.batch_size is the number of pairs per "
-            "optimizer step, and data.micro_batch_tokens splits it to fit memory."
-        )
-    if trainer.gradient_clip_val is not None:
-        raise UserError("trainer.gradient_clip_val has no effect here: set model.max_grad_norm instead.")
-    if trainer.overfit_batches:  # type: ignore[attr-defined]
-        raise UserError(
-            "trainer.overfit_batches has no effect here, every epoch takes other batches: set data.path to a file "
-            "of as few pairs."
-        )
-    if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
-        raise UserError(
-            "trainer.reload_dataloaders_every_n_epochs would repeat the order of the first epoch: take it out."
-        )
+    for option, (unused, cure) in UNUSABLE.items():
+        if getattr(trainer, option) != unused:
+            raise UserError(f"trainer.{option} {cure}.")
     if precision not in ("32-true", "64-true", "bf16-mixed"):
         raise UserError(
             f"trainer.precision {precision} loses log-probabilities (overflow, or rotary positions in half "
