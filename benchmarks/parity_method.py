@@ -1,8 +1,13 @@
-"""Comparison of the β-DPO steps of a real run with NumPy, with plain PyTorch and with this project's default."""
+"""Comparison of the β-DPO steps of a real run with NumPy, with plain PyTorch and with this project's default.
+
+The NumPy functions compute β-DPO in float64 as the authors' released code does, from its description. They share no
+code with `app.method`, so agreement is evidence. The result is NaN where the released code would crash.
+"""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,18 +17,67 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.authors_semantics import (
-    AuthorsStatistics,
-    batch_beta,
-    dpo_loss,
-    micro_batch_betas,
-    number_kept,
-    selection_probabilities,
-)
 from benchmarks.parity_runs import ALPHA, BETA0, KEEP_RATIO, LEARNING_RATE, MAX_GRAD_NORM, Bench, Run, token_ids
 
 STEPS, BATCH_SIZE = 24, 16
 SHOWN = (1, 2, 10)  # steps in the table of `differences`
+Floats = NDArray[np.float64]
+
+
+@dataclass
+class AuthorsStatistics:
+    """M0 and σ as exponential averages that start at zero, without bias correction, used after the update."""
+
+    momentum: float = 0.9
+    mean: float = 0.0
+    std: float = 0.0
+
+    def update(self, gaps: Floats) -> None:
+        """Update with the gaps [n] of a batch; a batch of one pair makes σ NaN from then on, like the authors'."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            spread = np.sqrt(np.sum((gaps - gaps.mean()) ** 2) / np.float64(len(gaps) - 1))
+        self.mean = self.momentum * self.mean + (1 - self.momentum) * float(gaps.mean())
+        self.std = self.momentum * self.std + (1 - self.momentum) * float(spread)
+
+
+def selection_probabilities(gaps: Floats, mean: float, std: float) -> Floats:
+    """Return the normalised normal densities of the gaps [n]; NaN if σ is 0 or every density underflows."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        density = np.exp(-0.5 * ((gaps - mean) / np.float64(std)) ** 2) / (np.float64(std) * np.sqrt(2 * np.pi))
+        return density / density.sum()
+
+
+def number_kept(n: int, keep_ratio: float) -> int:
+    """Return ⌊n·ρ⌋, which is 0 for a very small batch."""
+    return int(n * keep_ratio)
+
+
+def batch_beta(beta0: float, alpha: float, kept_gaps: Floats, mean: float, floor: float = 1e-3) -> float:
+    """Return β0·(1 + α·(mean gap of the kept pairs − M0)), but at least `floor`."""
+    return max(floor, beta0 * (1 + alpha * (float(kept_gaps.mean()) - mean)))
+
+
+def dpo_loss(kept_gaps: Floats, beta: float) -> float:
+    """Return the mean of −log σ(β·h) over the kept pairs."""
+    return float(np.logaddexp(0.0, -beta * kept_gaps).mean())
+
+
+def micro_batch_betas(statistics: AuthorsStatistics, gaps: Floats, size: int, rng: np.random.Generator) -> Floats:
+    """Return the β of every micro-batch of `size` pairs if each in turn selects its own pairs and its own β.
+
+    NaN if the released code would stop because it has no selection probabilities.
+    """
+    betas = []
+    for start in range(0, len(gaps), size):
+        part = gaps[start : start + size]
+        statistics.update(part)
+        p = selection_probabilities(part, statistics.mean, statistics.std)
+        if np.isfinite(p).all():
+            kept = rng.choice(len(part), number_kept(len(part), KEEP_RATIO), replace=False, p=p)
+            betas.append(batch_beta(BETA0, ALPHA, part[kept], statistics.mean))
+        else:
+            betas.append(np.nan)
+    return np.array(betas)
 
 
 def step_differences(run: Run) -> dict[str, float]:
@@ -54,7 +108,7 @@ def step_differences(run: Run) -> dict[str, float]:
     return {name: float(np.max([abs(each[name]) for each in apart])) for name in apart[0]}
 
 
-def replay(bench: Bench, run: Run) -> tuple[list[NDArray[np.float64]], dict[str, Tensor]]:
+def replay(bench: Bench, run: Run) -> tuple[list[Floats], dict[str, Tensor]]:
     """Train again in plain PyTorch with the kept pairs and β of every step; return gaps per step and parameters.
 
     The replay uses Transformers' own forward pass with one padded row per response, log_softmax and AdamW, and no
@@ -100,7 +154,7 @@ def differences(authors: Run, default: Run) -> list[list[str]]:
     """
     statistics, rng, rows = AuthorsStatistics(), np.random.default_rng(0), []
 
-    def add(setting: str, gaps: NDArray[np.float64], moments: Any, beta: str, kept: object) -> None:
+    def add(setting: str, gaps: Floats, moments: Any, beta: str, kept: object) -> None:
         figures = (f"{each:.4f}" for each in (gaps.mean(), moments.mean, moments.std))
         rows.append([str(number), setting, *figures, beta, str(kept)])
 

@@ -66,14 +66,12 @@ def step_operations(
     return fixed + forward_operations(policy, tokens, response_tokens) * (1 + 2 * kept_fraction)
 
 
+@cache  # so that an unknown GPU is logged once
 def peak_operations(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the peak FLOP/s of a known GPU in `dtype`; None for any other device or dtype."""
-    return peak_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
-
-
-@cache  # so that an unknown GPU is logged once
-def peak_of(name: str, dtype: torch.dtype) -> float | None:
-    """Return `peak_operations` of the GPU that the driver calls `name`."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
     if dtype == torch.bfloat16 and name in DENSE_BFLOAT16:
         return 1e12 * DENSE_BFLOAT16[name]
     log.info("no train/mfu: the peak of %s in %s is not in lightning_modules/flops.py", name, dtype)

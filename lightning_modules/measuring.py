@@ -67,18 +67,6 @@ class PairMeasurer:
         """Return the models, the policy first."""
         return (self.policy, self.reference) if isinstance(self.reference, ResponseScorer) else (self.policy,)
 
-    @torch.no_grad()
-    def reference_logps(self, batch: OptimizerBatch, rows: Sequence[PackedRows]) -> Tensor | None:
-        """Return the reference's values [B, 2] float64 of the share's pairs; None for a loss without a reference.
-
-        A model scores the pairs in `rows` alone, and the others get zeros.
-        """
-        if self.stored is not None:
-            return on_device(self.stored(batch.pair_keys.numpy()), self.ranks.device)
-        if self.reference is None:
-            return None
-        return response_logps(self.reference, rows, len(batch.positions), 2, self.ranks.device)
-
     def rows(self, batch: OptimizerBatch, pairs: Sequence[int] | None = None) -> list[PackedRows]:
         """Return this rank's rows of `pairs` (indices into its share; None: all), the same number on every rank."""
         return self.ranks.match(self.policy.pack(batch, SIDES, pairs))
@@ -99,10 +87,14 @@ class PairMeasurer:
     def measure_rows(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> PairLogps:
         """Return the log-probabilities of the pairs in the rows; other pairs of the share get zeros."""
         share, device = len(batch.positions), self.ranks.device
-        reference = self.reference_logps(batch, micro_batches)  # first: the policy's activations stay in memory
+        fixed: Sequence[Tensor | None] = (None, None)  # for a loss without a reference
+        if self.stored is not None:
+            fixed = on_device(self.stored(batch.pair_keys.numpy()), device).unbind(1)
+        elif self.reference is not None:
+            with torch.no_grad():  # before the policy, whose activations stay in memory
+                fixed = response_logps(self.reference, micro_batches, share, 2, device).unbind(1)
         policy = response_logps(self.policy, micro_batches, share, 2, device)
         tokens = response_tokens(micro_batches, share, 2, device)
-        fixed = (None, None) if reference is None else reference.unbind(1)
         return PairLogps(*policy.unbind(1), *fixed, *tokens.unbind(1))
 
     def gather(self, logps: PairLogps, batch: OptimizerBatch) -> PairLogps:
@@ -185,13 +177,13 @@ def response_table(
     table = torch.zeros(size, len(batch.pair_ids), 2, dtype=torch.float64, device=ranks.device)
     positions = on_device(batch.positions, ranks.device)
     for rows in measurer.rows(batch, here):
-        sums = compared_sums(policy, reference, rows, compare, size)
+        sums = compared_sums(policy, reference, rows, compare)
         table[:, positions[rows.pairs]] = sums.view(size, -1, 2)
     return ranks.reduce(table, "sum").masked_fill(~eligible[:, None], torch.nan)
 
 
 def compared_sums(
-    policy: ResponseScorer, reference: ResponseScorer | AdapterOff, rows: PackedRows, compare: Comparison, size: int
+    policy: ResponseScorer, reference: ResponseScorer | AdapterOff, rows: PackedRows, compare: Comparison
 ) -> Tensor:
     """Return `compare` summed over each of the S responses, [K, S] float64.
 

@@ -33,15 +33,6 @@ class Activations:
     block_input: float  # kept per block under gradient checkpointing; the head's input has the same size
     blocks: int
 
-    def kept(self, checkpointed: bool) -> float:
-        """Return the peak in bytes per token.
-
-        The peak is at the start of the backward pass or, with `checkpointed`, while a block is recomputed.
-        """
-        if checkpointed:
-            return self.outside + (self.blocks + 1) * self.block_input + self.largest_block
-        return self.outside + self.block_input + self.all_blocks
-
 
 def activations(config: Any, dtype: torch.dtype, autocast: bool, split: int = 1) -> Activations:
     """Measure the decoder without its head by running it on fake tensors.
@@ -212,7 +203,7 @@ class MemoryPlan:
 
     def moments(self, tokens: int) -> dict[str, dict[str, int]]:
         """Return the bytes held at each candidate for the peak, with micro-batches of `tokens` tokens."""
-        weights, trained, setup = self.sizes.weights, self.sizes.trained, self.setup
+        weights, trained, setup, made = self.sizes.weights, self.sizes.trained, self.setup, self.activations
         sharded = setup.kind == "sharded"
         compute = setup.compute_bytes
         share = WEIGHT * trained.all // setup.shards
@@ -226,9 +217,10 @@ class MemoryPlan:
         blocks *= sharded
         # in the worst case all tokens are in one row
         masks = setup.dense_mask * tokens**2 or mask_bytes(tokens) * (setup.device == "cuda")
-        kept = int(self.activations.kept(setup.checkpointed) * tokens) + masks
-        # gradients of the running block's activations
-        working = int(self.activations.largest_block * tokens / 2)
+        # the peak is at the start of the backward pass or, with checkpoints, while a block is recomputed
+        blocks_kept = made.blocks * made.block_input + made.largest_block if setup.checkpointed else made.all_blocks
+        kept = int((made.outside + made.block_input + blocks_kept) * tokens) + masks
+        working = int(made.largest_block * tokens / 2)  # gradients of the running block's activations
         head_gradient = (compute if sharded else WEIGHT) * trained.head
         layer = compute * self.sizes.dequantized
         moments = {

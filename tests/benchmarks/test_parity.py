@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import authors_semantics, parity, parity_method
+from benchmarks import parity, parity_method
 from benchmarks.parity_runs import Bench, Run, fit
 
 
@@ -28,7 +28,7 @@ def authors(bench: Bench) -> Run:
 
 
 def test_numpy_statistics_by_hand() -> None:
-    statistics = authors_semantics.AuthorsStatistics()
+    statistics = parity_method.AuthorsStatistics()
     statistics.update(np.arange(1.0, 6.0))
     assert (statistics.mean, statistics.std) == pytest.approx((0.3, 0.1581139))
     statistics.update(np.arange(3.0, 8.0))
@@ -37,23 +37,23 @@ def test_numpy_statistics_by_hand() -> None:
 
 def test_numpy_step_by_hand() -> None:
     gaps = np.array([2.0, -1.5, 1.0, 2.0])
-    statistics = authors_semantics.AuthorsStatistics(mean=1.0, std=2.0)
+    statistics = parity_method.AuthorsStatistics(mean=1.0, std=2.0)
     statistics.update(gaps)
     assert (statistics.mean, statistics.std) == pytest.approx((0.9875, 1.9652020))
-    weights = authors_semantics.selection_probabilities(gaps, statistics.mean, statistics.std)
+    weights = parity_method.selection_probabilities(gaps, statistics.mean, statistics.std)
     assert weights / weights[2] * 0.9999798 == pytest.approx([0.8757078, 0.4488390, 0.9999798, 0.8757078])
     kept = gaps[[0, 2, 3]]
-    beta = authors_semantics.batch_beta(0.1, 0.6, kept, statistics.mean)
+    beta = parity_method.batch_beta(0.1, 0.6, kept, statistics.mean)
     assert beta == pytest.approx(0.14075)
-    assert authors_semantics.dpo_loss(kept, beta) == pytest.approx(0.5832621)
-    assert authors_semantics.batch_beta(0.1, 0.6, kept - 30, statistics.mean) == 1e-3
+    assert parity_method.dpo_loss(kept, beta) == pytest.approx(0.5832621)
+    assert parity_method.batch_beta(0.1, 0.6, kept - 30, statistics.mean) == 1e-3
 
 
 def test_numpy_has_no_number_where_the_released_code_stops() -> None:
-    statistics = authors_semantics.AuthorsStatistics()
+    statistics = parity_method.AuthorsStatistics()
     statistics.update(np.zeros(8))
-    assert np.isnan(authors_semantics.selection_probabilities(np.zeros(8), 0.0, statistics.std)).all()
-    assert np.isnan(authors_semantics.selection_probabilities(np.full(8, 50.0), 0.0, 0.1)).all()
+    assert np.isnan(parity_method.selection_probabilities(np.zeros(8), 0.0, statistics.std)).all()
+    assert np.isnan(parity_method.selection_probabilities(np.full(8, 50.0), 0.0, 0.1)).all()
     statistics.update(np.ones(1))
     assert np.isnan(statistics.std)
 

@@ -12,7 +12,7 @@ from tiny_runs import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.packing import pack
-from lightning_modules.flops import forward_operations, peak_of, peak_operations, step_operations
+from lightning_modules.flops import forward_operations, peak_operations, step_operations
 from lightning_modules.scorer import ResponseScorer
 
 
@@ -41,13 +41,16 @@ def test_the_peak_of_a_cpu_is_not_known() -> None:
     assert peak_operations(torch.device("cpu"), torch.float32) is None
 
 
-def test_the_peak_of_a_gpu_is_the_dense_one_of_its_datasheet(caplog: pytest.LogCaptureFixture) -> None:
-    assert peak_of("NVIDIA H100 80GB HBM3", torch.bfloat16) == 989.5e12
-    assert peak_of("NVIDIA H100 NVL", torch.bfloat16) == 835.5e12
-    assert peak_of("NVIDIA H200", torch.bfloat16) == 989.5e12
-    assert peak_of("NVIDIA B200", torch.bfloat16) == 2250e12
+def test_the_peak_of_a_gpu_is_the_dense_one_of_its_datasheet(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = {"H100 80GB HBM3": 989.5e12, "H100 NVL": 835.5e12, "H200": 989.5e12, "B200": 2250e12, "Z1000": None}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA {list(peaks)[device.index]}")
+    peak_operations.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
-            assert peak_of("NVIDIA Z1000", torch.bfloat16) is None
+            found = [peak_operations(torch.device("cuda", number), torch.bfloat16) for number in range(len(peaks))]
+            assert found == list(peaks.values())
+    peak_operations.cache_clear()
     (said,) = caplog.messages
     assert "NVIDIA Z1000" in said
