@@ -41,24 +41,18 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def widened_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return `left` [N, K] @ `right` [K, M] in float32 (float64 for float64 inputs), without gradient.
-
-    A GPU accumulates half-precision products in float32 and can return the float32 sums; elsewhere the sums are
-    rounded to half precision first.
-    """
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return at_least_float32(left @ right)
-
-
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule) -> Tensor:
     """Return logits [N, V] of `hidden` [N, width] in float32 (float64 for float64 inputs), without gradient.
 
     The product is computed in the dtype of `hidden`, not of autocast: on CUDA a backward pass runs in a thread of
     its own, which does not know the dtype of autocast.
     """
-    logits = widened_product(hidden, weight.to(hidden.dtype).t())
+    columns = weight.to(hidden.dtype).t()
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+        # a GPU accumulates in float32 and can return these sums; elsewhere they are rounded to half precision
+        logits = torch.mm(hidden, columns, out_dtype=torch.float32)
+    else:
+        logits = at_least_float32(hidden @ columns)
     if bias is not None:
         logits += bias
     return rule.apply_(logits)

@@ -155,11 +155,7 @@ def reference_kl(measurer: PairMeasurer, batch: OptimizerBatch, eligible: Tensor
     of the data (TDPO's sequential KL, arXiv 2404.11999, in the direction of RLHF's penalty). Pairs that are not
     `eligible` get NaN. The cost is that of `response_table`.
     """
-
-    def kl(logits: Tensor, fixed: Tensor, targets: Tensor) -> Tensor:
-        return token_kl(logits, fixed)[None]
-
-    return response_table(measurer, batch, eligible, kl, 1)[0].T
+    return response_table(measurer, batch, eligible, lambda ours, fixed, _: token_kl(ours, fixed)[None], 1)[0].T
 
 
 @torch.no_grad()
