@@ -33,6 +33,7 @@ from datamodules.sources.registry import markdown_table
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parent / "runs" / "quickstart" / "beta_dpo"
+KEY_HEIGHT = 38  # pixels of a key with two lines
 BETA0, PAIRS, KEPT = 0.1, 64, 51  # the batch of the paper's recipe at ρ = 0.8
 
 
@@ -126,8 +127,9 @@ def draw_quickstart(folder: Path) -> Any:
     panels = [band(run, 0)[0].picture, beta([run])[0].picture, found + rule(float(wrong.mean()), "among all pairs")]
     titles = (
         "1  each step measures the reward gaps",
-        "2  β follows the gap of the pairs kept",
-        "3  the audit names the mislabelled pairs",
+        # as high as the title above the first panel's key
+        alt.TitleParams("2  β follows the gap of the pairs kept", offset=KEY_HEIGHT),
+        alt.TitleParams("3  the audit names the mislabelled pairs", offset=KEY_HEIGHT),
     )
     return side_by_side(panels, titles, columns=3, width=320)
 

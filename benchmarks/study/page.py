@@ -127,7 +127,8 @@ def verdicts(questions: Sequence[Question], table: pd.DataFrame) -> str:
     first = f"{winners} tuned static β (compared there: {', '.join(both)})."
     if not both:
         first = "Whether anything beats tuned static β on both tasks is not known yet."
-    done = int(((table.phase == JUDGED) & (table.task != "real")).sum())
+    judged = table[(table.phase == JUDGED) & (table.task != "real")]
+    done = len(set(runs_of(judged)))  # a run may have a row for each of several processors
     wanted = sum(judged for _, _, judged in sizes())
     compared, asked = (sum(len(each.comparisons) for each in some) for some in (questions, plan()))
     rows = [
