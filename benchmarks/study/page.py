@@ -242,10 +242,10 @@ def real_model(table: pd.DataFrame) -> str:
     shares = (f"{percent} %: {signal}" for percent in real_pairs.SHARES for signal in real_pairs.SIGNALS)
     header = ["pairs", "flip rate", "arm", "seeds", "dropped: flipped − clean", "accuracy held out", *shares]
     told = (
-        "SmolLM2-135M-Instruct, two epochs of 160 pairs of Anthropic-HH (harmless) and of PandaLM's people, of at "
-        "most 350 characters; 96 held out, without flips. The last columns are the share of flipped pairs in the "
-        "most suspicious 5 and 10 %, by the audit's gaps, by the untrained model's margin, and by length in the "
-        "better direction."
+        "SmolLM2-135M-Instruct, two epochs of 160 pairs of Anthropic-HH (harmless; at most 350 characters) and of "
+        "PandaLM's people (450); 96 pairs of other prompts held out, without flips. The last columns are the share "
+        "of flipped pairs in the most suspicious 5 and 10 %, by the audit's gaps, by the untrained model's margin, "
+        "and by length in the better direction."
     )
     return "\n\n".join(["## A real model on pairs of people", told, markdown(header, rows)])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,8 @@ def main(words: Sequence[str] | None = None) -> None:
     train = pairs[: options.count]
     prompts = {str(pair.prompt) for pair in train}
     held_out = [pair for pair in pairs[options.count :] if str(pair.prompt) not in prompts][: options.held_out]
+    if len(train) < options.count or not held_out:
+        sys.exit(f"{options.file} has {len(pairs)} pairs of at most {options.longest} characters: raise --longest")
     flips = draws.permutation(len(train)) < round(options.flip_rate * len(train))
     write(options.folder / "train.jsonl", train, flips)
     write(options.folder / "held_out.jsonl", held_out, np.zeros(len(held_out), bool))
@@ -53,13 +56,18 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def drawn(file: str, longest: int, draws: np.random.Generator) -> list[PreferencePair]:
-    """Return the distinct pairs of at most `longest` characters in a drawn order; unreadable rows are counted."""
+    """Return the distinct pairs of at most `longest` characters in a drawn order, those of a prompt together.
+
+    Unreadable rows are counted.
+    """
     found: dict[tuple[str, frozenset[str | None]], PreferencePair] = {}
     for pair in pair_stream(Source(file), "skip", need_rejected=True):
         if len(f"{pair.prompt}{pair.chosen}{pair.rejected}") <= longest:
             found.setdefault((str(pair.prompt), frozenset((pair.chosen, pair.rejected))), pair)
     pairs = list(found.values())
-    return [pairs[place] for place in draws.permutation(len(pairs))]
+    order = [pairs[place] for place in draws.permutation(len(pairs))]
+    prompts = {prompt: place for place, prompt in enumerate(dict.fromkeys(str(pair.prompt) for pair in order))}
+    return sorted(order, key=lambda pair: prompts[str(pair.prompt)])
 
 
 def write(path: Path, pairs: Sequence[PreferencePair], flips: np.ndarray) -> None:

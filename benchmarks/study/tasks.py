@@ -34,6 +34,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 RANKS = {"high": "[[1, 4]]", "low": "[[2, 3]]", "mixed": "[[1, 4], [2, 3]]"}
 # pairs of people
 PAIR_FILES = {"hh": "hh_harmless_base_test.jsonl.gz", "pandalm": "pandalm_human_pairs.jsonl.gz"}
+LONGEST = {"hh": "350", "pandalm": "450"}  # characters; PandaLM has several pairs a prompt, so fewer to hold out
 LOSSES: dict[str, tuple[str, ...]] = {
     "sigmoid": (),
     "ipo": ("--model.loss", "IPOLoss"),
@@ -290,7 +291,7 @@ class RealPairs(Task):
 
     def train(self, run: Run) -> list[Command]:
         folder = self.pairs(run)
-        words = ("--seed", str(run.seed), "--flip_rate", f"{run.flip_rate:g}")
+        words = ("--seed", str(run.seed), "--flip_rate", f"{run.flip_rate:g}", "--longest", LONGEST[run.data])
         return [
             ["real_pairs", str(self.source(run.data)), str(folder), *words],
             run.fit(
