@@ -36,6 +36,16 @@ def test_a_share_of_the_labels_is_flipped_and_held_out_prompts_are_others(tmp_pa
     assert len({(row["prompt"], frozenset((row["chosen"], row["rejected"]))) for row in train + held_out}) == 22
 
 
+def test_prompts_with_many_pairs_leave_others_to_hold_out(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q {n % 4}", "chosen": f"yes {n}", "rejected": "no"} for n in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [str(tmp_path / "pairs.jsonl"), str(tmp_path / "out"), "--count"]
+    main([*words, "15"])
+    assert len(lines(tmp_path / "out" / "held_out.jsonl")) == 20  # the other two prompts
+    with pytest.raises(SystemExit, match="has 40 pairs of at most 350 characters: raise --longest"):
+        main([*words, "31"])
+
+
 def test_the_most_suspicious_pairs_by_each_signal(tmp_path: Path) -> None:
     """Twenty pairs, the first two flipped: the gaps know both, the untrained model one, length none."""
     ids = [f"p{n}" for n in range(20)]
