@@ -91,7 +91,7 @@ def test_a_slot_is_emptied_before_a_later_file(tmp_path: Path) -> None:
     file.write_text("filter: {by: head}\nschedule: null\nmodel: {}\n")
     before = ["--config", '{"filter": null}']
     assert slots_as_wholes(["fit", "--config", str(file)]) == ["fit", *before, "--config", str(file)]
-    for words in (["--config", "nowhere.yaml"], ["--config", "{"], ["--filter", "{by: head}"], ["--config"]):
+    for words in (["--config", "nowhere.yaml"], ["--filter", "{by: head}"], ["--config"]):
         assert slots_as_wholes(["fit", *words]) == ["fit", *words]
 
 
