@@ -15,7 +15,7 @@ from app.core.files import atomic_file
 from app.core.intervals import Estimate
 from app.report.plot import DASHES, Interval, Line, axis, intervals, lines, run_colour, side_by_side, svg
 from benchmarks.study import real_pairs
-from benchmarks.study.questions import MEASURES, Cell, Comparison, Question, Rows, plan, quickstarts, sizes
+from benchmarks.study.questions import MEASURES, Cell, Comparison, Question, Rows, plan, quickstarts, real, sizes
 from benchmarks.study.runs import KEY, path_of, runs_of, with_measures
 from benchmarks.study.tasks import JUDGED, TASKS, TUNING, Run
 from benchmarks.study.verdicts import Difference
@@ -94,7 +94,7 @@ Of all {len(runs)} runs, {reordered} with sums rounded in another order, the wor
 def over_seeds(values: pd.Series, sign: str = "") -> str:
     """Return the mean of `values`, one per seed, with Student's t interval at 95 %; without it if all are equal."""
     if values.nunique() == 1:
-        return f"{values.iloc[0]:g}"
+        return f"{values.iloc[0]:.3g}"
     found = Difference.of(values.to_numpy(float), margin=0)
     return f"{found.mean:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
 
@@ -245,7 +245,8 @@ def real_model(table: pd.DataFrame) -> str:
         "SmolLM2-135M-Instruct, two epochs of 160 pairs of Anthropic-HH (harmless; at most 350 characters) and of "
         "PandaLM's people (450); 96 pairs of other prompts held out, without flips. The last columns are the share "
         "of flipped pairs in the most suspicious 5 and 10 %, by the audit's gaps, by the untrained model's margin, "
-        "and by length in the better direction."
+        f"and by length in the better direction. {len(table)} of the {len(list(real()))} runs have a row; without "
+        "brackets a figure is of one seed, or the same on all."
     )
     return "\n\n".join(["## A real model on pairs of people", told, markdown(header, rows)])
 
