@@ -139,7 +139,8 @@ def verdicts(questions: Sequence[Question], table: pd.DataFrame) -> str:
     return "\n\n".join(
         [
             f"**{first}** {done} of the {wanted} runs that judge have a row; "
-            f"{compared} of {asked} comparisons have all their seeds.",
+            f"{compared} of {asked} comparisons have all their seeds. All rows together took "
+            f"{table.seconds.sum() / 7200:.1f} hours of two cores, without the SFT models.",
             markdown(["question", *MEASURES.values()], rows),
             *([f"Not answered yet: {' '.join(left)}"] if left else []),
         ]
