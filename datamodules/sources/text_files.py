@@ -30,15 +30,15 @@ _NO_VALUE = {"", "nan", "NaN", "<NA>", "#N/A"}  # an empty cell, as pandas and s
 def jsonl_rows(file: IO[bytes], path: Path) -> Rows:
     """Yield (line number from 1, value of the line, or a BadRow if it cannot be read).
 
-    Raises UserError for damaged gzip, and for a file that begins with an array or an object over several lines.
+    Raises UserError for damaged gzip.
     """
     try:
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.startswith(b"[") or line.strip() == b"{":
-                    raise UserError(f"{path} is no object a line, but JSON as a whole: name it .json.")
-            if line.strip():  # a blank line is no row
+            if number == 1 and (line.startswith(b"[") or line.strip() == b"{"):
+                yield number, BadRow("no object in one line", "if the whole file is JSON, name it .json")
+            elif line.strip():  # a blank line is no row
                 yield number, _json_value(line)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise damaged_gzip(path, error) from error
