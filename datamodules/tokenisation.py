@@ -80,7 +80,7 @@ def tokenise_prompts(
 ) -> list[tuple[np.ndarray | None, list[str]]]:
     """Tokenise prompts alone, for sampling: as in training, but always at most `max_prompt_length` tokens each.
 
-    Return for each prompt its tokens and notes, or None and the reason why training would drop it.
+    Return for each prompt its tokens and notes, or None and why training would drop it. Raises UserError.
     """
     found = _Tokeniser(tokenizer, settings)
     results: list[tuple[np.ndarray | None, list[str]]] = []

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from app.method.batch import OptimizerBatch, PackedRows, on_device
 from app.method.epsilon import perturbed_logits
@@ -17,6 +16,7 @@ from app.method.logps import PairLogps, token_kl
 from lightning_modules.lora import without_adapters
 from lightning_modules.ranks import Ranks
 from lightning_modules.scorer import ResponseScorer, response_logps, response_sums, response_tokens, token_logps
+from lightning_modules.sharding import gather_root
 
 SIDES = ("chosen", "rejected")
 CHUNK_TOKENS = 512  # response tokens whose logits [chunk, V] of both models are in memory at a time
@@ -87,15 +87,22 @@ class PairMeasurer:
     def measure_rows(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> PairLogps:
         """Return the log-probabilities of the pairs in the rows; other pairs of the share get zeros."""
         share, device = len(batch.positions), self.ranks.device
-        fixed: Sequence[Tensor | None] = (None, None)  # for a loss without a reference
+        reference = None  # for a loss without one
         if self.stored is not None:
-            fixed = on_device(self.stored(batch.pair_keys.numpy()), device).unbind(1)
+            reference = on_device(self.stored(batch.pair_keys.numpy()), device)
         elif self.reference is not None:
             with torch.no_grad():  # before the policy, whose activations stay in memory
-                fixed = response_logps(self.reference, micro_batches, share, 2, device).unbind(1)
+                reference = response_logps(self.reference, micro_batches, share, 2, device)
         policy = response_logps(self.policy, micro_batches, share, 2, device)
         tokens = response_tokens(micro_batches, share, 2, device)
-        return PairLogps(*policy.unbind(1), *fixed, *tokens.unbind(1))
+        return PairLogps(
+            policy_chosen=policy[:, 0],
+            policy_rejected=policy[:, 1],
+            reference_chosen=None if reference is None else reference[:, 0],
+            reference_rejected=None if reference is None else reference[:, 1],
+            chosen_tokens=tokens[:, 0],
+            rejected_tokens=tokens[:, 1],
+        )
 
     def gather(self, logps: PairLogps, batch: OptimizerBatch) -> PairLogps:
         """Return `logps` of all G pairs of the global batch, detached, on the CPU, equal on every rank.
@@ -187,8 +194,8 @@ def compared_sums(
     """
     hidden = [scorer(rows, hidden_only=True) for scorer in (policy, reference)]
     for scorer in (policy, reference):
-        if isinstance(scorer, FSDPModule):  # its embeddings and head; `AdapterOff` uses those of the policy
-            scorer.unshard()
+        if isinstance(scorer, ResponseScorer):  # `AdapterOff` uses the policy's root
+            gather_root(scorer)
     chunks = [part.split(CHUNK_TOKENS) for part in (*hidden, rows.target_ids)]
     per_token = [
         compare(policy.logits(ours), reference.logits(fixed), targets)

@@ -20,7 +20,7 @@ from lightning_modules.base import LanguageModelTraining
 from lightning_modules.layout_check import CHECKED_PAIRS
 from lightning_modules.measuring import SIDES, AdapterOff, PairMeasurer
 from lightning_modules.recorded_training import warn_of_nonfinite
-from lightning_modules.reference_cache import ReferenceCache, filled_reference_cache
+from lightning_modules.reference_cache import filled_reference_cache
 from lightning_modules.refused_models import refuse_other_tokens
 from lightning_modules.scorer import ResponseScorer
 
@@ -42,7 +42,6 @@ class PreferenceScoring(LanguageModelTraining):
     def __init__(self, **settings: Any):
         super().__init__(**settings)
         self._evaluation: dict[str, Metric] = {}
-        self._cache: ReferenceCache | None = None
 
     @property
     def other_reference(self) -> str | None:
@@ -91,17 +90,8 @@ class PreferenceScoring(LanguageModelTraining):
             for batch in chain.from_iterable(few):
                 self.micro_batches(batch)  # settles layout and attention, which are part of the cache key
             name, measurer = self.other_reference or self.name, PairMeasurer(self.scorers[-1], self.ranks)
-            self._cache = filled_reference_cache(name, measurer, self.compute_dtype, self.data.batches_of)
-        self.measurer = PairMeasurer(self.policy, self.ranks, stored=self._cache.logps)
-
-    def check_data(self, model: Any) -> None:
-        super().check_data(model)
-        cache = self._cache
-        if cache is not None and any(map(len, self.data.batches_of(lambda keys: ~cache.knows(keys)))):
-            raise UserError(
-                "model.reference: cached scored the pairs of the command that this model was set up for, and this "
-                "one has others: give it a model of its own, or set it to frozen."
-            )
+            cache = filled_reference_cache(name, measurer, self.compute_dtype, self.data.batches_of)
+        self.measurer = PairMeasurer(self.policy, self.ranks, stored=cache.logps)
 
     @property
     def scorers(self) -> tuple[ResponseScorer, ...]:

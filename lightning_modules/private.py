@@ -6,8 +6,6 @@ bitsandbytes 0.50.2, and `tests/test_cuda_runs.py::test_trains_as_on_the_cpu` wi
 import them.
 """
 
-# ruff: noqa: F401 (other modules import these names from here)
-
 from __future__ import annotations
 
 from typing import Any
@@ -21,6 +19,19 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations.tensor_parallel import apply_tensor_parallelism, replace_layer_number_by_wildcard
+
+__all__ = [
+    "FakeTensorMode",
+    "WeightConverter",
+    "WeightRenaming",
+    "apply_tensor_parallelism",
+    "compute_local_shape_and_global_offset",
+    "default_pg_timeout",
+    "get_model_conversion_mapping",
+    "rename_source_key",
+    "replace_layer_number_by_wildcard",
+]
+
 
 # --- torch ----------------------------------------------------------------------------------------------
 

@@ -65,9 +65,15 @@ class ReferenceCache:
         return np.append(self._rows["key"], 0)[place] == keys if len(self) else np.zeros(len(keys), bool)
 
     def logps(self, keys: np.ndarray) -> Tensor:
-        """Return log-probabilities [n, 2] float64 of the pairs `keys` [n]. Raises KeyError if one is missing."""
-        if not self.knows(keys).all():
-            raise KeyError(f"{int((~self.knows(keys)).sum())} pairs have no reference log-probabilities")
+        """Return log-probabilities [n, 2] float64 of the pairs `keys` [n]. Raises UserError if one is missing.
+
+        They were scored when the model was set up, so only a further command of one process can have others.
+        """
+        if unknown := int((~self.knows(keys)).sum()):
+            raise UserError(
+                "model.reference: cached scored the pairs of the command that this model was set up for, and this "
+                f"one has others ({unknown} pairs here): give it a model of its own, or set it to frozen."
+            )
         rows = self._rows[np.searchsorted(self._rows["key"], keys)]
         return torch.from_numpy(np.stack([rows["chosen"], rows["rejected"]], 1))
 

@@ -128,7 +128,7 @@ class ResponseScorer(nn.Module):
         return response_sums(per_token, rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits [N, V] of outputs [N, width]. Outside `forward`, the caller gathers the head."""
+        """Return logits [N, V] of outputs [N, width]. Outside `forward`, call `sharding.gather_root` first."""
         weight, bias = self._head()
         return head_logits(hidden.to(compute_dtype(weight)), weight, bias, self.logit_rule)
 

@@ -59,6 +59,15 @@ def shard(
         block.set_modules_to_backward_prefetch(blocks[max(0, number - prefetch_blocks) : number][::-1])
 
 
+def gather_root(scorer: nn.Module) -> None:
+    """Gather the FSDP2 root group (embeddings, head), for use outside `forward`; do nothing without FSDP2.
+
+    After a forward pass FSDP2 keeps it gathered anyway, until the next backward pass or `leave_gathered`.
+    """
+    if isinstance(scorer, FSDPModule):
+        scorer.unshard()
+
+
 def leave_gathered(scorer: nn.Module) -> None:
     """Free gathered weights, which FSDP2 keeps after a forward pass without a backward pass, before an update.
 

@@ -46,6 +46,7 @@ class WordsParser(ArgumentParser):
 def run(command: str, arguments: list[str]) -> None:
     """Run `command`, the first of `arguments`. Exits with status 2 and one sentence if the user made a mistake."""
     be_quiet()
+    advice = RESUME if command == "fit" else AGAIN
     try:
         if command in COMMANDS:
             if threading.current_thread() is threading.main_thread():  # which alone handles signals
@@ -69,12 +70,13 @@ def run(command: str, arguments: list[str]) -> None:
     except Interrupted as stop:
         _leave(f"{stop}: the same command with --ckpt_path last resumes from there.", stop.exit_status)
     except SIGTERMException:
-        _leave(f"stopped by SIGTERM. {RESUME if command == 'fit' else AGAIN}", 143)
-    except (KeyboardInterrupt, SystemExit) as end:
-        # Lightning exits with status 1 on Ctrl-C
-        if not isinstance(end, KeyboardInterrupt) and not isinstance(end.__context__, KeyboardInterrupt):
-            raise
-        _leave(f"stopped by Ctrl-C. {RESUME if command == 'fit' else AGAIN}", 130)
+        _leave(f"stopped by SIGTERM. {advice}", 143)
+    except KeyboardInterrupt:
+        _leave(f"stopped by Ctrl-C. {advice}", 130)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning exits with status 1 on Ctrl-C
+            _leave(f"stopped by Ctrl-C. {advice}", 130)
+        raise
     except BrokenPipeError:
         raise  # for app.main, which says so
     except Exception as error:

@@ -32,7 +32,11 @@ class PlanCLI(PartsCLI):
     """A CLI with the options of `fit` and those of the plan."""
 
     own: ClassVar[dict[str, tuple[Any, Any, str]]] = {
-        "memory_gb": (PositiveFloat | None, None, "memory of one device (10⁹ bytes); prints what micro-batch fits"),
+        "memory_gb": (
+            PositiveFloat | None,
+            None,
+            "memory of one device in 10⁹ bytes; prints the micro-batch that fits",
+        ),
         "devices_per_node": (PositiveInt | None, None, "devices per node, if trainer.devices is auto"),
         "shape": (str | None, None, "config.json, or name in configs/shapes, if model.name is not on this machine"),
     }

@@ -141,12 +141,12 @@ class StepDecision:
 
     def fault(self) -> str:
         """Return why the step cannot be trained as decided, as a clause; an empty text if it can."""
-        if not torch.equal(self.gaps.nan_to_num(), self._measured.nan_to_num()):
-            return "decision.gaps are the measured ones and must stay: change decision.discrepancy"
-        for name in ("kept", *self._term_names):
+        for name in ("gaps", "kept", *self._term_names):
             value = getattr(self, name)
-            if not isinstance(value, Tensor) or value.shape != self.gaps.shape:
+            if not isinstance(value, Tensor) or value.shape != self._measured.shape:
                 return f"decision.{name} must be a tensor with an entry for each of the {len(self.pair_ids)} pairs"
+        if not torch.allclose(self.gaps.double(), self._measured, rtol=0.0, atol=0.0, equal_nan=True):
+            return "decision.gaps are the measured ones and must stay: change decision.discrepancy"
         if self.kept.dtype != torch.bool or not self.kept.any() or (self.kept & ~self.eligible).any():
             return "decision.kept must be bool, true for at least one pair, and for none without a finite gap"
         for name in self._term_names:

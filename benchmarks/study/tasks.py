@@ -33,8 +33,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 # pairs of film reviews: ranks of chosen and rejected among the four samples of a prompt
 RANKS = {"high": "[[1, 4]]", "low": "[[2, 3]]", "mixed": "[[1, 4], [2, 3]]"}
 # pairs of people
-PAIR_FILES = {"hh": "hh_harmless_base_test.jsonl.gz", "pandalm": "pandalm_human_pairs.jsonl.gz"}
-LONGEST = {"hh": "350", "pandalm": "450"}  # characters; PandaLM has several pairs a prompt, so fewer to hold out
+# and the most characters of one: PandaLM has several pairs a prompt, and needs more pairs to leave some to hold out
+PAIR_FILES = {"hh": ("hh_harmless_base_test.jsonl.gz", 350), "pandalm": ("pandalm_human_pairs.jsonl.gz", 450)}
 LOSSES: dict[str, tuple[str, ...]] = {
     "sigmoid": (),
     "ipo": ("--model.loss", "IPOLoss"),
@@ -276,7 +276,7 @@ class RealPairs(Task):
 
     def source(self, data: str) -> Path:
         """Return the file of pairs, in the folder that the environment variable PAIRS names."""
-        return Path(os.environ.get("PAIRS", "PAIRS"), PAIR_FILES[data])
+        return Path(os.environ.get("PAIRS", "PAIRS"), PAIR_FILES[data][0])
 
     def prepare(self) -> None:
         lost = [str(each) for each in (Path("models/smollm2"), *map(self.source, PAIR_FILES)) if not each.exists()]
@@ -290,8 +290,8 @@ class RealPairs(Task):
         return run.folder.with_name(f"{run.folder.name}-pairs")
 
     def train(self, run: Run) -> list[Command]:
-        folder = self.pairs(run)
-        words = ("--seed", str(run.seed), "--flip_rate", f"{run.flip_rate:g}", "--longest", LONGEST[run.data])
+        folder, longest = self.pairs(run), PAIR_FILES[run.data][1]
+        words = ("--seed", str(run.seed), "--flip_rate", f"{run.flip_rate:g}", "--longest", f"{longest}")
         return [
             ["real_pairs", str(self.source(run.data)), str(folder), *words],
             run.fit(

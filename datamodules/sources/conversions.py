@@ -14,7 +14,7 @@ PreferredBy = Literal["better", "safer"]
 Row = Mapping[str, object]
 Convert = Callable[[Row, Any], Row]  # the second argument is the `Source`
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_VERDICTS = (*("0", "1", "0.0", "1.0"), *("true", "false", "desirable", "undesirable", "chosen", "rejected"))
+_VERDICTS = ("0", "1", "0.0", "1.0", "true", "false", "desirable", "undesirable", "chosen", "rejected")
 _ANSWERS = ("completion", "output", "response")
 
 

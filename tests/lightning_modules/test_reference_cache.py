@@ -246,5 +246,5 @@ def test_a_pair_that_is_not_stored_is_an_error(tmp_path: Path) -> None:
     cache.load()
     assert cache.knows(np.array([-7, 3, 4, 2**62])).tolist() == [True, False, True, False]
     assert cache.logps(np.array([4, -7, 4])).tolist() == [[-1, -2], [-3, -4], [-1, -2]]
-    with pytest.raises(KeyError, match="1 pairs"):
+    with pytest.raises(UserError, match="1 pairs"):
         cache.logps(np.array([4, 3]))

@@ -104,6 +104,8 @@ def test_labels_travel_along() -> None:
         ("loss_weight", torch.tensor([1.0, math.inf, 1.0]), "loss_weight is not finite"),
         ("margin", torch.tensor([0.0, math.nan, 0.0]), "margin is not finite"),
         ("gaps", torch.tensor([0.5, 0.2, math.nan]), "gaps are the measured ones and must stay"),
+        ("gaps", start(0.5, 0.1, 0.0).gaps, "gaps are the measured ones and must stay"),
+        ("gaps", [0.5, 0.1, math.nan], "each of the 3 pairs"),
     ],
 )
 def test_a_decision_that_cannot_be_trained_is_named(name: str, value: Any, said: str) -> None:
