@@ -94,23 +94,25 @@ class PolicySamples(Callback):
         answers = []
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         precision = pl_module.trainer.precision_plugin.forward_context()  # Lightning's steps alone run in it
-        # the forward pass of the training step takes packed rows only
-        with policy.as_loaded(), torch.random.fork_rng(devices), precision:
-            torch.manual_seed(self.seed)
-            model.generation_config = GenerationConfig()  # its own has a temperature, a nucleus or penalties
-            for prompt in self._prompts:
-                ids = torch.as_tensor(prompt, device=pl_module.device)[None]
-                output = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=True,
-                    top_k=0,
-                    max_new_tokens=self.max_new_tokens,
-                    eos_token_id=stops,
-                    pad_token_id=pad,
-                )
-                answer = output[0, ids.shape[1] :].cpu()
-                answers.append((answer, int(answer[-1]) in stops))
-        model.generation_config = own
-        policy.train(training)
+        try:
+            # the forward pass of the training step takes packed rows only
+            with policy.as_loaded(), torch.random.fork_rng(devices), precision:
+                torch.manual_seed(self.seed)
+                model.generation_config = GenerationConfig()  # its own has a temperature, a nucleus or penalties
+                for prompt in self._prompts:
+                    ids = torch.as_tensor(prompt, device=pl_module.device)[None]
+                    output = model.generate(
+                        input_ids=ids,
+                        attention_mask=torch.ones_like(ids),
+                        do_sample=True,
+                        top_k=0,
+                        max_new_tokens=self.max_new_tokens,
+                        eos_token_id=stops,
+                        pad_token_id=pad,
+                    )
+                    answer = output[0, ids.shape[1] :].cpu()
+                    answers.append((answer, int(answer[-1]) in stops))
+        finally:
+            model.generation_config = own
+            policy.train(training)
         return answers

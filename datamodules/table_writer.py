@@ -212,6 +212,7 @@ def in_order(
 def _begin(*tools: Any) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends the others
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _begin.tools = tools  # type: ignore[attr-defined]
 

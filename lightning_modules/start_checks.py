@@ -202,19 +202,27 @@ def check_steps(trainer: Trainer) -> None:
             )
     interval, limit = trainer.val_check_interval, trainer.limit_train_batches
     wanted = trainer.limit_val_batches > 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
-    if not wanted or not isinstance(interval, int):
+    wanted = wanted and isinstance(interval, int)
+    if not wanted and not trainer.min_steps:
         return
     loader: Any = getattr(trainer.datamodule, "train_dataloader", list)()  # type: ignore[attr-defined]
     if not hasattr(loader, "__len__"):
         return
     batches = min(limit, len(loader)) if isinstance(limit, int) else int(len(loader) * limit)
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    steps = min(epochs * batches, math.inf if trainer.max_steps == -1 else trainer.max_steps)
+    if steps < (trainer.min_steps or 0):
+        raise UserError(
+            f"trainer.min_steps is {trainer.min_steps}, but trainer.max_epochs {epochs} ends the run after {steps} "
+            "steps: lower one, or raise the other."
+        )
+    if not wanted:
+        return
     if trainer.check_val_every_n_epoch is not None and interval > batches > 0:
         raise UserError(
             f"trainer.val_check_interval is {interval}, but an epoch has {batches} batches: set "
             "trainer.check_val_every_n_epoch: null, which counts the batches of all epochs, or lower it."
         )
-    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
-    steps = min(epochs * batches, math.inf if trainer.max_steps == -1 else trainer.max_steps)
     if trainer.check_val_every_n_epoch is None and interval > steps:
         rank_zero_warn(
             f"nothing will be validated: trainer.val_check_interval is {interval}, and the run takes {steps} steps."

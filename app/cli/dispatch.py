@@ -47,10 +47,10 @@ def run(command: str, arguments: list[str]) -> None:
     """Run `command`, the first of `arguments`. Exits with status 2 and one sentence if the user made a mistake."""
     be_quiet()
     advice = RESUME if command == "fit" else AGAIN
+    if threading.current_thread() is threading.main_thread():  # which alone handles signals
+        signal.signal(signal.SIGTERM, _end)  # while a run trains, `RunCheckpoint` handles it
     try:
         if command in COMMANDS:
-            if threading.current_thread() is threading.main_thread():  # which alone handles signals
-                signal.signal(signal.SIGTERM, _end)
             function = function_of(command)
             args = _leading_words_as_list(function, arguments[1:])
             name = f"beta-dpo {command}"
@@ -89,7 +89,7 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 def _end(*_: object) -> NoReturn:
-    """End a small command by an exception, so that it removes what it has half written."""
+    """End the command by an exception, so that it removes what it has half written."""
     raise SIGTERMException
 
 

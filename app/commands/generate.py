@@ -28,6 +28,7 @@ from datamodules.tokenisation import Tokenisation
 
 HERE = SamplingServer()
 PROMPT_LENGTH = 256
+ELSEWHERE = "name another file by out"
 
 
 @checked_command
@@ -87,6 +88,10 @@ def generate(
         name: name of the model in the file of a benchmark; by default the last part of MODEL.
         endpoint: the server that samples, with OpenAI's API, such as vLLM; without endpoint.url this process does.
     """
+    place = Path(f"{out}.parts")
+    if place.is_dir():  # so that a second command does not load its model in vain
+        with locked(place / ".lock", out, ELSEWHERE, waits=False):
+            pass
     temperatures = [float(one) for one in (temperature if isinstance(temperature, list) else [temperature])]
     replaced = refuse_place("out", out, (ENDINGS[format],), prompts)
     if not temperatures or len(set(temperatures)) < len(temperatures):
@@ -122,8 +127,7 @@ def generate(
         "batch_size": batch_size,
         **sampler.job,
     }
-    place = Path(f"{out}.parts")
-    with locked(place / ".lock", out, "name another file by out", waits=False):
+    with locked(place / ".lock", out, ELSEWHERE, waits=False):
         parts = Parts(place, job)
         batches = batches_of(items, temperatures, samples, batch_size, 0)
         sample_parts(batches, parts, sampler)

@@ -38,9 +38,13 @@ class DamagedEntry(Exception):
 def cached(kind: Kind, key: str, read: Callable[[Path], T], build: Callable[[Path], None]) -> T:
     """Return what `read` finds in the folder of an entry, which `build` makes if it is missing or damaged.
 
-    Other processes that want the entry wait meanwhile. Raises UserError if the cache folder cannot be written.
+    Other processes that want the entry wait meanwhile. Raises UserError if it is missing and the cache
+    folder cannot be written.
     """
     folder = cache_root(kind) / key
+    with suppress(DamagedEntry):  # an entry appears when it is complete, so a cache may be read-only
+        if folder.exists():
+            return read(folder)
     with locked(*lock_of(kind, key)):
         if folder.exists():
             try:

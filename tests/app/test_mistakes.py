@@ -291,22 +291,34 @@ def test_ctrl_c_says_how_to_resume(
     assert capsys.readouterr().err == f"beta-dpo: stopped by Ctrl-C. {advice}\n"
 
 
-def test_sigterm_leaves_nothing_half_written_by_a_small_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("words", "place", "advice"),
+    [
+        ("pairs a.jsonl b.jsonl", "commands.pairs.sampled_answers", AGAIN),
+        ("fit", "cli.dispatch.run_trainer_command", RESUME),  # before it trains
+    ],
+)
+def test_sigterm_leaves_nothing_half_written(
+    words: str,
+    place: str,
+    advice: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    def ended(path: str) -> None:
+    def ended(*given: object) -> None:
         with atomic_file(tmp_path / "out.jsonl"):
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("app.commands.pairs.sampled_answers", ended)
+    monkeypatch.setattr(f"app.{place}", ended)
     try:
         with pytest.raises(SystemExit) as stop:
-            main(["pairs", "a.jsonl", "b.jsonl"])
+            main(words.split())
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stop.value.code == 143
-    assert capsys.readouterr().err.startswith("beta-dpo: stopped by SIGTERM. Give the same command again")
+    assert capsys.readouterr().err == f"beta-dpo: stopped by SIGTERM. {advice}\n"
     assert not list(tmp_path.iterdir())
 
 

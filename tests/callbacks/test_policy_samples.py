@@ -42,6 +42,19 @@ def test_samples_follow_the_policy_and_change_nothing(tiny_llama: str, tmp_path:
     assert (tmp_path / "again" / "samples" / "step-00000004.jsonl").read_text() == files[1].read_text()
 
 
+def test_a_failure_leaves_the_policy_as_it_was(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, samples = preference(tiny_llama), PolicySamples(prompts=1)
+    quiet_trainer(tmp_path, [samples], max_steps=1, limit_val_batches=1).fit(module, controlled(10))
+    own = module.policy.model.generation_config
+    monkeypatch.setattr(module.policy.model, "generate", None)
+    with pytest.raises(TypeError):
+        samples.sample(module, 0)
+    assert module.policy.training
+    assert module.policy.model.generation_config is own
+
+
 def test_adapters_on_a_base_in_bfloat16_are_sampled_from(tiny_llama: str, tmp_path: Path) -> None:
     samples = PolicySamples(prompts=1, max_new_tokens=4)
     trainer = quiet_trainer(tmp_path, [samples], max_steps=1, limit_val_batches=1, precision="bf16-mixed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -200,6 +201,21 @@ def test_the_second_call_opens_the_cache_and_any_change_builds_anew(tmp_path: Pa
     ]
     assert sum(entry.is_dir() for entry in cache.iterdir()) == 8
     assert len(others[-1]) == 4
+
+
+def test_a_complete_entry_is_read_where_nothing_can_be_written(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "p.jsonl", ROWS)
+    load_table(path, byte_tokenizer(), SETTINGS)
+    monkeypatch.setattr("app.core.locks.has_kernel_locks", read_only)
+    assert len(load_table(path, byte_tokenizer(), SETTINGS)) == 5
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\): set BETA_DPO_CACHE"):
+        load_table(path, byte_tokenizer(bos=False), SETTINGS)
+
+
+def read_only(*_: object) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def test_a_killed_process_leaves_finished_parts_and_the_next_one_resumes_behind_them(

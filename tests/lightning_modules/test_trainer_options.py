@@ -18,6 +18,10 @@ from lightning_modules import SupervisedFineTuning
         ({"accumulate_grad_batches": 2}, "data.micro_batch_tokens"),
         ({"gradient_clip_val": 1.0}, "model.max_grad_norm"),
         ({"min_steps": 9, "max_steps": 3}, r"trainer\.min_steps is 9, but trainer\.max_steps is 3"),
+        (
+            {"min_steps": 9, "max_epochs": 2},
+            r"min_steps is 9, but trainer\.max_epochs 2 ends the run after 2 steps",
+        ),
         ({"precision": "bf16-true"}, "bf16-mixed"),
         ({"precision": "16-true"}, "bf16-mixed"),
     ],
