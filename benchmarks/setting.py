@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from datamodules.records import TokenisedPair
-from datamodules.sources.reader import pair_stream
-from datamodules.sources.source import Source
+from datamodules.sources.reader import read_pairs
 from datamodules.table_writer import cached_table
 from datamodules.tokenisation import Tokenisation
 from lightning_modules.flops import step_operations
@@ -106,7 +105,7 @@ def synthetic_pairs(setting: Setting) -> list[dict[str, str]]:
 
 def first_pairs(setting: Setting, tokenizer: Any) -> list[dict[str, str]]:
     """Return the first pairs of the data, truncated and decoded to text."""
-    table = cached_table(pair_stream(Source(setting.data), "skip", need_rejected=True), tokenizer, TOKENISATION)
+    table = cached_table(read_pairs(setting.data, "skip", need_rejected=True), tokenizer, TOKENISATION)
     if len(table) < setting.pairs:
         raise SystemExit(f"{setting.data} holds {len(table)} pairs, but {setting.pairs} are needed: lower --steps.")
 
@@ -120,7 +119,7 @@ def first_pairs(setting: Setting, tokenizer: Any) -> list[dict[str, str]]:
 def pairs_of(setting: Setting) -> list[TokenisedPair]:
     """Return the pairs of all steps in order."""
     tokenizer = AutoTokenizer.from_pretrained(setting.model)
-    table = cached_table(pair_stream(Source(setting.data), "error", need_rejected=True), tokenizer, TOKENISATION)
+    table = cached_table(read_pairs(setting.data, "error", need_rejected=True), tokenizer, TOKENISATION)
     return [table[index] for index in range(setting.batch_size * (setting.steps + 1))]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from app.method.ranges import FactorFromOne, PositiveInt, ShareBelowOne, checked
 from datamodules.base import PairDataModule, Split
 from datamodules.sources.conversions import PreferredBy
 from datamodules.sources.files import LocalFiles
-from datamodules.sources.reader import OnBadRow, PairStream, pair_stream
+from datamodules.sources.reader import OnBadRow, PairStream, read_pairs
 from datamodules.sources.source import RowFormat, Source
 from datamodules.table import PairTable
 from datamodules.tokenisation import Tokenisation
@@ -160,10 +160,8 @@ class PreferenceData(PairDataModule):
             raise UserError("There are no test pairs: give data.test_path, or data.test_split of a Hub id.")
         if not sources and self.trainer is not None and self.trainer.state.fn == "validate":
             raise UserError("There are no validation pairs: give data.validation_path, _split or _share.")
-        streams = []
-        for source, name in sources:
-            streams.append(pair_stream(replace(source, split=name), self.on_bad_row, self.need_rejected))
-        return streams or None
+        read = partial(read_pairs, on_bad_row=self.on_bad_row, need_rejected=self.need_rejected)
+        return [read(replace(source, split=name)) for source, name in sources] or None
 
     def rows_of(self, table: PairTable, split: Split) -> np.ndarray:
         rows = np.arange(len(table))

@@ -19,8 +19,7 @@ from app.commands.audit import LABEL, as_row
 from app.commands.suspects import hits, pair_histories
 from app.core.files import atomic_file
 from datamodules.records import PreferencePair
-from datamodules.sources.reader import pair_stream
-from datamodules.sources.source import Source
+from datamodules.sources.reader import read_pairs
 
 SHARES = {"5": 0.05, "10": 0.1}  # of the pairs that a reader looks at
 SIGNALS = ("gaps", "reference", "length")
@@ -61,7 +60,7 @@ def drawn(file: str, longest: int, draws: np.random.Generator) -> list[Preferenc
     Unreadable rows are counted.
     """
     found: dict[tuple[str, frozenset[str | None]], PreferencePair] = {}
-    for pair in pair_stream(Source(file), "skip", need_rejected=True):
+    for pair in read_pairs(file, "skip", need_rejected=True):
         if len(f"{pair.prompt}{pair.chosen}{pair.rejected}") <= longest:
             found.setdefault((str(pair.prompt), frozenset((pair.chosen, pair.rejected))), pair)
     pairs = list(found.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -90,6 +91,8 @@ def _rows(path: Path) -> Rows:
             return
         with gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb") as file:
             yield from _TEXT[Path(name.removesuffix(".gz")).suffix](file, path)  # type: ignore[arg-type]
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged gzip ({error}): its rows cannot be trusted; fetch it again.") from error
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror or error}): check the path that you gave."

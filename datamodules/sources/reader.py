@@ -38,11 +38,9 @@ class PairStream(Iterable[PreferencePair]):
 
 
 def _read(
-    source: Source,
     opened: LocalFiles | HubDataset,
+    read: Callable[[object, str], tuple[PreferencePair, list[str]]],
     on_bad_row: OnBadRow,
-    need_rejected: bool,
-    prompts_only: bool,
     report: RowReport,
 ) -> Iterator[PreferencePair]:
     seen: set[str] = set()
@@ -52,7 +50,7 @@ def _read(
         try:
             if isinstance(row, BadRow):
                 raise row
-            pair, ignored = read_row(row, location, source, need_rejected, prompts_only)
+            pair, ignored = read(row, location)
             if pair.pair_id in seen:
                 raise BadRow("repeated pair_id", pair.pair_id)
         except BadRow as bad:
@@ -71,27 +69,21 @@ def _read(
 
 
 def read_pairs(
-    path: str,
-    *,
+    path: str | Source,
     on_bad_row: OnBadRow = "error",
+    *,
     need_rejected: bool = False,
     prompts_only: bool = False,
     **options: Any,
 ) -> PairStream:
-    """Return the pairs of local files, a folder or a Hub id; `options` are the fields of `Source`."""
-    return pair_stream(Source(path, **options), on_bad_row, need_rejected, prompts_only)
-
-
-def pair_stream(
-    source: Source, on_bad_row: OnBadRow, need_rejected: bool, prompts_only: bool = False
-) -> PairStream:
     """Return the pairs of a source, in order, named by its label. Raises UserError if the source does not exist.
 
-    A pair's id is its field `pair_id` (text or integer, unique) or `<file or dataset>:<line or row number>`.
-    `on_bad_row`: "error" raises at the first bad row, "skip" leaves it out and counts it in the stream's `report`.
-    Reading raises UserError for a source without a usable row and, in both modes, for a file that is damaged as a
-    whole. For the other arguments see `read_row`.
+    The source is given, or its `path` and, as `options`, its other fields. A pair's id is its field `pair_id` (text
+    or integer, unique) or `<file or dataset>:<line or row number>`. `on_bad_row`: "error" raises at the first bad
+    row, "skip" leaves it out and counts it in the stream's `report`. Reading raises UserError for a source without
+    a usable row and, in both modes, for a file that is damaged as a whole. For the other arguments see `read_row`.
     """
+    source = Source(path, **options) if isinstance(path, str) else path
     opened = source.open()
 
     def description() -> dict[str, object]:
@@ -105,5 +97,5 @@ def pair_stream(
             **{name: getattr(source, name) for name in ("format", "min_score_ratio", "preferred_by")},
         }
 
-    read = partial(_read, source, opened, on_bad_row, need_rejected, prompts_only)
-    return PairStream(source.label, description, read, opened.count)
+    read = partial(read_row, source=source, need_rejected=need_rejected, prompts_only=prompts_only)
+    return PairStream(source.label, description, partial(_read, opened, read, on_bad_row), opened.count)

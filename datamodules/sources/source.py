@@ -133,10 +133,9 @@ class HubDataset:
         if subset is not None:
             self.name += f"/{subset}"
             chosen = f"subset {subset!r}, {chosen}"
+        saved = _is_saved(Path(path))
         try:
-            self._dataset = (
-                _saved(Path(path), split) if _is_saved(Path(path)) else _loaded(path, split, subset, revision)
-            )
+            self._dataset = _saved(Path(path), split) if saved else _loaded(path, split, subset, revision)
         except UserError:
             raise
         except Exception as error:  # errors of `datasets` have no common class: network, access, split, format
@@ -232,17 +231,8 @@ def _saved(folder: Path, split: str) -> Any:
 def _loaded(path: str, split: str, subset: str | None, revision: str | None) -> Any:
     import datasets  # takes two seconds, which a local file does not need
 
-    part = {} if subset is None else _subset(path, subset, revision)
+    part = {}
+    if subset is not None:  # PKU-SafeRLHF declares its subsets; those of hh-rlhf, SHP and others are mere folders
+        declared = datasets.get_dataset_config_names(path, revision=revision)
+        part = {"name" if subset in declared else "data_dir": subset}
     return datasets.load_dataset(path, split=split, revision=revision, **part)
-
-
-def _subset(path: str, subset: str, revision: str | None) -> dict[str, str]:
-    """Return the argument of `load_dataset` for a subset: `name` if the dataset declares it, else its folder.
-
-    Some preference datasets declare configurations (PKU-SafeRLHF), others only have folders
-    (Anthropic/hh-rlhf, SHP, the parquet branch of summarize_from_feedback).
-    """
-    import datasets
-
-    declared = datasets.get_dataset_config_names(path, revision=revision)
-    return {"name": subset} if subset in declared else {"data_dir": subset}

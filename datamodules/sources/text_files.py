@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import logging
 import re
 import sys
-import zlib
 from collections.abc import Iterator
 from itertools import tee
 from pathlib import Path
@@ -28,20 +26,14 @@ _NO_VALUE = {"", "nan", "NaN", "<NA>", "#N/A"}  # an empty cell, as pandas and s
 
 
 def jsonl_rows(file: IO[bytes], path: Path) -> Rows:
-    """Yield (line number from 1, value of the line, or a BadRow if it cannot be read).
-
-    Raises UserError for damaged gzip.
-    """
-    try:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if number == 1 and (line.startswith(b"[") or line.strip() == b"{"):
-                yield number, BadRow("no object in one line", "if the whole file is JSON, name it .json")
-            elif line.strip():  # a blank line is no row
-                yield number, _json_value(line)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise damaged_gzip(path, error) from error
+    """Yield (line number from 1, value of the line, or a BadRow if it cannot be read)."""
+    for number, line in enumerate(file, 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if number == 1 and (line.startswith(b"[") or line.strip() == b"{"):
+            yield number, BadRow("no object in one line", "if the whole file is JSON, name it .json")
+        elif line.strip():  # a blank line is no row
+            yield number, _json_value(line)
 
 
 def txt_rows(file: IO[bytes], path: Path) -> Rows:
@@ -151,7 +143,7 @@ def refuse_same_names(names: list[str], path: Path) -> None:
 def text_lines(file: IO[bytes], path: Path) -> Iterator[str]:
     """Yield the lines, with their ends, of a text in UTF-8, or in UTF-16 if it begins with that byte order mark.
 
-    Raises UserError with the line of invalid text, or for damaged gzip.
+    Raises UserError with the line of invalid text.
     """
     number = 1
     try:
@@ -160,16 +152,9 @@ def text_lines(file: IO[bytes], path: Path) -> Iterator[str]:
         for line in io.TextIOWrapper(file, encoding, newline=""):
             yield line
             number += 1
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise damaged_gzip(path, error) from error
     except UnicodeDecodeError as error:
         number += error.object.count(b"\n", 0, error.start)
         raise UserError(f"{path}, line {number}, is not UTF-8: save the file in UTF-8.") from error
-
-
-def damaged_gzip(path: Path, error: Exception) -> UserError:
-    """Return the error for damaged gzip: after a failed checksum, no row can be trusted."""
-    return UserError(f"{path} is damaged gzip ({error}): its rows cannot be trusted; fetch it again.")
 
 
 def _json_value(line: bytes | str) -> object:

@@ -15,7 +15,7 @@ from tiny_tokenizers import byte_tokenizer
 from app.core.errors import UserError
 from datamodules.preference_data import PreferenceData
 from datamodules.sources.pairs import read_row
-from datamodules.sources.reader import pair_stream, read_pairs
+from datamodules.sources.reader import read_pairs
 from datamodules.sources.rows import BadRow, LeftOut
 from datamodules.sources.source import RowFormat, Source
 from datamodules.table_writer import cached_table
@@ -246,7 +246,7 @@ def test_a_cached_table_is_not_taken_for_another_ratio(tmp_path: Path, monkeypat
     write(tmp_path / "shp.jsonl", SHP, {**SHP, "history": "Why?", "score_A": 18, "score_ratio": 20 / 18})
     for ratio, pairs in ((1.0, 2), (2.0, 1), (1.0, 2)):
         source = Source(str(tmp_path / "shp.jsonl"), min_score_ratio=ratio)
-        table = cached_table(pair_stream(source, "error", need_rejected=True), byte_tokenizer(), Tokenisation())
+        table = cached_table(read_pairs(source, "error", need_rejected=True), byte_tokenizer(), Tokenisation())
         assert len(table) == pairs
         assert table.parts[0].report.counts["skipped: score_ratio below 2"] == 2 - pairs
         assert table.labels([0])["score_chosen"] == [20]

@@ -32,7 +32,7 @@ from app.core.errors import UserError
 from datamodules import table_writer
 from datamodules.preference_data import split_by_prompt
 from datamodules.records import Message, PreferencePair
-from datamodules.sources.reader import OnBadRow, PairStream, pair_stream
+from datamodules.sources.reader import OnBadRow, PairStream, read_pairs
 from datamodules.sources.source import RowFormat, Source
 from datamodules.table import PairTable
 from datamodules.table_writer import build_table, cached_table, open_table
@@ -59,7 +59,7 @@ def load_table(
     path: str, tokenizer: Any, settings: Tokenisation, mode: OnBadRow = "error", format: RowFormat = "auto"
 ) -> PairTable:
     """Return the table of pairs or demonstrations in a file or folder."""
-    return cached_table(pair_stream(Source(path, format=format), mode, False), tokenizer, settings)
+    return cached_table(read_pairs(Source(path, format=format), mode), tokenizer, settings)
 
 
 def test_several_processes_write_what_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
