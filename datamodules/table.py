@@ -122,6 +122,8 @@ class PairTable:
             present = set(kinds) - {"NoneType"}  # do they fit one Arrow column?
             if not (present <= {"int", "float"} or (len(present) == 1 and "big integer" not in present)):
                 values = [None if value is None else str(value) for value in values]
+            elif "float" in present:  # Arrow takes no list of floats and of integers beyond 53 bits
+                values = [None if value is None else float(value) for value in values]
             columns.append(values)
         columns += [self.taken(name, indices) for name in self.columns.column_names[len(SCHEMA) :]]
         return dict(zip(self.label_names, columns, strict=True))

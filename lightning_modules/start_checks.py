@@ -201,10 +201,6 @@ def check_steps(trainer: Trainer) -> None:
                 f"trainer.min_{unit} is {least}, but trainer.max_{unit} is {most}: lower one, or raise the other."
             )
     interval, limit = trainer.val_check_interval, trainer.limit_train_batches
-    wanted = trainer.limit_val_batches > 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
-    wanted = wanted and isinstance(interval, int)
-    if not wanted and not trainer.min_steps:
-        return
     loader: Any = getattr(trainer.datamodule, "train_dataloader", list)()  # type: ignore[attr-defined]
     if not hasattr(loader, "__len__"):
         return
@@ -216,14 +212,20 @@ def check_steps(trainer: Trainer) -> None:
             f"trainer.min_steps is {trainer.min_steps}, but trainer.max_epochs {epochs} ends the run after {steps} "
             "steps: lower one, or raise the other."
         )
-    if not wanted:
+    pairs = getattr(trainer.datamodule, "val_dataloader", list)()  # type: ignore[attr-defined]
+    wanted = pairs and trainer.limit_val_batches > 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
+    if not wanted or not batches or not isinstance(interval, (int, float)):
         return
-    if trainer.check_val_every_n_epoch is not None and interval > batches > 0:
+    epoch = trainer.check_val_every_n_epoch
+    if epoch is not None and isinstance(interval, int) and interval > batches:
         raise UserError(
             f"trainer.val_check_interval is {interval}, but an epoch has {batches} batches: set "
             "trainer.check_val_every_n_epoch: null, which counts the batches of all epochs, or lower it."
         )
-    if trainer.check_val_every_n_epoch is None and interval > steps:
+    within = interval if isinstance(interval, int) else max(1, int(batches * interval))
+    first = within if epoch is None else (epoch - 1) * batches + within
+    if first > steps:
         rank_zero_warn(
-            f"nothing will be validated: trainer.val_check_interval is {interval}, and the run takes {steps} steps."
+            f"nothing will be validated: the first time would be after step {first}, and the run takes {steps} "
+            "(trainer.val_check_interval and trainer.check_val_every_n_epoch decide)."
         )

@@ -177,17 +177,21 @@ def as_list(given: Any) -> list[Any]:
 
 
 def shipped_configs(arguments: list[str]) -> list[str]:
-    """Return `arguments` with each configuration as `--config FILE`, the FILE of a shipped one by its path."""
-    found: list[str] = []
-    for word in arguments:
-        option = None if found[-1:] == ["--config"] else CONFIG_WORDS.fullmatch(word)
-        if option is not None:
-            found.append("--config")
-            value = option[1] if option[1] is not None else option[2]
-            found += [] if value is None else [shipped(value)]
+    """Return `arguments` with each configuration as `--config FILE`, the FILE of a shipped one by its path.
+
+    They follow the command, in their order, so that an option counts wherever it is written.
+    """
+    files: list[str] = []
+    options: list[str] = []
+    for word in arguments[1:]:
+        if files[-1:] == ["--config"]:
+            files.append(shipped(word))
+        elif (option := CONFIG_WORDS.fullmatch(word)) is None:
+            options.append(word)
         else:
-            found.append(shipped(word) if found[-1:] == ["--config"] else word)
-    return found
+            value = option[1] if option[1] is not None else option[2]
+            files += ["--config"] if value is None else ["--config", shipped(value)]
+    return [*arguments[:1], *files, *options]
 
 
 def slots_as_wholes(arguments: list[str]) -> list[str]:

@@ -102,6 +102,8 @@ def test_every_spelling_of_config_takes_the_name_of_a_shipped_one(words: list[st
     for name, path in (("quickstart", str(CONFIGS / "quickstart.yaml")), ("nowhere.yaml", "nowhere.yaml")):
         given = ["fit", *(word.replace("{}", name) for word in words), "--model.beta0", "0.1"]
         assert shipped_configs(given) == ["fit", "--config", path, "--model.beta0", "0.1"]
+        given = [*given[:1], *given[-2:], *given[1:-2]]  # an option before the file counts as well
+        assert shipped_configs(given) == ["fit", "--config", path, "--model.beta0", "0.1"]
     assert shipped_configs(["fit", "--config"]) == ["fit", "--config"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,22 @@ def test_refused_with_the_cure(options: dict[str, Any], cure: str, tiny_llama: s
     for module in (preference(tiny_llama), SupervisedFineTuning(tiny_llama)):
         with pytest.raises(UserError, match=cure):
             quiet_trainer(tmp_path, **options).fit(module, controlled(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [({"max_steps": 2}, 3), ({"max_epochs": 1, "check_val_every_n_epoch": 2}, 6), ({"max_epochs": 1}, None)],
+)
+def test_a_run_that_ends_before_its_first_validation_says_so(
+    options: dict[str, Any], first: int | None, tiny_llama: str, tmp_path: Path
+) -> None:
+    trainer = quiet_trainer(tmp_path, **options, limit_val_batches=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(preference(tiny_llama), controlled(30))
+    told = [str(one.message) for one in caught if "nothing will be validated" in str(one.message)]
+    assert ("val/loss" in trainer.callback_metrics) == (first is None)
+    assert [f"after step {first}, " in text for text in told] == [True] * (first is not None)
 
 
 @pytest.mark.parametrize(
