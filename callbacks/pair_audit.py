@@ -16,6 +16,8 @@ from app.core.log_folder import log_folder
 from app.method.ranges import PositiveInt, checked
 from app.method.step import StepDecision
 
+DATA = b"data"  # the key of the hash of the training pairs in the metadata of a file
+
 
 @checked
 class PairAudit(Callback):
@@ -38,6 +40,7 @@ class PairAudit(Callback):
         self._decision: StepDecision | None = None
         self._tables: list[pa.Table] = []
         self._folder = Path()
+        self._data = b""  # a hash of the training pairs, which the pair ids name
 
     def on_step_decided(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         self._decision = decision
@@ -54,6 +57,8 @@ class PairAudit(Callback):
                 f"{self._folder} already holds the audit of another run: choose another log folder "
                 "(trainer.logger), or resume that run with --ckpt_path."
             )
+        data = getattr(trainer, "datamodule", None)
+        self._data = data.content("train").encode() if hasattr(data, "content") else b""
         for file in files:
             forget_steps_from(file, trainer.global_step + 1)
 
@@ -76,7 +81,7 @@ class PairAudit(Callback):
         self._tables = []
         first, last = table["step"][0].as_py(), table["step"][-1].as_py()
         with atomic_file(self._folder / f"steps-{first:08d}-{last:08d}.parquet") as temporary:
-            pq.write_table(table, temporary)
+            pq.write_table(table.replace_schema_metadata({DATA: self._data}), temporary)
 
     # a resumed run needs every step up to its checkpoint
     on_save_checkpoint = on_train_end = on_exception = flush  # type: ignore[assignment]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from abc import abstractmethod
@@ -262,7 +261,7 @@ class PairDataModule(LightningDataModule):
     def content(self, split: Split) -> str:
         """Return a hash of the tokens of the pairs that a split may serve, in their order."""
         table, rows = self._tables[split]
-        return hashlib.blake2b(table.keys("pair", table.reachable(rows)).tobytes(), digest_size=16).hexdigest()
+        return table.content(rows)
 
     def pair_texts(self, pair_ids: list[str]) -> dict[str, dict[str, str]]:
         """Return prompt, chosen and rejected text of training pairs by pair id, without special tokens."""

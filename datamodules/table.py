@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -98,6 +99,10 @@ class PairTable:
     def reachable(self, rows: np.ndarray) -> np.ndarray:
         """Return all rows that a loader over `rows` may serve: more than these in a gap mixture."""
         return rows
+
+    def content(self, rows: np.ndarray) -> str:
+        """Return a hash of the tokens of all pairs that a loader over `rows` may serve, in their order."""
+        return hashlib.blake2b(self.keys("pair", self.reachable(rows)).tobytes(), digest_size=16).hexdigest()
 
     def taken(self, column: str, indices: Rows) -> list[Any]:
         """Return the values of a column for these pairs."""

@@ -207,6 +207,10 @@ def check_steps(trainer: Trainer) -> None:
     batches = min(limit, len(loader)) if isinstance(limit, int) else int(len(loader) * limit)
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
     steps = min(epochs * batches, math.inf if trainer.max_steps == -1 else trainer.max_steps)
+    if len(loader) and not steps:
+        raise UserError(
+            "The run takes no step: raise trainer.max_steps, trainer.max_epochs or trainer.limit_train_batches."
+        )
     if steps < (trainer.min_steps or 0):
         raise UserError(
             f"trainer.min_steps is {trainer.min_steps}, but trainer.max_epochs {epochs} ends the run after {steps} "

@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,14 @@ class RunRecord(SaveConfigCallback):
         if stage != "fit":
             super().setup(trainer, pl_module, stage)
             return
+        file = self.folder / self.config_filename
+        read = [Path(given) for word, given in pairwise(self.command) if word == "--config"]
+        new = self.config["ckpt_path"] is None and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if new and file.is_file() and any(given.is_file() and given.samefile(file) for given in read):
+            raise UserError(
+                f"{file} is read by this command, which would replace it by the record of the run: choose another "
+                "log folder (trainer.logger, or trainer.default_root_dir)."
+            )
         if trainer.is_global_zero:
             self.content = content_of(pl_module, getattr(trainer, "datamodule", None))
         self.content = trainer.strategy.broadcast(self.content)

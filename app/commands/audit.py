@@ -59,8 +59,7 @@ def audit(
     files = getattr(pairs.data, "files", None)  # generated data has none
     read = [] if files is None else [str(path) for path in files("train")]
     replaced = refuse_place("out", out, (".jsonl", ".csv"), *read)
-    if clean is not None:
-        refuse_place("clean", clean, (".jsonl",), *read)
+    clean_replaced = "" if clean is None else refuse_place("clean", clean, (".jsonl",), *read)
     print(how_often_seen(histories))
     signals = available(histories)
     signal = next(iter(signals), "gaps") if by == "best" else by
@@ -102,10 +101,10 @@ def audit(
             scores = {f"audit by {name}": histories[SIGNALS[name]].to_numpy(float)[known] for name in signals}
             Console().print(comparison(scores, extra, wrong, min(count, len(wrong))))
     if clean is not None:
-        write_clean(clean, pairs, set(lists[0].pair_id), swap)
+        write_clean(clean, pairs, set(lists[0].pair_id), swap, clean_replaced)
 
 
-def write_clean(file: str, pairs: PairTexts, worst: set[str], swap: bool) -> None:
+def write_clean(file: str, pairs: PairTexts, worst: set[str], swap: bool, replaced: str) -> None:
     """Write the training data to `file` as JSON lines, without the pairs `worst` or with them swapped.
 
     Raises UserError if a pair is not in the sources under its own id.
@@ -125,7 +124,7 @@ def write_clean(file: str, pairs: PairTexts, worst: set[str], swap: bool) -> Non
                 "a mixture: audit a run on one source."
             )
     changed = f"{len(worst)} with their responses exchanged" if swap else f"without {len(worst)}"
-    print(f"{written} pairs of the training data, {changed}: {file}")
+    print(f"{written} pairs of the training data, {changed}: {file}{replaced}")
 
 
 def as_row(pair: PreferencePair, swapped: bool) -> dict[str, Any]:

@@ -8,12 +8,14 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import seed_everything
 
 from app.cli.options import yaml_fault
 from app.core.errors import UserError, first_line
+from callbacks.pair_audit import DATA
 from datamodules.base import PairDataModule
 from datamodules.table import PairTable
 
@@ -89,6 +91,12 @@ class PairTexts:
         opened = self.data.open_table("train")
         assert opened is not None
         self.table: PairTable = opened[0]
+        audits = (pq.read_schema(file).metadata or {} for file in sorted((folder / "audit").glob("*.parquet"))[:1])
+        if any(audit.get(DATA) not in (None, b"", self.table.content(opened[1]).encode()) for audit in audits):
+            raise UserError(
+                f"The training pairs are not those of {folder} any more, whose pair ids would name others: restore "
+                "data and tokenizer, or call the command where a relative data.path leads to them."
+            )
         rows = self.table.reachable(opened[1])
         self.rows = dict(zip(self.table.pair_ids(rows), rows.tolist(), strict=True))
 

@@ -133,8 +133,8 @@ def test_pairs_of_a_file_as_csv(
     assert listed.pair_id.str.startswith("pairs.jsonl:").all()
     assert len(listed) <= 6
 
-    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs[:3]))
-    assert "The run's data has no pair pairs.jsonl:" in refused(["audit", RUN], capfd)
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs[1:]))  # line 1 is what line 2 was
+    assert f"The training pairs are not those of {RUN} any more" in refused(["audit", RUN], capfd)
     data.unlink()
     assert "pairs.jsonl" in refused(["audit", RUN, "--count", "3"], capfd)
     config = Path(RUN) / "config.yaml"

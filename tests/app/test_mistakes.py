@@ -67,6 +67,7 @@ def run_config(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("--model.lr_scheduler=app.main.summary", "a class, or a function annotated to return Union[LRScheduler"),
         ("--model.loss.gamma=0.1", "for example --model.loss AlphaDPOLoss; there are"),
         ("--ckpt_path=none.ckpt", "there is no checkpoint none.ckpt"),
+        ("--trainer.logger=false", "config.yaml is read by this command, which would replace it by the record"),
     ],
 )
 def test_wrong_fields_of_a_run(option: str, sentence: str, run_config: Path, told: Callable[..., str]) -> None:
