@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 from typing import Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -17,54 +18,36 @@ from transformers import PreTrainedTokenizerFast
 from app.core.errors import UserError
 from datamodules.sources.prompts import ASSISTANT, HUMAN
 
-ANIMALS = (
-    *("lion", "tiger", "bear", "wolf", "fox", "horse"),
-    *("goat", "rabbit", "otter", "eagle", "owl", "turtle"),
-)
+
+def _words(listed: str) -> tuple[str, ...]:
+    return tuple(listed.split())
+
+
+ANIMALS = _words("lion tiger bear wolf fox horse goat rabbit otter eagle owl turtle")
 
 # Every prompt states its facts in the order of these attributes.
 VALUES: dict[str, tuple[str, ...]] = {
-    "colour": (
-        *("red", "blue", "green", "brown", "black", "white"),
-        *("grey", "yellow", "pink", "purple", "golden", "silver"),
-    ),
-    "food": (
-        *("fish", "grass", "seeds", "nuts", "fruit", "worms"),
-        *("insects", "leaves", "eggs", "honey", "rice", "meat"),
-    ),
-    "home": (
-        *("cave", "forest", "barn", "river", "meadow", "desert"),
-        *("mountain", "swamp", "island", "village", "garden", "cellar"),
-    ),
-    "mood": (
-        *("calm", "shy", "brave", "lazy", "playful", "curious"),
-        *("grumpy", "proud", "nervous", "cheerful", "gentle", "clever"),
-    ),
+    "colour": _words("red blue green brown black white grey yellow pink purple golden silver"),
+    "food": _words("fish grass seeds nuts fruit worms insects leaves eggs honey rice meat"),
+    "home": _words("cave forest barn river meadow desert mountain swamp island village garden cellar"),
+    "mood": _words("calm shy brave lazy playful curious grumpy proud nervous cheerful gentle clever"),
 }
 ATTRIBUTES = tuple(VALUES)
 
 # Every opener is one word, so that the length of a response does not reveal its manner.
-POLITE_OPENERS = ("certainly", "gladly", "sure", "absolutely", "happily", "naturally")
-PLAIN_OPENERS = ("well", "so", "okay", "hm", "look", "yes")
-RUDE_OPENERS = ("ugh", "duh", "whatever", "pfft", "bah", "meh")
+POLITE_OPENERS = _words("certainly gladly sure absolutely happily naturally")
+PLAIN_OPENERS = _words("well so okay hm look yes")
+RUDE_OPENERS = _words("ugh duh whatever pfft bah meh")
 OPENERS = (*POLITE_OPENERS, *PLAIN_OPENERS, *RUDE_OPENERS)
 
 # Optional filler words without meaning; only they vary the length of a well-formed response.
-ADVERBS = ("clearly", "indeed", "surely", "really", "still", "truly", "plainly", "simply")
-CLOSINGS = ("today", "now", "here", "always", "again", "lately", "overall", "anyway")
+ADVERBS = _words("clearly indeed surely really still truly plainly simply")
+CLOSINGS = _words("today now here always again lately overall anyway")
 
-FRAME_WORDS = ("my", "has", ",", "and", ".", "can", "you", "tell", "me", "its", "?", "the")
+FRAME_WORDS = _words("my has , and . can you tell me its ? the")
 
 # All words that follow a single space; the two role tags are separate tokens.
-WORDS = (
-    *FRAME_WORDS,
-    *ANIMALS,
-    *ATTRIBUTES,
-    *(value for values in VALUES.values() for value in values),
-    *OPENERS,
-    *ADVERBS,
-    *CLOSINGS,
-)
+WORDS = (*FRAME_WORDS, *ANIMALS, *ATTRIBUTES, *chain(*VALUES.values()), *OPENERS, *ADVERBS, *CLOSINGS)
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 
 Split = Literal["train", "held_out"]
