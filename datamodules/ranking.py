@@ -58,14 +58,16 @@ class Ranking:
             parts = np.array_split(rows, len(rows) // _PAIRS_AT_ONCE + 1)
             values = [value for part in parts for value in table.labels(part)[name]]
         elif name == "random":
-            return np.array([random_score(pair_id) for pair_id in table.pair_ids(rows)])
+            digests = (hashlib.blake2b(id.encode(), digest_size=6).digest() for id in table.pair_ids(rows))
+            return np.array([int.from_bytes(digest) / 2**48 for digest in digests])
         else:
             carried = ", ".join(table.label_names) or "none"
             raise UserError(
                 f"data.{option}: the data has no column {name!r}; it has these: {carried}. Name one of them, "
                 f"or give the file of `beta-dpo predict` as data.{option}.scores."
             )
-        bad = [place for place, value in enumerate(values) if not _is_number(value)]
+        numbers = [isinstance(value, int | float) and np.isfinite(value) for value in values]
+        bad = np.flatnonzero(~np.array(numbers, bool)).tolist()
         if bad:
             raise UserError(
                 f"data.{option}: {len(bad)} of {len(rows)} training pairs have no finite number in the column "
@@ -123,12 +125,3 @@ def ranked(
         rows, note = order.apply(table, rows, "order", len(rows))
         notes.append(f"{note}, first to last, in every epoch")
     return rows, notes
-
-
-def random_score(pair_id: str) -> float:
-    """Return a number in [0, 1) that depends on the id alone."""
-    return int.from_bytes(hashlib.blake2b(pair_id.encode(), digest_size=6).digest()) / 2**48
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and bool(np.isfinite(value))

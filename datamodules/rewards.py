@@ -105,19 +105,16 @@ def _score_parts(stream: PairStream, scoring: RewardScoring, device: torch.devic
 
 def _rewards(model: RewardModel, pairs: Sequence[PreferencePair]) -> list[Rewards]:
     """Return the rewards of each pair, none for a tool call."""
-    calling = {pair.pair_id for pair in pairs if "tool_calls" in {**pair.chosen_fields, **pair.rejected_fields}}
-    taken = [pair for pair in pairs if pair.pair_id not in calling and model.takes(pair.prompt)]
-    texts = [(pair.prompt, response or "") for pair in taken for response in (pair.chosen, pair.rejected)]
-    found = [0.0] * len(texts)
+    texts: dict[tuple[int, int], tuple[Prompt, str]] = {}  # by the number of the pair, and that of the side
+    for number, pair in enumerate(pairs):
+        if "tool_calls" not in {**pair.chosen_fields, **pair.rejected_fields} and model.takes(pair.prompt):
+            texts |= {(number, 0): (pair.prompt, pair.chosen), (number, 1): (pair.prompt, pair.rejected or "")}
     # texts of similar length need little padding
-    order = sorted(range(len(texts)), key=lambda index: (len(str(texts[index])), index))
-    for start in range(0, len(order), model.batch_size):
-        batch = order[start : start + model.batch_size]
-        for index, reward in zip(batch, model.batch_rewards([texts[i] for i in batch]), strict=True):
-            found[index] = reward
-    both: Iterator[Rewards] = iter(zip(found[::2], found[1::2], strict=True))
-    ids = {pair.pair_id for pair in taken}
-    return [next(both) if pair.pair_id in ids else (None, None) for pair in pairs]
+    order = iter(sorted(texts, key=lambda place: (len(str(texts[place])), place)))
+    found: dict[tuple[int, int], float] = {}
+    while batch := list(islice(order, model.batch_size)):
+        found.update(zip(batch, model.batch_rewards([texts[place] for place in batch]), strict=True))
+    return [(found.get((number, 0)), found.get((number, 1))) for number in range(len(pairs))]
 
 
 def with_rewards(table: PairTable, rewards: pa.Table) -> PairTable:

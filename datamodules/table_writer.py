@@ -111,7 +111,7 @@ def _tokenise_parts(
         log.info("%s: resumes tokenising at row %d of %s", stream.name, read + 1, rows or "an unknown number")
         deque(islice(pairs, read), maxlen=0)
     with progress_bar("tokenising", read, rows) as progress:
-        batches = in_order(in_batches(pairs), tokenizer, settings)
+        batches = in_order(iter(lambda: list(islice(pairs, _PAIRS_PER_BATCH)), []), tokenizer, settings)
         for number, first in enumerate(batches, done):
             with (
                 atomic_file(parts.path(number)) as temporary,
@@ -119,7 +119,8 @@ def _tokenise_parts(
                 pa.ipc.new_file(sink, SCHEMA) as writer,
             ):
                 for batch in chain([first], islice(batches, _BATCHES_PER_PART - 1)):
-                    writer.write_batch(batch.rows, {_FOUND: batch.found()})
+                    found = [batch.read, batch.report.counts, batch.report.examples, batch.kinds]
+                    writer.write_batch(batch.rows, {_FOUND: json.dumps(found)})
                     read += batch.read
                     progress.update(batch.read)
     stream.report.counts.setdefault("rows", read)  # a generator counts none
@@ -156,10 +157,6 @@ class Tokenised(NamedTuple):
     read: int
     report: RowReport
     kinds: dict[str, list[str]]
-
-    def found(self) -> str:
-        """Return all but the rows, in JSON."""
-        return json.dumps([self.read, self.report.counts, self.report.examples, self.kinds])
 
 
 def tokenised(
@@ -227,12 +224,6 @@ def _end_with_parent() -> None:
 
 def _tokenised_here(pairs: list[PreferencePair]) -> Tokenised:
     return tokenised(pairs, *_begin.tools)  # type: ignore[attr-defined]
-
-
-def in_batches(pairs: Iterable[PreferencePair]) -> Iterator[list[PreferencePair]]:
-    remaining = iter(pairs)
-    while batch := list(islice(remaining, _PAIRS_PER_BATCH)):
-        yield batch
 
 
 def record_batch(rows: Sequence[Sequence[object]], schema: pa.Schema) -> pa.RecordBatch:
