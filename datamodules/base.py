@@ -22,7 +22,7 @@ from app.core.errors import UserError
 from app.method.ranges import PositiveInt, Seed, checked
 from datamodules.describe import cut_responses, describe, pairs_seen, repeats, shared_prompts, shown
 from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
-from datamodules.loader import Exchange, OptimizerBatchLoader, longest_of
+from datamodules.loader import Exchange, OptimizerBatchLoader
 from datamodules.ranking import Ranking, Selection, ranked
 from datamodules.rewards import RewardScoring, reward_scores, rows_with_reward, with_rewards
 from datamodules.sources.prompts import is_transcript_prompt
@@ -168,7 +168,7 @@ class PairDataModule(LightningDataModule):
                 rank_zero_info(f"{split}: {line}")
             if split == "train":
                 rank_zero_info("\n".join(["the first pair as it is trained:", *self.shown(table, int(rows[0]))]))
-            longest, _ = longest_of(table, table.reachable(rows))
+            longest, _ = table.longest(rows)
             # in separate rows a pair takes twice its longer row, which is at most twice its packed length
             if 2 * longest > self.micro_batch_tokens:
                 raise UserError(
@@ -231,9 +231,8 @@ class PairDataModule(LightningDataModule):
     @property
     def longest(self) -> tuple[int, int]:
         """Return the tokens of the stage's longest pair, and of its longest prompt with one response."""
-        sizes = [longest_of(table, table.reachable(rows)) for table, rows in self._tables.values()]
-        pairs, rows = zip(*sizes, strict=True)
-        return max(pairs), max(rows)
+        pairs, responses = zip(*(table.longest(rows) for table, rows in self._tables.values()), strict=True)
+        return max(pairs), max(responses)
 
     @property
     def largest_id(self) -> int:

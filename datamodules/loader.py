@@ -124,11 +124,6 @@ def stretched_pair(share: Sequence[TokenisedPair], tokens: int, row: int) -> Tok
     return TokenisedPair(sides[0], sides[1], sides[2] if rejected else None)
 
 
-def longest_of(table: PairTable, rows: np.ndarray) -> tuple[int, int]:
-    """Return the tokens of the longest pair, and of the longest prompt with one response; (0, 0) without pairs."""
-    return int(table.lengths[rows].max(initial=0)), int(table.row_lengths[rows].max(initial=0))
-
-
 @dataclass(eq=False)
 class OptimizerBatchLoader:
     """A loader that yields a `PreferenceBatch` per optimizer step and resumes exactly where it stopped.
@@ -152,13 +147,9 @@ class OptimizerBatchLoader:
     world_size: int = 1
     keep_order: bool = False
     exchange: Exchange | None = None
-    longest: tuple[int, int] = (0, 0)  # the largest pair of all splits of the run, if it is not one of these
+    longest: tuple[int, int] = (0, 0)  # tokens of the largest pair and of the largest row of the run
     epoch: int = field(default=0, init=False)
     pairs_served: int = field(default=0, init=False)  # in this epoch
-
-    def __post_init__(self) -> None:
-        tokens, row = longest_of(self.table, self.indices)
-        self.longest = max(tokens, self.longest[0]), max(row, self.longest[1])
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)

@@ -95,23 +95,19 @@ def pack(
     balanced_row: float,
 ) -> list[PackedRows]:
     """Return the given `pairs` of a rank's `share`, packed in micro-batches of at most `budget` tokens each."""
-    runs: list[Run] = []
+    runs: list[list[Run]] = []  # of each pair: one, or one for each response
     for pair in pairs:
         sides = [getattr(share[pair], side) for side in responses]
-        if layout == "packed":
-            runs.append(Run(pair, share[pair].prompt, sides, 0))
-        else:
-            runs += [Run(pair, share[pair].prompt, [side], number) for number, side in enumerate(sides)]
+        parts = [sides] if layout == "packed" else [[side] for side in sides]
+        runs.append([Run(pair, share[pair].prompt, part, number) for number, part in enumerate(parts)])
+    lengths = [max(run.tokens for run in own) for own in runs]
     if layout == "packed":
-        plan = plan_rows([run.tokens for run in runs], budget, balanced_row)
-        return [lay_out([[runs[i] for i in row] for row in rows], len(responses), layout) for rows in plan]
-    # both rows of a pair must be in one micro-batch, so pairs are planned by their longer row
-    per_pair = [runs[start : start + len(responses)] for start in range(0, len(runs), len(responses))]
-    plan = plan_separate([max(run.tokens for run in group) for group in per_pair], max(1, budget // len(responses)))
-    return [
-        lay_out([[run] for row in rows for i in row for run in per_pair[i]], len(responses), layout)
-        for rows in plan
-    ]
+        plan = plan_rows(lengths, budget, balanced_row)
+        rows = [[[runs[i][0] for i in row] for row in batch] for batch in plan]
+    else:  # both rows of a pair must be in one micro-batch, so pairs are planned by their longer row
+        plan = plan_separate(lengths, max(1, budget // len(responses)))
+        rows = [[[run] for row in batch for i in row for run in runs[i]] for batch in plan]
+    return [lay_out(some, len(responses), layout) for some in rows]
 
 
 def lay_out(rows: Sequence[Sequence[Run]], responses_per_pair: int, layout: Layout) -> PackedRows:

@@ -79,11 +79,6 @@ class PairTable:
         return self.side_lengths.sum(axis=0)
 
     @cached_property
-    def row_lengths(self) -> np.ndarray:
-        """Return the tokens of each pair's prompt and longer response, [N] int64."""
-        return self.side_lengths[0] + self.side_lengths[1:].max(axis=0)
-
-    @cached_property
     def largest_id(self) -> int:
         """Return the largest token id of all pairs."""
         return max(pc.max(chunk.values).as_py() or 0 for side in self._sides for chunk in side.chunks)
@@ -103,6 +98,12 @@ class PairTable:
     def content(self, rows: np.ndarray) -> str:
         """Return a hash of the tokens of all pairs that a loader over `rows` may serve, in their order."""
         return hashlib.blake2b(self.keys("pair", self.reachable(rows)).tobytes(), digest_size=16).hexdigest()
+
+    def longest(self, rows: np.ndarray) -> tuple[int, int]:
+        """Return the tokens of the longest reachable pair, and of the longest prompt with one response."""
+        prompt, *responses = self.side_lengths[:, self.reachable(rows)]
+        pairs, halves = prompt + sum(responses), prompt + np.maximum(*responses)
+        return int(pairs.max(initial=0)), int(halves.max(initial=0))
 
     def taken(self, column: str, indices: Rows) -> list[Any]:
         """Return the values of a column for these pairs."""
