@@ -28,9 +28,9 @@ TOTAL = "train/nonfinite_pairs"  # since the start of the run
 def beta_at_bounds(clamped: Sequence[float]) -> bool:
     """Return whether β met its `floor` or `ceiling` for more than a tenth of the kept pairs.
 
-    Then β no longer follows the data: it is its bound. β0·(1 + α·(mean gap − M0)) is negative as soon as the batch
-    falls 1/α below M0: 1.7 nats for α = 0.6. Gaps grow through training, so the risk does too
-    ([choosing.md](choosing.md) has a figure).
+    Such a β no longer follows the data. β0·(1 + α·(mean gap − M0)) is negative for a batch 1/α below M0: 1.7 nats
+    for α = 0.6. Gaps grow through training, and the risk with them
+    ([figure](choosing.md#what-follows-from-the-formulas)).
     """
     return fmean(clamped) > 0.1
 
@@ -38,8 +38,8 @@ def beta_at_bounds(clamped: Sequence[float]) -> bool:
 def beta_far(beta: Sequence[float], base: Sequence[float]) -> bool:
     """Return whether β lay beyond three times β0, or below a third of it, in more than a twentieth of the steps.
 
-    `beta/clamped` may be 0: a schedule has no ceiling by default. A batch of few pairs moves β more than a large
-    one: α goes with the square root of the number of kept pairs.
+    `beta/clamped` may be 0, because a schedule has no ceiling by default. Few pairs move β more than many: lower α
+    with the square root of the number of kept pairs.
     """
     return fmean(not base / 3 <= b <= base * 3 for b, base in zip(beta, base, strict=True)) > 0.05
 
@@ -47,8 +47,8 @@ def beta_far(beta: Sequence[float], base: Sequence[float]) -> bool:
 def sample_size_collapsed(effective: Sequence[float], pairs: Sequence[float]) -> bool:
     """Return whether the Gaussian weights are worth less than 0.3 of the batch.
 
-    Normally distributed gaps give √3/2 = 0.87: E[w]²/E[w²] for w = exp(−z²/2). Either a few pairs lie near M0 and
-    the rest far away, or M0 and σ lag gaps that move fast (their memory is about ten steps).
+    Normal gaps give √3/2 = 0.87: E[w]²/E[w²] for w = exp(−z²/2). Either most pairs lie far from M0, or M0 and σ lag
+    gaps that move fast (their memory is about ten steps).
     """
     return sum(effective) < 0.3 * sum(pairs)
 
@@ -56,10 +56,9 @@ def sample_size_collapsed(effective: Sequence[float], pairs: Sequence[float]) ->
 def chosen_falls_with_rejected(chosen: Sequence[float], rejected: Sequence[float], *_: Sequence[float]) -> bool:
     """Return whether both mean log-ratios are negative and the chosen one fell by more than the margin grew.
 
-    In symbols: c < 0, r < 0 and −c > c − r, for rewards at β0, which cancels; c must lie two standard errors below
-    0, because every step has other pairs. To a degree this is what DPO does;
-    [choosing.md](choosing.md#why-does-the-chosen-reward-fall) explains it. Looked for only where there is a
-    reference, without which the reward is no log-ratio.
+    In symbols: c < 0, r < 0 and −c > c − r; c must lie two standard errors below 0, because every step has other
+    pairs. Without a reference the condition is not tested. DPO does this to a degree:
+    [why](choosing.md#why-does-the-chosen-reward-fall).
     """
     c, r = fmean(chosen), fmean(rejected)
     error = stdev(chosen) / math.sqrt(len(chosen)) if len(chosen) > 1 else math.inf
@@ -69,7 +68,7 @@ def chosen_falls_with_rejected(chosen: Sequence[float], rejected: Sequence[float
 def accuracy_saturated(accuracy: Sequence[float]) -> bool:
     """Return whether more than 98 % of the training pairs are ranked right before the policy's step on them.
 
-    What further steps change is mostly the size of the margin.
+    Further steps change mostly the size of the margin.
     """
     return fmean(accuracy) > 0.98
 
@@ -77,7 +76,7 @@ def accuracy_saturated(accuracy: Sequence[float]) -> bool:
 def nonfinite_pairs(total: Sequence[float]) -> bool:
     """Return whether at least one pair had a log-probability of NaN or infinity.
 
-    It was left out and named in the log; more than `model.max_nonfinite_share` of a batch stop the run.
+    The step leaves it out and the log names it. More than `model.max_nonfinite_share` of a batch stop the run.
     """
     return total[-1] > total[0]
 
@@ -85,7 +84,7 @@ def nonfinite_pairs(total: Sequence[float]) -> bool:
 def throughput_lost(tokens_per_second: Sequence[float], best: Sequence[float]) -> bool:
     """Return whether the median of tokens per second is below half of the best median since the process started.
 
-    The time of a step is all between the ends of two steps, with loading and saving and without validation.
+    The time of a step includes loading and saving, not validation.
     """
     return median(tokens_per_second) < best[-1] / 2
 
@@ -161,7 +160,7 @@ CONDITIONS = (
         "throughput lost",
         (SPEED, BEST_SPEED),
         throughput_lost,
-        "look for other programs on the machine, heat, a slow disk, or checkpoints that are written too often",
+        "look for other programs on the machine, heat, a slow disk, or too frequent checkpoints",
         "speed",
     ),
 )

@@ -206,8 +206,8 @@ def data_page() -> str:
 def monitoring_page() -> str:
     """Return docs/monitoring.md with a section for every condition of the health monitor in its place."""
     calmer = (
-        "lower α or ε of the schedule, or measure gaps in standard deviations (`schedule.z_normalised: true`); the "
-        "log line and the report say which of these holds for the schedule of the run"
+        "lower α or ε of the schedule, or set `schedule.z_normalised: true` (the log line says which the schedule "
+        "of the run has)"
     )
     sections = []
     for one in CONDITIONS:
