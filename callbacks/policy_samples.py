@@ -36,7 +36,7 @@ class PolicySamples(Callback):
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
         self.seed = seed
-        self._prompts: list[Any] = []  # token ids, from the first validation batch
+        self._prompts: list[Any] = []  # token ids, the first of the validation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -56,7 +56,8 @@ class PolicySamples(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: object
     ) -> None:
         if batch_idx == 0:
-            self._prompts = [pair.prompt for pair in batch.share[: self.prompts]]
+            self._prompts = []
+        self._prompts += [pair.prompt for pair in batch.share[: self.prompts - len(self._prompts)]]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # every rank must call log_folder, because Lightning broadcasts it

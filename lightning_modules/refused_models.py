@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoTokenizer
 
 from app.core.errors import UserError
@@ -129,18 +130,34 @@ def refuse_beyond(model: Any, longest: int, largest_id: int, tokenizer: str, len
         )
 
 
-def refuse_other_tokens(name: str, ours: Any, trust_remote_code: bool) -> None:
-    """Raise UserError if the model `name` has a tokenizer that knows a token of `ours` by another number."""
+def other_tokens(name: str, ours: Any, trust_remote_code: bool) -> list[str]:
+    """Return the tokens of `ours` by whose numbers the tokenizer of the model `name` knows others, sorted."""
     try:
         theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception:  # weights without a tokenizer may raise anything
         log.warning("%r holds no tokenizer: its tokens are taken to be those of data.tokenizer", name)
-        return
+        return []
     known = {number: token for token, number in theirs.get_vocab().items()}
-    other = sorted(token for token, number in ours.get_vocab().items() if known.get(number, token) != token)
+    return sorted(token for token, number in ours.get_vocab().items() if known.get(number, token) != token)
+
+
+def name_other_tokens(name: str, ours: Any, trust_remote_code: bool) -> None:
+    """Warn of `other_tokens` in the tokenizer of the policy's own model; some may be meant, as new names are."""
+    other = [] if ours.name_or_path == name else other_tokens(name, ours, trust_remote_code)
     if other:
+        rank_zero_warn(
+            f"{len(other)} of the {len(ours)} tokens of the data are others in the tokenizer of model.name "
+            f"({few(other)}), which it was trained with: check data.tokenizer."
+        )
+
+
+def refuse_other_tokens(
+    name: str, ours: Any, trust_remote_code: bool, option: str = "model.name", tokenizer: str = "data.tokenizer"
+) -> None:
+    """Raise UserError if there are `other_tokens`; `option` and `tokenizer` name the options to blame."""
+    if other := other_tokens(name, ours, trust_remote_code):
         raise UserError(
-            f"model.name: {name!r} has other tokens than data.tokenizer ({few(other)}): take a model with the same."
+            f"{option}: {name!r} has other tokens than {tokenizer} ({few(other)}): take a model with the same."
         )
 
 

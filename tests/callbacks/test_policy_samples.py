@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -73,6 +75,14 @@ def test_a_run_without_validation_is_refused(tiny_llama: str, tmp_path: Path) ->
     trainer = quiet_trainer(tmp_path, [PolicySamples()], max_steps=1, limit_val_batches=0)
     with pytest.raises(UserError, match="this run has none: give data"):
         trainer.fit(preference(tiny_llama), controlled(10))
+
+
+def test_the_prompts_are_those_of_as_many_batches_as_it_takes() -> None:
+    samples: Any = PolicySamples(prompts=3)
+    batch = SimpleNamespace(share=[SimpleNamespace(prompt="one"), SimpleNamespace(prompt="two")])
+    for number in (0, 1, 0, 1, 2):
+        samples.on_validation_batch_end(None, None, None, batch, number)
+    assert samples._prompts == ["one", "two", "one"]
 
 
 def test_wrong_settings_are_refused() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer, save_tiny_model
 
+from app.commands.generate import generate
 from app.core.errors import UserError
 from app.method.losses import SimPOLoss
 from lightning_modules.lora import Lora
@@ -57,6 +58,12 @@ def test_a_model_with_other_tokens_is_refused(tiny_llama: str, tiny_gpt2: str, t
     (other / "tokenizer.json").write_text(json.dumps(text))
     with pytest.raises(UserError, match=r"model\.reference_name: .* has other tokens than data\.tokenizer"):
         run(tmp_path, tiny_llama, reference_name=str(other))
+    with pytest.raises(UserError, match=rf"reference: '{other}' has other tokens than model \("):
+        generate(tiny_llama, str(tmp_path / "out.jsonl"), count=1, reference=str(other))
+    with pytest.warns(
+        UserWarning, match=r"2 of the 116 tokens of the data are others in the tokenizer of model\.name"
+    ):
+        run(tmp_path, str(other))
     with pytest.raises(UserError, match=r"model\.reference_name: no model at 'nowhere/model'"):
         run(tmp_path, tiny_llama, reference_name="nowhere/model")
 
