@@ -15,13 +15,14 @@ from app.core.files import atomic_file
 from app.core.intervals import Estimate
 from app.report.plot import DASHES, Interval, Line, axis, intervals, lines, run_colour, side_by_side, svg
 from benchmarks.study import real_pairs
-from benchmarks.study.questions import MEASURES, Cell, Comparison, Question, Rows, plan, quickstarts, real, sizes
+from benchmarks.study.questions import MEASURES, Comparison, Question, Rows, plan, quickstarts, real, sizes
 from benchmarks.study.runs import KEY, path_of, runs_of, with_measures
-from benchmarks.study.tasks import JUDGED, TASKS, TUNING, Run
+from benchmarks.study.tasks import JUDGED, PAIR_FILES, TASKS, TUNING, Run
 from benchmarks.study.verdicts import Difference
 from benchmarks.tables import ROOT, markdown
 
 DOCS = ROOT / "docs"
+JUDGED_TASKS = {"controlled": "controlled task", "sentiment": "reviews"}
 VERDICTS = {"better": "good", "worse": "act", "equal within the margin": "link"}
 
 
@@ -116,43 +117,97 @@ def answered(questions: Sequence[Question], rows: Rows) -> Iterator[Question]:
 
 def verdicts(questions: Sequence[Question], table: pd.DataFrame) -> str:
     """Return the top of the page: what wins on both tasks, what is done, and the verdicts of every question."""
-    found: dict[str, dict[str, str]] = {"controlled": {}, "sentiment": {}}
+    by_task: dict[str, dict[str, Comparison]] = {}  # label → task → comparison
     for one in (one for question in questions for one in question.comparisons):
-        ours, theirs, *_ = one.weights
-        if theirs == Cell("dpo", ours.flips, task=one.task):
-            found[one.task][f"{ours.arm} at a flip rate of {ours.flips:g}"] = one.of("reward").verdict
-    both = sorted(found["controlled"].keys() & found["sentiment"].keys())
-    better = [arm for arm in both if found["controlled"][arm] == found["sentiment"][arm] == "better"]
-    winners = f"On both tasks {' and '.join(better)} beat" if better else "On both tasks nothing beats"
-    first = f"{winners} tuned static β (compared there: {', '.join(both)})."
+        by_task.setdefault(one.label, {})[one.task] = one
+    both = {label: found for label, found in by_task.items() if len(found) > 1}
+    better = [
+        each for each, found in both.items() if {one.of("reward").verdict for one in found.values()} == {"better"}
+    ]
+    winners, compared = ("; ".join(each.replace(" − static β", "") for each in some) for some in (better, both))
+    first = f"On both tasks {winners or 'nothing'} beats tuned static β (compared there: {compared})."
     if not both:
         first = "Whether anything beats tuned static β on both tasks is not known yet."
     judged = table[(table.phase == JUDGED) & (table.task != "real")]
     done = len(set(runs_of(judged)))  # a run may have a row for each of several processors
     wanted = sum(judged for _, _, judged in sizes())
-    compared, asked = (sum(len(each.comparisons) for each in some) for some in (questions, plan()))
-    rows = [
-        [f"[{question.title}](#{anchor(question.title)})", *(verdict(question, measure) for measure in MEASURES)]
-        for question in questions
-    ]
+    found, asked = (sum(len(each.comparisons) for each in some) for some in (questions, plan()))
     left = [each.title for each in plan() if each.name not in {question.name for question in questions}]
+    header = [
+        f"{name}, {measure}"
+        for task, name in JUDGED_TASKS.items()
+        for measure in ("at the end", f"KL at most {TASKS[task].budget:g}")
+    ]
     return "\n\n".join(
         [
             f"**{first}** {done} of the {wanted} runs that judge have a row; "
-            f"{compared} of {asked} comparisons have all their seeds. All rows together took "
+            f"{found} of {asked} comparisons have all their seeds. All rows together took "
             f"{table.seconds.sum() / 7200:.1f} hours of two cores, without the SFT models.",
-            markdown(["question", *MEASURES.values()], rows),
+            markdown(["question", "comparison", *header], list(verdict_rows(questions, by_task))),
+            *people_verdict(people_differences(table[table.task == "real"])),
             *([f"Not answered yet: {' '.join(left)}"] if left else []),
         ]
     )
 
 
-def verdict(question: Question, measure: str) -> str:
-    """Return the verdicts of a question by one measure, with the intervals of those that decide."""
-    found = [(one.label, one.of(measure)) for one in question.comparisons]
-    told = [f"**{each.verdict}**: {label} {each}" for label, each in found if each.verdict != "undecided"]
-    left = len(found) - len(told)
-    return "; ".join([*told, *([f"undecided: {left}" + (" more" if told else "")] if left else [])])
+def verdict_rows(questions: Sequence[Question], by_task: dict[str, dict[str, Comparison]]) -> Iterator[list[str]]:
+    """Yield a row for every comparison that is decided somewhere, and one for the others of its question."""
+    shown: set[str] = set()
+    for question in questions:
+        title = f"[{question.title}](#{anchor(question.title)})"
+        left = 0
+        for label in dict.fromkeys(one.label for one in question.comparisons if one.label not in shown):
+            shown.add(label)
+            tasks = (by_task[label].get(task) for task in JUDGED_TASKS)
+            found = [one and one.of(measure) for one in tasks for measure in ("reward", "within")]
+            if any(each and each.verdict != "undecided" for each in found):
+                yield [title, label, *(told_verdict(each) if each else "" for each in found)]
+                title = ""
+            else:
+                left += 1
+        if left:
+            yield [title, f"{left} {'comparisons' if title else 'more'}", "undecided", "undecided", "", ""]
+
+
+def told_verdict(found: Difference) -> str:
+    word = found.verdict.split()[0]
+    return f"{word if word == 'undecided' else f'**{word}**'} {found}"
+
+
+PEOPLE = "(j) On pairs of people, does the filter drop flipped pairs, does the audit find them?"
+
+
+def people_verdict(differences: Mapping[str, Mapping[str, Difference]]) -> Iterator[str]:
+    """Yield the line on pairs of people at the top of the page."""
+    found = [(f"{data}, {label}", one) for label, by in differences.items() for data, one in by.items()]
+    decided = [f"{label}: {told_verdict(one)}" for label, one in found if one.verdict != "undecided"]
+    if found:
+        rest = f"{len(found) - len(decided)} of {len(found)} comparisons undecided"
+        yield f"[{PEOPLE}](#{anchor(PEOPLE)}) {'; '.join([*decided, rest])}."
+
+
+def people_differences(table: pd.DataFrame) -> dict[str, dict[str, Difference]]:
+    """Return what is compared on pairs of people, by data and paired by seed, once every run has a row."""
+    found: dict[str, dict[str, Difference]] = {}
+    if set(runs_of(table)) != set(real()):
+        return found
+    by_setting = {place: runs.set_index("seed") for place, runs in table.groupby(["data", "flip_rate", "arm"])}
+    for data in PAIR_FILES:
+        arms = {name: by_setting[data, 0.2, arm] for name, arm in (("β-DPO", "beta_dpo"), ("static β", "dpo"))}
+        ours, theirs = arms.values()
+        compared = {"dropped by the filter: flipped − other pairs": ours.dropped_flipped - ours.dropped_clean}
+        for percent in real_pairs.SHARES:
+            for name, runs in arms.items():
+                for signal, told in (("length", "length"), ("reference", "untrained model")):
+                    label = f"flipped in the first {percent} %: audit of {name} − {told}"
+                    compared[label] = runs[f"gaps_{percent}"] - runs[f"{signal}_{percent}"]
+        for flips in (0.0, 0.2):
+            ours, theirs = (by_setting[data, flips, arm] for arm in ("beta_dpo", "dpo"))
+            label = f"held-out accuracy: β-DPO − static β, flip rate {flips:g}"
+            compared[label] = ours.accuracy - theirs.accuracy
+        for label, values in compared.items():
+            found.setdefault(label, {})[data] = Difference.of(values.to_numpy(float), margin=0)
+    return found
 
 
 def sections(questions: Sequence[Question], rows: Rows) -> Iterator[str]:
@@ -245,11 +300,15 @@ def real_model(table: pd.DataFrame) -> str:
     told = (
         "SmolLM2-135M-Instruct, two epochs of 160 pairs of Anthropic-HH (harmless; at most 350 characters) and of "
         "PandaLM's people (450); 96 pairs of other prompts held out, without flips. The last columns are the share "
-        "of flipped pairs in the most suspicious 5 and 10 %, by the audit's gaps, by the untrained model's margin, "
-        f"and by length in the better direction. {len(table)} of the {len(list(real()))} runs have a row; without "
-        "brackets a figure is of one seed, or the same on all."
+        "of flipped pairs (precision) in the most suspicious 5 and 10 %, by the audit's gaps, by the untrained "
+        "model's margin, and by length in the better direction; with a fifth of the pairs flipped the recall is a "
+        f"quarter and a half of it. Intervals are Student's t at 95 % each. {len(table)} of the "
+        f"{len(list(real()))} runs have a row; a figure without brackets is of one seed, or the same on all."
     )
-    return "\n\n".join(["## A real model on pairs of people", told, markdown(header, rows)])
+    differences = people_differences(table)
+    compared = [[label, *map(told_verdict, by.values())] for label, by in differences.items()]
+    verdicts = [markdown(["difference, paired by seed", *PAIR_FILES], compared)] if compared else []
+    return "\n\n".join([f"## {PEOPLE}", told, *verdicts, markdown(header, rows)])
 
 
 # --- figures -------------------------------------------------------------------------------------------------

@@ -199,15 +199,15 @@ def plan() -> list[Question]:
     def shared(pairs: int) -> Cell:
         return ours._replace(options=f"--schedule benchmarks.study.shared_beta.SharedBeta --schedule.pairs {pairs}")
 
-    # arm → its control
+    # name → arm and its control
     methods = {
-        Cell("re_po"): "shuffled_confidence",
-        Cell("dr_dpo"): "shuffled_weights",
-        Cell("kldpo"): "shuffled_weights",
-        Cell("reference_weights"): "shuffled_weights",
-        Cell("epsilon_dpo"): "shuffled_beta",
+        "RE-PO": (Cell("re_po"), "shuffled_confidence"),
+        "Dr. DPO": (Cell("dr_dpo"), "shuffled_weights"),
+        "KLDPO": (Cell("kldpo"), "shuffled_weights"),
+        "reference weights": (Cell("reference_weights"), "shuffled_weights"),
+        "ε-DPO": (Cell("epsilon_dpo"), "shuffled_beta"),
     }
-    margins = [Cell(arm, loss="simpo_no_margin") for arm in ("gamma_po", "amapo")]
+    margins = {name: Cell(arm, loss="simpo_no_margin") for name, arm in (("γ-PO", "gamma_po"), ("AMaPO", "amapo"))}
     simpo = Cell("dpo", loss="simpo")
     questions = [
         Question(
@@ -215,7 +215,7 @@ def plan() -> list[Question]:
             "(d) Is β-DPO as a whole better than static β?",
             "The paper's main result: batch-level β and the Gaussian filter together, by flip rate.",
             [
-                less(f"{told}: β-DPO − static β", ours._replace(flips=f), static._replace(flips=f))
+                less(f"β-DPO − static β, {told}", ours._replace(flips=f), static._replace(flips=f))
                 for told, f in at.items()
             ],
             MAIN,
@@ -225,7 +225,7 @@ def plan() -> list[Question]:
             "(c) Does the Gaussian filter help, and more than dropping pairs at random?",
             "At a fixed β0, by flip rate. The random filter drops as many, at the settings of the Gaussian one.",
             [
-                less(f"{told}: Gaussian − {name}", gaussian._replace(flips=f), other._replace(flips=f))
+                less(f"Gaussian − {name}, {told}", gaussian._replace(flips=f), other._replace(flips=f))
                 for told, f in at.items()
                 for name, other in (("none", static), ("random", random))
             ],
@@ -238,12 +238,12 @@ def plan() -> list[Question]:
             "better at the end at the same flip rate.",
             [
                 less(
-                    f"reviews, flip rate {x:g}: {arm} − static β",
+                    f"{name} − static β, flip rate {x:g}",
                     Cell(arm, x, task="sentiment"),
                     Cell("dpo", x, task="sentiment"),
                 )
                 for x in ends
-                for arm in ("beta_dpo", "re_po")
+                for arm, name in (("beta_dpo", "β-DPO"), ("re_po", "RE-PO"))
             ],
             REVIEWS,
         ),
@@ -265,7 +265,7 @@ def plan() -> list[Question]:
             "(h) Does β-DPO help more where gaps are low, mixed or high?",
             "The paper's Figure 1 and its mixtures; static β is tuned on each.",
             [
-                less(f"{x} gaps: β-DPO − static β", ours._replace(data=x), static._replace(data=x))
+                less(f"β-DPO − static β, {x} gaps", ours._replace(data=x), static._replace(data=x))
                 for x in ("low", "high")
             ],
             SIDE,
@@ -285,7 +285,7 @@ def plan() -> list[Question]:
             "(e) Does it carry over to IPO and SimPO?",
             "β-DPO less static β, both tuned under the loss. SimPO has no reference; its KL is to the SFT model.",
             [
-                less(f"{told}: β-DPO − static β", Cell("beta_dpo", loss=x), Cell("dpo", loss=x))
+                less(f"β-DPO − static β under {told}", Cell("beta_dpo", loss=x), Cell("dpo", loss=x))
                 for x, told in (("ipo", "IPO"), ("simpo", "SimPO"))
             ],
             SIDE,
@@ -301,7 +301,7 @@ def plan() -> list[Question]:
                 less("ρ = 0.5", ours._replace(keep=0.5), ours),
                 *(less(f"β shared by {n} pairs", shared(n), ours) for n in (2, 8)),
                 *(
-                    less(f"batches of {n}: β-DPO − static β", batch(n, "beta_dpo"), batch(n, "dpo"))
+                    less(f"β-DPO − static β, batches of {n}", batch(n, "beta_dpo"), batch(n, "dpo"))
                     for n in (32, 128)
                 ),
             ],
@@ -313,15 +313,15 @@ def plan() -> list[Question]:
             "Each tuned as static β is. The control is the same arm with its weights, confidence, β or margin "
             "shuffled among pairs. γ-PO, AMaPO and α-DPO are compared with SimPO, whose margins they change.",
             [
-                less(f"flip rate {x:g}: {arm.arm} − {told}", arm._replace(flips=x), other._replace(flips=x))
+                less(f"{name} − {told}, flip rate {x:g}", arm._replace(flips=x), other._replace(flips=x))
                 for x in ends
-                for arm, control in methods.items()
+                for name, (arm, control) in methods.items()
                 for told, other in (("static β", static), ("its control", arm.controlled_by(control)))
                 if x or other is static  # controls only where there is something to find
             ]
             + [
-                less(f"{arm.arm} − {told}", arm, other)
-                for arm in margins
+                less(f"{name} − {told}", arm, other)
+                for name, arm in margins.items()
                 for told, other in (("SimPO", simpo), ("its control", arm.controlled_by("shuffled_margin")))
             ]
             + [less("α-DPO − SimPO", Cell("alpha_dpo", loss="alpha_dpo"), simpo)],
