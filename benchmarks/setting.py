@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from datamodules.records import TokenisedPair
-from datamodules.sources.reader import read_pairs
+from datamodules.sources.pairs import read_pairs
 from datamodules.table_writer import cached_table
 from datamodules.tokenisation import Tokenisation
 from lightning_modules.flops import step_operations

@@ -25,8 +25,8 @@ from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
 from datamodules.loader import Exchange, OptimizerBatchLoader
 from datamodules.ranking import Ranking, Selection, ranked
 from datamodules.rewards import RewardScoring, reward_scores, rows_with_reward, with_rewards
+from datamodules.sources.pairs import PairStream
 from datamodules.sources.prompts import is_transcript_prompt
-from datamodules.sources.reader import PairStream
 from datamodules.table import PairTable, joined
 from datamodules.table_writer import cached_table
 from datamodules.tokenisation import Tokenisation

@@ -12,7 +12,7 @@ from app.method.ranges import PositiveInt, Share, checked
 from datamodules.base import PairDataModule, Split
 from datamodules.controlled_task import Gap, build_tokenizer, demonstrations, preference_pairs
 from datamodules.records import PreferencePair
-from datamodules.sources.reader import PairStream
+from datamodules.sources.pairs import PairStream
 
 # raise when the generator's output changes, so that no older cached table is used
 GENERATOR_VERSION = 1

@@ -19,8 +19,8 @@ from app.core.files import file_hash
 from app.core.samples import read_samples
 from app.method.ranges import Seed, Share, checked
 from datamodules.records import PreferencePair, read_prompt
+from datamodules.sources.pairs import PairStream
 from datamodules.sources.prompts import prompt_key
-from datamodules.sources.reader import PairStream
 from datamodules.sources.rows import RowReport
 from datamodules.table import PairTable, joined
 

@@ -17,7 +17,7 @@ from app.method.ranges import FactorFromOne, PositiveInt, ShareBelowOne, checked
 from datamodules.base import PairDataModule, Split
 from datamodules.sources.conversions import PreferredBy
 from datamodules.sources.files import LocalFiles
-from datamodules.sources.reader import OnBadRow, PairStream, read_pairs
+from datamodules.sources.pairs import OnBadRow, PairStream, read_pairs
 from datamodules.sources.source import RowFormat, Source
 from datamodules.table import PairTable
 from datamodules.tokenisation import Tokenisation
@@ -99,10 +99,6 @@ class PreferenceData(PairDataModule):
         self._single = single
         entries = path if isinstance(path, list) else [str(path)]
         self.sources = [Source(entry, **single) if isinstance(entry, str) else entry for entry in entries]
-        if all(isinstance(entry, str) for entry in entries):
-            self.sources = told_apart(self.sources)
-        if self.mixed:
-            check_sources(self.sources)
         if any(isinstance(entry, Source) for entry in entries):
             for name, value in single.items():
                 if value != getattr(Source, name):
@@ -110,6 +106,9 @@ class PreferenceData(PairDataModule):
                         f"data.{name} is {value!r}, but data.path lists several sources: give each its own, and "
                         f"set data.{name}: {json.dumps(getattr(Source, name))}."
                     )
+        else:
+            self.sources = told_apart(self.sources)
+        check_sources(self.sources)
         for source in self.sources:
             source.check()  # before a download
         self.paths: dict[Split, str | None] = {"validation": validation_path, "test": test_path}

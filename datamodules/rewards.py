@@ -23,8 +23,8 @@ from app.core.errors import UserError, first_line
 from app.core.files import Parts, atomic_file, folder_hash
 from app.method.ranges import PositiveInt, checked
 from datamodules.records import PreferencePair, Prompt
+from datamodules.sources.pairs import PairStream
 from datamodules.sources.prompts import prompt_messages
-from datamodules.sources.reader import PairStream
 from datamodules.table import PairTable
 from datamodules.table_writer import progress_bar, read_rows, record_batch, write_rows
 

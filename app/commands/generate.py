@@ -23,7 +23,7 @@ from app.judges.server import SamplingServer
 from app.method.ranges import NonNegativeFloat, PositiveInt, PositiveShare, Seed
 from datamodules.controlled_task import prompts as controlled_prompts
 from datamodules.records import PreferencePair
-from datamodules.sources.reader import read_pairs
+from datamodules.sources.pairs import read_pairs
 from datamodules.tokenisation import Tokenisation
 
 HERE = SamplingServer()

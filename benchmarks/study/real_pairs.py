@@ -19,7 +19,7 @@ from app.commands.audit import LABEL, as_row
 from app.commands.suspects import hits, pair_histories
 from app.core.files import atomic_file
 from datamodules.records import PreferencePair
-from datamodules.sources.reader import read_pairs
+from datamodules.sources.pairs import read_pairs
 
 SHARES = {"5": 0.05, "10": 0.1}  # of the pairs that a reader looks at
 SIGNALS = ("gaps", "reference", "length")

@@ -1,19 +1,109 @@
-"""Conversion of a row in any format of the registry to a preference pair, or the reason against it."""
+"""The pairs of a source: a row in any format of the registry becomes a pair, or is counted with the reason."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
+from typing import Any, Literal
 
+from app.core.errors import UserError
 from datamodules.records import Message, PreferencePair, Prompt
 from datamodules.sources.conversions import refuse_unusable
+from datamodules.sources.files import LocalFiles
 from datamodules.sources.messages import TEMPLATE_FIELDS, spoken, template_fields, with_system
 from datamodules.sources.prompts import split_transcript
 from datamodules.sources.registry import FORMATS, PROMPTS, Format, Row, nearest
-from datamodules.sources.rows import BadRow, kind, missing, text, typed
-from datamodules.sources.source import Source, close
+from datamodules.sources.rows import BadRow, LeftOut, RowReport, kind, missing, text, typed
+from datamodules.sources.source import HubDataset, Source, close
 
+OnBadRow = Literal["error", "skip"]
 _OWN_FIELDS = ("pair_id", "prompt", "chosen", "rejected", "response", *TEMPLATE_FIELDS)
+
+
+@dataclass
+class PairStream(Iterable[PreferencePair]):
+    """A stream of pairs as text, in a fixed order; every iteration starts at the first pair.
+
+    `description` returns the part of the cache key that identifies the pairs, in JSON values: content hash, format,
+    seed of a generator, …. `read` yields the pairs and counts the rows in the report that it is given; `report` is
+    that of the last iteration. `rows` returns the number of rows if that is known before they are read.
+    """
+
+    name: str
+    description: Callable[[], dict[str, object]]
+    read: Callable[[RowReport], Iterable[PreferencePair]]
+    rows: Callable[[], int | None] = lambda: None
+    report: RowReport = field(default_factory=RowReport, init=False)
+
+    def __iter__(self) -> Iterator[PreferencePair]:
+        self.report = RowReport()
+        return iter(self.read(self.report))
+
+
+def read_pairs(
+    path: str | Source,
+    on_bad_row: OnBadRow = "error",
+    *,
+    need_rejected: bool = False,
+    prompts_only: bool = False,
+    **options: Any,
+) -> PairStream:
+    """Return the pairs of a source, in order, named by its label. Raises UserError if the source does not exist.
+
+    The source is given, or its `path` and, as `options`, its other fields. A pair's id is its field `pair_id` (text
+    or integer, unique) or `<file or dataset>:<line or row number>`. `on_bad_row`: "error" raises at the first bad
+    row, "skip" leaves it out and counts it in the stream's `report`. Reading raises UserError for a source without
+    a usable row and, in both modes, for a file that is damaged as a whole. For the other arguments see `read_row`.
+    """
+    source = Source(path, **options) if isinstance(path, str) else path
+    opened = source.open()
+
+    def description() -> dict[str, object]:
+        return {
+            "name": opened.name,  # part of the pair ids
+            "content": opened.fingerprint(),
+            "on_bad_row": on_bad_row,
+            "need_rejected": need_rejected,
+            "prompts_only": prompts_only,
+            "columns": source.columns or {},
+            **{name: getattr(source, name) for name in ("format", "min_score_ratio", "preferred_by")},
+        }
+
+    read = partial(read_row, source=source, need_rejected=need_rejected, prompts_only=prompts_only)
+    return PairStream(source.label, description, partial(_read, opened, read, on_bad_row), opened.count)
+
+
+def _read(
+    opened: LocalFiles | HubDataset,
+    read: Callable[[object, str], tuple[PreferencePair, list[str]]],
+    on_bad_row: OnBadRow,
+    report: RowReport,
+) -> Iterator[PreferencePair]:
+    seen: set[str] = set()
+    first_bad = ""
+    for location, row in opened.rows():
+        report.counts["rows"] += 1
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            pair, ignored = read(row, location)
+            if pair.pair_id in seen:
+                raise BadRow("repeated pair_id", pair.pair_id)
+        except BadRow as bad:
+            if on_bad_row == "error" and not isinstance(bad, LeftOut):
+                raise UserError(f"{location}: {bad}; correct the row or set data.on_bad_row: skip.") from None
+            report.note(f"skipped: {bad.reason}", location)
+            first_bad = first_bad or f"{location}: {bad}"
+            continue
+        seen.add(pair.pair_id)
+        report.counts.update(["pairs", *(f"field ignored: {name}" for name in ignored)])
+        yield pair
+    if not report.counts["rows"]:
+        raise UserError(f"{opened.name} holds no row: check data.path.")
+    if not report.counts["pairs"]:
+        raise UserError(f"{opened.name} holds no usable row ({report.summary()}). The first: {first_bad}.")
 
 
 def read_row(
@@ -51,44 +141,35 @@ def _pair(row: Row, default_id: str, format: str) -> PreferencePair:
     sides = (first, "rejected") if "rejected" in row else (first,)
     values = [spoken(row[side], side) for side in sides]
     given = None if missing(row.get("prompt")) else spoken(row["prompt"], "prompt")
-    answers: list[Message] = []
-    texts = [value for value in values if isinstance(value, str)]
-
     hh = format == "hh"
-    if hh and given is not None:
-        raise BadRow("not an HH transcript", "there is a field prompt, too")
-    if hh:
-        split = [split_transcript(text(value, side), side) for value, side in zip(values, sides, strict=True)]
-        prompts: list[Prompt] = [prompt for prompt, _ in split]
-        responses = [response for _, response in split]
-    elif not texts:
-        talks = [value for value in values if not isinstance(value, str)]
-        prompts = [_prompt_of(given, talk, side) for talk, side in zip(talks, sides, strict=True)]
-        answers = [talk[-1] for talk in talks]
-        responses = [answer.content for answer in answers]
-    elif len(texts) < len(values):
+    if not hh and len({isinstance(value, str) for value in values}) > 1:
         raise BadRow("wrong type", "one of chosen and rejected is text, the other one messages")
-    elif given is None:
-        raise (
-            BadRow("wrong type", "prompt is null, not text")
-            if "prompt" in row
-            else BadRow("missing field", "prompt")
-        )
-    else:
-        prompts, responses = [given], texts
 
+    def split(value: str | tuple[Message, ...], side: str) -> tuple[Prompt, Message]:
+        if hh and given is not None:
+            raise BadRow("not an HH transcript", "there is a field prompt, too")
+        if hh:
+            prompt, response = split_transcript(text(value, side), side)
+            return prompt, Message("assistant", response)
+        if not isinstance(value, str):
+            return _prompt_of(given, value, side), value[-1]
+        if given is None:
+            null = "prompt" in row
+            raise BadRow("wrong type", "prompt is null, not text") if null else BadRow("missing field", "prompt")
+        return given, Message("assistant", value)
+
+    prompts, answers = zip(*map(split, values, sides), strict=True)
     if any(prompt != prompts[0] for prompt in prompts):
         raise BadRow("no shared prompt")
     prompt = with_system(prompts[0], row.get("system"))
     if format != "text":
         _check_prompt(prompt)
-    more = [{name: answer[name] for name in answer if name not in ("role", "content")} for answer in answers]
-    more = more or [{} for _ in sides]
-    for response, fields, side in zip(responses, more, sides, strict=True):
-        if not response.strip() and not fields.get("tool_calls"):
+    for answer, side in zip(answers, sides, strict=True):
+        if not answer.content.strip() and not answer.get("tool_calls"):
             raise BadRow(f"empty {side}")
-    if responses[0] in responses[1:] and more[0] in more[1:]:
+    if answers[0] in answers[1:]:
         raise BadRow("chosen equals rejected")
+    fields = [{name: answer[name] for name in answer if name not in ("role", "content")} for answer in answers]
     labels: dict[str, object] = {}
     for name, value in row.items():
         if name not in _OWN_FIELDS and is_label(value):
@@ -98,11 +179,11 @@ def _pair(row: Row, default_id: str, format: str) -> PreferencePair:
     return PreferencePair(
         _pair_id(row, default_id),
         prompt,
-        responses[0],
-        responses[1] if both else None,
+        answers[0].content,
+        answers[1].content if both else None,
         labels,
-        chosen_fields=more[0],
-        rejected_fields=more[1] if both else {},
+        chosen_fields=fields[0],
+        rejected_fields=fields[1] if both else {},
         **template_fields(row),
     )
 

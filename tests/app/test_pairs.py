@@ -10,7 +10,7 @@ import pytest
 
 from app.commands.pairs import pairs
 from app.core.errors import UserError
-from datamodules.sources.reader import read_pairs
+from datamodules.sources.pairs import read_pairs
 
 
 def sample_file(folder: Path, **changes: object) -> str:

@@ -20,7 +20,7 @@ from datamodules.controlled_task import build_tokenizer, preference_pairs
 from datamodules.describe import describe
 from datamodules.preference_data import PreferenceData
 from datamodules.rewards import RewardModel, RewardScoring, reward_scores
-from datamodules.sources.reader import PairStream
+from datamodules.sources.pairs import PairStream
 
 PAIRS = 11
 CPU = torch.device("cpu")

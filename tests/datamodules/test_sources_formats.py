@@ -22,8 +22,7 @@ from datamodules.preference_data import PreferenceData
 from datamodules.records import Message, PreferencePair
 from datamodules.sources import text_files
 from datamodules.sources.files import LocalFiles
-from datamodules.sources.pairs import read_row
-from datamodules.sources.reader import read_pairs
+from datamodules.sources.pairs import read_pairs, read_row
 from datamodules.sources.registry import FORMATS, Format
 from datamodules.sources.rows import BadRow
 from datamodules.sources.source import Source

@@ -17,8 +17,7 @@ import pytest
 
 from app.core.errors import UserError
 from datamodules.records import PreferencePair
-from datamodules.sources.pairs import read_row
-from datamodules.sources.reader import read_pairs
+from datamodules.sources.pairs import read_pairs, read_row
 from datamodules.sources.source import Source
 
 _ALPHABET = ["hello", "ü", "日本", "\\", '"', "\n\nHuman: x", "\n\nAssistant: y", "{", "</s>", " ", "\u2028", "🙂"]

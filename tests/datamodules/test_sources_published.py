@@ -14,8 +14,7 @@ from tiny_tokenizers import byte_tokenizer
 
 from app.core.errors import UserError
 from datamodules.preference_data import PreferenceData
-from datamodules.sources.pairs import read_row
-from datamodules.sources.reader import read_pairs
+from datamodules.sources.pairs import read_pairs, read_row
 from datamodules.sources.rows import BadRow, LeftOut
 from datamodules.sources.source import RowFormat, Source
 from datamodules.table_writer import cached_table

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 from app.core.errors import UserError
 from datamodules.records import Message, PreferencePair, Prompt
-from datamodules.sources.pairs import read_row
+from datamodules.sources.pairs import read_pairs, read_row
 from datamodules.sources.prompts import hh_messages
-from datamodules.sources.reader import read_pairs
 from datamodules.sources.rows import BadRow
 from datamodules.sources.source import Source
 

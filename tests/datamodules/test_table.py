@@ -32,7 +32,7 @@ from app.core.errors import UserError
 from datamodules import table_writer
 from datamodules.preference_data import split_by_prompt
 from datamodules.records import Message, PreferencePair
-from datamodules.sources.reader import OnBadRow, PairStream, read_pairs
+from datamodules.sources.pairs import OnBadRow, PairStream, read_pairs
 from datamodules.sources.source import RowFormat, Source
 from datamodules.table import PairTable
 from datamodules.table_writer import build_table, cached_table, open_table
