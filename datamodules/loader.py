@@ -68,11 +68,7 @@ class PreferenceBatch:
         self.micro_batch_tokens = micro_batch_tokens
         self.longest = longest  # tokens of the longest pair, and of the longest prompt with one response
         self.packing: Packing | None = None  # the settings with which all pairs were last packed
-        self._ahead: list[PackedRows] | None = None  # rows packed in advance, until they are used
-
-    def pack_ahead(self, packing: Packing) -> None:
-        """Pack all pairs now, for a later call of `micro_batches` with the same settings."""
-        self._ahead = self.micro_batches(*packing)
+        self.ahead: list[PackedRows] | None = None  # all pairs, packed so in advance, until they are used
 
     @property
     def pair_keys(self) -> torch.Tensor:
@@ -92,7 +88,7 @@ class PreferenceBatch:
             )
         if pairs is None:
             packing = Packing(tuple(responses), layout, balanced_row)
-            ahead, self._ahead = self._ahead, None
+            ahead, self.ahead = self.ahead, None
             if ahead is not None and packing == self.packing:
                 return ahead
             self.packing, pairs = packing, range(len(self.share))
@@ -160,7 +156,9 @@ class OptimizerBatchLoader:
         if self.pairs_served >= len(self.indices) or not self.shuffle:
             self.epoch += 1
             self.pairs_served = 0
-        order = self._order()
+        order = self.indices
+        if self.shuffle and not self.keep_order:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
         packing: Packing | None = None  # settings with which the last batch was packed
         with ThreadPoolExecutor(1, "next-batch") as worker:
             ahead: Future[PreferenceBatch] | None = None
@@ -171,11 +169,6 @@ class OptimizerBatchLoader:
                 ahead = worker.submit(self._batch, order, self.pairs_served, packing) if left else None
                 yield batch
                 packing = batch.packing or packing
-
-    def _order(self) -> np.ndarray:
-        if self.keep_order or not self.shuffle:
-            return self.indices
-        return np.random.default_rng([self.seed, self.epoch]).permutation(self.indices)
 
     def _batch(self, order: np.ndarray, start: int, packing: Packing | None) -> PreferenceBatch:
         """Return the batch that begins at `start` in the order, packed in advance if `packing` is given."""
@@ -194,7 +187,7 @@ class OptimizerBatchLoader:
             longest=self.longest,
         )
         if packing is not None:
-            batch.pack_ahead(packing)
+            batch.ahead = batch.micro_batches(*packing)
         return batch
 
     def state_dict(self) -> dict[str, Any]:

@@ -80,7 +80,6 @@ class PairTable:
 
     @cached_property
     def largest_id(self) -> int:
-        """Return the largest token id of all pairs."""
         return max(pc.max(chunk.values).as_py() or 0 for side in self._sides for chunk in side.chunks)
 
     def keys(self, name: str, indices: Rows | slice = slice(None)) -> np.ndarray:
@@ -106,11 +105,9 @@ class PairTable:
         return int(pairs.max(initial=0)), int(halves.max(initial=0))
 
     def taken(self, column: str, indices: Rows) -> list[Any]:
-        """Return the values of a column for these pairs."""
         return self.columns.column(column).take(pa.array(np.asarray(indices, dtype=np.int64))).to_pylist()
 
     def pair_ids(self, indices: Rows) -> list[str]:
-        """Return the ids of these pairs."""
         return self.taken("pair_id", indices)
 
     @property

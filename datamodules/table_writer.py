@@ -186,15 +186,12 @@ def in_order(
 
     At most two batches for each process are in memory. One process reads the source, and more would wait for it.
     """
-    for batch in islice(batches, _BEFORE_PROCESSES):
-        yield tokenised(batch, tokenizer, settings)
     # a worker of multiprocessing's Pool may have no children
     processes = 1 if current_process().daemon else min(16, len(os.sched_getaffinity(0)))
+    for batch in islice(batches, None if processes == 1 else _BEFORE_PROCESSES):
+        yield tokenised(batch, tokenizer, settings)
     following = next(batches, None)
     if following is None:
-        return
-    if processes == 1:
-        yield from (tokenised(batch, tokenizer, settings) for batch in chain([following], batches))
         return
     with ProcessPoolExecutor(processes, get_context("fork"), _begin, (tokenizer, settings)) as pool:
         ahead: deque[Future[Tokenised]] = deque()

@@ -65,7 +65,6 @@ class Question:
 
     @property
     def facts(self) -> dict[str, str]:
-        """Return the true value of each attribute."""
         return dict(zip(ATTRIBUTES, self.values, strict=True))
 
     @property

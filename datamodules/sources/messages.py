@@ -13,21 +13,13 @@ from datamodules.sources.rows import BadRow, decoded, kind, text
 
 TEMPLATE_FIELDS = ("system", "tools", "chat_template_kwargs")
 # the lower-case names in the documents of TRL, LLaMA-Factory, axolotl, OpenAssistant, Gemma and OpenAI
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "ipython": "tool",
+_SPELLINGS = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "model", "function_call"),
+    "tool": ("tool", "observation", "function", "ipython"),
 }
+ROLES = {spelling: role for role, spellings in _SPELLINGS.items() for spelling in spellings}
 _AN_OBJECT = re.compile(r"""\s*\[?\s*\{\s*['"]""")
 _A_KEY = re.compile(r"""(['"])(role|content|from|value)\1\s*:""")
 _QUOTED = re.compile(r"""['"](\w+)['"]""")

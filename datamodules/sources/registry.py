@@ -34,7 +34,6 @@ class Format:
 
     @cached_property
     def fields(self) -> tuple[str, ...]:
-        """Return the needed fields."""
         return tuple(name for name in self.row if not name.endswith("?"))
 
     @property

@@ -150,7 +150,6 @@ class HubDataset:
         return str(self._dataset._fingerprint)
 
     def count(self) -> int:
-        """Return the number of rows."""
         return len(self._dataset)
 
     def rows(self) -> Iterator[tuple[str, object]]:
