@@ -116,6 +116,9 @@ class PairDataModule(LightningDataModule):
         rows = rows_with_reward(table, self.rows_of(table, split))
         if split == "train":
             rows, self.notes = ranked(table, rows, self.select, self.order)
+            if not self.need_rejected:
+                unused = (name for name in ("gap_mixture", "reward_model") if getattr(self, name))
+                self.notes += [f"data.{name} has no effect on supervised fine-tuning" for name in unused]
         if self.gap_mixture is None or not self.need_rejected or split not in ("train", "predict"):
             return table, rows
         samples = [replaced_stream(stream, self.gap_mixture.samples) for stream in streams]
@@ -259,8 +262,7 @@ class PairDataModule(LightningDataModule):
 
     def content(self, split: Split) -> str:
         """Return a hash of the tokens of the pairs that a split may serve, in their order."""
-        table, rows = self._tables[split]
-        return table.content(rows)
+        return self._tables[split][0].content(self._tables[split][1])
 
     def pair_texts(self, pair_ids: list[str]) -> dict[str, dict[str, str]]:
         """Return prompt, chosen and rejected text of training pairs by pair id, without special tokens."""

@@ -36,6 +36,7 @@ UNUSABLE: dict[str, tuple[object, str]] = {
         "splits it to fit memory",
     ),
     "gradient_clip_val": (None, "has no effect here: set model.max_grad_norm instead"),
+    "gradient_clip_algorithm": (None, "has no effect here: model.max_grad_norm clips by the norm; take it out"),
     "overfit_batches": (
         0.0,
         "has no effect here, every epoch takes other batches: set data.path to a file of as few pairs",

@@ -120,6 +120,8 @@ def finding(message: str) -> Finding | None:
         elif named := re.search(r"Expected a dot import path string: ?(.*)$", text):
             value = value or named[1]
             expected.append("class")
+        elif text.startswith("Unexpected import path format: "):  # of a number or a list
+            expected.append("class")
         elif function := re.match(r"Expected '.+' to be a function that returns (.+?)\.?$", text):
             expected.append(f"a class, or a function annotated to return {function[1]}")
         elif other := re.search(r"Expected '(.+)' to be a subclass of|does not correspond to a subclass of", text):
@@ -155,6 +157,7 @@ def unmet(field: list[str], expected: list[str], subtypes: str, value: str) -> s
         fields = ", ".join(options_of(base))
         return f"{value!r} are no settings of {base.__name__}: give a mapping, {{name: value}}, of {fields}"
     classes = subclasses(base)
+    null = ", or null" if "null" in expected else ""
     option = re.match(r"NestedArg\(key='(\w+)'|\{'(\w+)'", value)  # without the class that it belongs to
     name = (option[1] or option[2]) if option else value.lower().strip("'\"")
     near = [
@@ -166,7 +169,7 @@ def unmet(field: list[str], expected: list[str], subtypes: str, value: str) -> s
     if not classes:
         return f"{wrong}: give the path of one"
     first = (near or list(classes))[0]
-    return f"{wrong}: name one, for example --{'.'.join(field)} {first}; there are {', '.join(classes)}"
+    return f"{wrong}: name one, for example --{'.'.join(field)} {first}; there are {', '.join(classes)}{null}"
 
 
 def subclasses(base: type) -> dict[str, type]:

@@ -16,7 +16,7 @@ from datamodules.sources.messages import TEMPLATE_FIELDS, spoken, template_field
 from datamodules.sources.prompts import split_transcript
 from datamodules.sources.registry import FORMATS, PROMPTS, Format, Row, nearest
 from datamodules.sources.rows import BadRow, LeftOut, RowReport, kind, missing, text, typed
-from datamodules.sources.source import HubDataset, Source, close
+from datamodules.sources.source import OF_FORMATS, HubDataset, Source, close
 
 OnBadRow = Literal["error", "skip"]
 _OWN_FIELDS = ("pair_id", "prompt", "chosen", "rejected", "response", *TEMPLATE_FIELDS)
@@ -109,7 +109,7 @@ def _read(
 def read_row(
     row: object, default_id: str, source: Source, need_rejected: bool = False, prompts_only: bool = False
 ) -> tuple[PreferencePair, list[str]]:
-    """Return the pair of one row in any format, and the columns that cannot be labels.
+    """Return the pair of one row in any format, and the columns and options that have no use.
 
     `need_rejected`: a demonstration is a bad row. `prompts_only`: rows without an answer are read too, and answers
     are ignored. Raises BadRow, or LeftOut if the settings of `source` leave the row out.
@@ -126,6 +126,11 @@ def read_row(
     ignored = [name for name, value in fields.items() if name not in _OWN_FIELDS and not is_label(value)]
     if "chosen" in fields and not missing(fields.get("response")):
         ignored.append("response")
+    ignored += [
+        f"data.{name}, which is for {its}"
+        for name, its in OF_FORMATS.items()
+        if format.name != its and getattr(source, name) != getattr(Source, name)
+    ]
     return _pair(fields, default_id, format.name), ignored
 
 

@@ -26,6 +26,7 @@ _COLUMNS = {*FIELDS, *TEMPLATE_FIELDS, "pair_id", "chosen_reward", "rejected_rew
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # files of a dataset that hold no rows
 _NO_ROWS = {"README.md", "LICENSE", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+OF_FORMATS = {"min_score_ratio": "shp", "preferred_by": "pku_saferlhf"}  # option → the format that it is for
 RowFormat = str  # "auto", or a name in the registry
 
 
@@ -63,7 +64,7 @@ class Source:
                 f"data.format: there is no {self.format!r}{close(self.format, NAMES)}; "
                 f"known are auto, {', '.join(NAMES)}."
             )
-        for name, its_format in {"min_score_ratio": "shp", "preferred_by": "pku_saferlhf"}.items():
+        for name, its_format in OF_FORMATS.items():
             if getattr(self, name) != getattr(Source, name) and self.format not in ("auto", its_format):
                 raise UserError(
                     f"data.{name} belongs to data.format {its_format}, not to {self.format}: leave it out."

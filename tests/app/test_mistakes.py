@@ -65,6 +65,11 @@ def run_config(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             "label_smoothing is an option of a class: name one, for example --model.loss ",
         ),
         ("--model.lr_scheduler=app.main.summary", "a class, or a function annotated to return Union[LRScheduler"),
+        (
+            "--filter=0.8",
+            "filter: '0.8' are no settings of PairFilter: give a mapping, {name: value}, of keep_ratio",
+        ),
+        ("--audit=false", "for example --audit PairAudit; there are PairAudit, or null. See"),
         ("--model.loss.gamma=0.1", "for example --model.loss AlphaDPOLoss; there are"),
         ("--ckpt_path=none.ckpt", "there is no checkpoint none.ckpt"),
         ("--trainer.logger=false", "config.yaml is read by this command, which would replace it by the record"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -174,3 +175,10 @@ def test_the_rewards_reach_m_and_beta(rewarder: str, tiny_llama: str, tmp_path: 
         assert decision.beta_used == pytest.approx(float(beta), abs=1e-9)
     validation, _ = table_of(data, "validation")
     assert "chosen_reward_in_data" not in validation.label_names  # only what is trained on is scored
+
+
+def test_fine_tuning_says_that_it_needs_no_rewards() -> None:
+    data = controlled(10, reward_model=RewardScoring("nowhere"))
+    data.module = SimpleNamespace(responses=("chosen",))  # type: ignore[assignment]
+    table_of(data)
+    assert data.notes == ["data.reward_model has no effect on supervised fine-tuning"]

@@ -260,6 +260,8 @@ def test_settings_without_a_use_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             PreferenceData(path, **settings)
+    _, ignored = read_row(SHP, "f:1", Source("f", preferred_by="safer"), need_rejected=True)
+    assert ignored == ["data.preferred_by, which is for pku_saferlhf"]
     with pytest.raises(ValueError, match="min_score_ratio must be a finite number from 1"):
         PreferenceData(path, min_score_ratio=0.5)
     with pytest.raises(UserError, match="leave out the subset 'x'"):

@@ -18,6 +18,7 @@ from lightning_modules import SupervisedFineTuning
     [
         ({"accumulate_grad_batches": 2}, "data.micro_batch_tokens"),
         ({"gradient_clip_val": 1.0}, "model.max_grad_norm"),
+        ({"gradient_clip_algorithm": "value"}, "model.max_grad_norm"),
         ({"limit_train_batches": 0}, "takes no step: raise"),
         ({"max_epochs": 0}, "takes no step: raise"),
         ({"min_steps": 9, "max_steps": 3}, r"trainer\.min_steps is 9, but trainer\.max_steps is 3"),
