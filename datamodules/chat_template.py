@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
@@ -74,7 +75,6 @@ class ChatTemplate:
         names = sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}, key=len, reverse=True)
         self._tokens = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self._frames: dict[str, Frame] = {}
-        self._sources: dict[str, str] = {}
         for name in options:
             if name in _OURS or not self.knows(name):
                 raise UserError(
@@ -94,7 +94,7 @@ class ChatTemplate:
             return str(
                 self.tokenizer.apply_chat_template(
                     [dict(turn) for turn in talk.turns],
-                    chat_template=self._dated(tools),
+                    chat_template=_dated(self.tokenizer.get_chat_template(tools=tools)),
                     tools=tools,
                     tokenize=False,
                     add_generation_prompt=generation_prompt,
@@ -107,13 +107,6 @@ class ChatTemplate:
             Exception
         ) as error:  # raise_exception of a template, or any failure of its expressions on these turns
             raise Dropped(f"the chat template refuses: {first_line(error)[:120]}") from error
-
-    def _dated(self, tools: list[Any] | None) -> str:
-        """Return the template for these tools, with a fixed date in place of today's."""
-        source = self.tokenizer.get_chat_template(tools=tools)
-        if source not in self._sources:
-            self._sources[source] = _TODAY.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), source)
-        return self._sources[source]
 
     def frame(self, talk: Talk) -> Frame:
         """Return what the template writes after the answer; cached for all conversations."""
@@ -178,14 +171,14 @@ class ChatTemplate:
         names = [name for message in messages for name in message if name not in ("role", "content")]
         names = [*(["tools"] if talk.tools else []), *names, *talk.options]
         unused = [name for name in dict.fromkeys(names) if not self.knows(name)]
-        if lost := [name for name in unused if name in ESSENTIAL and not (name == THOUGHTS[0] and self.thinks)]:
+        lost = [name for name in unused if name in ESSENTIAL]
+        if THOUGHTS[0] in lost and any(
+            map(self.knows, THOUGHTS)
+        ):  # used by another name that transformers gives it
+            lost.remove(THOUGHTS[0])
+        if lost:
             raise Dropped(f"the chat template has no place for {lost[0]}")
         return tuple(f"field not used by the chat template: {name}" for name in unused if name not in ESSENTIAL)
-
-    @property
-    def thinks(self) -> bool:
-        """Return whether the template uses an answer's thoughts, under any name that transformers gives them."""
-        return any(self.knows(name) for name in THOUGHTS)
 
     def anchor(self, prompt: str) -> str:
         """Return a prompt from its last special or added token: only this part affects a response's tokens."""
@@ -262,6 +255,12 @@ def spelled_tokens(tokenizer: PreTrainedTokenizerBase) -> Callable[[Prompt, Sequ
         )
 
     return notes
+
+
+@cache
+def _dated(template: str) -> str:
+    """Return a template with a fixed date in place of today's."""
+    return _TODAY.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), template)
 
 
 def _shared(one: str, other: str) -> str:

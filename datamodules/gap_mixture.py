@@ -58,52 +58,37 @@ class GapMixture:
         return bool(np.random.default_rng([self.seed, epoch, number]).random() < self.share)
 
 
-class SampleFile:
-    """The samples of a file, of which memory holds only the positions."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._places: dict[int, list[int]] = {}  # byte offsets of the samples of each prompt, by its key
-        for place, row in read_samples(path):
-            self._places.setdefault(prompt_key(read_prompt(row["prompt"])), []).append(place)
-
-    def of_prompt(self, key: int, turn: int) -> tuple[str, bool] | None:
-        """Return the sample for the pair with number `turn` (from 0) of a prompt, and whether it ended by itself.
-
-        None if there is none. If a prompt has fewer samples than pairs, they are used again from the first.
-        """
-        places = self._places.get(key)
-        if places is None:
-            return None
-        with open(self.path, "rb") as file:
-            file.seek(places[turn % len(places)])
-            row = json.loads(file.readline())
-        return row["response"], row.get("finished", True)
-
-
 def replaced_pairs(pairs: Iterable[PreferencePair], path: str, report: RowReport) -> Iterator[PreferencePair]:
     """Yield the pairs that have a usable sample in the file `path`, with it as their rejected response.
 
-    Labels with "rejected" in their name (`rejected_reward`, `score_rejected`) are no longer true and become None.
-    `report` counts the pairs, and why others have no usable sample. Raises UserError if no pair has one.
+    If a prompt has fewer samples than pairs, they are used again from the first. Labels with "rejected" in their
+    name (`rejected_reward`, `score_rejected`) are no longer true and become None. `report` counts the pairs, and
+    why others have no usable sample. Raises UserError if no pair has one.
     """
-    samples = SampleFile(path)
+    places: dict[int, list[int]] = {}  # byte offsets of the samples of each prompt, by its key: texts stay on disk
+    for place, sample in read_samples(path):
+        places.setdefault(prompt_key(read_prompt(sample["prompt"])), []).append(place)
     turns: Counter[int] = Counter()
-    for pair in pairs:
-        report.counts["rows"] += 1
-        key = prompt_key(pair.prompt)
-        response, finished = samples.of_prompt(key, turns[key]) or (None, True)
-        turns[key] += 1
-        if response is None:
-            report.note("skipped: no sample for the prompt", pair.pair_id)
-        elif not response.strip():
-            report.note("skipped: the sample is empty", pair.pair_id)
-        elif response.strip() == pair.chosen.strip():
-            report.note("skipped: the sample is the chosen response", pair.pair_id)
-        else:
-            report.counts["pairs"] += 1
-            labels = {name: None if "rejected" in name else value for name, value in pair.labels.items()}
-            yield replace(pair, rejected=response, labels=labels, rejected_ends=finished)
+    with open(path, "rb") as file:
+        for pair in pairs:
+            report.counts["rows"] += 1
+            key = prompt_key(pair.prompt)
+            if key not in places:
+                report.note("skipped: no sample for the prompt", pair.pair_id)
+                continue
+            file.seek(places[key][turns[key] % len(places[key])])
+            turns[key] += 1
+            sample = json.loads(file.readline())
+            response = sample["response"]
+            if not response.strip():
+                report.note("skipped: the sample is empty", pair.pair_id)
+            elif response.strip() == pair.chosen.strip():
+                report.note("skipped: the sample is the chosen response", pair.pair_id)
+            else:
+                report.counts["pairs"] += 1
+                labels = {name: None if "rejected" in name else value for name, value in pair.labels.items()}
+                ends = sample.get("finished", True)
+                yield replace(pair, rejected=response, labels=labels, rejected_ends=ends)
     if not report.counts["pairs"]:
         raise UserError(
             f"data.gap_mixture: {path} has no usable sample for any training pair ({report.summary()}): run "

@@ -57,8 +57,10 @@ def _message(value: object, name: str) -> Message:
     role = ROLES.get(spelt.lower())
     if role is None:
         raise BadRow("unknown role", f"{spelt[:30]!r} in {name}; known are {', '.join(ROLES)}")
-    if spelt.lower() == "function_call":
-        return Message(role, "", tool_calls=_calls(content, name))
+    if spelt.lower() == "function_call":  # of LLaMA-Factory, with the calls as JSON in text
+        calls = _decoded(content, f"a function_call in {name}")
+        calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+        return Message(role, "", tool_calls=message_fields({"tool_calls": calls})["tool_calls"])
     return Message(**kept | {"role": role, "content": content})
 
 
@@ -73,13 +75,6 @@ def _joined(parts: list[Any], name: str) -> str:
             text(part.get("text") if isinstance(part, Mapping) else part, f"{name}: a part of its content")
         )
     return "".join(texts)
-
-
-def _calls(content: str, name: str) -> list[dict[str, Any]]:
-    """Return the tool calls of a LLaMA-Factory `function_call` message, which are JSON in text."""
-    calls = _decoded(content, f"a function_call in {name}")
-    wrapped = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
-    return list(message_fields({"tool_calls": wrapped})["tool_calls"])
 
 
 def _messages_in(value: str, name: str) -> object:

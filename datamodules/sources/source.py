@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import glob, has_magic
+from itertools import chain
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from app.core.errors import UserError
 from app.method.ranges import FactorFromOne, PositiveFloat, checked
@@ -134,9 +133,8 @@ class HubDataset:
         if subset is not None:
             self.name += f"/{subset}"
             chosen = f"subset {subset!r}, {chosen}"
-        saved = _is_saved(Path(path))
         try:
-            self._dataset = _saved(Path(path), split) if saved else _loaded(path, split, subset, revision)
+            self._dataset = _loaded(path, split, subset, revision)
         except UserError:
             raise
         except Exception as error:  # errors of `datasets` have no common class: network, access, split, format
@@ -155,12 +153,9 @@ class HubDataset:
 
     def rows(self) -> Iterator[tuple[str, object]]:
         """Yield (name and row number from 1, fields of the row)."""
-        for number, row in arrow_rows(self._batches()):
-            yield f"{self.name}:{number}", row
-
-    def _batches(self) -> Iterator[pa.RecordBatch]:
-        for table in self._dataset.with_format("arrow").iter(ROWS_PER_BATCH):
-            yield from table.to_batches()
+        tables = self._dataset.with_format("arrow").iter(ROWS_PER_BATCH)
+        batches = chain.from_iterable(table.to_batches() for table in tables)
+        yield from ((f"{self.name}:{number}", row) for number, row in arrow_rows(batches))
 
 
 def folder_source(folder: Path, split: str, subset: str | None) -> HubDataset | LocalFiles:
@@ -170,7 +165,9 @@ def folder_source(folder: Path, split: str, subset: str | None) -> HubDataset | 
     subset, and a folder without a file of a known kind. Otherwise our own readers read the files one by one. Raises
     UserError.
     """
-    if subset is not None or _is_saved(folder) or _has_card(folder):
+    card = folder / "README.md"
+    has_card = card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith("---")
+    if subset is not None or _is_saved(folder) or has_card:
         return HubDataset(str(folder), split, subset)
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
@@ -211,26 +208,17 @@ def _is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _has_card(folder: Path) -> bool:
-    card = folder / "README.md"
-    return card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith("---")
-
-
-def _saved(folder: Path, split: str) -> Any:
-    """Return a split of a folder by `save_to_disk`; a single dataset is `train` or the split it names itself."""
-    import datasets
-
-    found = datasets.load_from_disk(str(folder))
-    if not isinstance(found, datasets.DatasetDict):
-        found = {"train": found, str(found.split): found}
-    if split not in found:
-        raise UserError(f"The dataset in {folder} has no split {split!r}, only {', '.join(found)}.")
-    return found[split]
-
-
 def _loaded(path: str, split: str, subset: str | None, revision: str | None) -> Any:
+    """Return a split of a Hub id or a folder; of a single saved dataset, `train` or the split it names itself."""
     import datasets  # takes two seconds, which a local file does not need
 
+    if _is_saved(Path(path)):
+        found = datasets.load_from_disk(path)
+        if not isinstance(found, datasets.DatasetDict):
+            found = {"train": found, str(found.split): found}
+        if split not in found:
+            raise UserError(f"The dataset in {path} has no split {split!r}, only {', '.join(found)}.")
+        return found[split]
     part = {}
     if subset is not None:  # PKU-SafeRLHF declares its subsets; those of hh-rlhf, SHP and others are mere folders
         declared = datasets.get_dataset_config_names(path, revision=revision)
