@@ -27,7 +27,7 @@ from typing import Any
 import pandas as pd
 
 from app.report.plot import svg
-from benchmarks.study.page import by_arm, frontier, paths_table, write_page
+from benchmarks.study.page import PEOPLE, by_arm, frontier, paths_table, write_page
 from benchmarks.study.questions import Rows, missing, pilot, plan, quickstarts, real, sizes
 from benchmarks.study.runs import FIGURES, append_result, make_row, make_sft_model, read_results, runs_of, spoken
 from benchmarks.study.tasks import FOLDER, TASKS, Run
@@ -114,17 +114,12 @@ def plan_table() -> str:
         seen |= fresh
         minutes = models * shared + tuning * each[0] + judging * each[1]
         hours += minutes / 120
-        lines.append(
-            [
-                question.title,
-                str(len(question.seeds)),
-                str(models),
-                str(tuning),
-                str(judging),
-                f"{minutes:.0f}",
-                f"{hours:.1f}",
-            ]
-        )
+        counts = (len(question.seeds), models, tuning, judging)
+        lines.append([question.title, *map(str, counts), f"{minutes:.0f}", f"{hours:.1f}"])
+    people = list(real())
+    minutes = len(people) * TASKS["real"].minutes[-1]
+    seeds = len({run.seed for run in people})
+    lines.append([PEOPLE, f"{seeds}", "0", "0", f"{len(people)}", f"{minutes:.0f}", f"{hours + minutes / 120:.1f}"])
     header = [
         "question",
         "seeds",

@@ -151,6 +151,7 @@ def test_the_plan_fits_eight_hours_of_two_cores() -> None:
     line = [sys.executable, "-m", "benchmarks.study", "--plan"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
     last = done.stdout.split("\n\n")[0].splitlines()[-1]
+    assert last.startswith("| (j)")
     assert 6 < float(last.split("|")[-2]) < 8
     assert len(list(sizes())) == len(plan()) == 9
 
