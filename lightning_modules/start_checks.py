@@ -85,6 +85,9 @@ def check_start(
     for option, (unused, cure) in UNUSABLE.items():
         if getattr(trainer, option) != unused:
             raise UserError(f"trainer.{option} {cure}.")
+    split = {"validate": "val", "test": "test", "predict": "predict"}.get(getattr(trainer.state.fn, "value", ""))
+    if split and not getattr(trainer, f"limit_{split}_batches"):
+        raise UserError(f"trainer.limit_{split}_batches is 0, which leaves out every pair: raise it.")
     if precision not in ("32-true", "64-true", "bf16-mixed"):
         raise UserError(
             f"trainer.precision {precision} loses log-probabilities (overflow, or rotary positions in half "
@@ -201,7 +204,8 @@ def check_steps(trainer: Trainer) -> None:
             raise UserError(
                 f"trainer.min_{unit} is {least}, but trainer.max_{unit} is {most}: lower one, or raise the other."
             )
-    interval, limit = trainer.val_check_interval, trainer.limit_train_batches
+    interval: Any = getattr(trainer, "val_check_interval", None)  # Lightning sets none for a time
+    limit = trainer.limit_train_batches
     loader: Any = getattr(trainer.datamodule, "train_dataloader", list)()  # type: ignore[attr-defined]
     if not hasattr(loader, "__len__"):
         return

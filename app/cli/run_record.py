@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,16 @@ class RunRecord(SaveConfigCallback):
         if "config" in checkpoint:
             self._differences = compared(yaml.safe_load(checkpoint["config"]), yaml.safe_load(self.text))
 
-    @property
+    @cached_property
     def text(self) -> str:
-        """Return the configuration of the run as YAML."""
-        return self.parser.dump(self.config, skip_none=False)
+        """Return the configuration of the run as YAML. Raises UserError for an option that cannot be written so."""
+        try:
+            return str(self.parser.dump(self.config, skip_none=False))
+        except Exception as error:  # of any type, raised by the parser for a value that it built itself
+            given = str(error).rpartition("Given value: ")[2]
+            raise UserError(
+                f"{given:.300} cannot be written to config.yaml: give its options as text and numbers."
+            ) from error
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # on every rank, because the folder is broadcast
@@ -61,6 +68,7 @@ class RunRecord(SaveConfigCallback):
             return
         file = self.folder / self.config_filename
         read = [Path(given) for word, given in pairwise(self.command) if word == "--config"]
+        _ = self.text  # so that an option that cannot be recorded is refused at the start
         new = self.config["ckpt_path"] is None and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if new and file.is_file() and any(given.is_file() and given.samefile(file) for given in read):
             raise UserError(

@@ -72,6 +72,7 @@ def run_config(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("--audit=false", "for example --audit PairAudit; there are PairAudit, or null. See"),
         ("--model.loss.gamma=0.1", "for example --model.loss AlphaDPOLoss; there are"),
         ("--ckpt_path=none.ckpt", "there is no checkpoint none.ckpt"),
+        ("--trainer.callbacks+=lightning.pytorch.callbacks.Timer", "cannot be written to config.yaml: give its"),
         ("--trainer.logger=false", "config.yaml is read by this command, which would replace it by the record"),
     ],
 )

@@ -52,6 +52,12 @@ def test_a_run_that_ends_before_its_first_validation_says_so(
     assert [f"after step {first}, " in text for text in told] == [True] * (first is not None)
 
 
+def test_an_evaluation_of_no_pair_is_refused(tiny_llama: str, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, limit_predict_batches=0)
+    with pytest.raises(UserError, match=r"trainer\.limit_predict_batches is 0"):
+        trainer.predict(preference(tiny_llama), controlled(4))
+
+
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
