@@ -57,7 +57,7 @@ class PairAudit(Callback):
                 f"{self._folder} already holds the audit of another run: choose another log folder "
                 "(trainer.logger), or resume that run with --ckpt_path."
             )
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         self._data = data.content("train").encode() if hasattr(data, "content") else b""
         for file in files:
             forget_steps_from(file, trainer.global_step + 1)

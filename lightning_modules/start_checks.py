@@ -221,7 +221,7 @@ def check_steps(trainer: Trainer) -> None:
             f"trainer.min_steps is {trainer.min_steps}, but trainer.max_epochs {epochs} ends the run after {steps} "
             "steps: lower one, or raise the other."
         )
-    pairs = getattr(trainer.datamodule, "val_dataloader", list)()  # type: ignore[attr-defined]
+    pairs: Any = getattr(trainer.datamodule, "val_dataloader", list)()  # type: ignore[attr-defined]
     wanted = pairs and trainer.limit_val_batches > 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
     if not wanted or not batches or not isinstance(interval, (int, float)):
         return

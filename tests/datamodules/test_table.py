@@ -122,7 +122,7 @@ def test_a_table_returns_what_tokenise_pair_gives(tmp_path: Path) -> None:
 
 
 def test_labels_of_mixed_types_become_text(tmp_path: Path) -> None:
-    values: list[tuple[object, object, object]] = [(1, 1, 2**70), ("a", 0.5, 1), (None, None, None)]
+    values: list[tuple[object, Any, object]] = [(1, 1, 2**70), ("a", 0.5, 1), (None, None, None)]
     stream = [
         PreferencePair(str(n), "the cat", "a", "b", {"mixed": m, "number": f, "big": b, "wide": f and 2**60 * f})
         for n, (m, f, b) in enumerate(values)
