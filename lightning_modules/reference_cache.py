@@ -145,10 +145,13 @@ def filled_reference_cache(
     own = reference_fingerprint(name, measurer, dtype) if first else ""
     folder = cache_root("references") / ranks.strategy.broadcast(own)
     cache = ReferenceCache(folder)
-    refuse_apart(cache, ranks)
-    complete = bool(len(cache)) and not sum(map(len, batches_of(lambda keys: ~cache.knows(keys))))
-    if complete and _largest_error(measurer, cache, batches_of(cache.knows, CHECKED_PAIRS)) <= TOLERANCE[dtype]:
-        return cache  # nothing to write, so that a cache may be read-only
+    # nothing to write is no reason for the lock, so a cache may be read-only; another run may write to it meanwhile
+    if same_count(cache, ranks) and len(cache):
+        missing = sum(map(len, batches_of(lambda keys: ~cache.knows(keys))))
+        if not ranks.reduce(torch.tensor(float(missing)), "max"):
+            error = _largest_error(measurer, cache, batches_of(cache.knows, CHECKED_PAIRS))
+            if error <= TOLERANCE[dtype]:
+                return cache
     with _lock(ranks, folder):
         cache.load()
         refuse_apart(cache, ranks)
@@ -172,11 +175,16 @@ def filled_reference_cache(
 
 def refuse_apart(cache: ReferenceCache, ranks: Ranks) -> None:
     """Raise UserError on all ranks if they do not read the same number of pairs."""
-    count = torch.tensor(float(len(cache)))
-    if ranks.reduce(count, "max") != ranks.reduce(count, "mean"):
+    if not same_count(cache, ranks):
         raise UserError(
             f"{cache.folder} differs from rank to rank: set BETA_DPO_CACHE to a folder that all nodes share."
         )
+
+
+def same_count(cache: ReferenceCache, ranks: Ranks) -> bool:
+    """Return whether all ranks read the same number of pairs."""
+    count = torch.tensor(len(cache), dtype=torch.float64)
+    return bool(ranks.reduce(count, "max") == ranks.reduce(count, "mean"))
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from tiny_runs import (
 
 from app.core.cache import cache_root
 from app.core.errors import UserError
+from lightning_modules import reference_cache
 from lightning_modules.ranks import Ranks
 from lightning_modules.reference_cache import ReferenceCache, reference_fingerprint, refuse_apart
 from lightning_modules.strategy import ShardedStrategy
@@ -215,6 +216,17 @@ def two_ranks(other: float) -> Ranks:
     ranks.strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))  # type: ignore[assignment]
     ranks.size, ranks.number, ranks.shares = 2, 0, 2
     return ranks
+
+
+def test_ranks_that_read_while_another_run_writes_wait_for_it(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, tiny_llama, "cached", steps=1)
+    alike = iter([False])  # only the first look finds ranks apart
+    real = reference_cache.same_count
+    monkeypatch.setattr(reference_cache, "same_count", lambda *of: next(alike, None) is None and real(*of))
+    run(tmp_path, tiny_llama, "cached", steps=1)
+    assert next(alike, None) is None
 
 
 def test_a_cache_that_differs_between_ranks_is_refused(tmp_path: Path) -> None:
