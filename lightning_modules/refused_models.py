@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoTokenizer
 
 from app.core.errors import UserError
+from app.core.files import refuse_pointers
 from lightning_modules.sharded_loading import few
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,21 @@ def refuse_path(name: str) -> None:
         raise UserError(
             f"model.name: {name!r} has no config.json: give the folder of a model, as transformers saves it."
         )
+    refuse_pointers(*path.iterdir())
+    refuse_stops(path / "generation_config.json")
+
+
+def refuse_stops(file: Path) -> None:
+    """Raise UserError for a generation config that transformers leaves out, stop ids and all, or fails on later."""
+    try:
+        found = json.loads(file.read_bytes()) if file.exists() else {}
+        ends = found.get("eos_token_id")
+        if not all(one is None or isinstance(one, int) for one in (ends if isinstance(ends, list) else [ends])):
+            raise ValueError(f"its eos_token_id is {ends!r}")
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"model.name: {file} is not a generation config ({error}): correct or remove it."
+        ) from error
 
 
 def _sources(folder: Path) -> Iterator[Path]:

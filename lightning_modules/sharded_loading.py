@@ -117,7 +117,14 @@ def read_weights(model: Any, files: dict[str, Path], device: torch.device | str 
     state = {name.replace("base_layer.", ""): tensor for name, tensor in whole.items() if name not in real}
     stored = _stored_names(model, state, files)
     # keyed by the identity of the parameter, so that tied parameters are read once and stay tied
-    sources = {id(tensor): stored[name] for name, tensor in state.items() if name in stored}
+    sources: dict[int, str] = {}
+    for name, tensor in state.items():
+        first = sources.setdefault(id(tensor), stored[name]) if name in stored else None
+        if first is not None and first != stored[name] and not _same(files, first, stored[name]):
+            raise UserError(
+                f"model.name: the files hold other values for {stored[name]} than for {first}, and the model's "
+                "configuration ties them: set its tie_word_embeddings to false."
+            )
     read: dict[int, Tensor] = {}
     tables = embedding_tables(model)
     for name, tensor in state.items():
@@ -130,6 +137,15 @@ def read_weights(model: Any, files: dict[str, Path], device: torch.device | str 
             source = sources[id(tensor)]
             read[id(tensor)] = _read(files[source], source, tensor, device, id(tensor) in tables)
     model.load_state_dict({name: read.get(id(tensor), tensor) for name, tensor in whole.items()}, assign=True)
+
+
+def _same(files: dict[str, Path], *names: str) -> bool:
+    """Return whether two stored tensors are equal."""
+    found = []
+    for name in names:
+        with safe_open(files[name], "pt") as file:
+            found.append(file.get_tensor(name))
+    return torch.equal(*found)
 
 
 def _stored_names(model: Any, state: dict[str, Tensor], files: dict[str, Path]) -> dict[str, str]:

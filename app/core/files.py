@@ -46,6 +46,14 @@ def refuse_place(option: str, out: str, endings: tuple[str, ...], *read: str | N
     return " (replaces the one that was there)"
 
 
+def refuse_pointers(*paths: Path) -> None:
+    """Raise UserError for a file that `git clone` without LFS left as a pointer to its content."""
+    for path in paths:
+        small = path.is_file() and path.stat().st_size < 1024
+        if small and path.read_bytes().startswith(b"version https://git-lfs"):
+            raise UserError(f"{path} is a pointer of Git LFS, not the file itself: fetch it by `git lfs pull`.")
+
+
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; rename it to `path` when the block ends without error.

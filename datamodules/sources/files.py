@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from app.core.cache import fingerprint
 from app.core.errors import UserError, first_line
-from app.core.files import file_hash
+from app.core.files import file_hash, refuse_pointers
 from datamodules.sources.rows import BadRow
 from datamodules.sources.text_files import Rows, csv_rows, json_rows, jsonl_rows, refuse_same_names, txt_rows
 
@@ -52,6 +52,7 @@ class LocalFiles:
                 raise UserError(f"There is no file {path}: check the path that you gave.")
             if not readable(path):
                 raise UserError(f"{path} is of no known kind: data.path takes {', '.join(SUFFIXES)}, or a Hub id.")
+        refuse_pointers(*paths)
 
     def fingerprint(self) -> str:
         """Return a hash of the bytes of a single file, or of the names and bytes of several."""

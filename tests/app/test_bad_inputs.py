@@ -266,6 +266,15 @@ OF_A_MODEL: dict[str, tuple[Callable[[Path], object], str]] = {
         stored("down_proj", lambda w: w.to(torch.float8_e4m3fn)),
         "down_proj.weight is F8_E4M3)",
     ),
+    "weights that were not fetched": (
+        written("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+        "model.safetensors is a pointer of Git LFS, not the file itself: fetch it by `git lfs pull`",
+    ),
+    "half a generation config": (written("generation_config.json", "{"), "is not a generation config (Expecting"),
+    "a stop that is no id": (
+        written("generation_config.json", '{"eos_token_id": "</s>"}'),
+        "its eos_token_id is '</s>'): correct or remove it",
+    ),
     "a layer of NaN": (
         stored("layers.1.self_attn.q", lambda w: w * torch.nan),
         "model.layers.1.self_attn.q_proj.weight of ",
@@ -421,7 +430,7 @@ def test_model_folders(
     change(tmp_path / "m")
     sentence = refusal([*FIT.split(), "--trainer.max_steps=2", f"--model.name={tmp_path / 'm'}"], capfd)
     assert said in sentence
-    assert sentence.startswith(("model.name: ", "data."))
+    assert sentence.startswith(("model.name: ", "data.", str(tmp_path / "m")))
 
 
 @pytest.mark.parametrize(

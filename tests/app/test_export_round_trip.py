@@ -23,6 +23,8 @@ from app.commands.export_spelling import generation_config, spell_for_others
 from app.core.errors import UserError
 from datamodules.controlled_task import build_tokenizer, preference_pairs
 from datamodules.sources.prompts import hh_messages
+from lightning_modules.pretrained import load_model
+from lightning_modules.sharded_loading import read_weights, weight_files
 
 
 def trained(folder: Path, name: str) -> tuple[Any, Any, str]:
@@ -71,6 +73,21 @@ def test_round_trip(family: str, settings: dict[str, Any], tmp_path: Path) -> No
             torch.testing.assert_close(exported, plain_logps(policy, pair.prompt, pair.chosen), rtol=0, atol=1e-5)
             moved = max(moved, float((exported - plain_logps(start, pair.prompt, pair.chosen)).abs().max()))
     assert moved > 1e-3
+
+
+def test_a_head_of_its_own_under_a_configuration_that_ties_it(tmp_path: Path) -> None:
+    name = save_tiny_model("llama", tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    module, _, checkpoint = trained(tmp_path, name)
+    export(checkpoint, str(tmp_path / "out"))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not exported.config.tie_word_embeddings
+    torch.testing.assert_close(exported.lm_head.weight, module.policy.model.lm_head.weight, rtol=0, atol=0)
+    with pytest.raises(
+        UserError, match=r"other values for lm_head.weight than for .* ties them: set its tie_word_em"
+    ):
+        read_weights(load_model(name, meta_above=0), weight_files(name))
 
 
 @pytest.fixture(scope="module")

@@ -258,6 +258,10 @@ def test_a_quotation_in_a_cell_may_follow_a_space(tmp_path: Path) -> None:
 def test_a_link_without_its_file_is_no_smaller_data_set(tmp_path: Path, path: str) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))
     (tmp_path / "b.jsonl").symlink_to("gone.jsonl")
+    (tmp_path / "c.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=r"c\.jsonl is a pointer of Git LFS, not the file itself: fetch it by `git"):
+        read_pairs(str(tmp_path / "c.jsonl"), on_bad_row="skip")
+    (tmp_path / "c.jsonl").unlink()
     with pytest.raises(UserError, match=r"b\.jsonl is a link to gone\.jsonl, which is not there"):
         read_pairs(str(tmp_path / path))
 
