@@ -258,6 +258,7 @@ def be_quiet() -> None:
     for name in ("app", "lightning_modules", "datamodules", "callbacks"):
         logging.getLogger(name).setLevel(logging.INFO)
         logging.getLogger(name).handlers = [handler]  # set, not appended: a process may run several commands
+    warnings.formatwarning = lambda message, *_, **__: f"WARNING: {message}\n"  # a user needs no line of the source
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers' bars would fill a log file
     for message in (
