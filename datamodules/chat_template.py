@@ -22,6 +22,8 @@ TEMPLATE_DATE = datetime(2024, 7, 26)
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 ESSENTIAL = ("tools", "tool_calls", THOUGHTS[0])  # a conversation without these is a different one
 CONTROL_TOKENS = "{} whose text spells special tokens, which the tokenizer reads as such"
+REPEATED = "answers that begin with their prompt, and are trained with it"
+_SHORT = 10  # characters that an answer may share with its prompt by chance
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template")
 _PROBES = ("Answer", "Reply")  # two answers that differ from the first letter
@@ -241,18 +243,17 @@ def spelled_tokens(tokenizer: PreTrainedTokenizerBase) -> Callable[[Prompt, Sequ
     At the end of an answer they are in their place.
     """
     others = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    special = "|".join(map(re.escape, {*tokenizer.all_special_tokens, *others}))
-    before_end = rf"(?:{special})(?!(?:\s|{special})*\Z)"
+    spelt = "|".join(map(re.escape, {*tokenizer.all_special_tokens, *others}))
+    special, before_end = re.compile(spelt), re.compile(rf"(?:{spelt})(?!(?:\s|{spelt})*\Z)")
 
     def notes(prompt: Prompt, answers: Sequence[Message]) -> tuple[str, ...]:
         asked = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
         said = [answer.content for answer in answers]
         sides = (("prompts", special, asked), ("answers", before_end, said))
-        return tuple(
-            CONTROL_TOKENS.format(side)
-            for side, pattern, texts in sides
-            if any(re.search(pattern, text) for text in texts)
-        )
+        found = [CONTROL_TOKENS.format(side) for side, pattern, texts in sides if any(map(pattern.search, texts))]
+        start = prompt.strip() if isinstance(prompt, str) else ""
+        repeated = said and len(start) > _SHORT and all(text.lstrip().startswith(start) for text in said)
+        return (*found, REPEATED) if repeated else tuple(found)
 
     return notes
 

@@ -149,6 +149,8 @@ def text_lines(file: IO[bytes], path: Path) -> Iterator[str]:
     try:
         start = file.peek(2)  # type: ignore[attr-defined]  # files of gzip and of the disk are buffered
         encoding = "utf-16" if start.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+        if b"\0" in start and (encoding == "utf-8-sig" or start.startswith(b"\xff\xfe\0\0")):
+            raise UserError(f"{path} holds zero bytes, as UTF-16 without its mark and UTF-32 do: save it in UTF-8.")
         for line in io.TextIOWrapper(file, encoding, newline=""):
             yield line
             number += 1

@@ -266,6 +266,13 @@ def test_a_link_without_its_file_is_no_smaller_data_set(tmp_path: Path, path: st
         read_pairs(str(tmp_path / path))
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32"])
+def test_text_with_zero_bytes_is_no_text(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "p.txt").write_bytes("a\nb\n".encode(encoding))
+    with pytest.raises(UserError, match=r"p\.txt holds zero bytes, as UTF-16 without its mark"):
+        list(read_pairs(str(tmp_path / "p.txt")))
+
+
 @pytest.mark.parametrize("rows", [0, 5000])
 def test_a_file_in_another_encoding_is_refused(tmp_path: Path, rows: int) -> None:
     content = "prompt,chosen,rejected\n" + "a,b,c\n" * rows + "ä,b,c\n"

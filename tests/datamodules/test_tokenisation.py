@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from app.core.errors import UserError
-from datamodules.chat_template import CONTROL_TOKENS
+from datamodules.chat_template import CONTROL_TOKENS, REPEATED
 from datamodules.records import Message, PreferencePair, TokenisedPair
 from datamodules.tokenisation import Tokenisation, tokenise_pairs
 from datamodules.tokenizer import FILE_TEXT, tokenizer_files, tokenizer_fingerprint
@@ -47,6 +47,13 @@ def test_special_tokens_that_stand_in_the_text_are_not_doubled() -> None:
     found, notes = tokenise_pair(pair, tokenizer, PLAIN)
     assert texts(found, tokenizer) == ["<s>the cat", " sat</s>", " mat</s>"]
     assert notes == [CONTROL_TOKENS.format("prompts")]
+
+
+def test_answers_that_repeat_their_prompt_are_counted() -> None:
+    asked = "Human: hi\n\nAssistant:"
+    whole = PreferencePair("p", asked, f" {asked} a", f"{asked} b")
+    for pair, told in ((whole, [REPEATED]), (replace(whole, rejected=" b"), [])):
+        assert tokenise_pair(pair, byte_tokenizer(), Tokenisation())[1] == told
 
 
 def test_a_demonstration_has_no_rejected() -> None:
