@@ -74,6 +74,10 @@ class RecordedTraining(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         identity = (checkpoint.get("lora") or {}).get("identity")
+        if identity is not None and self.lora is None:
+            raise UserError(
+                "--ckpt_path: the checkpoint holds adapters: give model.lora as the run's config.yaml has it."
+            )
         if identity is not None and identity != self.base_identity:
             raise UserError(
                 f"--ckpt_path: the checkpoint holds adapters of {checkpoint['lora']['base']}, and model.name "

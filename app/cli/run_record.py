@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from app.cli.resume_rules import CONTENTS, START, compared, described
 from app.core.errors import UserError
@@ -43,10 +43,10 @@ class RunRecord(SaveConfigCallback):
         self._resumed: Mapping[str, Any] = {}  # what the checkpoint recorded
         self._differences: dict[str, tuple[Any, Any]] = {}
 
-    def compare(self, checkpoint: Mapping[str, Any]) -> None:
+    def compare(self, checkpoint: Mapping[str, Any], fitting: bool) -> None:
         """Compare with the run that wrote `checkpoint`. Raises UserError if these settings cannot resume it."""
         self._resumed = checkpoint
-        if "config" in checkpoint:
+        if fitting and "config" in checkpoint:
             self._differences = compared(yaml.safe_load(checkpoint["config"]), yaml.safe_load(self.text))
 
     @cached_property
@@ -65,6 +65,13 @@ class RunRecord(SaveConfigCallback):
         self.folder = log_folder(trainer)
         if stage != "fit":
             super().setup(trainer, pl_module, stage)
+            before = (self._resumed.get("content") or {}).get("model")
+            started_from = before and trainer.is_global_zero and getattr(pl_module, "reference_name", "") is None
+            if started_from and content_of(pl_module, None)["model"] not in (before, None):
+                rank_zero_warn(
+                    "--ckpt_path: the checkpoint's run started from another model than model.name, which is the "
+                    "reference here: gaps and rewards are not those of the run."
+                )
             return
         file = self.folder / self.config_filename
         read = [Path(given) for word, given in pairwise(self.command) if word == "--config"]
@@ -161,8 +168,9 @@ def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str
         path = max(found, key=os.path.getmtime)
     checkpoint = check_checkpoint(path)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if fitting and isinstance(callback, RunRecord):
-            callback.compare({name: checkpoint[name] for name in ("config", "content") if name in checkpoint})
+        if isinstance(callback, RunRecord):
+            known = {name: checkpoint[name] for name in ("config", "content") if name in checkpoint}
+            callback.compare(known, fitting)
     return str(path)
 
 

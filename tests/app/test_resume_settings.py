@@ -54,7 +54,12 @@ def test_another_reference_under_the_same_name_is_refused(stopped: Path, tmp_pat
     shutil.copytree(stopped, tmp_path / "copy", symlinks=True)
     save_tiny_model("llama", stopped / "model", seed=5)
     refused = fit(stopped)
+    evaluated = command(
+        stopped, "validate", "--config", "config.yaml", "--ckpt_path", f"{RUN}/checkpoints/last.ckpt"
+    )
     shutil.copytree(tmp_path / "copy" / "model", stopped / "model", dirs_exist_ok=True)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "another model than model.name, which is the reference here" in evaluated.stderr
     assert refused.returncode == 2, refused.stderr
     assert (
         "another model than the run started from (the files that model.name names have changed)" in refused.stderr

@@ -125,7 +125,7 @@ def test_a_cached_reference_goes_with_adapters(tiny_llama: str, tmp_path: Path) 
 
 
 def run(
-    folder: Path, model: str, steps: int, checkpoint: Path | None = None, lora: Lora = SETTINGS
+    folder: Path, model: str, steps: int, checkpoint: Path | None = None, lora: Lora | None = SETTINGS
 ) -> PreferenceOptimization:
     torch.manual_seed(0)
     module = preference(model, lora=lora)
@@ -185,6 +185,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_exports_it(start: str, tiny_
             export(str(last), str(tmp_path / "other"), base=str(merged))
         with pytest.raises(UserError, match=r"--ckpt_path: the checkpoint holds adapters of .* is another model"):
             run(tmp_path / "other", str(merged), 5, last, lora)
+        with pytest.raises(UserError, match=r"--ckpt_path: the checkpoint holds adapters: give model\.lora"):
+            run(tmp_path / "other", tiny_llama, 5, last, None)
         base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
         assert not torch.allclose(base(input_ids=ids).logits, wanted, atol=1e-2)
         loaded = PeftModel.from_pretrained(base, adapter)
