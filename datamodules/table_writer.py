@@ -166,8 +166,12 @@ def tokenised(
     rows: list[tuple[object, ...]] = []
     report = RowReport()
     kinds: dict[str, set[str]] = {}
+    unknown = tokenizer.unk_token_id
+    if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):  # as GPT-2's, which knows every byte
+        unknown = None
     for pair, (tokens, told) in zip(pairs, tokenise_pairs(pairs, tokenizer, settings), strict=True):
-        for note in told:
+        lost = unknown is not None and any(unknown in ids for ids in tokens or () if ids is not None)
+        for note in [*told, *[f"with text that the tokenizer does not know ({tokenizer.unk_token})"] * lost]:
             report.note(note if tokens else f"dropped: {note}", pair.pair_id)
         if tokens:
             prompt = pair.prompt or pair.chosen  # plain text has no prompt

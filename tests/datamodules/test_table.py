@@ -30,6 +30,7 @@ from tiny_tokenizers import TEMPLATE, byte_tokenizer, tokenise_pair
 from app.core.cache import DamagedEntry, cache_root
 from app.core.errors import UserError
 from datamodules import table_writer
+from datamodules.controlled_task import build_tokenizer
 from datamodules.preference_data import split_by_prompt
 from datamodules.records import Message, PreferencePair
 from datamodules.sources.pairs import OnBadRow, PairStream, read_pairs
@@ -135,6 +136,12 @@ def test_labels_of_mixed_types_become_text(tmp_path: Path) -> None:
         "wide": [2.0**60, 2.0**59, None],
     }
     assert type(table.labels([0])["wide"][0]) is float  # an audit takes no integer of 61 bits beside 0.5
+
+
+def test_text_that_the_tokenizer_does_not_know_is_counted(tmp_path: Path) -> None:
+    stream = [PreferencePair(str(n), " the", said, " tiger") for n, said in enumerate((" xyz", " eagle"))]
+    counts = built(stream, build_tokenizer(), SETTINGS, tmp_path / "t").parts[0].report.counts
+    assert counts["with text that the tokenizer does not know (<unk>)"] == 1
 
 
 def test_demonstrations_and_messages_are_stored(tmp_path: Path) -> None:
