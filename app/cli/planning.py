@@ -161,10 +161,14 @@ def devices_per_node(devices: Any, given: int | None, on_cpu: bool) -> int:
     """Return the number of devices per node. Raises UserError for `auto` on GPUs, which depends on the node."""
     if given is not None:
         return given
+    if isinstance(devices, str) and "," in devices:
+        devices = [number for number in devices.split(",") if number.strip()]
     if isinstance(devices, list):
         return len(devices)
-    if str(devices).isdigit():
+    if str(devices).isdigit() and int(devices):
         return int(devices)
+    if str(devices) not in ("auto", "-1"):
+        raise UserError(f"trainer.devices is {devices!r}: give the number of devices.")
     if on_cpu:
         return 1
     raise UserError("trainer.devices is auto: give --devices_per_node, or a number as --trainer.devices.")

@@ -55,6 +55,8 @@ def export(
         raise UserError(f"{out} exists already: choose another folder, or remove it first.")
     state = read_for_export(Path(checkpoint))
     lora = state.get("lora") or {}
+    if base is not None and any(".lora_" not in name for name in policy_weights(state)):
+        raise UserError(f"--base: {checkpoint} holds the whole model: leave it out.")
     if adapter and lora.get("base") is None:
         raise UserError(f"--adapter: {checkpoint} was not trained with model.lora on a model with a name.")
     if adapter and temperature != 1.0:

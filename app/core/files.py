@@ -153,18 +153,19 @@ class Parts:
         self.folder = folder
         described = json.loads(json.dumps(job))
         record = folder / "job.json"
+        other: list[str] = []
         if record.exists():
             try:
                 before = dict(json.loads(record.read_bytes()))
             except (ValueError, TypeError) as error:
                 raise UserError(f"{record} is damaged: remove the folder {folder}.") from error
             other = sorted(name for name in before.keys() | job.keys() if before.get(name) != described.get(name))
-            if other:
+            if other and len(self):
                 raise UserError(
                     f"{folder} holds the beginning of other work ({', '.join(other)} differed): finish that with "
                     "its own settings, write to another place, or remove the folder."
                 )
-        else:
+        if other or not record.exists():
             with atomic_file(record) as temporary:
                 temporary.write_text(json.dumps(described, indent=1), encoding="utf-8")
 

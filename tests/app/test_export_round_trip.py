@@ -136,6 +136,8 @@ def test_an_existing_folder_is_left_alone(tiny_llama: str, tmp_path: Path) -> No
     with pytest.raises(UserError, match="exists already"):
         export(checkpoint, str(tmp_path / "out"))
     assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(UserError, match=r"--base: .* holds the whole model: leave it out"):
+        export(checkpoint, str(tmp_path / "other"), base=tiny_llama)
 
 
 class Payload:

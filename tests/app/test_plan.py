@@ -293,12 +293,13 @@ def test_what_cannot_be_planned_is_said(
         main(["plan", *HH, *arguments])
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["plan", *HH[:2], "--shape", "EleutherAI/pythia-410m"])
-    assert (
-        "trainer.devices is auto: give --devices_per_node, or a number as --trainer.devices."
-        in capsys.readouterr().err
-    )
+    for devices, answer in (
+        ("auto", "trainer.devices is auto: give --devices_per_node, or a number as --trainer.devices."),
+        ("x", "trainer.devices is 'x': give the number of devices."),
+    ):
+        with pytest.raises(SystemExit):
+            main(["plan", *HH[:2], "--shape", "EleutherAI/pythia-410m", "--trainer.devices", devices])
+        assert answer in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
