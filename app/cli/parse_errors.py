@@ -108,6 +108,8 @@ def finding(message: str) -> Finding | None:
             field.append(unknown[1])
             owner = (class_path or "").rpartition(".")[2]
             wrong = f"{owner} has no such option.{suggestion(unknown[1], names_at(class_path or ''))}"
+            if owner in ("LightningModule", "LightningDataModule"):
+                wrong = "its class is not known yet: give the configuration that names it before this one"
             break
         elif absent := re.match(r"the following arguments are required: (.*)", text):
             wrong = f"{(class_path or '').rpartition('.')[2]} needs a value for {absent[1]}"

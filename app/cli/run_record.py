@@ -169,8 +169,7 @@ def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str
     checkpoint = check_checkpoint(path)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RunRecord):
-            known = {name: checkpoint[name] for name in ("config", "content") if name in checkpoint}
-            callback.compare(known, fitting)
+            callback.compare({k: checkpoint[k] for k in ("config", "content") if k in checkpoint}, fitting)
     return str(path)
 
 

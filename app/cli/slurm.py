@@ -1,4 +1,4 @@
-"""Checks of SLURM's variables, which refuse a job that Lightning would misread.
+"""Checks of SLURM's and torchrun's variables, which refuse a job that Lightning would misread.
 
 Two tasks that each assume rank 0, or a task that waits without end for another, cost hours on a cluster. The checks
 find such cases before a process waits for another.
@@ -60,6 +60,14 @@ def check_processes(trainer: Trainer) -> None:
         raise UserError(
             f"trainer.num_nodes is {nodes}, but nothing starts the processes on the other nodes: put srun or "
             "torchrun before the command."
+        )
+    started = os.environ.get("WORLD_SIZE", "1")
+    if isinstance(environment, TorchElasticEnvironment) and started != str(
+        devices * nodes
+    ):  # each would train alone
+        raise UserError(
+            f"torchrun started {started} processes, but trainer.devices={devices} and trainer.num_nodes={nodes} "
+            f"expect {devices * nodes}: give both the values of --nproc-per-node and --nnodes."
         )
     if not isinstance(environment, SLURMEnvironment):
         return

@@ -131,11 +131,11 @@ def test_two_at_once_do_not_write_one_file(tiny_llama: str, tmp_path: Path) -> N
 
 def test_parts_of_other_samples_are_refused_and_left(tiny_llama: str, tmp_path: Path) -> None:
     out = str(tmp_path / "a.jsonl")
-    for finished, options in ((0, {"temperature": 0.7}), (1, {})):  # of the first, no batch was done
+    for finished, temperature in ((0, 0.7), (1, 1.0)):  # of the first, no batch was done
         with pytest.MonkeyPatch.context() as patch:
             stop_at(patch, finished)
             with pytest.raises(KeyboardInterrupt):
-                generate(tiny_llama, out, count=3, batch_size=2, **options)
+                generate(tiny_llama, out, count=3, batch_size=2, temperature=temperature)
     with pytest.raises(UserError, match=r"a\.jsonl\.parts holds the beginning of other work \(temperature, top_p"):
         generate(tiny_llama, out, count=3, batch_size=2, temperature=0.5, top_p=0.5)
     generate(tiny_llama, out, count=3, batch_size=2)

@@ -103,6 +103,11 @@ def test_wrong_configuration_files(text: str, sentence: str, run_config: Path, t
     assert sentence in told("fit", "--config", "config.yaml", "--config", "b.yaml")
 
 
+def test_an_overlay_before_the_configuration_that_it_changes(run_config: Path, told: Callable[..., str]) -> None:
+    sentence = told("fit", "--config", "loss/simpo", "--config", "config.yaml")
+    assert "its class is not known yet: give the configuration that names it before this one" in sentence
+
+
 def test_wrong_configuration_text(told: Callable[..., str]) -> None:
     assert "{a: [ cannot be read as YAML: line 1, column 6: expected" in told("fit", "--config", "{a: [")
 

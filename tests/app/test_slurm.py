@@ -82,6 +82,17 @@ def test_other_tasks_than_the_trainer_expects_are_refused(
             check_processes(trainer)
 
 
+def test_processes_of_torchrun_do_not_train_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    check_processes(quiet_trainer(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        UserError, match=r"torchrun started 2 processes, but trainer\.devices=1 .* expect 1: give both"
+    ):
+        check_processes(quiet_trainer(tmp_path))
+
+
 def test_nodes_that_nothing_starts_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, num_nodes=2)
     with pytest.raises(UserError, match="put srun or torchrun"):
