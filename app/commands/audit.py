@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,12 +108,15 @@ def audit(
 def write_clean(file: str, pairs: PairTexts, worst: set[str], swap: bool, replaced: str) -> None:
     """Write the training data to `file` as JSON lines, without the pairs `worst` or with them swapped.
 
-    Raises UserError if a pair is not in the sources under its own id.
+    Raises UserError if sources have weights, or a pair is not in them, as a replaced one of a gap mixture.
     """
+    if any(source.weight is not None for source in getattr(pairs.data, "sources", ())):
+        raise UserError("clean: data.path gives its sources weights, which one file cannot hold: take them out.")
     written, found = 0, set()
     with atomic_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for stream in pairs.data.streams("train") or ():
-            for pair in stream:
+            for own in stream:
+                pair = replace(own, pair_id=f"{stream.name}/{own.pair_id}") if pairs.data.mixed else own
                 wrong = pair.pair_id in worst
                 found |= {pair.pair_id} & worst
                 if not wrong or swap:
@@ -120,8 +124,8 @@ def write_clean(file: str, pairs: PairTexts, worst: set[str], swap: bool, replac
                     written += 1
         if found != worst:
             raise UserError(
-                f"clean: {len(worst - found)} of the listed pairs are not in the sources under their own id, as in "
-                "a mixture: audit a run on one source."
+                f"clean: {len(worst - found)} of the listed pairs are not in the sources, as those of a gap "
+                "mixture: audit a run without data.gap_mixture."
             )
     changed = f"{len(worst)} with their responses exchanged" if swap else f"without {len(worst)}"
     print(f"{written} pairs of the training data, {changed}: {file}{replaced}")

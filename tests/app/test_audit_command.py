@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -11,9 +13,12 @@ import pytest
 import yaml
 from command_runs import write_config
 
-from app.commands.audit import as_row
+from app.commands.audit import as_row, write_clean
+from app.commands.suspects import available, pair_histories
+from app.core.errors import UserError
 from app.main import main
 from app.report.run_folder import PairTexts
+from datamodules import PreferenceData
 from datamodules.controlled_task import preference_pairs
 from datamodules.records import PreferencePair
 
@@ -104,6 +109,28 @@ def test_flipped_pairs_are_listed_with_the_texts_that_were_trained_on(
     (Path(RUN) / "audit" / "half.parquet").write_bytes(b"PAR1")
     assert f"{RUN}/audit cannot be read" in refused(["audit", RUN], capfd)
     assert Path(RUN, "suspects.jsonl").read_text(encoding="utf-8").count("\n") == len(rows)
+
+
+def test_the_clean_data_of_several_files_names_its_pairs_by_them(tmp_path: Path) -> None:
+    files = []
+    for name in ("a", "b"):
+        rows = [{"prompt": f"{name}{i}?", "chosen": "yes", "rejected": "no"} for i in range(2)]
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    texts: Any = SimpleNamespace(data=PreferenceData(list(map(str, files))))
+    write_clean(str(tmp_path / "clean.jsonl"), texts, {"b.jsonl/b.jsonl:1"}, False, "")
+    kept = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["pair_id"] for row in kept] == ["a.jsonl/a.jsonl:1", "a.jsonl/a.jsonl:2", "b.jsonl/b.jsonl:2"]
+    texts.data.sources = [replace(source, weight=1.0) for source in texts.data.sources]
+    with pytest.raises(UserError, match="which one file cannot hold"):
+        write_clean(str(tmp_path / "other.jsonl"), texts, set(), False, "")
+
+
+def test_gaps_that_speak_for_every_label_leave_no_suspect() -> None:
+    audit = pd.DataFrame({"pair_id": list("ab") * 3, "step": [1, 1, 2, 2, 3, 3], "gap": [1.0, 2, 3, 4, 5, 6]})
+    histories = pair_histories(audit.assign(kept=[False, True] * 3))
+    assert (histories.mislabelled < 0).all()
+    assert next(iter(available(histories))) == "gaps"  # and not how often the filter dropped a pair
 
 
 def test_a_swapped_pair_has_swapped_scores() -> None:
