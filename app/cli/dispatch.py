@@ -27,6 +27,7 @@ from app.core.errors import UserError
 from callbacks.run_checkpoint import Interrupted
 
 RESUME = "The same command with --ckpt_path last resumes from the last checkpoint."
+AFRESH = "The same command starts from the beginning and keeps what was made beside it."
 AGAIN = "Give the same command again; what it says it keeps is not done twice."
 
 # gloo's messages on the remaining ranks when one is lost
@@ -46,7 +47,7 @@ class WordsParser(ArgumentParser):
 def run(command: str, arguments: list[str]) -> None:
     """Run `command`, the first of `arguments`. Exits with status 2 and one sentence if the user made a mistake."""
     be_quiet()
-    advice = RESUME if command == "fit" else AGAIN
+    advice = {"fit": RESUME, "quickstart": AFRESH}.get(command, AGAIN)
     if threading.current_thread() is threading.main_thread():  # which alone handles signals
         signal.signal(signal.SIGTERM, _end)  # while a run trains, `RunCheckpoint` handles it
     try:

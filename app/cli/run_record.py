@@ -31,9 +31,10 @@ COMMANDS_FILE = "commands.txt"
 class RunRecord(SaveConfigCallback):
     """A callback that writes config.yaml and appends the command to `commands.txt`, one line per start.
 
-    Both are written at the first batch of a fit, so a start that fails before leaves neither. If a resumed run has
-    other settings, the earlier file is kept as `config.until-step-N.yaml`. Every checkpoint gets the configuration,
-    hashes of model and data, and the newest metrics, for the checks of a resume and the model card of `export`.
+    Both are written after the first step of a fit, so a start that is refused before its end leaves neither. If a
+    resumed run has other settings, the earlier file is kept as `config.until-step-N.yaml`. Every checkpoint gets
+    the configuration, hashes of model and data, and the newest metrics, for the checks of a resume and the model
+    card of `export`.
     """
 
     def __init__(self, *settings: Any, command: Sequence[str], **more: Any):
@@ -42,6 +43,7 @@ class RunRecord(SaveConfigCallback):
         self.content: dict[str, str | None] = {}
         self._resumed: Mapping[str, Any] = {}  # what the checkpoint recorded
         self._differences: dict[str, tuple[Any, Any]] = {}
+        self._start = 0
 
     def compare(self, checkpoint: Mapping[str, Any], fitting: bool) -> None:
         """Compare with the run that wrote `checkpoint`. Raises UserError if these settings cannot resume it."""
@@ -104,7 +106,7 @@ class RunRecord(SaveConfigCallback):
             )
             raise UserError(f"--ckpt_path: the current settings give {what} ({because}): {START}.")
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self.already_saved or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.already_saved = True
@@ -112,11 +114,12 @@ class RunRecord(SaveConfigCallback):
         text = self.text
         self.folder.mkdir(parents=True, exist_ok=True)
         if file.is_file() and self._resumed and file.read_text(encoding="utf-8") != text:
-            file.replace(file.with_name(f"config.until-step-{trainer.global_step}.yaml"))
+            file.replace(file.with_name(f"config.until-step-{self._start}.yaml"))
         file.write_text(text, encoding="utf-8")
         self.save_config(trainer, pl_module, "fit")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = trainer.global_step
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             continue_curves(trainer, resumes=self.config["ckpt_path"] is not None)
             rank_zero_info(f"log folder: {self.folder}")

@@ -15,6 +15,7 @@ from app.method.ranges import Seed
 
 LENGTH = ("--max_new_tokens", "32")  # more than the longest true answer
 ARMS = ("beta_dpo", "dpo")  # the first prints here, the others to a log
+RUNNING: list[subprocess.Popen[bytes]] = []  # and those that have ended
 
 
 @checked_command
@@ -37,7 +38,11 @@ def quickstart(seed: Seed = 1, out: str = "runs/quickstart") -> None:
     command("generate", str(start), str(rival), "--seed", str(seed), *LENGTH)
     print(f"plain DPO, for comparison, runs on the other core: {folder / 'dpo.log'}", flush=True)
     with ThreadPoolExecutor(len(ARMS)) as workers:
-        list(workers.map(lambda arm: train_arm(arm, start, seed, folder), ARMS))
+        try:
+            list(workers.map(lambda arm: train_arm(arm, start, seed, folder), ARMS))
+        except BaseException:
+            stop_all()
+            raise
     runs, page = [str(folder / arm) for arm in ARMS], str(folder / "report.html")
     command("report", *runs, "--baseline", str(rival), "--out", page)
     print(f"curves of β, gaps and rewards: tensorboard --logdir {folder}   (then open http://localhost:6006)")
@@ -67,14 +72,28 @@ def fit(config: str, name: str, words: list[str], seed: int, folder: Path, log: 
     command("fit", "--config", config, *words, log=log)
 
 
+def stop_all() -> None:
+    """Send SIGTERM to the commands that run, and wait until they have ended."""
+    for child in RUNNING:
+        child.terminate()
+    for child in RUNNING:
+        child.wait()
+
+
 def command(*words: str, log: Path | None = None) -> None:
     """Run one `beta-dpo` command on one core. Raises UserError if it fails."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     with open(log or os.devnull, "a", encoding="utf-8") as file:
         target = None if log is None else file
-        done = subprocess.run(
-            [sys.executable, "-m", "app.main", *words], env=environment, stdout=target, stderr=target, check=False
+        child = subprocess.Popen(
+            [sys.executable, "-m", "app.main", *words], env=environment, stdout=target, stderr=target
         )
-    if done.returncode:
+        RUNNING.append(child)
+        try:
+            status = child.wait()
+        except BaseException:  # a signal: the child ends by itself, after it has saved its step
+            stop_all()
+            raise
+    if status:
         told = "its message is above" if log is None else f"its message ends {log}"
-        raise UserError(f"quickstart: `beta-dpo {words[0]}` failed with status {done.returncode}: {told}.")
+        raise UserError(f"quickstart: `beta-dpo {words[0]}` failed with status {status}: {told}.")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command_runs import ROOT, STEPS, assert_same_run, audit_of, command, fit, write_config
+from command_runs import ROOT, STEPS, assert_same_run, audit_of, command, environment, fit, write_config
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 RUN = Path("runs") / "run"
@@ -99,6 +103,27 @@ def test_signals_in_validation_and_failures_in_a_step(whole: Path, tiny_llama: s
     # once it is done, the same command does nothing more
     assert fit(tmp_path).returncode == 0
     assert_same_run(whole / RUN, tmp_path / RUN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_quickstart_that_is_stopped_saves_its_step(name: str, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "app.main", "quickstart", "--out", "qs"]
+    place: Any = {"cwd": tmp_path, "env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(line, **place, text=True, start_new_session=True) as started:
+        assert started.stdout is not None
+        for said in started.stdout:
+            if said.startswith("step "):
+                # a terminal sends Ctrl-C to all processes, a scheduler SIGTERM to the first
+                to = os.killpg if name == "SIGINT" else os.kill
+                to(started.pid, signal.Signals[name])
+                break
+        rest = started.stdout.read()
+    assert "the step is finished and saved first" in rest
+    assert "The same command starts from the beginning" in rest
+    assert_loadable(tmp_path / "qs" / "sft")
+    assert (tmp_path / "qs" / "sft" / "checkpoints" / "last.ckpt").exists()
+    assert not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.slow

@@ -80,6 +80,14 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_start_that_the_first_step_refuses_leaves_no_folder(tiny_llama: str, tmp_path: Path) -> None:
+    write_config(tmp_path, tiny_llama)
+    refused = fit(tmp_path, "", "--statistics", "null")
+    assert refused.returncode == 2
+    assert "PairFilter needs the running reward-gap statistics" in refused.stderr
+    assert not (tmp_path / RUN).exists()
+
+
 def test_the_table_of_curves_is_continued(tmp_path: Path) -> None:
     first = ContinuedTable(str(tmp_path))
     for step in range(4):
