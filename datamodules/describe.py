@@ -78,12 +78,16 @@ def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str]:
     again = np.sort(order[1:][mixed[order[1:]] == mixed[order[:-1]]])
     two_answers = pairs[:, 1] != pairs[:, 2]  # answers that differ in outer spaces alone have one key
     against = np.flatnonzero(two_answers & _within(pairs[:, [0, 2, 1]].view(np.uint64) @ _ODD, mixed))
-    twice = f"{len(again)} pairs repeat an earlier one (first: {_named(table, rows[again])})" if len(again) else ""
+    twice = f"{_pairs(len(again), 'repeat')} an earlier one (first: {_named(table, rows[again])})"
     contradiction = (
-        f"{len(against)} pairs contradict another one: the same prompt, chosen and rejected swapped "
+        f"{_pairs(len(against), 'contradict')} another one: the same prompt, chosen and rejected swapped "
         f"(first: {_named(table, rows[against])}); all stay, take out those that are wrong"
     )
-    return twice, contradiction if len(against) else ""
+    return twice if len(again) else "", contradiction if len(against) else ""
+
+
+def _pairs(count: int, verb: str) -> str:
+    return f"1 pair {verb}s" if count == 1 else f"{count} pairs {verb}"
 
 
 def shared_prompts(trained: tuple[PairTable, np.ndarray], held_out: tuple[PairTable, np.ndarray]) -> str:
@@ -124,9 +128,14 @@ def pairs_seen(pairs: int, batch_size: int, trainer: Trainer) -> tuple[str, bool
     steps = min(trainer.max_steps if trainer.max_steps != -1 else math.inf, epochs * per_epoch)
     seen = int(min(pairs, steps * batch_size))
     option = "trainer.limit_train_batches" if per_epoch < batches else "trainer.max_steps or trainer.max_epochs"
-    passes = "" if steps == math.inf or seen < pairs else f", {steps / max(1, batches):.3g} times"
     told = "no limit of steps" if steps == math.inf else f"{steps} steps of {min(batch_size, pairs)}"
-    return f"{seen} of {pairs} pairs will be seen{passes} ({told}; {option} decides)", seen == pairs
+    drawn = "up to " if per_epoch < min(batches, steps) else ""  # every epoch draws anew
+    words = f"{drawn}{seen} of {pairs} pairs will be seen"
+    if seen == pairs and per_epoch == batches and steps < math.inf:
+        passes = f"{steps / max(1, batches):.4g}"
+        often = {"1": "once", "2": "twice"}.get(passes, f"{passes} times{' on average' if '.' in passes else ''}")
+        words = f"each of {pairs} pairs will be seen {often}"
+    return f"{words} ({told}; {option} decides)", seen == pairs
 
 
 def _within(keys: np.ndarray, known: np.ndarray) -> np.ndarray:

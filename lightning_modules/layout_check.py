@@ -98,11 +98,11 @@ class StartCheck:
         if self.ranks.number == 0:
             longest = int(samples[1].tokens.max())
             log.info(
-                "attention %s, %s rows, layers %s; checked on %d pairs of the data, and on one with a response of "
-                "%d tokens, the longest possible, beside a short one%s",
+                "start-up check passed (attention %s, %s rows%s): %d pairs of the data and the longest possible "
+                "response, %d tokens%s",
                 attention,
                 layout,
-                "compiled" if compiled else "as they are",
+                ", layers compiled" if compiled else "",
                 len(samples[0].pairs),
                 longest,
                 ", forward and backward" if self.trains and (on_cuda or compiled) else "",

@@ -125,7 +125,7 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
             store_linear_weights(model, torch.bfloat16)
     sizes = Sizes.of(model, module.quantize)
     plan = MemoryPlan(sizes, setup, activations(config, dtype, setup.autocast, split))
-    device = "CPU processes" if on_cpu else "GPUs"
+    device = "CPU processes" if on_cpu else "devices"
     words = f"{parameters:,} parameters" + (f" and {sizes.trained.all:,} of adapters" if lora is not None else "")
     words += f" on {nodes} × {per_node} {device}, {setup.kind}"
     words += f" in {setup.shards} shards" if sharded else ""
@@ -194,10 +194,11 @@ def report(plan: MemoryPlan, words: str, tokens: int, memory_gb: float | None) -
     if memory_gb is not None:
         limit = int(memory_gb * 1e9 * (1 - RESERVED))
         largest = plan.largest_budget(limit)
-        if largest:
-            lines.append(
-                f"fits {memory_gb:g} GB, of which {RESERVED:.0%} are left free: data.micro_batch_tokens {largest}"
-            )
-        else:
+        memory = f"{memory_gb:g} GB, of which {RESERVED:.0%} are left free"
+        if not largest:
             lines.append(f"does not fit {memory_gb:g} GB with any micro-batch: shard over more devices.")
+        elif largest < tokens:
+            lines.append(f"{tokens} tokens do not fit {memory}: set data.micro_batch_tokens {largest}")
+        else:
+            lines.append(f"fits {memory}, up to data.micro_batch_tokens {largest}")
     return lines

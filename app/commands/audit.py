@@ -85,7 +85,10 @@ def audit(
     print(f"{len(lists[0])} likely mislabelled pairs and {len(lists[1])} outliers: {out}{replaced}")
     if signal == "reference":  # it has a probability for every pair, and lists as many as it is asked for
         expected = lists[0].wrong_by_reference.sum()
-        print(f"The reference expects {expected:.0f} of these {len(lists[0])} to be so; --count lists fewer.")
+        print(
+            f"The reference takes about {expected:.0f} of these {len(lists[0])} to be really mislabelled; a "
+            "smaller --count lists the likeliest alone."
+        )
     if not len(lists[0]):
         print(why_no_suspects(rows))
     for label in grouping_labels(rows):

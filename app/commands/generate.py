@@ -187,13 +187,14 @@ def rows_of(parts: Parts, batches: Sequence[Batch]) -> list[dict[str, Any]]:
 
 def write_out(out: str, format: Form, name: str, parts: Parts, told: str, limit: int) -> None:
     """Join the parts to the file `out`, remove them, and print what is in it. Raises UserError if nothing is."""
-    finished, refused, answers = Counter[bool](), Counter[str](), []
+    finished, refused, answers, gaps = Counter[bool](), Counter[str](), [], []
     with atomic_file(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for number in range(len(parts)):
             part = part_of(parts, number)
             rows = [json.loads(line) for line in part["lines"]]
             finished.update(row["finished"] for row in rows)
             refused.update(part["refused"])
+            gaps += [row["logp"] - row["reference_logp"] for row in rows if "reference_logp" in row]
             if format == "jsonl":
                 file.writelines(part["lines"])
             else:
@@ -205,6 +206,9 @@ def write_out(out: str, format: Form, name: str, parts: Parts, told: str, limit:
             file.write(answer_file(format, name, answers))
     parts.remove()
     print(f"{finished.total()} samples of {told}; {finished[True]} are finished")
+    if gaps:
+        mean = sum(gaps) / len(gaps)
+        print(f"mean of logp − reference_logp: {mean:.3g} nats a sample, at temperature 1 and top_p 1 the KL")
     if finished[False]:
         print(f"{finished[False]} of them are cut at max_new_tokens = {limit}")
     for reason, count in refused.items():

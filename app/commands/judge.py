@@ -20,6 +20,7 @@ from app.judges.endpoint import Endpoint
 from app.judges.rewards import HOW_TO_ASK, TrueReward, chosen_judge
 
 By = Literal["true_reward", "reward_model", "endpoint"]
+OF_A_REPORT = "`report` has no other, leave --baseline out"
 
 
 @checked_command
@@ -153,13 +154,13 @@ def distinct_names(paths: Sequence[str]) -> dict[str, str]:
 
 def win_rate(rows: list[Answer], rivals: list[Answer]) -> Estimate:
     """Return P(better) + ½ P(tie) by the controlled task's true reward, resampled by prompt."""
-    return mean_by_prompt(rows, TrueReward().scores(rows, rivals), share=True)
+    return mean_by_prompt(rows, TrueReward(OF_A_REPORT).scores(rows, rivals), share=True)
 
 
 def summary(rows: list[Answer]) -> dict[str, Estimate]:
     """Return the figures of one model's samples on the controlled task: reward, malformed share, KL and tokens."""
     names = {"true reward": "mean true reward", "malformed": "malformed share", "KL": "KL to the reference"}
-    told = figures(rows, TrueReward())
+    told = figures(rows, TrueReward(OF_A_REPORT))
     found = {name: told[short] for short, name in names.items() if short in told}
     if all(row.get("tokens") is not None for row in rows):
         found["tokens"] = mean_by_prompt(rows, np.array([row["tokens"] for row in rows]))

@@ -40,8 +40,16 @@ class Reward(Judge):
         return {"reward": self.rewards(answers)}
 
 
+NAME_ANOTHER = (
+    "name another by --by reward_model --model FOLDER, --by endpoint --model NAME (`judge` alone), or --reward NAME"
+)
+
+
 class TrueReward(Reward):
-    """A judge that uses the exact reward of the controlled task."""
+    """A judge that uses the exact reward of the controlled task; `cure` is what to do about other prompts."""
+
+    def __init__(self, cure: str = NAME_ANOTHER):
+        self.cure = cure
 
     def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
         """Return rewards [n] from 0 to 4.5. Raises UserError if a prompt is not from the controlled task."""
@@ -52,9 +60,8 @@ class TrueReward(Reward):
             grades = [grade(str(row["prompt"]), row["response"]) for row in answers]
         except UserError as error:
             raise UserError(
-                "These prompts are not of the controlled task, whose true reward is the default judge: name "
-                "another by --by reward_model --model FOLDER, --by endpoint --model NAME (`judge` alone), or "
-                "--reward NAME; `report` has no other: leave --baseline out."
+                "These prompts are not of the controlled task, whose true reward is the default judge: "
+                f"{self.cure}."
             ) from error
         return {
             "true reward": np.array([found.reward for found in grades]),

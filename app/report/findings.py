@@ -173,7 +173,8 @@ def samples(run: Run) -> Iterator[Finding]:
         yield Finding(
             "good" if set(levels) == {"good"} else "watch",
             f"Its answers {told}.",
-            "win rate [95 % interval]: " + ", ".join(f"{name} {rate}" for name, rate in run.rivals.items()),
+            "its win rate [95 % interval]: "
+            + ", ".join(f"{rate} against {name}" for name, rate in run.rivals.items()),
             "quality",
             "The intervals are over prompts: repeat with other seeds before preferring an arm.",
         )

@@ -223,6 +223,7 @@ def test_a_narrower_type_is_written_and_what_it_costs_is_said(
         export(trained_tiny, str(tmp_path / dtype), dtype=dtype)
         assert f"in {dtype}; " in (told := capsys.readouterr().out)
         assert "rounding moves log-probabilities by" in told
+        assert "checked: the exported model gives the same outputs" in told
         model = AutoModelForCausalLM.from_pretrained(tmp_path / dtype, dtype="auto")
         assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
         assert f"weights in {dtype}." in (tmp_path / dtype / "README.md").read_text()

@@ -157,7 +157,7 @@ def test_known_shapes_have_their_published_size(shape: str, parameters: int) -> 
 def test_a_plan_names_what_is_held(capsys: pytest.CaptureFixture[str]) -> None:
     fsdp = ("--config", str(ROOT / "configs/strategy/fsdp.yaml"))
     text, plan = plan_of(capsys, *HH, *fsdp, "--shape", SMALL, "--memory_gb", "80")
-    assert text.startswith("405,334,016 parameters on 1 × 8 GPUs, sharded in 8 shards")
+    assert text.startswith("405,334,016 parameters on 1 × 8 devices, sharded in 8 shards")
     assert plan["parameters"] == pytest.approx(4 * 405_334_016 / 8, abs=6e6)
     assert plan["optimizer state"] == pytest.approx(plan["parameters"], abs=1e7)  # RMSprop: one number
     assert plan["reference"] == pytest.approx(plan["parameters"] / 2, abs=1e7)  # bfloat16
@@ -179,7 +179,7 @@ def test_strategies_hold_what_they_say(capsys: pytest.CaptureFixture[str]) -> No
     sharded = {"class_path": "lightning_modules.ShardedStrategy", "init_args": {"replicas": "nodes"}}
     strategy = ("--trainer.strategy", json.dumps(sharded), "--trainer.precision", "32-true")
     text, hsdp = plan_of(capsys, *model, *strategy, "--trainer.num_nodes", "2")
-    assert "2 × 8 GPUs, sharded in 8 shards" in text
+    assert "2 × 8 devices, sharded in 8 shards" in text
     assert hsdp["parameters"] == pytest.approx(size / 8, rel=5e-2)
     _, offloaded = plan_of(capsys, *model, *strategy, "--trainer.strategy.offload_reference", "true")
     assert "reference" not in offloaded
@@ -191,7 +191,7 @@ def test_a_layer_that_is_split_takes_its_part(capsys: pytest.CaptureFixture[str]
     fsdp, split = (("--config", str(ROOT / f"configs/strategy/{name}.yaml")) for name in ("fsdp", "fsdp_tp"))
     _, whole = plan_of(capsys, *HH, *fsdp, "--shape", SMALL)
     text, halves = plan_of(capsys, *HH, *split, "--shape", SMALL)
-    assert "405,334,016 parameters on 1 × 8 GPUs, sharded in 4 shards of 2 ranks each" in text
+    assert "405,334,016 parameters on 1 × 8 devices, sharded in 4 shards of 2 ranks each" in text
     # embeddings and head are in four shards where they were in eight, halves of all else still in eight
     assert halves["parameters"] == pytest.approx(whole["parameters"] + 4 * 103e6 / 8, rel=0.01)
     assert halves["activations"] < 0.9 * whole["activations"]
@@ -242,7 +242,7 @@ def test_an_8b_model_in_4_bits_fits_24_gb_at_4096_tokens(capsys: pytest.CaptureF
     text, plan = plan_of(capsys, *recipe, "--trainer.precision", "bf16-mixed", "--trainer.strategy", "auto")
     # 6.98e9 numbers in 4.13 bits, the head in bfloat16, as many embeddings in float32
     assert plan["parameters"] == pytest.approx(6.98e9 * 4.13 / 8 + 6 * 128256 * 4096 + 4 * 42e6, rel=0.01)
-    largest = re.search(r"fits 24 GB.*micro_batch_tokens (\d+)", text)
+    largest = re.search(r"fits? 24 GB.*micro_batch_tokens (\d+)", text)
     assert largest is not None, text
     assert int(largest[1]) >= 4096
 
@@ -271,8 +271,10 @@ def test_checkpointing_and_memory_move_the_largest_micro_batch(capsys: pytest.Ca
     assert most < largest("--memory_gb", "80")
     assert largest("--memory_gb", "40", *plain) < most / 4
     for tokens, fits in ((most, True), (most + 512, False)):
-        _, plan = plan_of(capsys, *model, "--data.micro_batch_tokens", str(tokens))
+        text, plan = plan_of(capsys, *model, "--data.micro_batch_tokens", str(tokens), "--memory_gb", "40")
         assert (plan["sum"] < 36e9 + 1e7) == fits
+        assert (f"\nfits 40 GB, of which 10% are left free, up to data.micro_batch_tokens {most}" in text) == fits
+        assert (f"\n{tokens} tokens do not fit 40 GB" in text) != fits
     text, _ = plan_of(capsys, *model, "--memory_gb", "1")
     assert "does not fit 1 GB with any micro-batch: shard over more devices." in text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +51,14 @@ def test_samples_carry_their_exact_logp(samples: Path, tiny_llama: str) -> None:
         assert row["reference_logp"] == pytest.approx(row["logp"], abs=1e-6)
 
 
-def test_samples_depend_on_the_seed_alone(samples: Path, tiny_llama: str, tmp_path: Path) -> None:
+def test_samples_depend_on_the_seed_alone(
+    samples: Path, tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     generate(tiny_llama, str(tmp_path / "again.jsonl"), count=12, batch_size=5, reference=tiny_llama)
     assert read(tmp_path / "again.jsonl") == read(samples)
+    assert re.search(r"mean of logp − reference_logp: \S+ nats a sample", capsys.readouterr().out)
     generate(tiny_llama, str(tmp_path / "other.jsonl"), count=12, batch_size=5, seed=1)
+    assert "reference" not in capsys.readouterr().out
     assert [row["prompt"] for row in read(tmp_path / "other.jsonl")] != [row["prompt"] for row in read(samples)]
 
 
@@ -73,6 +78,8 @@ def test_judge_sees_the_better_answers() -> None:
     )
     assert win_rate(better, worse).mean == 1.0
     assert win_rate(worse, better).mean == 0.0
+    with pytest.raises(UserError, match=r"default judge: `report` has no other, leave --baseline out\.$"):
+        summary([row | {"prompt": "hi"} for row in better])
 
 
 def test_files_for_other_prompts_are_refused(samples: Path, tiny_llama: str, tmp_path: Path) -> None:

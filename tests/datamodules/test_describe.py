@@ -46,6 +46,7 @@ def test_repeats_and_contradictions_are_counted_within_and_across_files(tmp_path
     assert twice.startswith("2 pairs repeat an earlier one")
     assert contradicted.startswith("3 pairs contradict another one")
     assert len(rows) == 6  # nothing is taken out
+    assert repeats(*opened(tmp_path, "p a b", "p a b"))[0] == "1 pair repeats an earlier one (first: 0.jsonl:2)"
     assert repeats(*opened(tmp_path, "p a b", "q b a", "p a c")) == ("", "")
 
 
@@ -83,10 +84,10 @@ def test_cut_responses_are_told_of_above_five_percent(tmp_path: Path) -> None:
     ("limits", "said", "all_of_them"),
     [
         ({"max_steps": 40}, "320 of 20000 pairs will be seen (40 steps of 8;", False),
-        ({"max_epochs": 1}, "20000 of 20000 pairs will be seen, 1 times (2500 steps of 8;", True),
+        ({"max_epochs": 1}, "each of 20000 pairs will be seen once (2500 steps of 8;", True),
         (
             {"max_epochs": 2, "max_steps": 3750},
-            "20000 of 20000 pairs will be seen, 1.5 times (3750 steps of 8;",
+            "each of 20000 pairs will be seen 1.5 times on average (3750 steps of 8;",
             True,
         ),
         (
@@ -98,6 +99,12 @@ def test_cut_responses_are_told_of_above_five_percent(tmp_path: Path) -> None:
             {"max_epochs": 1, "limit_train_batches": 0.5},
             "10000 of 20000 pairs will be seen (1250 steps of 8;",
             False,
+        ),
+        ({"max_epochs": 2}, "each of 20000 pairs will be seen twice (5000 steps of 8;", True),
+        (
+            {"max_epochs": 2, "limit_train_batches": 0.5},
+            "up to 20000 of 20000 pairs will be seen (2500 steps of 8;",
+            True,
         ),
         ({"max_epochs": -1}, "20000 of 20000 pairs will be seen (no limit of steps;", True),
     ],

@@ -158,6 +158,7 @@ def test_other_runs_and_malformed_answers() -> None:
     run.rivals = {"dpo": Estimate(0.6, 0.55, 0.65), "ipo": Estimate(0.5, 0.45, 0.55), "x": Estimate(0.3, 0.2, 0.4)}
     run.samples["malformed share"] = Estimate(0.2, 0.15, 0.25)
     run.baseline["malformed share"] = Estimate(0.05, 0.03, 0.07)
+    assert ": 0.600 [0.550, 0.650] against dpo, 0.500" in findings([run])[0].evidence
     assert [(finding.level, finding.sentence) for finding in findings([run])] == [
         ("watch", "Its answers beat those of dpo, cannot be told from those of ipo, lose to those of x."),
         ("watch", "20.0% of its answers are malformed, 5.0% of the SFT model's."),
