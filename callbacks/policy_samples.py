@@ -66,6 +66,8 @@ class PolicySamples(Callback):
             return
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         answers = self.sample(pl_module, tokenizer.eos_token_id)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # which leaves no file
+            return
         with atomic_file(folder / f"step-{trainer.global_step:08d}.jsonl") as temporary:
             lines = [
                 sample_line(

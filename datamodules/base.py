@@ -171,9 +171,8 @@ class PairDataModule(LightningDataModule):
                 rank_zero_info(f"{split}: {line}")
             if split == "train":
                 rank_zero_info("\n".join(["the first pair as it is trained:", *self.shown(table, int(rows[0]))]))
-            longest, _ = table.longest(rows)
             # in separate rows a pair takes twice its longer row, which is at most twice its packed length
-            if 2 * longest > self.micro_batch_tokens:
+            if 2 * (longest := table.longest(rows)[0]) > self.micro_batch_tokens:
                 raise UserError(
                     f"data.micro_batch_tokens is {self.micro_batch_tokens}, but the longest pair needs up to "
                     f"{2 * longest}: raise it, or lower data.max_length."
@@ -224,6 +223,7 @@ class PairDataModule(LightningDataModule):
             micro_batch_tokens=self.micro_batch_tokens,
             shuffle=shuffle,
             keep_order=self.order is not None,
+            endless=shuffle and self.trainer.limit_train_batches != 1.0,
             seed=self.run_seed,
             rank=place["rank"],
             world_size=place["num_replicas"],

@@ -128,6 +128,8 @@ class OptimizerBatchLoader:
     `indices` in every epoch. The last batch of an epoch may be smaller; no pair is dropped. Lightning stores
     `state_dict()` with every checkpoint.
 
+    With `endless`, one iterator takes pass after pass, because Lightning ends an epoch that it limits by itself.
+
     While a batch is in use, a thread makes the next one and packs it with the settings of the last. A batch depends
     only on its place in the order, and only batches that were yielded count as served.
     """
@@ -142,6 +144,7 @@ class OptimizerBatchLoader:
     rank: int = 0
     world_size: int = 1
     keep_order: bool = False
+    endless: bool = False
     exchange: Exchange | None = None
     longest: tuple[int, int] = (0, 0)  # tokens of the largest pair and of the largest row of the run
     epoch: int = field(default=0, init=False)
@@ -154,8 +157,18 @@ class OptimizerBatchLoader:
         # Lightning asks for a new iterator before it exhausts the last one, so a finished epoch ends here. An
         # evaluation always starts at its first pair, even after one that was cut short, as the sanity check is.
         if self.pairs_served >= len(self.indices) or not self.shuffle:
-            self.epoch += 1
-            self.pairs_served = 0
+            self._next_pass()
+        yield from self._pass()
+        while self.endless:
+            self._next_pass()
+            yield from self._pass()
+
+    def _next_pass(self) -> None:
+        self.epoch += 1
+        self.pairs_served = 0
+
+    def _pass(self) -> Iterator[PreferenceBatch]:
+        """Yield the batches that are left of this pass over the pairs."""
         order = self.indices
         if self.shuffle and not self.keep_order:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(order)

@@ -101,3 +101,14 @@ def keep_packing(model: Any) -> None:
 def start_method(strategy: Any) -> str | None:
     """Return how a strategy starts processes: `popen`, `spawn`, `fork`; None if it starts none."""
     return getattr(strategy, "_start_method", None)
+
+
+def load_state_of_loader(trainer: Any) -> None:
+    """Give the training loader its state from the checkpoint, if Lightning has not done so.
+
+    It does not at the end of an epoch without `max_steps`, as when a finished run gets more epochs.
+    """
+    loop = trainer.fit_loop
+    states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
+    if states:
+        loop._combined_loader._load_state_dicts(states)

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from app.core.errors import UserError
 from lightning_modules.lora import Lora
+from lightning_modules.private import load_state_of_loader
 from lightning_modules.scorer import ResponseScorer
 
 
@@ -98,6 +99,7 @@ class RecordedTraining(LightningModule):
             if self.data is not None:
                 self.data.tell_pairs_seen()
             return
+        load_state_of_loader(self.trainer)
         wrapped, restored = self.optimizers(), self.lr_schedulers()
         assert isinstance(wrapped, LightningOptimizer)
         groups = wrapped.optimizer.param_groups

@@ -82,6 +82,11 @@ def check_start(
     strategy, precision = trainer.strategy, str(trainer.precision)
     sharded = isinstance(strategy, ShardedStrategy)
     refuse_strategy(strategy)
+    if (device := strategy.root_device.type) not in ("cpu", "cuda"):
+        raise UserError(
+            f"trainer.accelerator: {device} is no device that the stages run on, which sum log-probabilities in "
+            "float64: set it to cpu."
+        )
     for option, (unused, cure) in UNUSABLE.items():
         if getattr(trainer, option) != unused:
             raise UserError(f"trainer.{option} {cure}.")

@@ -17,6 +17,7 @@ REFUSED = (
     # M0 and σ are in the units of M
     *("reward", "reward.*", "data.reward_model", "data.reward_model.name", "statistics*"),
     "data.order*",  # a place in one order is none in another
+    "control*",  # its state is that of one control, with the β of its run
 )
 # the settings under which a state is in the units of β0, so that model.beta0 is refused as well
 IN_UNITS_OF_BETA0 = {"statistics.gap_scale": "beta0", "schedule": "EpsilonBeta", "margin": "GammaPOMargin"}
@@ -27,8 +28,8 @@ KEPT = {
     "filter.seed": "the draws stay those of the checkpoint",
 }
 IGNORED = ("ckpt_path", "scores*", "config")
-# keys of model and data, whose content is compared by hash (see `app.cli.run_record`), wherever it is stored
-CONTENTS = {"model": "model.name", "data": "data*"}
+# keys of models and data, whose content is compared by hash (see `app.cli.run_record`), wherever it is stored
+CONTENTS = {"model": "model.name", "reference": "model.reference_name", "data": "data*"}
 
 
 def flattened(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class RunRecord(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
             before = (self._resumed.get("content") or {}).get("model")
             started_from = before and trainer.is_global_zero and getattr(pl_module, "reference_name", "") is None
-            if started_from and content_of(pl_module, None)["model"] not in (before, None):
+            if started_from and models_of(pl_module)["model"] not in (before, None):
                 rank_zero_warn(
                     "--ckpt_path: the checkpoint's run started from another model than model.name, which is the "
                     "reference here: gaps and rewards are not those of the run."
@@ -100,7 +100,11 @@ class RunRecord(SaveConfigCallback):
                 for key, (old, new) in self._differences.items()
                 if fnmatchcase(key, CONTENTS[kind])
             ]
-            what = {"model": "another model than the run started from", "data": "other training pairs"}[kind]
+            what = {
+                "model": "another model than the run started from",
+                "reference": "another reference than the run had",
+                "data": "other training pairs",
+            }[kind]
             because = (
                 ", ".join(other) if other else f"the files that {CONTENTS[kind].rstrip('*')} names have changed"
             )
@@ -140,12 +144,14 @@ class RunRecord(SaveConfigCallback):
 
 
 def content_of(module: LightningModule, data: Any) -> dict[str, str | None]:
-    """Return hashes of the start model's folder and of the training pairs as tokens; None if unknown."""
-    name = str(getattr(module, "name", None) or "")
-    return {
-        "model": folder_hash(name) if name and Path(name).is_dir() else None,
-        "data": data.content("train") if isinstance(data, PairDataModule) else None,
-    }
+    """Return what `models_of` does, and a hash of the training pairs as tokens; None if unknown."""
+    return {**models_of(module), "data": data.content("train") if isinstance(data, PairDataModule) else None}
+
+
+def models_of(module: LightningModule) -> dict[str, str | None]:
+    """Return hashes of the folders of the start model and of a reference of its own, or their Hub ids."""
+    names = {"model": getattr(module, "name", None), "reference": getattr(module, "reference_name", None)}
+    return {kind: folder_hash(name) if name and Path(name).is_dir() else name for kind, name in names.items()}
 
 
 def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from command_runs import command, fit, write_config
 from tiny_runs import save_tiny_model
 
 from app.cli.resume_rules import compared, differences
+from app.cli.run_record import RunRecord, models_of
 from app.core.errors import UserError
 
 RUN = Path("runs") / "run"
@@ -66,6 +68,19 @@ def test_another_reference_under_the_same_name_is_refused(stopped: Path, tmp_pat
     )
 
 
+def test_models_are_compared_by_the_content_of_their_folders_or_by_their_hub_ids(tmp_path: Path) -> None:
+    record: Any = RunRecord.__new__(RunRecord)
+    module: Any = SimpleNamespace(name="org/model", reference_name=str(tmp_path))
+    record._resumed, record._differences = {"content": models_of(module)}, {}
+    (tmp_path / "weights").write_text("other")
+    record.content = models_of(module)
+    with pytest.raises(UserError, match=r"another reference than the run had \(the files that model\.ref"):
+        record._compare_content()
+    record.content = record._resumed["content"] | {"model": "org/other"}
+    with pytest.raises(UserError, match="another model than the run started from"):
+        record._compare_content()
+
+
 def test_what_can_be_applied_applies_and_is_listed(stopped: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder, symlinks=True)
@@ -105,10 +120,20 @@ def test_another_beta0_is_refused_where_a_state_is_in_its_units(slot: dict[str, 
         compared(before | slot, now | slot)
 
 
+def test_another_control_is_refused() -> None:
+    before, now = (
+        {"checkpoint": None, "control": {"class_path": "callbacks.Control", "init_args": {"by": by}}}
+        for by in ("shuffled_beta", "static_beta")
+    )
+    with pytest.raises(UserError, match=r"control\.by is static_beta, but the run of the checkpoint had shuffled"):
+        compared(before, now)
+
+
 def test_fast_dev_run_leaves_nothing(tiny_llama: str, tmp_path: Path) -> None:
     write_config(tmp_path, tiny_llama)
+    samples = ("--samples", "PolicySamples", "--samples.max_new_tokens", "2")
     for _ in range(2):
-        done = command(tmp_path, "fit", "--config", "config.yaml", "--trainer.fast_dev_run", "true")
+        done = command(tmp_path, "fit", "--config", "config.yaml", "--trainer.fast_dev_run", "true", *samples)
         assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir() if path.name != ".cache"] == ["config.yaml"]
 

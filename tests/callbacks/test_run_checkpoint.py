@@ -89,6 +89,21 @@ def test_a_run_that_max_steps_ended_goes_on_within_its_epoch(tiny_llama: str, tm
     assert none == []
 
 
+def test_a_finished_run_goes_on_with_the_next_pass_over_the_pairs(tiny_llama: str, tmp_path: Path) -> None:
+    """One epoch and then, by `max_epochs` alone, a second one are what two at once are."""
+
+    def steps(folder: Path, epochs: int, resume: str | None = None) -> list[list[str]]:
+        callbacks = [recorder := Recorder(), RunCheckpoint()]
+        trainer = quiet_trainer(folder, callbacks, max_epochs=epochs, enable_checkpointing=True)
+        trainer.fit(preference(tiny_llama), controlled(20), ckpt_path=resume)
+        return [list(decision.pair_ids) for decision in recorder.decisions]
+
+    begun = steps(tmp_path / "parts", 1)
+    rest = steps(tmp_path / "parts", 2, str(tmp_path / "parts" / "checkpoints" / "last.ckpt"))
+    assert begun + rest == steps(tmp_path / "whole", 2)
+    assert rest != begun
+
+
 class Ruining(Callback):
     """Refuses the step after three; before, it makes a weight NaN unless told not to."""
 

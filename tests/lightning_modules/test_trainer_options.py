@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import controlled, preference, quiet_trainer
+import torch
+from tiny_runs import Recorder, controlled, preference, quiet_trainer
 
 from app.core.errors import UserError
 from lightning_modules import SupervisedFineTuning
@@ -36,6 +37,13 @@ def test_refused_with_the_cure(options: dict[str, Any], cure: str, tiny_llama: s
             quiet_trainer(tmp_path, **options).fit(module, controlled(4))
 
 
+def test_a_device_without_float64_is_refused(tiny_llama: str, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path)
+    trainer.strategy._root_device = torch.device("mps")  # as `accelerator: auto` takes it on a Mac
+    with pytest.raises(UserError, match=r"trainer\.accelerator: mps is no device .*: set it to cpu"):
+        trainer.fit(preference(tiny_llama), controlled(4))
+
+
 @pytest.mark.parametrize(
     ("options", "first"),
     [({"max_steps": 2}, 3), ({"max_epochs": 1, "check_val_every_n_epoch": 2}, 6), ({"max_epochs": 1}, None)],
@@ -50,6 +58,16 @@ def test_a_run_that_ends_before_its_first_validation_says_so(
     told = [str(one.message) for one in caught if "nothing will be validated" in str(one.message)]
     assert ("val/loss" in trainer.callback_metrics) == (first is None)
     assert [f"after step {first}, " in text for text in told] == [True] * (first is not None)
+
+
+def test_epochs_that_are_limited_are_of_equal_length_and_serve_pass_after_pass(
+    tiny_llama: str, tmp_path: Path
+) -> None:
+    trainer = quiet_trainer(tmp_path, [recorder := Recorder()], max_epochs=3, limit_train_batches=2)
+    trainer.fit(preference(tiny_llama), controlled(30))
+    assert trainer.global_step == 6
+    seen = [id for decision in recorder.decisions for id in decision.pair_ids]
+    assert len(set(seen[:30])) == len(set(seen[30:])) == 30
 
 
 def test_an_evaluation_of_no_pair_is_refused(tiny_llama: str, tmp_path: Path) -> None:
