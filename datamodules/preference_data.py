@@ -129,7 +129,7 @@ class PreferenceData(PairDataModule):
             raise UserError("data.tokenizer is missing: give the folder or Hub id of a tokenizer.")
         # an explicit value, because transformers otherwise asks on the standard input
         trusted = self.tokenizer_name is None and getattr(self.module, "trust_remote_code", False)
-        return read_tokenizer(name, "data.tokenizer", trusted)
+        return read_tokenizer(name, "data.tokenizer" if self.tokenizer_name else "model.name", trusted)
 
     @property
     def held_out(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from app.core.errors import UserError, first_line
+from app.core.files import refuse_absent
 from datamodules.chat_template import TEMPLATE_DATE, ChatTemplate, Talk
 from datamodules.records import Dropped, Message
 from datamodules.tokenisation import Tokenisation
@@ -19,6 +20,7 @@ FILE_TEXT = ("utf-8", "surrogateescape")  # a vocabulary of SentencePiece is not
 
 def read_tokenizer(name: str, option: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder or Hub id. Raises UserError that names the `option` if there is none."""
+    refuse_absent(option, "tokenizer", name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # damaged files raise errors of many types

@@ -14,17 +14,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoTokenizer
 
 from app.core.errors import UserError
-from app.core.files import refuse_pointers
+from app.core.files import refuse_absent, refuse_pointers
 from lightning_modules.sharded_loading import few
 
 log = logging.getLogger(__name__)
 
 
 def refuse_path(name: str) -> None:
-    """Raise UserError if `name` is an existing path but no model folder, and name the remedy."""
+    """Raise UserError if `name` is a path but no model folder, and name the remedy."""
+    refuse_absent("model.name", "model", name)
     path = Path(name)
     if not path.exists():
-        return  # a Hub id, or a path that does not exist
+        return  # a Hub id
     found = path if path.suffix in (".ckpt", ".gguf") else next(_sources(path), None) if path.is_dir() else path
     if found is not None and found.name == "adapter_config.json":
         raise UserError(

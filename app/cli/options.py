@@ -172,7 +172,11 @@ def names_at(path: str) -> list[str]:
 
 
 def suggestion(word: str, known: list[str], dashes: str = "") -> str:
-    """Return ` Did you mean …?` with the nearest known word, or an empty text."""
-    near = get_close_matches(word, known, 1, 0.6)
+    """Return ` Did you mean …?` with the nearest known word, or an empty text.
+
+    A name that holds the whole word, as trainer.num_nodes holds nodes, is nearer than one of similar letters.
+    """
+    near = [one for one in known if (last := one.rpartition(".")[2]) == word or word in last.split("_")]
+    near = near or get_close_matches(word, known, 1, 0.6)
     near = near or [one for one in known if one.startswith(word) or word.startswith(one)]
     return f" Did you mean {dashes}{near[0]}?" if near else ""

@@ -370,7 +370,7 @@ OF_A_RUN["new models"] = [
     (f"{SFT} [1]", "model.architecture"),
     (f"{SFT} null", "Give either model.name"),
     ("--model SupervisedFineTuning --model.architecture '{model_type: llama}'", "Give either model.name"),
-    ("--model.name nowhere/to/be/found", "model.name: no model at 'nowhere/to/be/found'"),
+    ("--model.name nowhere/to/be/found", "no model at 'nowhere/to/be/found', for there is no such folder: make it"),
     ("--model.name ''", "model.name: '' has no config.json"),
     ("--model.name=null", "model: PreferenceOptimization needs a value for name"),
 ]

@@ -175,6 +175,7 @@ def test_no_number_is_beyond_its_range(
         ("--model.optimizer=adamw", "for example --model.optimizer torch.optim.AdamW"),
         ("--model.lora={r:0}", "are no settings of Lora: give a mapping, {name: value}, of r, lora_alpha"),
         ("--tariner.max_steps=3", "Did you mean --trainer.max_steps?"),
+        ("--nodes=2", "Did you mean --trainer.num_nodes?"),
         ("--data.batch_siz=3", "data.batch_siz: ControlledTask has no such option. Did you mean batch_size?"),
         ("--trainer.max_steps=-5", "trainer.max_steps must be a whole number from -1"),
         ("--trainer.log_every_n_steps=0", "trainer.log_every_n_steps must be a whole number from 1"),

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import pytest
 from chat_families import FAMILIES
 from command_runs import command, write_config
+
+from app.core.errors import UserError
+from datamodules.tokenizer import read_tokenizer
 
 
 def test_show_prints_the_pairs_as_trained_and_what_was_cut_and_dropped(tmp_path: Path) -> None:
@@ -39,3 +44,21 @@ def test_show_prints_the_pairs_as_trained_and_what_was_cut_and_dropped(tmp_path:
     )
     assert one.returncode == 2
     assert "pairs: must be a whole number from 0" in one.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("models/smollm2", "`make smollm2` makes it"),
+        ("./models", "make it first"),
+        ("runs/sft/model", "make it first"),
+        ("/nowhere", "make it first"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(
+    name: str, cure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = f"model.name: no tokenizer at '{name}', for there is no such folder: {cure}"
+    with pytest.raises(UserError, match=re.escape(said)):
+        read_tokenizer(name, "model.name")
