@@ -33,7 +33,6 @@ from datamodules.sources.registry import markdown_table
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parent / "runs" / "quickstart" / "beta_dpo"
-KEY_HEIGHT = 38  # pixels of a key with two lines
 BETA0, PAIRS, KEPT = 0.1, 64, 51  # the batch of the paper's recipe at ρ = 0.8
 
 
@@ -59,7 +58,7 @@ def draw_filter() -> Any:
         Line("selection weight exp(−z²/2)", z, np.exp(-(z**2) / 2), "quiet", (5, 3)),
         Line("share that is kept, of normal gaps", z, share),
     ]
-    return titled("who is kept (ρ = 0.8, 64 pairs)", parts, "(M − M0)/σ", "probability")
+    return titled("who is kept (ρ = 0.8, 64 pairs)", parts, "(M − M0)/σ", "weight, share of pairs")
 
 
 def draw_beta() -> Any:
@@ -124,12 +123,11 @@ def draw_quickstart(folder: Path) -> Any:
     found = lines(
         [suspects], axis(alt.X, "first n suspects"), axis(alt.Y, "share truly mislabelled", domain=[0, 1])
     )
-    panels = [band(run, 0)[0].picture, beta([run])[0].picture, found + rule(float(wrong.mean()), "among all pairs")]
+    panels = [band(run, 0)[0].picture, beta([run])[0].picture, found + rule(float(wrong.mean()), "all pairs")]
     titles = (
         "1  each step measures the reward gaps",
-        # as high as the title above the first panel's key
-        alt.TitleParams("2  β follows the gap of the pairs kept", offset=KEY_HEIGHT),
-        alt.TitleParams("3  the audit names the mislabelled pairs", offset=KEY_HEIGHT),
+        "2  β follows the gap of the pairs kept",
+        "3  the audit names the mislabelled pairs",
     )
     return side_by_side(panels, titles, columns=3, width=320)
 
@@ -159,7 +157,7 @@ def draw_shared(folder: Path) -> Any:
         parts.append(Line(name, list(swings), points, f"run{number}", DASHES[number], dots=True))
     told = {pairs: [round(float(np.quantile(v, q)), 3) for q in (0.5, 0.95)] for pairs, v in swings.items()}
     print(f"|α·(M − M0)|, median and 95 %, by pairs that share a β: {told}")
-    x = axis(alt.X, "pairs that share a β", type="log", base=2)
+    x = axis(alt.X, "pairs that share a β", type="log", base=2).axis(values=list(swings))
     title = "how far a step moves β (α = 0.6)"
     return sized_to(lines(parts, x, axis(alt.Y, "|α·(M − M0)|")), 480).properties(title=title)
 

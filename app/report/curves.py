@@ -59,8 +59,8 @@ def curves(
 ) -> list[Panel]:
     """Return the panel of the curves `tags` of all runs, smoothed over the unsmoothed ones if `raw`; none without.
 
-    `tags` maps a curve to its name beside the run's: the second is thin, one of held-out pairs is dots. `rules` are
-    drawn across the panel.
+    `tags` maps a curve to its name beside the run's: the second is thin, in another dash; one of held-out pairs is
+    dots, as is one of too few values for a line. `rules` are drawn across the panel.
     """
     parts = []
     for number, run in enumerate(runs):
@@ -76,14 +76,16 @@ def curves(
                     mean.index,
                     mean.to_numpy(),
                     plot.run_colour(number),
-                    (2, 4) if validation else plot.DASHES[number % 8],
+                    (2, 4) if validation else plot.DASHES[(number + 2 * place) % 8],
                     width=0 if validation else 1.2 if place else 2.4,
                     faint=curve.to_numpy() if raw and not validation else None,
-                    dots=validation,
+                    dots=validation or len(mean) < 3,
                 )
             )
     said = "; ".join(f"{part.name} ends at {digits(part.y[-1])}" for part in parts)
-    return panel(title, parts, STEP, axis(alt.Y, unit, **scale), f"{unit} over the run: {said}", rules)
+    thick = raw and any(len(part.x) >= 2 * SMOOTHING for part in parts)  # shorter curves are drawn as they are
+    y = axis(alt.Y, f"{unit} (thick: smoothed)" if thick else unit, **scale)
+    return panel(title, parts, STEP, y, f"{unit} over the run: {said}", rules)
 
 
 def panel(

@@ -145,12 +145,14 @@ def dropped(run: Run, number: int) -> list[Panel]:
     panels = []
     for label in (*grouping_labels(run.audit), "policy"):
         rows = []
-        for value, count in audit.groupby(label).pair_id.nunique().nlargest(MOST_VALUES).items():
+        pairs = audit.groupby(label).pair_id.nunique()
+        for value, count in pairs.nlargest(MOST_VALUES).items():
             of = audit[audit[label].eq(value)]
             name = f"{LABELS.get((label, value), shortened(str(value)))}, {count:,} pairs"
             rows.append((name, number, share_over(of.pair_id.to_numpy(), ~of.kept)))
         by = "the policy's own ranking" if label == "policy" else label
-        title = f"{run.name}: dropped by {by}"
+        only = f", {MOST_VALUES} most frequent of {len(pairs)} values" if len(pairs) > MOST_VALUES else ""
+        title = f"{run.name}: dropped by {by}{only}"
         panels += rows_panel(title, rows, "share dropped", everyone, "all pairs", domainMin=0)
     return panels
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
@@ -99,6 +100,7 @@ def missing(runs: Sequence[Run], sampled: bool) -> list[str]:
     told = []
     for run in runs:
         logged, gaps = "train/loss" in run.curves, "gap/mean" in run.curves
+        unseen = logged and gaps and "val/reward_accuracy" not in run.curves
         lacks = {
             "logged no reward gaps: is it a run of preference optimisation?": not gaps,
             "has no audit, so nothing is said of single pairs: add callbacks.PairAudit.": (
@@ -106,9 +108,10 @@ def missing(runs: Sequence[Run], sampled: bool) -> list[str]:
             ),
             "has no TensorBoard events and no metrics.csv, so rewards, drift and speed are not shown: set "
             "trainer.logger.": not logged,
-            "was not evaluated on held-out pairs: give the data validation pairs.": (
-                logged and gaps and "val/reward_accuracy" not in run.curves
-            ),
+            "ended before its first validation, so nothing is said of held-out pairs: train longer, or lower "
+            "trainer.val_check_interval.": unseen and validates(run),
+            "was not evaluated on held-out pairs: give the data validation pairs, and trainer.limit_val_batches "
+            "above 0.": unseen and not validates(run),
             "has no config.yaml: it was not started by beta-dpo fit.": not run.config_text,
             f"has no {SAMPLES} in its folder, so there is no win rate: export it and use beta-dpo generate.": (
                 sampled and not run.samples
@@ -118,6 +121,12 @@ def missing(runs: Sequence[Run], sampled: bool) -> list[str]:
     if not sampled:
         told.append("No samples of an SFT model were given (--baseline), so there is no win rate.")
     return told
+
+
+def validates(run: Run) -> bool:
+    """Return whether the configuration gives validation pairs, of a source in a list too, and evaluates on them."""
+    given = re.search(r"\bvalidation_\w+: *(?!null\b|0(\.0*)?(?![\d.]))\S", run.config_text)
+    return bool(given) and flattened(run.config).get("trainer.limit_val_batches") != 0
 
 
 def by_row(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:

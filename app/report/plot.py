@@ -81,11 +81,12 @@ class Line(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A row of `intervals`."""
+    """A row of `intervals`; values closer than `margin` to its mark count as equal to it."""
 
     name: str
     colour: str
     estimate: Estimate
+    margin: float = 0.0
 
 
 class Panel(NamedTuple):
@@ -152,12 +153,10 @@ def lines(parts: Sequence[Line], x: Any, y: Any, key: Literal["top", "right"] = 
 
 
 def rule(value: float, name: str) -> Any:
-    """Return a dotted line across the chart at a value of y, with its name above the right end."""
+    """Return a dotted line across the chart at a value of y, with its name to the right, where no data are."""
     base = alt.Chart(alt.Data(values=[{"at": value, "text": name}])).encode(alt.Y("at:Q"))
-    line = base.mark_rule(strokeDash=[2, 4], color=INK)
-    text = base.encode(x=alt.value("width"), text="text:N")
-    place: dict[str, Any] = {"align": "right", "dy": -6}
-    return line + text.mark_text(stroke="var(--card)", strokeWidth=4, **place) + text.mark_text(**place)
+    text = base.mark_text(align="left", dx=4).encode(x=alt.value("width"), text="text:N")
+    return base.mark_rule(strokeDash=[2, 4], color=INK) + text
 
 
 def intervals(
@@ -167,7 +166,7 @@ def intervals(
     values = [
         {"row": number, "name": row.name, "colour": f"var(--{row.colour})",
          **{end: value if math.isfinite(value) else None for end, value in row.estimate._asdict().items()},
-         "text": row.estimate.text(decimals)}
+         "text": row.estimate.text(decimals), "from": (mark or 0) - row.margin, "to": (mark or 0) + row.margin}
         for number, row in enumerate(rows)
     ]  # fmt: skip
     y = alt.Y("row:O", axis=None)
@@ -188,6 +187,8 @@ def intervals(
     ]
     if mark is not None:
         layers.insert(0, base.mark_tick(size=20, color=INK).encode(x=alt.datum(mark)))
+    if mark is not None and any(row.margin for row in rows):
+        layers.insert(0, base.mark_bar(size=20, color=RULE).encode(x=alt.X("from:Q"), x2="to:Q"))
     return alt.layer(*layers).properties(height=ROW * len(rows))
 
 
@@ -199,9 +200,14 @@ def readable(chart: Any) -> Any:
 
 
 def side_by_side(charts: Sequence[Any], titles: Sequence[str], columns: int = 2, width: int = 400) -> Any:
-    """Return one chart of several, each with a key and scales of its own."""
-    sized = [sized_to(chart, width).properties(title=title) for chart, title in zip(charts, titles, strict=True)]
-    whole = alt.concat(*sized, columns=columns)
+    """Return one chart of several, each with a key and scales of its own; titles are rows, so of one height."""
+    blank = alt.Chart(alt.Data(values=[{}])).encode(x=alt.value(0)).properties(width=width, height=14)
+    cells: list[Any] = []
+    for at in range(0, len(charts), columns):
+        row = [*titles[at : at + columns], *[""] * (at + columns - len(charts))]
+        cells += [blank.mark_text(align="left", fontWeight="bold", fontSize=13, text=title) for title in row]
+        cells += [sized_to(chart, width) for chart in charts[at : at + columns]]
+    whole = alt.concat(*cells, columns=columns, spacing={"row": 12, "column": 20})
     return whole.resolve_scale(color="independent", strokeDash="independent")
 
 

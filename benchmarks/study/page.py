@@ -317,13 +317,18 @@ def real_model(table: pd.DataFrame) -> str:
 def forest(question: Question) -> Any:
     """Return the chart of the mean and the interval of every comparison of a question, by both measures."""
     panels = []
+    reward = " or ".join(sorted({"gold" if each.task == "sentiment" else "true" for each in question.comparisons}))
     for measure in ("reward", "within"):
         found = [(each.label, each.of(measure)) for each in question.comparisons]
         rows = [
-            Interval(label, VERDICTS.get(d.verdict, "quiet"), Estimate(d.mean, d.low, d.high)) for label, d in found
+            Interval(label, VERDICTS.get(d.verdict, "quiet"), Estimate(d.mean, d.low, d.high), d.margin)
+            for label, d in found
         ]
-        panels.append(intervals(rows, "difference in mean true reward", mark=0.0))
-    return side_by_side(panels, ("at the end", "within the KL budget"))
+        panels.append(intervals(rows, f"difference in mean {reward} reward", mark=0.0))
+    key = "green: better; red: worse; blue: equal within the margin (grey band); dark grey: undecided"
+    return side_by_side(panels, ("at the end", "within the KL budget")).properties(
+        title=alt.TitleParams(key, fontSize=11, fontWeight="normal", orient="bottom")
+    )
 
 
 def by_arm(table: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -13,15 +13,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
-from synthetic_runs import STEPS, audit_of, scalars_of, write_run
+from synthetic_runs import STEPS, audit_of, run_with, scalars_of, write_run
 from tiny_runs import beta_dpo, controlled, preference, quiet_trainer
 
 from app.commands.report import report
 from app.core.errors import UserError
 from app.core.intervals import digits, wilson
-from app.report.curves import MOST_POINTS, smoothed, thinned
-from app.report.groups import density, rows_panel
-from app.report.page import differences, numbers_of, settings, spec_of
+from app.report.charts import KL
+from app.report.curves import MOST_POINTS, curves, smoothed, thinned
+from app.report.groups import density, dropped, rows_panel
+from app.report.page import differences, missing, numbers_of, settings, spec_of
 from app.report.run import read_curves, read_run, unique_names
 from app.report.run_folder import read_audit
 from callbacks import PairAudit, TextProgress
@@ -141,6 +142,41 @@ def test_with_an_audit_alone(tmp_path: Path) -> None:
     assert "run has no TensorBoard events" in page.text
     assert {"beta", "band", "response", "density", "kept", "filter", "accuracy"} <= set(page.anchors)
     assert not {"drift", "speed", "quality"} & set(page.anchors)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ("data: {init_args: {validation_path: null, validation_share: 0.0}}", "was not evaluated"),
+        ("data: {init_args: {validation_pairs: 512}}\ntrainer: {limit_val_batches: 0}", "was not evaluated"),
+        ("data: {init_args: {validation_share: 0.05}}", "ended before its first validation"),
+        ("data: {init_args: {sources: [{validation_split: null}, {validation_split: test}]}}", "ended before"),
+    ],
+)
+def test_a_run_that_did_not_validate(config: str, told: str, tmp_path: Path) -> None:
+    scalars = {tag: values for tag, values in scalars_of().items() if not tag.startswith("val/")}
+    (sentence,) = [
+        one
+        for one in missing([read_run(write_run(tmp_path / "run", None, scalars, config_yaml=config), "run")], True)
+        if "held-out" in one
+    ]
+    assert told in sentence
+
+
+def test_few_values_are_dots_and_sides_differ_in_dash() -> None:
+    (panel,) = curves([run_with(train__kl_chosen=[0.0], train__kl_rejected=[0.0])], KL, "KL", raw=False)
+    marks = [layer["mark"] for layer in panel.picture.to_dict()["layer"]]
+    assert {"type": "point", "filled": True, "size": 45, "opacity": 0.8, "tooltip": True} in marks
+    dashes = next(d for layer in panel.picture.to_dict()["layer"] if (d := layer["encoding"].get("strokeDash")))
+    chosen, rejected = dashes["scale"]["range"]
+    assert chosen != rejected
+
+
+def test_values_left_out_of_a_label_are_counted() -> None:
+    audit = audit_of()
+    audit["annotator"] = [f"w{number % 12}" for number in range(len(audit))]
+    (title,) = [panel.title for panel in dropped(run_with("run", audit), 0) if "annotator" in panel.title]
+    assert title == "run: dropped by annotator, 8 most frequent of 12 values"
 
 
 def test_wanted_samples_that_are_missing(two_runs: Path, tmp_path: Path) -> None:

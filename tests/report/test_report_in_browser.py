@@ -27,14 +27,13 @@ return [...document.querySelectorAll("body *")]
   .filter((e) => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".scroll, pre, svg, .skip"))
   .map((e) => e.outerHTML.slice(0, 80));
 """
-# texts of the drawings that overlap each other or leave their drawing; named lines lie on the curves
+# texts of the drawings that overlap each other or leave their drawing
 COLLISIONS = """
 const meets = (a, b) =>
   a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 2 && b.top < a.bottom - 2;
 const found = [];
 for (const svg of document.querySelectorAll("figure svg")) {
-  const isName = (text) => ["β0", "floor", "ceiling"].includes(text.textContent);
-  const texts = [...svg.querySelectorAll("text")].filter((text) => !isName(text));
+  const texts = [...svg.querySelectorAll("text")];
   const boxes = texts.map((text) => text.getBoundingClientRect());
   const outer = svg.getBoundingClientRect();
   boxes.forEach((box, i) => {
