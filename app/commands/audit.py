@@ -43,9 +43,9 @@ def audit(
         run: log folder of a run with `PairAudit`.
         out: the .jsonl or .csv file to write, suspects.jsonl in RUN by default; it appears only when complete.
         count: number of pairs to list of each kind, at most; the most suspicious come first.
-        by: the signal that ranks likely mislabelled pairs; `best` takes the first that the run has, in the order of
-            their measured precision, of the reference's own margin, the gaps, RE-PO's posterior, and how often the
-            filter dropped the pair.
+        by: the signal that ranks likely mislabelled pairs; `best` takes the first that the run has of the
+            reference's own margin, the gaps, RE-PO's posterior, and how often the filter dropped the pair, which is
+            the order of their precision on the controlled task.
         clean: a .jsonl file for the training data, as its source has it, without the listed mislabelled pairs.
         swap: keep these pairs in the clean data, with their responses exchanged.
     """

@@ -87,9 +87,9 @@ def quickstart(table: pd.DataFrame) -> str:
     return f"""{shown}
 
 **β-DPO against plain DPO, paired by seed: {", ".join(told[:4])}.** Intervals are Student's t.
-Of all {len(runs)} runs, {reordered} with sums rounded in another order, the worst had \
-{runs.malformed.max():.3f} malformed answers, the furthest a KL of {runs.kl.max():.2f}. \
-{processors}; a run on another processor ends elsewhere."""
+Of all {len(runs)} runs ({reordered} repeat one seed with sums rounded in another order) the highest share of \
+malformed answers was {runs.malformed.max():.3f}, the highest KL {runs.kl.max():.2f}. {processors}; \
+a run on another processor ends elsewhere."""
 
 
 def over_seeds(values: pd.Series, sign: str = "") -> str:
@@ -125,9 +125,9 @@ def verdicts(questions: Sequence[Question], table: pd.DataFrame) -> str:
         each for each, found in both.items() if {one.of("reward").verdict for one in found.values()} == {"better"}
     ]
     winners, compared = ("; ".join(each.replace(" − static β", "") for each in some) for some in (better, both))
-    first = f"On both tasks {winners or 'nothing'} beats tuned static β (compared there: {compared})."
+    first = f"{winners or 'Nothing'} beats a tuned static β on both tasks (compared on both: {compared})."
     if not both:
-        first = "Whether anything beats tuned static β on both tasks is not known yet."
+        first = "Whether anything beats a tuned static β on both tasks is not known yet."
     judged = table[(table.phase == JUDGED) & (table.task != "real")]
     done = len(set(runs_of(judged)))  # a run may have a row for each of several processors
     wanted = sum(judged for _, _, judged in sizes())
@@ -301,9 +301,10 @@ def real_model(table: pd.DataFrame) -> str:
         "SmolLM2-135M-Instruct, two epochs of 160 pairs of Anthropic-HH (harmless; at most 350 characters) and of "
         "PandaLM's people (450); 96 pairs of other prompts held out, without flips. The last columns are the share "
         "of flipped pairs (precision) in the most suspicious 5 and 10 %, by the audit's gaps, by the untrained "
-        "model's margin, and by length in the better direction; with a fifth of the pairs flipped the recall is a "
-        f"quarter and a half of it. Intervals are Student's t at 95 % each. {len(table)} of the "
-        f"{len(list(real()))} runs have a row; a figure without brackets is of one seed, or the same on all."
+        "model's margin, and by length in the better direction; recall is a quarter of it in the first 5 %, "
+        "and half of it in the first 10 %. Intervals are Student's t at 95 % each, also beyond 0 and 1. "
+        f"{len(table)} of the {len(list(real()))} runs have a row; a figure without brackets is of one seed, or the "
+        "same on all."
     )
     differences = people_differences(table)
     compared = [[label, *map(told_verdict, by.values())] for label, by in differences.items()]

@@ -273,7 +273,7 @@ def plan() -> list[Question]:
         Question(
             "best-beta",
             "(a) Does the best β grow with the gap?",
-            "What β = 1 gains over β = .1 on one kind of data, less what it gains on another.",
+            "(Reward at β = 1 − reward at β = .1) on the first kind of gaps, minus the same on the second.",
             [
                 Comparison(f"{high} − {low}", by_gap(high, 1.0) | by_gap(low, -1.0))
                 for high, low in (("high", "low"), ("high", "mixed"), ("mixed", "low"))

@@ -136,7 +136,7 @@ def test_the_page_says_what_wins_on_both_tasks(monkeypatch: pytest.MonkeyPatch) 
     table = pd.DataFrame(rows)
     one = table.task == "controlled"
     for made, said, judged in (
-        (table, "On both tasks β-DPO, flip rate 0.3 beats tuned static β", 76),
+        (table, "β-DPO, flip rate 0.3 beats a tuned static β on both tasks", 76),
         (table[one], "is not known yet", 60),
     ):
         told = documents(pd.concat([earlier, made]))["study.md"]
