@@ -303,8 +303,8 @@ def real_model(table: pd.DataFrame) -> str:
         "of flipped pairs (precision) in the most suspicious 5 and 10 %, by the audit's gaps, by the untrained "
         "model's margin, and by length in the better direction; recall is a quarter of it in the first 5 %, "
         "and half of it in the first 10 %. Intervals are Student's t at 95 % each, also beyond 0 and 1. "
-        f"{len(table)} of the {len(list(real()))} runs have a row; a figure without brackets is of one seed, or the "
-        "same on all."
+        f"{len(table)} of the {len(list(real()))} runs have a row; a figure without brackets is of one seed, or "
+        "the same on all."
     )
     differences = people_differences(table)
     compared = [[label, *map(told_verdict, by.values())] for label, by in differences.items()]
