@@ -202,18 +202,24 @@ def suspects(histories: pd.DataFrame, score: str, count: int, kind: str) -> pd.D
 def comparison(scores: dict[str, np.ndarray], extra_tokens: np.ndarray, wrong: np.ndarray, count: int) -> Table:
     """Return a table of precision and recall of every signal for lists of several lengths.
 
-    The lengths are `count` pairs, 1, 5 and 10 % of all, and as many as have wrong labels. The length baseline ranks
-    by |y_l| − |y_w| in the better of its two directions, which a user could not know. The expected precision of a
-    random list is the share of wrong labels.
+    The lengths, ascending, are `count` pairs, 1, 5 and 10 % of all, and as many as have wrong labels. The length
+    baseline ranks by |y_l| − |y_w| in the better of its two directions, which a user could not know. The expected
+    precision of a random list is the share of wrong labels.
     """
     total = int(wrong.sum())
-    title = f"finding the {total} flipped of {len(wrong)} pairs [95 % interval]"
-    table = Table("list", "pairs", "precision", "recall", title=title)
-    shares = (max(1, round(len(wrong) * share)) for share in (0.01, 0.05, 0.1))
-    for size in dict.fromkeys((count, *shares, total)):
+    title = f"finding the {total} flipped of {len(wrong)} pairs in the first n of each list [95 % interval]"
+    table = Table("first n", "list", "precision", "recall", title=title)
+    shares = {f"{percent} % of all": max(1, round(len(wrong) * percent / 100)) for percent in (1, 5, 10)}
+    why: dict[int, list[str]] = {}  # by length
+    for name, size in {"--count": count, **shares, "as many as flipped": total}.items():
+        why.setdefault(size, []).append(name)
+    for size, names in sorted(why.items()):
         by_length = max((hits(sign * extra_tokens, wrong, size) for sign in (1, -1)), key=np.mean)
         lists = {name: hits(np.nan_to_num(score, nan=-np.inf), wrong, size) for name, score in scores.items()}
+        first = f"{size}: {', '.join(names)}"  # beside the first row of its group
         for name, found in {**lists, "length": by_length}.items():
-            table.add_row(name, str(size), str(wilson(found.mean(), size)), f"{found.sum() / total:.3f}")
-        table.add_row("random (expected)", str(size), f"{wrong.mean():.3f}", f"{size / len(wrong):.3f}")
+            table.add_row(first, name, str(wilson(found.mean(), size)), f"{found.sum() / total:.3f}")
+            first = ""
+        expected = (f"{wrong.mean():.3f}", f"{size / len(wrong):.3f}")
+        table.add_row(first, "random (expected)", *expected, end_section=True)
     return table

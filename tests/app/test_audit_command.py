@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,8 +71,10 @@ def test_flipped_pairs_are_listed_with_the_texts_that_were_trained_on(
     texts = {pair.pair_id: pair for pair in preference_pairs(20, seed=3, flip_rate=0.3)}
     flipped = sum(bool(pair.labels["flipped"]) for pair in texts.values())
     assert f"finding the {flipped} flipped of 20 pairs" in shown
-    for name in ("audit", "length", "random"):
+    for name in ("audit", "length", "random", "8: --count", f"{flipped}: as many as flipped"):
         assert name in shown
+    groups = [int(size) for size in re.findall(r"(\d+): ", shown.split("finding the")[1])]
+    assert groups == sorted(groups)
     for row in rows:
         pair = texts[row["pair_id"]]
         assert (row["prompt"], row["chosen"], row["rejected"]) == (
