@@ -129,9 +129,8 @@ def pairs_seen(pairs: int, batch_size: int, trainer: Trainer) -> tuple[str, bool
     seen = int(min(pairs, steps * batch_size))
     option = "trainer.limit_train_batches" if per_epoch < batches else "trainer.max_steps or trainer.max_epochs"
     told = "no limit of steps" if steps == math.inf else f"{steps} steps of {min(batch_size, pairs)}"
-    drawn = "up to " if per_epoch < min(batches, steps) else ""  # every epoch draws anew
-    words = f"{drawn}{seen} of {pairs} pairs will be seen"
-    if seen == pairs and per_epoch == batches and steps < math.inf:
+    words = f"{seen} of {pairs} pairs will be seen"
+    if seen == pairs and steps < math.inf:  # an epoch that is limited goes on where the one before ended
         passes = f"{steps / max(1, batches):.4g}"
         often = {"1": "once", "2": "twice"}.get(passes, f"{passes} times{' on average' if '.' in passes else ''}")
         words = f"each of {pairs} pairs will be seen {often}"

@@ -103,7 +103,7 @@ def test_cut_responses_are_told_of_above_five_percent(tmp_path: Path) -> None:
         ({"max_epochs": 2}, "each of 20000 pairs will be seen twice (5000 steps of 8;", True),
         (
             {"max_epochs": 2, "limit_train_batches": 0.5},
-            "up to 20000 of 20000 pairs will be seen (2500 steps of 8;",
+            "each of 20000 pairs will be seen once (2500 steps of 8;",
             True,
         ),
         ({"max_epochs": -1}, "20000 of 20000 pairs will be seen (no limit of steps;", True),

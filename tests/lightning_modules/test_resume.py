@@ -113,6 +113,14 @@ def test_another_batch_size_neither_loses_nor_repeats_pairs(
     assert len(after.decisions) == -(-left // batch_size) + -(-PAIRS // batch_size)
 
 
+def test_a_limited_epoch_keeps_its_length_with_another_batch_size(
+    whole: tuple[Path, Any, Recorder], tiny_llama: str, tmp_path: Path
+) -> None:
+    options = {"max_epochs": 1, "batch_size": 5, "limit_train_batches": 4}
+    _, after = train(tmp_path, tiny_llama, -1, str(whole[0] / "step=3.ckpt"), **options)
+    assert len(after.decisions) == 1
+
+
 @pytest.mark.parametrize("scheduled", [True, False])
 def test_optimizer_settings_of_now_are_in_force(
     scheduled: bool, whole: tuple[Path, Any, Recorder], tiny_llama: str, tmp_path: Path
