@@ -39,7 +39,8 @@ def test_refused_with_the_cure(options: dict[str, Any], cure: str, tiny_llama: s
 
 def test_a_device_without_float64_is_refused(tiny_llama: str, tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path)
-    trainer.strategy._root_device = torch.device("mps")  # type: ignore[attr-defined]  # as `accelerator: auto` takes it on a Mac
+    strategy: Any = trainer.strategy
+    strategy._root_device = torch.device("mps")  # as `accelerator: auto` takes it on a Mac
     with pytest.raises(UserError, match=r"trainer\.accelerator: mps is no device .*: set it to cpu"):
         trainer.fit(preference(tiny_llama), controlled(4))
 
