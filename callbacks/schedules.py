@@ -51,7 +51,8 @@ class BoundedBeta(Decider):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.clamped_steps and trainer.is_global_zero:
-            print(f"β met its bounds in {self.clamped_steps} of {trainer.global_step} steps: {self.calmer}.")
+            advice = f": {self.calmer}" if self.calmer else ""
+            print(f"β met its bounds in {self.clamped_steps} of {trainer.global_step} steps{advice}.")
 
 
 @checked
