@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import sys
+from difflib import get_close_matches
 from pkgutil import resolve_name
 from typing import NamedTuple
 
 import torch
 
 from app.cli.options import names_at, options_of, suggestion
+from app.core.files import shipped_names
 from callbacks.slots import BY_NAME
 
 WORDS = {
@@ -115,7 +119,8 @@ def finding(message: str) -> Finding | None:
             wrong = f"{(class_path or '').rpartition('.')[2]} needs a value for {absent[1]}"
             break
         elif UNTOUCHED.search(text):
-            wrong = text
+            text = text.rstrip(".")
+            wrong, class_path = f"{text}{cure(text)}", None  # there is no such class to list
             break
         elif ranged := re.match(r"Not of type \w+: (.*)", text):
             expected.append(re.sub(r"^Expected | but got .*$", "", ranged[1]))
@@ -140,6 +145,20 @@ def finding(message: str) -> Finding | None:
     return Finding(".".join(field), class_path, wrong or unmet(field, expected, subtypes, value))
 
 
+def cure(fault: str) -> str:
+    """Return what may mend one of the UNTOUCHED faults, to follow it, or an empty text."""
+    near = ""
+    if file := re.match(r"File does not exist: '(.+)'", fault):
+        given = os.path.relpath(file[1]).removeprefix("configs/").removesuffix(".yaml")
+        near = suggestion(given, shipped_names())
+    elif name := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", fault):
+        there = [one for one in dir(sys.modules.get(name[1])) if not one.startswith("_")]
+        near = suggestion(name[2], there, f"{name[1]}.")
+    elif "No module named" in fault:
+        return ": the folder of a file of your own must be on the path, PYTHONPATH=. for the current one"
+    return f".{near}" if near else ""
+
+
 def unmet(field: list[str], expected: list[str], subtypes: str, value: str) -> str:
     """Return a text that says that `value` is none of the `expected` ones."""
     value = f"{value[:60]}…" if len(value) > 60 else value
@@ -155,10 +174,12 @@ def unmet(field: list[str], expected: list[str], subtypes: str, value: str) -> s
     if base is None:
         others = [words for words in dict.fromkeys(expected) if words != "class"]
         return f"{value!r} is no class: give the path of one{''.join(f', or {words}' for words in others)}"
-    if not inspect.isabstract(base) and hasattr(base, "__dataclass_fields__"):
+    slot = BY_NAME.get(".".join(field))
+    is_name = re.fullmatch("[A-Za-z]\\w*", value.strip("'\""))
+    if not (slot and is_name) and not inspect.isabstract(base) and hasattr(base, "__dataclass_fields__"):
         fields = ", ".join(options_of(base))
         return f"{value!r} are no settings of {base.__name__}: give a mapping, {{name: value}}, of {fields}"
-    classes = subclasses(base)
+    classes = subclasses(base) if slot is None else {kind.__name__: kind for kind in slot.kinds}
     null = ", or null" if "null" in expected else ""
     option = re.match(r"NestedArg\(key='(\w+)'|\{'(\w+)'", value)  # without the class that it belongs to
     name = (option[1] or option[2]) if option else value.lower().strip("'\"")
@@ -167,6 +188,8 @@ def unmet(field: list[str], expected: list[str], subtypes: str, value: str) -> s
         for one, kind in classes.items()
         if name in (inspect.signature(kind).parameters if option else one.lower())
     ]
+    short = {one.rpartition(".")[2].lower(): one for one in classes}
+    near = near or [short[one] for one in get_close_matches(name.rpartition(".")[2], short, 1, 0.6)]
     wrong = f"{name} is an option of a class" if option else f"{value!r} names no class of {base.__name__}"
     if not classes:
         return f"{wrong}: give the path of one"

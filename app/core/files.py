@@ -30,6 +30,11 @@ def shipped(name: str) -> str:
     return str(next(found, name))
 
 
+def shipped_names() -> list[str]:
+    """Return the names that `shipped` knows: `quickstart`, `method/dpo` and so on."""
+    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+
+
 def refuse_place(option: str, out: str, endings: tuple[str, ...], *read: str | None) -> str:
     """Return a remark for the user if a file at `out` will be replaced, else an empty text.
 

@@ -56,7 +56,17 @@ def run_config(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("--trainer.limit_train_batches=1.5", "trainer: You have passed invalid value 1.5 for limit_train_batches"),
         ("--trainer.precision=8", "trainer.precision"),
         ("--trainer.callbacks+=callbacks.Nope", "module 'callbacks' has no attribute 'Nope'"),
-        ("--trainer.callbacks+=nowhere.Nope", "No module named 'nowhere'"),
+        (
+            "--trainer.callbacks+=nowhere.Nope",
+            "No module named 'nowhere': the folder of a file of your own must be on the path, PYTHONPATH=.",
+        ),
+        (
+            "--schedule=callbacks.BetaSchedular",
+            "no attribute 'BetaSchedular'. Did you mean callbacks.BetaScheduler? See `beta-dpo fit --help`.",
+        ),
+        ("--schedule=EpsilnBeta", "names no class of BetaScheduler: name one, for example --schedule EpsilonBeta;"),
+        ("--config=own_pair", "own_pair'. Did you mean own_pairs? See"),
+        ("--config=configs/method/dppo.yaml", "dppo.yaml'. Did you mean method/dpo? See"),
         ("--model.class_path=lightning_modules.Nope", "has no attribute 'Nope'"),
         ("--model.beta0=-1", "model.beta0: must be a finite number above 0, up to 1e+09, not '-1'"),
         ("--data.batch_size=0", "data.batch_size: must be a whole number from 1, up to 1e+12, not '0'"),
