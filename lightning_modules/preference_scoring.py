@@ -106,6 +106,9 @@ class PreferenceScoring(LanguageModelTraining):
 
     # --- evaluation: no filter, β0, nothing of the training state is touched ------------------------------
 
+    def on_validation_epoch_start(self) -> None:
+        self._evaluation.clear()  # also of an evaluation that was interrupted
+
     def validation_step(self, batch: OptimizerBatch, batch_idx: int) -> None:
         """Add the pairs of the global batch to the means, in which each counts once for any number of ranks.
 
@@ -129,10 +132,10 @@ class PreferenceScoring(LanguageModelTraining):
     def on_validation_epoch_end(self) -> None:
         stage = self.trainer.state.stage.dataloader_prefix  # type: ignore[union-attr]  # `val` or `test`
         figures = {name: metric.compute() for name, metric in self._evaluation.items()}
-        self._evaluation.clear()
         warn_of_nonfinite(str(stage), figures)
         self.log_dict({f"{stage}/{name}": value for name, value in figures.items()})
 
+    on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 

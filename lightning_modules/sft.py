@@ -52,6 +52,9 @@ class SupervisedFineTuning(LanguageModelTraining):
         self.log_dict({"train/grad_norm": grad_norm, "train/tokens_per_second": batch.tokens / seconds})
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        self._validation.clear()  # also of a validation that was interrupted
+
     def validation_step(self, batch: OptimizerBatch, batch_idx: int) -> None:
         micro_batches = self.micro_batches(batch)
         logps = response_logps(self.policy, micro_batches, len(batch.positions), 1, self.device).flatten()
@@ -65,4 +68,3 @@ class SupervisedFineTuning(LanguageModelTraining):
         warn_of_nonfinite("val", {"nonfinite_pairs": left_out, "pairs": pairs})
         self.log("val/loss", loss / tokens, prog_bar=True)
         self.log("val/nonfinite_pairs", left_out)
-        self._validation.clear()

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from app.cli.resume_rules import CONTENTS, START, compared, described
 from app.core.errors import UserError
-from app.core.files import folder_hash
+from app.core.files import atomic_file, folder_hash
 from app.core.log_folder import continue_curves, log_folder
 from callbacks import PairAudit
 from datamodules.base import PairDataModule
@@ -119,7 +119,8 @@ class RunRecord(SaveConfigCallback):
         self.folder.mkdir(parents=True, exist_ok=True)
         if file.is_file() and self._resumed and file.read_text(encoding="utf-8") != text:
             file.replace(file.with_name(f"config.until-step-{self._start}.yaml"))
-        file.write_text(text, encoding="utf-8")
+        with atomic_file(file) as temporary:  # else a resume keeps half a file as the earlier one
+            temporary.write_text(text, encoding="utf-8")
         self.save_config(trainer, pl_module, "fit")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

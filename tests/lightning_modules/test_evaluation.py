@@ -13,6 +13,7 @@ from tiny_runs import Recorder, beta_dpo, controlled, plain_logps, preference, q
 from transformers import AutoModelForCausalLM
 
 from callbacks import AnnotatorReliability, GammaPOMargin, ReferenceWeights
+from lightning_modules import SupervisedFineTuning
 
 BETA0 = 0.1
 
@@ -113,6 +114,25 @@ def test_test_and_validate_do_without_training(tiny_llama: str, tmp_path: Path) 
     (tested,) = trainer.test(module, data, verbose=False)
     assert tested["test/reward_accuracy"] == 0.5
     assert {name.split("/")[1] for name in tested} == {name.split("/")[1] for name in validated}
+
+
+class Interrupting(Callback):
+    """Raises after the first batch of an evaluation."""
+
+    def on_validation_batch_end(self, *_: object) -> None:
+        raise RuntimeError("an injected failure")
+
+
+def test_an_interrupted_evaluation_leaves_nothing_to_the_next(tiny_llama: str, tmp_path: Path) -> None:
+    data = controlled(8, batch_size=4)
+    for module in (preference(tiny_llama), SupervisedFineTuning(tiny_llama)):
+        with pytest.raises(RuntimeError, match="injected"):
+            quiet_trainer(tmp_path, [Interrupting()], limit_val_batches=1.0).validate(module, data, verbose=False)
+        found = [
+            quiet_trainer(tmp_path, limit_val_batches=1.0).validate(one, data, verbose=False)
+            for one in (module, type(module)(tiny_llama))
+        ]
+        assert found[0] == found[1]
 
 
 class Spoil(Callback):
