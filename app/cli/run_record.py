@@ -22,6 +22,7 @@ from app.core.errors import UserError
 from app.core.files import atomic_file, folder_hash
 from app.core.log_folder import continue_curves, log_folder
 from callbacks import PairAudit
+from callbacks.base import loss_of
 from datamodules.base import PairDataModule
 from lightning_modules.checkpoint import check_checkpoint
 
@@ -130,8 +131,12 @@ class RunRecord(SaveConfigCallback):
             rank_zero_info(f"log folder: {self.folder}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_info(f"log folder: {self.folder}")
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        audited = any(isinstance(one, PairAudit) for one in trainer.callbacks)  # type: ignore[attr-defined]
+        folder = shlex.quote(str(self.folder))
+        following = f"next: beta-dpo report {folder}; beta-dpo audit {folder}"
+        rank_zero_info(following if audited and loss_of(pl_module) else f"log folder: {self.folder}")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Append the command to `commands.txt`; called on rank 0 after config.yaml is written."""

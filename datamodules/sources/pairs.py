@@ -160,7 +160,7 @@ def _pair(row: Row, default_id: str, format: str) -> PreferencePair:
             return _prompt_of(given, value, side), value[-1]
         if given is None:
             null = "prompt" in row
-            raise BadRow("wrong type", "prompt is null, not text") if null else BadRow("missing field", "prompt")
+            raise BadRow("empty prompt", "no value") if null else BadRow("missing field", "prompt")
         return given, Message("assistant", value)
 
     prompts, answers = zip(*map(split, values, sides), strict=True)

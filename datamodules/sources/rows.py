@@ -108,6 +108,8 @@ def kind(value: object) -> str:
 
 def text(value: object, name: str) -> str:
     """Return `value`, which must be valid text. `name` is its field. Raises BadRow."""
+    if missing(value):  # null, or an empty cell: the same reason as of blank text
+        raise BadRow(f"empty {name}", "no value")
     if not isinstance(value, str):
         raise BadRow("wrong type", f"{name} is {kind(value)}, not text")
     try:

@@ -27,7 +27,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_config(folder, save_tiny_model("llama", folder / "model"))
     done = fit(folder, "", "--trainer.max_steps", "4")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count(f"log folder: {RUN}") == 2
+    assert done.stderr.count(f"log folder: {RUN}") == 1
+    assert f"next: beta-dpo report {RUN}; beta-dpo audit {RUN}\n" in done.stderr
     return folder
 
 

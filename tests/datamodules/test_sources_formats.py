@@ -119,7 +119,7 @@ def test_a_function_call_is_a_tool_call() -> None:
             {"frage": "hi", "gut": "a"},
             r"nearest format is pairs: prompt, chosen, rejected; columns found: frage, gut",
         ),
-        ({"messages": [TURN], "chosen": None, "rejected": NO}, "chosen is null"),
+        ({"messages": [TURN], "chosen": None, "rejected": NO}, "empty chosen .no value"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_a_sentence(row: dict[str, Any], said: str) -> None:
@@ -217,7 +217,7 @@ def test_files_together_folders_and_saved_data_sets(tmp_path: Path, monkeypatch:
         ("p.csv", 'prompt,chosen,rejected\na, "b, c", d\n', r"p\.csv:2: a space before a quotation mark"),
         ("p.csv", 'prompt,chosen,rejected\n "a",b,c\n', r"p\.csv:2: a space before a quotation mark"),
         ("p.csv", 'prompt,chosen,rejected\na,  "b",c\n', r"p\.csv:2: a space before a quotation mark"),
-        ("p.csv", "prompt,chosen,rejected\na,,c\n", r"p\.csv:2: wrong type \(chosen is null"),
+        ("p.csv", "prompt,chosen,rejected\na,,c\n", r"p\.csv:2: empty chosen \(no value\)"),
         ("p.csv", "frage,gut\na,b\n", r"p\.csv:2: missing field .*columns found: frage, gut"),
         ("p.json", '[{"prompt": "a"}', r"p.json is bad JSON \(Expecting .*: line 1 column 17"),
         ("p.json", '{"data": [{"prompt": "a"}]}', "neither an array of rows"),

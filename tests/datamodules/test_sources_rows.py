@@ -121,7 +121,7 @@ def test_demonstrations_have_no_rejected_and_are_refused_on_demand(row: dict[str
         ({"prompt": "hi", "rejected": "b"}, "missing field"),
         ({"prompt": "hi", "response": "a", "rejected": "b"}, "missing field"),
         ({"response": "a"}, "missing field"),
-        ({"prompt": "hi", "chosen": "a", "rejected": None}, "wrong type"),
+        ({"prompt": "hi", "chosen": "a", "rejected": None}, "empty rejected"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "wrong type"),
         ({"prompt": "hi", "chosen": "a", "rejected": [says("b")]}, "wrong type"),
         ({"prompt": ["hi"], "chosen": "a", "rejected": "b"}, "wrong type"),
@@ -143,7 +143,7 @@ def test_demonstrations_have_no_rejected_and_are_refused_on_demand(row: dict[str
         ({"prompt": "hi", "chosen": [], "rejected": []}, "empty chosen"),
         ({"prompt": "hi", "chosen": "a", "rejected": "a"}, "chosen equals rejected"),
         ({"chosen": "a", "rejected": "b"}, "missing field"),
-        ({"prompt": None, "chosen": "a", "rejected": "b"}, "wrong type"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "empty prompt"),
         ({"chosen": "\n\nRobot: hi\n\nAssistant: a", "rejected": TALK + "b"}, "not an HH transcript"),
         ({"chosen": TALK + "a\n\nHuman: b", "rejected": TALK + "b"}, "last turn is not the assistant's"),
         ({"chosen": TALK + "a" + TALK + "c", "rejected": TALK + "b"}, "no shared prompt"),
@@ -258,7 +258,7 @@ def test_parquet_rows_keep_their_labels_and_numbers(tmp_path: Path) -> None:
         "rows": 3,
         "pairs": 1,
         "skipped: invalid UTF-8": 1,
-        "skipped: wrong type": 1,
+        "skipped: empty prompt": 1,
     }
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="cannot be read as parquet"):
