@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,7 @@ def test_signals_in_validation_and_failures_in_a_step(whole: Path, tiny_llama: s
 def test_a_quickstart_that_is_stopped_saves_its_step(name: str, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "app.main", "quickstart", "--out", "qs"]
     place: Any = {"cwd": tmp_path, "env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    place["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # which a `&` ignores
     with subprocess.Popen(line, **place, text=True, start_new_session=True) as started:
         assert started.stdout is not None
         for said in started.stdout:
