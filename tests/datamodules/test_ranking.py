@@ -150,7 +150,8 @@ def test_an_order_survives_a_resume_and_is_the_same_on_all_ranks(tiny_llama: str
     table, rows = table_of(module)
     for rank in range(2):
         place = {"rank": rank, "num_replicas": 2}
-        module.trainer = type("Two", (), {"distributed_sampler_kwargs": place, "lightning_module": None})()
+        fields = {"distributed_sampler_kwargs": place, "lightning_module": None, "limit_train_batches": 1.0}
+        module.trainer = type("Two", (), fields)()
         module._tables = {"train": (table, rows)}
         assert [list(batch.pair_ids) for batch in islice(module.train_dataloader(), 4)] == whole[:4]
 
