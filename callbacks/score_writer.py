@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -77,7 +77,10 @@ class ScoreWriter(Callback):
                 pq.write_table(self._joined([pq.read_table(one) for one in parts[::alike]]), temporary)
             for one in parts:
                 one.unlink()
-            print(f"scores of {pq.read_metadata(self.path).num_rows} pairs: {self.path}{self._replaced}")
+            scored, loader = pq.read_metadata(self.path).num_rows, cast(Any, trainer.predict_dataloaders)
+            total = len(loader.indices) if hasattr(loader, "indices") else scored
+            of_all = f" of {total} (trainer.limit_predict_batches)" if scored < total else ""
+            print(f"scores of {scored}{of_all} pairs: {self.path}{self._replaced}")
             if self.by is not None:
                 print("\n".join(accuracies(pq.read_table(self.path), self.by)))
 

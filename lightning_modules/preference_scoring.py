@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, SumMetric
 
@@ -67,6 +68,8 @@ class PreferenceScoring(LanguageModelTraining):
 
     def keep_reference(self) -> None:
         scorer: ResponseScorer | AdapterOff | None
+        if self.reference == "cached" and not self.loss.needs_reference:
+            rank_zero_info(f"model.reference: cached has no effect with {self.loss}, which needs no reference")
         if not self.loss.needs_reference or (self.reference == "cached" and self.other_reference is None):
             scorer = None
         elif self.other_reference is not None:

@@ -63,6 +63,21 @@ def test_scores_equal_a_direct_computation(tiny_llama: str, tmp_path: Path) -> N
     assert max(abs(gap) for gap in scores["gap"].to_pylist()) > 0.01
 
 
+def test_what_was_left_out_is_said(
+    tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("lightning_modules.preference_scoring.rank_zero_info", told.append)
+    out = tmp_path / "scores.parquet"
+    limited = "scores of 4 of 10 (trainer.limit_predict_batches) pairs"
+    for limit, said in ((1, limited), (1.0, "scores of 10 pairs")):
+        trainer = quiet_trainer(tmp_path, [ScoreWriter(str(out))], limit_predict_batches=limit)
+        module = preference(tiny_llama, loss=SimPOLoss(), reference="cached")
+        trainer.predict(module, controlled(10, batch_size=4), return_predictions=False)
+        assert said in capsys.readouterr().out
+    assert "model.reference: cached has no effect with SimPOLoss" in told[0]
+
+
 def test_without_a_reference_its_columns_are_null(tmp_path: Path) -> None:
     name = save_tiny_model("llama", tmp_path / "m")
     out = tmp_path / "scores.parquet"
