@@ -238,6 +238,8 @@ def numbers(weight: torch.Tensor) -> int:
 def _reason(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "it brings code of its own, which is run only with model.trust_remote_code: true."
+    if "weights_only" in str(error):  # torch advises to run whatever code the file holds
+        return "a .bin file is damaged, or holds more than weights: fetch it again, or take safetensors"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
     return text if " " in text else f"{type(error).__name__} {text}"
