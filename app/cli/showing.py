@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from huggingface_hub import snapshot_download
 
 from app.cli.trainer import PartsCLI
@@ -22,7 +23,7 @@ class ShowCLI(PartsCLI):
     """A CLI with the options of `fit`, the number of pairs to show, and whether to prepare a run."""
 
     own: ClassVar[dict[str, tuple[Any, Any, str]]] = {
-        "pairs": (NonNegativeInt, 3, "number of pairs to show, the first of the data"),
+        "pairs": (NonNegativeInt, 3, "number of pairs to show, the first of each source in turn"),
         "prepare": (bool, False, "tokenise the validation pairs and download the model, for a run without network"),
     }
 
@@ -68,6 +69,11 @@ def lines(data: PairDataModule, count: int) -> Iterator[str]:
             yield f"train: {said}"
     ends = [str(data.tokenizer.decode([end])) for end in data.stop_ids]
     yield f"a response ends, and sampling stops, at {' or '.join(ends)}"
+    if data.order is None:  # the first pair of each source, then the second
+        parts, turns = table.part_of(rows), np.zeros(len(rows), int)
+        for part in range(len(table.parts)):
+            turns[parts == part] = np.arange(np.sum(parts == part))
+        rows = rows[np.argsort(turns, kind="stable")]
     for row in rows[:count].tolist():
         yield ""
         yield from data.shown(table, row)

@@ -46,6 +46,19 @@ def test_show_prints_the_pairs_as_trained_and_what_was_cut_and_dropped(tmp_path:
     assert "pairs: must be a whole number from 0" in one.stderr
 
 
+def test_show_takes_the_sources_in_turn(tiny_llama: str, tmp_path: Path) -> None:
+    for name in "ab":
+        rows = [
+            {"prompt": "tell me", "chosen": "the fox", "rejected": f"the owl and {place}"} for place in range(3)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_config(tmp_path, tiny_llama, path=["a.jsonl", "b.jsonl"])
+    done = command(tmp_path, "show", "--config", "config.yaml", BETA_DPO_CACHE=str(tmp_path / "cache"))
+    assert re.findall("^pair (.*)$", done.stdout, re.MULTILINE) == [
+        *("a.jsonl/a.jsonl:1", "b.jsonl/b.jsonl:1", "a.jsonl/a.jsonl:2")
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "cure"),
     [
