@@ -226,6 +226,12 @@ def check_steps(trainer: Trainer) -> None:
             f"trainer.min_steps is {trainer.min_steps}, but trainer.max_epochs {epochs} ends the run after {steps} "
             "steps: lower one, or raise the other."
         )
+    every: Any = getattr(trainer, "log_every_n_steps", 1)
+    if steps < every and trainer.loggers:
+        rank_zero_warn(
+            f"no curve of training will be logged: trainer.log_every_n_steps is {every}, and the run takes {steps} "
+            "steps."
+        )
     pairs: Any = getattr(trainer.datamodule, "val_dataloader", list)()  # type: ignore[attr-defined]
     wanted = pairs and trainer.limit_val_batches > 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
     if not wanted or not batches or not isinstance(interval, (int, float)):

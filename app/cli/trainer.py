@@ -269,6 +269,7 @@ def be_quiet() -> None:
         "It is recommended to use `self.log.*sync_dist=True",  # every logged metric is that of the global batch
         "Total length of `list` across ranks is zero",  # in a run without validation pairs
         "does not have many workers",  # the loaders are ours and need none
+        "is smaller than the logging interval",  # ours counts the steps of the run
         "`srun` command is available",
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")

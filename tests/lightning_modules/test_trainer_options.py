@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from tiny_runs import Recorder, controlled, preference, quiet_trainer
 
 from app.core.errors import UserError
@@ -59,6 +60,18 @@ def test_a_run_that_ends_before_its_first_validation_says_so(
     told = [str(one.message) for one in caught if "nothing will be validated" in str(one.message)]
     assert ("val/loss" in trainer.callback_metrics) == (first is None)
     assert [f"after step {first}, " in text for text in told] == [True] * (first is not None)
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_a_run_that_ends_before_its_first_point_of_a_curve_says_so(
+    every: int, tiny_llama: str, tmp_path: Path
+) -> None:
+    trainer = quiet_trainer(tmp_path, max_steps=2, log_every_n_steps=every, logger=CSVLogger(tmp_path))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(preference(tiny_llama), controlled(30))
+    told = [one for one in caught if "log_every_n_steps is 3, and the run takes 2 steps" in str(one.message)]
+    assert len(told) == (every == 3)
 
 
 def test_epochs_that_are_limited_are_of_equal_length_and_serve_pass_after_pass(
