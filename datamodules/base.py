@@ -223,7 +223,7 @@ class PairDataModule(LightningDataModule):
             micro_batch_tokens=self.micro_batch_tokens,
             shuffle=shuffle,
             keep_order=self.order is not None,
-            endless=shuffle and self.trainer.limit_train_batches != 1.0,
+            endless=shuffle and (isinstance(limit := self.trainer.limit_train_batches, int) or limit != 1.0),
             seed=self.run_seed,
             rank=place["rank"],
             world_size=place["num_replicas"],

@@ -174,9 +174,7 @@ class ChatTemplate:
         names = [*(["tools"] if talk.tools else []), *names, *talk.options]
         unused = [name for name in dict.fromkeys(names) if not self.knows(name)]
         lost = [name for name in unused if name in ESSENTIAL]
-        if THOUGHTS[0] in lost and any(
-            map(self.knows, THOUGHTS)
-        ):  # used by another name that transformers gives it
+        if THOUGHTS[0] in lost and any(map(self.knows, THOUGHTS)):  # transformers gives it other names, too
             lost.remove(THOUGHTS[0])
         if lost:
             raise Dropped(f"the chat template has no place for {lost[0]}")

@@ -130,7 +130,7 @@ def pairs_seen(pairs: int, batch_size: int, trainer: Trainer) -> tuple[str, bool
     option = "trainer.limit_train_batches" if per_epoch < batches else "trainer.max_steps or trainer.max_epochs"
     told = "no limit of steps" if steps == math.inf else f"{steps} steps of {min(batch_size, pairs)}"
     words = f"{seen} of {pairs} pairs will be seen"
-    if seen == pairs and steps < math.inf:  # an epoch that is limited goes on where the one before ended
+    if seen == pairs and steps < math.inf:  # a limited epoch continues where the previous one ended
         passes = f"{steps / max(1, batches):.4g}"
         often = {"1": "once", "2": "twice"}.get(passes, f"{passes} times{' on average' if '.' in passes else ''}")
         words = f"each of {pairs} pairs will be seen {often}"

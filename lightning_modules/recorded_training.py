@@ -84,9 +84,11 @@ class RecordedTraining(LightningModule):
                 f"--ckpt_path: the checkpoint holds adapters of {checkpoint['lora']['base']}, and model.name "
                 f"{self.name} is another model, or its files have changed: give the model that they belong to."
             )
-        whole = self.trainer.limit_train_batches == 1.0  # else an epoch has that many batches of any size
-        if self.trainer.state.fn == TrainerFn.FITTING and self.data is not None and whole:
-            count_batches_of(checkpoint["loops"]["fit_loop"], self.data.batch_size)
+        data = self.data if self.trainer.state.fn == TrainerFn.FITTING else None
+        if (
+            data is not None and not data.train_dataloader().endless
+        ):  # whose epochs have as many batches of any size
+            count_batches_of(checkpoint["loops"]["fit_loop"], data.batch_size)
 
     def on_train_start(self) -> None:
         """Replace the restored settings of optimizer and schedule by those of this run's configuration.

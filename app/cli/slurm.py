@@ -61,13 +61,11 @@ def check_processes(trainer: Trainer) -> None:
             f"trainer.num_nodes is {nodes}, but nothing starts the processes on the other nodes: put srun or "
             "torchrun before the command."
         )
-    started = os.environ.get("WORLD_SIZE", "1")
-    if isinstance(environment, TorchElasticEnvironment) and started != str(
-        devices * nodes
-    ):  # each would train alone
+    started, wanted = os.environ.get("WORLD_SIZE", "1"), str(devices * nodes)
+    if isinstance(environment, TorchElasticEnvironment) and started != wanted:  # each would train alone
         raise UserError(
             f"torchrun started {started} processes, but trainer.devices={devices} and trainer.num_nodes={nodes} "
-            f"expect {devices * nodes}: give both the values of --nproc-per-node and --nnodes."
+            f"expect {wanted}: give both the values of --nproc-per-node and --nnodes."
         )
     if not isinstance(environment, SLURMEnvironment):
         return

@@ -74,11 +74,13 @@ def test_a_run_that_ends_before_its_first_point_of_a_curve_says_so(
     assert len(told) == (every == 3)
 
 
+@pytest.mark.parametrize("limit", [1, 2])  # 1 is one batch, and 1.0 all
 def test_epochs_that_are_limited_are_of_equal_length_and_serve_pass_after_pass(
-    tiny_llama: str, tmp_path: Path
+    limit: int, tiny_llama: str, tmp_path: Path
 ) -> None:
-    trainer = quiet_trainer(tmp_path, [recorder := Recorder()], max_epochs=3, limit_train_batches=2)
+    trainer = quiet_trainer(tmp_path, [recorder := Recorder()], max_epochs=6 // limit, limit_train_batches=limit)
     trainer.fit(preference(tiny_llama), controlled(30))
+    assert trainer.train_dataloader.endless  # type: ignore[union-attr]
     assert trainer.global_step == 6
     seen = [id for decision in recorder.decisions for id in decision.pair_ids]
     assert len(set(seen[:30])) == len(set(seen[30:])) == 30
