@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,11 +22,11 @@ log = logging.getLogger(__name__)
 OURS = (VARLEN, FLEX, PAIRWISE)
 
 
-def dense_mask(rows: PackedRows, window: int | None = None) -> Tensor:
+def dense_mask(rows: PackedRows, window: int | None = None, added: bool = False) -> Tensor:
     """Return a boolean mask [R, 1, T, T], True where the query (second last axis) may attend to the key (last).
 
     Padding attends to padding, so no row of the softmax is empty. `window` counts positions within the pair,
-    like sliding-window attention on a plain row.
+    like sliding-window attention on a plain row. A mask to be `added` to the scores is 0 there, else very negative.
     """
     same_group = rows.group[:, :, None] == rows.group[:, None, :]
     visible_part = (rows.part[:, None, :] == 0) | (rows.part[:, :, None] == rows.part[:, None, :])
@@ -36,14 +35,10 @@ def dense_mask(rows: PackedRows, window: int | None = None) -> Tensor:
     mask = same_group & visible_part & causal
     if window is not None:
         mask &= rows.position_ids[:, :, None] - rows.position_ids[:, None, :] < window
+    if added:
+        zeros = torch.zeros(mask.shape, device=mask.device)
+        mask = zeros.masked_fill(~mask, torch.finfo(zeros.dtype).min)
     return mask[:, None]
-
-
-def additive_mask(rows: PackedRows, window: int | None = None) -> Tensor:
-    """Return `dense_mask` as a float mask [R, 1, T, T] to add to the scores: 0 if allowed, else very negative."""
-    forbidden = ~dense_mask(rows, window)
-    zeros = torch.zeros(forbidden.shape, device=forbidden.device)
-    return zeros.masked_fill(forbidden, torch.finfo(zeros.dtype).min)
 
 
 def dense_mask_bytes(attention: str, config: Any) -> int:
@@ -96,10 +91,10 @@ def masks(rows: PackedRows, config: Any) -> dict[str, Any]:
     """
     if rows.layout == "separate":
         return {"attention_mask": (rows.group >= 0).long()}
-    build: Callable[..., Tensor] = additive_mask if attention_of(config) == "eager" else dense_mask
+    added = attention_of(config) == "eager"
 
     def mask(window: int | None = None) -> Tensor:
-        return rows.remember((build.__name__, window), lambda: build(rows, window))
+        return rows.remember((dense_mask, added, window), lambda: dense_mask(rows, window, added))
 
     window = getattr(config, "sliding_window", None)
     if window is None or not getattr(config, "use_sliding_window", True):

@@ -8,15 +8,14 @@ bounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from app.method.batch import PairRun, on_device
+from app.method.batch import on_device
 from lightning_modules.pairwise_attention import Options, PairRuns, one_dtype, register
 from lightning_modules.private import mark_dynamic
 
@@ -25,97 +24,68 @@ BLOCK = 128  # tokens; the block of FlexAttention's masks
 LEAST = 2 * BLOCK  # least tokens of a row, because a row of one block would compile a second graph
 
 
-def visible(runs: Sequence[PairRun], window: int | None) -> np.ndarray:
+def visible(runs: PairRuns, window: int | None) -> np.ndarray:
     """Return the bounds `own`, `first` and `end` of the keys that each query sees, [3, T] int32.
 
-    Query q sees the keys own[q] … q of its own part of the pair and the keys first[q] … end[q] − 1 of its prompt.
-    A window of W tokens, counted within the pair, raises `own` and `first`.
+    Query q sees the keys own[q] … q of its own piece and the keys first[q] … end[q] − 1 of a prompt that its piece
+    shares. A window of W tokens, counted within the pair, raises `own` and `first`.
     """
-    start = 0
-    parts: list[tuple[int, int, int, int]] = []  # where a part begins, its tokens, where its prompt begins and ends
-    for prompt, responses in runs:
-        parts.append((start, prompt, start, start))
-        begins = start + prompt
-        for response in responses:
-            parts.append((begins, response, start, start + prompt))
-            begins += response
-        start = begins
-    columns = np.array(parts, dtype=np.int64)
-    begins, _, first, end = np.repeat(columns, columns[:, 1], axis=0).T
-    own = begins
+    pieces = np.array(runs.pieces)
+    start, _, first, shared = np.repeat(pieces, pieces[:, 1], axis=0).T
+    own, end = start, first + shared
     if window is not None:
-        query = np.arange(start)
-        own = np.maximum(begins, query - window + 1)
-        # the position of the token in its pair is end − first + query − begins
-        first = np.minimum(end, np.maximum(first, end + query - begins - window + 1))
+        query = np.arange(len(own))
+        own = np.maximum(start, query - window + 1)
+        # the position of the token in its pair is shared + query − start
+        first = np.minimum(end, np.maximum(first, end + query - start - window + 1))
     return np.stack([own, first, end]).astype(np.int32)
 
 
 def seen_per_block(bounds: np.ndarray) -> np.ndarray:
     """Return the number of visible (query, key) pairs in each block, [n, n] by query and key block.
 
-    Needs no T×T array.
+    Needs no T×T array: every bound adds to the differences between a block of keys and the next.
     """
     own, first, end = bounds
-    tokens = len(own)
-    blocks = tokens // BLOCK
-    query_block = np.arange(tokens) // BLOCK
-
-    def keys_before(stop: np.ndarray) -> np.ndarray:
-        """Return per block the number of (query, key) pairs with the key before the query's `stop`."""
-        block, rest = np.divmod(stop, BLOCK)
-        cell = query_block * (blocks + 1) + block
-        shape = (blocks, blocks + 1)
-        ends = np.bincount(cell, minlength=blocks * (blocks + 1)).reshape(shape)
-        rests = np.bincount(cell, rest, minlength=blocks * (blocks + 1)).reshape(shape)
-        beyond = ends[:, ::-1].cumsum(1)[:, ::-1]
-        return rests[:, :-1].astype(np.int64) + BLOCK * beyond[:, 1:]
-
-    return keys_before(np.arange(1, tokens + 1)) - keys_before(own) + keys_before(end) - keys_before(first)
+    query = np.arange(len(own))
+    blocks = len(own) // BLOCK
+    steps = np.zeros((blocks, blocks + 2), np.int64)
+    # the keys before a bound fill whole blocks and the rest of one more; whole blocks cancel as the signs do
+    for bound, sign in ((query + 1, 1), (own, -1), (end, 1), (first, -1)):
+        block, rest = np.divmod(bound, BLOCK)
+        np.add.at(steps, (query // BLOCK, block), sign * (rest - BLOCK))
+        np.add.at(steps, (query // BLOCK, block + 1), -sign * rest)
+    return steps.cumsum(1)[:, :-2]
 
 
-class Blocks(NamedTuple):
-    """The block mask of one row as int32 tensors: key blocks per query block, the reverse, and the bounds."""
+def block_tensors(runs: PairRuns, window: int | None, device: torch.device) -> tuple[Tensor, ...]:
+    """Return the block mask of a row of n whole blocks as int32 tensors, computed on the host.
 
-    kv_num_blocks: Tensor  # [1, 1, n], counts blocks that are partly visible
-    kv_indices: Tensor  # [1, 1, n, n]
-    full_kv_num_blocks: Tensor
-    full_kv_indices: Tensor
-    q_num_blocks: Tensor
-    q_indices: Tensor
-    full_q_num_blocks: Tensor
-    full_q_indices: Tensor
-    own: Tensor  # [T], see `visible`
-    first: Tensor
-    end: Tensor
-
-    @classmethod
-    def of(cls, runs: Sequence[PairRun], window: int | None, device: torch.device) -> Blocks:
-        """Return the block mask of a row of whole blocks, computed on the host without a T×T array."""
-        bounds = visible(runs, window)
-        seen = seen_per_block(bounds)
-        full = seen == BLOCK * BLOCK
-        partial = (seen > 0) & ~full
-        arrays = [each for chosen in (partial, full, partial.T, full.T) for each in ordered(chosen)]
-        return cls(
-            *(on_device(torch.from_numpy(np.ascontiguousarray(each)), device) for each in (*arrays, *bounds))
-        )
-
-    def mask(self, tokens: int) -> BlockMask:
-        """Return the `BlockMask` for FlexAttention."""
-        own, first, end = self.own, self.first, self.end
-
-        def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            in_part = (key >= own[query]) & (key <= query)
-            return in_part | ((key >= first[query]) & (key < end[query]))
-
-        return BlockMask((tokens, tokens), *self[:8], BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=allowed)
+    They are `BlockMask`'s counts [1, 1, n] and indices [1, 1, n, n] of the key blocks per query block, of those
+    visible in part and as a whole; the same of the query blocks per key block; and the bounds, [T] each.
+    """
+    bounds = visible(runs, window)
+    seen = seen_per_block(bounds)
+    full = seen == BLOCK * BLOCK
+    partial = (seen > 0) & ~full
+    arrays: list[np.ndarray] = []
+    for chosen in (partial, full, partial.T, full.T):
+        columns = np.argsort(~chosen, axis=-1, kind="stable")  # of True first
+        arrays += [chosen.sum(-1)[None, None], columns[None, None]]
+    host = (torch.from_numpy(np.ascontiguousarray(each, np.int32)) for each in (*arrays, *bounds))
+    return tuple(on_device(each, device) for each in host)
 
 
-def ordered(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return per row of `chosen` [n, n] the count of True [1, 1, n] and the columns, True first [1, 1, n, n]."""
-    indices = np.argsort(~chosen, axis=-1, kind="stable")
-    return chosen.sum(-1, dtype=np.int32)[None, None], indices.astype(np.int32)[None, None]
+def block_mask(tensors: tuple[Tensor, ...], tokens: int) -> BlockMask:
+    """Return the `BlockMask` of `block_tensors`."""
+    own, first, end = tensors[8:]
+
+    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        in_piece = (key >= own[query]) & (key <= query)
+        return in_piece | ((key >= first[query]) & (key < end[query]))
+
+    make: Callable[..., BlockMask] = BlockMask
+    return make((tokens, tokens), *tensors[:8], BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=allowed)
 
 
 def mask_bytes(tokens: int) -> int:
@@ -125,12 +95,14 @@ def mask_bytes(tokens: int) -> int:
 
 
 def packed_flex(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: tuple[Tensor, ...],
+    scale: float | None,
+    softcap: float | None,
 ) -> Tensor:
-    """Return FlexAttention's output [1, heads, T, d] for one row.
-
-    `query` is [1, heads, T, d], `key` and `value` are [1, key heads, T, d], all of one dtype.
-    """
+    """Return FlexAttention's output for one row; the shapes are those of `Attend`, and all have one dtype."""
 
     def capped(score: Tensor, *_: Tensor) -> Tensor:
         assert softcap is not None
@@ -141,7 +113,7 @@ def packed_flex(
         key,
         value,
         score_mod=None if softcap is None else capped,
-        block_mask=blocks.mask(query.shape[2]),
+        block_mask=block_mask(blocks, query.shape[2]),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -158,7 +130,7 @@ compiled_flex: Callable[..., Tensor] = torch.compile(packed_flex, fullgraph=True
 def attend(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
     """Compute FlexAttention; see `Attend`."""
     window, scale, softcap = options
-    blocks: Blocks = runs.made((FLEX, window), lambda: Blocks.of(runs.runs, window, query.device))
+    blocks = runs.remember((FLEX, window), lambda: block_tensors(runs, window, query.device))
     states = one_dtype(query, key, value)
     for tensor in (*states, *blocks):
         # dimensions that follow the row's length in [T], [1, 1, n], [1, 1, n, n], [1, heads, T, d]

@@ -6,8 +6,9 @@ pairs, so all pairs of a micro-batch can be in one row without padding. It needs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -15,23 +16,41 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from app.method.batch import PairRun
+from app.method.batch import Memory, PairRun
 
 PAIRWISE = "pairwise"  # its name in transformers
 
 
-@dataclass(frozen=True)
-class PairRuns:
-    """The ordered runs of one row, with a store for derived values that all layers, policy and reference share."""
+class Piece(NamedTuple):
+    """Queries next to each other in a row: a prompt with its first response, or another response.
+
+    Their keys are the `shared` tokens of the prompt, if it is in another piece, and the tokens of the piece itself.
+    """
+
+    start: int
+    tokens: int
+    prompt: int  # where the prompt begins
+    shared: int
+
+
+@dataclass
+class PairRuns(Memory):
+    """The ordered runs of one row, with what all layers, policy and reference derive from them."""
 
     runs: Sequence[PairRun]
-    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def made(self, name: Hashable, make: Callable[[], Any]) -> Any:
-        """Return the value of `make()`, which is called only the first time for a `name`."""
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """Return the pieces of the row in order."""
+        pieces: list[Piece] = []
+        end = 0
+        for prompt, responses in self.runs:
+            begin = end
+            for number, response in enumerate(responses):
+                tokens, shared = (response, prompt) if number else (prompt + response, 0)
+                pieces.append(Piece(end, tokens, begin, shared))
+                end += tokens
+        return pieces
 
 
 class Options(NamedTuple):
@@ -62,16 +81,14 @@ def register(name: str, attend: Attend, softcaps: bool = False) -> None:
         softcap: float | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        """Compute attention through `attend`, with the signature that transformers calls.
+        """Return the output [1, T, heads, d] and no weights, as transformers calls an attention (see `Attend`).
 
-        `query` is [1, heads, T, d], `key` and `value` are [1, key heads, T, d]; returns [1, T, heads, d] and no
-        weights. Raises ValueError for unsupported options, so that the start-up check tries another attention.
+        Raises ValueError for unsupported options, so that the start-up check tries another attention.
         """
         if pair_runs is None:
             raise ValueError("this model does not hand the layout of the rows to its attention")
-        others |= {} if softcaps else {"softcap": softcap}
-        for unknown in ("s_aux", "position_bias", "softcap"):
-            if others.get(unknown) is not None:
+        for unknown, given in (others | {"softcap": None if softcaps else softcap}).items():
+            if unknown in ("s_aux", "position_bias", "softcap") and given is not None:
                 raise ValueError(f"attention {name} has no {unknown}")
         out = attend(query, key, value, pair_runs, Options(sliding_window, scaling, softcap))
         return out.transpose(1, 2), None
@@ -100,28 +117,30 @@ def piece_mask(runs: PairRuns, queries: int, keys: int, window: int | None, like
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
         return torch.zeros(queries, keys, dtype=like.dtype).masked_fill_(hidden, -torch.inf).to(like.device)
 
-    return runs.made((PAIRWISE, queries, keys, window, like.dtype), make)
+    return runs.remember((PAIRWISE, queries, keys, window, like.dtype), make)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
     """Compute attention pair by pair; see `Attend`."""
-    # a piece is the prompt with the first response, or one of the other responses
-    sizes = [size for prompt, (first, *rest) in runs.runs for size in (prompt + first, *rest)]
     # split, because the gradient of a slice is as large as the whole tensor
-    queries, keys, values = (states.split(sizes, dim=2) for states in (query, key, value))
+    sizes = [piece.tokens for piece in runs.pieces]
+    split = (states.split(sizes, dim=2) for states in (query, key, value))
     outputs: list[Tensor] = []
-    for prompt, responses in runs.runs:
-        whole = len(outputs)
-        for number in range(len(responses)):
-            q, k, v = (pieces[len(outputs)] for pieces in (queries, keys, values))
-            if number:
-                k, v = (torch.cat([p[whole][:, :, :prompt], own], 2) for p, own in ((keys, k), (values, v)))
-            mask = piece_mask(runs, q.shape[2], k.shape[2], options.window, q)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    q, k, v, mask, is_causal=mask is None, scale=options.scale, enable_gqa=q.shape[1] != k.shape[1]
-                )
+    whole: list[Tensor] = []  # keys and values of the piece that holds the prompt
+    for piece, q, *own in zip(runs.pieces, *split, strict=True):
+        if piece.shared:
+            own = [
+                torch.cat([first[:, :, : piece.shared], rest], 2) for first, rest in zip(whole, own, strict=True)
+            ]
+        else:
+            whole = own
+        k, v = own
+        mask = piece_mask(runs, q.shape[2], k.shape[2], options.window, q)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, scale=options.scale, enable_gqa=q.shape[1] != k.shape[1]
             )
+        )
     return torch.cat(outputs, 2)
 
 

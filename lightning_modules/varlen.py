@@ -1,13 +1,13 @@
 """FlashAttention over the pieces of one row, without mask or compiler, for bfloat16 and float16 on CUDA.
 
-A piece is the prompt with its first response, or another response, whose keys then start with a copy of the prompt.
+The keys of a piece (see `pairwise_attention`) that shares a prompt start with a copy of the prompt.
 `torch.nn.attention.varlen` aligns causal order at the ends of queries and keys, so a response sees all the prompt.
 """
 
 from __future__ import annotations
 
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,30 +22,20 @@ DTYPES = (torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256  # FlashAttention's kernels take widths up to this that are multiples of 8
 
 
-class Pieces(NamedTuple):
-    """The pieces of a row: `keys` [K] int64 gathers the keys; offsets [pieces + 1] int32 bound the pieces."""
+def key_pieces(runs: PairRuns, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """Return indices [K] int64 of the keys of every piece, and the bounds of the pieces for `varlen_attn`.
 
-    keys: Tensor
-    query_offsets: Tensor
-    key_offsets: Tensor
-    longest_query: int  # an int, because a tensor would make the host wait or recompile
-    longest_key: int
-
-    @classmethod
-    def of(cls, runs: PairRuns, device: torch.device) -> Pieces:
-        keys: list[np.ndarray] = []
-        queries: list[int] = []
-        start = 0
-        for prompt, responses in runs.runs:
-            shared, start = np.arange(start, start + prompt), start + prompt
-            for number, tokens in enumerate(responses):
-                keys.append(np.concatenate([shared, np.arange(start, start + tokens)]))
-                queries.append(tokens if number else prompt + tokens)
-                start += tokens
-        seen = [len(each) for each in keys]
-        offsets = (np.cumsum([0, *lengths], dtype=np.int32) for lengths in (queries, seen))
-        tensors = (on_device(torch.from_numpy(each), device) for each in (np.concatenate(keys), *offsets))
-        return cls(*tensors, max(queries), max(seen))  # type: ignore[call-arg, arg-type]
+    The bounds are offsets [pieces + 1] int32 of queries and of keys, and the longest of each as numbers, because
+    the host would wait for a tensor.
+    """
+    pieces = np.array(runs.pieces)
+    queries, lengths = pieces[:, 1], pieces[:, 1] + pieces[:, 3]
+    keys = [np.r_[prompt : prompt + shared, start : start + tokens] for start, tokens, prompt, shared in pieces]
+    offsets = (np.cumsum([0, *sizes], dtype=np.int32) for sizes in (queries, lengths))
+    gathered, ends, key_ends = (
+        on_device(torch.from_numpy(each), device) for each in (np.concatenate(keys), *offsets)
+    )
+    return gathered, ends, key_ends, int(queries.max()), int(lengths.max())
 
 
 def lacking(config: Any, dtype: torch.dtype) -> str | None:
@@ -62,19 +52,16 @@ def lacking(config: Any, dtype: torch.dtype) -> str | None:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
     """Compute FlashAttention; see `Attend`."""
-    pieces: Pieces = runs.made(VARLEN, lambda: Pieces.of(runs, query.device))
+    keys, *bounds = runs.remember(VARLEN, lambda: key_pieces(runs, query.device))
     # [T, heads, d]
     q, k, v = (states[0].transpose(0, 1) for states in one_dtype(query, key, value))
     if q.dtype not in DTYPES:
         raise ValueError(f"attention {VARLEN} does not compute in {q.dtype}")
     out = varlen_attn(
         q,
-        k.index_select(0, pieces.keys),
-        v.index_select(0, pieces.keys),
-        pieces.query_offsets,
-        pieces.key_offsets,
-        pieces.longest_query,
-        pieces.longest_key,
+        k.index_select(0, keys),
+        v.index_select(0, keys),
+        *bounds,
         scale=options.scale,
         # (keys before the query, keys after): a window of W tokens includes the query itself
         window_size=(-1 if options.window is None else options.window - 1, 0),

@@ -33,7 +33,20 @@ class PairRun(NamedTuple):
 
 
 @dataclass
-class PackedRows:
+class Memory:
+    """A record that remembers values derived from it: one mask serves many layers and two models."""
+
+    _remembered: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
+
+    def remember(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what `make` returns, computed once per `name`."""
+        if name not in self._remembered:
+            self._remembered[name] = make()
+        return self._remembered[name]
+
+
+@dataclass
+class PackedRows(Memory):
     """One micro-batch: prompts and their responses in R rows of T tokens.
 
     In the layout `packed` a pair is one run of tokens `[prompt | chosen | rejected]`, and a row holds several
@@ -51,11 +64,9 @@ class PackedRows:
     response_index: Tensor  # [N] int64 in [0, S), the response that the target belongs to
     response_tokens: Tensor  # [S] int64, number of tokens of each response
     pairs: Tensor  # [P] int64, the rows' pairs as indices into the rank's share
-    runs: Sequence[
-        PairRun
-    ]  # runs of the flattened rows, padding included; on the host, so that reading them does not wait for a GPU
+    # of the flattened rows, padding included; on the host, so that reading them does not wait for a GPU
+    runs: Sequence[PairRun]
     layout: Layout = "packed"
-    _remembered: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def empty(cls) -> PackedRows:
@@ -65,18 +76,12 @@ class PackedRows:
         return cls(one, one, one, one, none, none, none, none, none, [PairRun(0, (1,))])
 
     def to(self, device: torch.device | str) -> PackedRows:
-        """Return the same rows on `device`, with an empty memory (see `remember`)."""
+        """Return the same rows on `device`, with an empty memory."""
         columns = {each.name: getattr(self, each.name) for each in fields(self)}
         moved: dict[str, Any] = {
             name: on_device(column, device) for name, column in columns.items() if isinstance(column, Tensor)
         }
         return replace(self, **moved, _remembered={})
-
-    def remember(self, name: Hashable, make: Callable[[], Any]) -> Any:
-        """Return what `make` returns, computed once per `name`: one mask serves many layers and two models."""
-        if name not in self._remembered:
-            self._remembered[name] = make()
-        return self._remembered[name]
 
 
 class OptimizerBatch(Protocol):

@@ -17,7 +17,7 @@ from datamodules.packing import pack
 from datamodules.records import TokenisedPair
 from lightning_modules import head
 from lightning_modules.attention import dense_mask, one_row
-from lightning_modules.flex import BLOCK, Blocks
+from lightning_modules.flex import BLOCK, block_mask, block_tensors
 from lightning_modules.head import LogitRule, head_logits, head_logps
 from lightning_modules.pretrained import store_linear_weights
 from lightning_modules.scorer import ResponseScorer
@@ -262,9 +262,9 @@ def test_the_block_mask_is_the_dense_mask(layout: Layout, window: int | None) ->
         TokenisedPair(np.resize(long, 300), np.resize(long, 290), np.resize(long, 140))
     )  # with full blocks
     for rows in pack(pairs, range(len(pairs)), SIDES, layout, 1400, math.inf):
-        runs = one_row(rows, BLOCK, 2 * BLOCK)["pair_runs"].runs
-        width = sum(run.tokens for run in runs)
-        block = Blocks.of(runs, window, torch.device("cpu")).mask(width)
+        runs = one_row(rows, BLOCK, 2 * BLOCK)["pair_runs"]
+        width = sum(run.tokens for run in runs.runs)
+        block = block_mask(block_tensors(runs, window, torch.device("cpu")), width)
         seen = create_mask(block.mask_mod, 1, 1, width, width, device="cpu")
         real = rows.group.flatten() >= 0  # padding sees padding, as it likes
         tokens = len(real)
