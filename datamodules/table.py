@@ -122,11 +122,11 @@ class PairTable:
         columns: list[list[object]] = []
         for name, kinds in self.kinds.items():
             values = [row.get(name) for row in rows]
-            present = set(kinds) - {"NoneType"}  # do they fit one Arrow column?
-            if not (present <= {"int", "float"} or (len(present) == 1 and "big integer" not in present)):
-                values = [None if value is None else str(value) for value in values]
-            elif "float" in present:  # Arrow takes no list of floats and of integers beyond 53 bits
+            present = set(kinds) - {"NoneType"}  # do they fit one Arrow column without rounding?
+            if present == {"int", "float"}:
                 values = [None if value is None else float(value) for value in values]
+            elif not (present <= {"int", "wide integer"} or (len(present) == 1 and "big integer" not in present)):
+                values = [None if value is None else str(value) for value in values]
             columns.append(values)
         columns += [self.taken(name, indices) for name in self.columns.column_names[len(SCHEMA) :]]
         return dict(zip(self.label_names, columns, strict=True))
@@ -156,7 +156,7 @@ def joined(tables: Sequence[PairTable]) -> PairTable:
 
 
 def label_kind(value: object) -> str:
-    """Return the name of a value's type; an integer beyond 64 bits is a "big integer"."""
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return "big integer"
+    """Return the name of a value's type; an integer beyond 53 bits is "wide", one beyond 64 bits "big"."""
+    if isinstance(value, int) and abs(value) > 2**53:
+        return "wide integer" if -(2**63) <= value < 2**63 else "big integer"
     return type(value).__name__

@@ -35,7 +35,7 @@ from datamodules.tokenizer import tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
 
-TABLE_VERSION = 10  # raise if a change of reading, tokenising or the schema changes the content of tables
+TABLE_VERSION = 11  # raise if a change of reading, tokenising or the schema changes the content of tables
 FILES = ("pairs.arrow", "table.json")  # the rows; their checksum and what else is known of them
 _FOUND = b"found"  # the metadata of a batch in a part: what became of its pairs
 _PAIRS_PER_BATCH = 1024
