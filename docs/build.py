@@ -6,6 +6,7 @@ python docs/build.py
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import re
 from pathlib import Path
@@ -29,7 +30,7 @@ from app.report.curves import band, beta
 from app.report.plot import DASHES, Line, axis, lines, png, rule, side_by_side, sized_to
 from app.report.run import read_run
 from callbacks.health import CONDITIONS
-from datamodules.sources.registry import markdown_table
+from datamodules.sources.registry import FORMATS
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parent / "runs" / "quickstart" / "beta_dpo"
@@ -198,7 +199,12 @@ def shipped_losses() -> list[type]:
 
 def data_page() -> str:
     """Return docs/data.md with the table of the registry of formats in its place."""
-    return filled("data.md", "formats", markdown_table())
+    lines = ["| `data.format` | an example row | stage | as in |", "|---|---|---|---|"]
+    for format in FORMATS:
+        row = json.dumps(format.example, ensure_ascii=False).replace("|", "\\|")
+        stage = "preference" if format.is_pair else "SFT"
+        lines.append(f"| `{format.name}` | `{row}` | {stage} | {format.named_by} |")
+    return filled("data.md", "formats", "\n".join(lines) + "\n")
 
 
 def monitoring_page() -> str:

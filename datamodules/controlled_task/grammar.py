@@ -1,12 +1,13 @@
 """The language of the controlled task: vocabulary, grammar, the exact reward of a response, and the tokenizer.
 
-No word has two roles, so that a text has at most one reading and its reward is exact. A parser reads the words by
-position, builds a record, and compares the record's text with its input: parsing is the exact inverse of writing.
+No word has two roles, so that a text has at most one reading and its reward is exact.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
@@ -24,35 +25,30 @@ def _words(listed: str) -> tuple[str, ...]:
 
 
 ANIMALS = _words("lion tiger bear wolf fox horse goat rabbit otter eagle owl turtle")
-
-# Every prompt states its facts in the order of these attributes.
-VALUES: dict[str, tuple[str, ...]] = {
+# every prompt states its facts in the order of these attributes
+VALUES = {
     "colour": _words("red blue green brown black white grey yellow pink purple golden silver"),
     "food": _words("fish grass seeds nuts fruit worms insects leaves eggs honey rice meat"),
     "home": _words("cave forest barn river meadow desert mountain swamp island village garden cellar"),
     "mood": _words("calm shy brave lazy playful curious grumpy proud nervous cheerful gentle clever"),
 }
 ATTRIBUTES = tuple(VALUES)
-
-# Every opener is one word, so that the length of a response does not reveal its manner.
+# every opener is one word, so that the length of a response does not reveal its manner
 POLITE_OPENERS = _words("certainly gladly sure absolutely happily naturally")
 PLAIN_OPENERS = _words("well so okay hm look yes")
 RUDE_OPENERS = _words("ugh duh whatever pfft bah meh")
 OPENERS = (*POLITE_OPENERS, *PLAIN_OPENERS, *RUDE_OPENERS)
-
-# Optional filler words without meaning; only they vary the length of a well-formed response.
+# optional filler words without meaning; only they vary the length of a well-formed response
 ADVERBS = _words("clearly indeed surely really still truly plainly simply")
 CLOSINGS = _words("today now here always again lately overall anyway")
 
-FRAME_WORDS = _words("my has , and . can you tell me its ? the")
 
-# All words that follow a single space; the two role tags are separate tokens.
-WORDS = (*FRAME_WORDS, *ANIMALS, *ATTRIBUTES, *chain(*VALUES.values()), *OPENERS, *ADVERBS, *CLOSINGS)
+# all words that follow a single space; the two role tags are separate tokens
+_FRAME = _words("my has , and . can you tell me its ? the")
+WORDS = (*_FRAME, *ANIMALS, *ATTRIBUTES, *chain(*VALUES.values()), *OPENERS, *ADVERBS, *CLOSINGS)
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
-
 Split = Literal["train", "held_out"]
-
-HELD_OUT_ONE_IN = 8  # training never sees one animal description in this many
+_HELD_OUT_ONE_IN = 8  # training never sees one animal description in this many
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class Question:
 
     @property
     def unasked(self) -> tuple[str, str]:
-        """Return the two attributes that the prompt does not ask for, in the order of the facts."""
+        """Return the two other attributes, in the order of the facts."""
         first, second = (attribute for attribute in ATTRIBUTES if attribute not in self.asked)
         return first, second
 
@@ -78,7 +74,7 @@ class Question:
         """Return the split of this animal's facts, whatever is asked, so that no description is in both splits."""
         facts = " ".join((self.animal, *self.values))
         digest = hashlib.blake2b(facts.encode(), digest_size=8).digest()
-        return "held_out" if int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0 else "train"
+        return "held_out" if int.from_bytes(digest, "big") % _HELD_OUT_ONE_IN == 0 else "train"
 
     @property
     def text(self) -> str:
@@ -101,56 +97,49 @@ class Answer:
     @property
     def text(self) -> str:
         """Return the response with the leading space of an HH transcript: 10 to 12 tokens."""
-        (first, first_value), (second, second_value) = self.claims
-        adverb = f" {self.adverb}" if self.adverb else ""
-        closing = f" {self.closing}" if self.closing else ""
-        subject = f" {self.opener} the {self.animal}{adverb} has"
-        return f"{subject} {first} {first_value} and {second} {second_value}{closing} ."
+        first, second = (f"{attribute} {value}" for attribute, value in self.claims)
+        words = (self.opener, "the", self.animal, self.adverb, "has", first, "and", second, self.closing, ".")
+        return "".join(f" {word}" for word in words if word)
+
+
+def _any(words: Iterable[str]) -> str:
+    return f"({'|'.join(words)})"
+
+
+_FACTS = [f"{attribute} {_any(values)}" for attribute, values in VALUES.items()]
+_QUESTION = re.compile(
+    rf"{HUMAN} my {_any(ANIMALS)} has {' , '.join(_FACTS[:-1])} and {_FACTS[-1]} \. "
+    rf"can you tell me its {_any(ATTRIBUTES)} and {_any(ATTRIBUTES)} \?{ASSISTANT}"
+)
+_CLAIM = _any(f"{attribute} (?:{'|'.join(values)})" for attribute, values in VALUES.items())
+_ANSWER = re.compile(  # some decoders strip the leading space
+    rf" ?{_any(OPENERS)} the {_any(ANIMALS)}(?: {_any(ADVERBS)})? has {_CLAIM} and {_CLAIM}"
+    rf"(?: {_any(CLOSINGS)})? \."
+)
 
 
 def parse_question(prompt: str) -> Question:
-    """Parse a prompt of the task into its record.
-
-    Raises UserError if the text is not exactly a prompt of the task.
-    """
-    words = prompt.removeprefix(HUMAN).removesuffix(ASSISTANT).split(" ")
-    if len(words) == 25:
-        # "", my, animal, has, four (attribute, value, separator), can you tell me its, asked, and, asked, ?
-        question = Question(words[2], tuple(words[5:16:3]), (words[21], words[23]))
-        known = question.animal in ANIMALS and all(
-            value in VALUES[attribute] for attribute, value in question.facts.items()
+    """Parse a prompt. Raises UserError if the text is not exactly a prompt of the task."""
+    found = _QUESTION.fullmatch(prompt)
+    if found is None or found[6] == found[7]:
+        raise UserError(
+            f"{prompt[:80]!r} is not a prompt of the controlled task, so its responses have no true reward: "
+            "give a prompt made by datamodules.controlled_task."
         )
-        asks = all(asked in ATTRIBUTES for asked in question.asked) and len(set(question.asked)) == 2
-        if known and asks and question.text == prompt:
-            return question
-    raise UserError(
-        f"{prompt[:80]!r} is not a prompt of the controlled task, so its responses have no true reward: "
-        "give a prompt made by datamodules.controlled_task."
-    )
+    animal, *values, first, second = found.groups()
+    return Question(animal, tuple(values), (first, second))
 
 
 def parse_answer(response: str) -> Answer | None:
-    """Parse any text as a response: return its record, or None if it is malformed.
-
-    The leading space may be missing, because some decoders strip it; any other deviation is malformed.
-    """
-    text = " " + response.removeprefix(" ")
-    words = text[1:].split(" ")
-    adverb = words.pop(3) if len(words) > 3 and words[3] in ADVERBS else None
-    closing = words.pop(-2) if len(words) > 1 and words[-2] in CLOSINGS else None
-    if len(words) != 10:
+    """Parse a response; return None if it is malformed."""
+    found = _ANSWER.fullmatch(response)
+    if found is None:
         return None
-    opener, _, animal, _, first, first_value, _, second, second_value, _ = words
-    claims = ((first, first_value), (second, second_value))
-    if opener not in OPENERS or animal not in ANIMALS or first == second:
+    opener, animal, adverb, *claims, closing = found.groups()
+    (first, first_value), (second, second_value) = (claim.split(" ") for claim in claims)
+    if first == second:
         return None
-    if any(value not in VALUES.get(attribute, ()) for attribute, value in claims):
-        return None
-    answer = Answer(opener, animal, claims, adverb, closing)
-    return answer if answer.text == text else None
-
-
-POLITE_BONUS = 0.5
+    return Answer(opener, animal, ((first, first_value), (second, second_value)), adverb, closing)
 
 
 class Kind(Enum):
@@ -186,7 +175,7 @@ class Grade:
     @property
     def reward(self) -> float:
         """Return the true reward, 0 to 4.5: the rung, plus half a point for a polite opener."""
-        return self.rung + POLITE_BONUS * self.polite
+        return self.rung + 0.5 * self.polite
 
 
 def judge(question: Question, answer: Answer | None) -> Grade:
@@ -196,18 +185,14 @@ def judge(question: Question, answer: Answer | None) -> Grade:
     if answer.opener in RUDE_OPENERS:
         return Grade(Kind.RUDE)
     polite = answer.opener in POLITE_OPENERS
-    named = {attribute for attribute, _ in answer.claims}
-    if answer.animal != question.animal or named != set(question.asked):
+    if answer.animal != question.animal or {name for name, _ in answer.claims} != set(question.asked):
         return Grade(Kind.OFF_TOPIC, polite)
     right = sum(question.facts[attribute] == value for attribute, value in answer.claims)
     return Grade((Kind.BOTH_WRONG, Kind.ONE_RIGHT, Kind.BOTH_RIGHT)[right], polite)
 
 
 def grade(prompt: str, response: str) -> Grade:
-    """Judge any text as the response to a prompt of the task.
-
-    Raises UserError if `prompt` is not a prompt of the task; any response is accepted.
-    """
+    """Judge any text as the response to a prompt. Raises UserError if that is not a prompt of the task."""
     return judge(parse_question(prompt), parse_answer(response))
 
 

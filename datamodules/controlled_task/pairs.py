@@ -1,7 +1,7 @@
 """Prompts, demonstrations and preference pairs of the controlled task, with their exact labels.
 
-Every call draws from private generators keyed by its name, split and seed, so that the items are the same on every
-machine and a shorter list is the beginning of a longer one.
+Every call draws from generators seeded by its name, split and seed as text, so that the items are the same in every
+process and on every machine, and a shorter list is the beginning of a longer one.
 
 The two filler words that set the length are drawn independently of the rest, so the length of a well-formed
 response says nothing about its kind. An off-topic response also has wrong values, and a rude one has the kind of
@@ -36,12 +36,11 @@ from datamodules.controlled_task.grammar import (
 )
 from datamodules.records import PreferencePair
 
-POLITE_SHARE = 0.5
 FILLER_SHARE = 0.5  # of each of the two filler words: lengths 10, 11, 12 occur as 1 : 2 : 1
 Gap = Literal["adjacent", "extreme", "mixed", "any"]
 _Graded = tuple[str, Grade]  # a text with its grade
 
-# All unordered pairs of grades, worse first.
+# all unordered pairs of grades, worse first
 _LOW_GAP = tuple(itertools.pairwise(LADDER))
 _HIGH_GAP = tuple((worse, better) for i, worse in enumerate(LADDER) for better in LADDER[i + 2 :])
 
@@ -50,7 +49,7 @@ MIXED_QUALITY = dict(zip(LADDER, (0.15, 0.20, 0.20, 0.20, 0.25), strict=True))  
 
 def prompts(count: int, seed: int, *, split: Split = "held_out") -> list[str]:
     """Return `count` prompts to sample responses for."""
-    rng = _generator("prompts", seed, split)
+    rng = random.Random(f"prompts-{split}-{seed}")
     return [draw_question(rng, split).text for _ in range(count)]
 
 
@@ -59,7 +58,7 @@ def demonstrations(count: int, seed: int, *, split: Split = "train") -> list[Pre
 
     Labels: `kind` (a value of `Kind`, drawn as in `MIXED_QUALITY`) and `chosen_reward`.
     """
-    rng = _generator("demonstrations", seed, split)
+    rng = random.Random(f"demonstrations-{split}-{seed}")
     items = []
     for index in range(count):
         kind = rng.choices(list(MIXED_QUALITY), weights=list(MIXED_QUALITY.values()))[0]
@@ -92,7 +91,7 @@ def preference_pairs(
     chosen and the rejected text after the flip; `gap_kind`, "high" for grades two or more apart, else "low" (a
     broken response counts as the lowest grade).
     """
-    rng = _generator(f"pairs-{gap}", seed, split)
+    rng = random.Random(f"pairs-{gap}-{split}-{seed}")
     flips = random.Random(f"flips-{gap}-{split}-{seed}")
     every_share = len(_HIGH_GAP) / (len(_LOW_GAP) + len(_HIGH_GAP))
     high_share = {"adjacent": 0.0, "extreme": 1.0, "mixed": high_gap_share, "any": every_share}[gap]
@@ -100,17 +99,15 @@ def preference_pairs(
     for index in range(count):
         question = draw_question(rng, split)
         broken = rng.random() < broken_share
-        drawn = _broken(question, rng) if broken else _graded(question, high_share, rng)
-        (better, better_grade), (worse, worse_grade) = drawn
+        better, worse = _broken(question, rng) if broken else _graded(question, high_share, rng)
         flipped = flips.random() < flip_rate
-        chosen, rejected = (worse, better) if flipped else (better, worse)
-        rewards = better_grade.reward, worse_grade.reward
+        (chosen, chosen_grade), (rejected, rejected_grade) = (worse, better) if flipped else (better, worse)
         labels: dict[str, object] = {
             "flipped": flipped,
             "kind": "broken" if broken else "graded",
-            "chosen_reward": rewards[flipped],
-            "rejected_reward": rewards[not flipped],
-            "gap_kind": "high" if better_grade.rung - worse_grade.rung >= 2 else "low",
+            "chosen_reward": chosen_grade.reward,
+            "rejected_reward": rejected_grade.reward,
+            "gap_kind": "high" if abs(chosen_grade.rung - rejected_grade.rung) >= 2 else "low",
         }
         pair_id = f"controlled-{split}-{gap}-{seed}-{index:06d}"
         pairs.append(PreferencePair(pair_id, question.text, chosen, rejected, labels))
@@ -118,7 +115,7 @@ def preference_pairs(
 
 
 def _broken(question: Question, rng: random.Random) -> tuple[_Graded, _Graded]:
-    # A broken response has the reward of a rude one, so a rude one cannot be the better of the two.
+    # a broken response has the reward of a rude one, so a rude one cannot be the better of the two
     answer = draw_answer(question, rng.choice(LADDER[1:]), rng)
     return (answer.text, judge(question, answer)), (break_answer(answer, rng), judge(question, None))
 
@@ -129,14 +126,9 @@ def _graded(question: Question, high_share: float, rng: random.Random) -> tuple[
         better = draw_answer(question, better_kind, rng)
         worse = draw_answer(question, worse_kind, rng, content=better_kind)
         grades = judge(question, better), judge(question, worse)
-        # If only the worse of two neighbours is polite, they differ by half a point: draw again.
+        # if only the worse of two neighbours is polite, they differ by half a point: draw again
         if grades[0].reward - grades[1].reward >= 1:
             return (better.text, grades[0]), (worse.text, grades[1])
-
-
-def _generator(name: str, seed: int, split: Split) -> random.Random:
-    """Return a private generator, seeded by a string: unlike its hash, it is the same in every process."""
-    return random.Random(f"{name}-{split}-{seed}")
 
 
 def draw_question(rng: random.Random, split: Split) -> Question:
@@ -154,22 +146,18 @@ def draw_answer(question: Question, kind: Kind, rng: random.Random, *, content: 
 
     `content` is the kind of a rude response after its opener; by default any other kind, equally often.
     """
-    polite = rng.random() < POLITE_SHARE
-    openers = POLITE_OPENERS if polite else PLAIN_OPENERS
+    openers = POLITE_OPENERS if rng.random() < 0.5 else PLAIN_OPENERS
     if kind is Kind.RUDE:
         openers, kind = RUDE_OPENERS, content or rng.choice(LADDER[1:])
     attributes = question.unasked if kind is Kind.OFF_TOPIC else question.asked
-    right: tuple[str, ...] = ()
-    if kind is Kind.BOTH_RIGHT:
-        right = attributes
-    elif kind is Kind.ONE_RIGHT:
-        right = (rng.choice(attributes),)
+    right: tuple[str, ...] = (rng.choice(attributes),) if kind is Kind.ONE_RIGHT else attributes
+    if kind in (Kind.OFF_TOPIC, Kind.BOTH_WRONG):
+        right = ()
 
     def claim(attribute: str) -> tuple[str, str]:
         truth = question.facts[attribute]
-        if attribute in right:
-            return attribute, truth
-        return attribute, rng.choice([value for value in VALUES[attribute] if value != truth])
+        wrong = [value for value in VALUES[attribute] if value != truth]
+        return attribute, truth if attribute in right else rng.choice(wrong)
 
     return Answer(
         opener=rng.choice(openers),
@@ -178,6 +166,9 @@ def draw_answer(question: Question, kind: Kind, rng: random.Random, *, content: 
         adverb=rng.choice(ADVERBS) if rng.random() < FILLER_SHARE else None,
         closing=rng.choice(CLOSINGS) if rng.random() < FILLER_SHARE else None,
     )
+
+
+_DEFECTS = ("drop", "double", "replace", "cut short", "repeat attribute", "run on")
 
 
 def _damaged(words: list[str], defect: str, rng: random.Random) -> list[str]:
@@ -201,15 +192,11 @@ def _damaged(words: list[str], defect: str, rng: random.Random) -> list[str]:
     return [*words, "the", words[2], "has", *claim, words[-1]]
 
 
-_DEFECTS = ("drop", "double", "replace", "cut short", "repeat attribute", "run on")
-
-
 def break_answer(answer: Answer, rng: random.Random) -> str:
     """Return the response with a random defect that makes it malformed, each defect equally often."""
     defect = rng.choice(_DEFECTS)
-    words = answer.text[1:].split(" ")
-    while True:
-        # Without a filler word or with another value, the text may still be well-formed: draw the place again.
-        text = " " + " ".join(_damaged(words, defect, rng))
-        if parse_answer(text) is None:
-            return text
+    text = answer.text
+    # without a filler word or with another value, the text may still be well-formed: draw the place again
+    while parse_answer(text) is not None:
+        text = " " + " ".join(_damaged(answer.text[1:].split(" "), defect, rng))
+    return text

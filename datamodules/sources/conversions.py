@@ -8,43 +8,49 @@ from typing import Any, Literal
 
 from datamodules.sources.messages import spoken
 from datamodules.sources.prompts import question_prompt
-from datamodules.sources.rows import BadRow, LeftOut, decoded, kind, missing, text, typed
+from datamodules.sources.rows import BadRow, LeftOut, decoded, missing, text, typed, wrong_type
 
 PreferredBy = Literal["better", "safer"]
 Row = Mapping[str, object]
 Convert = Callable[[Row, Any], Row]  # the second argument is the `Source`
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _VERDICTS = ("0", "1", "0.0", "1.0", "true", "false", "desirable", "undesirable", "chosen", "rejected")
-_ANSWERS = ("completion", "output", "response")
+_ANSWERS = ("completion", "output", "response", "messages", "conversations")
 
 
-def unchanged(row: Row, source: Any) -> Row:
-    """Return the row as it is, because its fields already have the pair's names."""
-    return row
+def rename(row: Row, own_names: Mapping[str, str]) -> Row:
+    """Return the row with the columns `own_names` (theirs → ours) under our names.
+
+    A further column that has our name and a value becomes `<name>_in_data`.
+    """
+    own = set(own_names.values())
+    rest = {
+        f"{name}_in_data" if name in own else name: value
+        for name, value in without(row, *own_names).items()
+        if name not in own or not missing(value)
+    }
+    return {**rest, **{name: row[theirs] for theirs, name in own_names.items()}}
 
 
 def renamed(**names: str) -> Convert:
-    """Return a conversion that renames fields to ours: `own="theirs"` or `own="either|other"`.
-
-    A field that has our name already and a value becomes `<name>_in_data`.
-    """
-
-    def convert(row: Row, source: Any) -> Row:
-        theirs = {first_of(row, alternatives): own for own, alternatives in names.items()}
-        rest = {
-            f"{name}_in_data" if name in names else name: value
-            for name, value in row.items()
-            if name not in theirs and not (name in names and missing(value))
-        }
-        return {**rest, **{own: row[name] for name, own in theirs.items()}}
-
-    return convert
+    """Return a conversion that renames fields to ours: `own="theirs"` or `own="either|other"`."""
+    return lambda row, source: rename(row, {first_of(row, either): own for own, either in names.items()})
 
 
 def first_of(row: Row, alternatives: str) -> str:
-    """Return the first of several names (`a|b`) under which the row has a value, or the first name if none has."""
-    names = alternatives.split("|")
-    return next((name for name in names if not missing(row.get(name))), names[0])
+    """Return the first of several names (`a|b`) under which the row has a value, else the first that it has."""
+    present = [name for name in alternatives.split("|") if name in row]
+    return next((name for name in present if not missing(row[name])), present[0] if present else alternatives)
+
+
+def without(row: Row, *names: str) -> dict[str, object]:
+    """Return the row without some of its fields."""
+    return {name: value for name, value in row.items() if name not in names}
+
+
+def has_no_side(row: Row) -> bool:
+    """Return whether neither `chosen` nor `rejected` has a value."""
+    return missing(row.get("chosen")) and missing(row.get("rejected"))
 
 
 def conversation(row: Row, source: Any) -> Row:
@@ -53,12 +59,11 @@ def conversation(row: Row, source: Any) -> Row:
     If the sides are whole conversations themselves, as in UltraFeedback, the row stays as it is.
     """
     name = first_of(row, "messages|conversations")
-    if missing(row.get("chosen")) and missing(row.get("rejected")):
-        return renamed(response=name)({key: row[key] for key in row if key not in ("chosen", "rejected")}, source)
+    if has_no_side(row):
+        return rename(without(row, "chosen", "rejected"), {name: "response"})
     chosen = spoken(row["chosen"], "chosen")
-    if isinstance(chosen, str):  # the answer is text, but the prompt is messages
-        return renamed(prompt=name)(row, source)
-    return row if chosen[0].role != "assistant" else renamed(prompt=name)(row, source)
+    whole = not isinstance(chosen, str) and chosen[0].role != "assistant"
+    return row if whole else rename(row, {name: "prompt"})
 
 
 def alpaca(row: Row, source: Any) -> Row:
@@ -71,43 +76,34 @@ def alpaca(row: Row, source: Any) -> Row:
     prompt = text(row[instruction], instruction)
     if not missing(row.get("input")) and text(row["input"], "input").strip():
         prompt += f"\n{row['input']}"
-    used = {instruction, "input", "history", "prompt"}
-    fields: dict[str, object] = {"prompt": _with_history(row.get("history"), prompt)}
-    if missing(row.get("chosen")) and missing(row.get("rejected")):
+    fields = without(row, instruction, "input", "history")
+    fields["prompt"] = _with_history(row.get("history"), prompt)
+    if has_no_side(row):
         answer = first_of(row, "output|response|RESPONSE")
-        used |= {answer, "chosen", "rejected"}
         sides = row[answer]
+        fields = without(fields, answer, "chosen", "rejected")
         if isinstance(sides, list) and len(sides) == 2:
-            fields |= {"chosen": sides[0], "rejected": sides[1]}
+            fields["chosen"], fields["rejected"] = sides
         else:
             fields["response"] = sides
-    return {**{name: value for name, value in row.items() if name not in used}, **fields}
+    return fields
 
 
 def _with_history(history: object, prompt: str) -> object:
     if isinstance(history, str) and history.strip():
-        try:
-            history = decoded(history)
-        except ValueError as error:
-            raise BadRow("bad JSON", "history") from error
+        history = decoded(history, "history")
     if missing(history) or not history:
         return prompt
-    if not isinstance(history, list) or any(
-        not isinstance(turn, list | tuple) or len(turn) != 2 for turn in history
-    ):
-        raise BadRow("wrong type", f"history is {kind(history)}, not a list of pairs of question and answer")
-    turns = [(role, said) for turn in history for role, said in zip(("user", "assistant"), turn, strict=True)]
-    return [{"role": role, "content": said} for role, said in [*turns, ("user", prompt)]]
+    turns: list[Any] = history if isinstance(history, list) else [None]
+    if any(not isinstance(turn, list | tuple) or len(turn) != 2 for turn in turns):
+        raise wrong_type(history, "history", "a list of pairs of question and answer")
+    said = [text for turn in turns for text in turn]
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate([*said, prompt])]
 
 
 def asked(own: Convert) -> Convert:
     """Return a conversion for rows that need no answer: any that there is gives way to one without meaning."""
-
-    def convert(row: Row, source: Any) -> Row:
-        rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
-        return own({**rest, "response": "?"}, source)
-
-    return convert
+    return lambda row, source: own({**without(row, "chosen", "rejected"), "response": "?"}, source)
 
 
 def question(own: Convert) -> Convert:
@@ -122,55 +118,47 @@ def question(own: Convert) -> Convert:
     return convert
 
 
-def refuse_unusable(row: Row) -> None:
-    """Raise BadRow for a row of a known form that is for another task or holds more than text."""
-    for name in _MEDIA:
-        if not missing(row.get(name)) and row[name] not in ("", []):
-            raise BadRow("more than text", f"a field {name}; only text is trained on")
-    if "chosen" in row and not missing(row["chosen"]):
-        return
-    judged = str(row.get("label")).strip().lower() in _VERDICTS
-    judged = judged and any(not missing(row.get(name)) for name in (*_ANSWERS, "messages", "conversations"))
-    if judged or not missing(row.get("kto_tag")):
-        raise BadRow(
-            "unpaired preference",
-            f"an answer with {'label' if judged else 'kto_tag'}, as for KTO; "
-            "two answers to one prompt make a pair, chosen and rejected",
-        )
-    for fields, reason in _OTHER_TASKS.items():
-        if all(not missing(row.get(name)) for name in fields):
-            raise BadRow(*reason)
-
-
-_OTHER_TASKS = {
+_OTHER_TASKS = {  # fields → reason and detail
     ("completions", "labels"): ("stepwise supervision", "labels of single steps; write chosen and rejected"),
     ("input_ids",): ("tokens, not text", "input_ids; give the text"),
     ("prompt", "answers"): ("ranked answers", "answers; write the two that you mean as chosen and rejected"),
 }
 
 
-def field_of(row: Row, name: str) -> object:
-    """Return the field `name`. Raises BadRow if the row lacks it."""
-    if name not in row:
-        raise BadRow("missing field", name)
-    return row[name]
+def refuse_unusable(row: Row) -> None:
+    """Raise BadRow for a row of a known form that is for another task or holds more than text."""
+    for name in _MEDIA:
+        if not missing(row.get(name)) and row[name] not in ("", []):
+            raise BadRow("more than text", f"a field {name}; only text is trained on")
+    if not missing(row.get("chosen")):
+        return
+    answered = any(not missing(row.get(name)) for name in _ANSWERS)
+    judged = answered and str(row.get("label")).strip().lower() in _VERDICTS
+    if judged or not missing(row.get("kto_tag")):
+        verdict = "label" if judged else "kto_tag"
+        raise BadRow(
+            "unpaired preference",
+            f"an answer with {verdict}, as for KTO; two answers to one prompt make a pair, chosen and rejected",
+        )
+    for fields, reason in _OTHER_TASKS.items():
+        if all(not missing(row.get(name)) for name in fields):
+            raise BadRow(*reason)
 
 
 def number(row: Row, name: str) -> float:
     """Return the field `name`, which must be a finite number. Raises BadRow."""
-    value = typed(field_of(row, name))
+    value = typed(row[name])
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise BadRow("wrong type", f"{name} is {kind(value)}, not a finite number")
+        raise wrong_type(value, name, "a finite number")
     return value
 
 
 def zero_or_one(row: Row, name: str) -> int:
     """Return the field `name`, which must be the integer 0 or 1. Raises BadRow."""
-    value = typed(field_of(row, name))
+    value = typed(row[name])
     if isinstance(value, bool) or value not in (0, 1):
         raise BadRow("choice is neither 0 nor 1", f"{name} is {str(value)[:30]}")
-    assert isinstance(value, (int, float))
-    return int(value)
+    return int(value == 1)
 
 
 def spaced(value: object, name: str) -> str:
@@ -182,32 +170,33 @@ def tldr_pair(row: Row, source: Any) -> Row:
     """Return the fields of a row of `openai/summarize_from_feedback`, `comparisons`: two summaries of one post.
 
     `summaries[choice].text` is chosen. The prompt has the form that the authors gave their models (arXiv
-    2009.01325): the post's subreddit, title and text, then "TL;DR:". Labels: `post_id`, `subreddit`,
-    `chosen_policy`, `rejected_policy`, the fields of `extra` (`confidence`) and the other columns. Raises LeftOut
-    for a news article (a part of the validation split), BadRow for a malformed row.
+    2009.01325). Labels: those below, the fields of `extra` (`confidence`) and the other columns. Raises LeftOut for
+    a news article (a part of the validation split), BadRow for a malformed row.
     """
-    info = _mapping(field_of(row, "info"), "info")
-    summaries = field_of(row, "summaries")
+    summaries, best = row["summaries"], zero_or_one(row, "choice")
     if not isinstance(summaries, list) or len(summaries) != 2:
-        raise BadRow("wrong type", "summaries is not a list of two summaries")
-    best = zero_or_one(row, "choice")
-    chosen, rejected = (_mapping(summaries[index], f"summaries[{index}]") for index in (best, 1 - best))
+        raise wrong_type(summaries, "summaries", "a list of two summaries")
+    parts = {"info": row["info"], "chosen summary": summaries[best], "rejected summary": summaries[1 - best]}
+    for name, part in parts.items():
+        if not isinstance(part, Mapping):
+            raise wrong_type(part, name, "an object with fields")
+    info, chosen, rejected = parts.values()
     if info.get("post") is None and info.get("article") is not None:
         raise LeftOut("summary of a news article, no TL;DR post")
-    subreddit, title, post = (text(field_of(info, name), f"info.{name}") for name in ("subreddit", "title", "post"))
+    subreddit, title, post = (text(info.get(name), f"info.{name}") for name in ("subreddit", "title", "post"))
     if not post.strip():
         raise BadRow("empty prompt", "info.post")
     extra = row.get("extra")
     return {
-        **{name: value for name, value in row.items() if name not in ("info", "summaries", "choice", "extra")},
+        **without(row, "info", "summaries", "choice", "extra"),
         **(extra if isinstance(extra, Mapping) else {}),
         "post_id": info.get("id"),
         "subreddit": subreddit,
         "chosen_policy": chosen.get("policy"),
         "rejected_policy": rejected.get("policy"),
         "prompt": f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:",
-        "chosen": spaced(field_of(chosen, "text"), "text of the chosen summary"),
-        "rejected": spaced(field_of(rejected, "text"), "text of the rejected summary"),
+        "chosen": spaced(chosen.get("text"), "text of the chosen summary"),
+        "rejected": spaced(rejected.get("text"), "text of the rejected summary"),
     }
 
 
@@ -224,16 +213,15 @@ def shp_pair(row: Row, source: Any) -> Row:
         raise BadRow("scores contradict the label", f"comment {chosen} is preferred and scores less")
     ratio = number(row, "score_ratio")
     pair = {
-        "prompt": question_prompt(field_of(row, "history"), "history"),
-        "chosen": spaced(field_of(row, f"human_ref_{chosen}"), f"human_ref_{chosen}"),
-        "rejected": spaced(field_of(row, f"human_ref_{rejected}"), f"human_ref_{rejected}"),
+        "prompt": question_prompt(row["history"], "history"),
+        "chosen": spaced(row[f"human_ref_{chosen}"], f"human_ref_{chosen}"),
+        "rejected": spaced(row[f"human_ref_{rejected}"], f"human_ref_{rejected}"),
     }
-    if not ratio >= source.min_score_ratio:
+    if ratio < source.min_score_ratio:
         raise LeftOut(f"score_ratio below {source.min_score_ratio:g}", f"{ratio:g}")
     sides = {f"_{chosen}": "_chosen", f"_{rejected}": "_rejected"}
-    used = ("history", "human_ref_A", "human_ref_B", "labels")
-    labels = {name[:-2] + sides.get(name[-2:], name[-2:]): row[name] for name in row if name not in used}
-    return {**labels, **pair}
+    labels = without(row, "history", "human_ref_A", "human_ref_B", "labels")
+    return {**{name[:-2] + sides.get(name[-2:], name[-2:]): value for name, value in labels.items()}, **pair}
 
 
 def pku_saferlhf_pair(row: Row, source: Any) -> Row:
@@ -245,35 +233,27 @@ def pku_saferlhf_pair(row: Row, source: Any) -> Row:
     """
     ids = {name: zero_or_one(row, f"{name}_response_id") for name in ("better", "safer")}
     best = ids[source.preferred_by]
-    sides = {f"response_{best}": "chosen", f"response_{1 - best}": "rejected"}
-    used = ("prompt", "response_0", "response_1", "better_response_id", "safer_response_id")
-    labels: dict[str, object] = {f"{name}_is_chosen": response == best for name, response in ids.items()}
-    for name, value in row.items():
-        if name not in used:
-            for response, side in sides.items():
-                name = name.replace(response, side)
-            labels[name] = value
-    responses = {side: spaced(field_of(row, response), response) for response, side in sides.items()}
-    return {**labels, "prompt": question_prompt(field_of(row, "prompt"), "prompt"), **responses}
+    chosen, rejected = f"response_{best}", f"response_{1 - best}"
+    labels = without(row, "prompt", chosen, rejected, "better_response_id", "safer_response_id")
+    return {
+        **{f"{name}_is_chosen": response == best for name, response in ids.items()},
+        **{name.replace(chosen, "chosen").replace(rejected, "rejected"): labels[name] for name in labels},
+        "prompt": question_prompt(row["prompt"], "prompt"),
+        "chosen": spaced(row[chosen], chosen),
+        "rejected": spaced(row[rejected], rejected),
+    }
 
 
 def ultrafeedback_pair(row: Row, source: Any) -> Row:
     """Return the fields of a row of `HuggingFaceH4/ultrafeedback_binarized`: two conversations with scores.
 
-    `chosen` and `rejected` are messages that repeat the prompt. Pairs with equal scores stay, because they are part
-    of the published data. Labels: `prompt_id`, both scores and the other columns, but not `messages`, which repeats
-    `chosen`. Raises BadRow, also if the rejected response has the higher score.
+    `chosen` and `rejected` are messages that repeat the prompt; so does `messages`, which is left out. Pairs with
+    equal scores stay, because they are part of the published data. Raises BadRow, also if the rejected response has
+    the higher score.
     """
     for side in ("chosen", "rejected"):
-        if not isinstance(field_of(row, side), list):
-            raise BadRow("wrong type", f"{side} is {kind(row[side])}, not a list of messages")
-    field_of(row, "prompt")
+        if not isinstance(row[side], list):
+            raise wrong_type(row[side], side, "a list of messages")
     if number(row, "score_chosen") < number(row, "score_rejected"):
         raise BadRow("scores contradict the label", "score_rejected is higher than score_chosen")
-    return {name: value for name, value in row.items() if name != "messages"}
-
-
-def _mapping(value: object, name: str) -> Row:
-    if not isinstance(value, Mapping):
-        raise BadRow("wrong type", f"{name} is {kind(value)}, not an object with fields")
-    return value
+    return without(row, "messages")

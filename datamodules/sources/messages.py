@@ -9,7 +9,7 @@ from typing import Any
 
 from datamodules.records import Message, Prompt
 from datamodules.sources.prompts import prompt_messages
-from datamodules.sources.rows import BadRow, decoded, kind, text
+from datamodules.sources.rows import BadRow, decoded, kind, text, wrong_type
 
 TEMPLATE_FIELDS = ("system", "tools", "chat_template_kwargs")
 # the lower-case names in the documents of TRL, LLaMA-Factory, axolotl, OpenAssistant, Gemma and OpenAI
@@ -26,9 +26,9 @@ _QUOTED = re.compile(r"""['"](\w+)['"]""")
 
 
 def spoken(value: object, name: str) -> str | tuple[Message, ...]:
-    """Return the text or the messages of a field (a list, a single message, or either as JSON in text).
+    """Return the text or the messages of the field `name`: a list, a single message, or either as JSON in text.
 
-    `name` is the field, for the error message. Raises BadRow.
+    Raises BadRow.
     """
     if isinstance(value, str):
         value = _messages_in(value, name) or value
@@ -36,17 +36,18 @@ def spoken(value: object, name: str) -> str | tuple[Message, ...]:
         value = [value]
     if not isinstance(value, list):
         return text(value, name)
-    if value and all(isinstance(part, Mapping) and "type" in part and "role" not in part for part in value):
-        return _joined(value, name)
     if not value:
         raise BadRow(f"empty {name}")
+    if all(isinstance(part, Mapping) and "type" in part and "role" not in part for part in value):
+        return _joined(value, name)
     return tuple(_message(message, name) for message in value)
 
 
 def _message(value: object, name: str) -> Message:
     given = _without_null(value) if isinstance(value, Mapping) else {}
     if "role" not in given and "from" in given:
-        given = _without_null({"role": given.pop("from"), "content": given.pop("value", None), **given})
+        names = {"from": "role", "value": "content"}
+        given = {names.get(field, field): said for field, said in given.items()}
     if isinstance(given.get("content"), list):
         given["content"] = _joined(given["content"], name)
     kept = message_fields(given)
@@ -71,9 +72,8 @@ def _joined(parts: list[Any], name: str) -> str:
         if isinstance(part, Mapping) and part.get("type") != "text":
             what = str(part.get("type"))[:30]
             raise BadRow("more than text", f"{name} holds a part of type {what!r}; only text is trained on")
-        texts.append(
-            text(part.get("text") if isinstance(part, Mapping) else part, f"{name}: a part of its content")
-        )
+        said = part.get("text") if isinstance(part, Mapping) else part
+        texts.append(text(said, f"{name}: a part of its content"))
     return "".join(texts)
 
 
@@ -86,8 +86,8 @@ def _messages_in(value: str, name: str) -> object:
     if _AN_OBJECT.match(value) is None or not _A_KEY.search(value):
         return None
     try:
-        found = decoded(value)
-    except ValueError:
+        found = decoded(value, name)
+    except BadRow:
         found = None
     items = found if isinstance(found, list) else [found]
     keys = {"role", "content"}, {"from", "value"}, {"role", "tool_calls"}
@@ -107,9 +107,9 @@ def template_fields(row: Mapping[str, object]) -> dict[str, Any]:
     """
     tools, options = (_decoded(row.get(name), name) for name in ("tools", "chat_template_kwargs"))
     if not isinstance(tools, list | None):
-        raise BadRow("wrong type", f"tools is {kind(tools)}, not a list of tools")
+        raise wrong_type(tools, "tools", "a list of tools")
     if not isinstance(options, Mapping | None):
-        raise BadRow("wrong type", f"chat_template_kwargs is {kind(options)}, not an object with fields")
+        raise wrong_type(options, "chat_template_kwargs", "an object with fields")
     return {"tools": tools or None, "template_kwargs": options or {}}
 
 
@@ -125,11 +125,11 @@ def with_system(prompt: Prompt, system: object) -> Prompt:
         turns = prompt_messages(prompt)
     except ValueError as error:
         raise BadRow("turns out of order", str(error)) from error
-    if turns and turns[0].role == "system":
-        if turns[0] != first:
-            raise BadRow("two system messages", "the field system and the prompt's own differ")
-        return turns
-    return (first, *turns)
+    if not turns or turns[0].role != "system":
+        return (first, *turns)
+    if turns[0] != first:
+        raise BadRow("two system messages", "the field system and the prompt's own differ")
+    return turns
 
 
 def message_fields(message: Mapping[str, object]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from datamodules.records import Message, PreferencePair, Prompt
 from datamodules.sources.rows import BadRow, text
@@ -19,24 +19,17 @@ _HEADERS = {"user": HUMAN, "assistant": ASSISTANT, "system": ""}
 
 
 def split_transcript(transcript: str, name: str) -> tuple[str, str]:
-    """Split a whole transcript after its last "\\n\\nAssistant:" into (prompt, response).
-
-    `name` is the transcript's field, for the error message. Raises BadRow.
-    """
+    """Split the transcript of the field `name` after its last "\\n\\nAssistant:", or raise BadRow."""
     if not transcript.startswith(HUMAN):
         raise BadRow("not an HH transcript", f"{name} does not start with {HUMAN!r}")
-    cut = transcript.rfind(ASSISTANT)
-    if cut < transcript.rfind(HUMAN):
+    before, header, response = transcript.rpartition(ASSISTANT)
+    if not header or HUMAN in response:
         raise BadRow("last turn is not the assistant's", name)
-    cut += len(ASSISTANT)
-    return transcript[:cut], transcript[cut:]
+    return before + header, response
 
 
 def question_prompt(question: object, name: str) -> str:
-    """Return a single question as an HH prompt: one Human turn, then "\\n\\nAssistant:".
-
-    `name` is the question's field. Raises BadRow, also if the question contains turns itself.
-    """
+    """Return the question of the field `name` as an HH prompt of one turn. Raises BadRow, also for turns in it."""
     content = text(question, name)
     if not content.strip():
         raise BadRow("empty prompt", name)
@@ -53,9 +46,9 @@ def is_transcript_prompt(prompt: str) -> bool:
 def transcript_turns(prompt: str) -> tuple[Message, ...]:
     """Return the turns of an HH prompt unchanged, in any order of roles; text before them is "system"."""
     before, *turns = _TURN.split(prompt.removesuffix(ASSISTANT))
-    pairs = zip(turns[::2], turns[1::2], strict=True)
-    first = (Message("system", before),) if before else ()
-    return (*first, *(Message(_ROLES[role], content) for role, content in pairs))
+    messages = [Message("system", before)] if before else []
+    messages += [Message(_ROLES[role], content) for role, content in zip(turns[::2], turns[1::2], strict=True)]
+    return tuple(messages)
 
 
 def transcript(turns: Sequence[Message]) -> str:
@@ -63,34 +56,20 @@ def transcript(turns: Sequence[Message]) -> str:
     return "".join(_HEADERS[turn.role] + turn.content for turn in turns) + ASSISTANT
 
 
-def hh_messages(prompt: str) -> tuple[Message, ...]:
-    """Return the turns of an HH prompt as messages, Human as "user" and Assistant as "assistant".
-
-    The "\\n\\nAssistant:" at the end of `prompt` is the header of the response, not a message. Raises ValueError
-    if it is missing, if other text precedes the turns, or if they do not alternate, with a Human turn first and
-    last.
-    """
-    if not is_transcript_prompt(prompt):
-        raise ValueError(f"an HH prompt ends with {ASSISTANT!r}")
-    messages = tuple(Message(turn.role, turn.content.strip()) for turn in transcript_turns(prompt))
-    if messages and messages[0].role == "system":
-        raise ValueError(f"an HH prompt starts with {HUMAN!r}, not with {prompt[:20]!r}")
-    for index, message in enumerate(messages):
-        if message.role != ("user", "assistant")[index % 2]:
-            raise ValueError(f"turn {index + 1} of the HH prompt is another {message.role} turn")
-    if not messages or messages[-1].role != "user":
-        raise ValueError("the HH prompt does not end with a Human turn")
-    return messages
-
-
 def prompt_messages(prompt: Prompt) -> tuple[Message, ...]:
     """Return any prompt as messages: its own, the turns of an HH prompt, or a single user turn.
 
-    Raises ValueError if the turns of an HH prompt do not alternate.
+    Raises ValueError unless the turns of an HH prompt alternate, with a Human turn first and last.
     """
     if not isinstance(prompt, str):
         return prompt
-    return hh_messages(prompt) if is_transcript_prompt(prompt) else (Message("user", prompt),)
+    if not is_transcript_prompt(prompt):
+        return (Message("user", prompt),)
+    turns = tuple(Message(turn.role, turn.content.strip()) for turn in transcript_turns(prompt))
+    roles = [turn.role for turn in turns]
+    if roles != ["user", *["assistant", "user"] * (len(roles) // 2)]:
+        raise ValueError(f"the turns of an HH prompt alternate, Human first and last, not {', '.join(roles)}")
+    return turns
 
 
 def prompt_key(prompt: Prompt) -> int:
@@ -107,11 +86,11 @@ def near_key(prompt: Prompt) -> int:
 
 def answer_keys(pair: PreferencePair) -> tuple[int, int]:
     """Return signed 64-bit hashes of the texts and fields of the chosen and the rejected response; 0 for none."""
-    given = [(pair.chosen, pair.chosen_fields), (pair.rejected, pair.rejected_fields)]
-    chosen, rejected = (
-        0 if text is None else _hash(json.dumps([text.strip(), dict(more)], default=str)) for text, more in given
-    )
-    return chosen, rejected
+
+    def key(text: str | None, more: Mapping[str, object]) -> int:
+        return 0 if text is None else _hash(json.dumps([text.strip(), dict(more)], default=str))
+
+    return key(pair.chosen, pair.chosen_fields), key(pair.rejected, pair.rejected_fields)
 
 
 def _hash(text: str) -> int:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from datamodules.sources import conversions as to
 from datamodules.sources.conversions import Convert, Row
@@ -29,7 +27,7 @@ class Format:
     name: str
     named_by: str
     row: Row
-    convert: Convert = to.unchanged
+    convert: Convert = lambda row, source: row
     when: Callable[[Row], bool] = lambda row: True
 
     @cached_property
@@ -56,70 +54,69 @@ def _holds(row: Row, name: str) -> bool:
     return any(not missing(row.get(side)) for side in sides)
 
 
-def _without_own_fields(row: Row) -> bool:
-    return "chosen" not in row  # otherwise somebody has converted the published form
-
-
+# values of the examples
 _TURN = {"role": "user", "content": "2 + 2?"}
 _YES, _NO = ({"role": "assistant", "content": answer} for answer in ("4", "5"))
 _HUMAN = {"from": "human", "value": "2 + 2?"}
 _GPT, _GPT_NO = ({"from": "gpt", "value": said} for said in ("4", "5"))
 _TALK = "\n\nHuman: 2 + 2?\n\nAssistant:"
-_PAIR: dict[str, Any] = {"chosen": "4", "rejected": "5"}
-_TLDR: dict[str, Any] = {
-    "info": {"id": "t3", "subreddit": "cats", "title": "Cat", "post": "My cat sleeps."},
-    "summaries": [{"text": " It sleeps."}, {"text": " It barks."}],
-    "choice": 0,
-}
-_SHP: dict[str, Any] = {
-    **{"history": "2 + 2?", "human_ref_A": "4", "human_ref_B": "5", "labels": 1},
-    **{"score_A?": 9, "score_B?": 3, "score_ratio?": 3.0},
-}
-_PKU = {"prompt": "2 + 2?", "response_0": "4", "response_1": "5", "better_response_id": 0, "safer_response_id": 0}
-_WHOLE: dict[str, Any] = {"chosen": [_TURN, _YES], "rejected": [_TURN, _NO]}
-_MESSAGES = {"prompt": [_TURN], "chosen": [_YES], "rejected": [_NO]}
-_ARGILLA = {"instruction|prompt": "2 + 2?", "chosen_response": "4", "rejected_response": "5"}
-_ADD = {"instruction|INSTRUCTION": "Add.", "input?": "2 + 2"}  # every `alpaca` row may have `history`, too
-_asked = to.renamed(prompt="question|input")
-_argilla = to.renamed(prompt="instruction|prompt", chosen="chosen_response", rejected="rejected_response")
+_PAIR: Row = {"chosen": "4", "rejected": "5"}
+_MESSAGES: Row = {"prompt": [_TURN], "chosen": [_YES], "rejected": [_NO]}
+_WHOLE: Row = {"chosen": [_TURN, _YES], "rejected": [_TURN, _NO]}
+_DIALOGUE: Row = {"messages|conversations": [_TURN], "chosen": _YES, "rejected": _NO}
+_SHAREGPT: Row = {"conversations|messages": [_HUMAN], "chosen": _GPT, "rejected": _GPT_NO}
+_ARGILLA: Row = {"instruction|prompt": "2 + 2?", "chosen_response": "4", "rejected_response": "5"}
+_ADD: Row = {"instruction|INSTRUCTION": "Add.", "input?": "2 + 2"}  # every `alpaca` row may have `history`, too
+_POST: Row = {"id": "t3", "subreddit": "cats", "title": "Cat", "post": "My cat sleeps."}
+_TLDR: Row = {"info": _POST, "summaries": [{"text": " It sleeps."}, {"text": " It barks."}], "choice": 0}
+_SCORES: Row = {"score_A": 9, "score_B": 3, "score_ratio": 3.0}
+_SHP: Row = {"history": "2 + 2?", "human_ref_A": "4", "human_ref_B": "5", "labels": 1, **_SCORES}
+_IDS: Row = {"better_response_id": 0, "safer_response_id": 0}
+_PKU: Row = {"prompt": "2 + 2?", "response_0": "4", "response_1": "5", **_IDS}
+_ULTRAFEEDBACK: Row = {"prompt": "2 + 2?", **_WHOLE, "score_chosen": 9.0, "score_rejected": 3.0}
+
 _completed = to.renamed(response="completion|response|generation")
-_answered = to.renamed(prompt="question", response="answer|response")
+_asked = to.question(to.renamed(prompt="question|input"))
+_answered = to.question(to.renamed(prompt="question", response="answer|response"))
+_argilla = to.renamed(prompt="instruction|prompt", chosen="chosen_response", rejected="rejected_response")
+
+
+def _alone(row: Row) -> bool:
+    return "rejected" not in row
+
+
+def _published(row: Row) -> bool:
+    return "chosen" not in row  # otherwise somebody has converted the published form
+
+
+def _spoken(row: Row) -> bool:
+    return not isinstance(spoken(row["chosen"], "chosen"), str)
+
+
+def _transcript(row: Row) -> bool:
+    return any(ASSISTANT in str(row.get(side)) for side in _SIDES)
+
 
 # a row has the first of these formats whose fields it has
 FORMATS = (
     Format("pairs", "TRL, axolotl", {"prompt": "2 + 2?", **_PAIR}),
     Format("pairs", "TRL", _MESSAGES),
-    Format(
-        "messages",
-        "axolotl (`chat_template.default`)",
-        {"messages|conversations": [_TURN], "chosen": _YES, "rejected": _NO},
-        to.conversation,
-    ),
-    Format(
-        "messages",
-        "LLaMA-Factory (ShareGPT)",
-        {"conversations|messages": [_HUMAN], "chosen": _GPT, "rejected": _GPT_NO},
-        to.conversation,
-    ),
+    Format("messages", "axolotl (`chat_template.default`)", _DIALOGUE, to.conversation),
+    Format("messages", "LLaMA-Factory (ShareGPT)", _SHAREGPT, to.conversation),
     Format("alpaca", "LLaMA-Factory", {**_ADD, **_PAIR}, to.alpaca),
     Format("alpaca", "axolotl (`chatml.argilla`)", _ARGILLA, _argilla),
     Format(
         "question",
         "axolotl (`chatml.intel`, `chatml.icr`)",
         {"system?": "Be brief.", "question|input": "2 + 2?", **_PAIR},
-        to.question(_asked),
+        _asked,
     ),
-    Format(
-        "pairs",
-        "TRL (implicit prompt)",
-        _WHOLE,
-        when=lambda row: not isinstance(spoken(row["chosen"], "chosen"), str),
-    ),
+    Format("pairs", "TRL (implicit prompt)", _WHOLE, when=_spoken),
     Format(
         "hh",
         "`Anthropic/hh-rlhf`; `data.subset` takes one of its four subsets",
         {"chosen": f"{_TALK} 4", "rejected": f"{_TALK} 5"},
-        when=lambda row: any(ASSISTANT in str(row[side]) for side in _SIDES),
+        when=_transcript,
     ),
     Format("messages", "TRL, LLaMA-Factory", {"messages|conversations": [_TURN, _YES]}, to.conversation),
     Format("messages", "LLaMA-Factory (ShareGPT)", {"conversations|messages": [_HUMAN, _GPT]}, to.conversation),
@@ -129,53 +126,39 @@ FORMATS = (
         {"prompt": "2 + 2?", "completion|response|generation": "4"},
         _completed,
     ),
-    Format(
-        "pairs",
-        "the chosen side of a pair",
-        {"prompt": "2 + 2?", "chosen": "4"},
-        when=lambda row: "rejected" not in row,
-    ),
+    Format("pairs", "the chosen side of a pair", {"prompt": "2 + 2?", "chosen": "4"}, when=_alone),
     Format("alpaca", "LLaMA-Factory, axolotl", {**_ADD, "output|response|RESPONSE": "4"}, to.alpaca),
     Format(
-        "question",
-        "axolotl (`alpaca_chat.load_qa`)",
-        {"question": "2 + 2?", "answer|response": "4"},
-        to.question(_answered),
+        "question", "axolotl (`alpaca_chat.load_qa`)", {"question": "2 + 2?", "answer|response": "4"}, _answered
     ),
     Format(
         "hh",
         "the chosen side of HH",
         {"chosen": f"{_TALK} 4"},
-        when=lambda row: "rejected" not in row and ASSISTANT in str(row["chosen"]),
+        when=lambda row: _alone(row) and _transcript(row),
     ),
     Format(
         "text",
         "plain text to learn whole, with no prompt; the lines of a .txt file are such rows",
         {"text": "2 + 2 is 4."},
-        lambda row, source: {**to.renamed(response="text")(row, source), "prompt": ""},
+        lambda row, source: {**to.rename(row, {"text": "response"}), "prompt": ""},
         when=lambda row: missing(row.get("prompt")),  # else the prompt would be lost
     ),
+    Format("tldr", "`openai/summarize_from_feedback`, `comparisons`", _TLDR, to.tldr_pair, _published),
     Format(
-        "tldr", "`openai/summarize_from_feedback`, `comparisons`", _TLDR, to.tldr_pair, when=_without_own_fields
-    ),
-    Format(
-        "shp",
-        "`stanfordnlp/SHP`; `data.min_score_ratio` leaves out close calls",
-        _SHP,
-        to.shp_pair,
-        when=_without_own_fields,
+        "shp", "`stanfordnlp/SHP`; `data.min_score_ratio` leaves out close calls", _SHP, to.shp_pair, _published
     ),
     Format(
         "pku_saferlhf",
         "`PKU-Alignment/PKU-SafeRLHF`; `data.preferred_by` is `better` or `safer`",
         _PKU,
         to.pku_saferlhf_pair,
-        when=_without_own_fields,
+        _published,
     ),
     Format(
         "ultrafeedback",
         "`HuggingFaceH4/ultrafeedback_binarized`",
-        {"prompt": "2 + 2?", **_WHOLE, "score_chosen": 9.0, "score_rejected": 3.0},
+        _ULTRAFEEDBACK,
         to.ultrafeedback_pair,
         when=lambda row: False,  # its fields do not distinguish it from any pair in chat messages
     ),
@@ -184,18 +167,18 @@ FORMATS = (
 
 def _asks(row: Row) -> bool:
     """Return whether a row holds no pair, and its dialogue, if any, no answer."""
-    if any(not missing(row.get(side)) for side in _SIDES):
+    if not to.has_no_side(row):
         return False
     name = to.first_of(row, "messages|conversations")
-    talk = () if missing(row.get(name)) else spoken(row[name], name)
-    return isinstance(talk, str) or not talk or talk[-1].role != "assistant"
+    talk = "" if missing(row.get(name)) else spoken(row[name], name)
+    return isinstance(talk, str) or talk[-1].role != "assistant"
 
 
 # what `generate` answers, beside the prompts of the formats above
 PROMPTS = tuple(
     Format(name.partition("|")[0], "prompts alone", {name: "2 + 2?"}, to.asked(own), _asks)
     for name, own in (
-        ("prompt", to.unchanged),
+        ("prompt", to.renamed()),
         ("text", to.renamed(prompt="text")),
         ("instruction|INSTRUCTION", to.alpaca),
         ("question", to.question(to.renamed(prompt="question"))),
@@ -204,16 +187,6 @@ PROMPTS = tuple(
 )
 NAMES = tuple(dict.fromkeys(format.name for format in FORMATS))
 FIELDS = {name for format in FORMATS for either in format.row for name in either.rstrip("?").split("|")}
-
-
-def markdown_table(formats: tuple[Format, ...] = FORMATS) -> str:
-    """Return the registry as the table in docs/data.md."""
-    lines = ["| `data.format` | an example row | stage | as in |", "|---|---|---|---|"]
-    for format in formats:
-        row = json.dumps(format.example, ensure_ascii=False).replace("|", "\\|")
-        stage = "preference" if format.is_pair else "SFT"
-        lines.append(f"| `{format.name}` | `{row}` | {stage} | {format.named_by} |")
-    return "\n".join(lines) + "\n"
 
 
 def nearest(row: Row, formats: tuple[Format, ...]) -> Format:

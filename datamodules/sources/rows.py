@@ -7,9 +7,8 @@ import json
 import math
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
-
-_EXAMPLES_PER_REASON = 3
 
 
 class BadRow(Exception):
@@ -36,17 +35,13 @@ class RowReport:
 
     def note(self, reason: str, place: str) -> None:
         """Count a row by a reason, and keep its place if it is one of the first."""
-        self.counts[reason] += 1
-        places = self.examples.setdefault(reason, [])
-        if len(places) < _EXAMPLES_PER_REASON:
-            places.append(place)
+        self.extend(RowReport(Counter([reason]), {reason: [place]}))
 
     def extend(self, later: RowReport) -> None:
         """Add what became of later rows."""
         self.counts.update(later.counts)
         for reason, places in later.examples.items():
-            known = self.examples.setdefault(reason, [])
-            known += places[: _EXAMPLES_PER_REASON - len(known)]
+            self.examples[reason] = [*self.examples.get(reason, []), *places][:3]
 
     @property
     def complete(self) -> bool:
@@ -55,20 +50,16 @@ class RowReport:
 
     def lines(self) -> list[str]:
         """Return a text for each reason: how often, and where first."""
-        told = []
-        for reason, count in self.counts.most_common():
-            if reason not in ("rows", "pairs"):
-                places = self.examples.get(reason)
-                told.append(f"{count} {reason}" + (f" (first: {', '.join(places)})" if places else ""))
-        return told
+        places = {reason: f" (first: {', '.join(first)})" for reason, first in self.examples.items()}
+        counted = [found for found in self.counts.most_common() if found[0] not in ("rows", "pairs")]
+        return [f"{count} {reason}{places.get(reason, '')}" for reason, count in counted]
 
     def summary(self) -> str:
         """Return one readable line: how many rows became pairs, and why the others did not."""
         return "; ".join([f"{self.counts['rows']} rows read, {self.counts['pairs']} pairs", *self.lines()])
 
 
-_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
-_CONSTANTS: dict[str, object] = {"true": True, "false": False}
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|true|false", re.ASCII | re.IGNORECASE)
 
 
 class Cell(str):
@@ -79,21 +70,17 @@ def typed(value: object) -> object:
     """Return a cell as a number or truth value if it spells one, else as text; return other values unchanged."""
     if not isinstance(value, Cell):
         return value
-    if _NUMBER.fullmatch(value):
-        return float(value) if set(value) & set(".eE") else int(value)
-    return _CONSTANTS.get(value.lower(), str(value))
+    return json.loads(value.lower()) if _NUMBER.fullmatch(value) else str(value)
 
 
-def decoded(value: str) -> object:
-    """Return the value of a text in JSON or in Python's syntax. Raises ValueError."""
+def decoded(value: str, name: str) -> object:
+    """Return the value of a text in JSON or in Python's syntax. `name` is its field. Raises BadRow."""
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        pass
-    try:
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
         return ast.literal_eval(value.strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
-        raise ValueError(str(error)) from error
+        raise BadRow("bad JSON", name) from error
 
 
 def missing(value: object) -> bool:
@@ -106,12 +93,17 @@ def kind(value: object) -> str:
     return "null" if value is None else "text" if isinstance(value, str) else type(value).__name__
 
 
+def wrong_type(value: object, name: str, wanted: str) -> BadRow:
+    """Return the error for a field `name` whose value is not `wanted`."""
+    return BadRow("wrong type", f"{name} is {kind(value)}, not {wanted}")
+
+
 def text(value: object, name: str) -> str:
     """Return `value`, which must be valid text. `name` is its field. Raises BadRow."""
     if missing(value):  # null, or an empty cell: the same reason as of blank text
         raise BadRow(f"empty {name}", "no value")
     if not isinstance(value, str):
-        raise BadRow("wrong type", f"{name} is {kind(value)}, not text")
+        raise wrong_type(value, name, "text")
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer accepts

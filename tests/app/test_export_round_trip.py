@@ -22,7 +22,7 @@ from app.commands.export import export
 from app.commands.export_spelling import generation_config, spell_for_others
 from app.core.errors import UserError
 from datamodules.controlled_task import build_tokenizer, preference_pairs
-from datamodules.sources.prompts import hh_messages
+from datamodules.sources.prompts import prompt_messages
 from lightning_modules.pretrained import load_model
 from lightning_modules.sharded_loading import read_weights, weight_files
 
@@ -245,7 +245,7 @@ def test_the_chat_template_renders_the_dialogue_that_was_trained_on(trained_tiny
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     prompt = preference_pairs(1, seed=0)[0].prompt
     assert isinstance(prompt, str)
-    turns: list[dict[str, str]] = [*hh_messages(prompt)]
+    turns: list[dict[str, str]] = [*prompt_messages(prompt)]
     rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     assert rendered == tokenizer(prompt)["input_ids"]
     answered = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": "yes ."}], tokenize=False)

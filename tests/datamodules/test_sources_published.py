@@ -88,7 +88,11 @@ def info(**changes: object) -> dict[str, object]:
         ("tldr", {**TLDR, "info": None}, "wrong type"),
         ("tldr", {**TLDR, "summaries": TLDR["summaries"][:1]}, "wrong type"),
         ("tldr", {**TLDR, "summaries": [" a", " b"]}, "wrong type"),
-        ("tldr", {**TLDR, "summaries": [{"policy": "ref"}, TLDR["summaries"][1]]}, "missing field"),
+        (
+            "tldr",
+            {**TLDR, "summaries": [{"policy": "ref"}, TLDR["summaries"][1]]},
+            "empty text of the rejected summary",
+        ),
         (
             "tldr",
             {**TLDR, "summaries": [{"text": None}, TLDR["summaries"][1]]},

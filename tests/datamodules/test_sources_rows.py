@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from app.core.errors import UserError
 from datamodules.records import Message, PreferencePair, Prompt
 from datamodules.sources.pairs import read_pairs, read_row
-from datamodules.sources.prompts import hh_messages
+from datamodules.sources.prompts import prompt_messages
 from datamodules.sources.rows import BadRow
 from datamodules.sources.source import Source
 
@@ -171,12 +171,11 @@ def test_a_named_format_refuses_the_other_one(row: object, format: str, reason: 
     assert bad.value.reason == reason
 
 
-def test_hh_messages_reads_turns_and_refuses_other_roles_and_orders() -> None:
+def test_prompt_messages_reads_turns_and_refuses_other_roles_and_orders() -> None:
     text = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: a\n\nb: c\n\nAssistant:"
     turns = (("user", "hi"), ("assistant", "yes?"), ("user", "a\n\nb: c"))
-    assert hh_messages(text) == tuple(Message(*turn) for turn in turns)
+    assert prompt_messages(text) == tuple(Message(*turn) for turn in turns)
     for wrong in (
-        "\n\nHuman: hi",
         "\n\nAssistant:",
         "\n\nSystem: x\n\nHuman: hi\n\nAssistant:",
         "\n\nAssistant: hi\n\nAssistant:",
@@ -184,7 +183,7 @@ def test_hh_messages_reads_turns_and_refuses_other_roles_and_orders() -> None:
         "\n\nHuman: hi\n\nAssistant: x\n\nAssistant:",
     ):
         with pytest.raises(ValueError, match="HH prompt"):
-            hh_messages(wrong)
+            prompt_messages(wrong)
 
 
 GOOD = {"prompt": "hi", "chosen": "a", "rejected": "b"}

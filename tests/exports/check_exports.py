@@ -33,7 +33,7 @@ from app.commands.generate import generate  # noqa: E402
 from app.core.samples import read_samples  # noqa: E402
 from app.judges.server import SamplingServer  # noqa: E402
 from datamodules.controlled_task import build_tokenizer, preference_pairs  # noqa: E402
-from datamodules.sources.prompts import hh_messages  # noqa: E402
+from datamodules.sources.prompts import prompt_messages  # noqa: E402
 from lightning_modules.lora import Lora  # noqa: E402
 
 NEW_TOKENS = 24
@@ -118,7 +118,7 @@ def exported_case(folder: Path, case: tuple[str, dict[str, Any], Lora | None, bo
 
         model = PeftModel.from_pretrained(model, out)
     tokenizer: Any = AutoTokenizer.from_pretrained(out)
-    chats = [list(hh_messages(prompt)) for prompt in prompts]
+    chats = [list(prompt_messages(prompt)) for prompt in prompts]
     sequences = torch.randint(3, COMMON["vocab_size"], (4, 64), generator=torch.Generator().manual_seed(0)).tolist()
     templated = [tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"] for turns in chats]
     plain = [tokenizer(prompt)["input_ids"] for prompt in prompts]
