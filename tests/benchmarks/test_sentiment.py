@@ -11,7 +11,6 @@ import pytest
 from app.judges.rewards import OwnReward
 from benchmarks.study import sentiment
 from benchmarks.study.questions import pilot
-from benchmarks.study.runs import spoken
 from benchmarks.study.tasks import TASKS, Reviews
 
 
@@ -47,7 +46,8 @@ def test_the_rewards_are_functions_for_judge_and_pairs(tmp_path: Path) -> None:
 
 def test_the_commands_of_a_run_start_from_the_pairs_of_its_seed() -> None:
     run = next(pilot())
-    commands = TASKS["sentiment"].commands(run)
-    assert spoken(commands[0]).startswith("beta-dpo pairs ")
-    assert commands[1][commands[1].index("--data.path") + 1] == commands[0][2]
-    assert [words[0] for words in commands[2:]] == ["export", "generate"] * 3
+    commands = [command.split() for command in TASKS["sentiment"].commands(run)]
+    assert commands[1][commands[1].index("--data.path") + 1] == commands[0][3]
+    assert [words[:2] for words in commands] == [
+        ["beta-dpo", command] for command in ("pairs", "fit", *["export", "generate"] * 3)
+    ]

@@ -15,25 +15,12 @@ import torch
 
 from app.method.beta import BetaSchedule
 from app.method.moments import Moments
-from benchmarks.study.page import DOCS, anchor, documents
-from benchmarks.study.questions import (
-    BASES,
-    JUDGED,
-    RATES,
-    SEEDS,
-    TUNING,
-    TUNING_SEEDS,
-    Cell,
-    Comparison,
-    Rows,
-    Untuned,
-    missing,
-    plan,
-    sizes,
-)
-from benchmarks.study.runs import COLUMNS, append_result, make_row, make_sft_model, measured, read_results, runs_of
+from benchmarks.study.page import DOCS, documents, linked
+from benchmarks.study.questions import BASES, QUESTIONS, RATES, SEEDS, judged, plan, shuffled, sizes
+from benchmarks.study.runs import make_row, make_sft_model, measured
 from benchmarks.study.shared_beta import SharedSchedule
-from benchmarks.study.tasks import TASKS, Run
+from benchmarks.study.table import COLUMNS, SIGNS, Rows, Untuned, append_result, read_results, runs_of
+from benchmarks.study.tasks import JUDGED, TASKS, TUNING, TUNING_SEEDS, Run
 from benchmarks.study.verdicts import Difference, reward_within
 
 ROOT = Path(__file__).parents[2]
@@ -64,55 +51,55 @@ def test_no_run_of_the_quickstart_falls_apart() -> None:
 def test_settings_are_chosen_on_other_seeds_than_they_are_judged_on() -> None:
     assert not set(TUNING_SEEDS) & set(SEEDS)
     for question in plan():
-        for one in question.comparisons:
-            assert sum(one.weights.values()) == 0
+        assert {len(runs) for runs in question.comparisons.values()} <= {2, 4}  # as SIGNS adds them up
 
 
-def tuning_rows(cell: Cell, seeds: tuple[int, ...], reward: dict[tuple[float, float], float]) -> list[dict]:
+def tuning_rows(run: Run, seeds: tuple[int, ...], reward: dict[tuple[float, float], float]) -> list[dict]:
     """Return made-up rows of tuning with the given rewards, by settings."""
-    place = (cell.data, cell.flips, cell.loss, cell.arm)
+    place = (run.data, run.flip_rate, run.loss, run.arm)
     return [
-        row(Run(cell.task, TUNING, seed, *place, *settings), value)
+        row(Run(run.task, TUNING, seed, *place, *settings), value)
         for settings, value in reward.items()
         for seed in seeds
     ]
 
 
-def tuned(cell: Cell) -> list[dict]:
-    """Return made-up rows of tuning after which a cell has its smallest β0 and rate."""
-    grid = [(base, rate) for base in BASES[cell.task] for rate in RATES[cell.task]]
-    return tuning_rows(cell, TUNING_SEEDS, {at: 1.0 + (at == grid[0]) for at in grid})
+def tuned(run: Run) -> list[dict]:
+    """Return made-up rows of tuning after which a run has its smallest β0 and rate."""
+    grid = [(base, rate) for base in BASES[run.task] for rate in RATES[run.task]]
+    return tuning_rows(run, TUNING_SEEDS, {at: 1.0 + (at == grid[0]) for at in grid})
 
 
 def test_settings_are_chosen_in_two_rounds_and_runs_follow_from_them() -> None:
     question = plan()[0]
-    static = Cell("dpo", flips=0.0)
-    assert static in question.comparisons[0].weights
-    first = missing(question, Rows(read_results().head(0)))
+    static = judged("dpo", flip_rate=0.0)
+    assert question.comparisons["β-DPO − static β, flip rate 0"][1] == static
+    first = Rows(read_results().head(0)).missing(question.runs, question.seeds)
     assert {run.phase for run in first} == {TUNING}
     assert {run.seed for run in first} == {TUNING_SEEDS[0]}
-    assert len(first) == 6 * 6  # settings × cells
+    assert len(first) == 6 * 6  # settings × runs
     reward = {(base, rate): 3 + base - 1000 * rate for base in (0.1, 0.3, 1.0) for rate in RATES["controlled"]}
     rows = tuning_rows(static, TUNING_SEEDS[:1], reward)
     with pytest.raises(Untuned) as second:
-        Rows(pd.DataFrame(rows)).settings(static)
+        Rows(pd.DataFrame(rows)).chosen(static)
     assert {(run.beta0, run.seed) for run in second.value.runs} == {(1.0, seed) for seed in TUNING_SEEDS[1:]}
     # the second by the first seed alone turns out better over all five
     better = {(1.0, 1.8e-4): 3.0, (1.0, 3.6e-4): 3.9}
     rows += tuning_rows(static, TUNING_SEEDS[1:], better)
     table = pd.DataFrame(rows)
-    assert Rows(table).settings(static) == (1.0, 3.6e-4)
-    ours = Rows(table).run(static.controlled_by("shuffled_beta"))
+    found = Rows(table).chosen(static)
+    assert (found.beta0, found.learning_rate) == (1.0, 3.6e-4)
+    ours = Rows(table).chosen(shuffled("dpo", "beta", flip_rate=0.0)[1])
     assert (ours.phase, ours.seed, ours.learning_rate) == (JUDGED, -1, 3.6e-4)
     assert ours.options == "--control Control --control.by shuffled_beta"
     # a seed whose settings were run on two processors is run again, whole, on this one
     with pytest.raises(Untuned) as mixed:
-        Rows(table.assign(processor=[*"ab", *table.processor[2:]])).settings(static)
+        Rows(table.assign(processor=[*"ab", *table.processor[2:]])).chosen(static)
     assert {run.seed for run in mixed.value.runs} == {TUNING_SEEDS[0]}
     assert len(mixed.value.runs) == 6
     elsewhere = [one | {"processor": "other"} for one in rows if one["seed"] == TUNING_SEEDS[1]]
     moved = [one for one in rows if one["seed"] != TUNING_SEEDS[1]] + elsewhere
-    assert Rows(pd.DataFrame(moved)).settings(static) == (1.0, 3.6e-4)
+    assert Rows(pd.DataFrame(moved)).chosen(static) == found
 
 
 def test_a_collapsed_run_counts_as_its_sft_model_in_the_plan_alone() -> None:
@@ -128,20 +115,19 @@ def test_the_page_says_what_wins_on_both_tasks(monkeypatch: pytest.MonkeyPatch) 
     rows = []
     for task, gain, seeds in (("controlled", 0.5, SEEDS), ("sentiment", 0.3, SEEDS[:8])):
         for arm, more in (("dpo", 0.0), ("beta_dpo", gain)):
-            cell = Cell(arm, 0.3, task=task)
-            rows += tuned(cell)
-            run = Rows(pd.DataFrame(rows)).run(cell)
+            rows += tuned(judged(arm, flip_rate=0.3, task=task))
+            run = Rows(pd.DataFrame(rows)).chosen(judged(arm, flip_rate=0.3, task=task))
             rows += [row(replace(run, seed=seed), 1.0 + more + 0.001 * seed) for seed in seeds]
     earlier = read_results().query("phase not in ('tuning', 'judged')")
     table = pd.DataFrame(rows)
     one = table.task == "controlled"
-    for made, said, judged in (
+    for made, said, done in (
         (table, "β-DPO, flip rate 0.3 beats a tuned static β on both tasks", 76),
         (table[one], "is not known yet", 60),
     ):
         told = documents(pd.concat([earlier, made]))["study.md"]
         assert said in told
-        assert f"{judged} of the " in told
+        assert f"{done} of the " in told
     assert "+0.50 [+0.50, +0.50] | better" in told
     last = one & (table.seed == SEEDS[-1])  # a seed of the plan is not there
     assert "| better" not in documents(pd.concat([earlier, table[one & ~last]]))["study.md"]
@@ -153,7 +139,7 @@ def test_the_plan_fits_eight_hours_of_two_cores() -> None:
     last = done.stdout.split("\n\n")[0].splitlines()[-1]
     assert last.startswith("| (j)")
     assert 6 < float(last.split("|")[-2]) < 8
-    assert len(list(sizes())) == len(plan()) == 9
+    assert len(list(sizes())) == len(plan()) == QUESTIONS
 
 
 def test_a_shared_beta_follows_its_own_pairs() -> None:
@@ -192,32 +178,31 @@ def test_a_row_survives_the_file(tmp_path: Path) -> None:
 
 
 def test_rows_of_different_processors_are_not_compared() -> None:
-    ours, theirs = Cell("filter_only"), Cell("dpo")
-    comparison = Comparison("", {ours: 1.0, theirs: -1.0})
-    made = [*tuned(ours), *tuned(theirs)]
-    run, other = map(Rows(pd.DataFrame(made)).run, (ours, theirs))
+    pair = (judged("filter_only"), judged("dpo"))
+    made = [each for run in pair for each in tuned(run)]
+    run, other = map(Rows(pd.DataFrame(made)).chosen, pair)
     rows = [row(replace(run, seed=seed), reward, "one") for seed, reward in enumerate((3.0, 3.5, 4.0, 4.5))]
     rows[0]["malformed"] = rows[3]["malformed"] = 0.9  # collapsed: the first counts with .125, the last in no pair
     rows += [row(replace(other, seed=seed), 2.0, "one" if seed < 3 else "other") for seed in range(4)]
-    result = Rows(pd.DataFrame(made + rows)).result(comparison)
-    end = result.of("reward")
-    assert (end.mean, end.seeds, result.collapsed) == (pytest.approx((0.125 - 2 + 1.5 + 2) / 3), 3, (1, 0))
-    unknown = pd.DataFrame(made + [one | {"processor": "unknown"} for one in rows])
-    with pytest.raises(LookupError, match="fewer than two"):
-        Rows(unknown).result(comparison)
+    table = Rows(pd.DataFrame(made + rows))
+    result = table.result("", pair)
+    end = result.by["reward"]
+    assert (end.mean, end.seeds, result.collapsed) == (pytest.approx((0.125 - 2 + 1.5 + 2) / 3), 3, [1, 0])
+    with pytest.raises(LookupError, match="3 pairs of rows, of 4"):
+        table.result("", pair, 4)
 
 
-def test_comparisons_are_weighted_sums_by_seed() -> None:
-    gain = next(each for each in plan() if each.name == "best-beta").comparisons[0]
+def test_comparisons_are_sums_by_seed() -> None:
+    gain = next(each for each in plan() if each.name == "best-beta").comparisons["high − low"]
     signs = {("high", 1.0): 1, ("high", 0.1): -1, ("low", 1.0): -1, ("low", 0.1): 1}
-    assert {(cell.data, cell.beta0): sign for cell, sign in gain.weights.items()} == signs
-    rows = [one for data in ("high", "low") for one in tuned(Cell("dpo", data=data))]
+    assert {(run.data, run.beta0): sign for run, sign in zip(gain, SIGNS, strict=True)} == signs
+    rows = [one for data in ("high", "low") for one in tuned(judged("dpo", data=data))]
     reward = np.random.default_rng(0).normal(3, 0.2, (4, 6))
-    for cell, values in zip(gain.weights, reward, strict=True):
-        run = Rows(pd.DataFrame(rows)).run(cell)
-        rows += [row(replace(run, seed=seed), float(value)) for seed, value in enumerate(values)]
-    found = Rows(pd.DataFrame(rows)).result(gain).of("reward")
-    assert found == Difference.of(np.array(list(gain.weights.values())) @ reward, 0.1, gain.family)
+    for run, values in zip(gain, reward, strict=True):
+        chosen = Rows(pd.DataFrame(rows)).chosen(run)
+        rows += [row(replace(chosen, seed=seed), float(value)) for seed, value in enumerate(values)]
+    found = Rows(pd.DataFrame(rows)).result("", gain).by["reward"]
+    assert found == Difference.of(np.array(SIGNS) @ reward, 0.1, QUESTIONS)
 
 
 def test_the_highest_reward_within_a_budget() -> None:
@@ -273,7 +258,7 @@ def test_verdicts() -> None:
 
 
 def test_headings_are_found() -> None:
-    assert anchor("β-DPO is robust to α and ρ") == "β-dpo-is-robust-to-α-and-ρ"
+    assert linked("β-DPO is robust to α, ρ") == "[β-DPO is robust to α, ρ](#β-dpo-is-robust-to-α-ρ)"
 
 
 @pytest.mark.slow
