@@ -8,7 +8,6 @@ import os
 import secrets
 from collections.abc import Iterator
 from difflib import get_close_matches
-from pkgutil import resolve_name
 from typing import Any
 
 import yaml
@@ -161,14 +160,6 @@ def options_of(kind: type) -> dict[str, Any]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, fail_untyped=False)
     return dict(parser.get_defaults().as_dict())
-
-
-def names_at(path: str) -> list[str]:
-    """Return the names of the options of the class at an import path; none if there is no such class."""
-    try:
-        return list(options_of(resolve_name(path)))
-    except (ImportError, AttributeError, ValueError):
-        return []
 
 
 def suggestion(word: str, known: list[str], dashes: str = "") -> str:

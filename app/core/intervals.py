@@ -98,11 +98,6 @@ def _fit(x: np.ndarray, scores: np.ndarray, weights: np.ndarray, start: np.ndarr
     return fit
 
 
-def win_scores(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Return 1 where our answer to a prompt has the higher reward, ½ for a tie, else 0."""
-    return (1 + np.sign(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float))) / 2
-
-
 def share_over(groups: np.ndarray, hits: np.ndarray) -> Estimate:
     """Return the share of `hits` [n] bool with a 95 % Wilson interval that counts the distinct `groups` [n].
 

@@ -38,9 +38,9 @@ class EndpointJudge(Judge):
         self.verdicts = verdicts
         self.template = read_instructions(settings.instructions)
         self.client = Client(settings)
-        self._seen: list[tuple[float, float]] = []  # per pair the score of the answer shown first, in both orders
-        self._refused: dict[str, str] = {}  # refusals of this run: key of the question → the server's reason
-        self._refused_pairs: dict[str, None] = {}  # prompt ids of the refused pairs, in order
+        self._seen: list[list[float]] = []  # per pair the score of the answer shown first, in both orders
+        self._reasons: set[str] = set()  # of the server, for refused questions
+        self._refused: dict[str, None] = {}  # prompt ids of the pairs with a refused question, in order
 
     def scores(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> np.ndarray:
         """Return scores [n], asking only questions that the verdict file lacks.
@@ -52,48 +52,42 @@ class EndpointJudge(Judge):
         scores = np.full(len(asked), 0.5)
         for index, pair in enumerate(asked):
             if pair:
-                refused = [key in self._refused for key, _ in pair]
-                forth, back = (
-                    np.nan if no or (said := self.verdicts[key]["verdict"]) is None else SCORES[said]
-                    for no, (key, _) in zip(refused, pair, strict=True)
-                )
-                self._seen.append((forth, back))
+                found = [self.verdicts.get(key) for key, _ in pair]  # None if the server refused the question
+                forth, back = (SCORES.get(said["verdict"], np.nan) if said else np.nan for said in found)
+                self._seen.append([forth, back])
                 scores[index] = (forth + 1.0 - back) / 2
-                if any(refused):
-                    self._refused_pairs[ours[index]["prompt_id"]] = None
+                if None in found:
+                    self._refused[ours[index]["prompt_id"]] = None
         seen = np.array(self._seen)
         if self._seen and np.isnan(seen).any(axis=1).all():
             raise UserError(
                 f"No pair has a readable verdict of {self.model} in both orders: {np.isnan(seen).sum()} of "
                 f"{seen.size} replies hold none, so there is nothing to compare."
-                + "".join(f" The endpoint refused: {reason}." for reason in sorted(set(self._refused.values()))[:1])
+                + "".join(f" The endpoint refused: {reason}." for reason in sorted(self._reasons)[:1])
             )
         return scores
+
+    def describe(self, answers: Sequence[Answer]) -> dict[str, np.ndarray]:
+        return {}
 
     def notes(self) -> list[str]:
         """Return how many verdicts depend on the order, and how many are missing or refused."""
         if not self._seen:
             return ["All answers are equal to their rivals: nothing was asked."]
         seen = np.array(self._seen)
-        n, unread = len(seen), np.isnan(seen).sum()
         read = seen[~np.isnan(seen).any(axis=1)]
-        named = ", ".join(list(self._refused_pairs)[:NAMED]) + (", …" if len(self._refused_pairs) > NAMED else "")
-        reasons = "; ".join(sorted(set(self._refused.values()))[:NAMED])
-        return [
-            f"{self.model} saw {n} pairs of different answers in both orders. Of the {len(read)} with both "
+        notes = [
+            f"{self.model} saw {len(seen)} pairs of different answers in both orders. Of the {len(read)} with both "
             f"verdicts the order changed it on {(read.sum(axis=1) != 1).sum()}; the answer shown first won "
             f"{read.mean():.3f} of all.",
-            f"{unread} of {2 * n} replies hold no verdict: {n - len(read)} pairs are in no win rate."
-            if unread
-            else "Every reply holds a verdict.",
-            *(
-                [f"The endpoint refused {len(self._refused_pairs)} pairs (prompts {named}): {reasons}."]
-                if self._refused_pairs
-                else []
-            ),
+            f"{np.isnan(seen).sum()} of {seen.size} replies hold no verdict: {len(seen) - len(read)} pairs are in "
+            "no win rate.",
         ]
-
-    # --- asking ---------------------------------------------------------------------------------------------
+        if self._refused:
+            prompts = ", ".join(list(self._refused)[:NAMED]) + (", …" if len(self._refused) > NAMED else "")
+            reasons = "; ".join(sorted(self._reasons)[:NAMED])
+            notes.append(f"The endpoint refused {len(self._refused)} pairs (prompts {prompts}): {reasons}.")
+        return notes
 
     def _both_orders(self, row: Answer, rival: Answer) -> list[tuple[str, str]]:
         """Return key and text of the question in each order; none for equal answers."""
@@ -107,7 +101,7 @@ class EndpointJudge(Judge):
         return [(verdict_key(*settings, text), text) for text in texts]
 
     def _ask(self, texts: dict[str, str]) -> None:
-        """Ask the questions `texts` (by key) and keep their verdicts."""
+        """Ask the questions `texts` (by key) and keep their verdicts; the next run asks again what was refused."""
         if not texts:
             return
         options: dict[str, Any] = {"model": self.model, "max_completion_tokens": self.settings.max_tokens}
@@ -122,11 +116,8 @@ class EndpointJudge(Judge):
         self.client.ask_all(
             list(texts),
             ask,
-            self._refused.__setitem__,  # not stored, so the next run asks again
-            lambda: (
-                f"{self.verdicts.path} keeps {len(self.verdicts)} verdicts, and the same command continues from "
-                "there."
-            ),
+            lambda _, reason: self._reasons.add(reason),
+            lambda: f"{self.verdicts.path} keeps {len(self.verdicts)} verdicts, and the same command continues.",
         )
 
 

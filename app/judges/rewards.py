@@ -1,4 +1,4 @@
-"""The judges that give each answer a reward; the answer with the higher reward is better."""
+"""The judges that give each answer a reward, and the choice of a judge."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from rich.progress import track
 
 from app.core.errors import UserError
 from app.core.files import folder_hash
-from app.core.intervals import win_scores
 from app.judges import Answer, Judge
 from app.judges.endpoint import Endpoint, EndpointJudge
 from app.judges.verdicts import VerdictFile, verdict_key
@@ -24,28 +23,12 @@ from datamodules.rewards import RewardModel
 
 HOW_TO_ASK = Endpoint()
 LARGEST = sys.float_info.max
-
-
-class Reward(Judge):
-    """A judge that compares the rewards of two answers; a subclass has `rewards`."""
-
-    def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
-        """Return rewards [n]."""
-        raise NotImplementedError
-
-    def scores(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> np.ndarray:
-        return win_scores(self.rewards(ours), self.rewards(theirs))
-
-    def describe(self, answers: Sequence[Answer]) -> dict[str, np.ndarray]:
-        return {"reward": self.rewards(answers)}
-
-
 NAME_ANOTHER = (
     "name another by --by reward_model --model FOLDER, --by endpoint --model NAME (`judge` alone), or --reward NAME"
 )
 
 
-class TrueReward(Reward):
+class TrueReward(Judge):
     """A judge that uses the exact reward of the controlled task; `cure` is what to do about other prompts."""
 
     def __init__(self, cure: str = NAME_ANOTHER):
@@ -69,7 +52,7 @@ class TrueReward(Reward):
         }
 
 
-class LearnedReward(Reward):
+class LearnedReward(Judge):
     """A judge that uses a reward model from a folder or the Hub, and stores its rewards in the verdict file."""
 
     def __init__(self, name: str, verdicts: VerdictFile):
@@ -79,42 +62,49 @@ class LearnedReward(Reward):
 
     def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
         """Return rewards [n]; only answers that the verdict file lacks are scored."""
-        new = {key: row for row in answers if (key := self._key(row)) not in self.verdicts}
+        keys = [verdict_key(self.identity, row["prompt"], row["response"]) for row in answers]
+        new = {key: row for key, row in zip(keys, answers, strict=True) if key not in self.verdicts}
         if new:
             rewards = RewardModel(self.name).rewards(
                 [row["prompt"] for row in new.values()], [row["response"] for row in new.values()]
             )
             for key, reward in zip(new, track(rewards, "scoring", total=len(new), transient=True), strict=True):
                 self.verdicts.add(key, model=self.name, reward=reward)
-        return np.array([self.verdicts[self._key(row)]["reward"] for row in answers])
-
-    def _key(self, row: Answer) -> str:
-        return verdict_key(self.identity, row["prompt"], row["response"])
+        return np.array([self.verdicts[key]["reward"] for key in keys])
 
 
-class OwnReward(Reward):
+class OwnReward(Judge):
     """A judge that uses the user's own reward: a column of the samples, or a function of prompts and responses.
 
     `name` is a column if it has no dot, else the path of a function `(prompts, responses) → rewards`, or of a class
-    that `settings` make such a function.
+    that `settings` make such a function. Raises UserError if that cannot be imported or built.
     """
 
     def __init__(self, name: str, settings: dict[str, Any] | None = None) -> None:
         self.name = name
         self.function: Callable[..., Any] | None = None
-        if "." in name:
-            self.function = imported(name, settings or {})
-        elif settings:
-            raise UserError(f"reward_args: the column {name!r} takes none; they are for a function or class.")
+        if "." not in name:
+            if settings:
+                raise UserError(f"reward_args: the column {name!r} takes none; they are for a function or class.")
+            return
+        try:
+            module, _, attribute = name.rpartition(".")
+            found = getattr(import_module(module), attribute)
+            given = settings or {}
+            self.function = found(**given) if isinstance(found, type) else partial(found, **given)
+        except Exception as error:  # the user's own code may raise anything
+            raise UserError(
+                f"reward: {name} cannot be imported or built ({type(error).__name__}: {error}); a file in the "
+                "current folder is found with PYTHONPATH=."
+            ) from error
 
     def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
         """Return rewards [n]. Raises UserError unless there is a finite number for each answer."""
         if self.function is None:
             found = [row.get(self.name) for row in answers]
         else:
-            texts = [[row[side] for row in answers] for side in ("prompt", "response")]
             try:
-                given = self.function(*texts)
+                given = self.function([row["prompt"] for row in answers], [row["response"] for row in answers])
                 found = list(given.tolist() if hasattr(given, "tolist") else given)  # of an array or a tensor
             except Exception as error:  # the user's own code may raise anything
                 raise UserError(
@@ -133,19 +123,6 @@ class OwnReward(Reward):
         return np.array(found, dtype=float)
 
 
-def imported(name: str, settings: dict[str, Any]) -> Callable[..., Any]:
-    """Return the function at the path `name`, or an instance of the class there. Raises UserError."""
-    module, _, attribute = name.rpartition(".")
-    try:
-        found = getattr(import_module(module), attribute)
-        return found(**settings) if isinstance(found, type) else partial(found, **settings)
-    except Exception as error:  # the user's own code may raise anything
-        raise UserError(
-            f"reward: {name} cannot be imported or built ({type(error).__name__}: {error}); a file in the current "
-            "folder is found with PYTHONPATH=."
-        ) from error
-
-
 @contextmanager
 def chosen_judge(
     by: str,
@@ -154,24 +131,28 @@ def chosen_judge(
     settings: dict[str, Any] | None,
     verdicts: str,
     endpoint: Endpoint = HOW_TO_ASK,
-) -> Iterator[Any]:
-    """Yield the judge for these arguments: a `Reward`, unless `by` is "endpoint".
-
-    Raises UserError if they do not fit together.
-    """
-    if settings and reward is None:
-        raise UserError("reward_args: name the reward that takes them by --reward.")
-    if reward is not None and (by != "true_reward" or model is not None):
-        raise UserError("reward: it takes the place of --by and --model; leave them out.")
+) -> Iterator[Judge]:
+    """Yield the judge for these arguments. Raises UserError if they do not fit together."""
+    exact = by == "true_reward"
+    wanted = "the name of the model at the server" if by == "endpoint" else "a folder or Hub id"
+    for wrong, told in (
+        (settings and reward is None, "reward_args: name the reward that takes them by --reward."),
+        (
+            reward is not None and not (exact and model is None),
+            "reward: it takes the place of --by and --model; leave them out.",
+        ),
+        (
+            exact and model is not None,
+            "--model does not go with the true reward: add --by reward_model or --by endpoint.",
+        ),
+        (not exact and model is None, f"--by {by} needs --model, {wanted}."),
+    ):
+        if wrong:
+            raise UserError(told)
     if reward is not None:
         yield OwnReward(reward, settings)
-    elif by == "true_reward":
-        if model is not None:
-            raise UserError("--model does not go with the true reward: add --by reward_model or --by endpoint.")
-        yield TrueReward()
     elif model is None:
-        wanted = "the name of the model at the server" if by == "endpoint" else "a folder or Hub id"
-        raise UserError(f"--by {by} needs --model, {wanted}.")
+        yield TrueReward()
     else:
         with VerdictFile.opened(verdicts) as file:
             yield EndpointJudge(model, endpoint, file) if by == "endpoint" else LearnedReward(model, file)

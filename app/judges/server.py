@@ -127,12 +127,6 @@ class Client:
                 if error.status_code not in REFUSALS:
                     raise
                 refused(question, self._reason(error))
-            except ValueError as error:
-                where = self.settings.url or "The endpoint"
-                raise UserError(
-                    f"{where} does not answer as OpenAI's API does ({self._reason(error)}): check --endpoint.url, "
-                    f"which mostly ends in /v1; {kept()}"
-                ) from error
 
         with ThreadPoolExecutor(self.settings.parallel) as pool, Progress(transient=True) as progress:
             bar = progress.add_task("asking", total=len(questions))
@@ -141,10 +135,14 @@ class Client:
                 for future in futures:
                     future.result()
                     progress.advance(bar)
-            except openai.OpenAIError as error:
+            except (openai.OpenAIError, ValueError) as error:
                 pool.shutdown(cancel_futures=True)  # must end before `kept` counts
+                said, cure = "gave no reply", ""
+                if isinstance(error, ValueError):  # of `first_choice`, or of the client, which reads the reply
+                    said = "does not answer as OpenAI's API does"
+                    cure = "check --endpoint.url, which mostly ends in /v1; "
                 where = self.settings.url or "The endpoint"
-                raise UserError(f"{where} gave no reply ({self._reason(error)}): {kept()}") from error
+                raise UserError(f"{where} {said} ({self._reason(error)}): {cure}{kept()}") from error
             finally:
                 pool.shutdown(cancel_futures=True)  # waits for running questions and keeps their answers
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TextIO
 
 from app.core.errors import UserError
 from app.core.locks import locked
@@ -25,12 +25,13 @@ def verdict_key(*decisive: Any) -> str:
 class VerdictFile(dict[str, dict[str, Any]]):
     """An append-only .jsonl file of verdicts by key; use it within `opened`, which locks out other processes."""
 
+    _file: TextIO
+
     def __init__(self, path: Path):
         super().__init__()
         self.path = path
         self._lock = Lock()
         self._read()
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 closed by `opened`
 
     @classmethod
     @contextmanager
@@ -38,10 +39,8 @@ class VerdictFile(dict[str, dict[str, Any]]):
         """Yield the file at `path`, created if missing. Raises UserError if it is damaged or in use."""
         with locked(Path(f"{path}.lock"), f"The file of verdicts {path}", "name another file", waits=False):
             verdicts = cls(Path(path))
-            try:
+            with open(path, "a", encoding="utf-8") as verdicts._file:
                 yield verdicts
-            finally:
-                verdicts._file.close()
 
     def add(self, key: str, **fields: Any) -> None:
         """Record a verdict and return once it is on disk. Safe to call from several threads."""
