@@ -29,8 +29,24 @@ RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # torchrun's, Slurm's and Lightn
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Exits with status 2 and one sentence if the user made a mistake."""
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    command = words[0]
     try:
-        _run(list(sys.argv[1:] if arguments is None else arguments))
+        if command in ("-h", "--help"):
+            print(overview())
+        elif command == "--version":
+            print(f"beta-dpo {version('beta-dpo')}")
+        elif command not in (*TRAINER_COMMANDS, *COMMANDS):
+            print(f"beta-dpo: There is no command {command!r}: `beta-dpo --help` lists them.", file=sys.stderr)
+            sys.exit(2)
+        else:
+            if "torch" not in sys.modules and all(os.environ.get(rank, "0") == "0" for rank in RANKS):
+                print(
+                    f"beta-dpo {command}: loading PyTorch, Lightning and transformers", file=sys.stderr, flush=True
+                )
+            from app.cli.dispatch import run
+
+            run(command, words)
         sys.stdout.flush()
     except KeyboardInterrupt:  # while the libraries are loaded
         print("beta-dpo: stopped by Ctrl-C.", file=sys.stderr)
@@ -42,27 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(128 + signal.SIGPIPE)
 
 
-def _run(arguments: list[str]) -> None:
-    command = arguments[0] if arguments else "--help"
-    if command in ("-h", "--help"):
-        print(overview())
-        return
-    if command == "--version":
-        print(f"beta-dpo {version('beta-dpo')}")
-        return
-    if command not in (*TRAINER_COMMANDS, *COMMANDS):
-        print(f"beta-dpo: There is no command {command!r}: `beta-dpo --help` lists them.", file=sys.stderr)
-        sys.exit(2)
-    if "torch" not in sys.modules and all(os.environ.get(rank, "0") == "0" for rank in RANKS):
-        print(f"beta-dpo {command}: loading PyTorch, Lightning and transformers", file=sys.stderr, flush=True)
-    from app.cli.dispatch import run
-
-    run(command, arguments)
-
-
 def overview() -> str:
     """Return the text of `beta-dpo --help`."""
-    table = {**TRAINER_COMMANDS, **{name: summary(name) for name in COMMANDS}}
+    table = TRAINER_COMMANDS | {name: summary(name) for name in COMMANDS}
     lines = "\n".join(f"  {name:<10} {text}" for name, text in table.items())
     return (
         "usage: beta-dpo COMMAND [--config FILE …] [options]\n\nPreference training with dynamic β.\n\n"

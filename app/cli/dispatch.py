@@ -56,37 +56,35 @@ def run(command: str, arguments: list[str]) -> None:
             args = _leading_words_as_list(function, arguments[1:])
             name = f"beta-dpo {command}"
             auto_cli(function, args=args, exit_on_error=False, prog=name, parser_class=WordsParser)
-        elif {"-h", "--help"} & set(arguments):
-            print("\n".join(brief_help(command, {"plan": PlanCLI, "show": ShowCLI}.get(command, PartsCLI).own)))
-            sys.exit()
         else:
-            own = {"plan": run_plan, "show": run_show}
-            own.get(command, run_trainer_command)(arguments)
+            own = {"plan": (PlanCLI, run_plan), "show": (ShowCLI, run_show)}
+            options, answer = own.get(command, (PartsCLI, run_trainer_command))
+            if {"-h", "--help"} & set(arguments):
+                print("\n".join(brief_help(command, options.own)))
+                sys.exit()
+            answer(arguments)
     except UserError as error:
-        _refuse(str(error))
+        _leave(str(error))
     except ArgumentError as error:
         said = next((str(cause) for cause in causes(error) if isinstance(cause, UserError)), None)
         known = list(signature(function_of(command)).parameters) if command in COMMANDS else trainer_options()
-        _refuse(said or sentence(str(error), command, known))
+        _leave(said or sentence(str(error), command, known))
     except Interrupted as stop:
         _leave(f"{stop}: the same command with --ckpt_path last resumes from there.", stop.exit_status)
     except SIGTERMException:
         _leave(f"stopped by SIGTERM. {advice}", 143)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        # Lightning exits with status 1 on Ctrl-C
+        if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
+            raise
         _leave(f"stopped by Ctrl-C. {advice}", 130)
-    except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning exits with status 1 on Ctrl-C
-            _leave(f"stopped by Ctrl-C. {advice}", 130)
-        raise
-    except BrokenPipeError:
-        raise  # for app.main, which says so
     except Exception as error:
         if any(sign in str(error) for sign in RANK_LOST):
             _leave(f"another rank has ended, or does not answer: its own messages tell more. {RESUME}", 1)
         told = plain_sentence(error)
         if told is None:
             raise
-        _refuse(told)
+        _leave(told)
 
 
 def _end(*_: object) -> NoReturn:
@@ -106,12 +104,8 @@ def _leading_words_as_list(function: Callable[..., None], words: list[str]) -> l
     return [json.dumps(named), *words[len(named) :]]
 
 
-def _leave(sentence: str, status: int) -> NoReturn:
+def _leave(sentence: str, status: int = 2) -> NoReturn:
+    if status == 2 and os.environ.get("BETA_DPO_TRACEBACK"):
+        traceback.print_exc()
     print(f"beta-dpo: {sentence}", file=sys.stderr)
     sys.exit(status)
-
-
-def _refuse(sentence: str) -> NoReturn:
-    if os.environ.get("BETA_DPO_TRACEBACK"):
-        traceback.print_exc()
-    _leave(sentence, 2)

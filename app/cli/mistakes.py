@@ -19,8 +19,16 @@ from app.core.errors import UserError
 from app.method.ranges import Number, refuse
 
 F = TypeVar("F", bound=Callable[..., Any])
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+# errors of the disk → the sentence for them, with the file and the system's reason
+DISK = {
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): (
+        "{0} could not be written, there is no space left: free some, or write to another disk."
+    ),
+    (errno.EACCES, errno.EPERM, errno.EROFS): (
+        "{0} may not be read or written here ({1}): choose another place or other permissions."
+    ),
+    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST): "{0}: {1}; check the paths that you gave.",
+}
 PARTS = {"datamodules": "data", "lightning_modules": "model", "callbacks": "a callback"}
 # library code that raises errors about a user's options → the part of the configuration with these options
 CONFIGURED = {
@@ -30,7 +38,6 @@ CONFIGURED = {
     "torch/optim/lr_scheduler.py": "model.lr_scheduler",
 }
 TRACE = " (BETA_DPO_TRACEBACK=1 shows the traceback.)"
-MISPLACED = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 def plain_sentence(error: BaseException) -> str | None:
@@ -45,19 +52,15 @@ def plain_sentence(error: BaseException) -> str | None:
             return options.reason(cause)
         if isinstance(cause, ModuleNotFoundError):
             return f"A package is missing, install it first: {options.reason(cause)}"
-        if isinstance(cause, OSError) and cause.errno in FULL | FORBIDDEN | MISPLACED:
-            return _about_the_disk(cause)
-    part = raised_in(error)
-    return None if part is None else f"{part}: {options.reason(error)}{TRACE}"
-
-
-def raised_in(error: BaseException) -> str | None:
-    """Return the part of the configuration whose library code raised `error` on purpose; None if there is none."""
+        for numbers, told in DISK.items():
+            if isinstance(cause, OSError) and cause.errno in numbers:
+                return told.format(cause.filename or "A file", cause.strerror)
     frames = traceback.extract_tb(error.__traceback__)
-    if not frames or not isinstance(error, (ValueError, TypeError, RuntimeError)):
-        return None
-    found = (part for place, part in CONFIGURED.items() if place in frames[-1].filename)
-    return next(found, None) if (frames[-1].line or "").startswith("raise") else None
+    if frames and isinstance(error, (ValueError, TypeError, RuntimeError)):
+        for place, part in CONFIGURED.items():
+            if place in frames[-1].filename and (frames[-1].line or "").startswith("raise"):  # on purpose
+                return f"{part}: {options.reason(error)}{TRACE}"
+    return None
 
 
 @contextmanager
@@ -77,15 +80,14 @@ def refusing(doing: str, unless: Callable[[], bool] = lambda: False) -> Iterator
             raise
         if options.refusals:
             raise options.refusals[-1] from error
-        raise UserError(f"{doing} failed in {place(error)}: {options.reason(error)}{TRACE}") from error
+        raise UserError(f"{doing} failed in {part_of(error)}: {options.reason(error)}{TRACE}") from error
 
 
-def place(error: BaseException) -> str:
+def part_of(error: BaseException) -> str:
     """Return the part of the configuration that an exception came from, by the innermost frame in our packages."""
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    for file in reversed(files):
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
         for package, part in PARTS.items():
-            if f"/{package}/" in file and "site-packages" not in file:
+            if f"/{package}/" in frame.filename and "site-packages" not in frame.filename:
                 return part
     return "the Trainer"
 
@@ -96,15 +98,6 @@ def causes(error: BaseException) -> Iterator[BaseException]:
     while found is not None:
         yield found
         found = found.__cause__
-
-
-def _about_the_disk(error: OSError) -> str:
-    place = str(error.filename or "A file")
-    if error.errno in FULL:
-        return f"{place} could not be written, there is no space left: free some, or write to another disk."
-    if error.errno in MISPLACED:
-        return f"{place}: {error.strerror}; check the paths that you gave."
-    return f"{place} may not be read or written here ({error.strerror}): choose another place or other permissions."
 
 
 def checked_command(function: F) -> F:

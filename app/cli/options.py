@@ -126,33 +126,23 @@ def settled_seed(seed: bool | int | None, *, resumes: bool = False, nodes: int =
     """
     if seed is False:
         raise UserError("seed_everything: every run has a seed; give a number, or null to have one picked.")
-    handed_down = os.environ.get("PL_GLOBAL_SEED")
-    if seed is None or seed is True:
-        if handed_down is None:
-            cure = "give --seed_everything a number"
-            if resumes:
-                raise UserError(
-                    "--ckpt_path needs the seed of the run, or its data and draws would change when it is resumed: "
-                    f"{cure}; a run's config.yaml holds the one that it had."
-                )
-            # torchrun and srun start the processes separately, and each would pick another seed
-            processes = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1"
-            if nodes > 1 or processes != "1":
-                raise UserError(
-                    f"seed_everything: processes that are started apart cannot agree on a picked seed; {cure}."
-                )
-            seed = secrets.randbelow(LARGEST_SEED + 1)
-            log.info("seed_everything: picked %d, which config.yaml in the log folder records", seed)
-        elif handed_down.isdecimal():
-            seed = int(handed_down)
-            # not of a rank that Lightning starts; a second run in one process finds the seed of the first
-            if "LOCAL_RANK" not in os.environ:
-                log.info("seed_everything: %d, from the environment variable PL_GLOBAL_SEED", seed)
-        else:
-            raise UserError(f"The environment variable PL_GLOBAL_SEED is not a number from 0: {handed_down!r}.")
-    if not 0 <= seed <= LARGEST_SEED:
-        raise UserError(f"seed_everything must lie between 0 and {LARGEST_SEED}, not {seed}.")
-    return seed
+    picks = seed is None or seed is True
+    given = os.environ.get("PL_GLOBAL_SEED") if picks else str(seed)
+    if given is None:
+        if resumes:
+            raise UserError("--ckpt_path needs the seed of the run: give the --seed_everything of its config.yaml.")
+        # torchrun and srun start the processes separately, and each would pick another seed
+        if nodes > 1 or (os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1") != "1":
+            raise UserError("seed_everything: processes started apart cannot agree on a seed; give a number.")
+        given = str(secrets.randbelow(LARGEST_SEED + 1))
+        log.info("seed_everything: picked %s, which config.yaml in the log folder records", given)
+    elif not given.isdecimal() or int(given) > LARGEST_SEED:
+        name = "PL_GLOBAL_SEED" if picks else "seed_everything"
+        raise UserError(f"{name} must lie between 0 and {LARGEST_SEED}, not {given}.")
+    # not of a rank that Lightning starts; a second run in one process finds the seed of the first
+    elif picks and "LOCAL_RANK" not in os.environ:
+        log.info("seed_everything: %s, from the environment variable PL_GLOBAL_SEED", given)
+    return int(given)
 
 
 def options_of(kind: type) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from callbacks.slots import BY_NAME
 EXPECTED = (
     (r"Not of type \w+: (?:Expected )?(.*?)(?: but got .*)?", r"\1"),
     (r"Expected '.+' to be a function that returns (.+?)\.?", r"a class, or a function annotated to return \1"),
-    (r".*(import path string|import path format|instantiatable class|a subclass of).*", "class"),
+    (r".*(import path|instantiatable class|a subclass of).*", "class"),
     (r"Expected an? typing\.Literal\[(.*)\].*", r"one of \1"),
     (r"Expected a <class 'float'>", "a number"),
     (r"Expected a <class 'int'>", "a whole number"),

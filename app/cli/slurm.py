@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from app.core.errors import UserError
 
 IGNORED_NAMES = ("bash", "interactive")  # job names for which Lightning ignores SLURM's variables
+NODE_RANKS = {"NODE_RANK", "GROUP_RANK"}
 
 
 def slurm_environment() -> SLURMEnvironment | None:
@@ -30,49 +31,35 @@ def slurm_environment() -> SLURMEnvironment | None:
     if name in IGNORED_NAMES:
         if by_srun and tasks > 1:
             raise UserError(
-                f"Lightning takes each of the {tasks} tasks of a SLURM job of the name {name!r} for rank 0: choose "
-                "another --job-name."
+                f"Lightning gives every task of a SLURM job {name!r} rank 0: choose another --job-name."
             )
         return None
     if not by_srun and tasks > 1:
-        raise UserError(
-            f"The SLURM job has {tasks} tasks, but this process was not started by srun and would wait for the "
-            "others for ever: put srun before the command."
-        )
+        raise UserError("Not started by srun, this process would wait for ever: put srun before the command.")
     if "SLURM_NTASKS" not in os.environ:
         return None
     if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-        raise UserError(
-            f"SLURM was asked for --ntasks={tasks}, which does not say where they run: use --ntasks-per-node."
-        )
+        raise UserError(f"--ntasks={tasks} does not tell SLURM where the tasks run: use --ntasks-per-node.")
     return SLURMEnvironment(auto_requeue=False)
 
 
 def check_processes(trainer: Trainer) -> None:
-    """Raise UserError if the trainer expects other processes than were started."""
+    """Raise UserError if the trainer expects other processes than were started; they would wait, or train alone."""
     devices, nodes = trainer.num_devices, trainer.num_nodes
     environment = trainer._accelerator_connector.cluster_environment
-    if (
-        isinstance(environment, LightningEnvironment)
-        and nodes > 1
-        and not {"NODE_RANK", "GROUP_RANK"} & set(os.environ)
-    ):
-        raise UserError(
-            f"trainer.num_nodes is {nodes}, but nothing starts the processes on the other nodes: put srun or "
-            "torchrun before the command."
-        )
-    started, wanted = os.environ.get("WORLD_SIZE", "1"), str(devices * nodes)
-    if isinstance(environment, TorchElasticEnvironment) and started != wanted:  # each would train alone
-        raise UserError(
-            f"torchrun started {started} processes, but trainer.devices={devices} and trainer.num_nodes={nodes} "
-            f"expect {wanted}: give both the values of --nproc-per-node and --nnodes."
-        )
-    if not isinstance(environment, SLURMEnvironment):
+    if isinstance(environment, LightningEnvironment) and nodes > 1 and not NODE_RANKS & set(os.environ):
+        raise UserError(f"trainer.num_nodes={nodes}: put srun or torchrun before the command, to start the others.")
+    if isinstance(environment, TorchElasticEnvironment):
+        starter, cure = "torchrun", "--nproc-per-node and --nnodes"
+        started, expected = f"{os.environ.get('WORLD_SIZE', '1')} processes", str(devices * nodes)
+    elif isinstance(environment, SLURMEnvironment):
+        starter, cure = "SLURM", "--ntasks-per-node and --nodes"
+        started = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ["SLURM_NTASKS"]) + " tasks per node"
+        expected = f"{devices}(x{nodes})" if nodes > 1 else str(devices)
+    else:
         return
-    expected = f"{devices}(x{nodes})" if nodes > 1 else str(devices)
-    started = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ["SLURM_NTASKS"])
-    if started != expected:
+    if started.split()[0] != expected:
         raise UserError(
-            f"SLURM started {started} tasks per node, but trainer.devices={devices} and trainer.num_nodes={nodes} "
-            f"expect {expected}: give both the values of --ntasks-per-node and --nodes."
+            f"{starter} started {started}, but trainer.devices={devices} and trainer.num_nodes={nodes} expect "
+            f"{expected}: give both the values of {cure}."
         )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 import warnings
+from argparse import ArgumentParser
 from contextlib import ExitStack
 from pathlib import Path
 from pkgutil import resolve_name
@@ -35,7 +35,8 @@ from callbacks.slots import BY_NAME, SLOTS, in_order, refuse_listed
 from lightning_modules.checkpoint import SafeCheckpointIO
 from lightning_modules.start_checks import refuse_strategy
 
-CONFIG_WORDS = re.compile(r"(?:-c|--config)(?:=(.*))?|-c([^=-].*)", re.DOTALL)  # with the value or without
+# options of the Trainer that switch a slot, and the kind of callback in it
+ENABLED = {"enable_checkpointing": ("checkpoint", Checkpoint), "enable_progress_bar": ("progress", ProgressBar)}
 
 set_up_parsing()  # at import, so that every reader of a configuration checks the ranges of numbers
 
@@ -90,9 +91,9 @@ class BetaDPOCLI(LightningCLI):
 
     def trainer_has_begun(self) -> bool:
         """Return whether a batch has been taken; a later error is no mistake in the configuration."""
-        loops = (self.trainer.fit_loop.epoch_loop, self.trainer.validate_loop, self.trainer.test_loop)
-        begun = any(loop.batch_progress.total.ready for loop in loops)
-        return begun or self.trainer.predict_loop.batch_progress.total.ready > 0
+        trainer = self.trainer
+        loops = (trainer.fit_loop.epoch_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+        return any(loop.batch_progress.total.ready for loop in loops)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self._get(self.config_init, "trainer")
@@ -105,7 +106,7 @@ class BetaDPOCLI(LightningCLI):
             plugins.append(environment)
         callbacks = self.callbacks(options)
         # if a slot is empty, Lightning would add its own callback
-        for option, kind in (("enable_checkpointing", Checkpoint), ("enable_progress_bar", ProgressBar)):
+        for option, (_, kind) in ENABLED.items():
             if options[option] is None:
                 kwargs[option] = any(isinstance(one, kind) for one in callbacks)
         if options.get("enable_model_summary") is None:
@@ -114,10 +115,9 @@ class BetaDPOCLI(LightningCLI):
             trainer = super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
         except Exception as error:
             if "gpu backend" in str(error):
-                raise UserError(
-                    f"trainer.accelerator: torch {torch.__version__} finds no GPU on this machine: use "
-                    "--trainer.accelerator cpu, or install the build of torch for your GPU."
-                ) from error
+                found = f"torch {torch.__version__} finds no GPU on this machine"
+                cure = "use --trainer.accelerator cpu, or install the build of torch for your GPU"
+                raise UserError(f"trainer.accelerator: {found}: {cure}.") from error
             raise UserError(f"trainer: {reason(error)} See `beta-dpo {self.subcommand} --help`.") from error
         check_processes(trainer)
         return trainer
@@ -125,10 +125,7 @@ class BetaDPOCLI(LightningCLI):
     def callbacks(self, trainer: Any) -> list[Callback]:
         """Return the callbacks of the Trainer in their order, from the slots and the user's own list."""
         filled = {slot.name: self._get(self.config_init, slot.name) for slot in SLOTS}
-        if trainer["enable_checkpointing"] is False:
-            filled["checkpoint"] = None
-        if trainer["enable_progress_bar"] is False:
-            filled["progress"] = None
+        filled |= {slot: None for option, (slot, _) in ENABLED.items() if trainer[option] is False}
         progress = filled["progress"]
         if isinstance(progress, TextProgress) and progress.every_n_steps is None and sys.stdout.isatty():
             filled["progress"] = RichProgressBar()
@@ -181,16 +178,12 @@ def shipped_configs(arguments: list[str]) -> list[str]:
 
     They follow the command, in their order, so that an option counts wherever it is written.
     """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", nargs="?", action="append", default=[])
+    given, options = parser.parse_known_args(arguments[1:])
     files: list[str] = []
-    options: list[str] = []
-    for word in arguments[1:]:
-        if files[-1:] == ["--config"]:
-            files.append(shipped(word))
-        elif (option := CONFIG_WORDS.fullmatch(word)) is None:
-            options.append(word)
-        else:
-            value = option[1] if option[1] is not None else option[2]
-            files += ["--config"] if value is None else ["--config", shipped(value)]
+    for name in given.config:
+        files += ["--config"] if name is None else ["--config", shipped(name)]
     return [*arguments[:1], *files, *options]
 
 

@@ -166,11 +166,11 @@ def test_what_lightning_would_misread_is_refused(cluster: Cluster, tiny_llama: s
     command = "beta-dpo fit --config config.yaml"
     cases = {
         ("--job-name=interactive", "--ntasks-per-node=1"): {
-            f"srun {command}": "takes each of the 2 tasks of a SLURM job of the name 'interactive' for rank 0",
+            f"srun {command}": "gives every task of a SLURM job 'interactive' rank 0",
         },
         ("--ntasks=2",): {
-            command: "not started by srun and would wait for the others for ever",
-            f"srun {command}": "asked for --ntasks=2, which does not say where they run",
+            command: "Not started by srun, this process would wait for ever",
+            f"srun {command}": "--ntasks=2 does not tell SLURM where the tasks run",
         },
     }
     for options, lines in cases.items():
