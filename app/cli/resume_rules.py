@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 from app.core.errors import UserError
 
+UNSET = "not set"
 START = "give the old value, or start a run of its own from the checkpoint's model (`beta-dpo export`)"
 # patterns of keys, as `flattened` names them, whose change cannot be applied to a checkpoint; for a key in no table
 # the new value applies, and the change is listed
@@ -27,47 +28,52 @@ KEPT = {
     "data.seed": "the order of the pairs stays that of the checkpoint",
     "filter.seed": "the draws stay those of the checkpoint",
 }
+OF_AN_OBJECT = ("class_path", "init_args", "dict_kwargs")
 IGNORED = ("ckpt_path", "scores*", "config")
-# keys of models and data, whose content is compared by hash (see `app.cli.run_record`), wherever it is stored
-CONTENTS = {"model": "model.name", "reference": "model.reference_name", "data": "data*"}
+# what is compared by the hash of its content (see `app.cli.run_record`) → pattern of its keys, and the fault
+CONTENTS = {
+    "model": ("model.name", "another model than the run started from"),
+    "reference": ("model.reference_name", "another reference than the run had"),
+    "data": ("data*", "other training pairs"),
+}
 
 
 def flattened(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the leaves of a configuration by name: `model.optimizer.lr`, `filter.keep_ratio`, …
+    """Return the leaves of a configuration by name: `model.optimizer.lr`, `trainer.callbacks.EarlyStopping.mode`, …
 
-    The class of an object, without its module, is the value of the object's name.
+    The class of an object, without its module, is the value of the object's name, and its name within a list.
     """
-    trainer = dict(config.get("trainer") or {})
-    callbacks = trainer.pop("callbacks", None) or []
-    rest = {**config, "trainer": trainer}
-    named: dict[str, Any] = {}
-    for entry in callbacks if isinstance(callbacks, list) else [callbacks]:
-        name = last = str(entry.get("class_path", "")).rsplit(".", 1)[-1]
-        while name in named:
-            name += "'"
-        named[name] = {**entry, "class_path": last}
-    return dict(_leaves("", {**rest, "callbacks": named}))
+    return {name.removeprefix("."): value for name, value in _leaves("", config) if name}
 
 
 def _leaves(name: str, node: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping) and "class_path" in node:
-        yield name, str(node["class_path"]).rsplit(".", 1)[-1]
-        node = {
-            key: value for key, value in node.items() if key not in ("class_path", "init_args", "dict_kwargs")
-        } | {**(node.get("init_args") or {}), **(node.get("dict_kwargs") or {})}
+    if isinstance(node, list) and node and all(map(_class_of, node)):
+        found = [_class_of(one) for one in node]
+        node = {kind + "'" * found[:place].count(kind): node[place] for place, kind in enumerate(found)}
+    elif kind := _class_of(node):
+        yield name, kind
+        inner = (node, node.get("init_args") or {}, node.get("dict_kwargs") or {})
+        node = {key: value for part in inner for key, value in part.items() if key not in OF_AN_OBJECT}
     elif not isinstance(node, Mapping) or not node:
         yield name, node
         return
     for key, value in node.items():
-        yield from _leaves(f"{name}.{key}" if name else str(key), value)
+        yield from _leaves(f"{name}.{key}", value)
+
+
+def _class_of(node: Any) -> str:
+    return str(node["class_path"]).rpartition(".")[2] if isinstance(node, Mapping) and "class_path" in node else ""
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the keys that differ between two configurations, with old and new value; "not set" if absent."""
+    """Return the keys that differ between two configurations, with old and new value; UNSET if absent."""
     old, new = flattened(before), flattened(now)
-    keys = [key for key in old | new if not any(fnmatchcase(key, pattern) for pattern in IGNORED)]
-    found = {key: (old.get(key, "not set"), new.get(key, "not set")) for key in keys}
+    found = {key: (old.get(key, UNSET), new.get(key, UNSET)) for key in old | new if not matches(key, IGNORED)}
     return {key: pair for key, pair in found.items() if pair[0] != pair[1]}
+
+
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def compared(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -76,24 +82,20 @@ def compared(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tup
     Raises UserError if the checkpoint cannot be resumed with one of them, or is of version 0.1, which had no slots.
     """
     if "checkpoint" not in before:
-        raise UserError(
-            "--ckpt_path: the checkpoint is of version 0.1, which had a list of callbacks instead of named slots: "
-            "finish that run with version 0.1, or start a new run from its exported model (`beta-dpo export`)."
-        )
+        cure = "finish that run with version 0.1, or start a new run from its exported model (`beta-dpo export`)"
+        raise UserError(f"--ckpt_path: the checkpoint is of version 0.1, which had no named slots: {cure}.")
     found, settings = differences(before, now), flattened(now)
     scaled = any(settings.get(key) == value for key, value in IN_UNITS_OF_BETA0.items())
     for key, (old, new) in found.items():
-        if any(fnmatchcase(key, pattern) for pattern in REFUSED) or (scaled and key == "model.beta0"):
-            raise UserError(
-                f"--ckpt_path: {key} is {new}, but the run of the checkpoint had {old}, and its state cannot be "
-                f"carried over: {START}."
-            )
+        if matches(key, REFUSED) or (scaled and key == "model.beta0"):
+            raise UserError(f"--ckpt_path: {key} is {new}, but the run of the checkpoint had {old}: {START}.")
     return found
 
 
 def described(found: Mapping[str, tuple[Any, Any]]) -> str:
     """Return the differences as one block, a line each."""
-    lines = [
-        f"  {key}: {old} → {new}" + (f" ({KEPT[key]})" if key in KEPT else "") for key, (old, new) in found.items()
-    ]
-    return "\n".join(["--ckpt_path: other settings than in the run of the checkpoint; those of now apply:", *lines])
+    lines = ["--ckpt_path: other settings than in the run of the checkpoint; those of now apply:"]
+    for key, (old, new) in found.items():
+        kept = f" ({KEPT[key]})" if key in KEPT and old != UNSET else ""
+        lines.append(f"  {key}: {old} → {new}{kept}")
+    return "\n".join(lines)

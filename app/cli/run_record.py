@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from app.cli.resume_rules import CONTENTS, START, compared, described
+from app.cli.resume_rules import CONTENTS, START, compared, described, matches
 from app.core.errors import UserError
-from app.core.files import atomic_file, folder_hash
+from app.core.files import atomic_file, folder_hash, refuse_place
 from app.core.log_folder import continue_curves, log_folder
 from callbacks import PairAudit
 from callbacks.base import loss_of
@@ -41,7 +39,7 @@ class RunRecord(SaveConfigCallback):
     def __init__(self, *settings: Any, command: Sequence[str], **more: Any):
         super().__init__(*settings, **more)
         self.command = command
-        self.content: dict[str, str | None] = {}
+        self.content: dict[str, str | None] = {}  # of `models_of`, and a hash of the training pairs as tokens
         self._resumed: Mapping[str, Any] = {}  # what the checkpoint recorded
         self._differences: dict[str, tuple[Any, Any]] = {}
         self._start = 0
@@ -58,10 +56,8 @@ class RunRecord(SaveConfigCallback):
         try:
             return str(self.parser.dump(self.config, skip_none=False))
         except Exception as error:  # of any type, raised by the parser for a value that it built itself
-            given = str(error).rpartition("Given value: ")[2]
-            raise UserError(
-                f"{given:.300} cannot be written to config.yaml: give its options as text and numbers."
-            ) from error
+            given, cure = str(error).rpartition("Given value: ")[2], "give its options as text and numbers"
+            raise UserError(f"{given:.300} cannot be written to config.yaml: {cure}.") from error
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # on every rank, because the folder is broadcast
@@ -69,24 +65,20 @@ class RunRecord(SaveConfigCallback):
         if stage != "fit":
             super().setup(trainer, pl_module, stage)
             before = (self._resumed.get("content") or {}).get("model")
-            started_from = before and trainer.is_global_zero and getattr(pl_module, "reference_name", "") is None
-            if started_from and models_of(pl_module)["model"] not in (before, None):
-                rank_zero_warn(
-                    "--ckpt_path: the checkpoint's run started from another model than model.name, which is the "
-                    "reference here: gaps and rewards are not those of the run."
-                )
+            refers = before and trainer.is_global_zero and getattr(pl_module, "reference_name", "") is None
+            if refers and models_of(pl_module)["model"] not in (before, None):
+                told = "the run started from another model than model.name, which is the reference here"
+                rank_zero_warn(f"--ckpt_path: {told}: gaps and rewards are not those of the run.")
             return
         file = self.folder / self.config_filename
-        read = [Path(given) for word, given in pairwise(self.command) if word == "--config"]
         _ = self.text  # so that an option that cannot be recorded is refused at the start
         new = self.config["ckpt_path"] is None and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if new and file.is_file() and any(given.is_file() and given.samefile(file) for given in read):
-            raise UserError(
-                f"{file} is read by this command, which would replace it by the record of the run: choose another "
-                "log folder (trainer.logger, or trainer.default_root_dir)."
-            )
+        if new and file.is_file():
+            refuse_place("trainer.logger", str(file), (".yaml",), *self.command)
         if trainer.is_global_zero:
-            self.content = content_of(pl_module, getattr(trainer, "datamodule", None))
+            data = getattr(trainer, "datamodule", None)
+            tokens = data.content("train") if isinstance(data, PairDataModule) else None
+            self.content = {**models_of(pl_module), "data": tokens}
         self.content = trainer.strategy.broadcast(self.content)
         self._compare_content()
         if self._differences:
@@ -96,19 +88,10 @@ class RunRecord(SaveConfigCallback):
         for kind, before in (self._resumed.get("content") or {}).items():
             if before is None or self.content.get(kind) in (before, None):
                 continue
-            other = [
-                f"{key} was {old} and is {new}"
-                for key, (old, new) in self._differences.items()
-                if fnmatchcase(key, CONTENTS[kind])
-            ]
-            what = {
-                "model": "another model than the run started from",
-                "reference": "another reference than the run had",
-                "data": "other training pairs",
-            }[kind]
-            because = (
-                ", ".join(other) if other else f"the files that {CONTENTS[kind].rstrip('*')} names have changed"
-            )
+            pattern, what = CONTENTS[kind]
+            changes = {key: f"{key} was {old} and is {new}" for key, (old, new) in self._differences.items()}
+            because = ", ".join(told for key, told in changes.items() if matches(key, [pattern]))
+            because = because or f"the files that {pattern.rstrip('*')} names have changed"
             raise UserError(f"--ckpt_path: the current settings give {what} ({because}): {START}.")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -149,11 +132,6 @@ class RunRecord(SaveConfigCallback):
         checkpoint["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def content_of(module: LightningModule, data: Any) -> dict[str, str | None]:
-    """Return what `models_of` does, and a hash of the training pairs as tokens; None if unknown."""
-    return {**models_of(module), "data": data.content("train") if isinstance(data, PairDataModule) else None}
-
-
 def models_of(module: LightningModule) -> dict[str, str | None]:
     """Return hashes of the folders of the start model and of a reference of its own, or their Hub ids."""
     names = {"model": getattr(module, "name", None), "reference": getattr(module, "reference_name", None)}
@@ -171,7 +149,9 @@ def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str
         return None
     path = Path(asked)
     if asked == "last":
-        found = [path for path in last_checkpoints(trainer) if path.exists()]
+        kept = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+        last = [Path(path) for one in kept for path in one._find_last_checkpoints(trainer)]
+        found = [path for path in last if path.exists()]  # not a link without its target
         if not found and not fitting:
             raise UserError("--ckpt_path last: the log folder holds no checkpoint; give the path of one.")
         if not found:
@@ -194,9 +174,3 @@ def continue_newest_version(trainer: Trainer) -> None:
         # Lightning's loggers with numbered folders have `_version`, which is None until `version` is read
         if getattr(logger, "_version", "") is None and isinstance(logger.version, int):
             logger._version = max(logger.version - 1, 0)  # type: ignore[attr-defined]
-
-
-def last_checkpoints(trainer: Trainer) -> list[Path]:
-    """Return the `last.ckpt` of every checkpoint callback, including links without a target."""
-    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    return [Path(path) for callback in callbacks for path in callback._find_last_checkpoints(trainer)]

@@ -47,7 +47,7 @@ def refuse_place(option: str, out: str, endings: tuple[str, ...], *read: str | N
     if not os.path.exists(out):
         return ""
     if any(one and os.path.exists(one) and os.path.samefile(one, out) for one in read):
-        raise UserError(f"{option}: {out} is read by this command, which would replace it: give another file.")
+        raise UserError(f"{option}: {out} is read by this command, which would replace it: give another.")
     return " (replaces the one that was there)"
 
 

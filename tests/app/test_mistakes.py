@@ -83,7 +83,7 @@ def run_config(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("--model.loss.gamma=0.1", "for example --model.loss AlphaDPOLoss; there are"),
         ("--ckpt_path=none.ckpt", "there is no checkpoint none.ckpt"),
         ("--trainer.callbacks+=lightning.pytorch.callbacks.Timer", "cannot be written to config.yaml: give its"),
-        ("--trainer.logger=false", "config.yaml is read by this command, which would replace it by the record"),
+        ("--trainer.logger=false", "config.yaml is read by this command, which would replace it"),
     ],
 )
 def test_wrong_fields_of_a_run(option: str, sentence: str, run_config: Path, told: Callable[..., str]) -> None:

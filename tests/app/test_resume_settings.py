@@ -151,8 +151,7 @@ def test_unknown_keys_are_differences() -> None:
         "ckpt_path": "last",
     }
     assert differences(before, now) == {
-        "callbacks": ("not set", {}),
-        "callbacks.D": ("D", "not set"),
+        "trainer.callbacks.D": ("D", "not set"),
         "schedule": (None, "S"),
         "schedule.alpha": ("not set", 2),
         "model.y": ("not set", [2]),

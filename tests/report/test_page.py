@@ -336,7 +336,11 @@ def test_settings_that_differ() -> None:
     }
     other = {**config, "a": {"class_path": "x.A", "init_args": {"b": 3, "c": None}}}
     assert differences([settings(config), settings(other)]) == [("a.b", ["1", "3"])]
-    assert {"callbacks.Y": "Y", "callbacks.Y.d": "2", "callbacks.Z": "Z"}.items() <= settings(config).items()
+    assert {
+        "trainer.callbacks.Y": "Y",
+        "trainer.callbacks.Y.d": "2",
+        "trainer.callbacks.Z": "Z",
+    }.items() <= settings(config).items()
 
 
 def test_long_curves_are_averaged_not_cut() -> None:
