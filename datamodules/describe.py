@@ -52,15 +52,14 @@ def describe(table: PairTable, rows: np.ndarray) -> list[str]:
 def _of_parts(parts: Sequence[Part], counts: Sequence[int]) -> list[str]:
     if not parts[0].source:
         return [_of_part(parts[0], counts[0])]
-    sources = [
-        f"{part.source}: {count} of its {_of_part(part, part.pairs)}"
-        for part, count in zip(parts, counts, strict=True)
-    ]
+    sources = [f"{part.source}: {_of_part(part, count)}" for part, count in zip(parts, counts, strict=True)]
     return [f"{sum(counts)} pairs of {len(sources)} sources", *sources]
 
 
 def _of_part(part: Part, count: int) -> str:
-    told = [f"{count} pairs", f"{part.report.counts['rows']} rows read", *part.report.lines()]
+    some = f"{count} of {part.pairs} pairs (data.validation_share, data.select or weights leave out the others)"
+    whole = f"{count} pairs" if count == part.pairs - part.unscored else some
+    told = [whole, f"{part.report.counts['rows']} rows read", *part.report.lines()]
     if any("truncated" in reason for reason in part.report.counts):
         told.append("data.max_length and data.max_prompt_length set the limits")
     if part.unscored:

@@ -75,3 +75,11 @@ def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(
     said = f"model.name: no tokenizer at '{name}', for there is no such folder: {cure}"
     with pytest.raises(UserError, match=re.escape(said)):
         read_tokenizer(name, "model.name")
+
+
+def test_show_says_what_leaves_pairs_out(tiny_llama: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"tell me {number}", "chosen": "the fox", "rejected": "the owl"} for number in range(10)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_config(tmp_path, tiny_llama, path="a.jsonl", validation_share=0.2)
+    done = command(tmp_path, "show", "--config", "config.yaml", BETA_DPO_CACHE=str(tmp_path / "cache"))
+    assert "train: 8 of 10 pairs (data.validation_share, data.select or weights leave out the others)" in done.stdout
