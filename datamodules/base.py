@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from app.core.errors import UserError
 from app.method.ranges import PositiveInt, Seed, checked
-from datamodules.describe import cut_responses, describe, pairs_seen, repeats, shared_prompts, shown
+from datamodules.describe import against_scores, cut_responses, describe, pairs_seen, repeats, shared_prompts, shown
 from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
 from datamodules.loader import Exchange, OptimizerBatchLoader
 from datamodules.ranking import Ranking, Selection, ranked
@@ -188,8 +188,8 @@ class PairDataModule(LightningDataModule):
             if table.label_names:
                 log.info("train: columns kept as labels: %s", ", ".join(table.label_names))
             twice, contradicted = repeats(table, rows)
-            if twice:
-                log.info("train: %s", twice)
+            for said in filter(None, (twice, against_scores(table, rows))):
+                log.info("train: %s", said)
             warnings.append(contradicted)
         elif "train" in self._tables:
             warnings.append(shared_prompts(self._tables["train"], (table, rows)))

@@ -15,6 +15,8 @@ from datamodules.gap_mixture import GapMixedTable
 from datamodules.table import PairTable, Part
 
 ALIKE = "but for case, spaces or punctuation"
+_SCORES = ("score", "rating", "reward")  # in the names of labels that grade a response
+_PAIRS_AT_ONCE = 65536
 _ODD = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)  # any odd numbers
 
 
@@ -85,8 +87,29 @@ def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str]:
     return twice if len(again) else "", contradiction if len(against) else ""
 
 
-def _pairs(count: int, verb: str) -> str:
-    return f"1 pair {verb}s" if count == 1 else f"{count} pairs {verb}"
+def against_scores(table: PairTable, rows: np.ndarray) -> str:
+    """Return a message on pairs whose rejected response has the higher score in the data, else an empty text."""
+    names = [name for name in table.label_names if "chosen" in name and any(word in name for word in _SCORES)]
+    told = []
+    for name in names:
+        other = name.replace("chosen", "rejected")
+        below: list[int] = []
+        for part in np.array_split(rows, len(rows) // _PAIRS_AT_ONCE + 1) if other in table.label_names else ():
+            labels = table.labels(part)
+            found = zip(part.tolist(), labels[name], labels[other], strict=True)
+            for row, high, low in found:
+                if isinstance(high, int | float) and isinstance(low, int | float) and high < low:
+                    below.append(row)
+        if below:
+            first = _named(table, np.array(below))
+            told.append(
+                f"{_pairs(len(below), 'have', 'has')} a {name} below the {other} (first: {first}); all stay"
+            )
+    return "; ".join(told)
+
+
+def _pairs(count: int, verb: str, of_one: str = "") -> str:
+    return f"1 pair {of_one or f'{verb}s'}" if count == 1 else f"{count} pairs {verb}"
 
 
 def shared_prompts(trained: tuple[PairTable, np.ndarray], held_out: tuple[PairTable, np.ndarray]) -> str:

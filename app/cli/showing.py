@@ -13,7 +13,7 @@ from app.cli.trainer import PartsCLI
 from app.core.errors import UserError, first_line
 from app.method.ranges import NonNegativeInt
 from datamodules.base import SPLITS, PairDataModule
-from datamodules.describe import cut_responses, describe, repeats
+from datamodules.describe import against_scores, cut_responses, describe, repeats
 
 # what a model of the Hub is read from; some repositories hold the weights a second time, in other formats
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
@@ -64,9 +64,9 @@ def lines(data: PairDataModule, count: int) -> Iterator[str]:
     yield from (f"train: {line}" for line in (*describe(table, rows), *data.notes))
     if table.label_names:
         yield f"train: columns kept as labels: {', '.join(table.label_names)}"
-    for said in (cut_responses(table, data.tokenisation.max_length), *repeats(table, rows)):
-        if said:
-            yield f"train: {said}"
+    cut = cut_responses(table, data.tokenisation.max_length)
+    for said in filter(None, (cut, *repeats(table, rows), against_scores(table, rows))):
+        yield f"train: {said}"
     ends = [str(data.tokenizer.decode([end])) for end in data.stop_ids]
     yield f"a response ends, and sampling stops, at {' or '.join(ends)}"
     if data.order is None:  # the first pair of each source, then the second

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from tiny_runs import table_of
 from tiny_tokenizers import byte_tokenizer
 
-from datamodules.describe import cut_responses, pairs_seen, repeats, shared_prompts
+from datamodules.describe import against_scores, cut_responses, pairs_seen, repeats, shared_prompts
 from datamodules.preference_data import PreferenceData
 from datamodules.table import PairTable
 
@@ -48,6 +48,20 @@ def test_repeats_and_contradictions_are_counted_within_and_across_files(tmp_path
     assert len(rows) == 6  # nothing is taken out
     assert repeats(*opened(tmp_path, "p a b", "p a b"))[0] == "1 pair repeats an earlier one (first: 0.jsonl:2)"
     assert repeats(*opened(tmp_path, "p a b", "q b a", "p a c")) == ("", "")
+
+
+def test_scores_against_the_label_are_counted(tmp_path: Path) -> None:
+    scores = [(1, 2), (2, 1), (1, 1), (None, 3), (0.5, 4)]
+    rows = [
+        {"prompt": f"p{high}", "chosen": "a", "rejected": "b", "score_chosen": high, "score_rejected": low}
+        for high, low in scores
+    ]
+    (tmp_path / "0.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = PreferenceData(str(tmp_path / "0.jsonl"))
+    data.tokenizer = byte_tokenizer()
+    said = against_scores(*table_of(data))
+    assert said == "2 pairs have a score_chosen below the score_rejected (first: 0.jsonl:1, 0.jsonl:5); all stay"
+    assert not against_scores(*opened(tmp_path, "p a b"))
 
 
 def test_answers_that_differ_in_outer_spaces_do_not_contradict_themselves(tmp_path: Path) -> None:
