@@ -8,18 +8,62 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AttentionInterface
 
 from app.method.batch import PackedRows, PairRun
-from lightning_modules.flex import BLOCK, FLEX, LEAST
-from lightning_modules.pairwise_attention import PAIRWISE, PairRuns
+from lightning_modules.flex import BLOCK, FLEX, LEAST, attend_flex
+from lightning_modules.pairwise_attention import (
+    PAIRWISE,
+    VARLEN,
+    Attend,
+    Options,
+    PairRuns,
+    attend_pairwise,
+    attend_varlen,
+    lacking,
+)
 from lightning_modules.private import attention_of, takes_attentions
-from lightning_modules.varlen import VARLEN, lacking
 
 log = logging.getLogger(__name__)
 
 # This project's implementations, which take the runs of one row and no mask, in the order in which
 # `attention: auto` tries them on CUDA: expected fastest first, not yet measured on a GPU.
-OURS = (VARLEN, FLEX, PAIRWISE)
+OURS: dict[str, Attend] = {VARLEN: attend_varlen, FLEX: attend_flex, PAIRWISE: attend_pairwise}
+
+
+def register(name: str, attend: Attend) -> None:
+    """Register `attend` with transformers as the implementation `name`."""
+
+    @torch.compiler.disable  # compiled layers call it uncompiled; FlexAttention is compiled separately
+    def implementation(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        pair_runs: PairRuns | None = None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        """Return the output [1, T, heads, d] and no weights, as transformers calls an attention (see `Attend`).
+
+        Raises ValueError for unsupported options, so that the start-up check tries another attention.
+        """
+        if pair_runs is None:
+            raise ValueError("this model does not hand the layout of the rows to its attention")
+        for unknown, given in (others | {"softcap": None if name == FLEX else softcap}).items():
+            if unknown in ("s_aux", "position_bias", "softcap") and given is not None:
+                raise ValueError(f"attention {name} has no {unknown}")
+        out = attend(query, key, value, pair_runs, Options(sliding_window, scaling, softcap))
+        return out.transpose(1, 2), None
+
+    AttentionInterface.register(name, implementation)
+
+
+for name, attend in OURS.items():
+    register(name, attend)
 
 
 def dense_mask(rows: PackedRows, window: int | None = None, added: bool = False) -> Tensor:

@@ -35,7 +35,7 @@ from lightning_modules.pretrained import (
 )
 from lightning_modules.ranks import Ranks
 from lightning_modules.recorded_training import RecordedTraining
-from lightning_modules.refused_models import name_other_tokens, refuse_beyond
+from lightning_modules.refused_models import check_tokens, refuse_beyond
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharded_loading import read_weights, weight_files
 from lightning_modules.sharding import clip_gradients, gradient_sync, leave_gathered
@@ -131,7 +131,7 @@ class LanguageModelTraining(RecordedTraining):
         # converted before Lightning does it, because the reference is a copy and sharding fixes the dtype
         self.policy = self.trainer.precision_plugin.convert_module(self.build_scorer(self.name, self.lora))  # type: ignore[assignment]
         if self.name is not None and hasattr(self.data, "tokenizer"):
-            name_other_tokens(self.name, self.data.tokenizer, self.trust_remote_code)
+            check_tokens(self.name, self.data.tokenizer, self.trust_remote_code, refuse=False)
         self.keep_reference()
         stop_at(self.policy.model, getattr(self.data, "stop_ids", []))
         if self.gradient_checkpointing:

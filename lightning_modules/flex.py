@@ -9,6 +9,7 @@ bounds.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from app.method.batch import on_device
-from lightning_modules.pairwise_attention import Options, PairRuns, one_dtype, register
+from lightning_modules.pairwise_attention import Options, PairRuns, one_dtype
 from lightning_modules.private import mark_dynamic
 
 FLEX = "flex"  # its name in transformers
@@ -108,7 +109,7 @@ def packed_flex(
         assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
-    out = flex_attention(
+    out: Any = flex_attention(
         query,
         key,
         value,
@@ -117,17 +118,16 @@ def packed_flex(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    assert isinstance(out, Tensor)
     return out
 
 
-# One graph, which raises past the compiler's limit. `attend` marks the dimensions that follow the row's length as
-# dynamic, so that it serves every length. `dynamic=True` would also make scale and soft cap dynamic, which
+# One graph, which raises past the compiler's limit. `attend_flex` marks the dimensions that follow the row's length
+# as dynamic, so that it serves every length. `dynamic=True` would also make scale and soft cap dynamic, which
 # FlexAttention refuses.
 compiled_flex: Callable[..., Tensor] = torch.compile(packed_flex, fullgraph=True)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
+def attend_flex(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
     """Compute FlexAttention; see `Attend`."""
     window, scale, softcap = options
     blocks = runs.remember((FLEX, window), lambda: block_tensors(runs, window, query.device))
@@ -137,6 +137,3 @@ def attend(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: O
         long = {1: (0,), 3: (2,), 4: (2,) if tensor.is_floating_point() else (2, 3)}[tensor.ndim]
         mark_dynamic(tensor, list(long))
     return compiled_flex(*states, blocks, scale, softcap)
-
-
-register(FLEX, attend, softcaps=True)

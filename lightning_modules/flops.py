@@ -13,10 +13,9 @@ from lightning_modules.pretrained import numbers
 log = logging.getLogger(__name__)
 
 # Dense TFLOP/s of bfloat16 products with float32 sums, by the driver's name of the GPU. Most datasheets print the
-# figure with sparsity, which is twice as large. On 2026-11-26 the table was compared with public second-hand
-# tables, not with the datasheets: all agree, H200 NVL to two digits, GeForce 5090 and 3090 after halving figures
-# for float16 sums. Lightning's own table (lightning.fabric.utilities.throughput) has the sparse figure for H200 and
-# H100 NVL, the figure without tensor cores for A40 and GeForce, and no B200.
+# figure with sparsity, twice as large, as does lightning.fabric.utilities.throughput for H200 and H100 NVL. On
+# 2026-11-26 compared with public second-hand tables, not with the datasheets: all agree, H200 NVL to two digits,
+# GeForce 5090 and 3090 after halving figures for float16 sums.
 DENSE_BFLOAT16 = {
     "NVIDIA B200": 2250.0,  # datasheet DGX B200: 72 PFLOP/s in FP8 on 8 GPUs, sparse, and half of it in bfloat16
     "NVIDIA GB200": 2500.0,  # datasheet GB200 NVL72: 360 PFLOP/s on 72 GPUs, sparse
@@ -26,10 +25,7 @@ DENSE_BFLOAT16 = {
     "NVIDIA H100 80GB HBM3": 989.5,  # datasheet H100: SXM 1979, NVL 1671, PCIe 1513 sparse
     "NVIDIA H100 NVL": 835.5,
     "NVIDIA H100 PCIe": 756.5,
-    "NVIDIA A100-SXM4-40GB": 312.0,  # datasheet A100
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA A100-PCIE-40GB": 312.0,
-    "NVIDIA A100 80GB PCIe": 312.0,
+    **{f"NVIDIA A100{kind}": 312.0 for kind in ("-SXM4-40GB", "-SXM4-80GB", "-PCIE-40GB", " 80GB PCIe")},
     "NVIDIA A40": 149.7,  # datasheets A40, A30, A10
     "NVIDIA A30": 165.0,
     "NVIDIA A10": 125.0,
@@ -47,10 +43,8 @@ def forward_operations(model: Any, tokens: int, response_tokens: int) -> float:
 
     The layers' matrices count for every unique token, the head for every response token.
     """
-    head = model.get_output_embeddings().weight
-    embeddings = model.get_input_embeddings().weight
-    counted = {id(head), id(embeddings)}
-    layers = sum(numbers(p) for p in model.parameters() if p.ndim > 1 and id(p) not in counted)
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    layers = sum(numbers(p) for p in model.parameters() if p.ndim > 1 and p is not head and p is not embeddings)
     return 2.0 * (layers * tokens + head.numel() * response_tokens)
 
 

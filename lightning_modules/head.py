@@ -104,8 +104,7 @@ class _HeadLogps(torch.autograd.Function):
         sums: list[Tensor] = []  # log-sum-exp of each slice, [N] each
         chosen = torch.zeros(len(targets), dtype=at_least_float32(hidden[:0]).dtype, device=hidden.device)
         for start in range(0, len(weight), width):
-            logits = _slice(hidden, weight, bias, rule, start, width)
-            place, inside = _within(targets, start, logits)
+            logits, place, inside = _slice(hidden, weight, bias, targets, rule, slice(start, start + width))
             chosen = torch.where(inside, logits.gather(1, place[:, None]).squeeze(1), chosen)
             highest = logits.amax(1)
             sums.append(logits.sub_(highest[:, None]).exp_().sum(1).log_().add_(highest))
@@ -119,6 +118,7 @@ class _HeadLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normaliser = ctx.saved_tensors
+        rule: LogitRule = ctx.rule
         wanted = torch.nonzero(gradient).squeeze(1) if ctx.skip else slice(None)
         d_hidden = torch.zeros_like(hidden, dtype=normaliser.dtype)
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
@@ -127,16 +127,15 @@ class _HeadLogps(torch.autograd.Function):
         d_used = d_hidden[wanted]
         for start in range(0, len(weight), ctx.width):
             part = slice(start, start + ctx.width)
-            logits = _slice(used, weight, bias, ctx.rule, start, ctx.width)
-            slope = None if ctx.rule.cap is None else 1 - (logits / ctx.rule.cap).square_()
-            place, inside = _within(targets[wanted], start, logits)
+            logits, place, inside = _slice(used, weight, bias, targets[wanted], rule, part)
+            slope = None if rule.cap is None else 1 - (logits / rule.cap).square_()
             # d logp/d logits = onehot(target) − softmax
             d_logits = logits.sub_(normaliser[wanted, None]).exp_().mul_(-scale)
             d_logits.scatter_add_(1, place[:, None], scale * inside[:, None])
             if slope is not None:
                 d_logits.mul_(slope)
-            if ctx.rule.scale != 1.0:
-                d_logits.mul_(ctx.rule.scale)
+            if rule.scale != 1.0:
+                d_logits.mul_(rule.scale)
             if d_bias is not None:
                 d_bias[part] = d_logits.sum(0)
             d_logits = d_logits.to(hidden.dtype)
@@ -147,14 +146,15 @@ class _HeadLogps(torch.autograd.Function):
         return d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None, None
 
 
-def _slice(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule, start: int, width: int) -> Tensor:
-    """Return the logits of one slice of the vocabulary, [N, at most width], which the caller may change."""
-    part = slice(start, start + width)
-    return head_logits(hidden, weight[part], None if bias is None else bias[part], rule)
+def _slice(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: LogitRule, part: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the logits of a slice of the vocabulary, and where the targets are in it.
 
-
-def _within(targets: Tensor, start: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each target's index in this slice, clamped to the slice [N], and whether it lies in the slice [N]."""
-    place = targets - start
+    They are [N, at most width], which the caller may change; each target's index in the slice, clamped to it [N];
+    and whether the target lies in it [N].
+    """
+    logits = head_logits(hidden, weight[part], None if bias is None else bias[part], rule)
+    place = targets - part.start
     inside = (place >= 0) & (place < logits.shape[1])
-    return place.clamp(0, logits.shape[1] - 1), inside
+    return logits, place.clamp(0, logits.shape[1] - 1), inside

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -22,6 +23,7 @@ from lightning_modules.scorer import ResponseScorer, response_logps, response_to
 from lightning_modules.sharding import gradient_sync
 
 log = logging.getLogger(__name__)
+inform, warn = rank_zero_only(log.info), rank_zero_only(log.warning)
 
 # Largest mean difference per response token, in nats, that rounding explains. A lost mask changes whole nats.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -35,6 +37,11 @@ class Sample(NamedTuple):
     pairs: list[int]
     expected: Tensor
     tokens: Tensor  # of each response, like `expected`
+
+    def apart(self, scores: Tensor) -> Tensor:
+        """Return the largest difference per token of `scores` from those expected, where these are finite."""
+        apart = ((scores.detach().cpu() - self.expected).abs() / self.tokens).nan_to_num(nan=math.inf)
+        return apart.masked_fill(~self.expected.isfinite(), 0).max()
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class StartCheck:
         """
         try:
             with torch.inference_mode(False):  # training uses what a validation has settled
-                return self._settled(batch)
+                return self._settled([self._plain_sample(batch), self._alone_sample(batch.stretched())])
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"Out of memory in the start-up check of the model ({first_line(error)}): lower "
@@ -74,52 +81,46 @@ class StartCheck:
                 "fits."
             ) from error
 
-    def _settled(self, batch: OptimizerBatch) -> Layout:
-        samples = [self._plain_sample(batch), self._alone_sample(batch.stretched())]
+    def _settled(self, samples: Sequence[Sample]) -> Layout:
         on_cuda = self.ranks.device.type == "cuda"
-        warnings: list[str] = []
+        disagreed: list[str] = []
         for attention, layout in self._candidates():
             for scorer in self.scorers:
                 scorer.use_attention(attention)
             finding = self._finding(layout, samples, backward=on_cuda)
             if finding is None:
                 break
-            warnings.append(f"attention {attention} in {layout} rows: {finding}")
+            disagreed.append(f"attention {attention} in {layout} rows: {finding}")
         else:
-            raise UserError(self._refusal(warnings[-1], attention, layout))
-        if self.ranks.number == 0:
-            for warning in warnings:
-                log.warning("start-up check: %s", warning)
-            if warnings and layout == "separate":
-                log.warning("model.layout auto: so every response gets a row of its own (slower).")
-            elif warnings:
-                log.warning("model.attention auto: so attention is %s.", attention)
-        compiled = self._compile_layers(layout, samples)
-        if self.ranks.number == 0:
-            longest = int(samples[1].tokens.max())
-            log.info(
-                "start-up check passed (attention %s, %s rows%s): %d pairs of the data and the longest possible "
-                "response, %d tokens%s",
-                attention,
-                layout,
-                ", layers compiled" if compiled else "",
-                len(samples[0].pairs),
-                longest,
-                ", forward and backward" if self.trains and (on_cuda or compiled) else "",
-            )
+            raise UserError(self._refusal(disagreed[-1]))
+        if disagreed:
+            rows = "packed rows" if layout == "packed" else "a row of its own for every response (slower)"
+            warn("start-up check: %s; so attention is %s, with %s", "; ".join(disagreed), attention, rows)
+        compiled = self.compile_layers is True or (self.compile_layers == "auto" and on_cuda)
+        if compiled:
+            compiled = self._compiles(layout, samples)
+        inform(
+            "start-up check passed (attention %s, %s rows%s): %d pairs of the data and the longest possible "
+            "response, %d tokens%s",
+            attention,
+            layout,
+            ", layers compiled" if compiled else "",
+            len(samples[0].pairs),
+            int(samples[1].tokens.max()),
+            ", forward and backward" if self.trains and (on_cuda or compiled) else "",
+        )
         return layout
 
     def _candidates(self) -> list[tuple[str, Layout]]:
         """Return the combinations of attention and layout in order of preference."""
-        own = self.policy.own_attention
         names = [self.policy.attention]
         if self.attention == "auto":
-            names = [*attentions(self.policy.model, self.ranks.device, self.dtype), own]
+            names = [*attentions(self.policy.model, self.ranks.device, self.dtype), self.policy.own_attention]
         if self.layout != "auto":
             return [(name, self.layout) for name in names]
         return [*((name, "packed") for name in names), (names[-1], "separate")]
 
-    def _refusal(self, finding: str, attention: str, layout: Layout) -> str:
+    def _refusal(self, finding: str) -> str:
         """Return the error message, with a remedy, for a run in which no candidate agrees."""
         if self.layout == "packed":
             return f"model.layout: {finding}; set it to auto or separate."
@@ -133,10 +134,8 @@ class StartCheck:
             f"data.max_length to {known}, or take a model without such scaling."
         )
 
-    def _compile_layers(self, layout: Layout, samples: Sequence[Sample]) -> bool:
-        """Compile the layers if that is wanted and works, and return whether they are compiled."""
-        if self.compile_layers is False or (self.compile_layers == "auto" and self.ranks.device.type != "cuda"):
-            return False
+    def _compiles(self, layout: Layout, samples: Sequence[Sample]) -> bool:
+        """Compile the layers and return whether they agree; with `auto`, leave them as they are if not."""
         for scorer in self.scorers:
             scorer.compile_layers()
         finding = self._finding(layout, samples, backward=True)
@@ -145,10 +144,8 @@ class StartCheck:
         if self.compile_layers != "auto":
             raise UserError(f"model.compile_layers: {finding}; set it to auto or false.")
         for scorer in self.scorers:
-            scorer.leave_layers()
-        if self.ranks.number == 0:
-            log.warning("start-up check: compiled layers: %s", finding)
-            log.warning("model.compile_layers auto: so the layers run as they are (slower).")
+            scorer.compile_layers(False)
+        warn("start-up check: compiled layers: %s; so the layers run as they are (slower)", finding)
         return False
 
     def _finding(self, layout: Layout, samples: Sequence[Sample], backward: bool) -> str | None:
@@ -159,37 +156,35 @@ class StartCheck:
         backward = backward and self.trains
         # as few rows as possible, so that several pairs share a row
         rows = [self._rows(sample.batch, self.responses, layout, sample.pairs) for sample in samples]
-        worst, error = torch.zeros((), dtype=torch.float64), ""
+        worst, error = 0.0, ""
         try:
             for sample, micro_batches in zip(samples, rows, strict=True):
                 with torch.set_grad_enabled(backward):
                     scores = self._score(micro_batches)
-                apart = ((scores.detach().cpu() - sample.expected).abs() / sample.tokens).nan_to_num(nan=math.inf)
-                finite = torch.isfinite(sample.expected)
-                worst = torch.maximum(worst, apart.masked_fill(~finite, 0).max())
-                if backward and not self._has_gradient(scores, judge=bool(finite.all())):
+                worst = max(worst, float(sample.apart(scores)))
+                finite = bool(sample.expected.isfinite().all())
+                if backward and not self._has_gradient(scores) and finite:
                     error = "its gradients are not finite"
         except (torch.OutOfMemoryError, UserError):
             raise
         except Exception as refusal:  # for example another mask format, a missing kernel, or the compiler
             error = f"{type(refusal).__name__}: {first_line(refusal)}"
-        failed, worst = self.ranks.reduce(
-            torch.stack([torch.tensor(float(bool(error))).double(), worst]), "max"
-        ).tolist()
+        found = torch.tensor([bool(error), worst], dtype=torch.float64)
+        failed, worst = self.ranks.reduce(found, "max").tolist()
         if failed:
             return error or "it failed on another rank"
         if worst > TOLERANCE[self.dtype]:
             return f"it changes this model's log-probabilities by {worst:.2g} nats per token"
         return None
 
-    def _has_gradient(self, scores: Tensor, judge: bool) -> bool:
-        """Back-propagate `scores`, drop the gradients, and return whether they are finite (True if not `judge`)."""
+    def _has_gradient(self, scores: Tensor) -> bool:
+        """Back-propagate `scores`, drop the gradients, and return whether they are finite."""
         # FSDP2 drops gradients only after their reduction; DDP's buckets must not see these
         with gradient_sync(self.ranks.strategy, self.policy, last=isinstance(self.policy, FSDPModule)):
             scores.sum().backward()
         gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
         local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        finite = not judge or all(bool(torch.isfinite(gradient).all()) for gradient in local)
+        finite = all(bool(torch.isfinite(gradient).all()) for gradient in local)
         self.policy.zero_grad(set_to_none=True)
         return finite
 
@@ -202,11 +197,9 @@ class StartCheck:
         rows = self._rows(batch, self.responses, "separate", pairs)
         with self.policy.as_loaded(), torch.no_grad():
             expected = self._score(rows, whole_logits=True).cpu()
-            ours = self._score(rows).cpu()
+            ours = self._score(rows)
         sample = Sample(batch, pairs, expected, self._tokens(rows))
-        apart = ((ours - expected).abs() / sample.tokens).nan_to_num(nan=math.inf)
-        worst = self.ranks.reduce(apart.masked_fill(~torch.isfinite(expected), 0).max(), "max")
-        if float(worst) > TOLERANCE[self.dtype]:
+        if float(self.ranks.reduce(sample.apart(ours), "max")) > TOLERANCE[self.dtype]:
             raise UserError(
                 f"model.name: the output head of {self.name or 'this architecture'} is not supported: "
                 "its log-probabilities differ from those of transformers' own forward pass."
@@ -234,6 +227,6 @@ class StartCheck:
     def _tokens(self, rows: Sequence[PackedRows]) -> Tensor:
         return response_tokens(rows, CHECKED_PAIRS, len(self.responses), self.ranks.device).double().cpu()
 
-    def _score(self, rows: Sequence[PackedRows], whole_logits: bool = False) -> Tensor:
-        scorer = partial(self.policy, whole_logits=True) if whole_logits else self.policy
+    def _score(self, rows: Sequence[PackedRows], **options: bool) -> Tensor:
+        scorer = partial(self.policy, **options)
         return response_logps(scorer, rows, CHECKED_PAIRS, len(self.responses), self.ranks.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -20,9 +20,7 @@ from app.method.ranges import PositiveFloat, PositiveInt, checked
 
 log = logging.getLogger(__name__)
 
-
 TO_ADAPT = "they are fused into weights that are no layers: name {} in model.lora.target_parameters"
-NOT_FUSED = "this model has no fused experts, and target_modules names layers"
 MOVING = r"olora|pissa(_niter_[1-9]\d*)?"  # starts for which peft subtracts the adapters from the base's weights
 
 
@@ -84,13 +82,8 @@ class Lora:
                 f"model.lora.init_lora_weights: {self.init_lora_weights!r} is none of true, gaussian, pissa, "
                 "pissa_niter_N and olora: the others of peft need data, or start from another model than the base."
             )
-        fixed: dict[str, Any] = {
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
-        }
         patterns = {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
+        fixed = {"lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
         return LoraConfig(**asdict(self) | patterns | fixed)
 
 
@@ -101,20 +94,17 @@ def add_lora(model: Any, lora: Lora) -> None:
     got none.
     """
     experts = fused_experts(model)
-    refuse_unmatched(model, lora.target_modules, experts)
-    for one in lora.target_parameters or []:
-        if not any(f".{name}".endswith(f".{one}") for name, _ in model.named_parameters()):
-            named = f"the fused experts are {', '.join(experts)}" if experts else NOT_FUSED
-            raise UserError(f"model.lora.target_parameters: {one} names no weight: {named}.")
+    refuse_unmatched(model, lora, experts)
     try:
         model.add_adapter(lora.peft_config())
     except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        said = first_line(error)
         if experts and lora.reads_base:
-            raise UserError(
-                "model.lora: DoRA, PiSSA and OLoRA do not go with fused experts, which would get adapters: list "
-                "layers without them in target_modules, for example [q_proj, k_proj, v_proj, o_proj]."
-            ) from error
-        raise UserError(f"model.lora: {first_line(error)}") from error
+            said = (
+                "DoRA, PiSSA and OLoRA do not go with fused experts, which would get adapters: list layers without "
+                "them in target_modules, for example [q_proj, k_proj, v_proj, o_proj]."
+            )
+        raise UserError(f"model.lora: {said}") from error
     counts = adapted(model)
     rank_zero_info("model.lora: adapters on " + ", ".join(f"{many} × {name}" for name, many in counts.items()))
     if experts := fused_experts(model):
@@ -157,39 +147,41 @@ def save_adapters_alone(module: nn.Module) -> None:
     module.register_load_state_dict_post_hook(keep)
 
 
-def refuse_unmatched(model: Any, targets: str | list[str], experts: list[str]) -> None:
-    """Raise UserError for entries of `target_modules` that match no layer or the output head."""
-    if targets == "all-linear":
-        return
-    layers = {
-        name: kind for name, kind in model.named_modules() if isinstance(kind, (nn.Linear, nn.Embedding, Conv1D))
-    }
-    names = sorted({name.rpartition(".")[2] for name in layers})
+def refuse_unmatched(model: Any, lora: Lora, experts: list[str]) -> None:
+    """Raise UserError for targets that match no layer or weight, or the output head."""
+    head, kinds = model.get_output_embeddings(), (nn.Linear, nn.Embedding, Conv1D)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
+    weights = [name for name, _ in model.named_parameters()]
+    targets = lora.target_modules
+
+    def ends(names: Iterable[str], target: str) -> list[str]:
+        return [name for name in names if f".{name}".endswith(f".{target}")]
+
     if isinstance(targets, str):
         try:
             found = {targets: [name for name in layers if re.fullmatch(targets, name)]}
         except re.error as error:
             raise UserError(f"model.lora.target_modules: {targets!r} is no pattern: {error}.") from error
     else:
-        found = {one: [name for name in layers if f".{name}".endswith(f".{one}")] for one in targets}
-    unmatched = [one for one, fitting in found.items() if not fitting]
-    if not targets or unmatched:
-        near = [name for one in unmatched for name in get_close_matches(one, names, 2)]
+        found = {one: ends(layers, one) for one in targets}
+    wrong = [one for one, names in found.items() if not names or any(layers[name] is head for name in names)]
+    if targets != "all-linear" and (wrong or not targets):
+        known = sorted({name.rpartition(".")[2] for name, layer in layers.items() if layer is not head})
+        near = [name for one in wrong for name in get_close_matches(one, known, 2)]
         hint = f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else "."
-        if targets in names:
+        if targets in known:
             hint = f"; write [{targets}]: text by itself is a pattern for whole names."
         if experts:
             hint = f". If the experts are meant, {TO_ADAPT.format(', '.join(experts))}."
         raise UserError(
-            f"model.lora.target_modules: {', '.join(unmatched) or 'an empty list'} names no layer; there are "
-            f"{', '.join(names)}{hint}"
+            f"model.lora.target_modules: {', '.join(wrong) or 'an empty list'} names no layer, or the output head, "
+            f"which stays as it is; there are {', '.join(known)}{hint}"
         )
-    head = model.get_output_embeddings()
-    for one, fitting in found.items():
-        if any(layers[name] is head for name in fitting):
-            raise UserError(
-                f"model.lora.target_modules: {one} is the output head, which stays as it is: leave it out."
-            )
+    if absent := [one for one in lora.target_parameters or [] if not ends(weights, one)]:
+        there = ", ".join(experts) or "none, and target_modules names layers"
+        raise UserError(
+            f"model.lora.target_parameters: {', '.join(absent)} names no weight: the fused experts are {there}."
+        )
 
 
 @contextmanager

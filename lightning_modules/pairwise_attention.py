@@ -1,7 +1,7 @@
-"""Attention pair by pair, the default on CPUs, and what this project's attentions share: runs and registration.
+"""Attention pair by pair, by SDPA (the default on CPUs) or by FlashAttention, and what all attentions here share.
 
 With a dense mask the cost of attention is quadratic in the row. Pair by pair it is the sum of the costs of the
-pairs, so all pairs of a micro-batch can be in one row without padding. It needs no compiler and no special kernel.
+pairs, so all pairs of a micro-batch can be in one row without padding. It needs no mask and no compiler.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
+from torch.nn.attention.varlen import varlen_attn
 
-from app.method.batch import Memory, PairRun
+from app.method.batch import Memory, PairRun, on_device
 
-PAIRWISE = "pairwise"  # its name in transformers
+PAIRWISE, VARLEN = "pairwise", "varlen"  # their names in transformers
+DTYPES = (torch.bfloat16, torch.float16)  # of FlashAttention
+WIDEST_HEAD = 256  # FlashAttention's kernels take widths up to this that are multiples of 8
 
 
 class Piece(NamedTuple):
@@ -65,37 +69,6 @@ class Options(NamedTuple):
 Attend = Callable[[Tensor, Tensor, Tensor, PairRuns, Options], Tensor]
 
 
-def register(name: str, attend: Attend, softcaps: bool = False) -> None:
-    """Register `attend`, which knows a soft cap if `softcaps`, with transformers as the implementation `name`."""
-
-    @torch.compiler.disable  # compiled layers call it uncompiled; FlexAttention is compiled separately
-    def implementation(
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        pair_runs: PairRuns | None = None,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        **others: Any,
-    ) -> tuple[Tensor, None]:
-        """Return the output [1, T, heads, d] and no weights, as transformers calls an attention (see `Attend`).
-
-        Raises ValueError for unsupported options, so that the start-up check tries another attention.
-        """
-        if pair_runs is None:
-            raise ValueError("this model does not hand the layout of the rows to its attention")
-        for unknown, given in (others | {"softcap": None if softcaps else softcap}).items():
-            if unknown in ("s_aux", "position_bias", "softcap") and given is not None:
-                raise ValueError(f"attention {name} has no {unknown}")
-        out = attend(query, key, value, pair_runs, Options(sliding_window, scaling, softcap))
-        return out.transpose(1, 2), None
-
-    AttentionInterface.register(name, implementation)
-
-
 def one_dtype(*states: Tensor) -> list[Tensor]:
     """Return the states in the autocast dtype, or without autocast in the dtype of the last state.
 
@@ -120,8 +93,8 @@ def piece_mask(runs: PairRuns, queries: int, keys: int, window: int | None, like
     return runs.remember((PAIRWISE, queries, keys, window, like.dtype), make)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
-    """Compute attention pair by pair; see `Attend`."""
+def attend_pairwise(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
+    """Compute attention pair by pair by SDPA; see `Attend`."""
     # split, because the gradient of a slice is as large as the whole tensor
     sizes = [piece.tokens for piece in runs.pieces]
     split = (states.split(sizes, dim=2) for states in (query, key, value))
@@ -144,4 +117,55 @@ def attend(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: O
     return torch.cat(outputs, 2)
 
 
-register(PAIRWISE, attend)
+# --- by FlashAttention, for bfloat16 and float16 on CUDA ---------------------------------------------------------
+
+
+def key_pieces(runs: PairRuns, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """Return indices [K] int64 of the keys of every piece, and the bounds of the pieces for `varlen_attn`.
+
+    The bounds are offsets [pieces + 1] int32 of queries and of keys, and the longest of each as numbers, because
+    the host would wait for a tensor.
+    """
+    pieces = np.array(runs.pieces)
+    queries, lengths = pieces[:, 1], pieces[:, 1] + pieces[:, 3]
+    keys = [np.r_[prompt : prompt + shared, start : start + tokens] for start, tokens, prompt, shared in pieces]
+    offsets = (np.cumsum([0, *sizes], dtype=np.int32) for sizes in (queries, lengths))
+    gathered, ends, key_ends = (
+        on_device(torch.from_numpy(each), device) for each in (np.concatenate(keys), *offsets)
+    )
+    return gathered, ends, key_ends, int(queries.max()), int(lengths.max())
+
+
+def lacking(config: Any, dtype: torch.dtype) -> str | None:
+    """Return why `varlen` cannot run a model of this `config` in `dtype`, or None if it may."""
+    if not {"window_size", "enable_gqa", "scale"} <= signature(varlen_attn).parameters.keys():
+        return f"torch {torch.__version__} does not offer it"
+    if dtype not in DTYPES:
+        return f"it does not compute in {dtype}"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "it has no softcap"
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return None if width % 8 == 0 and width <= WIDEST_HEAD else f"it has no heads of {width}"
+
+
+def attend_varlen(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
+    """Compute attention pair by pair by FlashAttention; see `Attend`.
+
+    `varlen_attn` aligns causal order at the ends of queries and keys, so a response sees all the prompt.
+    """
+    keys, *bounds = runs.remember(VARLEN, lambda: key_pieces(runs, query.device))
+    # [T, heads, d]
+    q, k, v = (states[0].transpose(0, 1) for states in one_dtype(query, key, value))
+    if q.dtype not in DTYPES:
+        raise ValueError(f"attention {VARLEN} does not compute in {q.dtype}")
+    out: Any = varlen_attn(
+        q,
+        k.index_select(0, keys),
+        v.index_select(0, keys),
+        *bounds,
+        scale=options.scale,
+        # (keys before the query, keys after): a window of W tokens includes the query itself
+        window_size=(-1 if options.window is None else options.window - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.transpose(0, 1)[None]

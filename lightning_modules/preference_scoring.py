@@ -22,7 +22,7 @@ from lightning_modules.layout_check import CHECKED_PAIRS
 from lightning_modules.measuring import SIDES, AdapterOff, PairMeasurer
 from lightning_modules.recorded_training import warn_of_nonfinite
 from lightning_modules.reference_cache import filled_reference_cache
-from lightning_modules.refused_models import refuse_other_tokens
+from lightning_modules.refused_models import check_tokens
 from lightning_modules.scorer import ResponseScorer
 
 ReferenceKind = Literal["frozen", "cached"]
@@ -61,7 +61,7 @@ class PreferenceScoring(LanguageModelTraining):
         try:
             scorer = self.trainer.precision_plugin.convert_module(self.build_scorer(name, None))
             if self.data is not None:
-                refuse_other_tokens(name, self.data.tokenizer, self.trust_remote_code)
+                check_tokens(name, self.data.tokenizer, self.trust_remote_code)
             return self.place(scorer.eval().requires_grad_(False), frozen=True)  # type: ignore[arg-type]
         except UserError as error:
             raise UserError(str(error).replace("model.name", "model.reference_name")) from error

@@ -25,6 +25,24 @@ from lightning_modules.sharded_loading import embedding_tables, refuse_values
 log = logging.getLogger(__name__)
 
 
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Raise UserError with the reason for any exception in the block, because damaged files may raise anything."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+        said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+        if "trust_remote_code" in text:
+            said = "it brings code of its own, which is run only with model.trust_remote_code: true."
+        elif "weights_only" in text:  # torch advises to run whatever code the file holds
+            said = "a .bin file is damaged, or holds more than weights: fetch it again, or take safetensors"
+        elif " " not in said:
+            said = f"{type(error).__name__} {said}"
+        raise UserError(f"{what}: {said}") from error
+
+
 def load_config(name: str | None, architecture: dict[str, Any] | None, trust_remote_code: bool) -> Any:
     """Return the Hugging Face configuration with every dropout set to zero.
 
@@ -36,26 +54,21 @@ def load_config(name: str | None, architecture: dict[str, Any] | None, trust_rem
             "Give either model.name (a folder or Hub id with weights) or model.architecture "
             "(a description of a new random model), and not both."
         )
-    if architecture is not None:
-        settings = dict(architecture)
-        try:
-            config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        except KeyError as error:
+    if name is not None:
+        refuse_path(name)
+        with _refused(
+            f"model.name: no model at {name!r} (give a folder that holds config.json and weights, or a Hub id that "
+            "this machine can reach)"
+        ):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    else:
+        settings = dict(architecture or {})
+        if "model_type" not in settings:
             raise UserError(
                 "model.architecture needs a field model_type that transformers knows, for example llama."
-            ) from error
-        except Exception as error:  # inconsistent values may raise anything
-            raise UserError(f"model.architecture: {_reason(error)}") from error
-    else:
-        assert name is not None
-        refuse_path(name)
-        try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        except Exception as error:  # a damaged config.json may raise anything
-            raise UserError(
-                f"model.name: no model at {name!r} (give a folder that holds config.json and weights, "
-                f"or a Hub id that this machine can reach): {_reason(error)}"
-            ) from error
+            )
+        with _refused("model.architecture"):
+            config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     refuse_config(config, name or "model.architecture")
     for field, value in config.to_dict().items():
         if ("dropout" in field or field.endswith("pdrop")) and isinstance(value, float) and value > 0:
@@ -83,16 +96,11 @@ def load_model(
     """
     config = load_config(name, architecture, trust_remote_code)
     base_dtype = config.dtype
-    options: dict[str, Any] = {
-        "attn_implementation": attention,
-        "dtype": torch.float32,
-        "trust_remote_code": trust_remote_code,
-    }
+    options: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
+    options["trust_remote_code"] = trust_remote_code
     if name is None:
-        try:
+        with _refused("model.architecture"):
             model = AutoModelForCausalLM.from_config(config, **options)
-        except Exception as error:  # inconsistent values again
-            raise UserError(f"model.architecture: {_reason(error)}") from error
     elif (
         quantized is None
         and math.isfinite(meta_above)
@@ -106,21 +114,18 @@ def load_model(
             options |= {"quantization_config": quantized, "device_map": {"": device}}
             # it says at every product that 8 bits are multiplied in float16
             logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        try:
+        with _refused(f"model.name: cannot load {name!r}"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-        except Exception as error:  # damaged files or another model's configuration may raise anything
-            raise UserError(f"model.name: cannot load {name!r}: {_reason(error)}") from error
         model, found = loaded
         refuse_missing(name, found)
         refuse_values(name, model)
         keep_untied(name, model)
     if quantized is not None:
         keep_packing(model)
-        # what stays in float32 is a view that keeps the whole file in memory
         for parameter in model.parameters():
-            if parameter.dtype == torch.float32:
+            if parameter.dtype == torch.float32:  # a view, which would keep the whole file in memory
                 parameter.data = parameter.data.clone()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -162,10 +167,8 @@ def quantization(settings: dict[str, Any] | None, dtype: torch.dtype) -> BitsAnd
     if unknown or not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         wrong = f"no {', '.join(unknown)} in" if unknown else "neither load_in_4bit nor load_in_8bit is true in"
         raise UserError(f"model.quantize: {wrong} the settings of BitsAndBytesConfig: {', '.join(sorted(known))}.")
-    try:
+    with _refused("model.quantize"):
         return BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype, **settings})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model.quantize: {error}") from error
 
 
 def bare_model(config: Any, **options: Any) -> Any:
@@ -193,11 +196,8 @@ def stand_ins_for_meta(model: nn.Module) -> Iterator[None]:
     `peft` puts adapters on the device of their layer: those that it adds within the block are real, and start as
     they would beside the model's own weights.
     """
-    pairs = [
-        (weight, nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape)))
-        for weight in model.parameters()
-        if weight.is_meta
-    ]
+    absent = [weight for weight in model.parameters() if weight.is_meta]
+    pairs = [(weight, nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape))) for weight in absent]
     for weight, zero in pairs:
         torch.utils.swap_tensors(weight, zero)
     yield
@@ -233,16 +233,6 @@ def numbers(weight: torch.Tensor) -> int:
     """Return how many numbers a weight has, of which two share a byte in 4 bits."""
     quantised = getattr(weight, "quant_state", None)
     return weight.numel() if quantised is None else math.prod(quantised.shape)
-
-
-def _reason(error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return "it brings code of its own, which is run only with model.trust_remote_code: true."
-    if "weights_only" in str(error):  # torch advises to run whatever code the file holds
-        return "a .bin file is damaged, or holds more than weights: fetch it again, or take safetensors"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-    return text if " " in text else f"{type(error).__name__} {text}"
 
 
 def stop_at(model: nn.Module, ends: Sequence[int]) -> None:

@@ -20,19 +20,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations.tensor_parallel import apply_tensor_parallelism, replace_layer_number_by_wildcard
 
-__all__ = [
-    "FakeTensorMode",
-    "WeightConverter",
-    "WeightRenaming",
-    "apply_tensor_parallelism",
-    "compute_local_shape_and_global_offset",
-    "default_pg_timeout",
-    "get_model_conversion_mapping",
-    "rename_source_key",
-    "replace_layer_number_by_wildcard",
-]
-
-
 # --- torch ----------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +19,44 @@ from lightning_modules.sharded_loading import few
 log = logging.getLogger(__name__)
 
 
+# the files that identify the kind of a folder, the most telling first
+SOURCES = (
+    "adapter_config.json",
+    "config.json",
+    "last.ckpt",
+    "checkpoints/last.ckpt",
+    "*.ckpt",
+    "checkpoints/*.ckpt",
+    "*/checkpoints/*.ckpt",
+    "*.gguf",
+    "*/config.json",
+    "snapshots/*/config.json",
+)
+
+
 def refuse_path(name: str) -> None:
     """Raise UserError if `name` is a path but no model folder, and name the remedy."""
     refuse_absent("model.name", "model", name)
     path = Path(name)
     if not path.exists():
         return  # a Hub id
-    found = path if path.suffix in (".ckpt", ".gguf") else next(_sources(path), None) if path.is_dir() else path
-    if found is not None and found.name == "adapter_config.json":
-        raise UserError(
-            f'model.name: {name} holds adapters alone: merge them into their model first, python -c "from peft '
-            f"import AutoPeftModelForCausalLM as M; M.from_pretrained('{name}').merge_and_unload()"
-            ".save_pretrained('MERGED')\", and copy the tokenizer's files there."
-        )
-    if found is not None and found.suffix in (".ckpt", ".gguf"):
-        command, kind = ("convert", "GGUF") if found.suffix == ".gguf" else ("export", "checkpoint")
-        of = f"{found} is a {kind} file" if found == path else f"{name} holds no model, but the {kind} {found.name}"
-        raise UserError(f"model.name: {of}: run `beta-dpo {command} {found} FOLDER` and give that FOLDER.")
-    if path.is_file():
-        raise UserError(f"model.name: {name} is a file: give the folder that holds config.json and weights.")
-    if found is not None and found.parent != path:
-        raise UserError(f"model.name: {name} has no config.json: did you mean {found.parent}?")
-    if found is None:
-        raise UserError(
-            f"model.name: {name!r} has no config.json: give the folder of a model, as transformers saves it."
-        )
+    inside = (file for pattern in SOURCES for file in sorted(path.glob(pattern)))
+    found = path if path.is_file() or path.suffix == ".ckpt" else next(inside, path)
+    if found != path / "config.json":
+        if found.name == "adapter_config.json":
+            cure = (
+                'it holds adapters alone: merge them into their model first, python -c "from peft import '
+                f"AutoPeftModelForCausalLM as M; M.from_pretrained('{name}').merge_and_unload()"
+                ".save_pretrained('MERGED')\", and copy the tokenizer's files there."
+            )
+        elif found.suffix in (".ckpt", ".gguf"):
+            command = "convert" if found.suffix == ".gguf" else "export"
+            cure = f"run `beta-dpo {command} {found} FOLDER` and give that FOLDER."
+        elif found.name == "config.json":
+            cure = f"did you mean {found.parent}?"
+        else:
+            cure = "give the folder of one, as transformers saves it."
+        raise UserError(f"model.name: {name!r} is no model, a folder with config.json and weights: {cure}")
     refuse_pointers(*path.iterdir())
     refuse_stops(path / "generation_config.json")
 
@@ -52,31 +64,13 @@ def refuse_path(name: str) -> None:
 def refuse_stops(file: Path) -> None:
     """Raise UserError for a generation config that transformers leaves out, stop ids and all, or fails on later."""
     try:
-        found = json.loads(file.read_bytes()) if file.exists() else {}
-        ends = found.get("eos_token_id")
+        ends = json.loads(file.read_bytes()).get("eos_token_id") if file.exists() else None
         if not all(one is None or isinstance(one, int) for one in (ends if isinstance(ends, list) else [ends])):
             raise ValueError(f"its eos_token_id is {ends!r}")
     except (ValueError, AttributeError) as error:
         raise UserError(
             f"model.name: {file} is not a generation config ({error}): correct or remove it."
         ) from error
-
-
-def _sources(folder: Path) -> Iterator[Path]:
-    """Yield the files that identify the kind of a folder, the most telling first."""
-    for pattern in (
-        "adapter_config.json",
-        "config.json",
-        "last.ckpt",
-        "checkpoints/last.ckpt",
-        "*.ckpt",
-        "checkpoints/*.ckpt",
-        "*/checkpoints/*.ckpt",
-        "*.gguf",
-        "*/config.json",
-        "snapshots/*/config.json",
-    ):
-        yield from sorted(folder.glob(pattern))
 
 
 def refuse_config(config: Any, name: str) -> None:
@@ -101,20 +95,15 @@ def refuse_missing(name: str, found: dict[str, Any]) -> None:
 
     Warns of stored weights that the model does not use.
     """
-    other = sorted(
+    other = [
         f"{key} ({list(stored)} in the files, not {list(own)})" for key, stored, own in found["mismatched_keys"]
-    )
-    if other:
+    ]
+    lacking, more = sorted([*other, *found["missing_keys"]]), sorted(found["unexpected_keys"])
+    if lacking:
+        instead = f" (they hold {few(more)} instead)" if more else ""
         raise UserError(
-            f"model.name: config.json of {name!r} is of another model than the weights: {few(other)}; take both "
-            "from one place."
-        )
-    missing, more = (sorted(map(str, found[kind])) for kind in ("missing_keys", "unexpected_keys"))
-    instead = f" (they hold {few(more)} instead)" if more else ""
-    if missing:
-        raise UserError(
-            f"model.name: the files of {name!r} lack {few(missing)}{instead}, which would be random: take a "
-            "complete model."
+            f"model.name: the files of {name!r} lack {few(lacking)}{instead}, which would be random: take a "
+            "complete model, with its own config.json."
         )
     if more:
         log.warning("model.name: the files of %r hold %s, for which the model has no place", name, few(more))
@@ -148,34 +137,36 @@ def refuse_beyond(model: Any, longest: int, largest_id: int, tokenizer: str, len
         )
 
 
-def other_tokens(name: str, ours: Any, trust_remote_code: bool) -> list[str]:
-    """Return the tokens of `ours` by whose numbers the tokenizer of the model `name` knows others, sorted."""
+def check_tokens(
+    name: str,
+    ours: Any,
+    trust_remote_code: bool,
+    refuse: bool = True,
+    option: str = "model.name",
+    tokenizer: str = "data.tokenizer",
+) -> None:
+    """Raise UserError if the tokenizer of the model `name` has other tokens at the numbers of `ours`.
+
+    Without `refuse`, only warn, because some may be meant, as new names are. `option` and `tokenizer` name the
+    options to blame.
+    """
+    if ours.name_or_path == name:
+        return
     try:
         theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception:  # weights without a tokenizer may raise anything
-        log.warning("%r holds no tokenizer: its tokens are taken to be those of data.tokenizer", name)
-        return []
+        log.warning("%r holds no tokenizer: its tokens are taken to be those of %s", name, tokenizer)
+        return
     known = {number: token for token, number in theirs.get_vocab().items()}
-    return sorted(token for token, number in ours.get_vocab().items() if known.get(number, token) != token)
-
-
-def name_other_tokens(name: str, ours: Any, trust_remote_code: bool) -> None:
-    """Warn of `other_tokens` in the tokenizer of the policy's own model; some may be meant, as new names are."""
-    other = [] if ours.name_or_path == name else other_tokens(name, ours, trust_remote_code)
-    if other:
-        rank_zero_warn(
-            f"{len(other)} of the {len(ours)} tokens of the data are others in the tokenizer of model.name "
-            f"({few(other)}), which it was trained with: check data.tokenizer."
-        )
-
-
-def refuse_other_tokens(
-    name: str, ours: Any, trust_remote_code: bool, option: str = "model.name", tokenizer: str = "data.tokenizer"
-) -> None:
-    """Raise UserError if there are `other_tokens`; `option` and `tokenizer` name the options to blame."""
-    if other := other_tokens(name, ours, trust_remote_code):
+    other = sorted(token for token, number in ours.get_vocab().items() if known.get(number, token) != token)
+    if other and refuse:
         raise UserError(
             f"{option}: {name!r} has other tokens than {tokenizer} ({few(other)}): take a model with the same."
+        )
+    if other:
+        rank_zero_warn(
+            f"{len(other)} of the {len(ours)} tokens of the data are others in the tokenizer of {option} "
+            f"({few(other)}), which it was trained with: check {tokenizer}."
         )
 
 

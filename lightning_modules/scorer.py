@@ -74,19 +74,16 @@ class ResponseScorer(nn.Module):
         finally:
             self.use_attention(attention)
 
-    def compile_layers(self) -> None:
-        """Compile the transformer blocks by `torch.compile`, with one graph for all row lengths."""
+    def compile_layers(self, compiled: bool = True) -> None:
+        """Compile the transformer blocks by `torch.compile`, with one graph for all row lengths, or undo it."""
         # grad mode, training mode and kinds of layers each need a graph of the same code; torch keeps only 8
         raise_recompile_limit(RECOMPILE_LIMIT)
         for block in transformer_blocks(self.model):
-            block.compile(dynamic=True)
-        self.compiled = True
-
-    def leave_layers(self) -> None:
-        """Undo `compile_layers`."""
-        for block in transformer_blocks(self.model):
-            leave_compiled(block)
-        self.compiled = False
+            if compiled:
+                block.compile(dynamic=True)
+            else:
+                leave_compiled(block)
+        self.compiled = compiled
 
     @property
     def balanced_row(self) -> float:
@@ -94,12 +91,9 @@ class ResponseScorer(nn.Module):
 
         A layer of width d takes about 24·d² operations per token, and attention over a row of T tokens 4·d·T: equal
         at T = 6·d. On a CPU, attention with a dense mask runs at about a third of the speed of a matrix product,
-        hence 2·d. CUDA takes the same, not measured: there a mask keeps SDPA from FlashAttention. This project's
-        attentions skip what a mask would hide, so their length is infinite.
+        hence 2·d; the same on CUDA, not measured. This project's attentions skip what a mask would hide.
         """
-        if self.attention in OURS:
-            return math.inf
-        return 2.0 * self.model.config.hidden_size
+        return math.inf if self.attention in OURS else 2.0 * self.model.config.hidden_size
 
     def pack(
         self, batch: OptimizerBatch, responses: Sequence[str], pairs: Sequence[int] | None = None
@@ -123,18 +117,14 @@ class ResponseScorer(nn.Module):
         hidden = outputs.flatten(0, 1)[rows.predict_index]
         if hidden_only:
             return hidden
-        head = self._head()
-        per_token = head_logps(hidden, *head, rows.target_ids, self.logit_rule, self.some_dropped)
+        head = self.model.get_output_embeddings()
+        per_token = head_logps(hidden, head.weight, head.bias, rows.target_ids, self.logit_rule, self.some_dropped)
         return response_sums(per_token, rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [N, V] of outputs [N, width]. Outside `forward`, call `sharding.gather_root` first."""
-        weight, bias = self._head()
-        return head_logits(hidden.to(compute_dtype(weight)), weight, bias, self.logit_rule)
-
-    def _head(self) -> tuple[Tensor, Tensor | None]:
         head = self.model.get_output_embeddings()
-        return head.weight, head.bias
+        return head_logits(hidden.to(compute_dtype(head.weight)), head.weight, head.bias, self.logit_rule)
 
 
 def response_logps(

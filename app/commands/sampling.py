@@ -22,7 +22,7 @@ from datamodules.sources.prompts import prompt_messages
 from datamodules.tokenisation import Tokenisation, tokenise_prompts
 from datamodules.tokenizer import read_tokenizer, stop_ids
 from lightning_modules.pretrained import load_model, model_identity
-from lightning_modules.refused_models import refuse_beyond, refuse_other_tokens
+from lightning_modules.refused_models import check_tokens, refuse_beyond
 from lightning_modules.scorer import ResponseScorer
 
 
@@ -45,7 +45,7 @@ class LocalSampler:
         self.models = [load_model(name).eval().to(self.device) for name in self.names]
         self.tokenizer = read_tokenizer(model, "model")
         if reference is not None:
-            refuse_other_tokens(reference, self.tokenizer, False, "reference", "model")
+            check_tokens(reference, self.tokenizer, False, option="reference", tokenizer="model")
         self.settings = settings
         self.sampling = sampling
         self.stops = stop_ids(self.tokenizer, settings, self.models[0].generation_config.eos_token_id)

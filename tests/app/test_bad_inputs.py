@@ -244,13 +244,13 @@ OF_A_MODEL: dict[str, tuple[Callable[[Path], object], str]] = {
     "text for a number": (described(hidden_size="many"), "'hidden_size' expected int, got str"),
     "heads that do not divide": (described(num_attention_heads=5), "not a multiple of the number of attention"),
     "an activation that is none": (described(hidden_act="foo"), "cannot load"),
-    "another width": (described(hidden_size=64), "config.json of"),
+    "another width": (described(hidden_size=64), "take a complete model, with its own config.json"),
     "another vocabulary": (described(vocab_size=50), "lm_head.weight ([116, 32] in the files, not [50, 32])"),
     "one layer more": (described(num_hidden_layers=3), "lack model.layers.2.input_layernorm.weight, "),
     "a list for a configuration": (written("config.json", "[1]"), "model.name: no model at"),
     "half a configuration": (written("config.json", "{"), "is not a valid JSON file"),
     "an empty configuration": (written("config.json", "{}"), "Should have a `model_type` key"),
-    "no configuration": (written("config.json", None), "has no config.json: give the folder of a model"),
+    "no configuration": (written("config.json", None), "config.json and weights: give the folder of one"),
     "no weights": (written("model.safetensors", None), "no file named model.safetensors"),
     "half of the weights": (halved, "model.name: cannot load"),
     "no output head": (without_weights("lm_head"), "lack lm_head.weight, which would be random: take a complete"),
@@ -289,11 +289,11 @@ OF_A_MODEL: dict[str, tuple[Callable[[Path], object], str]] = {
     "a log folder": (emptied("checkpoints/last.ckpt"), "/checkpoints/last.ckpt FOLDER` and give that FOLDER"),
     "a folder of checkpoints": (
         emptied("step=4.ckpt"),
-        "holds no model, but the checkpoint step=4.ckpt: run `beta",
+        "is no model, a folder with config.json and weights: run `beta-dpo export ",
     ),
-    "a folder of GGUF": (emptied("y.gguf"), "holds no model, but the GGUF y.gguf: run `beta-dpo convert "),
-    "a folder above the model": (emptied("inner/config.json"), "has no config.json: did you mean "),
-    "an empty folder": (emptied("readme"), "has no config.json"),
+    "a folder of GGUF": (emptied("y.gguf"), "config.json and weights: run `beta-dpo convert "),
+    "a folder above the model": (emptied("inner/config.json"), "config.json and weights: did you mean "),
+    "an empty folder": (emptied("readme"), "is no model, a folder with config.json and weights"),
     "a GPT-2 of few positions": (
         another("gpt2", max_position_embeddings=16),
         "tokens, and this gpt2 has no more than 16 positions",
@@ -310,7 +310,7 @@ OF_A_MODEL: dict[str, tuple[Callable[[Path], object], str]] = {
     "a model of few tokens": (another("llama", vocab_size=50), "data.tokenizer: its token 115 is beyond the 50"),
 }
 OF_ADAPTERS = [
-    ("[q_proj, v_prj]", "target_modules: v_prj names no layer; there are "),
+    ("[q_proj, v_prj]", "target_modules: v_prj names no layer, or "),
     ("[q_proj, v_prj]", "did you mean v_proj, q_proj?"),
     ("[nonesuch]", "nonesuch names no layer"),
     ("[]", "an empty list names no layer"),
@@ -318,7 +318,7 @@ OF_ADAPTERS = [
     (".*q_prj", ".*q_prj names no layer"),
     ("(q_proj", "'(q_proj' is no pattern: missing )"),
     ("[mlp]", "mlp names no layer"),
-    ("[lm_head]", "lm_head is the output head, which stays as it is: leave it out"),
+    ("[lm_head]", "lm_head names no layer, or the output head, which stays as it is; there are "),
     ("1", "model.lora.target_modules"),
 ]
 OF_A_RUN["adapters"] = [(f'--model.lora.target_modules="{names}"', said) for names, said in OF_ADAPTERS]
@@ -326,7 +326,7 @@ OF_A_RUN["adapters"] += [
     ("--model.lora.r 0", "model.lora.r: must be a whole number from 1"),
     ("--model.lora.lora_alpha nan", "model.lora.lora_alpha: must be"),
     ("--model.lora.rank 8", "model.lora.rank: Lora has no such option"),
-    ("--model.lora.target_parameters [experts.down_proj]", "this model has no fused experts, and target_modules"),
+    ("--model.lora.target_parameters [experts.down_proj]", "fused experts are none, and target_modules names lay"),
     (
         "--model.lora.r 4 --trainer.strategy ShardedStrategy --trainer.strategy.tensor_parallel_size 2",
         "model.lora does not go with trainer.strategy's tensor_parallel_size above 1",
@@ -371,7 +371,7 @@ OF_A_RUN["new models"] = [
     (f"{SFT} null", "Give either model.name"),
     ("--model SupervisedFineTuning --model.architecture '{model_type: llama}'", "Give either model.name"),
     ("--model.name nowhere/to/be/found", "no model at 'nowhere/to/be/found', for there is no such folder: make it"),
-    ("--model.name ''", "model.name: '' has no config.json"),
+    ("--model.name ''", "model.name: '' is no model, a folder with config.json"),
     ("--model.name=null", "model: PreferenceOptimization needs a value for name"),
 ]
 
@@ -434,7 +434,8 @@ def test_model_folders(
 
 
 @pytest.mark.parametrize(
-    ("suffix", "said"), [(".ckpt", "beta-dpo export"), (".gguf", "beta-dpo convert"), (".bin", "is a file: give")]
+    ("suffix", "said"),
+    [(".ckpt", "beta-dpo export"), (".gguf", "beta-dpo convert"), (".bin", "give the folder of one")],
 )
 def test_files_as_models(
     suffix: str, said: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture

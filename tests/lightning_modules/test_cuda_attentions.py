@@ -16,14 +16,15 @@ from varlen_reference import varlen_reference
 
 from app.core.errors import UserError
 from app.method.batch import Layout, PackedRows
-from lightning_modules import flex, pairwise_attention, varlen
+from lightning_modules import flex, pairwise_attention
+from lightning_modules.pairwise_attention import lacking
 from lightning_modules.scorer import ResponseScorer
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "mistral_window", "qwen3"])
 def test_varlen_is_pairwise(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_reference)
-    monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(pairwise_attention, "varlen_attn", varlen_reference)
+    monkeypatch.setattr(pairwise_attention, "DTYPES", (torch.float32,))
     found = {}
     for attention in ("pairwise", "varlen"):
         model, pairs = tiny_model(family), random_pairs()
@@ -41,12 +42,14 @@ def test_varlen_is_pairwise(family: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_varlen_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     llama, gemma = (tiny_model(family).config for family in ("llama", "gemma2"))
-    assert varlen.lacking(llama, torch.bfloat16) is None
-    assert "float32" in str(varlen.lacking(llama, torch.float32))
-    assert "softcap" in str(varlen.lacking(gemma, torch.bfloat16))
-    assert "heads of 12" in str(varlen.lacking(tiny_model("llama", hidden_size=48).config, torch.bfloat16))
-    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None)
-    assert "does not offer it" in str(varlen.lacking(llama, torch.bfloat16))  # as in torch 2.10
+    assert lacking(llama, torch.bfloat16) is None
+    assert "float32" in str(lacking(llama, torch.float32))
+    assert "softcap" in str(lacking(gemma, torch.bfloat16))
+    assert "heads of 12" in str(lacking(tiny_model("llama", hidden_size=48).config, torch.bfloat16))
+    monkeypatch.setattr(
+        pairwise_attention, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None
+    )
+    assert "does not offer it" in str(lacking(llama, torch.bfloat16))  # as in torch 2.10
 
 
 GEMMA3 = {
@@ -118,18 +121,16 @@ def test_steps_down_with_a_word(
         assert not [record for record in caplog.records if record.levelno > logging.INFO]
         order = ["varlen", "flex", "pairwise", "sdpa"]
         for place, (where, attribute) in enumerate(
-            [(varlen, "varlen_attn"), (flex, "compiled_flex"), (pairwise_attention, "piece_mask")]
+            [(pairwise_attention, "varlen_attn"), (flex, "compiled_flex"), (pairwise_attention, "piece_mask")]
         ):
             caplog.clear()
             if attribute == "varlen_attn":
                 monkeypatch.setattr("lightning_modules.attention.lacking", lambda *_: None)
             monkeypatch.setattr(where, attribute, broken)
             assert started(tmp_path, tiny_llama).policy.attention == order[place + 1]
-            said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-            assert (
-                f"attention {order[place]} in packed rows: RuntimeError: no kernel for this device" in said[place]
-            )
-            assert said[-1].endswith(f"so attention is {order[place + 1]}.")
+            (said,) = (record.message for record in caplog.records if record.levelno == logging.WARNING)
+            assert f"attention {order[place]} in packed rows: RuntimeError: no kernel for this device" in said
+            assert said.endswith(f"so attention is {order[place + 1]}, with packed rows")
             with pytest.raises(UserError, match=rf"model.attention: attention {order[place]} .*set it to auto"):
                 started(tmp_path, tiny_llama, attention=order[place], layout="separate")
     assert device.violations == []
@@ -154,6 +155,6 @@ def test_out_of_memory_is_told_and_not_worked_around(
 ) -> None:
     monkeypatch.setattr("lightning_modules.attention.lacking", lambda *_: None)
     with cuda_stand_in():
-        monkeypatch.setattr(varlen, "varlen_attn", no_memory)
+        monkeypatch.setattr(pairwise_attention, "varlen_attn", no_memory)
         with pytest.raises(UserError, match=r"Out of memory .*24.70 GiB.*lower data.micro_batch_tokens"):
             started(tmp_path, tiny_llama)

@@ -36,7 +36,7 @@ def test_positions_inside_the_attention_need_rows_of_their_own(
     with caplog.at_level(logging.WARNING, logger="lightning_modules"):
         module, data = one_step(tmp_path, name, "auto")
     assert module.policy.layout == "separate"
-    assert "so every response gets a row of its own" in caplog.text
+    assert "with a row of its own for every response (slower)" in caplog.text
     with pytest.raises(UserError, match=r"model.layout: .*set it to auto or separate"):
         one_step(tmp_path, name, "packed")
 
