@@ -11,8 +11,7 @@ from app.cli.mistakes import checked_command
 from app.commands.judge import aligned, summary, win_rate
 from app.core.errors import UserError
 from app.core.files import atomic_file, refuse_place
-from app.report.charts import figure
-from app.report.page import by_row, numbers_of, page
+from app.report.page import by_row, figure, numbers_of, page
 from app.report.run import SAMPLES, Run, read_run, unique_names
 
 

@@ -23,7 +23,7 @@ BOUNDS = {"beta/base": "β0", "beta/floor": "floor", "beta/ceiling": "ceiling"}
 
 def thinned(curve: pd.Series) -> pd.Series:
     """Return `curve` with at most MOST_POINTS points, each the mean of equally many (at the end fewer) points."""
-    group = np.arange(len(curve)) // -(-len(curve) // MOST_POINTS or 1)
+    group = np.arange(len(curve)) // -(-len(curve) // MOST_POINTS)
     return curve.groupby(group).mean().set_axis(curve.index.to_series().groupby(group).mean())
 
 
@@ -39,13 +39,17 @@ def beta(runs: Sequence[Run]) -> list[Panel]:
 
 def accuracy(runs: Sequence[Run]) -> list[Panel]:
     """Return the panel of the accuracy of training pairs, with dots for held-out pairs."""
-    return curves(
-        runs,
-        {"train/reward_accuracy": "", "val/reward_accuracy": "held-out pairs"},
-        "share ranked right",
-        "training and held-out pairs",
-        domainMax=1,
-    )
+    tags = {"train/reward_accuracy": "", "val/reward_accuracy": "held-out pairs"}
+    return curves(runs, tags, "share ranked right", "training and held-out pairs", domainMax=1)
+
+
+def drift(runs: Sequence[Run]) -> list[Panel]:
+    """Return the panels of the log-ratios and of the KL to the reference, of both responses."""
+    ratios, kl = ({f"train/{name}_{side}": side for side in ("chosen", "rejected")} for name in ("log_ratio", "kl"))
+    return [
+        *curves(runs, ratios, "log-ratio, nats", "displacement: log π − log π_ref", raw=False),
+        *curves(runs, kl, "KL, nats", "KL to the reference per response", raw=False, domainMin=0),
+    ]
 
 
 def curves(
@@ -65,10 +69,9 @@ def curves(
     parts = []
     for number, run in enumerate(runs):
         for place, (tag, name) in enumerate(tags.items()):
-            if (whole := run.curve(tag)) is None:
+            if tag not in run.curves:
                 continue
-            curve = thinned(whole)
-            validation = tag.startswith("val/")
+            curve, validation = thinned(run.curves[tag]), tag.startswith("val/")
             mean = curve if validation else smoothed(curve)
             parts.append(
                 Line(
@@ -115,15 +118,15 @@ def band(run: Run, number: int) -> list[Panel]:
     batch = run.curves.get("band/batch_mean", run.curves.get("gap/mean"))
     if batch is None:
         return []
-    parts = []
-    mean, std = run.curve("gap/running_mean"), run.curve("gap/running_std")
-    if mean is not None and std is not None:
+    parts, title = [], f"{run.name} (keeps no running mean)"
+    if {"gap/running_mean", "gap/running_std"} <= run.curves.keys():
+        mean, std = run.curves["gap/running_mean"], run.curves["gap/running_std"]
         low, centre, high = (thinned(curve) for curve in (mean - std, mean, mean + std))
         edges = (low.to_numpy(), high.to_numpy())
         parts.append(Line("running mean M0 ± σ", centre.index, centre.to_numpy(), "ink", width=1.6, band=edges))
+        title = run.name
     drawn = thinned(batch)
     parts.append(Line("mean gap of the batch", drawn.index, drawn.to_numpy(), plot.run_colour(number), width=1.2))
-    title = run.name if mean is not None else f"{run.name} (keeps no running mean)"
     said = f"{run.name}: mean gap per batch, from {digits(drawn.iloc[0])} to {digits(drawn.iloc[-1])} nats"
     return panel(title, parts, STEP, axis(alt.Y, "gap, nats"), said)
 

@@ -13,11 +13,22 @@ import pandas as pd
 
 from app.core.intervals import Estimate, bootstrap_mean, digits, share_over, span
 from app.report.run import Run
-from callbacks.health import BEST_SPEED, BY_NAME, CONDITIONS, Condition, Window
+from callbacks.health import BEST_SPEED, BY_NAME, CONDITIONS, Window
 from callbacks.schedules import BetaScheduler, EpsilonBeta
 
 Level = Literal["act", "watch", "good"]  # something to change, something to know, something that went well
-VERBS: dict[Level, str] = {"good": "beat", "act": "lose to", "watch": "cannot be told from"}
+# what answers do to those of another model, and advice on a win rate over the SFT model
+WINS: dict[Level, tuple[str, str]] = {
+    "good": ("beat", ""),
+    "act": (
+        "lose to",
+        "Look at the samples; a higher model.beta0 or a lower learning rate stays closer to the SFT model.",
+    ),
+    "watch": (
+        "cannot be told from",
+        "The interval holds 50 %: sample more prompts (generate --count), or train longer.",
+    ),
+}
 OFTEN = 0.1  # share of the steps from which a condition asks for a change
 WIDE_SWING = 0.5  # mean change of β from step to step, as a share of β0
 OVERFITTED = 0.1  # training accuracy minus held-out accuracy that gives a finding
@@ -43,13 +54,19 @@ def findings(runs: Sequence[Run]) -> list[Finding]:
 
 def conditions(run: Run) -> Iterator[Finding]:
     """Yield a finding for every health condition that held at some step, as the monitor would have seen it."""
+    size = (run.callback("HealthMonitor") or {}).get("window") or 20
     for condition in CONDITIONS:
-        seen, held = records(run, condition)
+        needs = [name for name in condition.needs if name != BEST_SPEED]
+        if not set(needs) <= run.curves.keys():
+            continue
+        seen = pd.concat({name: run.curves[name] for name in needs}, axis=1, join="inner").dropna()
+        window = Window(size)
+        rows = zip(seen.index, seen.to_dict("records"), strict=True)
+        held = [step for step, row in rows if condition.name in window.add(row)]
         if not held:
             continue
         often = len(held) >= OFTEN * len(seen) or held[-1] == seen.index[-1]
-        then = seen.loc[held]
-        values = (f"{name} {span(then[name])}" for name in then)
+        values = (f"{name} {span(seen.loc[held, name])}" for name in needs)
         when = f"at step {held[0]}" if len(held) == 1 else f"at {len(held)} steps from {held[0]} to {held[-1]}"
         yield Finding(
             "act" if often else "watch",
@@ -58,17 +75,6 @@ def conditions(run: Run) -> Iterator[Finding]:
             condition.chart,
             sentence(condition.advice_with(calmer_beta(run))),
         )
-
-
-def records(run: Run, condition: Condition) -> tuple[pd.DataFrame, list[int]]:
-    """Return what `condition` needs by step, and the steps at which it held; both empty if the run lacks it."""
-    needs = [name for name in condition.needs if name != BEST_SPEED]
-    if not set(needs) <= run.curves.keys():
-        return pd.DataFrame(), []
-    seen = pd.concat({name: run.curves[name] for name in needs}, axis=1, join="inner").dropna()
-    window = Window((run.callback("HealthMonitor") or {}).get("window") or 20)
-    rows = zip(seen.index, seen.to_dict("records"), strict=True)
-    return seen, [step for step, row in rows if condition.name in window.add(row)]
 
 
 def calmer_beta(run: Run) -> str:
@@ -80,9 +86,9 @@ def calmer_beta(run: Run) -> str:
 
 def movement_of_beta(run: Run) -> Iterator[Finding]:
     """Yield a finding on a dynamic β: it hardly moved, varied too much between steps, or followed the data."""
-    beta, base, clamped = run.curve("beta/used"), run.last("beta/base"), run.curve("beta/clamped")
-    if beta is None or base is None or clamped is None:  # only a schedule logs the share of clamped β
+    if not {"beta/used", "beta/base", "beta/clamped"} <= run.curves.keys():  # only a schedule logs clamped β
         return
+    beta, base, clamped = run.curves["beta/used"], run.curves["beta/base"].iloc[-1], run.curves["beta/clamped"]
     low, high = beta.quantile([0.05, 0.95])
     swing = float(beta.diff().abs().mean()) / base if len(beta) > 1 else 0.0
     evidence = (
@@ -142,51 +148,33 @@ def overfitting(run: Run) -> Iterator[Finding]:
     """Yield a finding if training accuracy is above held-out accuracy by at least OVERFITTED."""
     training, held_out = run.part("train/reward_accuracy", 0.75, 1), run.last("val/reward_accuracy")
     if held_out is not None and len(training) and (late := float(training.mean())) - held_out >= OVERFITTED:
-        yield Finding(
-            "act",
-            f"Training pairs are ranked right {late - held_out:.0%} more often than held-out ones.",
-            f"last quarter {late:.3f}, held-out {held_out:.3f}",
-            "accuracy",
-            "The run memorises: fewer epochs, a lower learning rate, or a higher model.beta0.",
-        )
+        told = f"Training pairs are ranked right {late - held_out:.0%} more often than held-out ones."
+        advice = "The run memorises: fewer epochs, a lower learning rate, or a higher model.beta0."
+        yield Finding("act", told, f"last quarter {late:.3f}, held-out {held_out:.3f}", "accuracy", advice)
 
 
 def samples(run: Run) -> Iterator[Finding]:
     """Yield findings on the sampled answers beside those of the SFT model and of the other runs."""
     if (rate := run.samples.get("win rate")) is not None:
-        level = wins(rate)
-        told, advice = {
-            "good": (f"Its answers beat the SFT model's in {rate.mean:.0%} of prompts.", ""),
-            "act": (
-                f"Its answers lose to the SFT model's: win rate {rate.mean:.0%}.",
-                "Look at the samples; a higher model.beta0 or a lower learning rate stays closer to the SFT model.",
-            ),
-            "watch": (
-                f"Its answers cannot be told from the SFT model's: win rate {rate.mean:.0%}.",
-                "The interval holds 50 %: sample more prompts (generate --count), or train longer.",
-            ),
-        }[level]
-        yield Finding(level, told, f"win rate {rate} [95 % interval], ties half", "quality", advice)
+        verb, advice = WINS[wins(rate)]
+        told = f"Its answers {verb} the SFT model's: win rate {rate.mean:.0%}."
+        yield Finding(wins(rate), told, f"win rate {rate} [95 % interval], ties half", "quality", advice)
     if run.rivals:
-        levels = [wins(rate) for rate in run.rivals.values()]
-        told = ", ".join(f"{VERBS[one]} those of {name}" for name, one in zip(run.rivals, levels, strict=True))
+        levels = {name: wins(rate) for name, rate in run.rivals.items()}
+        told = ", ".join(f"{WINS[level][0]} those of {name}" for name, level in levels.items())
+        rates = ", ".join(f"{rate} against {name}" for name, rate in run.rivals.items())
         yield Finding(
-            "good" if set(levels) == {"good"} else "watch",
+            "good" if set(levels.values()) == {"good"} else "watch",
             f"Its answers {told}.",
-            "its win rate [95 % interval]: "
-            + ", ".join(f"{rate} against {name}" for name, rate in run.rivals.items()),
+            f"its win rate [95 % interval]: {rates}",
             "quality",
             "The intervals are over prompts: repeat with other seeds before preferring an arm.",
         )
     ours, theirs = run.samples.get("malformed share"), run.baseline.get("malformed share")
     if ours is not None and theirs is not None and ours.low > theirs.high:
-        yield Finding(
-            "watch",
-            f"{ours.mean:.1%} of its answers are malformed, {theirs.mean:.1%} of the SFT model's.",
-            f"{ours} against {theirs}",
-            "quality",
-            "Probability has leaked to broken answers: a higher model.beta0, or model.sft_weight.",
-        )
+        told = f"{ours.mean:.1%} of its answers are malformed, {theirs.mean:.1%} of the SFT model's."
+        advice = "Probability has leaked to broken answers: a higher model.beta0, or model.sft_weight."
+        yield Finding("watch", told, f"{ours} against {theirs}", "quality", advice)
 
 
 def wins(rate: Estimate) -> Level:

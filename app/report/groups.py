@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import altair as alt
 import numpy as np
@@ -17,9 +18,23 @@ from app.report.run_folder import grouping_labels
 DENSITY_POINTS = 160
 MOST_VALUES = 8  # drawn per label, the most frequent first
 LABELS = {("flipped", True): "flipped on purpose", ("flipped", False): "not flipped"}
+# name of a group of gaps → the fractions of the run between which it lies, and the column that must be true
+Groups = Mapping[str, tuple[float, float, str | None]]
+TRAINING: Groups = {"first quarter of the steps": (0, 0.25, None), "last quarter": (0.75, 1, None)}
+FILTER: Groups = {
+    "all pairs": (0.5, 1, None),
+    "kept": (0.5, 1, "kept"),
+    "labels flipped on purpose": (0.5, 1, "flipped"),
+}
+# of the groups in their order
+STYLES: tuple[dict[str, Any], ...] = (
+    {"colour": "run7", "dash": (5, 3), "fill": True},
+    {"colour": "run0", "fill": True},
+    {"colour": "run4", "dash": (2, 3)},
+)
 
 
-def gaps(audit: pd.DataFrame, first: float, last: float, only: str | None = None) -> np.ndarray:
+def gaps(audit: pd.DataFrame, first: float, last: float, only: str | None) -> np.ndarray:
     """Return the finite gaps between two fractions of the run; with `only`, of rows where that column is true."""
     low, high = audit.step.min(), audit.step.max() + 1
     part = audit[audit.step.between(low + first * (high - low), low + last * (high - low), inclusive="left")]
@@ -29,48 +44,34 @@ def gaps(audit: pd.DataFrame, first: float, last: float, only: str | None = None
     return values[np.isfinite(values)]
 
 
-def filter_densities(runs: Sequence[Run]) -> list[Panel]:
-    """Return the panels of the gaps before and after the filter, in the second half of the run."""
-    return densities(
-        {
-            run.name: {
-                "all pairs": gaps(run.audit, 0.5, 1),
-                "kept": gaps(run.audit, 0.5, 1, "kept"),
-                "labels flipped on purpose": gaps(run.audit, 0.5, 1, "flipped"),
-            }
-            for run in runs
-            if run.audit is not None and run.filters
-        }
-    )
-
-
-def densities(by_run: Mapping[str, Mapping[str, np.ndarray]]) -> list[Panel]:
-    """Return one panel per run with the densities of its groups of gaps, all on the same axes.
+def densities(runs: Sequence[Run], groups: Groups) -> list[Panel]:
+    """Return a panel for each run with an audit: the densities of its `groups` of gaps, all on the same axes.
 
     The y axis ends a little above the highest peak of the groups after the first: early gaps form a peak around 0.
     """
-    spread = {
-        name: {group: of for group, of in groups.items() if len(of) > 1 and of.std() > 1e-9}
-        for name, groups in by_run.items()
-    }
-    spread = {name: groups for name, groups in spread.items() if groups}
-    if not spread:
+    found = {}  # run → group → its gaps, of which a density needs two that differ
+    for one in runs:
+        each = {} if one.audit is None else {name: gaps(one.audit, *group) for name, group in groups.items()}
+        if spread := {name: of for name, of in each.items() if len(of) > 1 and of.std() > 1e-9}:
+            found[one.name] = spread
+    if not found:
         return []
-    everyone = np.concatenate([of for groups in spread.values() for of in groups.values()])
-    low, high = np.quantile(everyone, [0.002, 0.998])
+    everyone = np.concatenate([of for spread in found.values() for of in spread.values()])
+    low, high = np.quantile(everyone, [0.002, 0.998]).tolist()
     at = np.linspace(low, high, DENSITY_POINTS)
-    drawn = {name: {group: density(of, at) for group, of in groups.items()} for name, groups in spread.items()}
-    first, second, *_ = groups = list(next(iter(by_run.values())))
-    styles = dict(zip(groups, (("run7", (5, 3)), ("run0", plot.SOLID), ("run4", (2, 3))), strict=False))
-    peaks = [(group, curve.max()) for found in drawn.values() for group, curve in found.items()]
-    top = 1.3 * max([peak for group, peak in peaks if group != first] or [peak for _, peak in peaks])
+    styles = dict(zip(groups, STYLES, strict=False))
+    lines = {
+        run: [Line(name, at, density(of, at), **styles[name]) for name, of in spread.items()]
+        for run, spread in found.items()
+    }
+    peaks = [(line.name, float(np.max(line.y))) for some in lines.values() for line in some]
+    top = 1.3 * max([peak for name, peak in peaks if name != next(iter(groups))] or [peak for _, peak in peaks])
+    x = axis(alt.X, "gap h, nats", domain=[low, high], nice=False)
+    y = axis(alt.Y, "density, 1/nat", domain=[0, top])
     panels = []
-    for name, found in drawn.items():
-        parts = [Line(group, at, y, *styles[group], fill=group in (first, second)) for group, y in found.items()]
-        x = axis(alt.X, "gap h, nats", domain=[float(low), float(high)], nice=False)
-        picture = plot.lines(parts, x, axis(alt.Y, "density, 1/nat", domain=[0, float(top)]))
-        said = "; ".join(f"{g}: {len(of)} pairs, mean {of.mean():.2f} nats" for g, of in spread[name].items())
-        panels.append(Panel(name, picture, f"{name}: {said}", "gap"))
+    for run, spread in found.items():
+        said = "; ".join(f"{name}: {len(of)} pairs, mean {of.mean():.2f} nats" for name, of in spread.items())
+        panels.append(Panel(run, plot.lines(lines[run], x, y), f"{run}: {said}", "gap"))
     return panels
 
 
@@ -122,16 +123,15 @@ def quality(runs: Sequence[Run]) -> list[Panel]:
             if (mean := run.last(tag)) is not None and (pairs := run.last("val/pairs"))
         ]
         panels += rows_panel(title, rows, "share of pairs", mark, mark_name)
-    for name, unit in (
-        ("win rate", "share of prompts"),
-        ("mean true reward", "reward of an answer"),
-        ("malformed share", "share of answers"),
-        ("KL to the reference", "nats per answer"),
+    for name, title, unit in (
+        ("win rate", "win rate over the SFT model", "share of prompts"),
+        ("mean true reward", "sampled answers: mean true reward", "reward of an answer"),
+        ("malformed share", "sampled answers: malformed share", "share of answers"),
+        ("KL to the reference", "sampled answers: KL to the reference", "nats per answer"),
     ):
         rows = [(run.name, number, run.samples[name]) for number, run in enumerate(runs) if name in run.samples]
         sft = next((run.baseline[name].mean for run in runs if name in run.baseline), None)
         mark, mark_name = (0.5, "a draw") if name == "win rate" else (sft, "the SFT model")
-        title = "win rate over the SFT model" if name == "win rate" else f"sampled answers: {name}"
         panels += rows_panel(title, rows, unit, mark, mark_name)
     return panels
 
@@ -141,25 +141,20 @@ def dropped(run: Run, number: int) -> list[Panel]:
     if run.audit is None or not run.filters:
         return []
     audit = run.audit.assign(policy=np.where(run.audit.gap > 0, "ranked right", "not ranked right"))
-    everyone = float((~audit.kept).mean())
     panels = []
     for label in (*grouping_labels(run.audit), "policy"):
         rows = []
         pairs = audit.groupby(label).pair_id.nunique()
         for value, count in pairs.nlargest(MOST_VALUES).items():
             of = audit[audit[label].eq(value)]
-            name = f"{LABELS.get((label, value), shortened(str(value)))}, {count:,} pairs"
-            rows.append((name, number, share_over(of.pair_id.to_numpy(), ~of.kept)))
+            name = LABELS.get((label, value), str(value))
+            name = name if len(name) <= 20 else f"{name[:19]}…"  # fits beside the numbers of its row
+            rows.append((f"{name}, {count:,} pairs", number, share_over(of.pair_id.to_numpy(), ~of.kept)))
         by = "the policy's own ranking" if label == "policy" else label
         only = f", {MOST_VALUES} most frequent of {len(pairs)} values" if len(pairs) > MOST_VALUES else ""
         title = f"{run.name}: dropped by {by}{only}"
-        panels += rows_panel(title, rows, "share dropped", everyone, "all pairs", domainMin=0)
+        panels += rows_panel(title, rows, "share dropped", float((~audit.kept).mean()), "all pairs", domainMin=0)
     return panels
-
-
-def shortened(text: str) -> str:
-    """Return `text`, cut to 20 characters so that it fits beside the numbers of its row."""
-    return text if len(text) <= 20 else f"{text[:19]}…"
 
 
 def speed(runs: Sequence[Run], unit: str) -> list[Panel]:

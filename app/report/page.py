@@ -1,23 +1,23 @@
-"""The report's table of numbers, and the report as one HTML page, which needs no network and no other file."""
+"""The report: its table of numbers, its HTML page, which needs no other file, and its figure for a slide."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from app.cli.resume_rules import flattened
 from app.core.intervals import digits, share_over, span
 from app.report import plot
-from app.report.charts import all_panels
+from app.report.curves import accuracy, band, beta, drift, response
 from app.report.findings import findings
+from app.report.groups import FILTER, TRAINING, densities, dropped, quality, speed
 from app.report.plot import Panel
 from app.report.run import SAMPLES, Run
 
@@ -26,8 +26,14 @@ LEVELS = {"act": "Change", "watch": "Note", "good": "Good"}
 
 def page(runs: Sequence[Run], sampled: bool) -> str:
     """Return the HTML page for `runs`; `sampled` says whether an SFT model's samples were given for comparison."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(asset("page.html.j2")).render(
+    environment = Environment(
+        loader=PackageLoader("app.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2").render(
         names=[run.name for run in runs],
         runs=runs,
         panels=all_panels(runs),
@@ -35,14 +41,47 @@ def page(runs: Sequence[Run], sampled: bool) -> str:
         levels=LEVELS,
         missing=missing(runs, sampled),
         numbers=by_row([numbers_of(run) for run in runs]),
-        differences=differences([settings(run.config) for run in runs]),
+        differences=differences([run.config for run in runs]),
         version=version("beta-dpo"),
-        style=Markup(asset("page.css")),
         colours=plot.COLOURS,
         spec=spec_of,
         library=Markup(plot.library()),
-        script=Markup(asset("page.js")),
     )
+
+
+def all_panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
+    """Return the panels of every chart that a run can fill, by the chart's anchor on the page."""
+    panels = {
+        "quality": quality(runs),
+        "beta": beta(runs),
+        "response": response(runs),
+        "band": [panel for number, run in enumerate(runs) for panel in band(run, number)],
+        "density": densities(runs, TRAINING),
+        "kept": densities([run for run in runs if run.filters], FILTER),
+        "accuracy": accuracy(runs),
+        "filter": [panel for number, run in enumerate(runs) for panel in dropped(run, number)],
+        "drift": drift(runs),
+        "speed": [*speed(runs, "pairs per second"), *speed(runs, "tokens per second")],
+    }
+    return {anchor: some for anchor, some in panels.items() if some}
+
+
+def spec_of(panel: Panel) -> dict[str, Any]:
+    """Return the specification of a panel, as wide as its place on the page."""
+    picture = plot.readable(panel.picture) if panel.reads else panel.picture
+    return plot.spec(plot.sized_to(picture, "container", 200), description=panel.said)
+
+
+def figure(run: Run) -> bytes:
+    """Return the PNG of a run with an audit: β, the gap and its running band, gaps kept and dropped, accuracy."""
+    panels = {
+        "β follows the gap of the kept pairs": beta([run]),
+        "reward gap": band(run, 0),
+        "gaps in the second half": densities([run], FILTER) if run.filters else [],
+        "reward accuracy": accuracy([run]),
+    }
+    drawn = {title: panel.picture for title, some in panels.items() for panel in some}
+    return plot.png(plot.side_by_side(list(drawn.values()), list(drawn)))
 
 
 def numbers_of(run: Run) -> dict[str, str]:
@@ -58,7 +97,7 @@ def numbers_of(run: Run) -> dict[str, str]:
     for name, estimate in run.samples.items():
         before = f" (SFT {run.baseline[name].mean:.3f})" if name in run.baseline else ""
         column[f"samples: {'win rate over SFT' if name == 'win rate' else name}"] = f"{estimate}{before}"
-    if (beta := run.curve("beta/used")) is not None:
+    if (beta := run.curves.get("beta/used")) is not None:
         values = (beta.iloc[0], beta.min(), beta.max(), beta.iloc[-1])
         column["β: first, lowest, highest, last"] = ", ".join(map(digits, values))
     if (mean := run.last("gap/running_mean")) is not None and (std := run.last("gap/running_std")) is not None:
@@ -85,22 +124,15 @@ def kept_a_step(audit: pd.DataFrame) -> str:
     return text
 
 
-def spec_of(panel: Panel) -> dict[str, Any]:
-    """Return the specification of a panel, as wide as its place on the page."""
-    picture = plot.readable(panel.picture) if panel.reads else panel.picture
-    return plot.spec(plot.sized_to(picture, "container", 200), description=panel.said)
-
-
-def asset(name: str) -> str:
-    return files("app.report").joinpath("assets", name).read_text(encoding="utf-8")
-
-
 def missing(runs: Sequence[Run], sampled: bool) -> list[str]:
     """Return a sentence for each missing part of the report, with advice on how to get it in the next run."""
     told = []
     for run in runs:
         logged, gaps = "train/loss" in run.curves, "gap/mean" in run.curves
         unseen = logged and gaps and "val/reward_accuracy" not in run.curves
+        # validation pairs may be given for a source in a list too
+        given = re.search(r"\bvalidation_\w+: *(?!null\b|0(\.0*)?(?![\d.]))\S", run.config_text)
+        validates = given and flattened(run.config).get("trainer.limit_val_batches") != 0
         lacks = {
             "logged no reward gaps: is it a run of preference optimisation?": not gaps,
             "has no audit, so nothing is said of single pairs: add callbacks.PairAudit.": (
@@ -109,9 +141,9 @@ def missing(runs: Sequence[Run], sampled: bool) -> list[str]:
             "has no TensorBoard events and no metrics.csv, so rewards, drift and speed are not shown: set "
             "trainer.logger.": not logged,
             "ended before its first validation, so nothing is said of held-out pairs: train longer, or lower "
-            "trainer.val_check_interval.": unseen and validates(run),
+            "trainer.val_check_interval.": unseen and validates,
             "was not evaluated on held-out pairs: give the data validation pairs, and trainer.limit_val_batches "
-            "above 0.": unseen and not validates(run),
+            "above 0.": unseen and not validates,
             "has no config.yaml: it was not started by beta-dpo fit.": not run.config_text,
             f"has no {SAMPLES} in its folder, so there is no win rate: export it and use beta-dpo generate.": (
                 sampled and not run.samples
@@ -123,23 +155,13 @@ def missing(runs: Sequence[Run], sampled: bool) -> list[str]:
     return told
 
 
-def validates(run: Run) -> bool:
-    """Return whether the configuration gives validation pairs, of a source in a list too, and evaluates on them."""
-    given = re.search(r"\bvalidation_\w+: *(?!null\b|0(\.0*)?(?![\d.]))\S", run.config_text)
-    return bool(given) and flattened(run.config).get("trainer.limit_val_batches") != 0
-
-
 def by_row(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
     """Return columns (name → text) as rows of a table, with "–" where a column lacks the name."""
     names = dict.fromkeys(name for column in columns for name in column)
     return [(name, [column.get(name, "–") for column in columns]) for name in names]
 
 
-def differences(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
-    """Return the rows in which the settings of the runs differ."""
-    return [row for row in by_row(columns) if len(set(row[1])) > 1]
-
-
-def settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return every setting of a configuration as text by its dotted name."""
-    return {name: str(value) for name, value in flattened(config).items()}
+def differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return the rows in which the settings of the runs differ, by their dotted names."""
+    rows = by_row([{name: str(value) for name, value in flattened(config).items()} for config in configs])
+    return [row for row in rows if len(set(row[1])) > 1]

@@ -116,39 +116,35 @@ def lines(parts: Sequence[Line], x: Any, y: Any, key: Literal["top", "right"] = 
     """Return the chart of `parts`, with a key if there are several; values that are not finite interrupt a line."""
     rows = []
     for part in parts:
-        extra = {"faint": part.faint} if part.faint is not None else {}
-        extra |= dict(zip(("low", "high"), part.band, strict=True)) if part.band is not None else {}
-        columns = {"y": part.y, **extra}
+        low, high = part.band or (None, None)
+        columns = {"y": part.y, "faint": part.faint, "low": low, "high": high}
         for number, at in enumerate(part.x):
-            values = {name: short(column[number]) for name, column in columns.items()}
+            values = {name: short(column[number]) for name, column in columns.items() if column is not None}
             rows.append({"x": float(f"{at:.6g}"), **values, "name": part.name})
-    names = [part.name for part in parts]
     symbol = "stroke" if any(part.width for part in parts) else "circle"
     legend = alt.Legend(symbolType=symbol, symbolOpacity=1, orient=key) if parts[1:] else None
+    names = [part.name for part in parts]
 
     def by_name(channel: Any, values: Sequence[Any]) -> Any:
         return channel("name:N", scale=alt.Scale(type="ordinal", domain=names, range=values), legend=legend)
 
-    data = alt.Chart(alt.Data(values=rows))
-    base = data.encode(x, y, by_name(alt.Color, [f"var(--{part.colour})" for part in parts]))
-
-    def where(chosen: Sequence[bool]) -> list[Any]:
-        """Return the data of the chosen parts as a list of one chart, empty without any."""
-        wanted = [name for name, yes in zip(names, chosen, strict=True) if yes]
-        some = alt.FieldOneOfPredicate(field="name", oneOf=wanted)
-        return [base if wanted == names else base.transform_filter(some)] if wanted else []
-
+    colour = by_name(alt.Color, [f"var(--{part.colour})" for part in parts])
     dash = by_name(alt.StrokeDash, [list(part.dash) for part in parts])
-    area = {"opacity": 0.2, "clip": True}
-    banded, filled = [part.band is not None for part in parts], [part.fill for part in parts]
-    faint, dotted = [part.faint is not None for part in parts], [part.dots for part in parts]
-    layers = [on.mark_area(**area).encode(y="low:Q", y2="high:Q") for on in where(banded)]
-    layers += [on.mark_area(**area).encode(y2=alt.datum(0)) for on in where(filled)]
-    layers += [on.mark_line(opacity=0.4, strokeWidth=1, clip=True).encode(y="faint:Q") for on in where(faint)]
-    for width in sorted({part.width for part in parts if part.width}):
-        drawn = where([part.width == width for part in parts])
-        layers += [on.mark_line(strokeWidth=width, clip=True).encode(dash) for on in drawn]
-    layers += [on.mark_point(filled=True, size=45, opacity=0.8, tooltip=True) for on in where(dotted)]
+    base = alt.Chart(alt.Data(values=rows)).encode(x, y, colour)
+    drawn = [
+        (part, base.transform_filter(alt.FieldEqualPredicate(field="name", equal=part.name)))
+        for part in sorted(parts, key=lambda part: part.width)  # a heavy line covers a thin one
+    ]
+    layers = [
+        on.mark_area(opacity=0.2, clip=True).encode(y="low:Q", y2="high:Q")
+        for part, on in drawn
+        if part.band is not None
+    ]
+    layers += [on.mark_area(opacity=0.2, clip=True).encode(y2=alt.datum(0)) for part, on in drawn if part.fill]
+    faint = [on for part, on in drawn if part.faint is not None]
+    layers += [on.mark_line(opacity=0.4, strokeWidth=1, clip=True).encode(y="faint:Q") for on in faint]
+    layers += [on.mark_line(strokeWidth=part.width, clip=True).encode(dash) for part, on in drawn if part.width]
+    layers += [on.mark_point(filled=True, size=45, opacity=0.8, tooltip=True) for part, on in drawn if part.dots]
     return alt.layer(*layers)
 
 
@@ -169,14 +165,9 @@ def intervals(
          "text": row.estimate.text(decimals), "from": (mark or 0) - row.margin, "to": (mark or 0) + row.margin}
         for number, row in enumerate(rows)
     ]  # fmt: skip
-    y = alt.Y("row:O", axis=None)
-    base = alt.Chart(alt.Data(values=values)).encode(y)
-    x = alt.X(
-        "low:Q",
-        title=unit,
-        axis=alt.Axis(grid=False),
-        scale=alt.Scale(zero=False, padding=0 if scale else 10, **scale),
-    )
+    base = alt.Chart(alt.Data(values=values)).encode(alt.Y("row:O", axis=None))
+    size = alt.Scale(zero=False, padding=0 if scale else 10, **scale)
+    x = alt.X("low:Q", title=unit, axis=alt.Axis(grid=False), scale=size)
     colour = alt.Color("colour:N", scale=None)
     above: dict[str, Any] = {"dy": -18, "baseline": "middle", "fontSize": 11}
     layers = [
@@ -222,20 +213,20 @@ def spec(chart: Any, **properties: Any) -> dict[str, Any]:
     return found
 
 
-def light(chart: Any, **properties: Any) -> str:
+def light(chart: Any) -> str:
     """Return the specification as JSON with the colours of the light scheme."""
-    named = json.dumps(spec(chart, background=COLOURS["back"][0], **properties))
+    named = json.dumps(spec(chart, background=COLOURS["back"][0]))
     return re.sub(r"var\(--(\w+)\)", lambda found: COLOURS[found[1]][0], named)
 
 
-def png(chart: Any, **properties: Any) -> bytes:
+def png(chart: Any) -> bytes:
     """Return the chart as PNG; equal charts give equal bytes."""
-    return bytes(vl_convert.vegalite_to_png(light(chart, **properties), scale=1.5))
+    return bytes(vl_convert.vegalite_to_png(light(chart), scale=1.5))
 
 
-def svg(chart: Any, **properties: Any) -> str:
+def svg(chart: Any) -> str:
     """Return the chart as SVG; equal charts give equal text."""
-    return str(vl_convert.vegalite_to_svg(light(chart, **properties))) + "\n"
+    return str(vl_convert.vegalite_to_svg(light(chart))) + "\n"
 
 
 @cache

@@ -34,7 +34,7 @@ class Run:
 
     name: str
     folder: Path
-    curves: dict[str, pd.Series]  # values by step, ascending, for every TensorBoard tag
+    curves: dict[str, pd.Series]  # values by step, ascending, one or more for every TensorBoard tag
     audit: pd.DataFrame | None  # one row per pair and step, as `PairAudit` writes it
     config: Mapping[str, Any] = field(default_factory=dict)
     config_text: str = ""
@@ -44,14 +44,9 @@ class Run:
     baseline: dict[str, Estimate] = field(default_factory=dict)
     rivals: dict[str, Estimate] = field(default_factory=dict)  # win rate over the samples of other runs, by name
 
-    def curve(self, tag: str) -> pd.Series | None:
-        """Return the curve logged under `tag`, if any."""
-        return self.curves.get(tag)
-
     def last(self, tag: str) -> float | None:
         """Return the last value logged under `tag`, if any."""
-        curve = self.curves.get(tag)
-        return float(curve.iloc[-1]) if curve is not None and len(curve) else None
+        return float(self.curves[tag].iloc[-1]) if tag in self.curves else None
 
     def part(self, tag: str, first: float, last: float) -> np.ndarray:
         """Return the finite values between two fractions of a curve's points; none without the curve."""
@@ -66,11 +61,9 @@ class Run:
 
     @property
     def filters(self) -> bool:
-        """Return whether some step left out pairs that it could have trained on: those with a finite gap."""
-        if self.audit is not None:
-            return bool((np.isfinite(self.audit.gap.to_numpy(float)) & ~self.audit.kept.astype(bool)).any())
-        kept = self.curve("filter/kept_fraction")
-        return kept is not None and bool((kept < 1).any())
+        """Return whether the audit has pairs left out that could have been trained on: those with a finite gap."""
+        audit = self.audit
+        return audit is not None and bool((np.isfinite(audit.gap.to_numpy(float)) & ~audit.kept.astype(bool)).any())
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -126,7 +119,8 @@ def read_csv(file: Path) -> dict[str, pd.Series]:
         return {}
     try:
         table = pd.read_csv(io.StringIO(whole_lines(file))).groupby("step").last()
-        return {tag: table[tag].dropna().astype(float) for tag in table.columns if "/" in tag}
+        curves = {tag: table[tag].dropna().astype(float) for tag in table.columns if "/" in tag}
+        return {tag: curve for tag, curve in curves.items() if len(curve)}
     except (KeyError, ValueError) as error:
         raise UserError(f"{file} is not what CSVLogger writes: {first_line(error)}.") from error
 

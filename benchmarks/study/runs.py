@@ -58,7 +58,7 @@ def measured(run: Run) -> dict[str, float]:
     """Return the figures of a finished run."""
     read = read_run(run.folder, run.arm)
     last = {name: read.last(tag) for name, tag in TAGS.items()}
-    beta, clamped = read.curves["beta/used"], read.curve("beta/clamped")
+    beta, clamped = read.curves["beta/used"], read.curves.get("beta/clamped")
     return {
         **{name: math.nan if value is None else value for name, value in last.items()},
         "beta_low": float(beta.min()),
