@@ -7,20 +7,20 @@ Sources of the forms: README of tatsu-lab/alpaca_eval (`model_outputs`), `gen_an
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal
 
 from app.core.errors import UserError
-from datamodules.records import Message, PreferencePair, read_prompt
+from datamodules.records import Message, PreferencePair
 from datamodules.sources.source import Source
 
 Form = Literal["jsonl", "alpaca_eval", "arena_hard", "mt_bench"]
 ENDINGS = {"jsonl": ".jsonl", "alpaca_eval": ".json", "arena_hard": ".jsonl", "mt_bench": ".jsonl"}
 # the fields of a question: its id, and its text or (MT-bench) the texts of its turns
 QUESTIONS = {
-    "alpaca_eval": (None, "instruction"),
+    "alpaca_eval": ("", "instruction"),
     "arena_hard": ("uid", "prompt"),
     "mt_bench": ("question_id", "turns"),
 }
@@ -40,22 +40,23 @@ def read_questions(
         turns = row.get(field) if form == "mt_bench" else [row.get(field)]
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
             raise UserError(f"{place} is no question of {form}: {field} must hold text.")
-        if name is not None and row.get(name) is None:
+        if name and row.get(name) is None:
             raise UserError(f"{place} is no question of {form}: it has no {name}.")
-        labels = {"question": row.get(name or ""), "turns": turns}
-        items.append(PreferencePair(place, (Message("user", str(turns[0])),), "", None, labels))
+        labels = {"question": row.get(name), "turns": turns}
+        items.append(PreferencePair(place, (Message("user", turns[0]),), "", None, labels))
     if not items:
         raise UserError(f"{path} holds no question.")
     return items
 
 
-def further_turns(items: Sequence[PreferencePair], rows: Sequence[Mapping[str, Any]]) -> list[PreferencePair]:
+def further_turns(items: Sequence[PreferencePair], rows: Iterable[Mapping[str, Any]]) -> list[PreferencePair]:
     """Return the questions that have a further turn, after the answers `rows` to this one."""
     answers = {row["prompt_id"]: row["response"] for row in rows}
     found = []
     for item in items:
-        turns, said = item.labels.get("turns", ()), (len(item.prompt) + 1) // 2
-        if isinstance(turns, list) and said < len(turns) and item.pair_id in answers:
+        turns: Any = item.labels["turns"]
+        said = (len(item.prompt) + 1) // 2
+        if said < len(turns) and item.pair_id in answers:
             answered = (Message("assistant", answers[item.pair_id]), Message("user", turns[said]))
             found.append(replace(item, prompt=(*item.prompt, *answered)))
     return found
@@ -71,19 +72,18 @@ def answer_file(form: Form, name: str, rows: Sequence[Mapping[str, Any]]) -> str
         return json.dumps(found, ensure_ascii=False, indent=1) + "\n"
     lines: dict[str, dict[str, Any]] = {}
     for row in rows:
-        own = {"model": name, "ans_id": f"{name}-{row['question']}"}
+        answer_id = f"{name}-{row['question']}"
         if form == "arena_hard":
-            turns = [dict(turn) for turn in read_prompt(row["prompt"])]  # type: ignore[arg-type]
             said = {"role": "assistant", "content": {"answer": row["response"]}}
-            length = {"token_len": row["tokens"]} if "tokens" in row else {}
             lines[row["prompt_id"]] = {
                 "uid": row["question"],
-                **own,
-                "messages": [*turns, said],
-                "metadata": length,
+                "model": name,
+                "ans_id": answer_id,
+                "messages": [*row["prompt"], said],
+                "metadata": {"token_len": row["tokens"]} if "tokens" in row else {},
             }
         else:
-            own = {"question_id": row["question"], "answer_id": own["ans_id"], "model_id": name}
+            own = {"question_id": row["question"], "answer_id": answer_id, "model_id": name}
             line = lines.setdefault(row["prompt_id"], own | {"choices": [{"index": 0, "turns": []}]})
             line["choices"][0]["turns"].append(row["response"])
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values())

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from app.cli.mistakes import checked_command
 from app.commands.benchmarks import ENDINGS, Form, answer_file, further_turns, read_questions
-from app.commands.sampling import Batch, LocalSampler, ServedSampler
+from app.commands.sampling import Batch, LocalSampler, Sampler, ServedSampler
 from app.core.errors import UserError
 from app.core.files import Parts, atomic_file, refuse_place
 from app.core.locks import locked
@@ -110,16 +110,17 @@ def generate(
     else:
         items = read_questions(format, prompts, split, subset, count)
     sampling = {"top_p": top_p, "max_new_tokens": max_new_tokens}
-    template_kwargs = chat_template_kwargs or {}
-    sampler: LocalSampler | ServedSampler
+    settings = Tokenisation(
+        max_prompt_length + max_new_tokens,
+        max_prompt_length,
+        chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs or {},
+    )
+    sampler: Sampler
     if endpoint.url is None:
-        room = max_prompt_length + max_new_tokens
-        settings = Tokenisation(
-            room, max_prompt_length, chat_template=chat_template, chat_template_kwargs=template_kwargs
-        )
         sampler = LocalSampler(model, reference, settings, seed, sampling)
     else:
-        sampler = ServedSampler(model, endpoint, chat_template is True, template_kwargs, seed, sampling)
+        sampler = ServedSampler(model, endpoint, settings, seed, sampling)
     job = {
         "prompts": sampler.read(items, prompts),
         **{"columns": columns, "seed": seed, "temperature": temperatures, "samples": samples, "format": format},
@@ -128,14 +129,16 @@ def generate(
         **sampler.job,
     }
     with locked(place / ".lock", out, ELSEWHERE, waits=False):
-        parts = Parts(place, job)
-        batches = batches_of(items, temperatures, samples, batch_size, 0)
-        sample_parts(batches, parts, sampler)
-        # a further round asks the next turn of the questions that have one
-        while format == "mt_bench" and (items := further_turns(items, rows_of(parts, batches))):
-            sampler.read(items, prompts)
-            batches = batches_of(items, temperatures, samples, batch_size, batches[-1].number + 1)
+        parts, first = Parts(place, job), 0
+        while items:
+            batches = batches_of(items, temperatures, samples, batch_size, first)
             sample_parts(batches, parts, sampler)
+            first += len(batches)
+            # a further round asks the next turn of the questions that have one
+            rows = (json.loads(line) for batch in batches for line in part_of(parts, batch.number)["lines"])
+            items = further_turns(items, rows) if format == "mt_bench" else []
+            if items:
+                sampler.read(items, prompts)
         write_out(out, format, name or Path(model).name, parts, f"{model}: {out}{replaced}", max_new_tokens)
 
 
@@ -148,16 +151,15 @@ def batches_of(
     return [Batch(number, *part) for number, part in enumerate(parts, first)]
 
 
-def sample_parts(batches: Sequence[Batch], parts: Parts, sampler: LocalSampler | ServedSampler) -> None:
+def sample_parts(batches: Sequence[Batch], parts: Parts, sampler: Sampler) -> None:
     """Write the batches that are not done yet, each with the state of the sampler after it."""
-    left = [batch for batch in batches if batch.number >= len(parts)]
-    done = len(batches) - len(left)
+    done = [batch for batch in batches if parts.path(batch.number).exists()]
     if done:
-        print(f"{parts.folder}: continuing after {done} of {len(batches)} batches")
-        sampler.restore(part_of(parts, left[0].number - 1 if left else batches[-1].number)["generator"])
+        print(f"{parts.folder}: continuing after {len(done)} of {len(batches)} batches")
+        sampler.restore(part_of(parts, done[-1].number)["generator"])
     with tqdm(desc="sampling", unit=" samples", total=sum(len(b.items) for b in batches), disable=None) as progress:
-        progress.update(sum(len(batch.items) for batch in batches[:done]))
-        for batch in left:
+        progress.update(sum(len(batch.items) for batch in done))
+        for batch in batches[len(done) :]:
             answers = sampler.answers(batch)
             part = {
                 "lines": list(lines_of(batch, answers)),
@@ -179,10 +181,6 @@ def lines_of(batch: Batch, answers: Sequence[dict[str, Any] | str]) -> Iterator[
 
 def part_of(parts: Parts, number: int) -> dict[str, Any]:
     return dict(json.loads(parts.path(number).read_text(encoding="utf-8")))
-
-
-def rows_of(parts: Parts, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-    return [json.loads(line) for batch in batches for line in part_of(parts, batch.number)["lines"]]
 
 
 def write_out(out: str, format: Form, name: str, parts: Parts, told: str, limit: int) -> None:

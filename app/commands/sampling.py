@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from app.core.errors import UserError
@@ -41,24 +42,23 @@ class LocalSampler:
         self, model: str, reference: str | None, settings: Tokenisation, seed: int, sampling: dict[str, Any]
     ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.names = [model] if reference is None else [model, reference]
-        self.models = [load_model(name).eval().to(self.device) for name in self.names]
+        names = [model] if reference is None else [model, reference]
+        self.models = [(name, load_model(name).eval().to(self.device)) for name in names]
+        self.model = self.models[0][1]
         self.tokenizer = read_tokenizer(model, "model")
         if reference is not None:
             check_tokens(reference, self.tokenizer, False, option="reference", tokenizer="model")
         self.settings = settings
         self.sampling = sampling
-        self.stops = stop_ids(self.tokenizer, settings, self.models[0].generation_config.eos_token_id)
+        self.stops = stop_ids(self.tokenizer, settings, self.model.generation_config.eos_token_id)
         # its own temperature, nucleus and penalties would change what is asked for here
-        self.models[0].generation_config = GenerationConfig()
+        self.model.generation_config = GenerationConfig()
         self.job: dict[str, Any] = {
-            "models": [
-                model_identity(name, loaded.config) for name, loaded in zip(self.names, self.models, strict=True)
-            ],
+            "models": [model_identity(name, loaded.config) for name, loaded in self.models],
             "stops": self.stops,
             "device": self.device.type,  # another kind of device draws other numbers
         }
-        self._encoded: dict[str, np.ndarray] = {}
+        self._prompts: dict[str, np.ndarray] = {}  # tokens by id
         torch.manual_seed(seed)
 
     def read(self, items: Sequence[PreferencePair], prompts: str) -> str:
@@ -66,23 +66,30 @@ class LocalSampler:
 
         Raises UserError if a prompt cannot be tokenised, or is beyond what a model takes.
         """
-        encoded = encode_prompts(items, self.tokenizer, self.settings, prompts)
-        for name, loaded in zip(self.names, self.models, strict=True):
-            longest = max(map(len, encoded), default=0) + self.sampling["max_new_tokens"]
-            largest = max((int(ids.max()) for ids in encoded), default=-1)
+        found = tokenise_prompts(items, self.tokenizer, self.settings)
+        if lost := Counter(notes[0] for ids, notes in found if ids is None):
+            reasons = "; ".join(f"{count}: {reason}" for reason, count in lost.items())
+            raise UserError(f"{lost.total()} prompts of {prompts} cannot be tokenised ({reasons}): take them out.")
+        for note, count in Counter(note for _, notes in found for note in notes).items():
+            limit = f" to {self.settings.max_prompt_length} tokens (max_prompt_length)" if "trunc" in note else ""
+            print(f"{prompts}: {count} {note}{limit}")
+        encoded = {item.pair_id: ids for item, (ids, _) in zip(items, found, strict=True) if ids is not None}
+        longest = max(map(len, encoded.values())) + self.sampling["max_new_tokens"]
+        largest = max(int(ids.max()) for ids in encoded.values())
+        for name, loaded in self.models:
             refuse_beyond(
                 loaded, longest, largest, f"The tokenizer of {name}", "max_prompt_length + max_new_tokens"
             )
-        self._encoded = {item.pair_id: ids for item, ids in zip(items, encoded, strict=True)}
-        return hashed([[item.pair_id, ids.tolist()] for item, ids in zip(items, encoded, strict=True)])
+        self._prompts = encoded
+        return hashed([[name, ids.tolist()] for name, ids in encoded.items()])
 
     def answers(self, batch: Batch) -> list[Answer | str]:
         """Return the samples of a batch."""
-        prompts = [self._encoded[item.pair_id] for item, _ in batch.items]
+        prompts = [self._prompts[item.pair_id] for item, _ in batch.items]
         warm = {"temperature": batch.temperature, "top_k": 0} if batch.temperature > 0 else {"top_p": None}
         sampling = {**self.sampling, "do_sample": batch.temperature > 0, **warm}
-        responses = sample(self.models[0], prompts, self.stops, sampling)
-        logps = zip(*(score(model, prompts, responses) for model in self.models), strict=True)
+        responses = sample(self.model, prompts, self.stops, sampling)
+        logps = zip(*(score(model, prompts, responses) for _, model in self.models), strict=True)
         found: list[Answer | str] = []
         for prompt, response, of_models in zip(prompts, responses, logps, strict=True):
             finished = int(response[-1]) in self.stops
@@ -117,23 +124,21 @@ class ServedSampler:
     state = ""
 
     def __init__(
-        self,
-        model: str,
-        settings: SamplingServer,
-        chat: bool,
-        template_kwargs: dict[str, Any],
-        seed: int,
-        sampling: dict[str, Any],
+        self, model: str, settings: SamplingServer, template: Tokenisation, seed: int, sampling: dict[str, Any]
     ) -> None:
-        self.model = model
         self.client = Client(settings)
-        self.chat = chat
+        self.chat = template.chat_template is True
         self.seed = seed
-        more: dict[str, Any] = {"chat_template_kwargs": template_kwargs} if template_kwargs else {}
-        more |= {"return_token_ids": True} if settings.token_ids else {}
-        self.options = {"extra_body": more} | ({"top_p": sampling["top_p"]} if sampling["top_p"] < 1 else {})
+        more: dict[str, Any] = {}
+        if template.chat_template_kwargs:
+            more["chat_template_kwargs"] = template.chat_template_kwargs
+        if settings.token_ids:
+            more["return_token_ids"] = True
+        self.options: dict[str, Any] = {"model": model, "extra_body": more}
+        if sampling["top_p"] < 1:
+            self.options["top_p"] = sampling["top_p"]
         self.max_tokens = sampling["max_new_tokens"]
-        self.job: dict[str, Any] = {"models": [settings.url, model], "chat": chat, "more": more}
+        self.job: dict[str, Any] = {"models": [settings.url, model], "chat": self.chat, "more": more}
         self._turns: dict[str, list[dict[str, Any]]] = {}  # of the prompts that are asked as chats
 
     def read(self, items: Sequence[PreferencePair], prompts: str) -> str:
@@ -163,28 +168,28 @@ class ServedSampler:
 
         def ask(client: Any, place: int) -> None:
             item, copy = batch.items[place]
-            prompt = item.prompt
-            own = hashed([[self.seed, item.pair_id, copy, batch.temperature, len(prompt)]])
-            seed = int(own[:7], 16)
-            options = {**self.options, "model": self.model, "temperature": batch.temperature, "seed": seed}
+            own = hashed([[self.seed, item.pair_id, copy, batch.temperature, len(item.prompt)]])
+            options = {**self.options, "temperature": batch.temperature, "seed": int(own[:7], 16)}
             if turns := self._turns.get(item.pair_id):
                 reply = client.chat.completions.create(
                     messages=turns, max_completion_tokens=self.max_tokens, **options
                 )
             else:
-                reply = client.completions.create(prompt=prompt, max_tokens=self.max_tokens, **options)
-            found[place] = _served(reply)
+                reply = client.completions.create(prompt=item.prompt, max_tokens=self.max_tokens, **options)
+            found[place] = served(reply)
 
-        self.client.ask_all(
-            range(len(batch.items)),
-            ask,
-            found.__setitem__,
-            lambda: "the same command continues after the last finished batch.",
-        )
+        def kept() -> str:
+            return "the same command continues after the last finished batch."
+
+        self.client.ask_all(range(len(batch.items)), ask, found.__setitem__, kept)
         return [found[place] for place in range(len(batch.items))]
 
 
-def _served(reply: Any) -> Answer | str:
+Sampler = LocalSampler | ServedSampler
+
+
+def served(reply: Any) -> Answer | str:
+    """Return the sample in a server's reply, or the reason why it holds none."""
     (choice, text), usage = first_choice(reply), reply.usage
     if choice.finish_reason not in ("stop", "length"):
         return f"it ended by {choice.finish_reason}"
@@ -203,32 +208,14 @@ def hashed(rows: list[Any]) -> str:
     return hashlib.blake2b("".join(map(json.dumps, rows)).encode(), digest_size=16).hexdigest()
 
 
-def encode_prompts(
-    items: Sequence[PreferencePair], tokenizer: Any, settings: Tokenisation, prompts: str
-) -> list[np.ndarray]:
-    """Return the tokens of the prompts and print what was cut. Raises UserError if a prompt cannot be tokenised."""
-    found = tokenise_prompts(items, tokenizer, settings)
-    lost = Counter(notes[0] for ids, notes in found if ids is None)
-    if lost:
-        reasons = "; ".join(f"{count}: {reason}" for reason, count in lost.items())
-        raise UserError(f"{lost.total()} prompts of {prompts} cannot be tokenised ({reasons}): take them out.")
-    for note, count in Counter(note for _, notes in found for note in notes).items():
-        limit = f" to {settings.max_prompt_length} tokens (max_prompt_length)" if "truncated" in note else ""
-        print(f"{prompts}: {count} {note}{limit}")
-    return [ids for ids, _ in found if ids is not None]
-
-
 @torch.no_grad()
 def sample(
     model: Any, prompts: Sequence[np.ndarray], stops: Sequence[int], sampling: dict[str, Any]
 ) -> list[np.ndarray]:
     """Return one response per prompt, up to and including the first of the ids `stops`."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), stops[0])
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # generation continues the right end, so padding is on the left
-        ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
-        mask[row, width - len(prompt) :] = 1
+    # generation continues the right end, so padding is on the left
+    ids = pad_sequence([torch.from_numpy(prompt) for prompt in prompts], True, stops[0], "left")
+    mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], True, 0, "left")
     output = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -236,12 +223,9 @@ def sample(
         pad_token_id=stops[0],
         **sampling,
     )
-    return [_up_to_stop(row, stops) for row in output[:, width:].cpu().numpy()]
-
-
-def _up_to_stop(ids: np.ndarray, stops: Sequence[int]) -> np.ndarray:
-    ends = np.flatnonzero(np.isin(ids, stops))
-    return ids[: ends[0] + 1] if len(ends) else ids
+    responses = output[:, ids.shape[1] :].cpu().numpy()
+    ends = [np.flatnonzero(np.isin(row, stops)) for row in responses]
+    return [row[: end[0] + 1] if len(end) else row for row, end in zip(responses, ends, strict=True)]
 
 
 @torch.no_grad()
@@ -258,14 +242,11 @@ def score(model: Any, prompts: Sequence[np.ndarray], responses: Sequence[np.ndar
 
 def generator_state(device: torch.device) -> str:
     """Return as text the state of the random generator that sampling on `device` uses."""
-    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return base64.b64encode(state.numpy().tobytes()).decode()
+    source: Any = torch.cuda if device.type == "cuda" else torch
+    return base64.b64encode(source.get_rng_state().numpy().tobytes()).decode()
 
 
 def restore_generator(state: str, device: torch.device) -> None:
     """Set the random generator of `device` to `state`, as `generator_state` returned it."""
-    tensor = torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8)
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(tensor, device)
-    else:
-        torch.set_rng_state(tensor)
+    source: Any = torch.cuda if device.type == "cuda" else torch
+    source.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8))
