@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,39 +32,35 @@ log = logging.getLogger(__name__)
 OURS: dict[str, Attend] = {VARLEN: attend_varlen, FLEX: attend_flex, PAIRWISE: attend_pairwise}
 
 
-def register(name: str, attend: Attend) -> None:
-    """Register `attend` with transformers as the implementation `name`."""
+@torch.compiler.disable  # compiled layers call it uncompiled; FlexAttention is compiled separately
+def implementation(
+    name: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    pair_runs: PairRuns | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Return the output [1, T, heads, d] and no weights, as transformers calls an attention (see `Attend`).
 
-    @torch.compiler.disable  # compiled layers call it uncompiled; FlexAttention is compiled separately
-    def implementation(
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        pair_runs: PairRuns | None = None,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        **others: Any,
-    ) -> tuple[Tensor, None]:
-        """Return the output [1, T, heads, d] and no weights, as transformers calls an attention (see `Attend`).
-
-        Raises ValueError for unsupported options, so that the start-up check tries another attention.
-        """
-        if pair_runs is None:
-            raise ValueError("this model does not hand the layout of the rows to its attention")
-        for unknown, given in (others | {"softcap": None if name == FLEX else softcap}).items():
-            if unknown in ("s_aux", "position_bias", "softcap") and given is not None:
-                raise ValueError(f"attention {name} has no {unknown}")
-        out = attend(query, key, value, pair_runs, Options(sliding_window, scaling, softcap))
-        return out.transpose(1, 2), None
-
-    AttentionInterface.register(name, implementation)
+    Raises ValueError for unsupported options, so that the start-up check tries another attention.
+    """
+    if pair_runs is None:
+        raise ValueError("this model does not hand the layout of the rows to its attention")
+    for unknown, given in (others | {"softcap": None if name == FLEX else softcap}).items():
+        if unknown in ("s_aux", "position_bias", "softcap") and given is not None:
+            raise ValueError(f"attention {name} has no {unknown}")
+    out = OURS[name](query, key, value, pair_runs, Options(sliding_window, scaling, softcap))
+    return out.transpose(1, 2), None
 
 
-for name, attend in OURS.items():
-    register(name, attend)
+for name in OURS:
+    AttentionInterface.register(name, partial(implementation, name))
 
 
 def dense_mask(rows: PackedRows, window: int | None = None, added: bool = False) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from app.method.batch import on_device
-from lightning_modules.pairwise_attention import Options, PairRuns, one_dtype
+from lightning_modules.head import compute_dtype
+from lightning_modules.pairwise_attention import Options, PairRuns
 from lightning_modules.private import mark_dynamic
 
 FLEX = "flex"  # its name in transformers
@@ -131,7 +132,8 @@ def attend_flex(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, optio
     """Compute FlexAttention; see `Attend`."""
     window, scale, softcap = options
     blocks = runs.remember((FLEX, window), lambda: block_tensors(runs, window, query.device))
-    states = one_dtype(query, key, value)
+    dtype = compute_dtype(value)  # rotary positions leave queries and keys in float32
+    states = [each.to(dtype) for each in (query, key, value)]
     for tensor in (*states, *blocks):
         # dimensions that follow the row's length in [T], [1, 1, n], [1, 1, n, n], [1, heads, T, d]
         long = {1: (0,), 3: (2,), 4: (2,) if tensor.is_floating_point() else (2, 3)}[tensor.ndim]

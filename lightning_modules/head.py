@@ -27,14 +27,6 @@ class LogitRule(NamedTuple):
         divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
         return cls(scale / divisor, getattr(config, "final_logit_softcapping", None))  # Gemma 2
 
-    def apply_(self, logits: Tensor) -> Tensor:
-        """Apply the rule to `logits` of any shape in place and return them."""
-        if self.scale != 1.0:
-            logits.mul_(self.scale)
-        if self.cap is not None:
-            logits.div_(self.cap).tanh_().mul_(self.cap)
-        return logits
-
 
 def at_least_float32(logits: Tensor) -> Tensor:
     """Return `logits` in float32, or in float64 if they already are."""
@@ -55,7 +47,9 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: Logit
         logits = at_least_float32(hidden @ columns)
     if bias is not None:
         logits += bias
-    return rule.apply_(logits)
+    if rule.scale != 1.0:
+        logits.mul_(rule.scale)
+    return logits if rule.cap is None else logits.div_(rule.cap).tanh_().mul_(rule.cap)
 
 
 def head_logps(
@@ -68,15 +62,11 @@ def head_logps(
 ) -> Tensor:
     """Return log-probabilities [N] of `targets` [N] in float32 (float64 for float64 weights), with gradient.
 
+    The decoder's outputs `hidden` [N, width] predict the targets; the head has `weight` [V, width] and `bias` [V].
     Both passes hold one slice of logits [N, slice] at a time: the forward pass keeps the log-sum-exp of each slice
     and the backward pass recomputes the slices. Slices of the vocabulary, unlike slices of the tokens, write every
     row of the weight's gradient [V, width] once. The backward pass skips tokens without a gradient, for which a
-    GPU's host waits; there it does so only with `some_dropped`.
-
-    Args:
-        hidden: outputs of the decoder that predict the targets, [N, width].
-        weight, bias: of the head, [V, width] and [V].
-        some_dropped: whether pairs may be dropped after this forward pass.
+    GPU's host waits; there it does so only if pairs may be dropped after this pass (`some_dropped`).
     """
     most = SLICE_LOGITS.get(hidden.device.type, SLICE_LOGITS["cuda"])
     width = min(len(weight), max(most // max(len(targets), 1), NARROWEST_SLICE))

@@ -31,16 +31,15 @@ CHECKED_PAIRS = 4
 
 
 class Sample(NamedTuple):
-    """Pairs for a comparison, with their log-probabilities [CHECKED_PAIRS, sides] from plain rows."""
+    """Pairs for a comparison, with their scores in plain rows (see `StartCheck._scores`)."""
 
     batch: OptimizerBatch
     pairs: list[int]
     expected: Tensor
-    tokens: Tensor  # of each response, like `expected`
 
     def apart(self, scores: Tensor) -> Tensor:
-        """Return the largest difference per token of `scores` from those expected, where these are finite."""
-        apart = ((scores.detach().cpu() - self.expected).abs() / self.tokens).nan_to_num(nan=math.inf)
+        """Return the largest difference of `scores` from those expected, where these are finite."""
+        apart = (scores.detach().cpu() - self.expected).abs().nan_to_num(nan=math.inf)
         return apart.masked_fill(~self.expected.isfinite(), 0).max()
 
 
@@ -100,13 +99,11 @@ class StartCheck:
         if compiled:
             compiled = self._compiles(layout, samples)
         inform(
-            "start-up check passed (attention %s, %s rows%s): %d pairs of the data and the longest possible "
-            "response, %d tokens%s",
+            "start-up check passed (attention %s, %s rows%s): %d pairs of the data and the longest possible one%s",
             attention,
             layout,
             ", layers compiled" if compiled else "",
             len(samples[0].pairs),
-            int(samples[1].tokens.max()),
             ", forward and backward" if self.trains and (on_cuda or compiled) else "",
         )
         return layout
@@ -160,7 +157,7 @@ class StartCheck:
         try:
             for sample, micro_batches in zip(samples, rows, strict=True):
                 with torch.set_grad_enabled(backward):
-                    scores = self._score(micro_batches)
+                    scores = self._scores(micro_batches)
                 worst = max(worst, float(sample.apart(scores)))
                 finite = bool(sample.expected.isfinite().all())
                 if backward and not self._has_gradient(scores) and finite:
@@ -196,16 +193,15 @@ class StartCheck:
         pairs = list(range(min(CHECKED_PAIRS, len(batch.positions))))
         rows = self._rows(batch, self.responses, "separate", pairs)
         with self.policy.as_loaded(), torch.no_grad():
-            expected = self._score(rows, whole_logits=True).cpu()
-            ours = self._score(rows)
-        sample = Sample(batch, pairs, expected, self._tokens(rows))
-        if float(self.ranks.reduce(sample.apart(ours), "max")) > TOLERANCE[self.dtype]:
+            expected = self._scores(rows, whole_logits=True).cpu()
+            apart = Sample(batch, pairs, expected).apart(self._scores(rows))
+        if float(self.ranks.reduce(apart, "max")) > TOLERANCE[self.dtype]:
             raise UserError(
                 f"model.name: the output head of {self.name or 'this architecture'} is not supported: "
                 "its log-probabilities differ from those of transformers' own forward pass."
             )
         # a pair that is not finite tests nothing, and would make its packed row NaN
-        return sample._replace(pairs=[pair for pair in pairs if torch.isfinite(expected[pair]).all()])
+        return Sample(batch, [pair for pair in pairs if expected[pair].isfinite().all()], expected)
 
     def _alone_sample(self, batch: OptimizerBatch) -> Sample:
         """Return the pairs of the batch, every response scored in a micro-batch of its own, free of other rows."""
@@ -215,18 +211,16 @@ class StartCheck:
             for pair in range(2):  # also on ranks without a pair, because forward passes may be collective
                 for number, side in enumerate(self.responses):
                     rows = self._rows(batch, (side,), "separate", pairs[pair : pair + 1])
-                    alone = response_logps(self.policy, rows, CHECKED_PAIRS, 1, self.ranks.device)
-                    expected[:, number] += alone.flatten().cpu()
-        return Sample(batch, pairs, expected, self._tokens(self._rows(batch, self.responses, "separate", pairs)))
+                    expected[:, number] += self._scores(rows, sides=1).flatten().cpu()
+        return Sample(batch, pairs, expected)
 
     def _rows(
         self, batch: OptimizerBatch, sides: Sequence[str], layout: Layout, pairs: list[int]
     ) -> list[PackedRows]:
         return self.ranks.match(batch.micro_batches(sides, layout, math.inf, pairs))
 
-    def _tokens(self, rows: Sequence[PackedRows]) -> Tensor:
-        return response_tokens(rows, CHECKED_PAIRS, len(self.responses), self.ranks.device).double().cpu()
-
-    def _score(self, rows: Sequence[PackedRows], **options: bool) -> Tensor:
-        scorer = partial(self.policy, **options)
-        return response_logps(scorer, rows, CHECKED_PAIRS, len(self.responses), self.ranks.device)
+    def _scores(self, rows: Sequence[PackedRows], sides: int | None = None, whole_logits: bool = False) -> Tensor:
+        """Return the mean log-probability of each response's tokens, [CHECKED_PAIRS, sides]; 0 for other pairs."""
+        size = CHECKED_PAIRS, sides or len(self.responses), self.ranks.device
+        scorer = partial(self.policy, whole_logits=whole_logits)
+        return response_logps(scorer, rows, *size) / response_tokens(rows, *size)

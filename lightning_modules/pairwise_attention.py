@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from app.method.batch import Memory, PairRun, on_device
+from lightning_modules.head import compute_dtype
 
 PAIRWISE, VARLEN = "pairwise", "varlen"  # their names in transformers
 DTYPES = (torch.bfloat16, torch.float16)  # of FlashAttention
@@ -69,16 +70,6 @@ class Options(NamedTuple):
 Attend = Callable[[Tensor, Tensor, Tensor, PairRuns, Options], Tensor]
 
 
-def one_dtype(*states: Tensor) -> list[Tensor]:
-    """Return the states in the autocast dtype, or without autocast in the dtype of the last state.
-
-    Rotary positions leave queries and keys in float32.
-    """
-    device = states[-1].device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states[-1].dtype
-    return [each.to(dtype) for each in states]
-
-
 def piece_mask(runs: PairRuns, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor | None:
     """Return the additive mask [queries, keys] of the last `queries` of `keys` tokens; None if plain causal."""
     window = None if window is None or keys <= window else window
@@ -99,15 +90,12 @@ def attend_pairwise(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, o
     sizes = [piece.tokens for piece in runs.pieces]
     split = (states.split(sizes, dim=2) for states in (query, key, value))
     outputs: list[Tensor] = []
-    whole: list[Tensor] = []  # keys and values of the piece that holds the prompt
-    for piece, q, *own in zip(runs.pieces, *split, strict=True):
+    whole: tuple[Tensor, ...] = ()  # keys and values of the piece that holds the prompt
+    for piece, q, k, v in zip(runs.pieces, *split, strict=True):
         if piece.shared:
-            own = [
-                torch.cat([first[:, :, : piece.shared], rest], 2) for first, rest in zip(whole, own, strict=True)
-            ]
+            k, v = (torch.cat([s[:, :, : piece.shared], own], 2) for s, own in zip(whole, (k, v), strict=True))
         else:
-            whole = own
-        k, v = own
+            whole = k, v
         mask = piece_mask(runs, q.shape[2], k.shape[2], options.window, q)
         outputs.append(
             F.scaled_dot_product_attention(
@@ -120,7 +108,7 @@ def attend_pairwise(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, o
 # --- by FlashAttention, for bfloat16 and float16 on CUDA ---------------------------------------------------------
 
 
-def key_pieces(runs: PairRuns, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+def key_pieces(runs: PairRuns, device: torch.device) -> tuple[Any, ...]:
     """Return indices [K] int64 of the keys of every piece, and the bounds of the pieces for `varlen_attn`.
 
     The bounds are offsets [pieces + 1] int32 of queries and of keys, and the longest of each as numbers, because
@@ -130,10 +118,8 @@ def key_pieces(runs: PairRuns, device: torch.device) -> tuple[Tensor, Tensor, Te
     queries, lengths = pieces[:, 1], pieces[:, 1] + pieces[:, 3]
     keys = [np.r_[prompt : prompt + shared, start : start + tokens] for start, tokens, prompt, shared in pieces]
     offsets = (np.cumsum([0, *sizes], dtype=np.int32) for sizes in (queries, lengths))
-    gathered, ends, key_ends = (
-        on_device(torch.from_numpy(each), device) for each in (np.concatenate(keys), *offsets)
-    )
-    return gathered, ends, key_ends, int(queries.max()), int(lengths.max())
+    tensors = (on_device(torch.from_numpy(each), device) for each in (np.concatenate(keys), *offsets))
+    return *tensors, int(queries.max()), int(lengths.max())
 
 
 def lacking(config: Any, dtype: torch.dtype) -> str | None:
@@ -154,10 +140,10 @@ def attend_varlen(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, opt
     `varlen_attn` aligns causal order at the ends of queries and keys, so a response sees all the prompt.
     """
     keys, *bounds = runs.remember(VARLEN, lambda: key_pieces(runs, query.device))
-    # [T, heads, d]
-    q, k, v = (states[0].transpose(0, 1) for states in one_dtype(query, key, value))
-    if q.dtype not in DTYPES:
-        raise ValueError(f"attention {VARLEN} does not compute in {q.dtype}")
+    dtype = compute_dtype(value)  # rotary positions leave queries and keys in float32
+    if dtype not in DTYPES:
+        raise ValueError(f"attention {VARLEN} does not compute in {dtype}")
+    q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # [T, heads, d]
     out: Any = varlen_attn(
         q,
         k.index_select(0, keys),

@@ -135,7 +135,7 @@ class PreferenceScoring(LanguageModelTraining):
     def on_validation_epoch_end(self) -> None:
         stage = self.trainer.state.stage.dataloader_prefix  # type: ignore[union-attr]  # `val` or `test`
         figures = {name: metric.compute() for name, metric in self._evaluation.items()}
-        warn_of_nonfinite(str(stage), figures)
+        warn_of_nonfinite(str(stage), int(figures.get("nonfinite_pairs", 0)), int(figures.get("pairs", 0)))
         self.log_dict({f"{stage}/{name}": value for name, value in figures.items()})
 
     on_test_epoch_start = on_validation_epoch_start

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +12,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from app.core.errors import UserError
@@ -74,20 +72,15 @@ class RecordedTraining(LightningModule):
         return self.lora is not None and not self.lora.moves_base and self.name is not None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        identity = (checkpoint.get("lora") or {}).get("identity")
-        if identity is not None and self.lora is None:
+        lora = checkpoint.get("lora") or {}
+        if lora.get("identity") is not None and (self.lora is None or lora["identity"] != self.base_identity):
             raise UserError(
-                "--ckpt_path: the checkpoint holds adapters: give model.lora as the run's config.yaml has it."
-            )
-        if identity is not None and identity != self.base_identity:
-            raise UserError(
-                f"--ckpt_path: the checkpoint holds adapters of {checkpoint['lora']['base']}, and model.name "
-                f"{self.name} is another model, or its files have changed: give the model that they belong to."
+                f"--ckpt_path: the checkpoint holds adapters of {lora['base']}: give model.lora as the run's "
+                f"config.yaml has it, and that very model, its files unchanged, by model.name (now {self.name})."
             )
         data = self.data if self.trainer.state.fn == TrainerFn.FITTING else None
-        if (
-            data is not None and not data.train_dataloader().endless
-        ):  # whose epochs have as many batches of any size
+        # an endless loader's epochs have as many batches of any size
+        if data is not None and not data.train_dataloader().endless:
             count_batches_of(checkpoint["loops"]["fit_loop"], data.batch_size)
 
     def on_train_start(self) -> None:
@@ -107,15 +100,15 @@ class RecordedTraining(LightningModule):
         assert isinstance(wrapped, LightningOptimizer)
         groups = wrapped.optimizer.param_groups
         fresh = self.make_optimizer([parameter for group in groups for parameter in group["params"]])
-        replayed: Any = None if self.make_lr_scheduler is None else self.make_lr_scheduler(fresh)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns that the optimizer took no steps
-            for _ in range(0 if replayed is None else self.trainer.global_step):
-                replayed.step()
+        if isinstance(restored, LRScheduler):
+            replayed = self.make_lr_scheduler(fresh)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns that the optimizer took no steps
+                for _ in range(self.trainer.global_step):
+                    replayed.step()
+            restored.load_state_dict(replayed.state_dict())
         for group, asked in zip(groups, fresh.param_groups, strict=True):
             group.update({name: value for name, value in asked.items() if name != "params"})
-        if isinstance(restored, LRScheduler):
-            restored.load_state_dict(replayed.state_dict())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # `beta-dpo export` rebuilds the model from these, without the run's configuration
@@ -144,9 +137,8 @@ def count_batches_of(fit_loop: dict[str, Any], batch_size: int) -> None:
         counters.update({name: count + more for name, count in counters.items()})
 
 
-def warn_of_nonfinite(stage: str, figures: Mapping[str, Tensor]) -> None:
-    """Warn if the `figures` of an evaluation leave out `nonfinite_pairs`."""
-    left_out, counted = (int(figures.get(name, 0)) for name in ("nonfinite_pairs", "pairs"))
+def warn_of_nonfinite(stage: str, left_out: int, counted: int) -> None:
+    """Warn if the means of an evaluation leave out pairs that are not finite."""
     if left_out:
         rest = f"the means are those of the other {counted}" if counted else "so there is no mean to report"
         rank_zero_warn(f"{stage}: {left_out} of {left_out + counted} pairs have no finite gap: {rest}.")

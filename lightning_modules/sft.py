@@ -65,6 +65,6 @@ class SupervisedFineTuning(LanguageModelTraining):
 
     def on_validation_epoch_end(self) -> None:
         loss, tokens, pairs, left_out = self.ranks.reduce(torch.stack(self._validation).sum(0), "sum")
-        warn_of_nonfinite("val", {"nonfinite_pairs": left_out, "pairs": pairs})
+        warn_of_nonfinite("val", int(left_out), int(pairs))
         self.log("val/loss", loss / tokens, prog_bar=True)
         self.log("val/nonfinite_pairs", left_out)

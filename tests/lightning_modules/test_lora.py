@@ -183,9 +183,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_exports_it(start: str, tiny_
             UserError, match=f"--base: {re.escape(str(merged))} is another model than the adapters belong to"
         ):
             export(str(last), str(tmp_path / "other"), base=str(merged))
-        with pytest.raises(UserError, match=r"--ckpt_path: the checkpoint holds adapters of .* is another model"):
+        with pytest.raises(
+            UserError, match=r"--ckpt_path: the checkpoint holds adapters of .*, and that very model"
+        ):
             run(tmp_path / "other", str(merged), 5, last, lora)
-        with pytest.raises(UserError, match=r"--ckpt_path: the checkpoint holds adapters: give model\.lora"):
+        with pytest.raises(UserError, match=r"--ckpt_path: the checkpoint holds adapters of .*: give model\.lora"):
             run(tmp_path / "other", tiny_llama, 5, last, None)
         base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
         assert not torch.allclose(base(input_ids=ids).logits, wanted, atol=1e-2)
