@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -69,9 +70,7 @@ def model_config(module: LanguageModelTraining, shape: str | None) -> Any:
     try:
         return load_config(module.name, None, module.trust_remote_code)
     except UserError as error:
-        raise UserError(
-            f"{error} Give its shape by --shape, for example --shape EleutherAI/pythia-2.8b."
-        ) from error
+        raise UserError(f"{error} Give its shape, for example --shape EleutherAI/pythia-2.8b.") from error
 
 
 def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tuple[MemoryPlan, str]:
@@ -80,16 +79,23 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
     on_cpu = trainer["accelerator"] == "cpu"
     per_node = devices_per_node(trainer["devices"], options["devices_per_node"], on_cpu)
     nodes = int(trainer["num_nodes"])
-    ranks = per_node * nodes
     strategy, precision = trainer["strategy"], str(trainer["precision"] or "32-true")
     sharded = isinstance(strategy, ShardedStrategy)
     if not sharded and not isinstance(strategy, DDPStrategy) and strategy not in ("auto", "ddp"):
         raise UserError("plan: trainer.strategy must be one device, ddp or ShardedStrategy (configs/strategy).")
     if precision not in ("32-true", "32", "bf16-mixed") or (sharded and precision == "bf16-mixed"):
         raise UserError(f"plan: trainer.precision {precision} does not go with this strategy (docs/clusters.md).")
-    half = "bf16" in precision
+    half, split, of_strategy = "bf16" in precision, 1, {}
     if sharded:
         half = strategy.requested_dtype == "bfloat16" or (strategy.requested_dtype == "auto" and not on_cpu)
+        split = strategy.tensor_parallel_size
+        of_strategy = {
+            "shards": strategy.shards(nodes, per_node * nodes),
+            "offload_reference": strategy.offload_reference,
+            "reshard": strategy.reshard_after_forward,
+            "prefetch": strategy.prefetch_blocks,
+            "accumulate_whole": strategy.accumulate_whole_gradients,
+        }
     if module.quantize is not None:
         check_quantized(module.quantize, module.lora, sharded, precision)
     lora = None if module.lora is None else replace(module.lora, init_lora_weights=True)
@@ -97,22 +103,17 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
     needs_reference = getattr(getattr(module, "loss", None), "needs_reference", False) and second
     setup = Setup(
         device="cpu" if on_cpu else "cuda",
-        kind="sharded" if sharded else "ddp" if ranks > 1 else "single",
-        shards=strategy.shards(nodes, ranks) if sharded else 1,
+        kind="sharded" if sharded else "ddp" if per_node * nodes > 1 else "single",
         compute_bytes=2 if half else 4,
         autocast=half and not sharded,
         reference=needs_reference and getattr(module, "reference", "frozen") == "frozen",
-        offload_reference=sharded and strategy.offload_reference,
         checkpointed=module.gradient_checkpointing,
         dense_mask=0 if module.layout == "separate" else dense_mask_bytes(module.attention, config),
         optimizer_state=optimizer_state(module.make_optimizer),
         foreach_step=not on_cpu,
-        reshard=not sharded or strategy.reshard_after_forward,
-        prefetch=strategy.prefetch_blocks if sharded else 0,
-        accumulate_whole=sharded and strategy.accumulate_whole_gradients,
+        **of_strategy,
     )
     dtype = torch.bfloat16 if half and sharded else torch.float32
-    split = strategy.tensor_parallel_size if sharded else 1
     model = bare_model(config, dtype=torch.float32)
     parameters = parameter_count(model)
     keep_local_part(model, split)
@@ -125,53 +126,46 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
             store_linear_weights(model, torch.bfloat16)
     sizes = Sizes.of(model, module.quantize)
     plan = MemoryPlan(sizes, setup, activations(config, dtype, setup.autocast, split))
-    device = "CPU processes" if on_cpu else "devices"
-    words = f"{parameters:,} parameters" + (f" and {sizes.trained.all:,} of adapters" if lora is not None else "")
-    words += f" on {nodes} × {per_node} {device}, {setup.kind}"
+    adapters = 0 if lora is None else sizes.trained.all
+    words = f"{parameters:,} parameters" + (f" and {adapters:,} of adapters" if adapters else "")
+    words += f" on {nodes} × {per_node} {'CPU processes' if on_cpu else 'devices'}, {setup.kind}"
     words += f" in {setup.shards} shards" if sharded else ""
     words += f" of {split} ranks each (tensor parallelism)" if split > 1 else ""
-    kept = (0 if module.adapters_alone else parameters) + (0 if lora is None else sizes.trained.all)
-    updated = parameters if lora is None else sizes.trained.all
-    disk = WEIGHT * (kept + updated * setup.optimizer_state)
+    kept = adapters + (0 if module.adapters_alone else parameters)
+    disk = WEIGHT * (kept + (adapters or parameters) * setup.optimizer_state)
     words += f"; a checkpoint takes {disk / 1e9:.2f} GB on disk"
-    return plan, f"{words}\n{start_memory(module, parameters, setup, per_node, strategy if sharded else None)}"
+    return plan, f"{words}\n{start_memory(module, parameters, setup, per_node, strategy)}"
 
 
 def start_memory(
-    module: LanguageModelTraining, parameters: int, setup: Setup, processes: int, strategy: ShardedStrategy | None
+    module: LanguageModelTraining, parameters: int, setup: Setup, processes: int, strategy: Any
 ) -> str:
     """Return a sentence on the host memory that the processes of a node need while they load the model."""
     if module.quantize is not None:
         return "At the start the base is read tensor by tensor and quantised on the device."
-    in_shards = strategy is not None and parameters > strategy.meta_init_above
+    in_shards = setup.kind == "sharded" and parameters > strategy.meta_init_above
     whole = module.lora is not None and module.lora.reads_base
     if in_shards and not whole:
         return "At the start each process reads only its shards of the files (meta_init_above)."
-    models = 2 if setup.reference and not in_shards else 1
-    size = models * WEIGHT * parameters / 1e9
-    held = "the whole model" if models == 1 else "the whole model and its reference"
+    held, size = "the whole model", WEIGHT * parameters / 1e9
+    if setup.reference and not in_shards:
+        held, size = f"{held} and its reference", 2 * size
     why = " (DoRA, PiSSA and OLoRA start from its weights)" if in_shards else ""
-    return (
-        f"At the start each process holds {held} in float32 in the host's memory{why}: {size:.1f} GB, on a node "
-        f"{size * processes:.1f} GB."
-    )
+    told = f"{held} in float32 in the host's memory{why}: {size:.1f} GB, on a node {size * processes:.1f} GB"
+    return f"At the start each process holds {told}."
 
 
 def devices_per_node(devices: Any, given: int | None, on_cpu: bool) -> int:
     """Return the number of devices per node. Raises UserError for `auto` on GPUs, which depends on the node."""
-    if given is not None:
-        return given
-    if isinstance(devices, str) and "," in devices:
-        devices = [number for number in devices.split(",") if number.strip()]
-    if isinstance(devices, list):
-        return len(devices)
-    if str(devices).isdigit() and int(devices):
-        return int(devices)
-    if str(devices) not in ("auto", "-1"):
-        raise UserError(f"trainer.devices is {devices!r}: give the number of devices.")
-    if on_cpu:
+    text = str(devices)
+    if given is None and on_cpu and text in ("auto", "-1"):
         return 1
-    raise UserError("trainer.devices is auto: give --devices_per_node, or a number as --trainer.devices.")
+    if given is None and ("," in text or isinstance(devices, list)):  # the numbers of the devices
+        return len(re.findall(r"\d+", text))
+    count = given or (int(text) if text.isdecimal() else 0)
+    if not count:
+        raise UserError(f"trainer.devices is {text}: give --devices_per_node, or a number as --trainer.devices.")
+    return count
 
 
 def optimizer_state(make_optimizer: Any) -> float:

@@ -285,7 +285,7 @@ def test_checkpointing_and_memory_move_the_largest_micro_batch(capsys: pytest.Ca
         (("--trainer.strategy", "deepspeed", "--shape", SMALL), "must be one device, ddp or ShardedStrategy"),
         (("--trainer.precision", "64-true", "--shape", SMALL), "64-true does not go with this strategy"),
         (("--shape", "nobody/nothing"), "nobody/nothing is no file, and not among the known shapes: EleutherAI/"),
-        (("--model.name", "runs/nowhere/model"), "Give its shape by --shape"),
+        (("--model.name", "runs/nowhere/model"), "Give its shape, for example --shape"),
     ],
 )
 def test_what_cannot_be_planned_is_said(
@@ -297,7 +297,7 @@ def test_what_cannot_be_planned_is_said(
     assert said in capsys.readouterr().err
     for devices, answer in (
         ("auto", "trainer.devices is auto: give --devices_per_node, or a number as --trainer.devices."),
-        ("x", "trainer.devices is 'x': give the number of devices."),
+        ("x", "trainer.devices is x: give --devices_per_node, or a number as --trainer.devices."),
     ):
         with pytest.raises(SystemExit):
             main(["plan", *HH[:2], "--shape", "EleutherAI/pythia-410m", "--trainer.devices", devices])
