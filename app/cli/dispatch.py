@@ -1,4 +1,4 @@
-"""Running one command of `beta-dpo`, with one sentence for the user if it fails."""
+"""Running one command of `beta-dpo`, with one sentence for the user if it fails, and the help of `fit`."""
 
 from __future__ import annotations
 
@@ -6,36 +6,40 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from inspect import signature
 from itertools import takewhile
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser, auto_cli
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from app.cli.help import brief_help, trainer_options
+from app.cli import planning, showing
 from app.cli.mistakes import causes, plain_sentence
+from app.cli.options import options_of
 from app.cli.parse_errors import sentence
-from app.cli.planning import PlanCLI, run_plan
-from app.cli.showing import ShowCLI, run_show
-from app.cli.trainer import PartsCLI, be_quiet, run_trainer_command
+from app.cli.trainer import OwnOptions, be_quiet, run_trainer_command
 from app.commands import COMMANDS, function_of
 from app.core.errors import UserError
 from callbacks.run_checkpoint import Interrupted
+from callbacks.slots import SLOTS
+from datamodules import ControlledTask, PreferenceData
+from lightning_modules import PreferenceOptimization, SupervisedFineTuning
 
 RESUME = "The same command with --ckpt_path last resumes from the last checkpoint."
 AFRESH = "The same command starts from the beginning and keeps what was made beside it."
 AGAIN = "Give the same command again; what it says it keeps is not done twice."
-
+PARTS = {"model": (PreferenceOptimization, SupervisedFineTuning), "data": (PreferenceData, ControlledTask)}
 # gloo's messages on the remaining ranks when one is lost
 RANK_LOST = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer")
 
 
 class WordsParser(ArgumentParser):
-    """A parser whose help shows a list without an option as words, as `_leading_words_as_list` takes it."""
+    """A parser whose help shows a list without an option as words, as `run` takes it."""
 
     def format_help(self, *given: Any, **more: Any) -> str:
         for action in self._actions:
@@ -52,17 +56,14 @@ def run(command: str, arguments: list[str]) -> None:
         signal.signal(signal.SIGTERM, _end)  # while a run trains, `RunCheckpoint` handles it
     try:
         if command in COMMANDS:
-            function = function_of(command)
-            args = _leading_words_as_list(function, arguments[1:])
-            name = f"beta-dpo {command}"
-            auto_cli(function, args=args, exit_on_error=False, prog=name, parser_class=WordsParser)
-        else:
-            own = {"plan": (PlanCLI, run_plan), "show": (ShowCLI, run_show)}
-            options, answer = own.get(command, (PartsCLI, run_trainer_command))
-            if {"-h", "--help"} & set(arguments):
-                print("\n".join(brief_help(command, options.own)))
-                sys.exit()
-            answer(arguments)
+            run_small_command(command, function_of(command), arguments[1:])
+            return
+        own = {"plan": (planning.OPTIONS, planning.run_plan), "show": (showing.OPTIONS, showing.run_show)}
+        options, answer = own.get(command, ({}, run_trainer_command))
+        if {"-h", "--help"} & set(arguments):
+            print("\n".join(brief_help(command, options)))
+            sys.exit()
+        answer(arguments)
     except UserError as error:
         _leave(str(error))
     except ArgumentError as error:
@@ -87,21 +88,21 @@ def run(command: str, arguments: list[str]) -> None:
         _leave(told)
 
 
-def _end(*_: object) -> NoReturn:
-    """End the command by an exception, so that it removes what it has half written."""
-    raise SIGTERMException
+def run_small_command(command: str, function: Callable[..., None], words: list[str]) -> None:
+    """Call the function of a small command with `words`, of which a first parameter that is a list takes several.
 
-
-def _leading_words_as_list(function: Callable[..., None], words: list[str]) -> list[str]:
-    """Return `words` with the leading ones joined into one JSON list if the first parameter is a list.
-
-    jsonargparse takes one value per parameter, and `report RUN RUN --out …` has several.
+    jsonargparse takes one value per parameter, so the leading words of `report RUN RUN --out …` become a JSON list.
     """
     first = next(iter(signature(function).parameters.values()))
     named = list(takewhile(lambda word: not word.startswith("-"), words))
-    if first.annotation != "list[str]" or not named:
-        return words
-    return [json.dumps(named), *words[len(named) :]]
+    if first.annotation == "list[str]" and named:
+        words = [json.dumps(named), *words[len(named) :]]
+    auto_cli(function, args=words, exit_on_error=False, prog=f"beta-dpo {command}", parser_class=WordsParser)
+
+
+def _end(*_: object) -> NoReturn:
+    """End the command by an exception, so that it removes what it has half written."""
+    raise SIGTERMException
 
 
 def _leave(sentence: str, status: int = 2) -> NoReturn:
@@ -109,3 +110,49 @@ def _leave(sentence: str, status: int = 2) -> NoReturn:
         traceback.print_exc()
     print(f"beta-dpo: {sentence}", file=sys.stderr)
     sys.exit(status)
+
+
+# --- the options of fit ------------------------------------------------------------------------------------
+
+
+def brief_help(command: str, own: OwnOptions) -> Iterator[str]:
+    """Yield the help of `fit`, or of a command that takes its options and its `own`."""
+
+    def wrapped(text: str, indent: str) -> list[str]:
+        return textwrap.wrap(text, 110, initial_indent=indent, subsequent_indent=indent + "  ")
+
+    yield f"usage: beta-dpo {command} --config FILE [--config FILE …] [--OPTION VALUE …]\n"
+    yield from wrapped(
+        "A FILE is a path, or the name of a shipped configuration: quickstart, own_pairs, method/dpo. A later "
+        "FILE overrides an earlier one, and an OPTION overrides both; --print_config shows the resulting values.",
+        "",
+    )
+    yield from ("", *(f"  --{name:<18}{text}" for name, (_, _, text) in own.items()), *([""] if own else []))
+    yield "slots: one callback each; --SLOT null empties one, --SLOT.OPTION VALUE fills it and sets an option"
+    for slot in SLOTS:
+        yield f"  --{slot.name:<12}{slot.text}{' (on by default)' if slot.on else ''}"
+        for kind in slot.kinds:
+            yield from wrapped(f"{kind.__name__}: {options_with_defaults(kind)}", " " * 16)
+    for part, kinds in PARTS.items():
+        yield f"\n--{part} CLASS, --{part}.OPTION VALUE; --{part}.help CLASS says what each option means"
+        for kind in kinds:
+            yield from wrapped(f"{kind.__name__}: {options_with_defaults(kind)}", "  ")
+    yield "\n--seed_everything, --ckpt_path (a checkpoint, or last)"
+    yield from wrapped(f"--trainer.OPTION VALUE, Lightning's Trainer: {', '.join(options_of(Trainer))}", "")
+
+
+def options_with_defaults(kind: type) -> str:
+    """Return the names of the options of a class, with the defaults that are booleans, numbers or text."""
+    shown = []
+    for name, value in options_of(kind).items():
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        shown.append(f"{name}={text}" if isinstance(value, (str, int, float)) else name)
+    return ", ".join(shown)
+
+
+def trainer_options() -> list[str]:
+    """Return the options of `fit`, `validate`, `test` and `predict` for suggestions, without model and data."""
+    names = [f"trainer.{name}" for name in options_of(Trainer)]
+    for slot in SLOTS:
+        names += [slot.name, *(f"{slot.name}.{one}" for kind in slot.kinds for one in options_of(kind))]
+    return ["config", "seed_everything", "model", "data", "trainer", "ckpt_path", *names]

@@ -6,13 +6,13 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoConfig
 
-from app.cli.trainer import PartsCLI
+from app.cli.trainer import OwnOptions, PartsCLI
 from app.core.errors import UserError, first_line
 from app.core.files import CONFIGS
 from app.method.ranges import PositiveFloat, PositiveInt
@@ -27,25 +27,20 @@ from lightning_modules.strategy import ShardedStrategy
 
 SHAPES = CONFIGS / "shapes"  # <owner>/<name>.json, with the content of config.json on the Hub
 RESERVED = 0.1  # share of a device reserved for CUDA, communication buffers and fragmentation
-
-
-class PlanCLI(PartsCLI):
-    """A CLI with the options of `fit` and those of the plan."""
-
-    own: ClassVar[dict[str, tuple[Any, Any, str]]] = {
-        "memory_gb": (
-            PositiveFloat | None,
-            None,
-            "memory of one device in 10⁹ bytes; prints the micro-batch that fits",
-        ),
-        "devices_per_node": (PositiveInt | None, None, "devices per node, if trainer.devices is auto"),
-        "shape": (str | None, None, "config.json, or name in configs/shapes, if model.name is not on this machine"),
-    }
+OPTIONS: OwnOptions = {
+    "memory_gb": (
+        PositiveFloat | None,
+        None,
+        "memory of one device in 10⁹ bytes; says which micro-batch fits",
+    ),
+    "devices_per_node": (PositiveInt | None, None, "devices per node, if trainer.devices is auto"),
+    "shape": (str | None, None, "config.json, or name in configs/shapes, if model.name is not on this machine"),
+}
 
 
 def run_plan(arguments: list[str]) -> None:
     """Parse the options of `fit` and of the plan, and print the plan."""
-    options = PlanCLI.parsed(arguments)
+    options = PartsCLI(arguments, OPTIONS).config_init["fit"]
     module: LanguageModelTraining = options["model"]
     config = model_config(module, options["shape"])
     plan, devices = memory_plan(module, config, options)

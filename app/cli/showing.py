@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
 from huggingface_hub import snapshot_download
 
-from app.cli.trainer import PartsCLI
+from app.cli.trainer import OwnOptions, PartsCLI
 from app.core.errors import UserError, first_line
 from app.method.ranges import NonNegativeInt
 from datamodules.base import SPLITS, PairDataModule
@@ -17,20 +16,15 @@ from datamodules.describe import against_scores, cut_responses, describe, repeat
 
 # what a model of the Hub is read from; some repositories hold the weights a second time, in other formats
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
-
-
-class ShowCLI(PartsCLI):
-    """A CLI with the options of `fit`, the number of pairs to show, and whether to prepare a run."""
-
-    own: ClassVar[dict[str, tuple[Any, Any, str]]] = {
-        "pairs": (NonNegativeInt, 3, "number of pairs to show, the first of each source in turn"),
-        "prepare": (bool, False, "tokenise the validation pairs and download the model, for a run without network"),
-    }
+OPTIONS: OwnOptions = {
+    "pairs": (NonNegativeInt, 3, "number of pairs to show, the first of each source in turn"),
+    "prepare": (bool, False, "tokenise the validation pairs and download the model, for a run without network"),
+}
 
 
 def run_show(arguments: list[str]) -> None:
     """Parse the options of `fit` and `--pairs`; print the first pairs and what was cut and left out."""
-    options = ShowCLI.parsed(arguments)
+    options = PartsCLI(arguments, OPTIONS).config_init["fit"]
     data: PairDataModule = options["data"]
     data.module = options["model"]
     print("\n".join(lines(data, options["pairs"])))

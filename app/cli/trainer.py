@@ -11,7 +11,7 @@ from argparse import ArgumentParser
 from contextlib import ExitStack
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import yaml
@@ -37,6 +37,7 @@ from lightning_modules.start_checks import refuse_strategy
 
 # options of the Trainer that switch a slot, and the kind of callback in it
 ENABLED = {"enable_checkpointing": ("checkpoint", Checkpoint), "enable_progress_bar": ("progress", ProgressBar)}
+OwnOptions = dict[str, tuple[Any, Any, str]]  # of a command beside those of `fit`: name → type, default and help
 
 set_up_parsing()  # at import, so that every reader of a configuration checks the ranges of numbers
 
@@ -143,18 +144,14 @@ class BetaDPOCLI(LightningCLI):
 
 
 class PartsCLI(BetaDPOCLI):
-    """A CLI that parses the options of `fit` and builds stage and data; a Trainer would look for the devices.
+    """A CLI that parses the options of `fit` and its `own`, and builds stage and data alone.
 
-    `own` are further options: name → type, default and help.
+    A Trainer would look for the devices.
     """
 
-    own: ClassVar[dict[str, tuple[Any, Any, str]]] = {}
-
-    @classmethod
-    def parsed(cls, arguments: list[str]) -> Any:
-        """Return the options in `arguments`, which follow the name of a command, with stage and data built."""
-        cli = cls(LightningModule, LightningDataModule, **lightning_options(["fit", *arguments[1:]]))
-        return cli.config_init["fit"]
+    def __init__(self, arguments: list[str], own: OwnOptions) -> None:
+        self.own = own
+        super().__init__(LightningModule, LightningDataModule, **lightning_options(["fit", *arguments[1:]]))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -165,7 +162,7 @@ class PartsCLI(BetaDPOCLI):
         self.config_init = self.parser.instantiate_classes(self.config)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Do nothing."""
+        """Do nothing: the command that parses the options has its own way with them."""
 
 
 def as_list(given: Any) -> list[Any]:

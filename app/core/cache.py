@@ -52,18 +52,13 @@ def cached(kind: Kind, key: str, read: Callable[[Path], T], build: Callable[[Pat
             except DamagedEntry as damage:
                 log.warning("A damaged entry of the cache of %s is rebuilt: %s", kind, damage)
                 shutil.rmtree(folder)
-        _remove_abandoned(folder.parent)
+        for left in [*folder.parent.glob("*.parts"), *folder.parent.glob(".*.part")]:
+            with suppress(FileNotFoundError):  # another process finishes its entry
+                if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                    log.info("removing %s, which a killed process left more than a week ago", left)
+                    shutil.rmtree(left)
         build(folder)
         return read(folder)
-
-
-def _remove_abandoned(root: Path) -> None:
-    """Remove what killed processes left behind and no other one has resumed for a week."""
-    for left in [*root.glob("*.parts"), *root.glob(".*.part")]:
-        with suppress(FileNotFoundError):  # another process finishes its entry
-            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
-                log.info("removing %s, which a killed process left more than a week ago", left)
-                shutil.rmtree(left)
 
 
 def lock_of(kind: Kind, key: str) -> tuple[Path, str, str]:

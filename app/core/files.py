@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from app.core.errors import UserError
 
@@ -44,11 +45,10 @@ def refuse_place(option: str, out: str, endings: tuple[str, ...], *read: str | N
         raise UserError(f"{option} must end in {' or '.join(endings)}, not {out!r}.")
     if os.path.isdir(out):
         raise UserError(f"{option}: {out} is a folder: give a file.")
-    if not os.path.exists(out):
-        return ""
-    if any(one and os.path.exists(one) and os.path.samefile(one, out) for one in read):
+    there = os.path.exists(out)
+    if there and any(one and os.path.exists(one) and os.path.samefile(one, out) for one in read):
         raise UserError(f"{option}: {out} is read by this command, which would replace it: give another.")
-    return " (replaces the one that was there)"
+    return " (replaces the one that was there)" if there else ""
 
 
 def refuse_absent(option: str, kind: str, name: str) -> None:
@@ -74,9 +74,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     The folder is created if missing. On an exception the temporary file is removed and `path` does not change.
     """
     target = Path(path)
-    with _naming(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    with _naming(target) as hidden:
+        handle, name = tempfile.mkstemp(**hidden)
         os.close(handle)
         temporary = Path(name)
         obey_umask(temporary)
@@ -96,9 +95,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises FileExistsError if `path` exists already and is not an empty folder.
     """
     target = Path(path)
-    with _naming(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    with _naming(target) as hidden:
+        temporary = Path(tempfile.mkdtemp(**hidden))
         try:
             yield temporary
             for written in (temporary, *temporary.rglob("*")):
@@ -113,13 +111,14 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def _naming(target: Path) -> Iterator[None]:
-    """Make an error of the disk name `target`, for users do not know the temporary name.
+def _naming(target: Path) -> Iterator[dict[str, Any]]:
+    """Yield how `tempfile` names a part beside `target`, and make an error of the disk name `target` itself.
 
     Libraries in Rust, such as safetensors, raise no OSError: their error becomes one.
     """
     try:
-        yield
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield {"prefix": f".{target.name}.", "suffix": ".part", "dir": target.parent}
     except OSError as error:
         if error.errno is not None and f"/.{target.name}." in f"/{error.filename or f'.{target.name}.'}":
             error.filename = str(target)
@@ -166,19 +165,15 @@ class Parts:
         self.folder = folder
         described = json.loads(json.dumps(job))
         record = folder / "job.json"
-        other: list[str] = []
-        if record.exists():
-            try:
-                before = dict(json.loads(record.read_bytes()))
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{record} is damaged: remove the folder {folder}.") from error
-            other = sorted(name for name in before.keys() | job.keys() if before.get(name) != described.get(name))
-            if other and len(self):
-                raise UserError(
-                    f"{folder} holds the beginning of other work ({', '.join(other)} differed): finish that with "
-                    "its own settings, write to another place, or remove the folder."
-                )
-        if other or not record.exists():
+        try:
+            before = dict(json.loads(record.read_bytes())) if record.exists() else {}
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{record} is damaged: remove the folder {folder}.") from error
+        other = sorted(name for name in before.keys() | job.keys() if before.get(name) != described.get(name))
+        if other and len(self):
+            cure = "finish that with its own settings, write to another place, or remove the folder"
+            raise UserError(f"{folder} holds the beginning of other work ({', '.join(other)} differed): {cure}.")
+        if before != described or not record.exists():
             with atomic_file(record) as temporary:
                 temporary.write_text(json.dumps(described, indent=1), encoding="utf-8")
 

@@ -34,37 +34,31 @@ class Lock:
     def __init__(self, file: Path, what: str, elsewhere: str) -> None:
         """Prepare the lock without taking it. `elsewhere` tells, in a message, how to choose another place."""
         self.file, self.what, self.elsewhere = file, what, elsewhere
-        with self._writing():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._by_kernel = has_kernel_locks(file.parent)
-        self._lock = FileLock(file) if self._by_kernel else SoftFileLock(file)
+        self._lock: FileLock | SoftFileLock | None = None
 
     def acquire(self, seconds: float) -> bool:
         """Return whether the lock is held now, after waiting up to `seconds`; negative waits without limit.
 
         Raises UserError if the file cannot be written.
         """
-        with self._writing():
-            try:
-                self._lock.acquire(timeout=seconds)
-            except Timeout:
-                return False
-            if self._by_kernel:  # SoftFileLock writes these two lines itself
-                self.file.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
-        return True
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
         try:
-            yield
+            if self._lock is None:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                self._lock = (FileLock if has_kernel_locks(self.file.parent) else SoftFileLock)(self.file)
+            self._lock.acquire(timeout=seconds)
+            if not isinstance(self._lock, SoftFileLock):  # which writes these two lines itself
+                self.file.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
+        except Timeout:
+            return False
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"{self.what} cannot be written ({reason}): {self.elsewhere}.") from error
+        return True
 
     @property
     def held(self) -> bool:
         """Return whether this object holds the lock."""
-        return self._lock.is_locked
+        return self._lock is not None and self._lock.is_locked
 
     def holder(self) -> str:
         """Return which process holds the lock, according to the file."""
@@ -72,14 +66,13 @@ class Lock:
             process, host = self.file.read_text(encoding="utf-8").splitlines()[:2]
         except (OSError, ValueError):
             return "another process"
-        found = f"process {process} on {host}"
-        if not self._by_kernel:
-            found += f" (if it is gone, remove {self.file})"
-        return found
+        by_hand = f" (if it is gone, remove {self.file})" if isinstance(self._lock, SoftFileLock) else ""
+        return f"process {process} on {host}{by_hand}"
 
     def release(self) -> None:
         """Release the lock if it is held."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
 
 def has_kernel_locks(folder: Path) -> bool:

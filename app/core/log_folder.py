@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -26,8 +26,6 @@ LOCK = ".beta-dpo.lock"
 ELSEWHERE = "choose another log folder (trainer.logger)"
 # files that loggers write before the first step
 LEFTOVERS = (LOCK, "hparams.yaml", "events.out.tfevents.*")
-
-
 WITH_FOLDERS = (TensorBoardLogger, CSVLogger)
 NOT_IN_IDS = "/\\:;,#?'"  # Weights & Biases refuses these in a run id, and they make folder names hard to type
 
@@ -50,13 +48,21 @@ def log_folder(trainer: Trainer) -> Path:
 def claimed_log_folder(trainer: Trainer) -> Iterator[None]:
     """Lock the log folder against other runs for the block, and keep what earlier starts logged in it.
 
-    A start that ends before the first step leaves no folder. Raises UserError if another process uses the folder.
+    A start that ends before the first step leaves no folder. Raises UserError if another process uses the folder,
+    or if a run id cannot name one.
     """
     if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
         yield
         return
     for logger in trainer.loggers:
-        check_run_id(logger)
+        if not isinstance(logger, WITH_FOLDERS):
+            if logger.version is None:
+                _ = logger.experiment  # type: ignore[attr-defined]  # which draws an id
+            if wrong := "".join(sorted(set(str(logger.version)) & set(NOT_IN_IDS))):
+                cure = "give one of letters, digits, '-', '_', '.' and '='"
+                raise UserError(
+                    f"trainer.logger: {logger.version!r} is no run id, because it holds {wrong}: {cure}."
+                )
     folder = log_folder(trainer)
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     with locked(folder / LOCK, f"The log folder {folder}", ELSEWHERE, waits=False):
@@ -66,31 +72,12 @@ def claimed_log_folder(trainer: Trainer) -> Iterator[None]:
                     logger._experiment = ContinuedTable(logger.log_dir)
             yield
         finally:
-            if created:
-                remove_leftovers(created)
-
-
-def check_run_id(logger: Logger) -> None:
-    """Make a logger draw its run id if it has none; raise UserError if the id cannot name a folder."""
-    if isinstance(logger, WITH_FOLDERS):
-        return
-    if logger.version is None:
-        _ = logger.experiment  # type: ignore[attr-defined]
-    if wrong := set(str(logger.version)) & set(NOT_IN_IDS):
-        raise UserError(
-            f"trainer.logger: {logger.version!r} is no run id for {type(logger).__name__}, because it holds "
-            f"{' and '.join(map(repr, sorted(wrong)))}: give one of letters, digits, '-', '_', '.' and '='."
-        )
-
-
-def remove_leftovers(folders: Sequence[Path]) -> None:
-    """Remove the first folder, and its empty parents that follow, if it has only files of a start without steps."""
-    files = [path for path in folders[0].rglob("*") if path.is_file()]
-    if all(any(path.match(pattern) for pattern in LEFTOVERS) for path in files):
-        shutil.rmtree(folders[0])
-        with suppress(OSError):  # a parent may have files of another run by now
-            for parent in folders[1:]:
-                parent.rmdir()
+            files = [path for path in folder.rglob("*") if path.is_file()] if created else []
+            if created and all(any(path.match(pattern) for pattern in LEFTOVERS) for path in files):
+                shutil.rmtree(folder)
+                with suppress(OSError):  # a parent may have files of another run by now
+                    for parent in created[1:]:
+                        parent.rmdir()
 
 
 def continue_curves(trainer: Trainer, resumes: bool) -> None:
@@ -103,10 +90,8 @@ def continue_curves(trainer: Trainer, resumes: bool) -> None:
     tables = [writer for writer in writers if isinstance(writer, ContinuedTable)]
     # broadcast, or the other ranks would wait for the one that stopped
     if trainer.strategy.broadcast(any(table.rows() for table in tables) and not resumes):
-        raise UserError(
-            f"{log_folder(trainer)} already holds the curves of another run: {ELSEWHERE}, or resume that run with "
-            "--ckpt_path last."
-        )
+        cure = f"{ELSEWHERE}, or resume that run with --ckpt_path last"
+        raise UserError(f"{log_folder(trainer)} already holds the curves of another run: {cure}.")
     for table in tables:
         if dropped := table.drop_from(step):
             rank_zero_info(f"{table.path}: {dropped} rows from step {step} on are dropped")

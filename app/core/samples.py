@@ -48,7 +48,7 @@ def _sample(line: bytes, where: str) -> dict[str, Any]:
         row = json.loads(line)
         if b"\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()  # half of a character cannot be written
-        wrong = "it is no object" if not isinstance(row, dict) else _wrong_field(row)
+        wrong = _wrong_field(row) if isinstance(row, dict) else "it is no object"
     except ValueError as error:
         wrong = f"bad JSON, {error}"
     if wrong:
@@ -56,23 +56,22 @@ def _sample(line: bytes, where: str) -> dict[str, Any]:
     return dict(row)
 
 
-def _wrong_field(row: dict[str, Any]) -> str | None:
-    """Return what is wrong with the first field that cannot be used, or None."""
-    if not _is_prompt(row.get("prompt")):
-        return "prompt must be text or messages"
-    if not isinstance(row.get("response"), str):
-        return "response must be text"
-    if isinstance(row.get("prompt_id", ""), bool) or not isinstance(row.get("prompt_id", ""), (str, int)):
-        return "prompt_id must be text or a whole number"
-    if not isinstance(row.get("finished", True), bool):
-        return "finished must be true or false"
+def _wrong_field(row: dict[str, Any]) -> str:
+    """Return what is wrong with the first field that cannot be used, or an empty text."""
     scored = ("logp", "reference_logp") if "reference_logp" in row else ()
-    for name in (*scored, "tokens", "temperature"):
-        value = row.get(name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number and (value is not None or name in scored):
-            return f"{name} must be a finite number"
-    return None
+    optional = [name for name in ("tokens", "temperature") if row.get(name) is not None]
+    fields = [
+        ("prompt", _is_prompt(row.get("prompt")), "text or messages"),
+        ("response", isinstance(row.get("response"), str), "text"),
+        ("prompt_id", type(row.get("prompt_id", "")) in (str, int), "text or a whole number"),
+        ("finished", isinstance(row.get("finished", True), bool), "true or false"),
+        *((name, _is_number(row.get(name)), "a finite number") for name in (*scored, *optional)),
+    ]
+    return next((f"{name} must be {wanted}" for name, right, wanted in fields if not right), "")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is_prompt(value: Any) -> bool:

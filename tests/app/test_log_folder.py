@@ -146,9 +146,7 @@ def test_runs_of_other_loggers_have_folders_of_their_own(tmp_path: Path) -> None
     logger = SharedFolder()
     logger.version = "job-1/beta0"
     with (
-        pytest.raises(
-            UserError, match="'job-1/beta0' is no run id for SharedFolder, because it holds '/': give one"
-        ),
+        pytest.raises(UserError, match="'job-1/beta0' is no run id, because it holds /: give one"),
         claimed_log_folder(quiet_trainer(tmp_path, logger=logger)),
     ):
         pass

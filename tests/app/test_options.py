@@ -15,7 +15,7 @@ from command_runs import write_config
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from app.cli.help import trainer_options
+from app.cli.dispatch import trainer_options
 from app.cli.options import check_numbers, options_of
 from app.cli.parse_errors import sentence
 from app.cli.trainer import BetaDPOCLI, lightning_options
