@@ -17,7 +17,7 @@ from app.cli.mistakes import checked_command
 from app.commands.suspects import SIGNALS, available, hits, pair_histories
 from app.core.errors import UserError
 from app.core.files import atomic_file, refuse_place
-from app.core.intervals import wilson
+from app.core.intervals import span, wilson
 from app.method.ranges import PositiveInt
 from app.report.run_folder import PairTexts, grouping_labels, read_audit
 from datamodules.records import PreferencePair
@@ -57,43 +57,40 @@ def audit(
     rows = read_audit(Path(run))
     histories = pair_histories(rows)
     pairs = PairTexts(Path(run))
-    files = getattr(pairs.data, "files", None)  # generated data has none
-    read = [] if files is None else [str(path) for path in files("train")]
+    read = [str(path) for path in pairs.data.files("train")] if hasattr(pairs.data, "files") else []
     replaced = refuse_place("out", out, (".jsonl", ".csv"), *read)
     clean_replaced = "" if clean is None else refuse_place("clean", clean, (".jsonl",), *read)
     print(how_often_seen(histories))
     signals = available(histories)
-    signal = next(iter(signals), "gaps") if by == "best" else by
-    if by not in ("best", *signals) and by != "gaps":
+    if by not in ("best", "gaps", *signals):
         raise UserError(f"by: the run has no usable signal {by!r}; it has {', '.join(signals) or 'none'}.")
+    signal = next(iter(signals), "gaps") if by == "best" else by
     if signal in signals:
         better = [name for name in list(SIGNALS)[: list(SIGNALS).index(signal)] if name not in signals]
         without = f"; the run has no usable {' or '.join(better)}" if better else ""
         print(f"Ranked by {signal}: {signals[signal]}{without}.")
-    lists = [
-        suspects(histories, SIGNALS[signal], count, "mislabelled"),
-        suspects(histories, "outlier", count, "outlier"),
-    ]
-    listed = pd.concat(lists, ignore_index=True)
-    texts = pd.DataFrame([pairs.texts(pair_id) for pair_id in listed.pair_id])
+    worst, outliers = suspects(histories, SIGNALS[signal], count), suspects(histories, "outlier", count)
+    listed = pd.concat({"mislabelled": worst, "outlier": outliers}, names=["listed_as"]).reset_index("listed_as")
+    texts = pd.DataFrame(map(pairs.texts, listed.pair_id), index=listed.index)
     with atomic_file(out) as temporary:
         found = pd.concat([listed, texts], axis="columns")
         if out.endswith(".csv"):
             found.to_csv(temporary, index=False)
         else:
             found.to_json(temporary, orient="records", lines=True, force_ascii=False)
-    print(f"{len(lists[0])} likely mislabelled pairs and {len(lists[1])} outliers: {out}{replaced}")
+    print(f"{len(worst)} likely mislabelled pairs and {len(outliers)} outliers: {out}{replaced}")
     if signal == "reference":  # it has a probability for every pair, and lists as many as it is asked for
-        expected = lists[0].wrong_by_reference.sum()
         print(
-            f"The reference takes about {expected:.0f} of these {len(lists[0])} to be really mislabelled; a "
-            "smaller --count lists the likeliest alone."
+            f"The reference takes about {worst.wrong_by_reference.sum():.0f} of these {len(worst)} to be really "
+            "mislabelled; a smaller --count lists the likeliest alone."
         )
-    if not len(lists[0]):
-        print(why_no_suspects(rows))
+    if not len(worst):
+        why = "once the mean gap was above 0, every pair's gaps spoke for its label"
+        if rows.groupby("step").gap.mean().max() <= 0:
+            why = "the mean gap never rose above 0, so nothing had been learned yet"
+        print(f"No pair looks mislabelled: {why}.")
     for label in grouping_labels(rows):
-        label = f"label_{label}" if f"label_{label}" in histories else label
-        Console().print(suspects_by(label, histories, lists[0]))
+        Console().print(suspects_by(f"label_{label}" if f"label_{label}" in histories else label, histories, worst))
     if LABEL in rows:
         labels = rows.groupby("pair_id")[LABEL].first()[histories.pair_id]
         known = labels.isin([True, False]).to_numpy()  # 1 and 0 too
@@ -105,7 +102,32 @@ def audit(
             scores = {f"audit by {name}": histories[SIGNALS[name]].to_numpy(float)[known] for name in signals}
             Console().print(comparison(scores, extra, wrong, min(count, len(wrong))))
     if clean is not None:
-        write_clean(clean, pairs, set(lists[0].pair_id), swap, clean_replaced)
+        write_clean(clean, pairs, set(worst.pair_id), swap, clean_replaced)
+
+
+def how_often_seen(histories: pd.DataFrame) -> str:
+    """Return one line on how often the pairs were seen and dropped, which is the evidence for the scores."""
+    seen = histories.times_seen
+    once = "; one look at a pair is weak evidence, above all early in the run" if seen.max() == 1 else ""
+    share = histories.times_dropped.sum() / seen.sum()
+    return f"{len(histories)} pairs, each seen {span(seen)} time(s), dropped {share:.1%} of the times{once}."
+
+
+def suspects(histories: pd.DataFrame, score: str, count: int) -> pd.DataFrame:
+    """Return the `count` pairs with the highest `score`, without those whose score is not positive."""
+    return histories[histories[score] > 0].sort_values(score, ascending=False, kind="stable").head(count)
+
+
+def suspects_by(label: str, histories: pd.DataFrame, listed: pd.DataFrame) -> Table:
+    """Return the share of likely mislabelled pairs for each value of a label, the highest first."""
+    title = f"likely mislabelled pairs by {label}, share of its pairs [95 % interval]"
+    table = Table(label, "pairs", "listed", "share", title=title)
+    shares = (
+        histories.pair_id.isin(listed.pair_id).groupby(histories[label], sort=False).agg(["size", "sum", "mean"])
+    )
+    for value, size, found, share in shares.sort_values("mean", ascending=False, kind="stable").itertuples():
+        table.add_row(str(value), str(size), str(found), str(wilson(share, size)))
+    return table
 
 
 def write_clean(file: str, pairs: PairTexts, worst: set[str], swap: bool, replaced: str) -> None:
@@ -123,7 +145,7 @@ def write_clean(file: str, pairs: PairTexts, worst: set[str], swap: bool, replac
                 wrong = pair.pair_id in worst
                 found |= {pair.pair_id} & worst
                 if not wrong or swap:
-                    lines.write(json.dumps(as_row(pair, swap and wrong), ensure_ascii=False) + "\n")
+                    lines.write(json.dumps(as_row(pair, wrong), ensure_ascii=False) + "\n")
                     written += 1
         if found != worst:
             raise UserError(
@@ -140,63 +162,23 @@ def as_row(pair: PreferencePair, swapped: bool) -> dict[str, Any]:
     If it is swapped, so are the labels of its sides (`chosen_reward`, `score_rejected`) and the mark `flipped`.
     """
     more = bool(pair.chosen_fields or pair.rejected_fields)
-    chosen, rejected = (pair.answer(side) if more else getattr(pair, side) for side in ("chosen", "rejected"))
+    answers = [[pair.answer(side)] if more else getattr(pair, side) for side in ("chosen", "rejected")]
     labels = pair.labels
     if swapped:
-        chosen, rejected = rejected, chosen
-        labels = {other_side(name): value for name, value in labels.items()}
+        answers.reverse()
+        other = {"chosen": "rejected", "rejected": "chosen"}
+        labels = {re.sub("chosen|rejected", lambda side: other[side[0]], n): value for n, value in labels.items()}
         if (mark := labels.get(LABEL)) in (0, 1):
             labels[LABEL] = int(not mark) if type(mark) is int else not mark
-    sides = {"chosen": [chosen], "rejected": [rejected]} if more else {"chosen": chosen, "rejected": rejected}
     own = {"tools": pair.tools, "chat_template_kwargs": dict(pair.template_kwargs)}
     return {
         "pair_id": pair.pair_id,
         "prompt": pair.prompt if isinstance(pair.prompt, str) else list(pair.prompt),
-        **sides,
+        "chosen": answers[0],
+        "rejected": answers[1],
         **{name: value for name, value in own.items() if value},
         **labels,
     }
-
-
-def other_side(label: str) -> str:
-    """Return the name of a label with its side exchanged: `score_chosen` for `score_rejected`; others unchanged."""
-    sides = {"chosen": "rejected", "rejected": "chosen"}
-    return re.sub("chosen|rejected", lambda side: sides[side[0]], label)
-
-
-def why_no_suspects(rows: pd.DataFrame) -> str:
-    """Return the reason why no pair is listed: the policy had learned nothing, or the gaps support every label."""
-    if rows.groupby("step").gap.mean().max() <= 0:
-        return "No pair looks mislabelled: the mean gap never rose above 0, so nothing had been learned yet."
-    return "No pair looks mislabelled: once the mean gap was above 0, every pair's gaps spoke for its label."
-
-
-def suspects_by(label: str, histories: pd.DataFrame, listed: pd.DataFrame) -> Table:
-    """Return the share of likely mislabelled pairs for each value of a label, the highest first."""
-    title = f"likely mislabelled pairs by {label}, share of its pairs [95 % interval]"
-    table = Table(label, "pairs", "listed", "share", title=title)
-    suspicious = histories.pair_id.isin(listed.pair_id)
-    groups = {value: suspicious[histories[label].eq(value)] for value in histories[label].dropna().unique()}
-    for value, found in sorted(groups.items(), key=lambda group: -group[1].mean()):
-        share = wilson(float(found.mean()), len(found))
-        table.add_row(str(value), str(len(found)), str(int(found.sum())), str(share))
-    return table
-
-
-def how_often_seen(histories: pd.DataFrame) -> str:
-    """Return one line on how often the pairs were seen and dropped, which is the evidence for the scores."""
-    seen, dropped = histories.times_seen, histories.times_dropped
-    often = f"{seen.min()}" if seen.min() == seen.max() else f"{seen.min()} to {seen.max()}"
-    once = "; one look at a pair is weak evidence, above all early in the run" if seen.max() == 1 else ""
-    share = dropped.sum() / seen.sum()
-    return f"{len(histories)} pairs, each seen {often} time(s), dropped {share:.1%} of the times{once}."
-
-
-def suspects(histories: pd.DataFrame, score: str, count: int, kind: str) -> pd.DataFrame:
-    """Return the `count` pairs with the highest `score`, without those whose score is not positive, as `kind`."""
-    ranked = histories.sort_values(score, ascending=False, kind="stable").head(count)
-    ranked = ranked[ranked[score] > 0]
-    return ranked.assign(listed_as=kind)[["listed_as", *histories.columns]]
 
 
 def comparison(scores: dict[str, np.ndarray], extra_tokens: np.ndarray, wrong: np.ndarray, count: int) -> Table:

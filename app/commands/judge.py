@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -51,19 +53,18 @@ def judge(
     """
     if not answers or (len(answers) == 1 and by == "endpoint"):
         raise UserError("answers: give at least two files, the last of which is the rival of the others.")
-    *contenders, rival = answers
-    names = distinct_names(answers)
-    compared = [aligned(path, rival) for path in contenders]
+    compared = [aligned(path, answers[-1]) for path in answers[:-1]]
+    last = compared[0][1] if compared else sampled_answers(answers[-1])
+    names = short_names([Path(path).with_suffix("") for path in answers])
     with chosen_judge(by, model, reward, reward_args, verdicts, endpoint) as judge:
         rows = [
-            table_row(names[path], at, *part, judge)
-            for path, (rows, rivals) in zip(contenders, compared, strict=True)
-            for at, part in by_temperature(rows, rivals)
+            {"answers": name} | table_row(ours, theirs, judge)
+            for name, both in zip(names, compared, strict=False)
+            for ours, theirs in by_temperature(*both)
         ]
-        last = compared[0][1] if compared else sampled_answers(rival)
-        rows.append({"answers": f"{names[rival]} (rival)" if compared else names[rival]} | described(last, judge))
+        rows.append({"answers": f"{names[-1]} (rival)" if compared else names[-1]} | described(last, judge))
         notes = judge.notes()
-    over = f"wins over {names[rival]} by {reward or model or by}; a tie is half a win" if compared else names[rival]
+    over = f"wins over {names[-1]} by {reward or model or by}; a tie is half a win" if compared else names[-1]
     columns = dict.fromkeys(name for row in rows for name in row)
     table = Table(*columns, title=f"{over}: mean [95 % interval]")
     for row in rows:
@@ -74,40 +75,32 @@ def judge(
         print(note)
 
 
-def by_temperature(
-    rows: list[Answer], rivals: list[Answer]
-) -> Iterator[tuple[float | None, tuple[list[Answer], list[Answer]]]]:
-    """Yield (temperature, comparisons), lowest first; the temperature is None for samples that do not record it."""
+def by_temperature(rows: list[Answer], rivals: list[Answer]) -> Iterator[tuple[list[Answer], list[Answer]]]:
+    """Yield the comparisons at each temperature, lowest first; before them those of unknown temperature."""
     temperatures = {row.get("temperature") for row in rows}
     for wanted in sorted(temperatures, key=lambda t: -1.0 if t is None else t):
-        here = [index for index, row in enumerate(rows) if row.get("temperature") == wanted]
-        yield wanted, ([rows[index] for index in here], [rivals[index] for index in here])
+        here = [pair for pair in zip(rows, rivals, strict=True) if pair[0].get("temperature") == wanted]
+        yield [ours for ours, _ in here], [theirs for _, theirs in here]
 
 
-def table_row(
-    name: str, temperature: float | None, rows: list[Answer], rivals: list[Answer], judge: Judge
-) -> dict[str, str]:
+def table_row(ours: list[Answer], theirs: list[Answer], judge: Judge) -> dict[str, str]:
     """Return the table row, column → text, of one model at one temperature."""
-    scores = judge.scores(rows, rivals)
-    at = {} if temperature is None else {"temperature": f"{temperature:g}"}
-    won, tied, lost = (int(where.sum()) for where in (scores > 0.5, scores == 0.5, scores < 0.5))
-    unjudged = int(np.isnan(scores).sum())
+    scores = judge.scores(ours, theirs)
+    known = np.flatnonzero(~np.isnan(scores))
     rate = at_equal_length = "no verdict"
-    if unjudged < len(scores):
-        known = np.flatnonzero(~np.isnan(scores))
-        longer = np.array([len(rows[index]["response"]) - len(rivals[index]["response"]) for index in known])
-        rate = str(mean_by_prompt(rows, scores, share=True))
-        at_equal_length = str(
-            length_controlled(scores[known], longer, [rows[index]["prompt_id"] for index in known])
-        )
+    if len(known):
+        longer = np.array([len(ours[index]["response"]) - len(theirs[index]["response"]) for index in known])
+        prompts = [ours[index]["prompt_id"] for index in known]
+        rate = str(mean_by_prompt(ours, scores, share=True))
+        at_equal_length = str(length_controlled(scores[known], longer, prompts))
+    temperature = ours[0].get("temperature")
     return {
-        "answers": name,
-        **at,
+        **({} if temperature is None else {"temperature": f"{temperature:g}"}),
         "win rate": rate,
-        "won/tied/lost": f"{won}/{tied}/{lost}",
-        **({"no verdict": str(unjudged)} if unjudged else {}),
+        "won/tied/lost": f"{(scores > 0.5).sum()}/{(scores == 0.5).sum()}/{(scores < 0.5).sum()}",
+        **({"no verdict": str(len(scores) - len(known))} if len(known) < len(scores) else {}),
         "at equal length": at_equal_length,
-        **described(rows, judge),
+        **described(ours, judge),
     }
 
 
@@ -120,8 +113,9 @@ def described(rows: list[Answer], judge: Judge) -> dict[str, str]:
 def figures(rows: Sequence[Answer], judge: Judge) -> dict[str, Estimate]:
     """Return the judge's figures of one model's answers, the share that ended if not all did, and a known KL."""
     found = judge.describe(rows)
-    if not all(row.get("finished", True) for row in rows):
-        found["finished"] = np.array([row.get("finished", True) for row in rows])
+    finished = np.array([row.get("finished", True) for row in rows])
+    if not finished.all():
+        found["finished"] = finished
     if all("reference_logp" in row for row in rows):
         found["KL"] = np.array([row["logp"] - row["reference_logp"] for row in rows])
     return {name: mean_by_prompt(rows, values, values.dtype == bool) for name, values in found.items()}
@@ -142,14 +136,17 @@ def mean_by_prompt(rows: Sequence[Answer], scores: np.ndarray, share: bool = Fal
     return bootstrap_mean(means)
 
 
-def distinct_names(paths: Sequence[str]) -> dict[str, str]:
-    """Return a short name per file: `dpo` for `runs/dpo/samples.jsonl` beside `runs/beta_dpo/samples.jsonl`."""
-    folder = Path(os.path.commonpath([Path(path).absolute().parent for path in paths]))
-    names = {path: Path(path).absolute().relative_to(folder).with_suffix("") for path in paths}
-    nested = [name for name in names.values() if len(name.parts) > 1]
-    if len({name.name for name in nested}) == 1:  # one file name in several folders: use the folders' names
-        names = {path: name.parent if name in nested else name for path, name in names.items()}
-    return {path: str(name) for path, name in names.items()}
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest ends of the paths that tell them apart, such as `dpo` for `runs/dpo/version_0`.
+
+    A last part that several paths share, or that is Lightning's number of a run, is left out if the rest suffices.
+    """
+    whole = [path.resolve().parts for path in paths]
+    times = Counter(parts[-1] for parts in set(whole))
+    rest = [p[:-1] if times[p[-1]] > 1 or re.fullmatch(r"version_\d+", p[-1]) else p for p in whole]
+    longest = max(map(len, whole))
+    tries = (["/".join(p[-n:]) for p in parts] for parts in (rest, whole) for n in range(1, longest + 1))
+    return next(names for names in tries if len(set(names)) == len(set(whole)))
 
 
 def win_rate(rows: list[Answer], rivals: list[Answer]) -> Estimate:

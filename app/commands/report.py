@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from app.cli.mistakes import checked_command
-from app.commands.judge import aligned, summary, win_rate
+from app.commands.judge import aligned, short_names, summary, win_rate
 from app.core.errors import UserError
 from app.core.files import atomic_file, refuse_place
 from app.report.page import by_row, figure, numbers_of, page
-from app.report.run import SAMPLES, Run, read_run, unique_names
+from app.report.run import SAMPLES, Run, read_run
 
 
 @checked_command
@@ -35,7 +35,9 @@ def report(runs: list[str], baseline: str | None = None, out: str | None = None)
     if baseline is not None and not Path(baseline).is_file():
         raise UserError(f"baseline: there is no file {baseline!r}; `beta-dpo generate` writes samples.")
     folders = [Path(folder) for folder in runs]
-    read = [read_run(folder, name) for folder, name in zip(folders, unique_names(folders), strict=True)]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("runs: the same folder is given twice.")
+    read = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
     if out.endswith(".png") and read[0].audit is None:
         raise UserError(
             f"{runs[0]} has no audit/*.parquet (callbacks.PairAudit) to draw: write a page, --out x.html."

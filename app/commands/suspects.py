@@ -34,17 +34,22 @@ def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
     is taken.
     """
     seen = audit.sort_values("step", kind="stable")
-    seen = seen.assign(finite=np.isfinite(seen.gap.to_numpy(float)))
-    mean, std = running_moments(seen)
-    known = (seen.finite & (std > 1e-6)).to_numpy()
-    mean, std, gap = mean.to_numpy(), std.to_numpy(), seen.gap.to_numpy(float)
-    evidence, distance = np.zeros(len(seen)), np.full(len(seen), np.nan)
-    # a policy with a negative mean gap has not learned the labels yet and cannot tell which are wrong
-    evidence[known] = -2 * np.maximum(mean[known], 0) * gap[known] / std[known] ** 2
-    distance[known] = np.abs(gap[known] - mean[known]) / std[known]
     for name in ("reference_margin", "label_confidence"):  # audits of version 0.1 lack them
         seen[name] = pd.to_numeric(seen[name]) if name in seen else np.nan
-    seen = seen.assign(evidence=evidence, distance=distance, dropped=~seen.kept.astype(bool))
+    gap = seen.gap.astype(float)
+    finite = gap[np.isfinite(gap)]
+    running, moments = RunningMoments(), {}
+    for step in seen.step.unique():
+        found = running.update(torch.tensor(finite[seen.step == step].to_numpy()))
+        moments[step] = found.mean, found.std or 0.0
+    mean, std = (seen.step.map({step: both[place] for step, both in moments.items()}) for place in (0, 1))
+    known = gap.where(np.isfinite(gap) & (std > 1e-6))
+    seen = seen.assign(
+        # a policy with a negative mean gap has not learned the labels yet and cannot tell which are wrong
+        evidence=-2 * mean.clip(lower=0) * known / std**2,
+        distance=(known - mean).abs() / std,
+        dropped=~seen.kept.astype(bool),
+    )
     columns = {
         "times_seen": ("step", "size"),
         "times_dropped": ("dropped", "sum"),
@@ -95,16 +100,6 @@ def available(histories: pd.DataFrame) -> dict[str, str]:
     if histories.dropped_share.nunique() > 1:
         found["dropped"] = "the filter dropped some pairs more often than others"
     return found
-
-
-def running_moments(seen: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """Return M0 and σ (0 while unknown) per row: the running moments of the finite gaps up to the row's step."""
-    running = RunningMoments()
-    mean, std = {}, {}
-    for step, rows in seen.groupby("step", sort=True):
-        moments = running.update(torch.tensor(rows.gap[rows.finite].to_numpy(float)))
-        mean[step], std[step] = moments.mean, moments.std or 0.0
-    return seen.step.map(mean), seen.step.map(std)
 
 
 def hits(scores: np.ndarray, wrong: np.ndarray, listed: int) -> np.ndarray:

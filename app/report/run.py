@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,6 @@ from callbacks.slots import entries
 
 log = logging.getLogger(__name__)
 SAMPLES = "samples.jsonl"
-_NUMBERED = re.compile(r"version_\d+")  # Lightning's loggers number their folders in this way
 
 
 @dataclass
@@ -147,18 +145,3 @@ def read_commands(folder: Path) -> list[str]:
     file = folder / COMMANDS_FILE
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
     return [line for line in lines if line.startswith("beta-dpo fit")]
-
-
-def unique_names(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest path suffixes that differ, without `version_0` where that is enough.
-
-    Raises UserError if a folder is given twice.
-    """
-    whole = [folder.resolve().parts for folder in folders]
-    named = [parts[:-1] if _NUMBERED.fullmatch(parts[-1]) else parts for parts in whole]
-    for parts in (named, whole):
-        for length in range(1, max(map(len, parts), default=1) + 1):
-            names = ["/".join(part[-length:]) for part in parts]
-            if len(set(names)) == len(names):
-                return names
-    raise UserError("runs: the same folder is given twice.")

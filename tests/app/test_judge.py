@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from tiny_runs import save_reward_model
 
-from app.commands.judge import by_temperature, distinct_names, judge, mean_by_prompt
+from app.commands.judge import by_temperature, judge, mean_by_prompt, short_names
 from app.core.errors import UserError
 from app.core.intervals import length_controlled, wilson
 from app.core.samples import read_samples
@@ -59,9 +59,9 @@ def test_every_temperature_meets_its_own_or_the_only_one(tmp_path: Path) -> None
     rows, rivals = aligned(both, write(tmp_path / "one.jsonl", cold))
     assert [rival["temperature"] for rival in rivals] == [0.0] * 12
     assert [row["prompt_id"] for row in rows] == [rival["prompt_id"] for rival in rivals]
-    parts = dict(by_temperature(rows, rivals))
-    assert list(parts) == [0.0, 1.0]
-    assert [row["response"] for row in parts[1.0][0]] == [row["response"] for row in hot]
+    low, high = (ours for ours, _ in by_temperature(rows, rivals))
+    assert {row["temperature"] for row in low} == {0.0}
+    assert [row["response"] for row in high] == [row["response"] for row in hot]
     with pytest.raises(UserError, match="different prompts"):
         aligned(write(tmp_path / "warm.jsonl", samples("chosen", temperature=0.5)), both)
 
@@ -229,14 +229,17 @@ def test_the_table_has_a_row_for_each_file_and_temperature(
     assert f"{words:.3g}" in cells[0]
 
 
-def test_names_tell_files_apart() -> None:
-    assert list(distinct_names(["r/dpo/samples.jsonl", "r/beta/samples.jsonl", "r/sft.jsonl"]).values()) == [
-        "dpo",
-        "beta",
-        "sft",
-    ]
-    assert list(distinct_names(["/x/a.jsonl", "/x/b.jsonl"]).values()) == ["a", "b"]
-    assert list(distinct_names(["x/a.jsonl", "y/b.jsonl"]).values()) == ["x/a", "y/b"]
+def test_names_tell_files_and_runs_apart() -> None:
+    for paths, names in (
+        (["r/dpo/samples", "r/beta/samples", "r/sft"], ["dpo", "beta", "sft"]),
+        (["/x/a", "/x/b"], ["a", "b"]),
+        (["x/a", "x/a"], ["a", "a"]),
+        (["r/a/version_0"], ["a"]),
+        (["/r/a/version_0", "/r/b/version_0"], ["a", "b"]),
+        (["/r/a/version_0", "/r/a/version_1"], ["version_0", "version_1"]),
+        (["/r/a/version_0", "/r/a/version_1", "/r/b/version_0"], ["a/version_0", "a/version_1", "b/version_0"]),
+    ):
+        assert short_names([Path(path) for path in paths]) == names
 
 
 def test_prompts_are_what_is_resampled() -> None:

@@ -22,7 +22,7 @@ from app.core.intervals import digits, wilson
 from app.report.curves import MOST_POINTS, drift, smoothed, thinned
 from app.report.groups import density, dropped, rows_panel
 from app.report.page import differences, missing, numbers_of, spec_of
-from app.report.run import read_curves, read_run, unique_names
+from app.report.run import read_curves, read_run
 from app.report.run_folder import read_audit
 from callbacks import PairAudit, TextProgress
 
@@ -308,12 +308,6 @@ def test_without_a_filter_every_pair_is_kept(
     assert "replaces" not in capsys.readouterr().out
     report([str(run)])
     assert "report.png (replaces the one that was there)" in capsys.readouterr().out.replace("\n", "")
-
-
-def test_names_tell_runs_apart() -> None:
-    assert unique_names([Path("/r/a/version_0"), Path("/r/b/version_0")]) == ["a", "b"]
-    assert unique_names([Path("/r/a/version_0"), Path("/r/a/version_1")]) == ["version_0", "version_1"]
-    assert unique_names([Path("/r/a"), Path("/r/b")]) == ["a", "b"]
 
 
 def test_curves_of_the_audit_are_those_that_were_logged(two_runs: Path) -> None:
