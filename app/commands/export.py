@@ -24,7 +24,6 @@ from lightning_modules.lora import MOVING, Lora
 from lightning_modules.pretrained import bare_model, load_model, model_identity, parameter_count, quantization
 
 POLICY_PREFIX = "policy.model."
-SEQUENCES, TOKENS = 2, 48
 LARGEST = 2_000_000_000  # parameters; a larger model would take minutes and tens of GB to read back
 TOLERANCE = 2e-3  # nats per token; merged adapters round far less, a lost tie or rotary base changes far more
 
@@ -55,7 +54,7 @@ def export(
         raise UserError(f"{out} exists already: choose another folder, or remove it first.")
     state = read_for_export(Path(checkpoint))
     lora = state.get("lora") or {}
-    if base is not None and any(".lora_" not in name for name in policy_weights(state)):
+    if base is not None and policy_weights(state, adapters=False):
         raise UserError(f"--base: {checkpoint} holds the whole model: leave it out.")
     if adapter and lora.get("base") is None:
         raise UserError(f"--adapter: {checkpoint} was not trained with model.lora on a model with a name.")
@@ -66,32 +65,38 @@ def export(
             "--adapter: model.lora.init_lora_weights changed the base's weights, so the adapters fit no other copy "
             "of it: leave --adapter out, which merges them."
         )
+    # the data module put the tokenizer there, under its class name; a path could lead outside the folder
+    parts = (part for part in state.values() if isinstance(part, dict))
+    tokenizer: dict[str, str] = next((part["tokenizer_files"] for part in parts if "tokenizer_files" in part), {})
+    if not tokenizer or any(Path(name).name != name for name in tokenizer):
+        raise UserError(f"{checkpoint} was not written by beta-dpo: it holds no tokenizer, or a damaged one.")
     base_dtype = state.get("base_dtype") or "float32"
     written = base_dtype if dtype == "auto" else dtype
-    notes = []
+    notes = [f"exported {checkpoint} to {out} in {written}"]
     if dtype == "float32" and base_dtype != dtype:
         notes.append(f"training started from {base_dtype}, which --dtype auto writes, in half the space")
     with atomic_folder(out) as folder:
-        for name, text in tokenizer_files(state, checkpoint).items():
+        for name, text in tokenizer.items():
             (folder / name).write_bytes(text.encode(*FILE_TEXT))
         notes += write_chat_template(folder, state)
         (folder / "README.md").write_text(model_card(state, checkpoint, written, temperature), encoding="utf-8")
         notes += write_model(folder, state, adapter, base, written, temperature)
-    print("; ".join([f"exported {checkpoint} to {out} in {written}", *notes]))
+    print("; ".join(notes))
 
 
 def write_model(
-    folder: Path, state: dict[str, Any], adapter: bool, base: str | None, dtype: str, temperature: float = 1.0
+    folder: Path, state: dict[str, Any], adapter: bool, base: str | None, dtype: str, temperature: float
 ) -> list[str]:
     """Write weights and configuration, read them back, and return notes for the user.
 
     Raises UserError if the model read back does not compute what the policy computes.
     """
     model = policy_model(state, base)
+    notes = []
     if temperature != 1.0:
         divide_logits(model if state.get("lora") is None else model.get_base_model(), temperature)
+        notes.append(f"its logits are divided by {temperature:g}")
     logps = sequence_logps(model) if parameter_count(model) <= LARGEST else None
-    notes = [f"its logits are divided by {temperature:g}"] if temperature != 1.0 else []
     if state.get("lora") is not None and not adapter:
         notes += ["merged into the quantised base, dequantised"] if state.get("quantize") else []
         model, untied = merge(model)
@@ -101,7 +106,10 @@ def write_model(
     if logps is not None and dtype != "float32":
         convert(weights, torch.float32)
         rounded = sequence_logps(model)
-        notes.append(described_rounding(logps, rounded))
+        apart = (logps - rounded).abs()
+        notes.append(
+            f"rounding moves log-probabilities by {apart.mean():.2g} nats per token, at most {apart.max():.2g}"
+        )
         logps = rounded
         convert(weights, getattr(torch, dtype))  # exact, because the weights are already rounded
     if adapter:
@@ -124,8 +132,23 @@ def write_model(
     else:
         state.pop("state_dict")
         exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    check_equal(logps, sequence_logps(exported))
+    most = float((logps - sequence_logps(exported)).abs().max())
+    if not most <= TOLERANCE:
+        raise UserError(
+            "The export, read again, does not compute what the policy does: log-probabilities differ by up to "
+            f"{most:.3g} nats per token, so it was removed. Please report the model's family."
+        )
     return [*notes, "checked: the exported model gives the same outputs"]
+
+
+def policy_weights(state: dict[str, Any], adapters: bool) -> dict[str, Tensor]:
+    """Return the weights of the policy's adapters, or its others, under their names in transformers."""
+    weights = {
+        name.removeprefix(POLICY_PREFIX): weight
+        for name, weight in state["state_dict"].items()
+        if name.startswith(POLICY_PREFIX)
+    }
+    return {name: weight for name, weight in weights.items() if (".lora_" in name) == adapters}
 
 
 def plain_model(state: dict[str, Any], base: str | None) -> Any:
@@ -134,44 +157,36 @@ def plain_model(state: dict[str, Any], base: str | None) -> Any:
     A checkpoint of adapters alone does not hold it: it is read from `base`, or from where the run found it. Raises
     UserError if it is not there, or another model.
     """
-    weights = {
-        name.replace("base_layer.", ""): part.float()
-        for name, part in policy_weights(state).items()
-        if ".lora_" not in name
-    }
-    if not weights:
-        lora = state["lora"]
-        place = base or lora["base"]
-        quantized = quantization(state.get("quantize"), torch.float32)
-        try:
-            model = load_model(place, quantized=quantized)
-        except UserError as error:
-            raise UserError(f"--base: the adapters belong to the model {place}. {error}") from error
-        if model_identity(place, model.config) != lora["identity"]:
-            raise UserError(
-                f"--base: {place} is another model than the adapters belong to, or its files have changed."
-            )
-        return model if quantized is None else model.dequantize()
-    settings = json.loads(state["model_config"])
-    model = bare_model(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=torch.float32)
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
-    return model
+    if weights := policy_weights(state, adapters=False):
+        settings = json.loads(state["model_config"])
+        model = bare_model(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=torch.float32)
+        weights = {name.replace("base_layer.", ""): weight.float() for name, weight in weights.items()}
+        model.load_state_dict(weights, assign=True)
+        model.tie_weights()
+        return model
+    place = base or state["lora"]["base"]
+    quantized = quantization(state.get("quantize"), torch.float32)
+    try:
+        model = load_model(place, quantized=quantized)
+    except UserError as error:
+        raise UserError(f"--base: the adapters belong to the model {place}. {error}") from error
+    if model_identity(place, model.config) != state["lora"]["identity"]:
+        raise UserError(f"--base: {place} is another model than the adapters belong to, or its files have changed.")
+    return model if quantized is None else model.dequantize()
 
 
-def policy_model(state: dict[str, Any], base: str | None = None) -> Any:
+def policy_model(state: dict[str, Any], base: str | None) -> Any:
     """Return the policy of a checkpoint, a `PeftModel` if it has adapters. Raises UserError like `plain_model`."""
     model = plain_model(state, base)
     if state.get("lora") is None:
         return model
     from peft import get_peft_model
 
-    settings = dict(state["lora"])
-    name = settings.pop("base")
-    settings.pop("identity", None)
+    settings = {name: value for name, value in state["lora"].items() if name not in ("base", "identity")}
     # its start is of no account, because all of its weights are loaded
-    model = get_peft_model(model, replace(Lora(**settings), init_lora_weights=True).peft_config(name))
-    weights = {f"base_model.model.{name}": part for name, part in policy_weights(state).items() if ".lora_" in name}
+    lora = replace(Lora(**settings), init_lora_weights=True)
+    model = get_peft_model(model, lora.peft_config(state["lora"]["base"]))
+    weights = {f"base_model.model.{name}": part for name, part in policy_weights(state, adapters=True).items()}
     if model.load_state_dict(weights, strict=False, assign=True).unexpected_keys:
         raise UserError("The checkpoint holds other adapters than its settings describe.")
     return model
@@ -198,20 +213,15 @@ def divide_logits(model: Any, temperature: float) -> None:
     The norm is the last module outside the layers with one weight per hidden unit; a Gemma's norm multiplies by
     1 + weight. Logits of random tokens, before and after, decide whether the division is right.
     """
-    length = min(32, getattr(model.config, "max_position_embeddings", None) or 32)
-    ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    ids = random_tokens(model)
     wanted = model.eval()(input_ids=ids).logits / temperature
     outside = [part for name, part in model.named_modules() if not any(map(str.isdigit, name.split(".")))]
-    norms = [
-        part
-        for part in outside
-        if isinstance(weight := getattr(part, "weight", None), nn.Parameter) and weight.dim() == 1
-    ]
+    norms = [part for part in outside if getattr(getattr(part, "weight", None), "ndim", None) == 1]
     if norms and not getattr(model.config.get_text_config(), "final_logit_softcapping", None):
         weight = norms[-1].weight
-        biases = [getattr(part, "bias", None) for part in (norms[-1], model.get_output_embeddings())]
-        for bias in (bias for bias in biases if bias is not None):
-            bias /= temperature
+        for part in (norms[-1], model.get_output_embeddings()):
+            if getattr(part, "bias", None) is not None:
+                part.bias /= temperature
         before = weight.clone()
         for shift in (0.0, 1.0):
             weight.copy_((before + shift) / temperature - shift)
@@ -233,54 +243,18 @@ def convert(weights: list[nn.Parameter], dtype: torch.dtype) -> None:
                 raise UserError(f"--dtype {str(dtype).removeprefix('torch.')}: a weight is beyond its range.")
 
 
-def policy_weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the policy's parameters under their names in transformers."""
-    return {
-        name.removeprefix(POLICY_PREFIX): tensor
-        for name, tensor in state["state_dict"].items()
-        if name.startswith(POLICY_PREFIX)
-    }
-
-
-def tokenizer_files(state: dict[str, Any], checkpoint: str) -> dict[str, str]:
-    """Return the tokenizer files, name → text, that the data module put in the checkpoint (under its class name).
-
-    Raises UserError if there are none, or if a name is not a plain file name and could lead outside the folder.
-    """
-    parts = (part for part in state.values() if isinstance(part, dict) and "tokenizer_files" in part)
-    files: dict[str, str] | None = next((part["tokenizer_files"] for part in parts), None)
-    if files is None or any(Path(name).name != name for name in files):
-        raise UserError(f"{checkpoint} was not written by beta-dpo: it holds no tokenizer, or a damaged one.")
-    return files
+def random_tokens(model: Any) -> Tensor:
+    """Return random ids [2, 48], equal for models of one vocabulary; fewer if the model takes fewer positions."""
+    length = min(48, getattr(model.config, "max_position_embeddings", None) or 48)
+    return torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def sequence_logps(model: Any) -> Tensor:
-    """Return log π [2, 47] of the tokens of random sequences, the same sequences for every model of a vocabulary.
-
-    Fewer tokens are used if the model takes fewer positions. Raises UserError if a value is not finite.
-    """
-    longest = getattr(model.config, "max_position_embeddings", None) or TOKENS
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (SEQUENCES, min(TOKENS, longest)), generator=draw)
+    """Return log π [2, 47] of the `random_tokens` after the first. Raises UserError if a value is not finite."""
+    ids = random_tokens(model)
     logps = torch.log_softmax(model.eval()(input_ids=ids).logits.float(), dim=-1)[:, :-1]
     found = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)
     if not found.isfinite().all():
         raise UserError("The policy's log-probabilities are not finite: export an earlier checkpoint.")
     return found
-
-
-def check_equal(policy: Tensor, exported: Tensor) -> None:
-    """Raise UserError unless the two agree up to rounding."""
-    apart = float((policy - exported).abs().max())
-    if not apart <= TOLERANCE:
-        raise UserError(
-            "The export, read again, does not compute what the policy does: log-probabilities differ by up to "
-            f"{apart:.3g} nats per token, so it was removed. Please report the model's family."
-        )
-
-
-def described_rounding(policy: Tensor, rounded: Tensor) -> str:
-    """Return in words how much the rounding to a narrower type changes the log-probabilities."""
-    apart = (policy - rounded).abs()
-    return f"rounding moves log-probabilities by {apart.mean():.2g} nats per token, at most {apart.max():.2g}"

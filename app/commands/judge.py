@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,14 +140,16 @@ def mean_by_prompt(rows: Sequence[Answer], scores: np.ndarray, share: bool = Fal
 def short_names(paths: Sequence[Path]) -> list[str]:
     """Return the shortest ends of the paths that tell them apart, such as `dpo` for `runs/dpo/version_0`.
 
-    A last part that several paths share, or that is Lightning's number of a run, is left out if the rest suffices.
+    Last parts that several paths share, and Lightning's numbers of runs, are left out if the rest suffices.
     """
-    whole = [path.resolve().parts for path in paths]
-    times = Counter(parts[-1] for parts in set(whole))
-    rest = [p[:-1] if times[p[-1]] > 1 or re.fullmatch(r"version_\d+", p[-1]) else p for p in whole]
-    longest = max(map(len, whole))
-    tries = (["/".join(p[-n:]) for p in parts] for parts in (rest, whole) for n in range(1, longest + 1))
-    return next(names for names in tries if len(set(names)) == len(set(whole)))
+    found: list[tuple[str, ...]] = []
+    rest = [path.resolve().parts for path in paths]
+    while rest != found and len(set(rest)) >= len(set(found)):
+        found = rest
+        times = Counter(parts[-1] for parts in set(found))
+        rest = [p[:-1] if times[p[-1]] > 1 or re.fullmatch(r"version_\d+", p[-1]) else p for p in found]
+    tries = (["/".join(parts[-length:]) for parts in found] for length in count(1))
+    return next(names for names in tries if len(set(names)) == len(set(found)))
 
 
 def win_rate(rows: list[Answer], rivals: list[Answer]) -> Estimate:

@@ -234,6 +234,7 @@ def test_names_tell_files_and_runs_apart() -> None:
         (["r/dpo/samples", "r/beta/samples", "r/sft"], ["dpo", "beta", "sft"]),
         (["/x/a", "/x/b"], ["a", "b"]),
         (["x/a", "x/a"], ["a", "a"]),
+        (["r/a/version_0/samples", "r/b/version_0/samples", "r/sft"], ["a", "b", "sft"]),
         (["r/a/version_0"], ["a"]),
         (["/r/a/version_0", "/r/b/version_0"], ["a", "b"]),
         (["/r/a/version_0", "/r/a/version_1"], ["version_0", "version_1"]),
