@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from shutil import which
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
@@ -23,35 +24,23 @@ from lightning_modules.private import start_method
 from lightning_modules.refused_models import refuse_path
 from lightning_modules.strategy import ShardedStrategy
 
-STRATEGIES = (
-    "take auto, ddp, or for a model that does not fit one device the class lightning_modules.ShardedStrategy "
-    "(configs/strategy/fsdp.yaml)"
-)
-OWN_UPDATE = "the stages update the weights by themselves: take it out"
+PAIRS_PER_STEP = "data.batch_size is the number of pairs per optimizer step, and data.micro_batch_tokens splits it"
 # options of the trainer: the value that asks for nothing, and why any other is refused
 UNUSABLE: dict[str, tuple[object, str]] = {
-    "accumulate_grad_batches": (
-        1,
-        "has no place here: data.batch_size is the number of pairs per optimizer step, and data.micro_batch_tokens "
-        "splits it to fit memory",
-    ),
+    "accumulate_grad_batches": (1, f"has no place here: {PAIRS_PER_STEP} to fit memory"),
     "gradient_clip_val": (None, "has no effect here: set model.max_grad_norm instead"),
     "gradient_clip_algorithm": (None, "has no effect here: model.max_grad_norm clips by the norm; take it out"),
-    "overfit_batches": (
-        0.0,
-        "has no effect here, every epoch takes other batches: set data.path to a file of as few pairs",
-    ),
+    "overfit_batches": (0.0, "has no effect here: set data.path to a file of as few pairs"),
     "reload_dataloaders_every_n_epochs": (0, "would repeat the order of the first epoch: take it out"),
 }
 UNSUITABLE: dict[type, str] = {
-    lightning_callbacks.GradientAccumulationScheduler: "data.batch_size is the number of pairs per optimizer step, "
-    "and data.micro_batch_tokens splits it: take it out",
-    lightning_callbacks.StochasticWeightAveraging: OWN_UPDATE,
-    lightning_callbacks.WeightAveraging: OWN_UPDATE,
-    lightning_callbacks.LearningRateFinder: "set the lr of model.optimizer, and take it out",
-    lightning_callbacks.BatchSizeFinder: "`beta-dpo plan` says which data.micro_batch_tokens fits: take it out",
-    lightning_callbacks.ModelPruning: "a checkpoint of pruned weights cannot be exported: take it out",
-    lightning_callbacks.BaseFinetuning: "train a part of the weights by model.lora, and take it out",
+    lightning_callbacks.GradientAccumulationScheduler: PAIRS_PER_STEP,
+    lightning_callbacks.StochasticWeightAveraging: "the stages update the weights by themselves",
+    lightning_callbacks.WeightAveraging: "the stages update the weights by themselves",
+    lightning_callbacks.LearningRateFinder: "set the lr of model.optimizer",
+    lightning_callbacks.BatchSizeFinder: "`beta-dpo plan` says which data.micro_batch_tokens fits",
+    lightning_callbacks.ModelPruning: "a checkpoint of pruned weights cannot be exported",
+    lightning_callbacks.BaseFinetuning: "model.lora trains a part of the weights",
 }
 
 
@@ -70,13 +59,14 @@ def refuse_strategy(strategy: str | Strategy) -> None:
     if launched:
         raise UserError(f"trainer.strategy: {name} spawns or forks processes, which lose checkpoints: take ddp.")
     if not suits:
-        named = isinstance(strategy, str) and "ShardedStrategy" in strategy
-        cure = "write {class_path: lightning_modules.ShardedStrategy}" if named else STRATEGIES
-        raise UserError(f"trainer.strategy: {name} is not one that the stages train with: {cure}.")
+        raise UserError(
+            f"trainer.strategy: {name} is not one that the stages train with: take auto, ddp, or for a model that "
+            "does not fit one device {class_path: lightning_modules.ShardedStrategy} (configs/strategy/fsdp.yaml)."
+        )
 
 
 def check_start(
-    trainer: Trainer, name: str | None, compile_layers: bool | str, lora: Lora | None, quantize: dict | None
+    trainer: Any, name: str | None, compile_layers: bool | str, lora: Lora | None, quantize: dict | None
 ) -> None:
     """Raise UserError for settings that cannot work, before data and model are loaded."""
     strategy, precision = trainer.strategy, str(trainer.precision)
@@ -90,9 +80,9 @@ def check_start(
     for option, (unused, cure) in UNUSABLE.items():
         if getattr(trainer, option) != unused:
             raise UserError(f"trainer.{option} {cure}.")
-    split = {"validate": "val", "test": "test", "predict": "predict"}.get(getattr(trainer.state.fn, "value", ""))
-    if split and not getattr(trainer, f"limit_{split}_batches"):
-        raise UserError(f"trainer.limit_{split}_batches is 0, which leaves out every pair: raise it.")
+    stage = trainer.state.fn.value.replace("validate", "val")
+    if stage != "fit" and not getattr(trainer, f"limit_{stage}_batches"):
+        raise UserError(f"trainer.limit_{stage}_batches is 0, which leaves out every pair: raise it.")
     if precision not in ("32-true", "64-true", "bf16-mixed"):
         raise UserError(
             f"trainer.precision {precision} loses log-probabilities (overflow, or rotary positions in half "
@@ -100,8 +90,8 @@ def check_start(
         )
     if sharded and precision != "32-true":
         raise UserError(
-            f"trainer.precision {precision}: set 32-true with ShardedStrategy, whose own compute_dtype "
-            "is the type of the forward pass; the weights themselves stay float32."
+            f"trainer.precision {precision}: set 32-true with ShardedStrategy, which keeps the weights in float32 "
+            "and computes in its own compute_dtype."
         )
     if lora is not None and getattr(strategy, "tensor_parallel_size", 1) > 1:
         raise UserError("model.lora does not go with trainer.strategy's tensor_parallel_size above 1: set it to 1.")
@@ -111,10 +101,11 @@ def check_start(
         raise UserError("model.compile_layers needs a C++ compiler: install g++, or name one by CXX.")
     if name is not None:
         refuse_path(name)  # before the data is read with its tokenizer
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for kind, cure in UNSUITABLE.items():
+    for callback in trainer.callbacks:
+        for kind, reason in UNSUITABLE.items():
             if isinstance(callback, kind):
-                raise UserError(f"trainer.callbacks: {type(callback).__name__} does not work here: {cure}.")
+                name = type(callback).__name__
+                raise UserError(f"trainer.callbacks: {name} does not work here: {reason}; take it out.")
 
 
 def check_quantized(quantize: dict[str, Any], lora: Lora | None, sharded: bool, precision: str) -> None:
@@ -134,8 +125,20 @@ def check_quantized(quantize: dict[str, Any], lora: Lora | None, sharded: bool, 
         raise UserError(f"model.quantize {said}.")
 
 
+@contextmanager
+def trial(option: str, example: str) -> Iterator[None]:
+    """Turn any error of a trial step into a UserError about the class that `option` gives."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the step may be past the end of a schedule
+        try:
+            yield
+        except Exception as error:
+            reason = first_line(error).rstrip(".")
+            raise UserError(f"{option} cannot take a step here: {reason}; take another, {example}.") from error
+
+
 def try_optimizer(
-    trainer: Trainer,
+    trainer: Any,
     make_optimizer: OptimizerCallable,
     make_lr_scheduler: LRSchedulerCallable | None,
     lora: Lora | None,
@@ -146,40 +149,33 @@ def try_optimizer(
     example an optimizer that needs a closure or sparse gradients, or a schedule that needs a metric. Also raises it
     for a schedule that is shorter than the run.
     """
-    device = trainer.strategy.root_device
     shapes = [(4, 4), (4,)] if lora is None or lora.use_dora else [(4, 4)]
-    weights = [nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+    weights = [nn.Parameter(torch.zeros(shape, device=trainer.strategy.root_device)) for shape in shapes]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    option, cure = "model.optimizer", "take another, for example torch.optim.AdamW"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the trial step may be past the end of a schedule
-        try:
-            optimizer = make_optimizer(weights)
-            if hasattr(optimizer, "eval"):
-                cure = "take another with model.lr_scheduler, for example torch.optim.AdamW with WarmupCosine"
-                raise TypeError(
-                    f"{type(optimizer).__name__} is schedule-free, whose weights must be switched before every "
-                    "validation and checkpoint, which the stages do not do"
-                )
-            optimizer.step()
-            if make_lr_scheduler is None:
-                return
-            option, cure = "model.lr_scheduler", "take another, for example WarmupCosine or torch's LinearLR"
-            schedule = make_lr_scheduler(optimizer)
-            if isinstance(schedule, ReduceLROnPlateau):
-                raise TypeError("ReduceLROnPlateau waits for a metric, and a schedule is stepped once a step")
-            schedule.step()
-        except Exception as error:
-            reason = first_line(error).rstrip(".")
-            raise UserError(f"{option} cannot take a step here: {reason}; {cure}.") from error
-    if not isinstance(schedule, LRScheduler):
-        raise UserError(f"model.lr_scheduler: {type(schedule).__name__} is no schedule of torch; {cure}.")
+    with trial("model.optimizer", "for example torch.optim.AdamW, and with it model.lr_scheduler WarmupCosine"):
+        optimizer = make_optimizer(weights)
+        if hasattr(optimizer, "eval"):
+            raise TypeError(
+                f"{type(optimizer).__name__} is schedule-free, whose weights must be switched before every "
+                "validation and checkpoint, which the stages do not do"
+            )
+        optimizer.step()
+    if make_lr_scheduler is None:
+        return
+    with trial("model.lr_scheduler", "for example WarmupCosine or torch's LinearLR"):
+        schedule = make_lr_scheduler(optimizer)
+        name = type(schedule).__name__
+        if isinstance(schedule, ReduceLROnPlateau):
+            raise TypeError(f"{name} waits for a metric, and a schedule is stepped once a step")
+        if not isinstance(schedule, LRScheduler):
+            raise TypeError(f"{name} is no schedule of torch")
+        schedule.step()
     total = getattr(schedule, "total_steps", None)  # such as that of OneCycleLR
     if total is not None and total < trainer.max_steps:
         raise UserError(
-            f"model.lr_scheduler: {type(schedule).__name__} ends after total_steps = {total}, and the run takes "
-            f"{trainer.max_steps} steps: raise total_steps, or lower trainer.max_steps."
+            f"model.lr_scheduler: {name} ends after total_steps = {total}, and the run takes {trainer.max_steps} "
+            "steps: raise total_steps, or lower trainer.max_steps."
         )
 
 
@@ -189,19 +185,17 @@ def try_sharded_step(make_optimizer: OptimizerCallable, weights: list[nn.Paramet
     Raises UserError if it fails, as optimizers do whose operations know no sharded tensors.
     """
     matrices = [weight for weight in weights if weight.ndim == 2]
-    trial = nn.Parameter(torch.zeros_like(min(matrices, key=torch.numel)))
-    trial.grad = torch.ones_like(trial)
-    optimizer = make_optimizer([trial])
-    try:
-        optimizer.step()
-    except Exception as error:
-        raise UserError(
-            f"model.optimizer: {type(optimizer).__name__} cannot step on the sharded weights of ShardedStrategy: "
-            "take another, for example torch.optim.AdamW, or one device or ddp."
-        ) from error
+    sharded = nn.Parameter(torch.zeros_like(min(matrices, key=torch.numel)))
+    sharded.grad = torch.ones_like(sharded)
+    with trial("model.optimizer", "for example torch.optim.AdamW, or one device or ddp"):
+        optimizer = make_optimizer([sharded])
+        try:
+            optimizer.step()
+        except Exception as error:
+            raise TypeError(f"{type(optimizer).__name__} knows no sharded weights of ShardedStrategy") from error
 
 
-def check_steps(trainer: Trainer) -> None:
+def check_steps(trainer: Any) -> None:
     """Raise UserError for bounds that exclude each other, or validation rarer than epochs; warn without any."""
     for unit in ("steps", "epochs"):
         least, most = (getattr(trainer, f"{bound}_{unit}") for bound in ("min", "max"))
@@ -209,15 +203,13 @@ def check_steps(trainer: Trainer) -> None:
             raise UserError(
                 f"trainer.min_{unit} is {least}, but trainer.max_{unit} is {most}: lower one, or raise the other."
             )
-    interval: Any = getattr(trainer, "val_check_interval", None)  # Lightning sets none for a time
-    limit = trainer.limit_train_batches
-    loader: Any = getattr(trainer.datamodule, "train_dataloader", list)()  # type: ignore[attr-defined]
-    if not hasattr(loader, "__len__"):
+    if trainer.datamodule is None or not (loader := trainer.datamodule.train_dataloader()):
         return
+    limit = trainer.limit_train_batches
     batches = min(limit, len(loader)) if isinstance(limit, int) else int(len(loader) * limit)
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
     steps = min(epochs * batches, math.inf if trainer.max_steps == -1 else trainer.max_steps)
-    if len(loader) and not steps:
+    if not (batches and steps):
         raise UserError(
             "The run takes no step: raise trainer.max_steps, trainer.max_epochs or trainer.limit_train_batches."
         )
@@ -226,15 +218,12 @@ def check_steps(trainer: Trainer) -> None:
             f"trainer.min_steps is {trainer.min_steps}, but trainer.max_epochs {epochs} ends the run after {steps} "
             "steps: lower one, or raise the other."
         )
-    every: Any = getattr(trainer, "log_every_n_steps", 1)
-    if steps < every and trainer.loggers:
-        rank_zero_warn(
-            f"no curve of training will be logged: trainer.log_every_n_steps is {every}, and the run takes {steps} "
-            "steps."
-        )
-    pairs: Any = getattr(trainer.datamodule, "val_dataloader", list)()  # type: ignore[attr-defined]
-    wanted = pairs and trainer.limit_val_batches > 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
-    if not wanted or not batches or not isinstance(interval, (int, float)):
+    the_run = f"the run takes {steps} steps"
+    if steps < (every := trainer.log_every_n_steps) and trainer.loggers:
+        rank_zero_warn(f"no curve of training will be logged: trainer.log_every_n_steps is {every}, and {the_run}.")
+    validates = trainer.limit_val_batches > 0 and not trainer.fast_dev_run and trainer.datamodule.val_dataloader()
+    interval: Any = getattr(trainer, "val_check_interval", None)  # Lightning sets none for a time
+    if not validates or not isinstance(interval, (int, float)):
         return
     epoch = trainer.check_val_every_n_epoch
     if epoch is not None and isinstance(interval, int) and interval > batches:
@@ -246,6 +235,6 @@ def check_steps(trainer: Trainer) -> None:
     first = within if epoch is None else (epoch - 1) * batches + within
     if first > steps:
         rank_zero_warn(
-            f"nothing will be validated: the first time would be after step {first}, and the run takes {steps} "
+            f"nothing will be validated: the first time would be after step {first}, and {the_run} "
             "(trainer.val_check_interval and trainer.check_val_every_n_epoch decide)."
         )

@@ -48,7 +48,7 @@ OF_A_RUN: dict[str, list[tuple[str, str]]] = {
         )
     ]
     + [
-        ("--trainer.strategy=ShardedStrategy", "write {class_path: lightning_modules.ShardedStrategy}"),
+        ("--trainer.strategy=ShardedStrategy", "{class_path: lightning_modules.ShardedStrategy}"),
         ("--trainer.strategy ShardedStrategy --trainer.strategy.replicas 3", "do not make 3 replicas"),
         ("--trainer.strategy ShardedStrategy --trainer.strategy.replicas 0.5", "trainer.strategy.replicas: must"),
         ("--trainer.strategy ShardedStrategy --trainer.strategy.tensor_parallel_size 3", "tensor_parallel_size 3"),
