@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ _INDEX_NAMES = {
     ("collections", "OrderedDict"),
     *((module, name) for module in ("pathlib", "pathlib._local") for name in ("Path", "PosixPath", "WindowsPath")),
 }
-_LIGHTNING_METADATA = "meta.pt"  # Lightning's file beside the shards
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -69,34 +69,9 @@ def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
         raise UserError(
             f"{path} is a folder of shards: only ShardedStrategy (configs/strategy/fsdp.yaml) resumes it."
         )
-    if not path.is_file():
-        raise UserError(f"{path} is not a checkpoint file: give the path of a .ckpt that `beta-dpo fit` wrote.")
-    state = _load(path, path, mmap=mmap)
-    if not isinstance(state, dict) or not {"model_config", "state_dict", "loops"} <= state.keys():
-        raise UserError(f"{path} was not written by beta-dpo: it holds no model configuration or no weights.")
-    return state
-
-
-def read_for_export(path: Path) -> dict[str, Any]:
-    """Return the contents of `path`, a file or a folder of shards, for export.
-
-    From a folder, `state_dict` is read into memory and the state of the optimizers is not read; a file is
-    memory-mapped. Raises UserError like `read_checkpoint`.
-    """
-    if not path.is_dir():
-        return read_checkpoint(path)
-    state = check_checkpoint(path)
-    reader = FileSystemReader(path)
-    weights = {
-        name: torch.empty(stored.size, dtype=stored.properties.dtype)
-        for name, stored in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith("state_dict.") and isinstance(stored, TensorStorageMetadata)
-    }
-    try:
-        dcp.load(weights, storage_reader=reader, no_dist=True)
-    except (Exception, CheckpointException) as error:  # CheckpointException is no subclass of Exception
-        raise _refusal(path) from error
-    return state | {"state_dict": {name.removeprefix("state_dict."): tensor for name, tensor in weights.items()}}
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}: give the path of one that `beta-dpo fit` wrote.")
+    return _load(path, path, {"model_config", "state_dict", "loops"}, mmap)
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:
@@ -104,34 +79,46 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises UserError for anything that `fit` could not have written.
     """
-    if not path.exists():
-        raise UserError(f"--ckpt_path: there is no checkpoint {path}; give the path of one, or `last`.")
     if not path.is_dir():
         return read_checkpoint(path)
-    if not (path / ".metadata").is_file() or not (path / _LIGHTNING_METADATA).is_file():
-        raise UserError(f"{path} is damaged or not a checkpoint of beta-dpo: its index is missing.")
-    state = _load(path, path / _LIGHTNING_METADATA)
-    if "model_config" not in state:
-        raise UserError(f"{path} was not written by beta-dpo: it holds no model configuration.")
-    _check_shards(path)
+    state = _load(path, path / "meta.pt", {"model_config"})  # Lightning's file beside the shards
+    with _refusing(path):
+        _check_shards(path)
     return state
 
 
+def read_for_export(path: Path) -> dict[str, Any]:
+    """Return the contents of `path`, a file or a folder of shards, for export.
+
+    From a folder, `state_dict` is read into memory and the state of the optimizers is not read; a file is
+    memory-mapped. Raises UserError like `check_checkpoint`.
+    """
+    state = check_checkpoint(path)
+    if not path.is_dir():
+        return state
+    reader, prefix = FileSystemReader(path), "state_dict."
+    weights = {
+        name: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for name, stored in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(prefix) and isinstance(stored, TensorStorageMetadata)
+    }
+    with _refusing(path):
+        dcp.load(weights, storage_reader=reader, no_dist=True)
+    return state | {"state_dict": {name.removeprefix(prefix): tensor for name, tensor in weights.items()}}
+
+
 def _check_shards(folder: Path) -> None:
-    """Raise UserError for shards with unsafe contents, because torch unpickles the index and non-tensor values."""
-    try:
-        with open(folder / ".metadata", "rb") as file:
-            index = _IndexUnpickler(file).load()
-        for item, place in index.storage_data.items():
-            if Path(place.relative_path).name != place.relative_path or place.transform_descriptors:
-                raise ValueError(f"{place.relative_path} is no shard in this folder")
-            if isinstance(index.state_dict_metadata.get(item.fqn), TensorStorageMetadata):
-                continue  # torch reads tensors with weights_only
-            with open(folder / place.relative_path, "rb") as file:
-                file.seek(place.offset)
-                torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file may raise anything
-        raise _refusal(folder) from error
+    """Raise an error for shards with unsafe contents, because torch unpickles the index and non-tensor values."""
+    with open(folder / ".metadata", "rb") as file:
+        index = _IndexUnpickler(file).load()
+    for item, place in index.storage_data.items():
+        if Path(place.relative_path).name != place.relative_path or place.transform_descriptors:
+            raise ValueError(f"{place.relative_path} is no shard in this folder")
+        if isinstance(index.state_dict_metadata.get(item.fqn), TensorStorageMetadata):
+            continue  # torch reads tensors with weights_only
+        with open(folder / place.relative_path, "rb") as file:
+            file.seek(place.offset)
+            torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -147,14 +134,21 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in the index of a checkpoint")
 
 
-def _load(checkpoint: Path, file: Path, mmap: bool = True) -> Any:
+def _load(checkpoint: Path, file: Path, keys: set[str], mmap: bool = True) -> dict[str, Any]:
+    """Return the contents of a `file` of `checkpoint`, which must have the `keys`."""
+    with _refusing(checkpoint):
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    if not isinstance(state, dict) or not keys <= state.keys():
+        raise UserError(f"{checkpoint} was not written by beta-dpo: it holds no {' or no '.join(sorted(keys))}.")
+    return state
+
+
+@contextmanager
+def _refusing(checkpoint: Path) -> Iterator[None]:
+    """Turn any error of the block into a UserError, because a damaged or hostile file may raise anything."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        yield
     except PermissionError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    except Exception as error:  # a damaged or hostile file may raise anything
-        raise _refusal(checkpoint) from error
-
-
-def _refusal(path: Path) -> UserError:
-    return UserError(f"{path} is damaged or not a checkpoint of beta-dpo, and was not loaded.")
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    except (Exception, CheckpointException) as error:  # CheckpointException is no subclass of Exception
+        raise UserError(f"{checkpoint} is damaged or not a checkpoint of beta-dpo, and was not loaded.") from error
