@@ -81,20 +81,16 @@ def embedding_tables(model: nn.Module) -> set[int]:
 
 def refuse_nonfinite(source: str, name: str, values: Tensor, embeds: bool) -> None:
     """Raise UserError if `values` are not finite; warn if they embed tokens, because nobody may use those."""
-    if values.isfinite().all():
-        return
-    if not embeds:
+    bad = ~values.isfinite()
+    if bad.any() and not embeds:
         raise UserError(
             f"model.name: {name} of {source!r} is not finite (NaN or infinite): take a sound copy, or an earlier "
             "checkpoint of the run that made it."
         )
-    log.warning(
-        "model.name: %d of the tokens that %s of %r embeds are not finite (NaN or infinite): pairs with them will "
-        "be left out",
-        int((~values.isfinite()).any(-1).sum()),
-        name,
-        source,
-    )
+    if bad.any():
+        rows = int(bad.any(-1).sum())
+        what = f"{rows} of the tokens that {name} of {source!r} embeds are not finite (NaN or infinite)"
+        log.warning("model.name: %s: pairs with them will be left out", what)
 
 
 def refuse_codes(path: Path, tensor: str, dtype: str) -> None:
@@ -115,14 +111,13 @@ def read_weights(model: Any, files: dict[str, Path], device: torch.device | str 
     whole = model.state_dict(keep_vars=True)
     real = {name for name, weight in model.named_parameters() if not weight.is_meta}
     state = {name.replace("base_layer.", ""): tensor for name, tensor in whole.items() if name not in real}
-    stored = _stored_names(model, state, files)
     # keyed by the identity of the parameter, so that tied parameters are read once and stay tied
     sources: dict[int, str] = {}
-    for name, tensor in state.items():
-        first = sources.setdefault(id(tensor), stored[name]) if name in stored else None
-        if first is not None and first != stored[name] and not _same(files, first, stored[name]):
+    for name, source in _stored_names(model, state, files).items():
+        first = sources.setdefault(id(state[name]), source)
+        if first != source and not torch.equal(*(safe_open(files[n], "pt").get_tensor(n) for n in (first, source))):
             raise UserError(
-                f"model.name: the files hold other values for {stored[name]} than for {first}, and the model's "
+                f"model.name: the files hold other values for {source} than for {first}, and the model's "
                 "configuration ties them: set its tie_word_embeddings to false."
             )
     read: dict[int, Tensor] = {}
@@ -139,17 +134,8 @@ def read_weights(model: Any, files: dict[str, Path], device: torch.device | str 
     model.load_state_dict({name: read.get(id(tensor), tensor) for name, tensor in whole.items()}, assign=True)
 
 
-def _same(files: dict[str, Path], *names: str) -> bool:
-    """Return whether two stored tensors are equal."""
-    found = []
-    for name in names:
-        with safe_open(files[name], "pt") as file:
-            found.append(file.get_tensor(name))
-    return torch.equal(*found)
-
-
 def _stored_names(model: Any, state: dict[str, Tensor], files: dict[str, Path]) -> dict[str, str]:
-    """Return the name in the files for each name in the model, by transformers' table of earlier names."""
+    """Return the name in the files for each name of `state`, by transformers' table of earlier names."""
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -158,7 +144,7 @@ def _stored_names(model: Any, state: dict[str, Tensor], files: dict[str, Path]) 
         name, conversion = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
         if conversion is None:
             names[name] = stored
-    return names
+    return {name: names[name] for name in state if name in names}
 
 
 def _read(path: Path, name: str, like: Tensor, device: torch.device | str, embeds: bool) -> Tensor:
@@ -174,11 +160,14 @@ def _read(path: Path, name: str, like: Tensor, device: torch.device | str, embed
                 f"model.name: tensor {name} in {path} has shape {stored.get_shape()}, "
                 f"but the model's configuration asks for {list(like.shape)}."
             )
-        here = tuple(slice(begin, begin + size) for begin, size in zip(start, shape, strict=True))
         if like.is_floating_point():
             refuse_codes(path, name, stored.get_dtype())
-        # a rank beyond the last row has an empty part, and a scalar has no dimension to slice
-        local = stored[here] if 0 not in shape and shape else torch.zeros(shape) if shape else file.get_tensor(name)
+        if not shape:
+            local = file.get_tensor(name)  # a scalar has no dimension to slice
+        elif 0 in shape:
+            local = torch.zeros(shape)  # of a rank beyond the last row
+        else:
+            local = stored[tuple(slice(begin, begin + size) for begin, size in zip(start, shape, strict=True))]
         local = local.to(device, like.dtype, copy=True)
     refuse_nonfinite(str(path), name, local, embeds)
     if isinstance(like, DTensor):

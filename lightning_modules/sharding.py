@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -34,36 +34,8 @@ def transformer_blocks(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=lambda blocks: sum(parameter.numel() for parameter in blocks.parameters()))
 
 
-def shard(
-    scorer: nn.Module,
-    mesh: DeviceMesh,
-    precision: MixedPrecisionPolicy,
-    reshard_after_forward: bool = True,
-    reshard_root: bool = False,
-    prefetch_blocks: int = 0,
-    offload: OffloadPolicy | None = None,
-) -> None:
-    """Apply FSDP2 in place: one group per transformer block, the rest (embeddings, head) in the root group.
-
-    `mesh` has one dimension, or two: replicas, then shards. While a block runs, the next `prefetch_blocks` blocks
-    are gathered. Tied embeddings stay one tensor because both their modules are in the root group.
-    """
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload or OffloadPolicy()}
-    blocks = [
-        fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
-        for block in transformer_blocks(scorer)
-    ]
-    fully_shard(scorer, reshard_after_forward=True if reshard_root else None, **options)
-    for number, block in enumerate(blocks if prefetch_blocks else []):
-        block.set_modules_to_forward_prefetch(blocks[number + 1 : number + 1 + prefetch_blocks])
-        block.set_modules_to_backward_prefetch(blocks[max(0, number - prefetch_blocks) : number][::-1])
-
-
 def gather_root(scorer: nn.Module) -> None:
-    """Gather the FSDP2 root group (embeddings, head), for use outside `forward`; do nothing without FSDP2.
-
-    After a forward pass FSDP2 keeps it gathered anyway, until the next backward pass or `leave_gathered`.
-    """
+    """Gather the FSDP2 root group (embeddings, head) for use outside `forward`, until `leave_gathered`."""
     if isinstance(scorer, FSDPModule):
         scorer.unshard()
 
@@ -71,8 +43,7 @@ def gather_root(scorer: nn.Module) -> None:
 def leave_gathered(scorer: nn.Module) -> None:
     """Free gathered weights, which FSDP2 keeps after a forward pass without a backward pass, before an update.
 
-    While they are there, `parameters()` returns them instead of the shards, which alone have gradients, and the
-    next forward pass would use them although the update changes the shards. Does nothing without FSDP2.
+    Until then `parameters()` returns them instead of the shards, which alone have gradients and change.
     """
     for module in scorer.modules():
         if isinstance(module, FSDPModule):
@@ -133,32 +104,23 @@ def split_plan(model: Any, size: int) -> dict[str, str]:
     UserError if the model has no plan, if the plan splits other than linear layers, or if `size` does not divide
     the number of heads or a layer's width.
     """
-    blocks = transformer_blocks(model)
-    inside = next(name for name, module in model.named_modules() if module is blocks) + "."
+    blocks, modules = transformer_blocks(model), dict(model.named_modules())
+    inside = next(name for name, module in modules.items() if module is blocks) + "."
     rules = {name: style for name, style in model.tp_plan.items() if name.startswith(inside)}
-    named = {name: replace_layer_number_by_wildcard(name) for name, _ in model.named_modules()}
-    plan = {name: rules[general] for name, general in named.items() if general in rules}
-    kind = model.config.model_type
+    named = {name: replace_layer_number_by_wildcard(name) for name in modules}
+    plan = {name: rules[rule] for name, rule in named.items() if rule in rules}
+    linear = {n for n, style in plan.items() if style in _SPLIT and isinstance(modules[n], nn.Linear)}
+    supported = linear | {name for name, style in plan.items() if style == SUMMED}
+    others = (rules.keys() - {named[name] for name in plan}) | {named[name] for name in plan.keys() - supported}
+    kind, cure = model.config.model_type, "set tensor_parallel_size to 1 and shard over more ranks instead"
     if not plan:
-        raise UserError(
-            f"trainer.strategy: transformers has no tensor-parallel plan for {kind} models: set "
-            "tensor_parallel_size to 1 and shard over more ranks instead."
-        )
-    modules = dict(model.named_modules())
-    others = rules.keys() - {named[name] for name in plan}
-    others |= {
-        named[name]
-        for name, style in plan.items()
-        if not (isinstance(modules[name], nn.Linear) if style in _SPLIT else style == SUMMED)
-    }
+        raise UserError(f"trainer.strategy: transformers has no tensor-parallel plan for {kind} models: {cure}.")
     if others:
-        raise UserError(
-            f"trainer.strategy: the tensor-parallel plan of {kind} models splits more than linear layers "
-            f"({min(others)}), which is not supported: set tensor_parallel_size to 1."
-        )
+        said = f"the tensor-parallel plan of {kind} models splits more than linear layers ({min(others)})"
+        raise UserError(f"trainer.strategy: {said}: {cure}.")
     config = model.config.get_text_config()
     sizes = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
-    sizes |= {named[n]: modules[n].weight.shape[_SPLIT[style]] for n, style in plan.items() if style in _SPLIT}
+    sizes |= {named[name]: modules[name].weight.shape[_SPLIT[plan[name]]] for name in linear}
     for name, whole in sizes.items():
         if whole is not None and whole % size:
             raise UserError(
@@ -188,7 +150,7 @@ def split_layers(model: Any, mesh: DeviceMesh) -> dict[str, str]:
 def keep_local_part(model: Any, size: int, styles: Collection[str] = tuple(_SPLIT)) -> None:
     """Cut the layers of the plan with a style in `styles` to the first of `size` parts, in place."""
     for name, style in split_plan(model, size).items() if size > 1 else ():
-        if style not in _SPLIT or style not in styles:
+        if style not in styles:
             continue
         module, dimension = model.get_submodule(name), _SPLIT[style]
         for own, parameter in list(module.named_parameters(recurse=False)):

@@ -12,14 +12,14 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from app.core.errors import UserError
 from app.method.ranges import NonNegativeInt, PositiveInt, UpToInfinity, checked
 from lightning_modules.checkpoint import unwritable
 from lightning_modules.private import default_pg_timeout
 from lightning_modules.scorer import ResponseScorer
-from lightning_modules.sharding import SUMMED, shard, split_layers
+from lightning_modules.sharding import SUMMED, split_layers, transformer_blocks
 
 
 @checked
@@ -51,6 +51,9 @@ class ShardedStrategy(ModelParallelStrategy):
         timeout: the run ends if a rank does not join a collective within this time.
     """
 
+    _sharding_mesh: DeviceMesh
+    _tensor_mesh: DeviceMesh
+
     def __init__(
         self,
         replicas: PositiveInt | Literal["nodes"] = 1,
@@ -77,8 +80,6 @@ class ShardedStrategy(ModelParallelStrategy):
         self.offload_reference = offload_reference
         self.accumulate_whole_gradients = accumulate_whole_gradients
         self.meta_init_above = meta_init_above
-        self._sharding_mesh: DeviceMesh | None = None
-        self._tensor_mesh: DeviceMesh | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -102,9 +103,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Set up the processes and their device mesh. Raises UserError like `shards`."""
-        ranks = self.num_nodes * self.num_processes
+        ranks, split = self.num_nodes * self.num_processes, self.tensor_parallel_size
         shards = self.shards(self.num_nodes, ranks)
-        split = self.tensor_parallel_size
         self._data_parallel_size = ranks // split
         super().setup_environment()
         if shards == self._data_parallel_size:
@@ -133,39 +133,39 @@ class ShardedStrategy(ModelParallelStrategy):
             raise unwritable(path) from error
         self.barrier("shards written")
         if self.is_global_zero:
-            if path.is_dir():  # a checkpoint of the same step, which was repeated
-                shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # a checkpoint of the same step, which was repeated
             os.replace(part, path)
         self.barrier("shards in place")
 
     def place(self, scorer: ResponseScorer, frozen: bool) -> None:
-        """Shard `scorer` in place, with frozen weights in `compute_dtype`; offload a `frozen` one if asked for.
+        """Shard `scorer` in place by FSDP2: a group per transformer block; the rest, tied weights too, in the root.
 
-        Raises UserError if the model cannot be split over `tensor_parallel_size` ranks.
+        Frozen weights are stored in `compute_dtype`. Raises UserError if the model cannot be split over
+        `tensor_parallel_size` ranks.
         """
-        assert self._sharding_mesh is not None
-        assert self._tensor_mesh is not None
         for parameter in scorer.parameters():  # not buffers: rotary positions need float32
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(self.compute_dtype)
         if self.tensor_parallel_size > 1:
             plan = split_layers(scorer.model, self._tensor_mesh)
             if self.accumulate_whole_gradients and SUMMED in plan.values():
-                # transformers sums these gradients in place after every backward pass, so it would sum earlier
-                # micro-batches again
+                # transformers would sum these gradients of earlier micro-batches again in every backward pass
                 raise UserError(
                     "trainer.strategy: accumulate_whole_gradients does not go with tensor_parallel_size above 1 "
                     f"for {scorer.model.config.model_type} models: set it to false."
                 )
-        shard(
-            scorer,
-            self._sharding_mesh,
-            MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=torch.float32),
-            reshard_after_forward=self.reshard_after_forward,
-            # FSDP2 keeps the root gathered for the backward pass, but a frozen model has none
-            reshard_root=frozen,
-            prefetch_blocks=self.prefetch_blocks,
-            offload=CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
-            if frozen and self.offload_reference
-            else None,
-        )
+        options: dict[str, Any] = {
+            "mesh": self._sharding_mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=torch.float32),
+        }
+        if frozen and self.offload_reference:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+        blocks: list[Any] = list(transformer_blocks(scorer))
+        for block in blocks:
+            fully_shard(block, reshard_after_forward=self.reshard_after_forward, **options)
+        # FSDP2 keeps the root (embeddings, head) gathered for the backward pass, but a frozen model has none
+        fully_shard(scorer, reshard_after_forward=True if frozen else None, **options)
+        ahead = self.prefetch_blocks
+        for number, block in enumerate(blocks if ahead else []):
+            block.set_modules_to_forward_prefetch(blocks[number + 1 : number + 1 + ahead])
+            block.set_modules_to_backward_prefetch(blocks[max(0, number - ahead) : number][::-1])

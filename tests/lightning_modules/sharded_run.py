@@ -17,7 +17,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 import torch  # noqa: E402
 from tiny_runs import beta_dpo, controlled, preference, quiet_trainer, table_of, weights  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy  # noqa: E402
+from torch.distributed.fsdp import FSDPModule, fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 from app.method.batch import PackedRows  # noqa: E402
@@ -27,7 +27,7 @@ from lightning_modules import ShardedStrategy  # noqa: E402
 from lightning_modules.pretrained import load_model  # noqa: E402
 from lightning_modules.scorer import ResponseScorer  # noqa: E402
 from lightning_modules.sharded_loading import read_weights, weight_files  # noqa: E402
-from lightning_modules.sharding import shard, transformer_blocks  # noqa: E402
+from lightning_modules.sharding import transformer_blocks  # noqa: E402
 
 # strategy settings and module settings; a name with `tied` is trained on the tied model
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -96,9 +96,10 @@ def sharded_scores(name: str) -> torch.Tensor:
     """Of a model that is never whole on this rank."""
     model = load_model(name, meta_above=0)
     assert all(parameter.is_meta for parameter in model.parameters())
-    scorer = ResponseScorer(model)
+    scorer, mesh = ResponseScorer(model), init_device_mesh("cpu", (2,))
     assert len(transformer_blocks(scorer)) == model.config.num_hidden_layers
-    shard(scorer, init_device_mesh("cpu", (2,)), MixedPrecisionPolicy())
+    for part in (*transformer_blocks(scorer), scorer):
+        fully_shard(part, mesh=mesh)
     read_weights(model, weight_files(name))
     with torch.no_grad():
         return scorer(rows())
