@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -74,6 +73,7 @@ class LanguageModelTraining(RecordedTraining):
     """
 
     responses: Sequence[str]  # the sides of a pair that the stage trains on
+    ranks: Ranks
 
     def __init__(
         self,
@@ -104,13 +104,11 @@ class LanguageModelTraining(RecordedTraining):
         self.trust_remote_code = trust_remote_code
         self.lora = lora
         self.quantize = quantize
-        self.policy: ResponseScorer
-        self.ranks: Ranks
 
     # --- set-up -----------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """Raise UserError for settings that cannot work, before Lightning's own check, which names no remedy."""
+        """Raise UserError for settings that cannot work, before Lightning's check, which names no remedy."""
         check_start(self.trainer, self.name, self.compile_layers, self.lora, self.quantize)
         if self.trainer.state.fn == TrainerFn.FITTING:
             try_optimizer(self.trainer, self.make_optimizer, self.make_lr_scheduler, self.lora)
@@ -128,8 +126,7 @@ class LanguageModelTraining(RecordedTraining):
             return
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
-        # converted before Lightning does it, because the reference is a copy and sharding fixes the dtype
-        self.policy = self.trainer.precision_plugin.convert_module(self.build_scorer(self.name, self.lora))  # type: ignore[assignment]
+        self.policy = self.build_scorer(self.name, self.lora)
         if self.name is not None and hasattr(self.data, "tokenizer"):
             check_tokens(self.name, self.data.tokenizer, self.trust_remote_code, refuse=False)
         self.keep_reference()
@@ -140,47 +137,46 @@ class LanguageModelTraining(RecordedTraining):
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         # from_pretrained returns eval mode, in which transformers silently skips gradient checkpointing
         self.policy.train()
-        sizes = [(numbers(weight), weight.requires_grad) for weight in self.policy.parameters()]
-        trained = sum(size for size, wanted in sizes if wanted)
-        rank_zero_info(f"{trained:,} of {sum(size for size, _ in sizes):,} parameters are trained")
+        trained = sum(numbers(weight) for weight in self.policy.parameters() if weight.requires_grad)
+        rank_zero_info(f"{trained:,} of {parameter_count(self.policy):,} parameters are trained")
         self.place(self.policy)
         if self.adapters_alone:
             save_adapters_alone(self)
-            first = self.ranks.number == 0  # which alone reads the files
-            identity = model_identity(str(self.name), self.policy.model.config) if first else None
-            self.base_identity = self.trainer.strategy.broadcast(identity)
-        self.on_policy_ready()
+            if self.ranks.number == 0:  # which alone reads the files
+                self.base_identity = model_identity(str(self.name), self.policy.model.config)
+            self.base_identity = self.trainer.strategy.broadcast(self.base_identity)
 
     def build_scorer(self, name: str | None, lora: Lora | None) -> ResponseScorer:
-        """Load the model, add adapters if asked for, and wrap it in a `ResponseScorer`."""
-        asked = None if self.attention in ("auto", *OURS) else self.attention
-        meta_above = getattr(self.trainer.strategy, "meta_init_above", math.inf)
+        """Load the model, add adapters if asked for, and wrap it in a `ResponseScorer` of the run's precision."""
+        strategy = self.trainer.strategy
+        meta_above = getattr(strategy, "meta_init_above", math.inf)
         reads_base = lora is not None and lora.reads_base
         model = load_model(
             name,
             self.architecture,
-            attention=asked,
+            attention=None if self.attention in ("auto", *OURS) else self.attention,
             trust_remote_code=self.trust_remote_code,
             meta_above=math.inf if reads_base else meta_above,
             quantized=quantization(self.quantize, self.compute_dtype),
-            device=self.trainer.strategy.root_device,
+            device=strategy.root_device,
         )
         self.check_data(model)
+        if reads_base and parameter_count(model) > meta_above:
+            rank_zero_warn(
+                "model.lora: the start of DoRA, PiSSA and OLoRA depends on the base's weights, so every rank loads "
+                "the whole model before it keeps only its shards"
+            )
         if lora is not None:
-            if reads_base and parameter_count(model) > meta_above:
-                rank_zero_warn(
-                    "model.lora: the start of DoRA, PiSSA and OLoRA depends on the base's weights, so every rank "
-                    "loads the whole model before it keeps only its shards"
-                )
             with stand_ins_for_meta(model):
                 add_lora(model, lora)
             for weight in model.parameters():
                 if weight.requires_grad or lora.moves_base:  # A is random, and its replicas must be equal
-                    weight.data = self.trainer.strategy.broadcast(weight.data.cpu()).to(weight.device)
+                    weight.data = strategy.broadcast(weight.data.cpu()).to(weight.device)
         scorer = ResponseScorer(model)
         if self.attention in OURS:
             scorer.use_attention(self.attention)
-        return scorer
+        # converted before Lightning does it, because the reference is a copy and sharding fixes the dtype
+        return self.trainer.precision_plugin.convert_module(scorer)  # type: ignore[return-value]
 
     def check_data(self, model: Any) -> None:
         """Raise UserError if the data has token ids or row lengths beyond the model's embeddings."""
@@ -204,9 +200,6 @@ class LanguageModelTraining(RecordedTraining):
 
     def keep_reference(self) -> None:
         """Make the reference, perhaps of the policy, which is not sharded yet; does nothing by default."""
-
-    def on_policy_ready(self) -> None:
-        """Run code once the policy is placed and before any checkpoint is loaded; does nothing by default."""
 
     def place(self, scorer: ResponseScorer, frozen: bool = False) -> ResponseScorer:
         """Put the scorer on its device and return it.
@@ -271,18 +264,24 @@ class LanguageModelTraining(RecordedTraining):
                 scorer.layout = layout
         return self.ranks.match(self.policy.pack(batch, self.responses, pairs))
 
-    def backward_micro_batch(self, loss: Tensor, last: bool) -> None:
-        """Accumulate gradients; `gradient_sync` decides what ranks exchange before the `last` micro-batch."""
+    def backward_share(self, losses: Tensor, count: float, last: bool) -> Tensor:
+        """Back-propagate these `losses` as a part of the mean over `count` of all ranks, and return this part.
+
+        The factor number of shares turns the average over shares, which DDP and FSDP2 take, into a sum.
+        `gradient_sync` decides what ranks exchange before the `last` micro-batch.
+        """
+        part = losses.sum() * (self.ranks.shares / count)
         with gradient_sync(self.trainer.strategy, self.policy, last):
-            self.manual_backward(loss)
+            self.manual_backward(part)
+        return part.detach()
 
     def update(self) -> float:
         """Clip gradients, step the optimizer and the schedule, and return the gradient norm before clipping.
 
         Raises UserError before the weights change if the norm is not finite.
         """
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        assert isinstance(optimizer, LightningOptimizer)
+        optimizer: Any = self.optimizers()
+        schedule = self.lr_schedulers()
         leave_gathered(self.policy)
         grad_norm = clip_gradients(self.policy.parameters(), self.max_grad_norm or math.inf)
         if not math.isfinite(grad_norm):

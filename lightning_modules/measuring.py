@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,38 +30,25 @@ class AdapterOff:
 
     def __init__(self, policy: ResponseScorer):
         self.policy = policy
+        self.logits = policy.logits  # the head has no adapter
 
     def __call__(self, rows: PackedRows, **options: Any) -> Tensor:
         with without_adapters(self.policy.model):
             return self.policy(rows, **options)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.policy.logits(hidden)  # the head has no adapter
 
-
+@dataclass
 class PairMeasurer:
     """The policy, its reference and the ranks that measure the pairs of a batch together.
 
     It is no module, so checkpoints do not hold the reference.
-
-    Args:
-        policy: the model that is trained.
-        ranks: the processes of the run.
-        reference: the model that computes the reference's values for every batch; None if none does.
-        stored: instead, the reference's log-probabilities [n, 2] of the pairs with the keys [n].
     """
 
-    def __init__(
-        self,
-        policy: ResponseScorer,
-        ranks: Ranks,
-        reference: ResponseScorer | AdapterOff | None = None,
-        stored: Callable[[np.ndarray], Tensor] | None = None,
-    ):
-        self.policy = policy
-        self.ranks = ranks
-        self.reference = reference
-        self.stored = stored
+    policy: ResponseScorer  # the model that is trained
+    ranks: Ranks
+    reference: ResponseScorer | AdapterOff | None = None  # computes the reference's values for every batch
+    # instead, the reference's log-probabilities [n, 2] of the pairs with the keys [n]
+    stored: Callable[[np.ndarray], Tensor] | None = None
 
     @property
     def scorers(self) -> tuple[ResponseScorer, ...]:
@@ -87,22 +75,14 @@ class PairMeasurer:
     def measure_rows(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> PairLogps:
         """Return the log-probabilities of the pairs in the rows; other pairs of the share get zeros."""
         share, device = len(batch.positions), self.ranks.device
-        reference = None  # for a loss without one
+        fixed: Sequence[Tensor | None] = (None, None)  # for a loss without a reference
         if self.stored is not None:
-            reference = on_device(self.stored(batch.pair_keys.numpy()), device)
+            fixed = on_device(self.stored(batch.pair_keys.numpy()), device).unbind(1)
         elif self.reference is not None:
             with torch.no_grad():  # before the policy, whose activations stay in memory
-                reference = response_logps(self.reference, micro_batches, share, 2, device)
-        policy = response_logps(self.policy, micro_batches, share, 2, device)
-        tokens = response_tokens(micro_batches, share, 2, device)
-        return PairLogps(
-            policy_chosen=policy[:, 0],
-            policy_rejected=policy[:, 1],
-            reference_chosen=None if reference is None else reference[:, 0],
-            reference_rejected=None if reference is None else reference[:, 1],
-            chosen_tokens=tokens[:, 0],
-            rejected_tokens=tokens[:, 1],
-        )
+                fixed = response_logps(self.reference, micro_batches, share, 2, device).unbind(1)
+        policy = response_logps(self.policy, micro_batches, share, 2, device).unbind(1)
+        return PairLogps(*policy, *fixed, *response_tokens(micro_batches, share, 2, device).unbind(1))
 
     def gather(self, logps: PairLogps, batch: OptimizerBatch) -> PairLogps:
         """Return `logps` of all G pairs of the global batch, detached, on the CPU, equal on every rank.
@@ -113,9 +93,7 @@ class PairMeasurer:
         own = {name: column.detach() for name, column in vars(logps).items() if column is not None}
         table = torch.zeros(len(own), len(batch.pair_ids), dtype=torch.float64, device=self.ranks.device)
         table[:, on_device(batch.positions, self.ranks.device)] = torch.stack([c.double() for c in own.values()])
-        global_logps: dict[str, Any] = dict.fromkeys(vars(logps))
-        global_logps.update(zip(own, self.ranks.reduce(table, "sum"), strict=True))
-        return PairLogps(**global_logps)
+        return replace(logps, **dict(zip(own, self.ranks.reduce(table, "sum"), strict=True)))
 
     def measured_alone(self, batch: OptimizerBatch, logps: PairLogps) -> PairLogps:
         """Return `logps` [B], detached, with every pair that is not finite scored again in separate rows.
@@ -130,11 +108,8 @@ class PairMeasurer:
                 attention.enter_context(scorer.as_loaded())
             rows = batch.micro_batches(SIDES, "separate", self.policy.balanced_row, suspects)
             again = vars(self.measure_rows(batch, self.ranks.match(rows)))
-        alone: dict[str, Any] = {
-            name: None if column is None else torch.where(spoilt, again[name], column.detach())
-            for name, column in vars(logps).items()
-        }
-        return PairLogps(**alone)
+        columns = {name: column for name, column in vars(logps.detach()).items() if column is not None}
+        return replace(logps, **{name: torch.where(spoilt, again[name], c) for name, c in columns.items()})
 
 
 # --- what needs the logits of policy and reference together: gaps under perturbation (ε-DPO) and the KL ---------
@@ -172,33 +147,23 @@ def response_table(
     """Return `compare` (K = `size`) summed over each response of the global batch, [K, G, 2] float64 on the CPU.
 
     Pairs that are not `eligible` [G] are left out of the rows, which they could make NaN, and get NaN. It costs an
-    extra forward pass of policy and reference and must be called on every rank at once.
+    extra forward pass of policy and reference and must be called on every rank at once. At most one chunk of logits
+    [chunk, V] of each model is in memory at a time.
     """
-    policy, reference, ranks = measurer.policy, measurer.reference, measurer.ranks
+    ranks, reference = measurer.ranks, measurer.reference
     assert reference is not None
     here = torch.nonzero(eligible[batch.positions]).flatten().tolist()
     table = torch.zeros(size, len(batch.pair_ids), 2, dtype=torch.float64, device=ranks.device)
     positions = on_device(batch.positions, ranks.device)
     for rows in measurer.rows(batch, here):
-        sums = compared_sums(policy, reference, rows, compare)
-        table[:, positions[rows.pairs]] = sums.view(size, -1, 2)
-    return ranks.reduce(table, "sum").masked_fill(~eligible[:, None], torch.nan)
-
-
-def compared_sums(
-    policy: ResponseScorer, reference: ResponseScorer | AdapterOff, rows: PackedRows, compare: Comparison
-) -> Tensor:
-    """Return `compare` summed over each of the S responses, [K, S] float64.
-
-    At most one chunk of logits [chunk, V] of each model is in memory at a time.
-    """
-    hidden = [scorer(rows, hidden_only=True) for scorer in (policy, reference)]
-    for scorer in (policy, reference):
-        if isinstance(scorer, ResponseScorer):  # `AdapterOff` uses the policy's root
+        hidden = [scorer(rows, hidden_only=True) for scorer in (measurer.policy, reference)]
+        for scorer in measurer.scorers:
             gather_root(scorer)
-    chunks = [part.split(CHUNK_TOKENS) for part in (*hidden, rows.target_ids)]
-    per_token = [
-        compare(policy.logits(ours), reference.logits(fixed), targets)
-        for ours, fixed, targets in zip(*chunks, strict=True)
-    ]
-    return torch.stack([response_sums(column, rows) for column in torch.cat(per_token, dim=1)])
+        chunks = (part.split(CHUNK_TOKENS) for part in (*hidden, rows.target_ids))
+        per_token = [
+            compare(measurer.policy.logits(ours), reference.logits(fixed), targets)
+            for ours, fixed, targets in zip(*chunks, strict=True)
+        ]
+        sums = [response_sums(column, rows) for column in torch.cat(per_token, dim=1)]
+        table[:, positions[rows.pairs]] = torch.stack(sums).view(size, -1, 2)
+    return ranks.reduce(table, "sum").masked_fill(~eligible[:, None], torch.nan)

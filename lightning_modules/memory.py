@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -121,32 +121,30 @@ class Sizes:
     @classmethod
     def of(cls, model: Any, quantize: Mapping[str, Any] | None = None) -> Sizes:
         """Count the parameters of `model`; with `quantize`, linear layers as `quantized_size` says."""
-        head, every_linear = model.get_output_embeddings().weight, linear_weights(model)
-        linear = {id(weight): weight for weight in every_linear if not weight.requires_grad}
-        packed = [w.numel() for w in linear.values() if w is not head] if quantize is not None else []
-        whole = [w for w in model.parameters() if quantize is None or w is head or id(w) not in linear]
-        stored = sum(w.numel() * w.element_size() for w in whole) + sum(packed) * quantized_size(quantize or {})
-        copied = sum(
-            w.numel() for w in whole if w.requires_grad or (id(w) in linear and w.element_size() == WEIGHT)
-        )
+        head, linear = model.get_output_embeddings().weight, linear_weights(model)
+        frozen = {id(weight): weight.numel() for weight in linear if not weight.requires_grad}
+        packed = {key: size for key, size in frozen.items() if quantize is not None and key != id(head)}
+        whole = [weight for weight in model.parameters() if id(weight) not in packed]
+        stored = sum(w.numel() * w.element_size() for w in whole) + sum(packed.values()) * quantized_size(quantize)
+        rounded = (w for w in whole if w.requires_grad or (id(w) in frozen and w.element_size() == WEIGHT))
         return cls(
             weights=Parts.of(model),
             trained=Parts.of(model, trained=True),
             vocabulary=head.shape[0],
-            linear=sum(weight.numel() for weight in every_linear),
+            linear=sum(weight.numel() for weight in linear),
             stored=int(stored),
-            copied=copied,
-            dequantized=max(packed, default=0),
+            copied=sum(weight.numel() for weight in rounded),
+            dequantized=max(packed.values(), default=0),
         )
 
 
-def quantized_size(quantize: Mapping[str, Any]) -> float:
+def quantized_size(quantize: Mapping[str, Any] | None) -> float:
     """Return the bytes of a number under bitsandbytes: 8 bits, or 4 with a scale in blocks of 64.
 
     The scale is float32 or, with `bnb_4bit_use_double_quant`, has 8 bits and a scale of its own in blocks of 256
     (QLoRA, arXiv 2305.14314, §3).
     """
-    if not quantize.get("load_in_4bit"):
+    if not quantize or not quantize.get("load_in_4bit"):
         return 1.0
     return 0.5 + ((1 + 4 / 256) if quantize.get("bnb_4bit_use_double_quant") else 4) / 64
 
@@ -179,15 +177,12 @@ class MemoryPlan:
     setup: Setup
     activations: Activations
 
-    @cached_property
+    @property
     def resident(self) -> dict[str, int]:
         """Return the bytes held throughout the step."""
         sizes, setup = self.sizes, self.setup
-        trained = WEIGHT * sizes.trained.all // setup.shards
-        resident = {
-            "parameters": sizes.stored // setup.shards,
-            "optimizer state": int(trained * setup.optimizer_state),
-        }
+        state = int(WEIGHT * sizes.trained.all // setup.shards * setup.optimizer_state)
+        resident = {"parameters": sizes.stored // setup.shards, "optimizer state": state}
         if setup.reference and not (setup.kind == "sharded" and setup.offload_reference):
             halved = sizes.weights.all if setup.kind == "sharded" else sizes.linear
             reference = setup.compute_bytes * halved + WEIGHT * (sizes.weights.all - halved)
@@ -204,17 +199,16 @@ class MemoryPlan:
     def moments(self, tokens: int) -> dict[str, dict[str, int]]:
         """Return the bytes held at each candidate for the peak, with micro-batches of `tokens` tokens."""
         weights, trained, setup, made = self.sizes.weights, self.sizes.trained, self.setup, self.activations
-        sharded = setup.kind == "sharded"
-        compute = setup.compute_bytes
+        sharded, compute = setup.kind == "sharded", setup.compute_bytes
         share = WEIGHT * trained.all // setup.shards
         gradients = share + (WEIGHT * trained.all if setup.kind == "ddp" else 0)  # DDP adds its buckets
         if sharded and setup.accumulate_whole:
             gradients += WEIGHT * trained.all
-        root = compute * weights.root if sharded else 0
-        block = compute * weights.block if sharded else 0
+        root, block = compute * weights.root * sharded, compute * weights.block * sharded
         # the running block, the prefetched blocks, and the receive buffer of one block
-        blocks = block * (2 + setup.prefetch) if setup.reshard else compute * (weights.all - weights.root) + block
-        blocks *= sharded
+        blocks = block * (2 + setup.prefetch)
+        if sharded and not setup.reshard:
+            blocks = compute * (weights.all - weights.root) + block
         # in the worst case all tokens are in one row
         masks = setup.dense_mask * tokens**2 or mask_bytes(tokens) * (setup.device == "cuda")
         # the peak is at the start of the backward pass or, with checkpoints, while a block is recomputed

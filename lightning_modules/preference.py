@@ -29,6 +29,7 @@ from lightning_modules.sharding import keeps_gradients
 
 log = logging.getLogger(__name__)
 
+IN_THE_BAR = ("train/loss", "beta/used", "filter/kept_fraction", "train/reward_accuracy", "train/pairs_per_second")
 SCALED_BY_BETA = ("reward_margin", "reward_chosen", "reward_rejected")
 
 
@@ -146,7 +147,7 @@ class PreferenceOptimization(PreferenceScoring):
     def backward_kept(
         self, batch: OptimizerBatch, logps: PairLogps, global_logps: PairLogps, decision: StepDecision
     ) -> None:
-        """Back-propagate the loss of the kept pairs, through the graph of `logps` if it has one."""
+        """Back-propagate (1/|K|) Σ_{i∈K} loss_i of the kept pairs K, through the graph of `logps` if it has one."""
         batch_loss = self.loss.for_batch(global_logps)
         here = torch.nonzero(decision.kept[batch.positions]).flatten()  # indices into this rank's share
         terms = on_device(decision.terms(batch.positions), self.device)
@@ -162,13 +163,6 @@ class PreferenceOptimization(PreferenceScoring):
             scored = replace(logps, policy_chosen=policy[:, 0], policy_rejected=policy[:, 1])
             losses = decision.weighted_losses(batch_loss, scored.select(rows.pairs), terms[:, rows.pairs])
             self.backward_share(losses, decision.kept_count, number == len(kept))
-
-    def backward_share(self, losses: Tensor, kept_count: int, last: bool) -> None:
-        """Back-propagate these pairs' part of (1/|K|) Σ_{i∈K} loss_i.
-
-        The factor number of shares turns the average over shares, which DDP and FSDP2 take, into a sum.
-        """
-        self.backward_micro_batch(losses.sum() * (self.ranks.shares / kept_count), last)
 
     def decide(self, global_logps: PairLogps, batch: OptimizerBatch) -> StepDecision:
         """Return the decision of the step: plain DPO, changed by every `RewardGapHook` in trainer order."""
@@ -239,28 +233,23 @@ class PreferenceOptimization(PreferenceScoring):
         operations = step_operations(self.policy.model, reference, batch.tokens, responses, decision.kept_fraction)
         seconds = self.step_seconds()
         rate = operations / seconds / self.trainer.world_size
-        shown: dict[str, Tensor | float] = {
+        peak = peak_operations(self.device, self.compute_dtype)
+        figures: dict[str, Tensor | float] = {
             "train/loss": loss,
             "beta/used": decision.beta_used,
             "filter/kept_fraction": decision.kept_fraction,
-            "train/reward_accuracy": at_base["reward_accuracy"].mean(),
             "train/pairs_per_second": len(decision.pair_ids) / seconds,
+            **{f"train/{name}": values.mean() for name, values in at_base.items()},
+            **{f"train/{name}_at_beta_used": at_used[name].mean() for name in SCALED_BY_BETA},
+            "beta/base": self.beta0,
+            "gap/mean": decision.gaps[decision.eligible].mean(),
+            "gap/kept_mean": decision.gaps[decision.kept].mean(),
+            "train/grad_norm": grad_norm,
+            "train/tokens_per_second": batch.tokens / seconds,
+            "train/nonfinite_pairs": float(self.nonfinite_pairs),
+            "train/tera_operations_per_second": rate / 1e12,  # per device
+            **({} if peak is None else {"train/mfu": rate / peak}),
         }
-        self.log_dict(shown, prog_bar=True)
-        self.log_dict(
-            {f"train/{n}": v.mean() for n, v in at_base.items() if f"train/{n}" not in shown}
-            | {f"train/{n}_at_beta_used": at_used[n].mean() for n in SCALED_BY_BETA}
-            | {
-                "beta/base": self.beta0,
-                "gap/mean": decision.gaps[decision.eligible].mean(),
-                "gap/kept_mean": decision.gaps[decision.kept].mean(),
-                "train/grad_norm": grad_norm,
-                "train/tokens_per_second": batch.tokens / seconds,
-                "train/nonfinite_pairs": float(self.nonfinite_pairs),
-                "train/tera_operations_per_second": rate / 1e12,  # per device
-            }
-        )
-        peak = peak_operations(self.device, self.compute_dtype)
-        if peak is not None:
-            self.log("train/mfu", rate / peak)
+        for name, figure in figures.items():
+            self.log(name, figure, prog_bar=name in IN_THE_BAR)
         return loss

@@ -59,29 +59,30 @@ class PreferenceScoring(LanguageModelTraining):
     def load_reference(self, name: str) -> ResponseScorer:
         """Return the model `name`, frozen and placed. Raises UserError if it cannot be read or has other tokens."""
         try:
-            scorer = self.trainer.precision_plugin.convert_module(self.build_scorer(name, None))
+            scorer = self.build_scorer(name, None)
             if self.data is not None:
                 check_tokens(name, self.data.tokenizer, self.trust_remote_code)
-            return self.place(scorer.eval().requires_grad_(False), frozen=True)  # type: ignore[arg-type]
+            return self.place(scorer.eval().requires_grad_(False), frozen=True)
         except UserError as error:
             raise UserError(str(error).replace("model.name", "model.reference_name")) from error
 
     def keep_reference(self) -> None:
-        scorer: ResponseScorer | AdapterOff | None
-        if self.reference == "cached" and not self.loss.needs_reference:
-            rank_zero_info(f"model.reference: cached has no effect with {self.loss}, which needs no reference")
-        if not self.loss.needs_reference or (self.reference == "cached" and self.other_reference is None):
-            scorer = None
+        self.measurer = PairMeasurer(self.policy, self.ranks)
+        if not self.loss.needs_reference:
+            if self.reference == "cached":
+                rank_zero_info(f"model.reference: cached has no effect with {self.loss}, which needs no reference")
         elif self.other_reference is not None:
-            scorer = self.load_reference(self.other_reference)
-        elif self.lora is not None:
-            scorer = AdapterOff(self.policy)
-        else:
-            scorer = self.place(copy.deepcopy(self.policy).eval().requires_grad_(False), frozen=True)
-        self.measurer = PairMeasurer(self.policy, self.ranks, scorer)
+            self.measurer.reference = self.load_reference(self.other_reference)
+        elif self.reference == "frozen" and self.lora is not None:
+            self.measurer.reference = AdapterOff(self.policy)
+        elif self.reference == "frozen":
+            frozen = copy.deepcopy(self.policy).eval().requires_grad_(False)
+            self.measurer.reference = self.place(frozen, frozen=True)
 
-    def on_policy_ready(self) -> None:
-        if not self.loss.needs_reference or self.reference != "cached":
+    def configure_model(self) -> None:
+        again = hasattr(self, "policy")
+        super().configure_model()
+        if again or not self.loss.needs_reference or self.reference != "cached":
             return
         assert self.name is not None
         # before a checkpoint is loaded, while the policy's weights are still those of the reference, unless that is

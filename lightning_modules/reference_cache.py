@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -46,15 +46,12 @@ class ReferenceCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._rows = np.zeros(0, _ROW)  # sorted by key
         self.load()
 
     def load(self) -> None:
         """Read every part in the folder."""
-        parts = [rows for path in sorted(self.folder.glob("*.npy")) if (rows := _read_part(path)) is not None]
-        rows = np.concatenate([np.zeros(0, _ROW), *parts])
-        _, first = np.unique(rows["key"], return_index=True)
-        self._rows = rows[first]
+        rows = np.concatenate([np.zeros(0, _ROW), *map(_read_part, sorted(self.folder.glob("*.npy")))])
+        self._rows = rows[np.unique(rows["key"], return_index=True)[1]]  # sorted by key
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -77,13 +74,10 @@ class ReferenceCache:
         rows = self._rows[np.searchsorted(self._rows["key"], keys)]
         return torch.from_numpy(np.stack([rows["chosen"], rows["rejected"]], 1))
 
-    def clear(self) -> None:
-        """Delete every part."""
-        for path in self.folder.glob("*.npy"):
-            path.unlink()
-
     def add(self, keys: np.ndarray, logps: np.ndarray) -> None:
-        """Write the log-probabilities [n, 2] of the pairs `keys` [n] as a new part; `load` reads it."""
+        """Write the log-probabilities [n, 2] of the pairs `keys` [n], if any, as a new part; `load` reads it."""
+        if not len(keys):
+            return
         rows = np.zeros(len(keys), _ROW)
         rows["key"], rows["chosen"], rows["rejected"] = keys, logps[:, 0], logps[:, 1]
         content = io.BytesIO()  # numpy's own writing hides the reason of the operating system
@@ -96,15 +90,13 @@ def _content_hash(rows: np.ndarray) -> str:
     return hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest()
 
 
-def _read_part(path: Path) -> np.ndarray | None:
-    try:
+def _read_part(path: Path) -> np.ndarray:
+    with suppress(OSError, ValueError, EOFError):
         rows = np.load(path, allow_pickle=False)
         if rows.dtype == _ROW and _content_hash(rows) == path.stem:
             return rows
-    except (OSError, ValueError, EOFError):
-        pass
     log.warning("%s is damaged: its pairs are scored again.", path)
-    return None
+    return np.zeros(0, _ROW)
 
 
 def reference_fingerprint(name: str, measurer: PairMeasurer, dtype: torch.dtype) -> str:
@@ -116,11 +108,12 @@ def reference_fingerprint(name: str, measurer: PairMeasurer, dtype: torch.dtype)
     """
     scorer, ranks = measurer.policy, measurer.ranks
     kernel = [ranks.device.type, scorer.attention, str(scorer.layout)]
-    kernel += ["compiled"] if scorer.compiled else []
+    if scorer.compiled:
+        kernel.append("compiled")
     if dtype == torch.bfloat16 and isinstance(ranks.strategy, ShardedStrategy):
         kernel.append(f"sharded, split {ranks.size // ranks.shares}")
-    quantised = getattr(scorer.model.config, "quantization_config", None)
-    kernel += [] if quantised is None else [quantised.to_json_string()]
+    if (quantised := getattr(scorer.model.config, "quantization_config", None)) is not None:
+        kernel.append(quantised.to_json_string())
     model = model_identity(name, scorer.model.config)
     return fingerprint({"version": VERSION, "model": model, "dtype": str(dtype), "kernel": kernel})
 
@@ -141,32 +134,35 @@ def filled_reference_cache(
         batches_of: the data's batches of the pairs whose keys are wanted (`PairDataModule.batches_of`).
     """
     ranks = measurer.ranks
-    first = ranks.number == 0
-    own = reference_fingerprint(name, measurer, dtype) if first else ""
+    own = reference_fingerprint(name, measurer, dtype) if ranks.number == 0 else ""
     folder = cache_root("references") / ranks.strategy.broadcast(own)
     cache = ReferenceCache(folder)
+
+    def missing() -> Batches:
+        return batches_of(lambda keys: ~cache.knows(keys))
+
+    def error() -> float:
+        return _largest_error(measurer, cache, batches_of(cache.knows, CHECKED_PAIRS))
+
     # nothing to write is no reason for the lock, so a cache may be read-only; another run may write to it meanwhile
-    if same_count(cache, ranks) and len(cache):
-        missing = sum(map(len, batches_of(lambda keys: ~cache.knows(keys))))
-        if not ranks.reduce(torch.tensor(float(missing)), "max"):
-            error = _largest_error(measurer, cache, batches_of(cache.knows, CHECKED_PAIRS))
-            if error <= TOLERANCE[dtype]:
-                return cache
+    if same_count(cache, ranks):
+        to_score = torch.tensor(sum(map(len, missing())))
+        if not ranks.reduce(to_score, "max") and error() <= TOLERANCE[dtype]:
+            return cache
     with _lock(ranks, folder):
         cache.load()
         refuse_apart(cache, ranks)
-        error = _largest_error(measurer, cache, batches_of(cache.knows, CHECKED_PAIRS))
-        if error > TOLERANCE[dtype]:
+        if (apart := error()) > TOLERANCE[dtype]:
             log.warning(
                 "model.reference: the log-probabilities in %s are not those of %s (apart by %.2g nats per token): "
                 "they are deleted, and every pair is scored again.",
-                *(folder, name, error),
+                *(folder, name, apart),
             )
-            if first:
-                cache.clear()
+            for path in folder.glob("*.npy") if ranks.number == 0 else ():
+                path.unlink()
             ranks.strategy.barrier()
             cache.load()
-        _score(measurer, cache, batches_of(lambda keys: ~cache.knows(keys)))
+        _score(measurer, cache, missing())
         ranks.strategy.barrier()
         cache.load()
         refuse_apart(cache, ranks)  # once more, because empty folders are alike
@@ -190,11 +186,9 @@ def same_count(cache: ReferenceCache, ranks: Ranks) -> bool:
 @contextmanager
 def _lock(ranks: Ranks, folder: Path) -> Iterator[None]:
     """Hold the folder's lock in rank 0; the other ranks wait in short collectives, which cannot time out."""
-    lock: Lock | None = None
-    if ranks.number == 0:
-        lock = Lock(*lock_of("references", folder.name))
-        if not lock.acquire(0):
-            log.info("%s scores the same reference into %s: waiting for it", lock.holder(), folder)
+    lock = Lock(*lock_of("references", folder.name)) if ranks.number == 0 else None
+    if lock is not None and not lock.acquire(0):
+        log.info("%s scores the same reference into %s: waiting for it", lock.holder(), folder)
     while ranks.reduce(torch.tensor(float(lock is not None and not lock.held)), "max"):
         if lock is not None:
             lock.acquire(_WAIT_SECONDS)
@@ -211,18 +205,14 @@ def _score(measurer: PairMeasurer, cache: ReferenceCache, loaders: Batches) -> N
     if not total:
         return
     log.info("scoring the pairs under the reference, once for all runs from this model: %s", cache.folder)
-    scored: list[tuple[np.ndarray, np.ndarray]] = []
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
     quiet = None if measurer.ranks.number == 0 else True  # None: tqdm is quiet without a terminal
     batches = tqdm(chain.from_iterable(loaders), "reference", total, unit=" batches", disable=quiet)
-    for number, batch in enumerate(batches, 1):
-        logps, _ = measurer.measure(batch, measurer.rows(batch))
-        both = torch.stack([logps.policy_chosen, logps.policy_rejected], 1)
-        scored.append((batch.pair_keys.numpy(), both.cpu().numpy()))
+    for number, (keys, logps, _) in enumerate(_scored(measurer, batches), 1):
+        parts.append((keys, logps.numpy()))
         if number % _BATCHES_PER_PART == 0 or number == total:
-            keys, values = (np.concatenate(column) for column in zip(*scored, strict=True))
-            if len(keys):
-                cache.add(keys, values)
-            scored.clear()
+            cache.add(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+            parts.clear()
 
 
 def _largest_error(measurer: PairMeasurer, cache: ReferenceCache, loaders: Batches) -> float:
@@ -230,13 +220,20 @@ def _largest_error(measurer: PairMeasurer, cache: ReferenceCache, loaders: Batch
 
     It is 0 for a value that is not finite in both, and infinite for a value that is finite in only one.
     """
-    largest = torch.zeros((), dtype=torch.float64)
-    for batch in chain.from_iterable(loaders):
+    apart = [torch.zeros(1, dtype=torch.float64)]
+    for keys, logps, tokens in _scored(measurer, chain.from_iterable(loaders)):
+        stored = cache.logps(keys)
+        error = ((logps - stored).abs() / tokens).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        apart.append(error.masked_fill(~logps.isfinite() & ~stored.isfinite(), 0).flatten())
+    return float(measurer.ranks.reduce(torch.cat(apart).max(), "max"))
+
+
+def _scored(
+    measurer: PairMeasurer, batches: Iterable[OptimizerBatch]
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """Yield keys [B], log-probabilities [B, 2] float64 and tokens [B, 2] of this rank's pairs, on the CPU."""
+    for batch in batches:
         logps, _ = measurer.measure(batch, measurer.rows(batch))
-        scored = torch.stack([logps.policy_chosen, logps.policy_rejected], 1).cpu()
-        tokens = torch.stack([logps.chosen_tokens, logps.rejected_tokens], 1).cpu()
-        stored = cache.logps(batch.pair_keys.numpy())
-        apart = ((scored - stored).abs() / tokens).nan_to_num(nan=torch.inf, posinf=torch.inf)
-        neither = ~torch.isfinite(scored) & ~torch.isfinite(stored)
-        largest = torch.cat([largest[None], apart.masked_fill(neither, 0).flatten()]).max()
-    return float(measurer.ranks.reduce(largest, "max"))
+        both = torch.stack([logps.policy_chosen, logps.policy_rejected], 1)
+        tokens = torch.stack([logps.chosen_tokens, logps.rejected_tokens], 1)
+        yield batch.pair_keys.numpy(), both.cpu(), tokens.cpu()

@@ -37,14 +37,11 @@ class SupervisedFineTuning(LanguageModelTraining):
 
     def training_step(self, batch: OptimizerBatch, batch_idx: int) -> Tensor:
         micro_batches = self.micro_batches(batch)
-        tokens = self.ranks.reduce(torch.tensor(sum(len(rows.target_ids) for rows in micro_batches)), "sum")
+        tokens = float(self.ranks.reduce(torch.tensor(sum(len(rows.target_ids) for rows in micro_batches)), "sum"))
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for number, rows in enumerate(micro_batches):
+        for number, rows in enumerate(micro_batches, 1):
             logps = response_logps(self.policy, [rows], len(batch.positions), 1, self.device)
-            # ranks average gradients over shares, but the loss is a mean over the tokens of the global batch
-            part = -logps.sum() * (self.ranks.shares / float(tokens))
-            self.backward_micro_batch(part, last=number == len(micro_batches) - 1)
-            loss += part.detach()
+            loss += self.backward_share(-logps, tokens, last=number == len(micro_batches))
         grad_norm = self.update()
         loss = self.ranks.reduce(loss, "mean")
         seconds = self.step_seconds()
