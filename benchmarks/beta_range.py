@@ -17,19 +17,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from app.method.beta import BetaBounds, BetaSchedule
 from app.method.moments import RunningMoments
 from app.method.selection import gaussian_log_weights, gumbel_top_k, number_kept, selection_noise
 from app.report.run_folder import read_audit
 from benchmarks.tables import markdown
+from callbacks import BetaScheduler
 
 STEPS, PAIRS, KEEP_RATIO = 478, 128, 0.8  # configs/ultrafeedback_instruct.yaml
 SCHEDULES = {
-    "α = .6 per nat": (BetaSchedule(0.6), BetaBounds()),
-    "α = .1 per nat": (BetaSchedule(0.1), BetaBounds()),
-    "α = .6 per σ": (BetaSchedule(0.6, z_normalised=True), BetaBounds(0.2, 5)),
-    "α = 1.2 per σ": (BetaSchedule(1.2, z_normalised=True), BetaBounds(0.2, 5)),
-    "α = 2 per σ": (BetaSchedule(2.0, z_normalised=True), BetaBounds(0.2, 5)),
+    "α = .6 per nat": BetaScheduler(0.6),
+    "α = .1 per nat": BetaScheduler(0.1),
+    "α = .6 per σ": BetaScheduler(0.6, 0.2, 5, z_normalised=True),
+    "α = 1.2 per σ": BetaScheduler(1.2, 0.2, 5, z_normalised=True),
+    "α = 2 per σ": BetaScheduler(2.0, 0.2, 5, z_normalised=True),
 }
 
 
@@ -49,7 +49,7 @@ def recorded_gaps(run: Path) -> Iterator[torch.Tensor]:
         yield torch.tensor(gaps.to_numpy(float))
 
 
-def multiples(batches: Sequence[torch.Tensor], schedule: BetaSchedule, bounds: BetaBounds) -> np.ndarray:
+def multiples(batches: Sequence[torch.Tensor], schedule: BetaScheduler) -> np.ndarray:
     """Return β/β0 [steps] as the statistics, the Gaussian filter and the schedule of the package give it."""
     running, found = RunningMoments(), []
     for step, gaps in enumerate(batches):
@@ -59,17 +59,17 @@ def multiples(batches: Sequence[torch.Tensor], schedule: BetaSchedule, bounds: B
             number_kept(len(gaps), KEEP_RATIO),
             selection_noise(0, step, len(gaps)),
         )
-        found.append(bounds.clamp(schedule.beta(1.0, gaps, kept, moments), 1.0)[0].item())
+        found.append(schedule.beta(1.0, gaps, kept, moments).clamp(*schedule.bounds(1.0))[0].item())
     return np.array(found)
 
 
 def print_table(title: str, batches: Sequence[torch.Tensor]) -> None:
     """Print one row per schedule: the spread of β/β0, and how often it is near 1 or at a bound."""
     rows = []
-    for name, (schedule, bounds) in SCHEDULES.items():
-        beta = multiples(batches, schedule, bounds)
+    for name, schedule in SCHEDULES.items():
+        beta, (floor, ceiling) = multiples(batches, schedule), schedule.bounds(1.0)
         low, high = np.quantile(beta, [0.05, 0.95])
-        met = (beta <= bounds.floor) | (beta >= (bounds.ceiling or np.inf))
+        met = (beta <= floor) | (beta >= (ceiling or np.inf))
         inside = (beta >= 1 / 3) & (beta <= 3)
         rows.append([name, f"{low:.2f} to {high:.2f}", f"{inside.mean():.1%}", f"{met.mean():.1%}"])
     header = ["schedule", "β/β0, 5 % to 95 % of steps", "within a factor of 3", "at a bound"]

@@ -1,6 +1,5 @@
 """The callbacks that turn DPO into β-DPO and those that record a run; `callbacks.slots` defines their order."""
 
-from callbacks.annotator_reliability import AnnotatorReliability
 from callbacks.control import Control
 from callbacks.dashboard import BetaDashboard
 from callbacks.health import HealthMonitor
@@ -13,27 +12,4 @@ from callbacks.schedules import BetaScheduler, EpsilonBeta
 from callbacks.score_writer import ScoreWriter
 from callbacks.statistics import ExplicitRewardGap, RewardGapStatistics
 from callbacks.text_progress import TextProgress
-from callbacks.weights import LossWeights, ReferenceWeights, ScoreWeights
-
-__all__ = [
-    "AMaPOMargin",
-    "AnnotatorReliability",
-    "BetaDashboard",
-    "BetaScheduler",
-    "Control",
-    "EpsilonBeta",
-    "ExplicitRewardGap",
-    "GammaPOMargin",
-    "HealthMonitor",
-    "LossWeights",
-    "PairAudit",
-    "PairFilter",
-    "PolicySamples",
-    "ReferenceWeights",
-    "RewardGapStatistics",
-    "RunCheckpoint",
-    "ScoreWeights",
-    "ScoreWriter",
-    "StandardisedMargin",
-    "TextProgress",
-]
+from callbacks.weights import AnnotatorReliability, LossWeights, ReferenceWeights, ScoreWeights

@@ -1,4 +1,4 @@
-"""What callbacks that decide over a step share: state in the checkpoint, the loss, the seed, label columns."""
+"""What callbacks that decide over a step share: state, refused losses, the seed, statistics, label columns."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from app.core.errors import UserError
+from app.method.moments import Moments
 from app.method.pair_loss import PairLoss
 from app.method.step import StepDecision
 
@@ -20,6 +21,14 @@ class Decider(Callback):
     """A callback that changes the step; the checkpoint has its attributes named in `saved`."""
 
     saved: tuple[str, ...] = ()  # of builtin names alone: jsonargparse reads it in the module of a subclass
+
+    def refusal(self, loss: PairLoss) -> str:
+        """Return why the callback does not go with `loss`, and the cure, as a clause; empty if it does."""
+        return ""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if (loss := loss_of(pl_module)) and (reason := self.refusal(loss)):
+            raise UserError(f"{type(self).__name__}: {loss} {reason}.")
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.saved}
@@ -40,13 +49,22 @@ def seed_or_default(seed: int | None) -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
 
 
+def moments_for(asker: Callback, decision: StepDecision) -> Moments:
+    """Return M0 and σ of the step; raise UserError if no statistics ran before the callback `asker`."""
+    if decision.moments is None:
+        raise UserError(
+            f"{type(asker).__name__} needs the running reward-gap statistics: fill the slot `statistics` "
+            "(`--statistics RewardGapStatistics`; in Python, put it earlier among the Trainer's callbacks)"
+        )
+    return decision.moments
+
+
 def label_column(decision: StepDecision, column: str, asker: Callback, cure: str) -> Sequence[object]:
     """Return a label column, [G], to the callback `asker`; raise UserError with the `cure` if the data has none."""
     if column not in decision.labels:
         carried = ", ".join(decision.labels) or "none"
-        raise UserError(
-            f"{type(asker).__name__}: the data has no column {column!r}; it has these: {carried}. {cure}."
-        )
+        who = type(asker).__name__
+        raise UserError(f"{who}: the data has no column {column!r}; it has these: {carried}. {cure}.")
     return decision.labels[column]
 
 

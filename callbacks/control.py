@@ -82,10 +82,8 @@ class Control(Decider):
             changed = torch.full_like(value, self.static_beta)
         else:
             changed = shuffled(value, decision.kept, noise)
-        # not by a rounding of the mean
-        share = float(
-            (~torch.isclose(changed.double(), value.double(), atol=0.0))[decision.eligible].double().mean()
-        )
+        moved = ~torch.isclose(changed.double(), value.double(), atol=0.0)  # by more than a rounding of the mean
+        share = float(moved[decision.eligible].double().mean())
         self.changed_steps += share > 0
         setattr(decision, name, changed)
         pl_module.log("control/changed", share)

@@ -36,10 +36,9 @@ class Chart:
     @property
     def layout(self) -> list[object]:
         """Return the chart as `SummaryWriter.add_custom_scalars` takes it."""
-        if self.band:
-            return ["Margin", list(self.tags)]
-        # TensorBoard matches a tag as the start of a regular expression
-        return ["Multiline", [f"{re.escape(tag)}$" for tag in self.tags]]
+        # TensorBoard matches a tag as the start of a regular expression, but in a band
+        tags = list(self.tags) if self.band else [f"{re.escape(tag)}$" for tag in self.tags]
+        return ["Margin" if self.band else "Multiline", tags]
 
 
 _FILE = files("callbacks").joinpath("charts.yaml").read_text(encoding="utf-8")
@@ -110,6 +109,7 @@ def shown(text: str) -> str:
 
 
 @checked
+@dataclass(eq=False)
 class BetaDashboard(Callback):
     """A callback that arranges the logged scalars in charts and adds histograms, extreme pairs and the KL.
 
@@ -125,17 +125,12 @@ class BetaDashboard(Callback):
         pairs: number of pairs in such a list at either end.
     """
 
-    def __init__(
-        self,
-        histogram_every_n_steps: PositiveInt = 10,
-        kl_every_n_steps: NonNegativeInt = 20,
-        pairs_every_n_steps: PositiveInt = 100,
-        pairs: PositiveInt = 5,
-    ):
-        self.histogram_every_n_steps = histogram_every_n_steps
-        self.kl_every_n_steps = kl_every_n_steps
-        self.pairs_every_n_steps = pairs_every_n_steps
-        self.pairs = pairs
+    histogram_every_n_steps: PositiveInt = 10
+    kl_every_n_steps: NonNegativeInt = 20
+    pairs_every_n_steps: PositiveInt = 100
+    pairs: PositiveInt = 5
+
+    def __post_init__(self) -> None:
         self._extreme: dict[str, list[MeasuredPair]] = {}  # since the last list, the most extreme first
         self._decision: StepDecision | None = None
         self._kl: dict[str, float] = {}  # the curves of the step, if it is due

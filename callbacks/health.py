@@ -1,6 +1,6 @@
 """The table of health conditions, from which the monitor, the report's findings and docs/monitoring.md come.
 
-Thresholds are rules of thumb. The docstring of a predicate is the paragraph of the page on its condition.
+Thresholds are rules of thumb.
 """
 
 from __future__ import annotations
@@ -25,68 +25,10 @@ SPEED, BEST_SPEED = "train/tokens_per_second", "best tokens per second"
 TOTAL = "train/nonfinite_pairs"  # since the start of the run
 
 
-def beta_at_bounds(clamped: Sequence[float]) -> bool:
-    """Return whether β met its `floor` or `ceiling` for more than a tenth of the kept pairs.
-
-    Such a β no longer follows the data. β0·(1 + α·(mean gap − M0)) is negative for a batch 1/α below M0: 1.7 nats
-    for α = 0.6. Gaps grow through training, and the risk with them
-    ([figure](choosing.md#what-follows-from-the-formulas)).
-    """
-    return fmean(clamped) > 0.1
-
-
-def beta_far(beta: Sequence[float], base: Sequence[float]) -> bool:
-    """Return whether β lay beyond three times β0, or below a third of it, in more than a twentieth of the steps.
-
-    `beta/clamped` may be 0, because a schedule has no ceiling by default. Few pairs move β more than many: lower α
-    with the square root of the number of kept pairs.
-    """
-    return fmean(not base / 3 <= b <= base * 3 for b, base in zip(beta, base, strict=True)) > 0.05
-
-
-def sample_size_collapsed(effective: Sequence[float], pairs: Sequence[float]) -> bool:
-    """Return whether the Gaussian weights are worth less than 0.3 of the batch.
-
-    Normal gaps give √3/2 = 0.87: E[w]²/E[w²] for w = exp(−z²/2). Either most pairs lie far from M0, or M0 and σ lag
-    gaps that move fast (their memory is about ten steps).
-    """
-    return sum(effective) < 0.3 * sum(pairs)
-
-
-def chosen_falls_with_rejected(chosen: Sequence[float], rejected: Sequence[float], *_: Sequence[float]) -> bool:
-    """Return whether both mean log-ratios are negative and the chosen one fell by more than the margin grew.
-
-    In symbols: c < 0, r < 0 and −c > c − r; c must lie two standard errors below 0, because every step has other
-    pairs. Without a reference the condition is not tested. DPO does this to a degree:
-    [why](choosing.md#why-does-the-chosen-reward-fall).
-    """
+def chosen_falls(chosen: Sequence[float], rejected: Sequence[float]) -> bool:
     c, r = fmean(chosen), fmean(rejected)
     error = stdev(chosen) / math.sqrt(len(chosen)) if len(chosen) > 1 else math.inf
     return c < -2 * error and r < 0 and -c > c - r
-
-
-def accuracy_saturated(accuracy: Sequence[float]) -> bool:
-    """Return whether more than 98 % of the training pairs are ranked right before the policy's step on them.
-
-    Further steps change mostly the size of the margin.
-    """
-    return fmean(accuracy) > 0.98
-
-
-def nonfinite_pairs(total: Sequence[float]) -> bool:
-    """Return whether at least one pair had a log-probability of NaN or infinity.
-
-    The step leaves it out and the log names it. More than `model.max_nonfinite_share` of a batch stop the run.
-    """
-    return total[-1] > total[0]
-
-
-def throughput_lost(tokens_per_second: Sequence[float], best: Sequence[float]) -> bool:
-    """Return whether the median of tokens per second is below half of the best median since the process started.
-
-    The time of a step includes loading and saving, not validation.
-    """
-    return median(tokens_per_second) < best[-1] / 2
 
 
 @dataclass(frozen=True)
@@ -96,6 +38,7 @@ class Condition:
     name: str  # in the log, in the report and, with hyphens, as the heading in docs/monitoring.md
     needs: Sequence[str]  # if a run lacks one of these measurements, the condition is not tested
     holds: Callable[..., bool]  # takes the values of `needs` at the last steps, oldest first, in that order
+    meaning: str  # continues "It holds if" in docs/monitoring.md
     advice: str  # a clause in small letters; after one on β comes that of the run's schedule
     chart: str  # of the report, which shows it
     whole_window: bool = True  # if false, it is tested from the second step on
@@ -113,14 +56,20 @@ CONDITIONS = (
     Condition(
         "β at its bounds",
         ("beta/clamped",),
-        beta_at_bounds,
+        lambda clamped: fmean(clamped) > 0.1,
+        "β met its `floor` or `ceiling` for more than a tenth of the kept pairs. Such a β no longer follows the "
+        "data. β0·(1 + α·(mean gap − M0)) is negative for a batch 1/α below M0: 1.7 nats for α = 0.6. Gaps grow "
+        "through training, and the risk with them ([figure](choosing.md#what-follows-from-the-formulas)).",
         "the gaps are wide for this schedule",
         "beta",
     ),
     Condition(
         "β far from β0",
         ("beta/used", "beta/base"),
-        beta_far,
+        lambda beta, base: fmean(not b0 / 3 <= b <= b0 * 3 for b, b0 in zip(beta, base, strict=True)) > 0.05,
+        "β lay beyond three times β0, or below a third of it, in more than a twentieth of the steps. "
+        "`beta/clamped` may be 0, because a schedule has no ceiling by default. Few pairs move β more than many: "
+        "lower α with the square root of the number of kept pairs.",
         "β0 was chosen for another strength of the constraint than the one that is trained",
         "beta",
         whole_window=False,
@@ -128,7 +77,10 @@ CONDITIONS = (
     Condition(
         "effective sample size collapsed",
         ("filter/effective_sample_size", "pairs"),
-        sample_size_collapsed,
+        lambda effective, pairs: sum(effective) < 0.3 * sum(pairs),
+        "the Gaussian weights are worth less than 0.3 of the batch. Normal gaps give √3/2 = 0.87: E[w]²/E[w²] for "
+        "w = exp(−z²/2). Either most pairs lie far from M0, or M0 and σ lag gaps that move fast (their memory is "
+        "about ten steps).",
         "outliers stretch the gaps: look at the pairs with the most extreme ones (beta-dpo audit, or "
         "TensorBoard's text tab); if there are none, lower the learning rate",
         "filter",
@@ -136,7 +88,11 @@ CONDITIONS = (
     Condition(
         "chosen falls with rejected",
         ("train/reward_chosen", "train/reward_rejected", "train/reference_accuracy"),
-        chosen_falls_with_rejected,
+        lambda chosen, rejected, _: chosen_falls(chosen, rejected),
+        "both mean log-ratios are negative and the chosen one fell by more than the margin grew. In symbols: "
+        "c < 0, r < 0 and −c > c − r; c must lie two standard errors below 0, because every step has other pairs. "
+        "Without a reference the condition is not tested. DPO does this to a degree: "
+        "[why](choosing.md#why-does-the-chosen-reward-fall).",
         "only the difference is trained, so both may sink and probability leaks elsewhere: look at sampled "
         "answers, then lower the learning rate, raise model.beta0, or set model.sft_weight: 1",
         "drift",
@@ -144,14 +100,18 @@ CONDITIONS = (
     Condition(
         "accuracy saturated",
         ("train/reward_accuracy",),
-        accuracy_saturated,
+        lambda accuracy: fmean(accuracy) > 0.98,
+        "more than 98 % of the training pairs are ranked right before the policy's step on them. Further steps "
+        "change mostly the size of the margin.",
         "little is left to learn from these pairs: compare with val/reward_accuracy; stop, or find harder pairs",
         "accuracy",
     ),
     Condition(
         "pairs without a finite gap",
         (TOTAL,),
-        nonfinite_pairs,
+        lambda total: total[-1] > total[0],
+        "at least one pair had a log-probability of NaN or infinity. The step leaves it out and the log names it. "
+        "More than `model.max_nonfinite_share` of a batch stop the run.",
         "lower the learning rate, use trainer.precision 32-true, or look at the pairs that the log names",
         "accuracy",
         whole_window=False,
@@ -159,7 +119,9 @@ CONDITIONS = (
     Condition(
         "throughput lost",
         (SPEED, BEST_SPEED),
-        throughput_lost,
+        lambda tokens_per_second, best: median(tokens_per_second) < best[-1] / 2,
+        "the median of tokens per second is below half of the best median since the process started. The time of a "
+        "step includes loading and saving, not validation.",
         "look for other programs on the machine, heat, a slow disk, or too frequent checkpoints",
         "speed",
     ),

@@ -12,28 +12,28 @@ from torch.utils.tensorboard import summary as torch_summary
 
 Value = str | float | bool
 
-# title in the tab → key in the run's config.yaml
-SETTINGS: dict[str, tuple[str, ...]] = {
-    "α": ("schedule", "alpha"),
-    "ρ": ("filter", "keep_ratio"),
-    "β0": ("model", "beta0"),
-    "learning rate": ("model", "optimizer", "init_args", "lr"),
-    "loss": ("model", "loss", "class_path"),
-    "filter": ("filter", "by"),
-    "level of β": ("schedule", "level"),
-    "momentum": ("statistics", "momentum"),
-    "gap scale": ("statistics", "gap_scale"),
-    "ε": ("schedule", "epsilon"),
-    "α of the margin": ("margin", "alpha"),
-    "sft weight": ("model", "sft_weight"),
-    "optimizer": ("model", "optimizer", "class_path"),
-    "max grad norm": ("model", "max_grad_norm"),
-    "model": ("model", "name"),
-    "data": ("data", "path"),
-    "batch size": ("data", "batch_size"),
-    "steps": ("trainer", "max_steps"),
-    "epochs": ("trainer", "max_epochs"),
-    "seed": ("seed",),
+# title in the tab → key in the run's config.yaml; `*` for init_args
+SETTINGS = {
+    "α": "schedule.*.alpha",
+    "ρ": "filter.*.keep_ratio",
+    "β0": "model.*.beta0",
+    "learning rate": "model.*.optimizer.*.lr",
+    "loss": "model.*.loss.class_path",
+    "filter": "filter.*.by",
+    "level of β": "schedule.*.level",
+    "momentum": "statistics.*.momentum",
+    "gap scale": "statistics.*.gap_scale",
+    "ε": "schedule.*.epsilon",
+    "α of the margin": "margin.*.alpha",
+    "sft weight": "model.*.sft_weight",
+    "optimizer": "model.*.optimizer.class_path",
+    "max grad norm": "model.*.max_grad_norm",
+    "model": "model.*.name",
+    "data": "data.*.path",
+    "batch size": "data.*.batch_size",
+    "steps": "trainer.max_steps",
+    "epochs": "trainer.max_epochs",
+    "seed": "seed_everything",
 }
 TEXTS = {"loss", "filter", "level of β", "gap scale", "optimizer", "model", "data"}
 SHOWN = {"α", "ρ", "β0", "learning rate", "loss"}  # the tab shows five columns by default
@@ -54,16 +54,13 @@ METRICS = (
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Value]:
     """Return the `SETTINGS` that the configuration of a run (config.yaml as read) has a value for."""
-    places: dict[str, Any] = {name: arguments(config.get(name)) for name in {path[0] for path in SETTINGS.values()}}
-    places |= {"trainer": config.get("trainer") or {}, "seed": config.get("seed_everything")}
-    found: dict[str, Value] = {}
+    found: dict[str, Value] = {"loss": "SigmoidLoss"}  # the model's default
     for title, path in SETTINGS.items():
-        value: Any = places
-        for part in path:
+        value: Any = config
+        for part in path.replace("*", "init_args").split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         if isinstance(value, (str, int, float)):
-            found[title] = last_word(value) if path[-1] == "class_path" else value
-    found.setdefault("loss", "SigmoidLoss")  # the model's default
+            found[title] = last_word(value) if path.endswith("class_path") else value
     return found
 
 

@@ -13,19 +13,14 @@ from app.method.margins import amapo_margins, gamma_po_margins, standardised_mar
 from app.method.pair_loss import PairLoss
 from app.method.ranges import FiniteFloat, PositiveFloat, PositiveInt, checked
 from app.method.step import StepDecision
-from callbacks.base import Decider, loss_of
+from callbacks.base import Decider, moments_for
 
 
 class PairMargin(Decider):
     """A callback that sets a margin per pair, without gradient; start-up refuses a loss without a logit β·h."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if (loss := loss_of(pl_module)) and (reason := self.refusal(loss)):
-            raise UserError(f"{type(self).__name__}: {loss} {reason} or --margin null.")
-
     def refusal(self, loss: PairLoss) -> str:
-        """Return why the margin does not go with `loss`, and the cure; empty if it does."""
-        cure = "choose another model.loss (sigmoid, cDPO, robust, hinge or SimPO)"
+        cure = "choose another model.loss (sigmoid, cDPO, robust, hinge or SimPO) or --margin null"
         return "" if loss.takes_margin else f"has no logit β·h to subtract a margin from: {cure}"
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
@@ -58,8 +53,7 @@ class StandardisedMargin(PairMargin):
     gamma: FiniteFloat = 0.0
 
     def margins(self, decision: StepDecision) -> Tensor:
-        moments = decision.require_moments("StandardisedMargin")
-        return standardised_margin(self.gamma, self.alpha, decision.discrepancy, moments)
+        return standardised_margin(self.gamma, self.alpha, decision.discrepancy, moments_for(self, decision))
 
 
 @checked
@@ -107,8 +101,9 @@ class AMaPOMargin(PairMargin):
     """
 
     def refusal(self, loss: PairLoss) -> str:
-        simpo = loss.takes_margin and not loss.needs_reference
-        return "" if simpo else "has no length-normalised gap without reference: choose model.loss SimPOLoss"
+        if loss.takes_margin and not loss.needs_reference:
+            return ""
+        return "has no length-normalised gap without reference: choose model.loss SimPOLoss or --margin null"
 
     def margins(self, decision: StepDecision) -> Tensor:
         good = decision.eligible

@@ -62,9 +62,7 @@ class PairAudit(Callback):
         for file in files:
             forget_steps_from(file, trainer.global_step + 1)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         if self._decision is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._tables.append(audit_rows(self._decision))
@@ -89,21 +87,20 @@ class PairAudit(Callback):
 
 def audit_rows(decision: StepDecision) -> pa.Table:
     """Return a table with one row per pair of the global batch."""
-    pairs = len(decision.pair_ids)
-    moments = decision.moments
+    pairs, moments = len(decision.pair_ids), decision.moments
 
-    def column(values: Tensor | None) -> pa.Array:
-        return pa.array([None] * pairs if values is None else values.tolist(), pa.float64())
+    def column(value: Tensor | float | None) -> pa.Array:
+        return pa.array(value.tolist() if isinstance(value, Tensor) else [value] * pairs, pa.float64())
 
     columns: dict[str, Any] = {
         "step": pa.array([decision.step] * pairs, pa.int64()),
         "pair_id": pa.array(list(decision.pair_ids), pa.string()),
-        "gap": pa.array(decision.gaps.numpy()),
+        "gap": column(decision.gaps),
         "log_weight": column(decision.log_weights),
         "kept": pa.array(decision.kept.tolist()),
-        "beta": pa.array(decision.beta.numpy()),
-        "running_mean": pa.array([moments.mean if moments else None] * pairs, pa.float64()),
-        "running_std": pa.array([moments.std if moments else None] * pairs, pa.float64()),
+        "beta": column(decision.beta),
+        "running_mean": column(moments.mean if moments else None),
+        "running_std": column(moments.std if moments else None),
         "reference_margin": column(decision.reference_margin),
         "margin": column(decision.margin),
         "label_confidence": column(decision.confidence),
@@ -120,10 +117,8 @@ def forget_steps_from(file: Path, step: int) -> None:
     """Drop the rows of `step` and later, which a run resumed from an earlier checkpoint repeats."""
     table = pq.read_table(file)
     earlier = table.filter(pa.compute.less(table["step"], step))
-    if earlier.num_rows == table.num_rows:
-        return
-    if earlier.num_rows:
+    if not earlier.num_rows:
+        file.unlink()
+    elif earlier.num_rows < table.num_rows:
         with atomic_file(file) as temporary:
             pq.write_table(earlier, temporary)
-    else:
-        file.unlink()

@@ -8,17 +8,10 @@ from typing import Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from app.method import selection
 from app.method.ranges import PositiveShare, Seed, checked
-from app.method.selection import (
-    effective_sample_size,
-    gaussian_log_weights,
-    gumbel_top_k,
-    keep_by_gradient_scale,
-    number_kept,
-    selection_noise,
-)
 from app.method.step import StepDecision
-from callbacks.base import Decider, seed_or_default
+from callbacks.base import Decider, moments_for, seed_or_default
 
 Criterion = Literal["gaussian", "random", "head", "tail", "both"]
 
@@ -51,17 +44,17 @@ class PairFilter(Decider):
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         assert self.seed is not None
         eligible = decision.eligible
-        k = number_kept(int(eligible.sum()), self.keep_ratio)
-        noise = selection_noise(self.seed, decision.step - 1, len(eligible))  # the draws count from 0
+        k = selection.number_kept(int(eligible.sum()), self.keep_ratio)
+        noise = selection.selection_noise(self.seed, decision.step - 1, len(eligible))  # the draws count from 0
         if self.by in ("head", "tail", "both"):
-            decision.kept = keep_by_gradient_scale(decision.gaps, k, self.by, noise)
+            decision.kept = selection.keep_by_gradient_scale(decision.gaps, k, self.by, noise)
             return
         if self.by == "gaussian":
-            moments = decision.require_moments("PairFilter")
-            log_weights = gaussian_log_weights(decision.discrepancy, moments)
+            log_weights = selection.gaussian_log_weights(decision.discrepancy, moments_for(self, decision))
         else:
             log_weights = torch.zeros_like(decision.gaps)
         decision.log_weights = log_weights.masked_fill(~eligible, float("-inf"))
-        decision.kept = gumbel_top_k(decision.log_weights, k, noise) & eligible
+        decision.kept = selection.gumbel_top_k(decision.log_weights, k, noise) & eligible
         if self.by == "gaussian":
-            pl_module.log("filter/effective_sample_size", effective_sample_size(decision.log_weights[eligible]))
+            size = selection.effective_sample_size(decision.log_weights[eligible])
+            pl_module.log("filter/effective_sample_size", size)

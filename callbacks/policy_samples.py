@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from app.method.ranges import PositiveInt, Seed, checked
 
 
 @checked
+@dataclass(eq=False)
 class PolicySamples(Callback):
     """A callback that writes answers to the first validation prompts to `<log dir>/samples/step-*.jsonl`.
 
@@ -32,10 +34,11 @@ class PolicySamples(Callback):
         seed: seed of the sampling, the same at every validation, so that differences come from the policy.
     """
 
-    def __init__(self, prompts: PositiveInt = 4, max_new_tokens: PositiveInt = 64, seed: Seed = 0):
-        self.prompts = prompts
-        self.max_new_tokens = max_new_tokens
-        self.seed = seed
+    prompts: PositiveInt = 4
+    max_new_tokens: PositiveInt = 64
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
         self._prompts: list[Any] = []  # token ids, the first of the validation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -90,9 +93,8 @@ class PolicySamples(Callback):
         An answer ends at the stop tokens of the policy's generation config: end-of-turn or end-of-text.
         """
         policy: Any = pl_module.policy
-        stops = policy.model.generation_config.eos_token_id
-        stops = stops if isinstance(stops, list) else [stops]
         model, training, own = policy.model, policy.training, policy.model.generation_config
+        stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
         policy.eval()  # in train mode, gradient checkpointing switches the key-value cache off
         answers = []
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []

@@ -124,28 +124,22 @@ class RunCheckpoint(ModelCheckpoint):
             self.best_model_path = str(folder / resumed.name)
         self._older = [str(folder / Path(path).name) for path in self._older if here]
         if trainer.is_global_zero and folder.is_dir():
-            for part in folder.glob(f".*{self.FILE_EXTENSION}.*.part"):
-                # left by a run that was killed while it wrote
+            for part in folder.glob(f".*{self.FILE_EXTENSION}.*.part"):  # of a run that was killed while it wrote
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
-            if here:
-                # a run resumed from an earlier checkpoint must not return to the later one after a kill
+            if here:  # a run resumed from an earlier checkpoint must not return to the later one after a kill
                 move_link(self.last, resumed)
         self._signals.start()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         self._delete_older(trainer)
         # fetching the next batch advances the sampler before that step is known to be good
         self._progress = copy.deepcopy(trainer.fit_loop.state_dict())
-        self.note_signal(trainer)
-        due = self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
-        if due or self._stopped_by is not None:
+        every = self._every_n_train_steps
+        if self.stopped(trainer) or (every and trainer.global_step % every == 0):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.note_signal(trainer)
-        if self._stopped_by is not None:
+        if self.stopped(trainer):
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -179,13 +173,13 @@ class RunCheckpoint(ModelCheckpoint):
 
     on_validation_start = on_train_batch_start  # type: ignore[assignment]
 
-    def note_signal(self, trainer: Trainer) -> None:
-        """Agree with the other ranks whether any of them received a signal, and which.
+    def stopped(self, trainer: Trainer) -> bool:
+        """Return whether any rank received a signal; agree which.
 
         All ranks report the same signal, because batch scripts decide by the exit status. SIGTERM outranks SIGUSR1.
         """
-        own = torch.tensor(self._signals.received or 0, device=trainer.strategy.root_device)
-        self._stopped_by = int(trainer.strategy.reduce(own, reduce_op="max")) or None
+        self._stopped_by = largest(trainer, self._signals.received or 0) or None
+        return self._stopped_by is not None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._within_epoch:
@@ -233,10 +227,13 @@ def weights_are_finite(trainer: Trainer) -> bool:
     """Return whether every trainable weight is finite on every rank; all ranks must call it."""
     trained = (weight.detach() for weight in trainer.lightning_module.parameters() if weight.requires_grad)
     local = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in trained)
-    bad = not all(bool(weight.isfinite().all()) for weight in local)
-    return not int(
-        trainer.strategy.reduce(torch.tensor(int(bad), device=trainer.strategy.root_device), reduce_op="max")
-    )
+    return not largest(trainer, not all(bool(weight.isfinite().all()) for weight in local))
+
+
+def largest(trainer: Trainer, number: int) -> int:
+    """Return the largest `number` of all ranks; all ranks must call it."""
+    own = torch.tensor(int(number), device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(own, reduce_op="max"))
 
 
 def move_link(link: Path, target: Path) -> None:

@@ -2,51 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from app.core.errors import UserError
-from app.method.beta import BetaBounds, BetaSchedule
-from app.method.epsilon import epsilon_beta, epsilon_steps, next_epsilon_beta
+from app.method.beta import FLOOR, batch_beta, epsilon_beta, epsilon_steps, instance_beta, next_epsilon_beta
+from app.method.moments import Moments
+from app.method.pair_loss import PairLoss
 from app.method.ranges import FactorFromOne, FiniteFloat, PositiveShare, ProperShare, checked
 from app.method.step import StepDecision
-from callbacks.base import Decider, loss_of
+from callbacks.base import Decider, loss_of, moments_for
 
 
+@checked
 class BoundedBeta(Decider):
-    """A schedule that keeps β between `floor` and `ceiling`, multiples of β0, and counts the clamped steps.
-
-    The default of `floor` comes from the loss: 0.01, or 0.25 where its target is 1/(2β) (`PairLoss.beta_floor`).
-    """
+    """A schedule that keeps β between `floor` (by default that of the loss) and `ceiling`, multiples of β0."""
 
     saved: tuple[str, ...] = ("clamped_steps",)
     calmer = ""  # advice to the user when β meets its bounds: a clause without a full stop
     clamped_steps = 0
-    default_floor = BetaBounds.floor
+    default_floor = FLOOR
 
     def __init__(self, floor: PositiveShare | None = None, ceiling: FactorFromOne | None = None):
         self.floor = floor
         self.ceiling = ceiling
 
-    @property
-    def bounds(self) -> BetaBounds:
-        return BetaBounds(self.default_floor if self.floor is None else self.floor, self.ceiling)
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if loss := loss_of(pl_module):
             self.default_floor = loss.beta_floor
 
+    def bounds(self, beta0: float) -> tuple[float, float | None]:
+        """Return the smallest and the largest β; None without a ceiling."""
+        floor = self.default_floor if self.floor is None else self.floor
+        return beta0 * floor, None if self.ceiling is None else beta0 * self.ceiling
+
     def clamp(self, pl_module: LightningModule, decision: StepDecision, wanted: Tensor) -> Tensor:
         """Return `wanted` [G] within the bounds; log the bounds and the share of kept pairs that meet one."""
-        beta = self.bounds.clamp(wanted, decision.beta0)
+        floor, ceiling = self.bounds(decision.beta0)
+        beta = wanted.clamp(floor, ceiling)
         clamped = int((beta != wanted)[decision.kept].sum())
         self.clamped_steps += clamped > 0
         pl_module.log("beta/clamped", clamped / max(decision.kept_count, 1))
-        for name, bound in self.bounds.absolute(decision.beta0).items():
-            pl_module.log(f"beta/{name}", bound)
+        pl_module.log("beta/floor", floor)
+        if ceiling is not None:
+            pl_module.log("beta/ceiling", ceiling)
         return beta
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -84,14 +87,24 @@ class BetaScheduler(BoundedBeta):
     weight_matched: bool = False
 
     def __post_init__(self) -> None:
-        self.schedule = BetaSchedule(self.alpha, self.level, self.m0, self.z_normalised)
         self.calmer = "lower schedule.alpha"
         if not self.z_normalised:
             self.calmer += ", or set schedule.z_normalised: true, which measures gaps in standard deviations"
 
+    def beta(self, beta0: float, discrepancy: Tensor, kept: Tensor, moments: Moments) -> Tensor:
+        """Return β of every pair, [G] float64, not clamped, for M [G] and the pairs `kept` [G] bool."""
+        if self.m0 is not None:
+            moments = replace(moments, mean=self.m0)
+        if self.z_normalised:
+            discrepancy, moments = moments.z_scores(discrepancy), Moments(0.0, 1.0)
+        if self.level == "instance":
+            return instance_beta(beta0, self.alpha, discrepancy, moments)
+        return batch_beta(beta0, self.alpha, discrepancy[kept], moments).expand(discrepancy.shape).clone()
+
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
-        moments = decision.require_moments("BetaScheduler") if self.schedule.needs_moments else None
-        wanted = self.schedule.beta(decision.beta0, decision.discrepancy, decision.kept, moments)
+        needless = self.m0 is not None and not self.z_normalised
+        moments = Moments(0.0, None) if needless else moments_for(self, decision)
+        wanted = self.beta(decision.beta0, decision.discrepancy, decision.kept, moments)
         wanted[~decision.eligible] = decision.beta0  # these pairs have no loss, so any value will do
         beta = self.clamp(pl_module, decision, wanted)
         if self.weight_matched:
@@ -127,13 +140,14 @@ class EpsilonBeta(BoundedBeta):
     def __post_init__(self) -> None:
         self.beta: float | None = None  # β of the next step; None before the first, which uses β0
 
+    def refusal(self, loss: PairLoss) -> str:
+        if loss.needs_reference:
+            return ""
+        cure = "choose another model.loss or --schedule null"
+        return f"has no reference whose logits perturb those of the policy: {cure}"
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if (loss := loss_of(pl_module)) and not loss.needs_reference:
-            raise UserError(
-                f"EpsilonBeta: {loss} has no reference whose logits perturb those of the policy: choose another "
-                "model.loss or --schedule null."
-            )
         if getattr(pl_module, "reference", "frozen") == "cached":
             raise UserError(
                 "EpsilonBeta perturbs the reference's logits, and model.reference: cached keeps no model that has "
@@ -147,5 +161,5 @@ class EpsilonBeta(BoundedBeta):
         wanted = epsilon_beta(current, self.epsilon, steps)
         decision.beta = self.clamp(pl_module, decision, wanted)
         following = wanted.new_tensor(next_epsilon_beta(current, self.epsilon, steps[decision.eligible]))
-        self.beta = float(self.bounds.clamp(following, decision.beta0))
+        self.beta = float(following.clamp(*self.bounds(decision.beta0)))
         pl_module.log("beta/mean_step", steps[decision.eligible].double().mean())

@@ -94,15 +94,15 @@ def accuracies(scores: pa.Table, by: str) -> list[str]:
 
     A pair without a finite gap is in no share and is counted.
     """
-    gaps, values = scores["gap"].to_numpy(), np.array(scores[by].to_pylist())
-    finite = np.isfinite(gaps)
-    right = (1 + np.sign(gaps)) / 2
-    groups = {name: finite & (values == name) for name in sorted(set(values))} | {"all pairs": finite}
-    rows = {name: wilson(float(right[here].mean()), int(here.sum())) for name, here in groups.items() if here.any()}
-    mean = float(np.mean([share.mean for name, share in rows.items() if name != "all pairs"] or [np.nan]))
-    width = max(map(len, [by, *rows]))
+    every = scores.to_pandas()
+    finite = every[np.isfinite(every.gap)]
+    right = (1 + np.sign(finite.gap)) / 2
+    groups = right.groupby(finite[by])
+    width = max(map(len, [by, "all pairs", *groups.groups]))
     lines = [f"{by:{width}}  pairs  accuracy [95 % interval]"]
-    lines += [f"{name:{width}}  {int(groups[name].sum()):5}  {share}" for name, share in rows.items()]
-    lines.append(f"mean over the values of {by}: {mean:.3f}")
-    lost = int((~finite).sum())
+    for name, one in [*groups, ("all pairs", right)]:
+        if len(one):
+            lines.append(f"{name:{width}}  {len(one):5}  {wilson(float(one.mean()), len(one))}")
+    lines.append(f"mean over the values of {by}: {groups.mean().mean():.3f}")
+    lost = len(every) - len(finite)
     return lines + ([f"{lost} pairs without a finite gap are in no share"] if lost else [])

@@ -9,22 +9,10 @@ from typing import Any, Union
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar
 
+import callbacks
 from app.core.errors import UserError
 from app.method.step import RewardGapHook
-from callbacks.annotator_reliability import AnnotatorReliability
-from callbacks.control import CONTROLS, Control
-from callbacks.dashboard import BetaDashboard
-from callbacks.health import HealthMonitor
-from callbacks.margins import AMaPOMargin, GammaPOMargin, StandardisedMargin
-from callbacks.pair_audit import PairAudit
-from callbacks.pair_filter import PairFilter
-from callbacks.policy_samples import PolicySamples
-from callbacks.run_checkpoint import RunCheckpoint
-from callbacks.schedules import BetaScheduler, EpsilonBeta
-from callbacks.score_writer import ScoreWriter
-from callbacks.statistics import ExplicitRewardGap, RewardGapStatistics
-from callbacks.text_progress import TextProgress
-from callbacks.weights import LossWeights, ReferenceWeights, ScoreWeights
+from callbacks.control import CONTROLS
 
 
 @dataclass(frozen=True)
@@ -39,7 +27,7 @@ class Slot:
     @property
     def accepted(self) -> Any:
         """Return the type for jsonargparse: one of the kinds, a callback of the user's own, or null."""
-        own = ProgressBar if self.kinds == (TextProgress,) else Callback
+        own = ProgressBar if self.kinds == (callbacks.TextProgress,) else Callback
         return Union[(*self.kinds, own, None)]
 
     @property
@@ -50,28 +38,32 @@ class Slot:
 # Those that change the step, in the order in which they run, but for `control`, which follows the slot that it
 # controls. With all of them empty a run is plain DPO.
 DECIDING = (
-    Slot("reward", (ExplicitRewardGap,), "reward gap M from columns of the data; null: the policy's"),
-    Slot("statistics", (RewardGapStatistics,), "running mean M0 and standard deviation σ of M"),
-    Slot("filter", (PairFilter,), "which pairs of the batch are trained on; null: all"),
-    Slot("schedule", (BetaScheduler, EpsilonBeta), "β of the step or of each pair; null: β0"),
+    Slot("reward", (callbacks.ExplicitRewardGap,), "reward gap M from columns of the data; null: the policy's"),
+    Slot("statistics", (callbacks.RewardGapStatistics,), "running mean M0 and standard deviation σ of M"),
+    Slot("filter", (callbacks.PairFilter,), "which pairs of the batch are trained on; null: all"),
+    Slot("schedule", (callbacks.BetaScheduler, callbacks.EpsilonBeta), "β of the step or of each pair; null: β0"),
     Slot(
         "margin",
-        (StandardisedMargin, GammaPOMargin, AMaPOMargin),
+        (callbacks.StandardisedMargin, callbacks.GammaPOMargin, callbacks.AMaPOMargin),
         "margin subtracted from each pair's logit; null: none",
     ),
-    Slot("confidence", (AnnotatorReliability,), "probability that each label is right; null: 1"),
-    Slot("weights", (ReferenceWeights, LossWeights, ScoreWeights), "weight of each pair in the loss; null: 1"),
-    Slot("control", (Control,), "breaks the link between one decision and its pairs; null: none"),
+    Slot("confidence", (callbacks.AnnotatorReliability,), "probability that each label is right; null: 1"),
+    Slot(
+        "weights",
+        (callbacks.ReferenceWeights, callbacks.LossWeights, callbacks.ScoreWeights),
+        "weight of each pair in the loss; null: 1",
+    ),
+    Slot("control", (callbacks.Control,), "breaks the link between one decision and its pairs; null: none"),
 )
 # after the user's trainer.callbacks, those that only observe
 OBSERVING = (
-    Slot("audit", (PairAudit,), "every pair of every step as parquet", on=True),
-    Slot("dashboard", (BetaDashboard,), "charts, histograms and KL in TensorBoard", on=True),
-    Slot("health", (HealthMonitor,), "warnings in the log, and a stop if asked for", on=True),
-    Slot("samples", (PolicySamples,), "answers sampled at every validation"),
-    Slot("scores", (ScoreWriter,), "the file that `predict` writes", on=True),
-    Slot("checkpoint", (RunCheckpoint,), "checkpoints, and a clean stop at a signal", on=True),
-    Slot("progress", (TextProgress,), "lines of progress; a bar on a terminal", on=True),
+    Slot("audit", (callbacks.PairAudit,), "every pair of every step as parquet", on=True),
+    Slot("dashboard", (callbacks.BetaDashboard,), "charts, histograms and KL in TensorBoard", on=True),
+    Slot("health", (callbacks.HealthMonitor,), "warnings in the log, and a stop if asked for", on=True),
+    Slot("samples", (callbacks.PolicySamples,), "answers sampled at every validation"),
+    Slot("scores", (callbacks.ScoreWriter,), "the file that `predict` writes", on=True),
+    Slot("checkpoint", (callbacks.RunCheckpoint,), "checkpoints, and a clean stop at a signal", on=True),
+    Slot("progress", (callbacks.TextProgress,), "lines of progress; a bar on a terminal", on=True),
 )
 SLOTS = (*DECIDING, *OBSERVING)
 BY_NAME = {slot.name: slot for slot in SLOTS}
@@ -100,7 +92,7 @@ def in_order(filled: Mapping[str, Callback | None], own: Sequence[Callback] = ()
             )
     control = filled.get("control")
     order = [slot.name for slot in DECIDING]
-    if isinstance(control, Control):
+    if isinstance(control, callbacks.Control):
         controlled = [name for name in CONTROLS[control.by][1] if filled.get(name) is not None]
         if not controlled:
             slots = " or ".join(CONTROLS[control.by][1])

@@ -34,9 +34,7 @@ class TextProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = (time.perf_counter(), trainer.global_step)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         step, last = trainer.global_step, total_steps(trainer)
         if self._enabled and (step % (self.every_n_steps or 10) == 0 or step == last):
             seconds, first = time.perf_counter() - self._began[0], self._began[1]

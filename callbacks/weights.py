@@ -1,31 +1,34 @@
-"""Weights on the losses of a step's pairs, from the losses, from scores of the data, or from the reference."""
+"""Weights on the losses of a step's pairs, and RE-PO's probability that each label is right."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import compress
+from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from app.core.errors import UserError
-from app.method.ranges import FactorFromOne, NonNegativeFloat, PositiveFloat, PositiveInt, ProperShare, checked
+from app.method import weights
+from app.method.pair_loss import PairLoss
+from app.method.ranges import (
+    FactorFromOne,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    ProperShare,
+    checked,
+)
 from app.method.reference_flips import ReferenceFlips, fitted, label_weights
 from app.method.selection import effective_sample_size
 from app.method.step import StepDecision
-from app.method.weights import (
-    LARGEST_WEIGHT,
-    dr_dpo_loss,
-    dr_dpo_weights,
-    kldpo_weights,
-    madpo_weights,
-    quality_weights,
-)
-from callbacks.base import Decider, score_gap
+from callbacks.base import Decider, label_column, score_gap
 
 log = logging.getLogger(__name__)
+MOST_CURVES = 20  # annotators that are logged by name
 
 
 class WeightedPairs(Decider):
@@ -34,17 +37,14 @@ class WeightedPairs(Decider):
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         if not decision.kept_count:
             return
-        weights = self.weights(pl_module, decision)
-        if not weights.any():
-            log.warning(
-                "step %d: %s gives every pair the weight 0: the step learns nothing",
-                decision.step,
-                type(self).__name__,
-            )
-        decision.loss_weight[decision.kept] *= weights
-        pl_module.log("weights/mean", weights.mean())
-        pl_module.log("weights/largest", weights.max())
-        pl_module.log("weights/effective_sample_size", effective_sample_size(weights.log()))
+        found = self.weights(pl_module, decision)
+        if not found.any():
+            who = type(self).__name__
+            log.warning("step %d: %s gives every pair the weight 0: the step learns nothing", decision.step, who)
+        decision.loss_weight[decision.kept] *= found
+        pl_module.log("weights/mean", found.mean())
+        pl_module.log("weights/largest", found.max())
+        pl_module.log("weights/effective_sample_size", effective_sample_size(found.log()))
 
     def weights(self, pl_module: LightningModule, decision: StepDecision) -> Tensor:
         """Return the weights of the kept pairs, [k] float64."""
@@ -71,11 +71,11 @@ class LossWeights(WeightedPairs):
     def weights(self, pl_module: LightningModule, decision: StepDecision) -> Tensor:
         losses = decision.pair_losses()[decision.kept]
         if self.by == "dr_dpo":
-            pl_module.log("weights/dr_dpo_loss", dr_dpo_loss(losses, self.temperature))
-            return dr_dpo_weights(losses, self.temperature)
-        weights = kldpo_weights(losses, self.temperature)
-        pl_module.log("weights/clamped", (weights >= LARGEST_WEIGHT).double().mean())
-        return weights
+            pl_module.log("weights/dr_dpo_loss", weights.dr_dpo_loss(losses, self.temperature))
+            return weights.dr_dpo_weights(losses, self.temperature)
+        found = weights.kldpo_weights(losses, self.temperature)
+        pl_module.log("weights/clamped", (found >= weights.LARGEST_WEIGHT).double().mean())
+        return found
 
 
 @checked
@@ -109,8 +109,8 @@ class ScoreWeights(WeightedPairs):
     def weights(self, pl_module: LightningModule, decision: StepDecision) -> Tensor:
         gap = score_gap(decision, self.chosen, self.rejected, self, "weights")[decision.kept]
         if self.by == "quality":
-            return quality_weights(gap, self.slope)
-        return madpo_weights(gap, self.largest, self.smallest, self.slope, self.threshold)
+            return weights.quality_weights(gap, self.slope)
+        return weights.madpo_weights(gap, self.largest, self.smallest, self.slope, self.threshold)
 
 
 @checked
@@ -128,29 +128,87 @@ class ReferenceWeights(Decider):
 
     window: PositiveInt = 16
 
+    saved = ("margins", "flips")
+
     def __post_init__(self) -> None:
-        self._margins: list[Tensor] = []  # of the last steps, [G] each
-        self._flips: ReferenceFlips | None = None
+        self.margins: list[Tensor] = []  # of the last steps, [G] each
+        self.flips: tuple[float, float] | None = None  # rate and slope of the newest `ReferenceFlips`
+
+    def refusal(self, loss: PairLoss) -> str:
+        return "" if loss.needs_reference else "has no reference: choose another model.loss or --weights null"
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
-        if decision.reference_margin is None:
-            raise UserError("ReferenceWeights needs a reference: choose a loss that has one, or --weights null.")
-        self._margins = [*self._margins, decision.reference_margin[decision.eligible]][-self.window :]
-        self._flips = fitted(torch.cat(self._margins), self._flips)
-        if self._flips is None:  # no pair with a margin yet
+        assert decision.reference_margin is not None
+        self.margins = [*self.margins, decision.reference_margin[decision.eligible]][-self.window :]
+        found = fitted(torch.cat(self.margins), ReferenceFlips(*self.flips) if self.flips else None)
+        if found is None:  # no pair with a margin yet
             return
-        probability = self._flips.probability(decision.reference_margin)
+        self.flips = found.rate, found.slope
+        probability = found.probability(decision.reference_margin)
         decision.loss_weight = decision.loss_weight * label_weights(probability, decision.kept)
-        pl_module.log("filter/flip_rate", self._flips.rate)
-        pl_module.log("filter/reference_slope", self._flips.slope)
+        pl_module.log("filter/flip_rate", found.rate)
+        pl_module.log("filter/reference_slope", found.slope)
         if decision.kept_count:
             pl_module.log("filter/flipped_expected", probability[decision.kept].mean())
             pl_module.log("filter/weightless", (probability[decision.kept] >= 0.5).double().mean())
 
-    def state_dict(self) -> dict[str, Any]:
-        flips = self._flips
-        return {"margins": self._margins, "flips": None if flips is None else (flips.rate, flips.slope)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._margins = state_dict["margins"]
-        self._flips = None if state_dict["flips"] is None else ReferenceFlips(*state_dict["flips"])
+@checked
+@dataclass(eq=False)
+class AnnotatorReliability(Decider):
+    """RE-PO (arXiv 2509.24159): the loss −[w·log p + (1 − w)·log(1 − p)], with w the probability of a right label.
+
+    p = σ(L(swapped) − L(as labelled)) is the label's probability under `model.loss`, w = ηp/(ηp + (1 − η)(1 − p)),
+    and η the reliability of the pair's annotator: after the step η ← (1 − a)·η + a·mean w over the annotator's
+    eligible pairs. The loss must have a swapped form: sigmoid without label smoothing, IPO, SimPO, hinge. η is in
+    the checkpoint, w in the audit as `label_confidence`. Slot: `confidence`.
+
+    Args:
+        column: column of the data that names the annotator; where the default is not in the data, all pairs have
+            one annotator, which the log says. A pair without a value belongs to the annotator `unnamed`.
+        initial: η of an annotator at its first pair.
+        momentum: a, the share of the newest batch in η.
+    """
+
+    column: str = "annotator"
+    initial: ProperShare = 0.9
+    momentum: PositiveShare = 0.1
+
+    saved = ("reliability",)
+
+    def __post_init__(self) -> None:
+        self.reliability: dict[str, float] = {}
+
+    def refusal(self, loss: PairLoss) -> str:
+        if loss.has_swapped_form:
+            return ""
+        cure = "choose SigmoidLoss without label_smoothing, IPOLoss, SimPOLoss or HingeLoss, or --confidence null"
+        return f"has no swapped form that is the loss of the opposite label: {cure}"
+
+    def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
+        annotators, good = self.annotators(decision), decision.eligible
+        for name in annotators:
+            self.reliability.setdefault(name, self.initial)
+        reliability = torch.tensor([self.reliability[name] for name in annotators], dtype=torch.float64)
+        decision.confidence = weights.label_confidence(decision.label_logits(), reliability)
+        own, confidence = list(compress(annotators, good.tolist())), decision.confidence[good]
+        self.reliability = weights.updated_reliability(self.reliability, own, confidence, self.momentum)
+        pl_module.log("confidence/mean", confidence.mean())
+        pl_module.log("confidence/doubted", (confidence < 0.5).double().mean())
+        pl_module.log("confidence/lowest_reliability", min(self.reliability.values()))
+        if 1 < len(self.reliability) <= MOST_CURVES:
+            for name, value in self.reliability.items():
+                pl_module.log(f"confidence/reliability_{name}", value)
+
+    def annotators(self, decision: StepDecision) -> list[str]:
+        """Return the annotator of every pair, [G]; raise UserError for a missing column other than the default."""
+        if self.column == "annotator" and self.column not in decision.labels:
+            if not self.reliability:
+                carried = ", ".join(decision.labels) or "none"
+                log.info("the data has no column 'annotator' (it has: %s): all pairs have one reliability", carried)
+            return ["everyone"] * len(decision.pair_ids)
+        names = label_column(decision, self.column, self, "Name another by --confidence.column")
+        if None in names and "unnamed" not in self.reliability:
+            empty = f"{names.count(None)} of {len(names)} pairs of step {decision.step}"
+            log.warning("%s have no value in the column %r: they share the annotator `unnamed`", empty, self.column)
+        return ["unnamed" if name is None else str(name) for name in names]

@@ -17,24 +17,25 @@ import altair as alt
 import numpy as np
 import torch
 
-import callbacks
 import datamodules
 import lightning_modules
 from app.commands import COMMANDS, function_of
 from app.commands.suspects import hits, pair_histories
 from app.method import losses
-from app.method.beta import BetaBounds, batch_beta
+from app.method.beta import FLOOR, batch_beta
 from app.method.moments import RunningMoments
 from app.method.selection import gaussian_log_weights, gumbel_top_k, selection_noise
 from app.report.curves import band, beta
 from app.report.plot import DASHES, Line, axis, lines, png, rule, side_by_side, sized_to
 from app.report.run import read_run
 from callbacks.health import CONDITIONS
+from callbacks.slots import SLOTS
 from datamodules.sources.registry import FORMATS
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parent / "runs" / "quickstart" / "beta_dpo"
 BETA0, PAIRS, KEPT = 0.1, 64, 51  # the batch of the paper's recipe at ρ = 0.8
+LOWEST = BETA0 * FLOOR
 
 
 def steps_of(std: float, alpha: float, steps: int, mean: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +46,7 @@ def steps_of(std: float, alpha: float, steps: int, mean: float = 0.0) -> tuple[t
         gaps = mean + std * torch.randn(PAIRS, generator=draws, dtype=torch.float64)
         moments = running.update(gaps)
         kept = gumbel_top_k(gaussian_log_weights(gaps, moments), KEPT, selection_noise(0, step, PAIRS))
-        betas.append(BetaBounds().clamp(batch_beta(BETA0, alpha, gaps[kept], moments), BETA0))
+        betas.append(batch_beta(BETA0, alpha, gaps[kept], moments).clamp(min=LOWEST))
         kept_z.append(moments.z_scores(gaps)[kept])
         all_z.append(moments.z_scores(gaps))
     edges = torch.linspace(-4, 4, 33, dtype=torch.float64)
@@ -68,7 +69,7 @@ def draw_beta() -> Any:
     parts = []
     for number, alpha in enumerate((0.2, 0.6, 2.0)):
         beta = torch.stack([batch_beta(BETA0, alpha, d[None], moments) for d in deviation])
-        parts.append(of_alpha(number, alpha, deviation.numpy(), BetaBounds().clamp(beta, BETA0).numpy()))
+        parts.append(of_alpha(number, alpha, deviation.numpy(), beta.clamp(min=LOWEST).numpy()))
     title = "β of a batch (β0 = 0.1)"
     return titled(title, parts, "mean M of the kept pairs − M0, in nats", "β") + rule(BETA0, "β0")
 
@@ -86,7 +87,7 @@ def draw_floor() -> Any:
 def floor_share(std: float, alpha: float) -> float:
     """Share of 2000 steps with β at its floor, for normal gaps of this standard deviation."""
     beta = steps_of(std, alpha, 2000)[0]
-    return float((beta <= BETA0 * BetaBounds().floor).double().mean())
+    return float((beta <= LOWEST).double().mean())
 
 
 def draw_lag() -> Any:
@@ -178,7 +179,7 @@ def api() -> str:
             f"lightning_modules.{n}": getattr(lightning_modules, n) for n in lightning_modules.__all__
         },
         "Data": {f"datamodules.{n}": getattr(datamodules, n) for n in datamodules.__all__},
-        "Callbacks": {f"callbacks.{n}": getattr(callbacks, n) for n in callbacks.__all__},
+        "Callbacks": {f"callbacks.{kind.__name__}": kind for slot in SLOTS for kind in slot.kinds},
         "Losses": {f"app.method.losses.{c.__name__}": c for c in shipped_losses()},
         "Commands": {f"beta-dpo {name}": function_of(name) for name in COMMANDS},
     }
@@ -215,8 +216,7 @@ def monitoring_page() -> str:
     )
     sections = []
     for one in CONDITIONS:
-        means = (inspect.getdoc(one.holds) or "").replace("Return whether", "It holds if", 1).replace("\n\n", " ")
-        text = (means, f"*Advice:* {one.advice_with(calmer)}.")
+        text = (f"It holds if {one.meaning}", f"*Advice:* {one.advice_with(calmer)}.")
         whole = [fill(part, 120, break_long_words=False, break_on_hyphens=False) for part in text]
         sections.append("\n\n".join([f"#### {one.name}", *whole]) + "\n")
     return filled("monitoring.md", "conditions", "\n".join(sections))

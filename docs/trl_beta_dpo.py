@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import DPOTrainer
 
-from app.method.beta import BetaBounds, batch_beta
+from app.method.beta import batch_beta
 from app.method.logps import PairLogps
 from app.method.losses import SigmoidLoss
 from app.method.moments import RunningMoments
@@ -37,7 +37,7 @@ class BetaDPOTrainer(DPOTrainer):
 
     def __init__(self, *args, alpha=0.6, keep_ratio=0.8, floor=0.01, momentum=0.9, **settings):
         super().__init__(*args, **settings)
-        self.alpha, self.keep_ratio, self.bounds = alpha, keep_ratio, BetaBounds(floor)
+        self.alpha, self.keep_ratio, self.floor = alpha, keep_ratio, floor
         self.args.restore_callback_states_from_checkpoint = True
         self.add_callback(RewardGapMoments(momentum))
 
@@ -51,7 +51,7 @@ class BetaDPOTrainer(DPOTrainer):
         moments = running.update(gaps)
         k = number_kept(len(gaps), self.keep_ratio)
         kept = gumbel_top_k(gaussian_log_weights(gaps, moments), k, noise)
-        beta = self.bounds.clamp(batch_beta(self.beta, self.alpha, gaps[kept], moments), self.beta)
+        beta = batch_beta(self.beta, self.alpha, gaps[kept], moments).clamp(min=self.beta * self.floor)
         for name, value in {"beta/used": beta, "gap/running_mean": moments.mean, "gap/mean": gaps.mean()}.items():
             self._metrics["train"][name].append(float(value))
         processes = self.accelerator.num_processes

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from app.method.batch import OptimizerBatch, PackedRows, on_device
-from app.method.epsilon import perturbed_logits
+from app.method.beta import perturbed_logits
 from app.method.logps import PairLogps, token_kl
 from lightning_modules.lora import without_adapters
 from lightning_modules.ranks import Ranks

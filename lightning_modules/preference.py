@@ -15,12 +15,11 @@ from torch import Tensor
 from app.core.errors import StepRefused, UserError
 from app.method.batch import OptimizerBatch, PackedRows, on_device
 from app.method.logps import PairLogps
-from app.method.losses import SigmoidLoss, WithSFTTerm
-from app.method.metrics import pair_metrics
+from app.method.losses import SigmoidLoss
 from app.method.moments import MINIMUM_STD, rounding_std
-from app.method.pair_loss import PairLoss
+from app.method.pair_loss import PairLoss, pair_metrics
 from app.method.ranges import NonNegativeFloat, PositiveFloat, ShareBelowOne, checked
-from app.method.step import MissingStatistics, RewardGapHook, StepDecision, StepObserver
+from app.method.step import RewardGapHook, StepDecision, StepObserver
 from lightning_modules.flops import peak_operations, step_operations
 from lightning_modules.measuring import perturbed_gaps, reference_kl
 from lightning_modules.preference_scoring import PreferenceScoring, ReferenceKind
@@ -77,7 +76,7 @@ class PreferenceOptimization(PreferenceScoring):
             raise UserError(
                 f"model.reference_name has no effect with {loss}, which needs no reference: take it out."
             )
-        self.loss = WithSFTTerm(loss, sft_weight) if sft_weight else loss
+        self.loss = loss.changed(sft_weight=sft_weight)
         self.reference: ReferenceKind = reference
         self.reference_name = reference_name
         self.max_nonfinite_share = max_nonfinite_share
@@ -166,26 +165,24 @@ class PreferenceOptimization(PreferenceScoring):
 
     def decide(self, global_logps: PairLogps, batch: OptimizerBatch) -> StepDecision:
         """Return the decision of the step: plain DPO, changed by every `RewardGapHook` in trainer order."""
-        decision = StepDecision.start(
+        decision = StepDecision(
             step=self.trainer.global_step + 1,
             pair_ids=batch.pair_ids,
             gaps=self.gaps(global_logps),
             beta0=self.beta0,
             labels=batch.labels,
+            loss=self.loss.for_batch(global_logps),
+            logps=global_logps,
+            reference_margin=global_logps.reference_margin,
+            minimum_std=self.minimum_std(global_logps),
         )
-        decision.loss, decision.logps = self.loss.for_batch(global_logps), global_logps
-        decision.reference_margin = global_logps.reference_margin
-        decision.minimum_std = self.minimum_std(global_logps)
         decision.measure_perturbed = partial(perturbed_gaps, self.measurer, batch, decision.eligible)
         if self.measurer.reference is not None:  # a cached reference has no distributions to compare
             decision.measure_kl = partial(reference_kl, self.measurer, batch, decision.eligible)
         self.report_nonfinite(decision)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RewardGapHook):
-                try:
-                    callback.on_reward_gaps(self.trainer, self, decision)
-                except MissingStatistics as error:
-                    raise UserError(str(error)) from error
+                callback.on_reward_gaps(self.trainer, self, decision)
                 if fault := decision.fault():
                     raise UserError(f"{type(callback).__name__}, step {decision.step}: {fault}.")
         return decision
@@ -227,7 +224,8 @@ class PreferenceOptimization(PreferenceScoring):
         at_base = pair_metrics(seen, self.loss, torch.full_like(decision.beta, self.beta0)[pairs])
         at_used = pair_metrics(seen, self.loss, decision.beta[pairs])
         kept = torch.nonzero(decision.kept).flatten()
-        loss = decision.losses(self.loss.for_batch(global_logps), global_logps.select(kept), kept).mean()
+        batch_loss = self.loss.for_batch(global_logps)
+        loss = decision.weighted_losses(batch_loss, global_logps.select(kept), decision.terms(kept)).mean()
         responses = int(global_logps.chosen_tokens.sum() + global_logps.rejected_tokens.sum())
         reference = None if self.measurer.reference is None else self.scorers[-1].model
         operations = step_operations(self.policy.model, reference, batch.tokens, responses, decision.kept_fraction)

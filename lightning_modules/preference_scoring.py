@@ -15,8 +15,7 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 from app.core.errors import UserError
 from app.method.batch import OptimizerBatch
 from app.method.logps import PairLogps
-from app.method.metrics import pair_metrics
-from app.method.pair_loss import PairLoss
+from app.method.pair_loss import PairLoss, pair_metrics
 from lightning_modules.base import LanguageModelTraining
 from lightning_modules.layout_check import CHECKED_PAIRS
 from lightning_modules.measuring import SIDES, AdapterOff, PairMeasurer

@@ -35,7 +35,6 @@ from app.method.losses import (
     SigmoidLoss,
     SimPOLoss,
     SPPOHardLoss,
-    WithSFTTerm,
 )
 from app.method.pair_loss import PairLoss
 from app.method.selection import number_kept
@@ -357,7 +356,7 @@ def test_the_table_lists_everything() -> None:
         every += kind.__subclasses__()
         if not inspect.isabstract(kind) and kind.__module__ == SigmoidLoss.__module__:
             found.add(kind)
-    assert {type(loss) for loss, _ in LOSSES.values()} == found - {WithSFTTerm}
+    assert {type(loss) for loss, _ in LOSSES.values()} == found
     kinds = {kind for slot in ("schedule", "margin", "confidence", "weights") for kind in BY_NAME[slot].kinds}
     assert {part[0] for part in SCHEDULES.values() if part} == kinds
     assert list(committed()) == EVERY, "update docs/choosing.md with UPDATE_COMBINATIONS=1: see docs/extending.md"

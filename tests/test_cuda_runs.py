@@ -40,7 +40,7 @@ from app.commands.sampling import generator_state, restore_generator, sample, sc
 from app.core.errors import StepRefused
 from app.method import losses
 from app.method.logps import PairLogps
-from app.method.losses import KTOPairLoss, SigmoidLoss, SimPOLoss, WithSFTTerm
+from app.method.losses import KTOPairLoss, SimPOLoss
 from app.method.pair_loss import PairLoss
 from datamodules.controlled_task import build_tokenizer
 from datamodules.rewards import RewardModel
@@ -227,7 +227,7 @@ CONCRETE = [one for _, one in getmembers(losses, isclass) if issubclass(one, Pai
 
 @pytest.mark.parametrize("loss", CONCRETE, ids=lambda loss: loss.__name__)
 def test_losses_of_pairs_on_the_device_are_those_of_the_cpu(loss: Any) -> None:
-    made = loss(SigmoidLoss(), 0.5) if loss is WithSFTTerm else loss()
+    made = loss().changed(sft_weight=0.5)
     values = torch.linspace(-40, -10, 24, dtype=torch.float64).view(6, 4)[:, torch.tensor([2, 0, 3, 1])]
     found = []
     with cuda_stand_in() as device:

@@ -16,7 +16,7 @@ from jsonargparse.typing import register_type
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from app.core.errors import UserError, first_line
-from app.method.ranges import LARGEST_SEED, FromMinusOne, NonNegativeInt, PositiveFloat, PositiveInt, number_types
+from app.method.ranges import LARGEST_SEED, FromMinusOne, NonNegativeInt, Number, PositiveFloat, PositiveInt
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ refusals: list[Exception] = []  # of `built`: jsonargparse keeps only the text o
 
 def set_up_parsing() -> None:
     """Make jsonargparse refuse repeated keys, check the ranges of numbers, and name a class that fails."""
-    for kind in number_types():
+    for kind in Number.__subclasses__():
         register_type(
             kind, serializer=kind.base, deserializer=kind, type_check=lambda value, kind: kind.holds(value)
         )

@@ -1,43 +1,22 @@
-"""β schedules, computed from the reward discrepancy (β-DPO, arXiv 2407.08639, section 4).
+"""The β of a step or of a pair, from the reward gap or from a perturbed β; no gradient flows through it.
 
-Every schedule is β0·(1 + α·(M − M0)), then clamped. Schedules differ in the M, the M0 and the unit that they use.
-Every function here detaches its inputs, so that no gradient flows through β.
+β-DPO (arXiv 2407.08639, section 4) sets β to β0·(1 + α·(M − M0)). ε-DPO (arXiv 2502.13177) moves β by a step
+according to how each pair's gap changes under a perturbed β: (1+ε)·logits_θ − ε·logits_ref approximate the policy
+under β/(1+ε), and with −ε in place of ε that under β/(1−ε). If a pair's log-ratio gap rises from −ε over 0 to +ε,
+the pair asks for a smaller β; if the gap falls, for a larger β.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from app.method.moments import Moments
-from app.method.ranges import FactorFromOne, FiniteFloat, PositiveShare, checked
 
-
-@checked
-@dataclass(frozen=True)
-class BetaBounds:
-    """The interval that β is clamped to, in multiples of β0; without an upper bound when `ceiling` is None.
-
-    The default floor is the paper's 1e-3 at its β0 = 0.1. Raw gaps do reach it: with α = 0.6, the mean of 51 gaps
-    with standard deviation 10 takes β to the floor in one batch out of eight. A negative β would train towards the
-    rejected response. The caller counts how often β is clamped.
-    Raises ValueError unless 0 < floor ≤ 1 ≤ ceiling, all finite, so that β0 lies within its bounds.
-    """
-
-    floor: PositiveShare = 0.01
-    ceiling: FactorFromOne | None = None
-
-    def absolute(self, beta0: float) -> dict[str, float]:
-        """Return the bounds in the units of β: `floor` and, if there is one, `ceiling`."""
-        bounds = {"floor": self.floor, "ceiling": self.ceiling}
-        return {name: beta0 * bound for name, bound in bounds.items() if bound is not None}
-
-    def clamp(self, beta: Tensor, beta0: float) -> Tensor:
-        """Return `beta` (any shape) clamped to the interval."""
-        return beta.clamp(min=beta0 * self.floor, max=None if self.ceiling is None else beta0 * self.ceiling)
+# The default floor of β, as a multiple of β0: the paper's 1e-3 at its β0 = 0.1. Raw gaps do reach it: with α = 0.6,
+# the mean of 51 gaps with standard deviation 10 takes β there in one batch out of eight. A negative β would train
+# towards the rejected response.
+FLOOR = 0.01
 
 
 def batch_beta(beta0: float, alpha: float, kept_discrepancy: Tensor, moments: Moments) -> Tensor:
@@ -59,44 +38,31 @@ def instance_beta(beta0: float, alpha: float, discrepancy: Tensor, moments: Mome
     return beta0 * (1.0 + alpha * (discrepancy.detach().to(torch.float64) - moments.mean))
 
 
-@checked
-@dataclass(frozen=True)
-class BetaSchedule:
-    """A β schedule of the paper or an ablation of it: α, and independent choices of the level, M0 and the unit.
+def perturbed_logits(policy_logits: Tensor, reference_logits: Tensor, epsilon: float) -> Tensor:
+    """Return (1 + ε)·logits_θ − ε·logits_ref, both [..., V]; a negative `epsilon` gives the other direction.
 
-    alpha: α, how strongly β follows M; 0 leaves β at β0.
-    level: "batch", one β from the mean M of the kept pairs (the method); "instance", a β for every pair.
-    m0: a constant M0; None uses the running mean.
-    z_normalised: measure M − M0 in running standard deviations, so that α does not depend on the scale of M;
-        β stays β0 while σ is unknown or too small (`Moments.spread`).
-
-    Raises ValueError for an α or M0 that is not finite, or for another level.
+    Normalised log-probs may replace the logits: the softmax of the result is the same. The form computed is
+    logits_θ + ε·(logits_θ − logits_ref), which is bitwise logits_θ where the two are equal.
     """
+    return policy_logits + epsilon * (policy_logits - reference_logits)
 
-    alpha: FiniteFloat = 0.6
-    level: Literal["batch", "instance"] = "batch"
-    m0: FiniteFloat | None = None
-    z_normalised: bool = False
 
-    @property
-    def needs_moments(self) -> bool:
-        """Return whether the schedule reads the running statistics; with a constant M0 and raw gaps it does not."""
-        return self.m0 is None or self.z_normalised
+def epsilon_steps(gap_minus: Tensor, gap_zero: Tensor, gap_plus: Tensor) -> Tensor:
+    """Return [B] int64: +1 where the gap rises strictly from −ε over 0 to +ε, −1 where it falls strictly, else 0.
 
-    def beta(self, beta0: float, discrepancy: Tensor, kept: Tensor, moments: Moments | None) -> Tensor:
-        """Return β of every pair, [G] float64, not clamped, for M [G] and the pairs `kept` [G] bool.
+    Each gap [B] is the log-probability of the chosen minus that of the rejected response; those of the reference
+    would add the same constant to all three. NaN gives 0.
+    """
+    rises = (gap_minus < gap_zero) & (gap_zero < gap_plus)
+    falls = (gap_minus > gap_zero) & (gap_zero > gap_plus)
+    return rises.to(torch.int64) - falls.to(torch.int64)
 
-        At batch level β is equal for all pairs. At instance level a NaN in M gives a NaN β for that pair only.
-        Raises ValueError if `moments` is None although `needs_moments` is True.
-        """
-        if moments is None:
-            if self.needs_moments:
-                raise ValueError("this β schedule needs the running moments")
-            moments = Moments(0.0, None)
-        centre = moments if self.m0 is None else replace(moments, mean=self.m0)
-        if self.z_normalised:
-            discrepancy, centre = centre.z_scores(discrepancy), Moments(0.0, 1.0)
-        if self.level == "instance":
-            return instance_beta(beta0, self.alpha, discrepancy, centre)
-        beta = batch_beta(beta0, self.alpha, discrepancy[kept], centre)
-        return beta.expand(discrepancy.shape).clone()
+
+def epsilon_beta(beta: float, epsilon: float, steps: Tensor) -> Tensor:
+    """Return β_i = β/(1 + ε·step_i), [B] float64, for `steps` [B] and ε in (0, 1)."""
+    return beta / (1.0 + epsilon * steps.to(torch.float64))
+
+
+def next_epsilon_beta(beta: float, epsilon: float, steps: Tensor) -> float:
+    """Return β/(1 + ε·mean step), β of the next optimizer step, for `steps` [G]; β itself if there is no pair."""
+    return beta / (1.0 + epsilon * float(steps.to(torch.float64).mean())) if steps.numel() else beta

@@ -23,25 +23,23 @@ class PairLogps:
     rejected_tokens: Tensor  # [B] int, |y_l|
 
     @property
-    def chosen_log_ratio(self) -> Tensor:
-        """Return log π(y_w|x) − log π_ref(y_w|x) [B]. Raises ValueError without a reference."""
-        return self.policy_chosen - _present(self.reference_chosen)
-
-    @property
-    def rejected_log_ratio(self) -> Tensor:
-        """Return log π(y_l|x) − log π_ref(y_l|x) [B]. Raises ValueError without a reference."""
-        return self.policy_rejected - _present(self.reference_rejected)
+    def log_ratios(self) -> tuple[Tensor, Tensor]:
+        """Return log π − log π_ref of chosen and rejected responses, [B] each; ValueError without a reference."""
+        if self.reference_chosen is None or self.reference_rejected is None:
+            raise ValueError("this quantity needs the reference's log-probabilities, and there are none")
+        return self.policy_chosen - self.reference_chosen, self.policy_rejected - self.reference_rejected
 
     @property
     def reward_gap(self) -> Tensor:
-        """Return h [B], the chosen minus the rejected log-ratio. Raises ValueError without a reference."""
-        return self.chosen_log_ratio - self.rejected_log_ratio
+        """Return h [B], the chosen minus the rejected log-ratio."""
+        chosen, rejected = self.log_ratios
+        return chosen - rejected
 
     @property
     def normalised_reward_gap(self) -> Tensor:
-        """Return h [B] with each log-ratio divided by its token count. Raises ValueError without a reference."""
-        chosen = self.chosen_log_ratio / self.chosen_tokens
-        return chosen - self.rejected_log_ratio / self.rejected_tokens
+        """Return h [B] with each log-ratio divided by its token count."""
+        chosen, rejected = self.log_ratios
+        return chosen / self.chosen_tokens - rejected / self.rejected_tokens
 
     @property
     def reference_margin(self) -> Tensor | None:
@@ -62,14 +60,8 @@ class PairLogps:
 
     def swapped(self) -> PairLogps:
         """Return the same pairs with the rejected response in the place of the chosen one."""
-        return PairLogps(
-            policy_chosen=self.policy_rejected,
-            policy_rejected=self.policy_chosen,
-            reference_chosen=self.reference_rejected,
-            reference_rejected=self.reference_chosen,
-            chosen_tokens=self.rejected_tokens,
-            rejected_tokens=self.chosen_tokens,
-        )
+        policy, tokens = (self.policy_rejected, self.policy_chosen), (self.rejected_tokens, self.chosen_tokens)
+        return PairLogps(*policy, self.reference_rejected, self.reference_chosen, *tokens)
 
     def select(self, index: Tensor) -> PairLogps:
         """Return the pairs at `index`: int64 positions or a bool mask [B]."""
@@ -85,9 +77,7 @@ class PairLogps:
 
     @staticmethod
     def cat(parts: Sequence[PairLogps]) -> PairLogps:
-        """Return all pairs of `parts` in order. Raises ValueError for no part, or if only some have a reference."""
-        if not parts:
-            raise ValueError("there are no log-probabilities to join")
+        """Return all pairs of `parts` in order. Raises ValueError if only some have a reference."""
         if len({part.reference_chosen is None for part in parts}) > 1:
             raise ValueError("cannot join log-probabilities with a reference to some without")
         columns = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
@@ -99,9 +89,3 @@ def token_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
     """Return KL(π‖π_ref) of the next-token distributions given by two sets of logits [N, V]: [N], in nats."""
     ours, fixed = (torch.log_softmax(part, dim=-1) for part in (logits, reference_logits))
     return F.kl_div(fixed, ours, reduction="none", log_target=True).sum(dim=-1)  # torch's order: the policy second
-
-
-def _present(reference: Tensor | None) -> Tensor:
-    if reference is None:
-        raise ValueError("this quantity needs the reference's log-probabilities, and there are none")
-    return reference

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,19 +10,21 @@ from torch import Tensor
 
 from app.method.logps import PairLogps
 from app.method.pair_loss import LogitLoss, PairLoss
-from app.method.ranges import FiniteFloat, NonNegativeFloat, PositiveFloat, ShareBelowHalf, checked
+from app.method.ranges import FiniteFloat, NonNegativeFloat, ShareBelowHalf, checked
 
 
 @checked
+@dataclass(eq=False)
 class SigmoidLoss(LogitLoss):
     """DPO, −log σ(β·h) (arXiv 2305.18290, eq. 7); conservative DPO (cDPO) for `label_smoothing` ε > 0.
 
     cDPO is (1 − ε)·−log σ(β·h) + ε·−log σ(−β·h), which assumes that a label is swapped with probability ε.
     """
 
-    def __init__(self, label_smoothing: ShareBelowHalf = 0.0) -> None:
-        self.label_smoothing = label_smoothing
-        self.has_swapped_form = label_smoothing == 0.0  # cDPO mixes both forms already
+    label_smoothing: ShareBelowHalf = 0.0
+
+    def __post_init__(self) -> None:
+        self.has_swapped_form = self.label_smoothing == 0.0  # cDPO mixes both forms already
 
     def of_logits(self, logits: Tensor) -> Tensor:
         upright, swapped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
@@ -30,14 +32,14 @@ class SigmoidLoss(LogitLoss):
 
 
 @checked
+@dataclass(eq=False)
 class RobustLoss(LogitLoss):
     """Robust DPO (arXiv 2403.00409): an unbiased estimate of the DPO loss when labels are swapped at rate ε.
 
     The loss is ((1 − ε)·−log σ(β·h) − ε·−log σ(−β·h)) / (1 − 2ε). It has no lower bound and can be negative.
     """
 
-    def __init__(self, label_smoothing: ShareBelowHalf = 0.1) -> None:
-        self.label_smoothing = label_smoothing
+    label_smoothing: ShareBelowHalf = 0.1
 
     def of_logits(self, logits: Tensor) -> Tensor:
         upright, swapped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
@@ -55,6 +57,7 @@ class HingeLoss(LogitLoss):
 
 
 @checked
+@dataclass(eq=False)
 class SimPOLoss(LogitLoss):
     """SimPO, −log σ(β·(l_w/|y_w| − l_l/|y_l|) − γ) (arXiv 2405.14734, eq. 6); needs no reference.
 
@@ -62,11 +65,10 @@ class SimPOLoss(LogitLoss):
     not say whether γ follows β; if it did, the target margin would change with every batch.
     """
 
+    gamma: NonNegativeFloat = 1.0
+
     needs_reference = False
     has_swapped_form = True
-
-    def __init__(self, gamma: NonNegativeFloat = 1.0) -> None:
-        self.gamma = gamma
 
     def discrepancy(self, logps: PairLogps) -> Tensor:
         return logps.normalised_gap
@@ -96,9 +98,8 @@ class AlphaDPOLoss(SimPOLoss):
     def for_batch(self, everyone: PairLogps) -> AlphaDPOLoss:
         gaps = everyone.normalised_reward_gap.detach()
         gaps = gaps[torch.isfinite(gaps)]
-        bound = copy.copy(self)
-        bound._moments = (gaps.mean(), gaps.std()) if gaps.numel() > 1 else (gaps.new_zeros(()), gaps.new_zeros(()))
-        return bound
+        nothing = gaps.new_zeros(())
+        return self.changed(_moments=(gaps.mean(), gaps.std()) if gaps.numel() > 1 else (nothing, nothing))
 
     def per_pair(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
         if self._moments is None:
@@ -144,8 +145,8 @@ class SPPOHardLoss(PairLoss):
     beta_floor = 0.25
 
     def per_pair(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
-        target = 0.5 / beta
-        return (logps.chosen_log_ratio - target).square() + (logps.rejected_log_ratio + target).square()
+        (chosen, rejected), target = logps.log_ratios, 0.5 / beta
+        return (chosen - target).square() + (rejected + target).square()
 
 
 class KTOPairLoss(PairLoss):
@@ -160,57 +161,13 @@ class KTOPairLoss(PairLoss):
 
     def for_batch(self, everyone: PairLogps) -> KTOPairLoss:
         good = torch.isfinite(everyone.reward_gap)
-        ratios = (everyone.chosen_log_ratio[good], everyone.rejected_log_ratio[good])
-        chosen, rejected = (r.detach().sum().div(max(r.numel(), 1)).clamp(min=0.0) for r in ratios)
-        bound = copy.copy(self)
-        bound._divergences = (chosen, rejected)
-        return bound
+        ratios = [ratio[good].detach() for ratio in everyone.log_ratios]
+        chosen, rejected = (r.sum().div(max(r.numel(), 1)).clamp(min=0.0) for r in ratios)
+        return self.changed(_divergences=(chosen, rejected))
 
     def per_pair(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
         if self._divergences is None:
             raise ValueError("KTOPairLoss needs the whole batch: call for_batch first")
         chosen_kl, rejected_kl = (kl.to(beta.dtype) for kl in self._divergences)  # 0-d, on any device
-        chosen = torch.sigmoid(-beta * (logps.chosen_log_ratio - rejected_kl))
-        rejected = torch.sigmoid(-beta * (chosen_kl - logps.rejected_log_ratio))
-        return 0.5 * (chosen + rejected)
-
-
-@checked
-class WithSFTTerm(PairLoss):
-    """A preference loss plus the negative log-likelihood of the chosen response: `loss` + w·−log π(y_w|x)/|y_w|.
-
-    This is the term of RPO (arXiv 2404.19733; `rpo_alpha` in TRL, which averages over the tokens of the batch and
-    not within each response). Neither β nor a confidence affects the term.
-    """
-
-    def __init__(self, loss: PairLoss, sft_weight: PositiveFloat) -> None:
-        self.loss = loss
-        self.sft_weight = sft_weight
-        self.needs_reference = loss.needs_reference
-        self.takes_margin = loss.takes_margin
-        self.has_swapped_form = loss.has_swapped_form
-        self.beta_floor = loss.beta_floor
-
-    def __str__(self) -> str:
-        return str(self.loss)
-
-    def discrepancy(self, logps: PairLogps) -> Tensor:
-        return self.loss.discrepancy(logps)
-
-    @property
-    def needs_batch(self) -> bool:
-        return self.loss.needs_batch
-
-    def for_batch(self, everyone: PairLogps) -> WithSFTTerm:
-        return WithSFTTerm(self.loss.for_batch(everyone), self.sft_weight)
-
-    def per_pair(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
-        likelihood = logps.policy_chosen / logps.chosen_tokens
-        return self.loss.per_pair(logps, beta, margin) - self.sft_weight * likelihood
-
-    def label_logit(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
-        return self.loss.label_logit(logps, beta, margin)
-
-    def under_doubt(self, logps: PairLogps, beta: Tensor, margin: Tensor | None, confidence: Tensor) -> Tensor:
-        likelihood = logps.policy_chosen / logps.chosen_tokens
-        return super().under_doubt(logps, beta, margin, confidence) - self.sft_weight * likelihood
+        chosen, rejected = logps.log_ratios
+        return 0.5 * (torch.sigmoid(-beta * (chosen - rejected_kl)) + torch.sigmoid(-beta * (chosen_kl - rejected)))

@@ -69,7 +69,7 @@ class RunningMoments:
     ddof: 0 is the population standard deviation, 1 Bessel's correction (the released code).
 
     `mean`, `std`, `mean_updates` and `std_updates` are the raw state. They are Python numbers, so that every
-    checkpoint format stores them exactly. Raises ValueError for a momentum, start or ddof out of range.
+    checkpoint format stores them exactly.
     """
 
     momentum: ShareBelowOne = 0.9
@@ -84,7 +84,7 @@ class RunningMoments:
         """Add the discrepancies `values` [n] of a global batch and return the moments to use for that batch.
 
         Without values nothing changes; one value changes M0 and not σ. Raises ValueError for a value that is not
-        finite, because a NaN would never leave the averages. The caller must exclude such pairs.
+        finite, because a NaN would never leave the averages.
         """
         values = values.detach().to("cpu", torch.float64).reshape(-1)
         if not bool(torch.isfinite(values).all()):
@@ -100,15 +100,11 @@ class RunningMoments:
 
     def current(self) -> Moments:
         """Return the current moments: mean 0 and std None before the first update."""
-        return Moments(
-            mean=self._corrected(self.mean, self.mean_updates),
-            std=self._corrected(self.std, self.std_updates) if self.std_updates else None,
-        )
-
-    def _corrected(self, average: float, updates: int) -> float:
-        if self.start == "zero" or updates == 0:
-            return average
-        return average / (1.0 - self.momentum**updates)
+        if self.start == "zero":
+            return Moments(self.mean, self.std if self.std_updates else None)
+        mean = self.mean / (1.0 - self.momentum**self.mean_updates) if self.mean_updates else 0.0
+        std = self.std / (1.0 - self.momentum**self.std_updates) if self.std_updates else None
+        return Moments(mean, std)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings and the raw state, for `load_state_dict`."""
@@ -118,9 +114,6 @@ class RunningMoments:
         """Restore the raw state from `state` exactly. Raises ValueError when its settings differ from these."""
         for name in ("momentum", "start", "ddof"):
             if state[name] != getattr(self, name):
-                raise ValueError(
-                    f"the saved statistics have {name}={state[name]!r}, "
-                    f"these are set to {name}={getattr(self, name)!r}"
-                )
-        self.mean, self.std = float(state["mean"]), float(state["std"])
-        self.mean_updates, self.std_updates = int(state["mean_updates"]), int(state["std_updates"])
+                own = f"these are set to {name}={getattr(self, name)!r}"
+                raise ValueError(f"the saved statistics have {name}={state[name]!r}, {own}")
+        vars(self).update(state)

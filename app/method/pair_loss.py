@@ -1,12 +1,15 @@
-"""The base of the preference losses: a function of log-probs, β and, where there is a logit β·h, a margin.
+"""The base of the preference losses, functions of log-probs, β and perhaps a margin; the metrics of a batch.
 
-It knows no rank, no filter and no schedule.
+A loss knows no rank, no filter and no schedule.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,14 +22,23 @@ class PairLoss(ABC):
     `needs_reference` says whether the loss reads the reference's log-probs. `takes_margin` says whether it has a
     logit β·h from which a margin can be subtracted. `has_swapped_form` says whether the loss of the pair with its
     responses exchanged is the loss of the opposite label, which RE-PO needs. `beta_floor` is the default smallest
-    β of a schedule, as a multiple of β0. Results keep the dtype of the log-probs and stay finite in float32 for
-    |β·h| up to 1e6 (up to 1e18 where the loss is a square).
+    β of a schedule, as a multiple of β0. `sft_weight` w adds the term of RPO, w·−log π(y_w|x)/|y_w| (arXiv
+    2404.19733; `rpo_alpha` in TRL, which averages over the tokens of the batch), which neither β nor a confidence
+    affects. Results keep the dtype of the log-probs and stay finite in float32 for |β·h| up to 1e6 (up to 1e18
+    where the loss is a square).
     """
 
     needs_reference: bool = True
     takes_margin: bool = False
     has_swapped_form: bool = False
     beta_floor: float = 0.01
+    sft_weight: float = 0.0
+
+    def changed(self, **attributes: Any) -> Self:
+        """Return a copy of the loss with other `attributes`."""
+        other = copy.copy(self)
+        vars(other).update(attributes)
+        return other
 
     def discrepancy(self, logps: PairLogps) -> Tensor:
         """Return the quantity [B] that β multiplies; running statistics, filter and dynamic β use the same one."""
@@ -40,8 +52,8 @@ class PairLoss(ABC):
     def for_batch(self, everyone: PairLogps) -> PairLoss:
         """Return the loss for one optimizer step, given the log-probs of all G pairs of the global batch.
 
-        A loss with a term over the whole batch returns a copy that holds this term, so that results do not depend
-        on how the pairs are distributed over ranks and micro-batches. Pairs without a finite gap do not count.
+        A loss with a term over the whole batch returns itself `changed` to hold this term, so that results do not
+        depend on how pairs are distributed over ranks and micro-batches. Pairs without a finite gap do not count.
         """
         return self
 
@@ -59,13 +71,14 @@ class PairLoss(ABC):
         # β arrives as float64 from the CPU and must not turn a float32 loss into a float64 one.
         like = logps.policy_chosen
         beta, margin = beta.detach().to(like), None if margin is None else margin.detach().to(like)
+        likelihood = logps.policy_chosen / logps.chosen_tokens if self.sft_weight else None
         if confidence is None:
             losses = self.per_pair(logps, beta, margin)
         else:
             losses = self.under_doubt(logps, beta, margin, confidence.detach().to(like))
         if losses.shape != like.shape:  # a mean would count a micro-batch as one pair
             raise ValueError(f"{self} returns a loss of shape {[*losses.shape]}, not one per pair {[*like.shape]}")
-        return losses
+        return losses if likelihood is None else losses - self.sft_weight * likelihood
 
     def label_logit(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
         """Return log p/(1 − p) [B], where p = σ(L(swapped) − L(as labelled)) is the probability of the label."""
@@ -96,3 +109,41 @@ class LogitLoss(PairLoss):
     @abstractmethod
     def of_logits(self, logits: Tensor) -> Tensor:
         """Return the loss [B] of the logits [B]."""
+
+
+def pair_metrics(logps: PairLogps, loss: PairLoss, beta: Tensor) -> dict[str, Tensor]:
+    """Return per-pair metrics [B] under β [B]: rewards, their margin and accuracy, log-probabilities.
+
+    The implicit reward is β·(log π − log π_ref) (DPO eq. 6); without a reference, β·log π/|y| (SimPO eq. 4). A tie
+    counts as half correct, so that an untrained policy scores 0.5 and not 0. A NaN in either response gives NaN in
+    every metric that uses it.
+    """
+    ranked: dict[str, Tensor] = {}
+    if loss.needs_reference:
+        chosen, rejected = logps.log_ratios
+        # the accuracy of the SFT model itself, before preference training
+        assert logps.reference_chosen is not None
+        assert logps.reference_rejected is not None
+        ranked["reference_accuracy"] = _ranked_right(logps.reference_chosen, logps.reference_rejected)
+        # displacement: how far each response's log-probability has moved from the reference's, in nats
+        ranked["log_ratio_chosen"], ranked["log_ratio_rejected"] = chosen, rejected
+    else:
+        chosen = logps.policy_chosen / logps.chosen_tokens
+        rejected = logps.policy_rejected / logps.rejected_tokens
+    beta = beta.to(chosen)
+    return {
+        "reward_accuracy": _ranked_right(chosen, rejected),
+        "reward_margin": beta * (chosen - rejected),
+        "reward_chosen": beta * chosen,
+        "reward_rejected": beta * rejected,
+        "logp_chosen": logps.policy_chosen,
+        "logp_rejected": logps.policy_rejected,
+        # whether the policy alone, without the reference, gives the chosen response the higher probability
+        "policy_accuracy": _ranked_right(logps.policy_chosen, logps.policy_rejected),
+        **ranked,
+    }
+
+
+def _ranked_right(chosen: Tensor, rejected: Tensor) -> Tensor:
+    difference = chosen - rejected
+    return ((1 + torch.sign(difference)) / 2).where(~difference.isnan(), torch.nan)  # torch's sign(NaN) is 0

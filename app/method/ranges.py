@@ -26,15 +26,18 @@ class _Named(type):
 
 
 class Number(metaclass=_Named):
-    """The base of the types below: `base` is the type of the values, `allowed` describes their range in words."""
+    """The base of the types below, which read a number or raise ValueError."""
 
-    base: type = float
-    allowed = ""
+    base: type  # of the values
+    allowed: str  # the range in words
+    within: Callable[[Any], bool]  # whether a number of the type `base` lies in the range
 
     def __new__(cls, value: Any) -> Any:
         """Return `value` as a number of this type. Raises ValueError if that is not possible."""
+        number = value
         try:
-            number = value if isinstance(value, (bool, cls.base)) else cls._read(value)
+            if not isinstance(value, (bool, cls.base)):
+                number = index(value) if cls.base is int and not isinstance(value, str) else cls.base(value)
         except (ValueError, TypeError, OverflowError):
             number = None
         if isinstance(number, bool) or not isinstance(number, cls.base) or not cls.within(number):
@@ -42,28 +45,17 @@ class Number(metaclass=_Named):
         return number
 
     @classmethod
-    def _read(cls, value: Any) -> Any:
-        return cls.base(value) if isinstance(value, str) or cls.base is float else index(value)
-
-    @classmethod
     def holds(cls, value: Any) -> bool:
         """Return whether `value` is such a number without conversion."""
         return type(value) is cls.base and cls.within(value)
 
-    @classmethod
-    def within(cls, number: Any) -> bool:
-        """Return whether a number of the right type lies in the range."""
-        raise NotImplementedError
-
 
 def _numbers(base: type, name: str, allowed: str, within: Callable[[Any], bool]) -> type[Number]:
-    def bounded(number: Any) -> bool:
-        return bool(abs(number) <= LARGEST[base] and within(number))
-
     kind = f"a {'whole' if base is int else 'finite'} number"
     if not allowed.startswith("in"):
         allowed = f"{allowed}, up to {LARGEST[base]:g}".removeprefix(", ")
-    fields = {"base": base, "allowed": f"{kind} {allowed}", "within": staticmethod(bounded), "__doc__": kind}
+    bounded = staticmethod(lambda number: bool(abs(number) <= LARGEST[base] and within(number)))
+    fields = {"base": base, "allowed": f"{kind} {allowed}", "within": bounded, "__doc__": kind}
     return type(name, (Number,), fields)
 
 
@@ -102,16 +94,8 @@ else:
     class UpToInfinity(Number):
         """A number from 0, infinity included."""
 
-        allowed = "a number from 0, or .inf"
-
-        @classmethod
-        def within(cls, number: float) -> bool:
-            return number >= 0 and (number <= 1e15 or number == math.inf)
-
-
-def number_types() -> list[type[Number]]:
-    """Return all range types."""
-    return Number.__subclasses__()
+        base, allowed = float, "a number from 0, or .inf"
+        within = staticmethod(lambda number: 0 <= number <= 1e15 or number == math.inf)
 
 
 def checked(cls: C) -> C:
@@ -134,13 +118,12 @@ def refuse(what: str, hint: Any, value: Any) -> None:
     """Raise ValueError for a number or a word that the annotation `hint` does not allow."""
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise ValueError(f"{what} must be one of {', '.join(map(str, get_args(hint)))}, not {value!r:.60}")
-    kinds = list(_kinds(hint))
-    numbers = value if isinstance(value, (list, tuple)) else [value]
-    for number in numbers if kinds else ():
-        if number is None or isinstance(number, str):  # belongs to another member of a union
+    kind = next(_kinds(hint), None)
+    for number in value if isinstance(value, (list, tuple)) else [value]:
+        if kind is None or number is None or isinstance(number, str):  # belongs to another member of a union
             continue
         try:
-            kinds[0](number)
+            kind(number)
         except ValueError as error:
             raise ValueError(f"{what} {error}") from None
 

@@ -1,16 +1,9 @@
-"""Estimate from the reference's margins which labels are flipped. Not in the paper.
+"""Estimate from the reference's margins which labels are flipped: not in the paper, derived in docs/method.md.
 
 The margin r of a pair is the reference's log-probability per token of the chosen response minus that of the
-rejected one. Assume that the reference prefers the better response with probability σ(κ·|r|), and that every label
-is flipped with the same probability ε. The odds that a pair with margin r is flipped are then ε·σ(−κ·r) to
-(1 − ε)·σ(κ·r), so log p/(1 − p) = log ε/(1 − ε) − κ·r. The margins alone determine both numbers: the share of
-positive signs among large margins gives ε, and the rate at which this share rises from one half with |r| gives κ.
-EM fits them by maximum likelihood of the signs given |r|, with the flips as hidden variable.
-
-The gradient of the sigmoid loss near β·h = 0 is −½·β·∇h for a correct label and +½·β·∇h for a flipped one, so its
-expectation is (1 − 2p) times the first. That factor, at least 0, is the weight of a pair.
-
-The reference is fixed, so the policy's mistakes cannot reinforce themselves.
+rejected one. The model: the reference prefers the better response with probability σ(κ·|r|), and every label is
+flipped with the same probability ε. EM fits κ and ε by maximum likelihood of the signs given |r|, with the flips as
+hidden variable. Then a pair is flipped with the probability p of log p/(1 − p) = log ε/(1 − ε) − κ·r.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from app.method.moments import Moments
 def gaussian_log_weights(discrepancy: Tensor, moments: Moments) -> Tensor:
     """Return the log of the unnormalised selection weights, −(M_i − M0)²/2σ² [G] float64, for M [G].
 
-    All are zero (every pair equally likely) without a `Moments.spread`. This is normal at the first step: the
-    policy equals the reference, so every gap is 0 and σ is 0. A discrepancy that is not finite gets −inf.
+    All are zero (every pair equally likely) without a `Moments.spread`, as at the first step. A discrepancy that is
+    not finite gets −inf.
     """
     log_weights = -0.5 * moments.z_scores(discrepancy) ** 2
     return log_weights.masked_fill(~torch.isfinite(discrepancy), -math.inf)

@@ -15,10 +15,6 @@ from app.method.moments import MINIMUM_STD, Moments
 from app.method.pair_loss import PairLoss
 
 
-class MissingStatistics(LookupError):
-    """The error of a filter or β schedule that finds no running statistics; its message names the remedy."""
-
-
 @dataclass
 class StepDecision:
     """The measurements and decisions for the G pairs of a global batch, between the gaps and the loss.
@@ -26,30 +22,30 @@ class StepDecision:
     It starts as plain DPO: every eligible pair is kept and β = β0. Callbacks change `discrepancy`, `moments`,
     `log_weights`, `kept`, `beta`, `margin`, `confidence` and `loss_weight`, in the order of `callbacks.slots`; the
     gaps stay as measured. Every rank makes the same changes to the same numbers. All tensors are on the CPU,
-    outside any graph.
+    outside any graph. Raises ValueError if ids, gaps and labels differ in number.
     """
 
     step: int  # the number of this optimizer step, from 1
     pair_ids: Sequence[str]  # [G], the global batch in its canonical order
-    beta0: float  # base β
     gaps: Tensor  # [G] float64, the loss's discrepancy as measured (h for DPO)
-    discrepancy: Tensor  # [G] float64, M: what statistics, filter and β use; starts as the gaps
-    eligible: Tensor  # [G] bool; a pair without a finite gap is never kept and does not enter the statistics
-    kept: Tensor  # [G] bool, K: the pairs trained on; starts as the eligible ones
-    beta: Tensor  # [G] float64, starts as β0 everywhere
-    loss_weight: Tensor  # [G] float64, factor on each pair's loss; starts as 1
+    beta0: float  # base β
+    labels: Mapping[str, Sequence[object]] = field(default_factory=dict)  # each [G], columns of the data
+    loss: PairLoss | None = None  # of this step, with `logps` [G] float64: for `pair_losses` and `label_logits`
+    logps: PairLogps | None = None
     # [G] float64, nats per token: how strongly the reference prefers the chosen response; None without a reference
     reference_margin: Tensor | None = None
     # the σ of M that rounding can explain, in the units of M; whatever rescales the discrepancy must rescale it too
     minimum_std: float = MINIMUM_STD
+    discrepancy: Tensor = field(init=False)  # [G] float64, M: what statistics, filter and β use; starts as the gaps
+    eligible: Tensor = field(init=False)  # [G] bool; pairs with a finite gap: the others are not kept nor counted
+    kept: Tensor = field(init=False)  # [G] bool, K: the pairs trained on; starts as the eligible ones
+    beta: Tensor = field(init=False)  # [G] float64, starts as β0 everywhere
+    loss_weight: Tensor = field(init=False)  # [G] float64, factor on each pair's loss; starts as 1
     margin: Tensor | None = None  # [G] float64, subtracted from the logits β·h; for losses that take one
     # [G] float64, the probability that each label is right; for losses with a swapped form (RE-PO)
     confidence: Tensor | None = None
-    loss: PairLoss | None = None  # of this step, with `logps` [G] float64: for `pair_losses` and `label_logits`
-    logps: PairLogps | None = None
     moments: Moments | None = None  # M0 and σ, updated with this batch
     log_weights: Tensor | None = None  # [G] float64, unnormalised log weights of the selection
-    labels: Mapping[str, Sequence[object]] = field(default_factory=dict)  # each [G], columns of the data
     # Measures log π(y_w|x) − log π(y_l|x) under logits (1+ε)·logits_θ − ε·logits_ref for each ε given: [len(ε), G],
     # NaN for pairs that are not eligible. Every rank must call it.
     measure_perturbed: Callable[[Sequence[float]], Tensor] | None = None
@@ -57,34 +53,16 @@ class StepDecision:
     # for pairs that are not eligible. Every rank must call it. None if no reference model is loaded.
     measure_kl: Callable[[], Tensor] | None = None
 
-    @classmethod
-    def start(
-        cls,
-        step: int,
-        pair_ids: Sequence[str],
-        gaps: Tensor,
-        beta0: float,
-        labels: Mapping[str, Sequence[object]] | None = None,
-    ) -> StepDecision:
-        """Return plain DPO on pairs with `gaps` [G]. Raises ValueError if ids, gaps and labels differ in number."""
-        gaps = gaps.detach().to("cpu", torch.float64).clone()
-        labels = dict(labels or {})
-        for name, column in {"pair_ids": pair_ids, **labels}.items():
-            if len(column) != gaps.numel():
-                raise ValueError(f"{name} has {len(column)} entries for {gaps.numel()} gaps")
-        eligible = torch.isfinite(gaps)
-        return cls(
-            step=step,
-            pair_ids=pair_ids,
-            beta0=beta0,
-            gaps=gaps,
-            discrepancy=gaps.clone(),
-            eligible=eligible,
-            kept=eligible.clone(),
-            beta=torch.full_like(gaps, beta0),
-            loss_weight=torch.ones_like(gaps),
-            labels=labels,
-        )
+    def __post_init__(self) -> None:
+        self._measured = self.gaps.detach().to("cpu", torch.float64).clone()
+        for name, column in {"pair_ids": self.pair_ids, **self.labels}.items():
+            if len(column) != self._measured.numel():
+                raise ValueError(f"{name} has {len(column)} entries for {self._measured.numel()} gaps")
+        self.gaps, self.discrepancy = self._measured.clone(), self._measured.clone()
+        self.eligible = torch.isfinite(self.gaps)
+        self.kept = self.eligible.clone()
+        self.beta = torch.full_like(self.gaps, self.beta0)
+        self.loss_weight = torch.ones_like(self.gaps)
 
     @property
     def kept_count(self) -> int:
@@ -119,10 +97,6 @@ class StepDecision:
         weight, *others = terms.to(logps.policy_chosen)
         return loss(logps, **dict(zip(self._term_names[1:], others, strict=True))) * weight
 
-    def losses(self, loss: PairLoss, logps: PairLogps, positions: Tensor) -> Tensor:
-        """Return the weighted `loss` [B] of the pairs `logps` [B] at `positions` [B] in the global batch."""
-        return self.weighted_losses(loss, logps, self.terms(positions))
-
     def pair_losses(self) -> Tensor:
         """Return every pair's loss under the decisions so far, without weights: [G] float64, NaN if ineligible."""
         assert self.loss is not None
@@ -135,9 +109,6 @@ class StepDecision:
         assert self.loss is not None
         assert self.logps is not None
         return self.loss.label_logit(self.logps, self.beta, self.margin).masked_fill(~self.eligible, math.nan)
-
-    def __post_init__(self) -> None:
-        self._measured = self.gaps.clone()
 
     def fault(self) -> str:
         """Return why the step cannot be trained as decided, as a clause; an empty text if it can."""
@@ -153,15 +124,6 @@ class StepDecision:
             if not getattr(self, name)[self.kept].isfinite().all():
                 return f"decision.{name} is not finite for a kept pair"
         return "" if (self.beta[self.kept] > 0).all() else "decision.beta is not above 0 for a kept pair"
-
-    def require_moments(self, who: str) -> Moments:
-        """Return M0 and σ of this step to the callback named `who`. Raises MissingStatistics if there are none."""
-        if self.moments is None:
-            raise MissingStatistics(
-                f"{who} needs the running reward-gap statistics: fill the slot `statistics` "
-                "(`--statistics RewardGapStatistics`; in Python, put it earlier among the Trainer's callbacks)"
-            )
-        return self.moments
 
 
 @runtime_checkable

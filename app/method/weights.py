@@ -1,16 +1,20 @@
-"""Weights on the losses of a step's pairs, by their own losses or by scores that the data carries.
+"""Weights on the losses of a step's pairs, and RE-PO's confidence in their labels; constants to the gradient.
 
-Every weight is a constant to the gradient. Sums and means run over the kept pairs of the global batch.
+Sums and means run over the kept pairs of the global batch.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LARGEST_WEIGHT = 10.0  # of KLDPO, in its authors' code
+LEAST = 1e-12  # of a reliability η and of 1 − η: at 0 or 1 no later pair could move the posterior
 
 
 def dr_dpo_loss(losses: Tensor, temperature: float) -> Tensor:
@@ -31,8 +35,7 @@ def kldpo_weights(losses: Tensor, temperature: float) -> Tensor:
     """Return min(10, exp((ℓ − mean ℓ)/τ)) [n] for `losses` ℓ [n] and `temperature` τ.
 
     KLDPO (arXiv 2502.01930; `src/kldpo.py` in TheBlackCat22/distributionally_robust_dpo) prepares for a shift of
-    the preferences: pairs with a large loss are taken for those that matter, which is the opposite of Dr. DPO's
-    advice.
+    the preferences: pairs with a large loss are taken for those that matter, the opposite of Dr. DPO's advice.
     """
     losses = losses.detach()
     return torch.exp((losses - losses.mean()) / temperature).clamp(max=LARGEST_WEIGHT)
@@ -50,7 +53,7 @@ def madpo_weights(score_gap: Tensor, largest: float, smallest: float, slope: flo
     # an infinite exponential times c_max − 1 = 0 would be NaN
     rise = torch.exp((slope * (gap.abs() - threshold)).clamp(max=700.0)) * (largest - 1.0) / (1.0 - smallest)
     factor = smallest + (largest - smallest) / (1.0 + rise)
-    ratio = torch.exp(torch.nn.functional.logsigmoid(factor * gap) - torch.nn.functional.logsigmoid(gap))
+    ratio = torch.exp(F.logsigmoid(factor * gap) - F.logsigmoid(gap))
     return torch.where(gap > -threshold, ratio, torch.ones_like(gap))
 
 
@@ -60,3 +63,29 @@ def quality_weights(score_gap: Tensor, slope: float) -> Tensor:
     This is the quality weight of Omni-DPO, now Uni-DPO (arXiv 2506.10054; `compute_w_qual` in pspdada/Uni-DPO).
     """
     return torch.sigmoid(slope * score_gap.to(torch.float64))
+
+
+def label_confidence(label_logits: Tensor, reliability: Tensor) -> Tensor:
+    """Return RE-PO's w = ηp/(ηp + (1 − η)(1 − p)) [n], the posterior of a right label (arXiv 2509.24159, eq. 4).
+
+    `label_logits` [n] are log p/(1 − p) (`PairLoss.label_logit`), `reliability` η [n] is that of the pair's
+    annotator, in (0, 1). NaN where the logit is NaN.
+    """
+    return torch.sigmoid(label_logits.detach() + torch.logit(reliability))
+
+
+def updated_reliability(
+    reliability: Mapping[str, float], annotators: Sequence[str], confidence: Tensor, momentum: float
+) -> dict[str, float]:
+    """Return η ← (1 − a)·η + a·mean w of the annotators in the batch, a = `momentum`; other annotators keep theirs.
+
+    `annotators` and `confidence` w belong to the same n pairs; `reliability` names all of them. η stays inside
+    [LEAST, 1 − LEAST].
+    """
+    updated, places = dict(reliability), defaultdict(list)
+    for place, name in enumerate(annotators):
+        places[name].append(place)
+    for name, own in places.items():
+        newest = (1.0 - momentum) * reliability[name] + momentum * float(confidence[own].mean())
+        updated[name] = min(max(newest, LEAST), 1.0 - LEAST)
+    return updated

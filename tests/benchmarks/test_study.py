@@ -13,15 +13,15 @@ import pandas as pd
 import pytest
 import torch
 
-from app.method.beta import BetaSchedule
 from app.method.moments import Moments
 from benchmarks.study.page import DOCS, documents, linked
 from benchmarks.study.questions import BASES, QUESTIONS, RATES, SEEDS, judged, plan, shuffled, sizes
 from benchmarks.study.runs import make_row, make_sft_model, measured
-from benchmarks.study.shared_beta import SharedSchedule
+from benchmarks.study.shared_beta import SharedBeta
 from benchmarks.study.table import COLUMNS, SIGNS, Rows, Untuned, append_result, read_results, runs_of
 from benchmarks.study.tasks import JUDGED, TASKS, TUNING, TUNING_SEEDS, Run
 from benchmarks.study.verdicts import Difference, reward_within
+from callbacks import BetaScheduler
 
 ROOT = Path(__file__).parents[2]
 RUN = Run("controlled", JUDGED, SEEDS[0], "mixed", 0.0, "sigmoid", "beta_dpo", 0.3, 3.6e-4)
@@ -145,10 +145,10 @@ def test_the_plan_fits_eight_hours_of_two_cores() -> None:
 def test_a_shared_beta_follows_its_own_pairs() -> None:
     gaps, kept = torch.tensor([1.0, 3.0, 5.0, 9.0, 2.0]), torch.tensor([True, True, False, True, False])
     moments = Moments(1.0, 2.0)
-    beta = SharedSchedule(0.5, pairs=2).beta(0.1, gaps, kept, moments)
+    beta = SharedBeta(2, 0.5).beta(0.1, gaps, kept, moments)
     assert beta.tolist() == pytest.approx([0.15, 0.15, 0.5, 0.5, 0.1])
-    whole = SharedSchedule(0.5, pairs=64).beta(0.1, gaps, kept, moments)
-    assert torch.equal(whole, BetaSchedule(0.5).beta(0.1, gaps, kept, moments))
+    whole = SharedBeta(64, 0.5).beta(0.1, gaps, kept, moments)
+    assert torch.equal(whole, BetaScheduler(0.5).beta(0.1, gaps, kept, moments))
 
 
 def row(run: Run, reward: float, processor: str = "one") -> dict[str, object]:

@@ -45,7 +45,7 @@ def decided(decision: StepDecision, *callbacks: Any) -> tuple[StepDecision, dict
 
 def start(*gaps: float, **labels: Sequence[object]) -> StepDecision:
     ids = [f"pair-{i}" for i in range(len(gaps))]
-    decision = StepDecision.start(0, ids, torch.tensor(gaps, dtype=torch.float64), 0.1, labels)
+    decision = StepDecision(0, ids, torch.tensor(gaps, dtype=torch.float64), 0.1, labels)
     decision.moments = Moments(0.0, 2.0)
     return decision
 
@@ -68,6 +68,16 @@ def test_clamps_are_counted_over_the_kept_pairs_only() -> None:
     decision.kept = torch.tensor([False, True, True, False, False])
     assert decided(decision, scheduler)[1]["beta/clamped"] == 0.0
     assert scheduler.state_dict() == {"clamped_steps": 1}
+
+
+def test_missing_statistics_name_who_asks_and_the_cure() -> None:
+    decision = start(1.0)
+    decision.moments = None
+    constant = BetaScheduler(m0=1.0, z_normalised=True)
+    for asker in (PairFilter(seed=0), BetaScheduler(), constant, StandardisedMargin()):
+        who = type(asker).__name__
+        with pytest.raises(UserError, match=f"{who} needs the running.*`--statistics RewardGapStatistics`"):
+            decided(decision, asker)
 
 
 def test_the_control_moves_the_weight_of_the_loss_and_not_beta() -> None:
@@ -98,8 +108,6 @@ def test_pairs_whose_label_the_reference_doubts_lose_their_weight() -> None:
     assert float(weights.mean()) == pytest.approx(1.0)
     assert decision.kept.tolist() == [True] * 40 + [False]
     assert decision.beta.tolist() == pytest.approx([0.1] * 41)
-    with pytest.raises(UserError, match="needs a reference"):
-        decided(start(1.0, 2.0), ReferenceWeights())
     with pytest.raises(ValueError, match="window must be a whole number from 1"):
         ReferenceWeights(window=0)
 
@@ -130,7 +138,7 @@ def test_weights_by_the_reference_do_not_depend_on_how_a_step_is_cut(tiny_llama:
     for one, other in zip(decisions, others, strict=True):
         assert one.loss_weight.tolist() == pytest.approx(other.loss_weight.tolist(), abs=1e-4)
     assert any(float(one.loss_weight.std()) > 0.1 for one in decisions)
-    with pytest.raises(UserError, match="needs a reference"):
+    with pytest.raises(UserError, match="ReferenceWeights: SimPOLoss has no reference"):
         run(tmp_path / "simpo", tiny_llama, ReferenceWeights(), loss=SimPOLoss())
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from tiny_runs import Recorder, controlled, preference, quiet_trainer
 
 from app.core.errors import UserError
-from app.method.losses import IPOLoss, SigmoidLoss, SPPOHardLoss, WithSFTTerm
+from app.method.losses import IPOLoss, SigmoidLoss, SPPOHardLoss
 from app.method.pair_loss import PairLoss
 from app.method.selection import selection_noise
 from callbacks import BetaScheduler, PairFilter, RewardGapStatistics
@@ -85,7 +85,7 @@ def test_beta_is_clamped_counted_and_reported(
     [
         (SigmoidLoss(), None, 0.01),
         (IPOLoss(), None, 0.25),
-        (WithSFTTerm(SPPOHardLoss(), 0.1), None, 0.25),
+        (SPPOHardLoss(), None, 0.25),
         (IPOLoss(), 0.1, 0.1),
     ],
 )
@@ -94,7 +94,7 @@ def test_the_floor_follows_the_loss_unless_it_is_given(
 ) -> None:
     scheduler = BetaScheduler(floor=floor)
     scheduler.setup(quiet_trainer(tmp_path), preference("anywhere", loss=loss), "fit")
-    assert scheduler.bounds.floor == expected
+    assert scheduler.bounds(1.0) == (expected, None)
 
 
 @pytest.mark.parametrize(

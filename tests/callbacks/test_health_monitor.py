@@ -15,18 +15,17 @@ from tiny_runs import beta_dpo, controlled, preference, quiet_trainer, same_bits
 from app.core.errors import StepRefused, UserError
 from app.method.selection import effective_sample_size
 from callbacks import BetaScheduler, HealthMonitor, PairFilter, RewardGapStatistics, RunCheckpoint
-from callbacks.health import (
-    CONDITIONS,
-    SPEED,
-    Window,
-    accuracy_saturated,
-    beta_at_bounds,
-    beta_far,
-    chosen_falls_with_rejected,
-    nonfinite_pairs,
-    sample_size_collapsed,
-    throughput_lost,
-)
+from callbacks.health import BY_NAME, CONDITIONS, SPEED, Window, chosen_falls
+
+
+def holds(name: str) -> Any:
+    return BY_NAME[name].holds
+
+
+beta_at_bounds, beta_far = holds("β at its bounds"), holds("β far from β0")
+sample_size_collapsed = holds("effective sample size collapsed")
+nonfinite_pairs = holds("pairs without a finite gap")
+accuracy_saturated, throughput_lost = holds("accuracy saturated"), holds("throughput lost")
 
 
 def held(columns: dict[str, list[float]], length: int) -> set[str]:
@@ -51,7 +50,7 @@ def test_beta_far_from_its_base_in_either_direction() -> None:
 def test_normal_gaps_are_no_collapse_and_one_outlier_is() -> None:
     gaps = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     normal = effective_sample_size(-(gaps**2) / 2)
-    assert normal / 4000 == pytest.approx(math.sqrt(3) / 2, abs=0.02)  # as the docstring says
+    assert normal / 4000 == pytest.approx(math.sqrt(3) / 2, abs=0.02)  # as the page says
     assert not sample_size_collapsed([normal], [4000.0])
     one = effective_sample_size(torch.tensor([0.0] + [-30.0] * 63))
     assert sample_size_collapsed([one], [64.0])
@@ -68,9 +67,9 @@ def test_normal_gaps_are_no_collapse_and_one_outlier_is() -> None:
     ],
 )
 def test_chosen_falls_with_rejected(chosen: list[float], rejected: list[float], ill: bool) -> None:
-    assert chosen_falls_with_rejected(chosen, rejected) == ill
+    assert chosen_falls(chosen, rejected) == ill
     # β0 cancels
-    assert chosen_falls_with_rejected([c * 0.01 for c in chosen], [r * 0.01 for r in rejected]) == ill
+    assert chosen_falls([c * 0.01 for c in chosen], [r * 0.01 for r in rejected]) == ill
 
 
 def test_the_other_conditions() -> None:

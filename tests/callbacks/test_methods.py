@@ -15,7 +15,7 @@ from tiny_runs import preference, quiet_trainer
 
 from app.core.errors import UserError
 from app.method.logps import PairLogps
-from app.method.losses import IPOLoss, RobustLoss, SigmoidLoss
+from app.method.losses import IPOLoss, RobustLoss, SigmoidLoss, SimPOLoss
 from app.method.pair_loss import PairLoss
 from app.method.step import StepDecision
 from callbacks import (
@@ -130,6 +130,7 @@ def test_annotators_without_a_name_and_weights_without_a_sum_are_said(caplog: py
         (AnnotatorReliability(), SigmoidLoss(0.1), "SigmoidLoss has no swapped form"),
         (AnnotatorReliability(), RobustLoss(), "RobustLoss has no swapped form"),
         (GammaPOMargin(), IPOLoss(), "GammaPOMargin: IPOLoss has no logit"),
+        (ReferenceWeights(), SimPOLoss(), "ReferenceWeights: SimPOLoss has no reference"),
         (AMaPOMargin(), SigmoidLoss(), "AMaPOMargin: SigmoidLoss has no length-normalised gap without reference"),
     ],
 )

@@ -113,7 +113,7 @@ def test_labels_that_some_steps_lack_or_type_otherwise(tmp_path: Path) -> None:
     audit._folder = tmp_path
     grades: list[list[float | None]] = [[None, None], [1, 2], [0.5, None]]
     for step, values in enumerate(grades):
-        decision = StepDecision.start(step, ["a", "b"], torch.zeros(2), 0.1, {"grade": values})
+        decision = StepDecision(step, ["a", "b"], torch.zeros(2), 0.1, {"grade": values})
         audit._tables.append(audit_rows(decision))
     audit.flush()
     assert pq.read_table(tmp_path)["grade"].to_pylist() == [None, None, 1, 2, 0.5, None]
@@ -126,7 +126,7 @@ def test_every_n_steps_is_checked() -> None:
 
 def test_a_label_never_hides_behind_a_column_of_the_audit() -> None:
     names = (*AUDIT_COLUMNS, "label_kept", "kind")
-    decision = StepDecision.start(0, ["a", "b"], torch.tensor([1.0, 2.0]), 0.1, {name: [7, 8] for name in names})
+    decision = StepDecision(0, ["a", "b"], torch.tensor([1.0, 2.0]), 0.1, {name: [7, 8] for name in names})
     table = audit_rows(decision)
     assert table["kept"].to_pylist() == [True, True]
     labels = {name: table[name].to_pylist() for name in table.column_names[len(AUDIT_COLUMNS) :]}

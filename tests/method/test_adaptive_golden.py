@@ -9,11 +9,18 @@ import torch
 from golden import golden_numbers
 
 from app.method.logps import PairLogps
-from app.method.losses import AlphaDPOLoss, IPOLoss, RobustLoss, SigmoidLoss, SimPOLoss, WithSFTTerm
+from app.method.losses import AlphaDPOLoss, IPOLoss, RobustLoss, SigmoidLoss, SimPOLoss
 from app.method.margins import amapo_margins, gamma_po_margins
 from app.method.pair_loss import PairLoss
-from app.method.reliability import label_confidence, updated_reliability
-from app.method.weights import dr_dpo_loss, dr_dpo_weights, kldpo_weights, madpo_weights, quality_weights
+from app.method.weights import (
+    dr_dpo_loss,
+    dr_dpo_weights,
+    kldpo_weights,
+    label_confidence,
+    madpo_weights,
+    quality_weights,
+    updated_reliability,
+)
 
 
 def column(values: list[float]) -> torch.Tensor:
@@ -59,21 +66,21 @@ def test_repo() -> None:
             assert list(reliability.values()) == close(step["reliability_after"])
 
 
-@pytest.mark.parametrize("loss", [SigmoidLoss(), IPOLoss(), SimPOLoss(0.5), WithSFTTerm(SigmoidLoss(), 0.3)])
+@pytest.mark.parametrize("loss", [SigmoidLoss(), IPOLoss(), SimPOLoss(0.5), SigmoidLoss().changed(sft_weight=0.3)])
 def test_repo_has_the_gradient_of_the_noisy_likelihood(loss: PairLoss) -> None:
     gaps, beta, eta = column([-3.0, 0.1, 2.0, 5.0]).requires_grad_(), column([0.4] * 4), column([0.8])
     logits = loss.label_logit(pairs_with(gaps), beta, None)
     p = torch.sigmoid(logits)
     noisy = -torch.log(eta * p + (1 - eta) * (1 - p)).sum()
-    if isinstance(loss, WithSFTTerm):
-        noisy = noisy - loss.sft_weight * gaps.sum()  # the likelihood of the chosen response is not in doubt
+    noisy = noisy - loss.sft_weight * gaps.sum()  # the likelihood of the chosen response is not in doubt
     ours = loss(pairs_with(gaps), beta, confidence=label_confidence(logits, eta)).sum()
     expected, seen = (torch.autograd.grad(each, gaps, retain_graph=True)[0] for each in (noisy, ours))
     torch.testing.assert_close(seen, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_loss_that_models_flips_has_no_swapped_form() -> None:
-    for loss in (SigmoidLoss(label_smoothing=0.1), RobustLoss(), AlphaDPOLoss(), WithSFTTerm(RobustLoss(), 1.0)):
+    with_sft_term = RobustLoss().changed(sft_weight=1.0)
+    for loss in (SigmoidLoss(label_smoothing=0.1), RobustLoss(), AlphaDPOLoss(), with_sft_term):
         with pytest.raises(ValueError, match="no swapped form"):
             loss(pairs_with(column([1.0])), column([0.1]), confidence=column([0.9]))
 

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.method.beta import BetaBounds, BetaSchedule, batch_beta, instance_beta
+from app.method.beta import batch_beta, instance_beta
 from app.method.margins import standardised_margin
 from app.method.moments import Moments
+from callbacks.schedules import BetaScheduler, BoundedBeta
 
 AFTER = Moments(mean=0.9875, std=1.9430690)
 GAPS = torch.tensor([2.0, -1.5, 1.0, 2.0], dtype=torch.float64)
@@ -51,14 +52,15 @@ def test_gaps_scaled_by_beta0_make_alpha_ten_times_weaker() -> None:
 def test_floor(kept_mean: float, running_mean: float, unclamped: float, beta: float) -> None:
     raw = batch_beta(0.1, 0.6, torch.tensor([kept_mean], dtype=torch.float64), Moments(running_mean, 1.0))
     assert raw.item() == pytest.approx(unclamped, abs=1e-12)
-    assert BetaBounds().clamp(raw, 0.1).item() == pytest.approx(beta, abs=1e-12)
+    assert raw.clamp(*BoundedBeta().bounds(0.1)).item() == pytest.approx(beta, abs=1e-12)
 
 
 def test_instance_beta_by_hand() -> None:
     raw = instance_beta(0.1, 0.6, torch.tensor([-1.0, 0.0, 1.0, 4.0]), Moments(1.2, None))
     assert raw.tolist() == pytest.approx([-0.032, 0.028, 0.088, 0.268], abs=1e-9)
-    assert BetaBounds().clamp(raw, 0.1).tolist() == pytest.approx([0.001, 0.028, 0.088, 0.268], abs=1e-9)
-    assert BetaBounds(0.5, 2.0).clamp(raw, 0.1).tolist() == pytest.approx([0.05, 0.05, 0.088, 0.2], abs=1e-9)
+    assert raw.clamp(*BoundedBeta().bounds(0.1)).tolist() == pytest.approx([0.001, 0.028, 0.088, 0.268], abs=1e-9)
+    narrow = raw.clamp(*BoundedBeta(0.5, 2.0).bounds(0.1))
+    assert narrow.tolist() == pytest.approx([0.05, 0.05, 0.088, 0.2], abs=1e-9)
 
 
 def test_instance_beta_averages_to_the_batch_beta_of_the_same_pairs() -> None:
@@ -102,31 +104,10 @@ def test_wide_gaps_often_reach_the_floor() -> None:
     assert 0.10 < hits / 4000 < 0.14
 
 
-@pytest.mark.parametrize(
-    "bounds",
-    [
-        (0.0, None),
-        (-1.0, None),
-        (math.nan, None),
-        (math.inf, None),
-        (1.01, None),
-        (0.1, 0.99),
-        (0.1, math.inf),
-        (0.1, math.nan),
-    ],
-)
-def test_bounds_that_make_no_interval_are_refused(bounds: tuple[float, float | None]) -> None:
-    with pytest.raises(ValueError, match=r"BetaBounds: (floor|ceiling) must be a finite number"):
-        BetaBounds(*bounds)
-
-
 def test_bounds_are_multiples_of_beta0() -> None:
-    bounds = BetaBounds(0.2, 5.0)
     for beta0 in (0.01, 0.1, 2.5):
-        assert bounds.clamp(beta0 * torch.tensor([0.0, 1.0, 9.0]), beta0).tolist() == pytest.approx(
-            [0.2 * beta0, beta0, 5 * beta0]
-        )
-        assert bounds.absolute(beta0) == pytest.approx({"floor": 0.2 * beta0, "ceiling": 5 * beta0})
+        assert BetaScheduler(floor=0.2, ceiling=5.0).bounds(beta0) == pytest.approx((0.2 * beta0, 5 * beta0))
+        assert BoundedBeta().bounds(beta0) == (0.01 * beta0, None)
 
 
 ALL = torch.ones(4, dtype=torch.bool)
@@ -137,42 +118,33 @@ HAND = Moments(mean=0.5, std=2.0)  # z-scores of GAPS: 0.75, −1, 0.25, 0.75
 @pytest.mark.parametrize(
     ("schedule", "kept", "expected"),
     [
-        (BetaSchedule(0.6), SOME, [0.17] * 4),  # mean 5/3: 0.1·(1 + 0.6·7/6)
-        (BetaSchedule(0.6), ALL, [0.1225] * 4),
-        (BetaSchedule(0.6, "instance"), SOME, [0.19, -0.02, 0.13, 0.19]),
-        (BetaSchedule(0.6, m0=1.0), SOME, [0.14] * 4),
-        (BetaSchedule(0.6, "instance", m0=1.0), SOME, [0.16, -0.05, 0.1, 0.16]),
-        (BetaSchedule(0.6, z_normalised=True), SOME, [0.135] * 4),  # mean z 7/12
-        (BetaSchedule(0.6, "instance", z_normalised=True), ALL, [0.145, 0.04, 0.115, 0.145]),
-        (BetaSchedule(0.6, m0=-0.5, z_normalised=True), SOME, [0.165] * 4),  # mean 5/3 + 1/2 over 2
+        (BetaScheduler(0.6), SOME, [0.17] * 4),  # mean 5/3: 0.1·(1 + 0.6·7/6)
+        (BetaScheduler(0.6), ALL, [0.1225] * 4),
+        (BetaScheduler(0.6, level="instance"), SOME, [0.19, -0.02, 0.13, 0.19]),
+        (BetaScheduler(0.6, m0=1.0), SOME, [0.14] * 4),
+        (BetaScheduler(0.6, level="instance", m0=1.0), SOME, [0.16, -0.05, 0.1, 0.16]),
+        (BetaScheduler(0.6, z_normalised=True), SOME, [0.135] * 4),  # mean z 7/12
+        (BetaScheduler(0.6, level="instance", z_normalised=True), ALL, [0.145, 0.04, 0.115, 0.145]),
+        (BetaScheduler(0.6, m0=-0.5, z_normalised=True), SOME, [0.165] * 4),  # mean 5/3 + 1/2 over 2
     ],
 )
-def test_schedules_by_hand(schedule: BetaSchedule, kept: torch.Tensor, expected: list[float]) -> None:
+def test_schedules_by_hand(schedule: BetaScheduler, kept: torch.Tensor, expected: list[float]) -> None:
     beta = schedule.beta(0.1, GAPS, kept, HAND)
     assert beta.dtype == torch.float64
     assert beta.tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_only_a_constant_m0_does_without_statistics() -> None:
-    constant = BetaSchedule(0.6, m0=1.0)
-    assert torch.equal(constant.beta(0.1, GAPS, ALL, None), constant.beta(0.1, GAPS, ALL, HAND))
-    for needy in (BetaSchedule(), BetaSchedule(level="instance"), BetaSchedule(m0=1.0, z_normalised=True)):
-        assert needy.needs_moments
-        with pytest.raises(ValueError, match="moments"):
-            needy.beta(0.1, GAPS, ALL, None)
-
-
 @pytest.mark.parametrize("std", [None, 0.0, 9e-7])
 def test_without_a_spread_the_normalised_schedule_and_the_margin_rest(std: float | None) -> None:
     start = Moments(0.0, std)
-    assert BetaSchedule(z_normalised=True).beta(0.1, GAPS, ALL, start).tolist() == [0.1] * 4
+    assert BetaScheduler(z_normalised=True).beta(0.1, GAPS, ALL, start).tolist() == [0.1] * 4
     assert standardised_margin(0.3, 0.5, GAPS, start).tolist() == [0.3] * 4
 
 
 @settings(max_examples=30, deadline=None)
 @given(scale=st.floats(1e-3, 1e3), shift=st.floats(-100, 100), level=st.sampled_from(["batch", "instance"]))
 def test_the_normalised_schedule_ignores_scale_and_origin(scale: float, shift: float, level: Any) -> None:
-    schedule = BetaSchedule(0.6, level, z_normalised=True)
+    schedule = BetaScheduler(0.6, level=level, z_normalised=True)
     plain = schedule.beta(0.1, GAPS, SOME, HAND)
     moved = schedule.beta(0.1, scale * GAPS + shift, SOME, Moments(scale * 0.5 + shift, scale * 2.0))
     torch.testing.assert_close(moved, plain, rtol=1e-6, atol=1e-9)
@@ -181,7 +153,7 @@ def test_the_normalised_schedule_ignores_scale_and_origin(scale: float, shift: f
 @pytest.mark.parametrize("level", ["batch", "instance"])
 @pytest.mark.parametrize("normalised", [False, True])
 def test_alpha_zero_is_beta0_under_every_schedule(level: Literal["batch", "instance"], normalised: bool) -> None:
-    schedule = BetaSchedule(0.0, level, z_normalised=normalised)
+    schedule = BetaScheduler(0.0, level=level, z_normalised=normalised)
     assert schedule.beta(0.3, GAPS, SOME, HAND).tolist() == [0.3] * 4
 
 
@@ -193,15 +165,24 @@ def test_margin_by_hand_and_outside_the_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"alpha": math.nan}, {"alpha": math.inf}, {"m0": math.inf}, {"m0": math.nan}, {"level": "pair"}]
+    "wrong",
+    [
+        *({"alpha": math.nan}, {"alpha": math.inf}, {"m0": math.inf}, {"m0": math.nan}, {"level": "pair"}),
+        *({"floor": bad} for bad in (0.0, -1.0, math.nan, math.inf, 1.01)),
+        *({"ceiling": bad} for bad in (0.99, math.inf, math.nan)),
+    ],
 )
 def test_a_schedule_out_of_range_is_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        BetaSchedule(**wrong)
+        BetaScheduler(**wrong)
+    if not wrong.keys() <= {"floor", "ceiling"}:
+        return
+    with pytest.raises(ValueError, match=f"BoundedBeta: {next(iter(wrong))}"):
+        BoundedBeta(**wrong)
 
 
 @pytest.mark.parametrize("m0", [None, 0.02])
 def test_z_scores_of_a_spread_that_rounding_explains_leave_beta_at_its_base(m0: float | None) -> None:
     rounded = Moments(0.0, 0.06, minimum_std=0.08)  # as in bfloat16
-    schedule = BetaSchedule(0.6, m0=m0, z_normalised=True)
+    schedule = BetaScheduler(0.6, m0=m0, z_normalised=True)
     assert schedule.beta(0.1, 0.06 * GAPS, ALL, rounded).tolist() == [0.1] * 4

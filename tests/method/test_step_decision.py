@@ -1,4 +1,4 @@
-"""The record of a step: it starts as plain DPO, keeps bad gaps out, names the cure for missing statistics."""
+"""The record of a step: it starts as plain DPO and keeps bad gaps out."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from app.method.beta import batch_beta
 from app.method.logps import PairLogps
 from app.method.losses import IPOLoss, SigmoidLoss
-from app.method.moments import Moments, RunningMoments
+from app.method.moments import RunningMoments
 from app.method.selection import gaussian_log_weights, gumbel_top_k, number_kept, selection_noise
-from app.method.step import MissingStatistics, RewardGapHook, StepDecision
+from app.method.step import RewardGapHook, StepDecision
 
 
 def start(*gaps: float, beta0: float = 0.1) -> StepDecision:
-    return StepDecision.start(4, [f"pair-{i}" for i in range(len(gaps))], torch.tensor(gaps), beta0)
+    return StepDecision(4, [f"pair-{i}" for i in range(len(gaps))], torch.tensor(gaps), beta0)
 
 
 def test_starts_as_plain_dpo() -> None:
@@ -35,7 +35,7 @@ def test_starts_as_plain_dpo() -> None:
 
 def test_gaps_leave_the_graph_and_are_not_shared() -> None:
     gaps = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
-    decision = StepDecision.start(0, ["a", "b"], gaps, 0.1)
+    decision = StepDecision(0, ["a", "b"], gaps, 0.1)
     assert not decision.gaps.requires_grad
     decision.discrepancy *= 10
     decision.kept[0] = False
@@ -65,28 +65,15 @@ def test_nothing_kept_and_nothing_there() -> None:
     assert (empty.kept_count, empty.kept_fraction, empty.beta_used) == (0, 0.0, 0.3)
 
 
-def test_missing_statistics_name_who_asks_and_the_cure() -> None:
-    decision = start(1.0)
-    with pytest.raises(MissingStatistics) as raised:
-        decision.require_moments("PairFilter")
-    assert str(raised.value) == (
-        "PairFilter needs the running reward-gap statistics: "
-        "fill the slot `statistics` (`--statistics RewardGapStatistics`; in Python, put it earlier among the "
-        "Trainer's callbacks)"
-    )
-    decision.moments = Moments(0.5, None)
-    assert decision.require_moments("PairFilter") == Moments(0.5, None)
-
-
 def test_columns_of_another_length_are_refused() -> None:
     with pytest.raises(ValueError, match="pair_ids has 1 entries for 2 gaps"):
-        StepDecision.start(0, ["a"], torch.zeros(2), 0.1)
+        StepDecision(0, ["a"], torch.zeros(2), 0.1)
     with pytest.raises(ValueError, match="flipped has 3 entries"):
-        StepDecision.start(0, ["a", "b"], torch.zeros(2), 0.1, labels={"flipped": [True, False, True]})
+        StepDecision(0, ["a", "b"], torch.zeros(2), 0.1, labels={"flipped": [True, False, True]})
 
 
 def test_labels_travel_along() -> None:
-    decision = StepDecision.start(0, ["a", "b"], torch.zeros(2), 0.1, labels={"flipped": [True, False]})
+    decision = StepDecision(0, ["a", "b"], torch.zeros(2), 0.1, labels={"flipped": [True, False]})
     assert decision.labels["flipped"] == [True, False]
 
 
@@ -164,13 +151,14 @@ def test_losses_take_each_pair_its_own_beta_weight_and_margin() -> None:
     decision = start(*gap.tolist())
     everywhere = torch.arange(3)
     plain = SigmoidLoss()(pairs, decision.beta)
-    assert torch.equal(decision.losses(SigmoidLoss(), pairs, everywhere), plain)  # plain DPO to the bit
+    same = decision.weighted_losses(SigmoidLoss(), pairs, decision.terms(everywhere))
+    assert torch.equal(same, plain)  # plain DPO to the bit
     decision.beta = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
     decision.loss_weight = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     decision.margin = torch.tensor([0.0, 0.5, -0.5], dtype=torch.float64)
     chosen = torch.tensor([2, 1])
-    losses = decision.losses(SigmoidLoss(), pairs.select(chosen), chosen)
+    losses = decision.weighted_losses(SigmoidLoss(), pairs.select(chosen), decision.terms(chosen))
     expected = [3 * math.log1p(math.exp(-0.15 - 0.5)), 2 * math.log1p(math.exp(0.4 + 0.5))]
     assert losses.tolist() == pytest.approx(expected)
     with pytest.raises(ValueError, match="IPOLoss has no logit"):
-        decision.losses(IPOLoss(), pairs, everywhere)
+        decision.weighted_losses(IPOLoss(), pairs, decision.terms(everywhere))
