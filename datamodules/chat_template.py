@@ -79,11 +79,8 @@ class ChatTemplate:
         self._frames: dict[str, Frame] = {}
         for name in options:
             if name in _OURS or not self.knows(name):
-                raise UserError(
-                    f"data.chat_template_kwargs: {name} is "
-                    + ("set by beta-dpo itself" if name in _OURS else "not known to the tokenizer's chat template")
-                    + ": leave it out, or correct its name."
-                )
+                fault = "set by beta-dpo itself" if name in _OURS else "not known to the tokenizer's chat template"
+                raise UserError(f"data.chat_template_kwargs: {name} is {fault}: leave it out, or correct its name.")
 
     def knows(self, name: str) -> bool:
         """Return whether the template's source contains this name of a variable or field."""
@@ -93,32 +90,29 @@ class ChatTemplate:
         """Return the text of a conversation. Raises Dropped with the template's own message."""
         tools = None if talk.tools is None else list(talk.tools)
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    [dict(turn) for turn in talk.turns],
-                    chat_template=_dated(self.tokenizer.get_chat_template(tools=tools)),
-                    tools=tools,
-                    tokenize=False,
-                    add_generation_prompt=generation_prompt,
-                    **{**self.options, **talk.options},
-                )
+            rendered = self.tokenizer.apply_chat_template(
+                [dict(turn) for turn in talk.turns],
+                chat_template=_dated(self.tokenizer.get_chat_template(tools=tools)),
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **{**self.options, **talk.options},
             )
         except TemplateSyntaxError as error:
             raise UserError(f"The tokenizer's chat template is broken ({error}): correct it.") from error
-        except (
-            Exception
-        ) as error:  # raise_exception of a template, or any failure of its expressions on these turns
+        except Exception as error:  # of a template's raise_exception, or of its expressions on these turns
             raise Dropped(f"the chat template refuses: {first_line(error)[:120]}") from error
+        return str(rendered)
 
     def frame(self, talk: Talk) -> Frame:
         """Return what the template writes after the answer; cached for all conversations."""
         key = json.dumps([bool(talk.tools), talk.options], sort_keys=True, default=str)
         if key not in self._frames:
             _, ending = self._around_answer(talk)
-            found = self._turn_end(ending)
-            closing = ending.rstrip() if found is None else ending[: found.end()]
-            stop = None if found is None else self.tokenizer.get_vocab()[found[0]]
-            self._frames[key] = Frame(ending, closing, stop)
+            frame = Frame(ending, ending.rstrip(), None)
+            if end := self._turn_end(ending):
+                frame = Frame(ending, ending[: end.end()], self.tokenizer.get_vocab()[end[0]])
+            self._frames[key] = frame
         return self._frames[key]
 
     def prompt(self, talk: Talk) -> str:
@@ -158,21 +152,26 @@ class ChatTemplate:
             notes = (f"the generation prompt ends in {prompt[shared:]!r}, which the template takes back",)
             prompt = prompt[:shared]
         rest = full[len(prompt) :]
-        self._check_whole(answer, rest)
+        calls = [call.get("function", call)["name"] for call in answer.get("tool_calls") or []]
+        thought = answer.get(THOUGHTS[0])
+        parts = [("text", answer.content), (THOUGHTS[0], thought), *(("tool_calls", call) for call in calls)]
+        for name, text in parts:
+            if text and not _holds(rest, str(text)):
+                raise Dropped(f"the chat template leaves out the answer's {name}")
         if frame.ending and rest.endswith(frame.ending):
-            body, closing, eos = rest.removesuffix(frame.ending), frame.closing, frame.stop is None
-        else:  # tool calls may end with a token of their own
-            *_, last = [None, *self._tokens.finditer(rest)]
-            ends = last is not None and not rest[last.end() :].strip()
-            body, closing, eos = (rest[: last.start()], last[0], False) if last and ends else (rest, "", True)
-        return Rendering(prompt, body, closing, eos, notes)
+            return Rendering(prompt, rest.removesuffix(frame.ending), frame.closing, frame.stop is None, notes)
+        last = self._last_token(rest)
+        if last and not rest[last.end() :].strip():  # tool calls may end with a token of their own
+            return Rendering(prompt, rest[: last.start()], last[0], False, notes)
+        return Rendering(prompt, rest, "", True, notes)
 
     def unused(self, talk: Talk, *answers: Message) -> tuple[str, ...]:
         """Return notes on the fields that the template does not use. Raises Dropped if one is essential."""
-        messages = [*talk.turns, *answers]
-        names = [name for message in messages for name in message if name not in ("role", "content")]
-        names = [*(["tools"] if talk.tools else []), *names, *talk.options]
-        unused = [name for name in dict.fromkeys(names) if not self.knows(name)]
+        fields = [
+            name for message in (*talk.turns, *answers) for name in message if name not in ("role", "content")
+        ]
+        names = dict.fromkeys([*["tools"] * bool(talk.tools), *fields, *talk.options])
+        unused = [name for name in names if not self.knows(name)]
         lost = [name for name in unused if name in ESSENTIAL]
         if THOUGHTS[0] in lost and any(map(self.knows, THOUGHTS)):  # transformers gives it other names, too
             lost.remove(THOUGHTS[0])
@@ -182,8 +181,12 @@ class ChatTemplate:
 
     def anchor(self, prompt: str) -> str:
         """Return a prompt from its last special or added token: only this part affects a response's tokens."""
-        *_, last = [None, *self._tokens.finditer(prompt)]
+        last = self._last_token(prompt)
         return prompt if last is None else prompt[last.start() :]
+
+    def _last_token(self, text: str) -> re.Match[str] | None:
+        *_, last = [None, *self._tokens.finditer(text)]
+        return last
 
     def _around_answer(self, talk: Talk) -> tuple[str, str]:
         """Return the text before and after any answer."""
@@ -197,11 +200,11 @@ class ChatTemplate:
     def _turn_end(self, ending: str) -> re.Match[str] | None:
         """Return the end-of-turn token: the first added token, or a special one directly after it."""
         first = self._tokens.search(ending)
-        if first is None or first[0] in self.tokenizer.all_special_tokens:
-            return first
-        following = self._tokens.match(ending, first.end())
-        special = following is not None and following[0] in self.tokenizer.all_special_tokens
-        return following if special else first
+        following = first and self._tokens.match(ending, first.end())
+        special = self.tokenizer.all_special_tokens
+        if first and following and first[0] not in special and following[0] in special:
+            return following
+        return first
 
     def _without_end(self, content: str, frame: Frame) -> str:
         """Return the content without end-of-turn or EOS text at its end, because the template writes its own."""
@@ -214,17 +217,6 @@ class ChatTemplate:
         """Return the largest length, at most `length`, that does not cut through a special token of `text`."""
         inside = [token for token in self._tokens.finditer(text) if token.start() < length < token.end()]
         return inside[0].start() if inside else length
-
-    def _check_whole(self, answer: Message, rest: str) -> None:
-        calls = answer.get("tool_calls") or []
-        parts: dict[str, list[Any]] = {
-            "text": [answer.content],
-            "reasoning_content": [answer.get("reasoning_content")],
-            "tool_calls": [call.get("function", call)["name"] for call in calls],
-        }
-        for name, values in parts.items():
-            if not all(_holds(rest, str(value)) for value in values if value):
-                raise Dropped(f"the chat template leaves out the answer's {name}")
 
 
 def conversation(pair: PreferencePair) -> Talk:

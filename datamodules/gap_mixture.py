@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import cycle
 from typing import Literal
 
 import numpy as np
@@ -68,16 +67,15 @@ def replaced_pairs(pairs: Iterable[PreferencePair], path: str, report: RowReport
     places: dict[int, list[int]] = {}  # byte offsets of the samples of each prompt, by its key: texts stay on disk
     for place, sample in read_samples(path):
         places.setdefault(prompt_key(read_prompt(sample["prompt"])), []).append(place)
-    turns: Counter[int] = Counter()
+    turns = {key: cycle(found) for key, found in places.items()}
     with open(path, "rb") as file:
         for pair in pairs:
             report.counts["rows"] += 1
             key = prompt_key(pair.prompt)
-            if key not in places:
+            if key not in turns:
                 report.note("skipped: no sample for the prompt", pair.pair_id)
                 continue
-            file.seek(places[key][turns[key] % len(places[key])])
-            turns[key] += 1
+            file.seek(next(turns[key]))
             sample = json.loads(file.readline())
             response = sample["response"]
             if not response.strip():
@@ -107,7 +105,7 @@ def replaced_stream(stream: PairStream, samples: str) -> PairStream:
     return PairStream(
         stream.name,
         lambda: {"pairs": stream.description(), "rejected": content},
-        partial(replaced_pairs, stream, samples),
+        lambda report: replaced_pairs(stream, samples, report),
         stream.rows,
     )
 

@@ -16,8 +16,6 @@ from app.method.ranges import PositiveShare, checked
 from app.method.selection import number_kept
 from datamodules.table import PairTable
 
-_PAIRS_AT_ONCE = 65536
-
 
 @checked
 @dataclass(frozen=True)
@@ -52,22 +50,22 @@ class Ranking:
 
     def _column(self, name: str, table: PairTable, rows: np.ndarray, option: str) -> np.ndarray:
         """Return a column [n] float64 of the pairs `rows` [n]."""
+        values: list[Any]
         if self.scores is not None:
             values = self._of_file(self.scores, name, table, rows, option)
         elif name in table.label_names:
-            parts = np.array_split(rows, len(rows) // _PAIRS_AT_ONCE + 1)
+            parts = np.array_split(rows, len(rows) // 65536 + 1)  # not all labels in memory at once
             values = [value for part in parts for value in table.labels(part)[name]]
         elif name == "random":
             digests = (hashlib.blake2b(id.encode(), digest_size=6).digest() for id in table.pair_ids(rows))
-            return np.array([int.from_bytes(digest) / 2**48 for digest in digests])
+            values = [int.from_bytes(digest) / 2**48 for digest in digests]
         else:
             carried = ", ".join(table.label_names) or "none"
             raise UserError(
                 f"data.{option}: the data has no column {name!r}; it has these: {carried}. Name one of them, "
                 f"or give the file of `beta-dpo predict` as data.{option}.scores."
             )
-        numbers = [isinstance(value, int | float) and np.isfinite(value) for value in values]
-        bad = np.flatnonzero(~np.array(numbers, bool)).tolist()
+        bad = [n for n, value in enumerate(values) if not isinstance(value, int | float) or not np.isfinite(value)]
         if bad:
             raise UserError(
                 f"data.{option}: {len(bad)} of {len(rows)} training pairs have no finite number in the column "
@@ -83,19 +81,18 @@ class Ranking:
             raise UserError(
                 f"data.{option}.scores: {path} cannot be read ({first_line(error)}): `beta-dpo predict` writes it."
             ) from error
-        missing = {"pair_id", name} - set(found.column_names)
-        if missing:
+        if missing := {"pair_id", name} - set(found.column_names):
             has = ", ".join(found.column_names)
             raise UserError(f"data.{option}.scores: {path} has no column {missing.pop()!r}; it has {has}.")
         ids = found["pair_id"].combine_chunks()
         if len(ids.unique()) < len(ids):
             raise UserError(f"data.{option}.scores: {path} names a pair twice: give the scores of one `predict`.")
-        places = pc.index_in(pa.array(table.pair_ids(rows), ids.type), value_set=ids)
-        if places.null_count:
-            first = rows[~places.is_valid().to_numpy(zero_copy_only=False)][:1]
+        wanted = table.pair_ids(rows)
+        places = pc.index_in(pa.array(wanted, ids.type), value_set=ids).to_pylist()
+        if None in places:
             raise UserError(
-                f"data.{option}.scores: {path} lacks {places.null_count} of {len(rows)} training pairs (first: "
-                f"{table.pair_ids(first)[0]}): run `beta-dpo predict` on this data."
+                f"data.{option}.scores: {path} lacks {places.count(None)} of {len(rows)} training pairs (first: "
+                f"{wanted[places.index(None)]}): run `beta-dpo predict` on this data."
             )
         return found[name].take(places).to_pylist()
 

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -77,30 +78,24 @@ def reward_scores(stream: PairStream, scoring: RewardScoring, device: torch.devi
 
     def build(folder: Path) -> None:
         parts = Parts(folder.with_suffix(".parts"), job)
-        _score_parts(stream, scoring, device, parts)
+        done = len(parts)
+        log.info("scoring %s with %s%s", stream.name, scoring.name, f", from part {done} on" if done else "")
+        model = RewardModel(scoring.name, scoring.batch_size, str(device), scoring.max_length)
+        pairs = iter(stream)
+        scored = sum(1 for _ in islice(pairs, done * _PAIRS_PER_PART))
+        with progress_bar("scoring", scored) as progress:
+            while batch := list(islice(pairs, _PAIRS_PER_PART)):
+                rows = [(pair.pair_id, *both) for pair, both in zip(batch, _rewards(model, batch), strict=True)]
+                with atomic_file(parts.path(done)) as temporary:
+                    temporary.write_text(json.dumps(rows), encoding="utf-8")
+                done += 1
+                progress.update(len(batch))
+        model.tell_truncated()
         batches = (record_batch(json.loads(path.read_text(encoding="utf-8")), _SCHEMA) for path in parts)
         write_rows(folder, _FILES, _SCHEMA, batches, {})
         parts.remove()
 
     return cached("rewards", fingerprint(job), lambda folder: read_rows(folder, _FILES, _SCHEMA)[0], build)
-
-
-def _score_parts(stream: PairStream, scoring: RewardScoring, device: torch.device, parts: Parts) -> None:
-    """Score the pairs that no finished part contains."""
-    done = len(parts)
-    log.info("scoring %s with %s%s", stream.name, scoring.name, f", from part {done} on" if done else "")
-    model = RewardModel(scoring.name, scoring.batch_size, str(device), scoring.max_length)
-    pairs = iter(stream)
-    scored = sum(1 for _ in islice(pairs, done * _PAIRS_PER_PART))
-    with progress_bar("scoring", scored) as progress:
-        while batch := list(islice(pairs, _PAIRS_PER_PART)):
-            rows = [(pair.pair_id, *both) for pair, both in zip(batch, _rewards(model, batch), strict=True)]
-            with atomic_file(parts.path(done)) as temporary:
-                temporary.write_text(json.dumps(rows), encoding="utf-8")
-            done += 1
-            progress.update(len(batch))
-    if model.truncated:
-        log.warning("%s: %d texts cut to their last %d tokens", model.name, model.truncated, model.limit)
 
 
 def _rewards(model: RewardModel, pairs: Sequence[PreferencePair]) -> list[Rewards]:
@@ -110,10 +105,9 @@ def _rewards(model: RewardModel, pairs: Sequence[PreferencePair]) -> list[Reward
         if "tool_calls" not in {**pair.chosen_fields, **pair.rejected_fields} and model.takes(pair.prompt):
             texts |= {(number, 0): (pair.prompt, pair.chosen), (number, 1): (pair.prompt, pair.rejected or "")}
     # texts of similar length need little padding
-    order = iter(sorted(texts, key=lambda place: (len(str(texts[place])), place)))
-    found: dict[tuple[int, int], float] = {}
-    while batch := list(islice(order, model.batch_size)):
-        found.update(zip(batch, model.batch_rewards([texts[place] for place in batch]), strict=True))
+    order = sorted(texts, key=lambda place: (len(str(texts[place])), place))
+    rewards = model.rewards([texts[place][0] for place in order], [texts[place][1] for place in order])
+    found = dict(zip(order, rewards, strict=True))
     return [(found.get((number, 0)), found.get((number, 1))) for number in range(len(pairs))]
 
 
@@ -146,16 +140,9 @@ def rows_with_reward(table: PairTable, rows: np.ndarray) -> np.ndarray:
 class RewardModel:
     """A reward model r(y; x): a sequence classifier with one output, run in float32 without dropout.
 
-    The tokenizer's chat template joins prompt and response; a tokenizer without one encodes them as a pair of
-    texts. A text longer than the model's limit is cut at the front; `truncated` and the log count these texts.
-
-    Args:
-        name: folder or Hub id of a model with a single output.
-        batch_size: texts per forward pass; 1 if the tokenizer has no padding token or pads with its end of text.
-        device: device of the model; None uses CUDA if it is available.
-        max_length: a limit in tokens below the model's own.
-
-    Raises UserError when the model cannot be loaded, has several outputs, or has no trained classifier.
+    The arguments are those of `RewardScoring`; `device` None uses CUDA if it is available. A model whose tokenizer
+    has no padding token of its own scores one text at a time. Raises UserError when the model cannot be loaded, has
+    several outputs, or has no trained classifier.
     """
 
     def __init__(self, name: str, batch_size: int = 32, device: str | None = None, max_length: int | None = None):
@@ -166,7 +153,9 @@ class RewardModel:
             )
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, truncation_side="left")
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=False, truncation_side="left"
+            )
             model, missing = AutoModelForSequenceClassification.from_pretrained(
                 name, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
             )
@@ -184,50 +173,46 @@ class RewardModel:
         self.truncated = 0
 
     def rewards(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Iterator[float]:
-        """Yield the reward of each response to its prompt, in order, as soon as its batch is done."""
-        texts = zip(prompts, responses, strict=True)
-        while batch := list(islice(texts, self.batch_size)):
-            yield from self.batch_rewards(batch)
-        if self.truncated:
-            log.warning("%s: %d texts cut to their last %d tokens", self.name, self.truncated, self.limit)
-
-    @torch.no_grad()
-    def batch_rewards(self, texts: Sequence[tuple[Prompt, str]]) -> list[float]:
-        """Return the rewards of at most `batch_size` prompts and responses, in one forward pass.
+        """Yield the reward of each response to its prompt, in order, as soon as its batch is done.
 
         Raises UserError for a reward that is not finite.
         """
-        encoded = [self._encode(prompt, response) for prompt, response in texts]
-        inputs: Any
-        if len(encoded) == 1:
-            inputs = {name: torch.tensor([column]) for name, column in encoded[0].items()}
-        else:
-            inputs = dict(self.tokenizer.pad(encoded, return_tensors="pt", padding_side="right"))
-        logits = self.model(**{name: column.to(self.device) for name, column in inputs.items()}).logits
-        rewards: list[float] = logits[:, 0].double().tolist()
-        for reward, (prompt, _) in zip(rewards, texts, strict=True):
-            if not math.isfinite(reward):
-                raise UserError(
-                    f"{self.name} gives an answer to the prompt {str(prompt)[:60]!r} the reward {reward}: leave "
-                    "that prompt out, or take another model."
-                )
-        return rewards
+        texts = zip(prompts, responses, strict=True)
+        while batch := list(islice(texts, self.batch_size)):
+            encoded = [self._encode(prompt, response) for prompt, response in batch]
+            inputs: Any
+            if len(encoded) == 1:
+                inputs = {name: torch.tensor([column]) for name, column in encoded[0].items()}
+            else:
+                inputs = self.tokenizer.pad(encoded, return_tensors="pt", padding_side="right")
+            with torch.no_grad():
+                logits = self.model(**{name: column.to(self.device) for name, column in inputs.items()}).logits
+            for reward, (prompt, _) in zip(logits[:, 0].double().tolist(), batch, strict=True):
+                if not math.isfinite(reward):
+                    raise UserError(
+                        f"{self.name} gives an answer to the prompt {str(prompt)[:60]!r} the reward {reward}: "
+                        "leave that prompt out, or take another model."
+                    )
+                yield reward
+
+    def tell_truncated(self) -> None:
+        if self.truncated:
+            log.warning("%s: %d texts cut to their last %d tokens", self.name, self.truncated, self.limit)
 
     def _encode(self, prompt: Prompt, response: str) -> dict[str, list[int]]:
-        if self.tokenizer.chat_template:
-            text = self._chat(prompt, response)
-            arguments: tuple[Any, ...] = (text,)
-            options: dict[str, Any] = {"add_special_tokens": False}  # the template has added them
+        """Return the ids of prompt and response; a text longer than the limit is cut at the front and counted."""
+        if self.tokenizer.chat_template:  # which has added the special tokens
+            encode = partial(self.tokenizer, self._chat(prompt, response), add_special_tokens=False)
         elif isinstance(prompt, str):
-            arguments, options = (prompt, response), {}
+            encode = partial(self.tokenizer, prompt, response)
         else:
             raise UserError(f"{self.name} has no chat template: it cannot score prompts in chat messages.")
-        whole = self.tokenizer(*arguments, **options, verbose=False)
+        whole = encode(verbose=False)
         if len(whole["input_ids"]) <= self.limit:
             return dict(whole)
         self.truncated += 1
-        cut = "only_first" if len(arguments) == 2 else True
-        return dict(self.tokenizer(*arguments, **options, truncation=cut, max_length=self.limit))
+        part = True if self.tokenizer.chat_template else "only_first"
+        return dict(encode(truncation=part, max_length=self.limit))
 
     def takes(self, prompt: Prompt) -> bool:
         """Return whether the chat template accepts the prompt; True without a template."""

@@ -65,11 +65,12 @@ class LearnedReward(Judge):
         keys = [verdict_key(self.identity, row["prompt"], row["response"]) for row in answers]
         new = {key: row for key, row in zip(keys, answers, strict=True) if key not in self.verdicts}
         if new:
-            rewards = RewardModel(self.name).rewards(
-                [row["prompt"] for row in new.values()], [row["response"] for row in new.values()]
-            )
-            for key, reward in zip(new, track(rewards, "scoring", total=len(new), transient=True), strict=True):
+            model = RewardModel(self.name)
+            texts = ([row[side] for row in new.values()] for side in ("prompt", "response"))
+            rewards = track(model.rewards(*texts), "scoring", total=len(new), transient=True)
+            for key, reward in zip(new, rewards, strict=True):
                 self.verdicts.add(key, model=self.name, reward=reward)
+            model.tell_truncated()
         return np.array([self.verdicts[key]["reward"] for key in keys])
 
 

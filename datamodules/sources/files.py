@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -37,10 +38,7 @@ def readable(path: str | Path) -> bool:
 
 
 class LocalFiles:
-    """A source of rows that reads one or several files in order.
-
-    Raises UserError for a file that does not exist or is of no known kind.
-    """
+    """A source of rows that reads one or several files in order. Raises UserError for a file of no known kind."""
 
     def __init__(self, paths: Sequence[Path], name: str | None = None) -> None:
         self.name = name or paths[0].name
@@ -48,8 +46,6 @@ class LocalFiles:
         prefix = f"{self.name}/" if name else ""
         self.places = {path: prefix + path.absolute().relative_to(front).as_posix() for path in paths}
         for path in paths:
-            if not path.is_file():
-                raise UserError(f"There is no file {path}: check the path that you gave.")
             if not readable(path):
                 raise UserError(f"{path} is of no known kind: data.path takes {', '.join(SUFFIXES)}, or a Hub id.")
         refuse_pointers(*paths)
@@ -62,8 +58,19 @@ class LocalFiles:
 
     def count(self) -> int | None:
         """Return the number of rows of parquet, or of lines; None if other kinds of files are among them."""
-        counts = [_count(path) for path in self.places]
-        return sum(filter(None, counts)) if all(counts) else None
+        count = 0
+        try:
+            for path in self.places:
+                if path.suffix.lower() == ".parquet":
+                    count += pq.read_metadata(path).num_rows
+                elif path.suffix.lower() == ".jsonl":
+                    with open(path, "rb") as file:
+                        count += sum(1 for _ in file)
+                else:
+                    return None
+        except (pa.ArrowException, OSError):
+            return None  # reading the rows says what is wrong with the file
+        return count or None
 
     def rows(self) -> Iterator[tuple[str, object]]:
         """Yield (file and line or row number from 1, value of the row, or a BadRow if it cannot be read)."""
@@ -72,23 +79,11 @@ class LocalFiles:
                 yield f"{place}:{number}", row
 
 
-def _count(path: Path) -> int | None:
-    try:
-        if path.suffix.lower() == ".parquet":
-            return pq.read_metadata(path).num_rows
-        if path.suffix.lower() == ".jsonl":
-            with open(path, "rb") as file:
-                return sum(1 for _ in file)
-    except (pa.ArrowException, OSError):
-        pass  # reading the rows says what is wrong with the file
-    return None
-
-
 def _rows(path: Path) -> Rows:
     name = path.name.lower()
     try:
         if name.endswith((".parquet", ".arrow")):
-            yield from _binary_rows(path, "parquet" if name.endswith(".parquet") else "Arrow")
+            yield from _binary_rows(path)
             return
         with gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb") as file:
             yield from _TEXT[Path(name.removesuffix(".gz")).suffix](file, path)  # type: ignore[arg-type]
@@ -100,13 +95,14 @@ def _rows(path: Path) -> Rows:
         ) from error
 
 
-def _binary_rows(path: Path, kind: str) -> Rows:
+def _binary_rows(path: Path) -> Rows:
     """Yield the rows of a parquet file, an Arrow file, or an Arrow stream (which `datasets` writes)."""
+    kind = "parquet" if path.suffix.lower() == ".parquet" else "Arrow"
+    batches: Iterable[pa.RecordBatch]
     try:
-        batches: Iterable[pa.RecordBatch]
         if kind == "parquet":
             file = pq.ParquetFile(path)
-            schema, batches = file.schema_arrow, file.iter_batches(ROWS_PER_BATCH)
+            batches = file.iter_batches(ROWS_PER_BATCH)
         else:
             source = pa.memory_map(str(path))
             try:
@@ -115,7 +111,7 @@ def _binary_rows(path: Path, kind: str) -> Rows:
             except pa.ArrowInvalid:
                 source.seek(0)
                 batches = file = pa.ipc.open_stream(source)
-            schema = file.schema
+        schema = file.schema_arrow if kind == "parquet" else file.schema
         refuse_same_names(schema.names, path)
         yield from arrow_rows(batches)
     except (pa.ArrowException, OSError) as error:
@@ -124,19 +120,13 @@ def _binary_rows(path: Path, kind: str) -> Rows:
 
 def arrow_rows(batches: Iterable[pa.RecordBatch]) -> Rows:
     """Yield (row number from 1, row) of Arrow batches; a row with invalid UTF-8 is a BadRow."""
-    number = 0
-    for batch in batches:
-        try:
-            values: list[object] = batch.to_pylist()
-        except UnicodeDecodeError:  # find out which rows
-            values = [_one_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
-        for value in values:
-            number += 1
-            yield number, value
+    return enumerate(chain.from_iterable(map(_values, batches)), 1)
 
 
-def _one_row(batch: pa.RecordBatch) -> object:
+def _values(batch: pa.RecordBatch) -> list[object]:
     try:
-        return batch.to_pylist()[0]
+        return list(batch.to_pylist())
     except UnicodeDecodeError:
-        return BadRow("invalid UTF-8")
+        if len(batch) == 1:
+            return [BadRow("invalid UTF-8")]
+        return [value for index in range(len(batch)) for value in _values(batch.slice(index, 1))]

@@ -21,13 +21,14 @@ class Format:
 
     `named_by`: the programs or datasets that use it. `row`: an example; a row of the format has a value in each of
     its fields, `a|b` in one of them, and may have one in `a?`. `convert` returns the fields of a pair. Without
-    `data.format`, this format applies only to rows for which `when` is true.
+    `data.format`, this format applies only to rows without the column `unless` for which `when` is true.
     """
 
     name: str
     named_by: str
     row: Row
     convert: Convert = lambda row, source: row
+    unless: str = ""
     when: Callable[[Row], bool] = lambda row: True
 
     @cached_property
@@ -43,9 +44,22 @@ class Format:
         """Return whether its rows have two answers, as preference optimisation needs."""
         return len(self.fields) > 2 or "rejected" in self.fields
 
+    def applies(self, row: Row) -> bool:
+        return self.unless not in row and self.when(row)
+
     def lacking(self, row: Row) -> list[str]:
         """Return the needed fields that have no value in a row."""
         return [name for name in self.fields if not any(_holds(row, either) for either in name.split("|"))]
+
+    def has_columns(self, row: Row) -> bool:
+        """Return whether a row has the needed fields, with or without values."""
+        return all(any(name in row for name in either.split("|")) for either in self.fields)
+
+    def nearness(self, row: Row) -> tuple[int, int]:
+        """Return what is largest for the format that is nearest to a row: most fields held, then fewest lacking."""
+        lacking = len(self.lacking(row))
+        held = len(self.fields) - lacking
+        return held, -lacking if held else 0
 
 
 def _holds(row: Row, name: str) -> bool:
@@ -54,43 +68,27 @@ def _holds(row: Row, name: str) -> bool:
     return any(not missing(row.get(side)) for side in sides)
 
 
-# values of the examples
 _TURN = {"role": "user", "content": "2 + 2?"}
 _YES, _NO = ({"role": "assistant", "content": answer} for answer in ("4", "5"))
 _HUMAN = {"from": "human", "value": "2 + 2?"}
 _GPT, _GPT_NO = ({"from": "gpt", "value": said} for said in ("4", "5"))
 _TALK = "\n\nHuman: 2 + 2?\n\nAssistant:"
 _PAIR: Row = {"chosen": "4", "rejected": "5"}
-_MESSAGES: Row = {"prompt": [_TURN], "chosen": [_YES], "rejected": [_NO]}
 _WHOLE: Row = {"chosen": [_TURN, _YES], "rejected": [_TURN, _NO]}
-_DIALOGUE: Row = {"messages|conversations": [_TURN], "chosen": _YES, "rejected": _NO}
-_SHAREGPT: Row = {"conversations|messages": [_HUMAN], "chosen": _GPT, "rejected": _GPT_NO}
-_ARGILLA: Row = {"instruction|prompt": "2 + 2?", "chosen_response": "4", "rejected_response": "5"}
 _ADD: Row = {"instruction|INSTRUCTION": "Add.", "input?": "2 + 2"}  # every `alpaca` row may have `history`, too
+_ARGILLA: Row = {"instruction|prompt": "2 + 2?", "chosen_response": "4", "rejected_response": "5"}
+_INTEL: Row = {"system?": "Be brief.", "question|input": "2 + 2?", **_PAIR}
+_METHARME: Row = {"prompt": "2 + 2?", "completion|response|generation": "4"}
 _POST: Row = {"id": "t3", "subreddit": "cats", "title": "Cat", "post": "My cat sleeps."}
 _TLDR: Row = {"info": _POST, "summaries": [{"text": " It sleeps."}, {"text": " It barks."}], "choice": 0}
 _SCORES: Row = {"score_A": 9, "score_B": 3, "score_ratio": 3.0}
 _SHP: Row = {"history": "2 + 2?", "human_ref_A": "4", "human_ref_B": "5", "labels": 1, **_SCORES}
 _IDS: Row = {"better_response_id": 0, "safer_response_id": 0}
-_PKU: Row = {"prompt": "2 + 2?", "response_0": "4", "response_1": "5", **_IDS}
-_ULTRAFEEDBACK: Row = {"prompt": "2 + 2?", **_WHOLE, "score_chosen": 9.0, "score_rejected": 3.0}
 
 _completed = to.renamed(response="completion|response|generation")
 _asked = to.question(to.renamed(prompt="question|input"))
 _answered = to.question(to.renamed(prompt="question", response="answer|response"))
 _argilla = to.renamed(prompt="instruction|prompt", chosen="chosen_response", rejected="rejected_response")
-
-
-def _alone(row: Row) -> bool:
-    return "rejected" not in row
-
-
-def _published(row: Row) -> bool:
-    return "chosen" not in row  # otherwise somebody has converted the published form
-
-
-def _spoken(row: Row) -> bool:
-    return not isinstance(spoken(row["chosen"], "chosen"), str)
 
 
 def _transcript(row: Row) -> bool:
@@ -100,18 +98,28 @@ def _transcript(row: Row) -> bool:
 # a row has the first of these formats whose fields it has
 FORMATS = (
     Format("pairs", "TRL, axolotl", {"prompt": "2 + 2?", **_PAIR}),
-    Format("pairs", "TRL", _MESSAGES),
-    Format("messages", "axolotl (`chat_template.default`)", _DIALOGUE, to.conversation),
-    Format("messages", "LLaMA-Factory (ShareGPT)", _SHAREGPT, to.conversation),
+    Format("pairs", "TRL", {"prompt": [_TURN], "chosen": [_YES], "rejected": [_NO]}),
+    Format(
+        "messages",
+        "axolotl (`chat_template.default`)",
+        {"messages|conversations": [_TURN], "chosen": _YES, "rejected": _NO},
+        to.conversation,
+    ),
+    Format(
+        "messages",
+        "LLaMA-Factory (ShareGPT)",
+        {"conversations|messages": [_HUMAN], "chosen": _GPT, "rejected": _GPT_NO},
+        to.conversation,
+    ),
     Format("alpaca", "LLaMA-Factory", {**_ADD, **_PAIR}, to.alpaca),
     Format("alpaca", "axolotl (`chatml.argilla`)", _ARGILLA, _argilla),
+    Format("question", "axolotl (`chatml.intel`, `chatml.icr`)", _INTEL, _asked),
     Format(
-        "question",
-        "axolotl (`chatml.intel`, `chatml.icr`)",
-        {"system?": "Be brief.", "question|input": "2 + 2?", **_PAIR},
-        _asked,
+        "pairs",
+        "TRL (implicit prompt)",
+        _WHOLE,
+        when=lambda row: not isinstance(spoken(row["chosen"], "chosen"), str),
     ),
-    Format("pairs", "TRL (implicit prompt)", _WHOLE, when=_spoken),
     Format(
         "hh",
         "`Anthropic/hh-rlhf`; `data.subset` takes one of its four subsets",
@@ -120,23 +128,13 @@ FORMATS = (
     ),
     Format("messages", "TRL, LLaMA-Factory", {"messages|conversations": [_TURN, _YES]}, to.conversation),
     Format("messages", "LLaMA-Factory (ShareGPT)", {"conversations|messages": [_HUMAN, _GPT]}, to.conversation),
-    Format(
-        "pairs",
-        "TRL, axolotl (`metharme`)",
-        {"prompt": "2 + 2?", "completion|response|generation": "4"},
-        _completed,
-    ),
-    Format("pairs", "the chosen side of a pair", {"prompt": "2 + 2?", "chosen": "4"}, when=_alone),
+    Format("pairs", "TRL, axolotl (`metharme`)", _METHARME, _completed),
+    Format("pairs", "the chosen side of a pair", {"prompt": "2 + 2?", "chosen": "4"}, unless="rejected"),
     Format("alpaca", "LLaMA-Factory, axolotl", {**_ADD, "output|response|RESPONSE": "4"}, to.alpaca),
     Format(
         "question", "axolotl (`alpaca_chat.load_qa`)", {"question": "2 + 2?", "answer|response": "4"}, _answered
     ),
-    Format(
-        "hh",
-        "the chosen side of HH",
-        {"chosen": f"{_TALK} 4"},
-        when=lambda row: _alone(row) and _transcript(row),
-    ),
+    Format("hh", "the chosen side of HH", {"chosen": f"{_TALK} 4"}, unless="rejected", when=_transcript),
     Format(
         "text",
         "plain text to learn whole, with no prompt; the lines of a .txt file are such rows",
@@ -144,21 +142,20 @@ FORMATS = (
         lambda row, source: {**to.rename(row, {"text": "response"}), "prompt": ""},
         when=lambda row: missing(row.get("prompt")),  # else the prompt would be lost
     ),
-    Format("tldr", "`openai/summarize_from_feedback`, `comparisons`", _TLDR, to.tldr_pair, _published),
-    Format(
-        "shp", "`stanfordnlp/SHP`; `data.min_score_ratio` leaves out close calls", _SHP, to.shp_pair, _published
-    ),
+    # with `chosen`, somebody has converted the published form of these three
+    Format("tldr", "`openai/summarize_from_feedback`, `comparisons`", _TLDR, to.tldr_pair, "chosen"),
+    Format("shp", "`stanfordnlp/SHP`; `data.min_score_ratio` leaves out close calls", _SHP, to.shp_pair, "chosen"),
     Format(
         "pku_saferlhf",
         "`PKU-Alignment/PKU-SafeRLHF`; `data.preferred_by` is `better` or `safer`",
-        _PKU,
+        {"prompt": "2 + 2?", "response_0": "4", "response_1": "5", **_IDS},
         to.pku_saferlhf_pair,
-        _published,
+        "chosen",
     ),
     Format(
         "ultrafeedback",
         "`HuggingFaceH4/ultrafeedback_binarized`",
-        _ULTRAFEEDBACK,
+        {"prompt": "2 + 2?", **_WHOLE, "score_chosen": 9.0, "score_rejected": 3.0},
         to.ultrafeedback_pair,
         when=lambda row: False,  # its fields do not distinguish it from any pair in chat messages
     ),
@@ -176,7 +173,7 @@ def _asks(row: Row) -> bool:
 
 # what `generate` answers, beside the prompts of the formats above
 PROMPTS = tuple(
-    Format(name.partition("|")[0], "prompts alone", {name: "2 + 2?"}, to.asked(own), _asks)
+    Format(name.partition("|")[0], "prompts alone", {name: "2 + 2?"}, to.asked(own), when=_asks)
     for name, own in (
         ("prompt", to.renamed()),
         ("text", to.renamed(prompt="text")),
@@ -187,11 +184,3 @@ PROMPTS = tuple(
 )
 NAMES = tuple(dict.fromkeys(format.name for format in FORMATS))
 FIELDS = {name for format in FORMATS for either in format.row for name in either.rstrip("?").split("|")}
-
-
-def nearest(row: Row, formats: tuple[Format, ...]) -> Format:
-    """Return the format with most fields in the row; ties go to the fewest lacking fields, then to the first."""
-    lacks = {format: len(format.lacking(row)) for format in formats}
-    if all(lacks[format] == len(format.fields) for format in formats):
-        return formats[0]
-    return max(formats, key=lambda format: (len(format.fields) - lacks[format], -lacks[format]))

@@ -89,29 +89,29 @@ class Source:
         local = Path(self.path).expanduser()
         files = [local]
         if has_magic(self.path) and not local.exists():
-            found = [Path(name) for name in sorted(glob(str(local), recursive=True))]
-            refuse_dead_links(found)
-            files = [path for path in found if path.is_file()]
-            if not files:
-                raise UserError(f"No file is called {self.path}: check the pattern that you gave.")
-        elif not local.exists() and readable(local):
-            raise UserError(f"There is no file {self.path}{_near(local)}: check the path that you gave.")
-        elif not local.exists():
-            if _HUB_ID.fullmatch(self.path) and not Path(Path(self.path).parts[0]).is_dir():
+            files = [Path(name) for name in sorted(glob(str(local), recursive=True))]
+            refuse_dead_links(files)
+            files = [path for path in files if path.is_file()]
+        if not files or not files[0].exists():
+            may_be_id = not readable(local) and not Path(self.path).parent.is_dir()
+            if may_be_id and _HUB_ID.fullmatch(self.path):
                 return HubDataset(self.path, self.split, self.subset, self.revision)
+            beside = [entry.name for entry in local.parent.iterdir()] if local.parent.is_dir() else []
             raise UserError(
-                f"There is no file or folder {self.path!r}{_near(local)}: check data.path. "
-                "A Hub id is `owner/name`."
+                f"There is no file or folder {self.path!r}{close(local.name, beside)}: check the path that you "
+                "gave. A Hub id is `owner/name`."
             )
-        for name, given in {"split": self.split != "train", "subset": self.subset}.items():
-            if given and not local.is_dir():
-                raise UserError(
-                    f"{self.path} is one file without splits or subsets: "
-                    f"leave out the {name} {getattr(self, name)!r} or give a Hub id."
-                )
         if self.revision is not None:
             raise UserError(f"{self.path} is on this machine and has no revision: leave out data.revision.")
-        return folder_source(local, self.split, self.subset) if local.is_dir() else LocalFiles(files)
+        if local.is_dir():
+            return folder_source(local, self.split, self.subset)
+        for name in ("split", "subset"):
+            if (value := getattr(self, name)) != getattr(Source, name):
+                raise UserError(
+                    f"{self.path} is one file without splits or subsets: leave out the {name} {value!r} or give a "
+                    "Hub id."
+                )
+        return LocalFiles(files)
 
 
 def close(name: str, known: Iterable[object]) -> str:
@@ -120,19 +120,15 @@ def close(name: str, known: Iterable[object]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _near(path: Path) -> str:
-    return close(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
-
-
 class HubDataset:
     """One split of a dataset that `datasets` can load without running the dataset's code."""
 
     def __init__(self, path: str, split: str, subset: str | None = None, revision: str | None = None) -> None:
         self.name = Path(path).name if Path(path).is_dir() else path
-        chosen = f"split {split!r}"
+        part = f"split {split!r}"
         if subset is not None:
             self.name += f"/{subset}"
-            chosen = f"subset {subset!r}, {chosen}"
+            part = f"subset {subset!r}, {part}"
         try:
             self._dataset = _loaded(path, split, subset, revision)
         except UserError:
@@ -140,7 +136,7 @@ class HubDataset:
         except Exception as error:  # errors of `datasets` have no common class: network, access, split, format
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"The dataset {path!r}, {chosen}, cannot be loaded ({type(error).__name__}: {reason}): "
+                f"The dataset {path!r}, {part}, cannot be loaded ({type(error).__name__}: {reason}): "
                 "check data.path, data.subset and the split, or give a local file."
             ) from error
 
@@ -171,28 +167,27 @@ def folder_source(folder: Path, split: str, subset: str | None) -> HubDataset | 
         return HubDataset(str(folder), split, subset)
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
-    base = str(folder.absolute())
+    base = folder.absolute()
     try:  # `datasets` decides by the names which file belongs to which split
-        found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
+        found = DataFilesDict.from_patterns(get_data_patterns(str(base)), base_path=str(base))
     except (EmptyDatasetError, FileNotFoundError) as error:
         raise UserError(f"The folder {folder} holds no file: check data.path.") from error
-    files = {str(name): sorted({Path(path) for path in paths}) for name, paths in found.items()}
-    everything = sorted(Path(base).rglob("*"))
+    everything = sorted(base.rglob("*"))
     refuse_dead_links(everything)
-    given = {
-        name: [path for path in paths if readable(path) and path.name not in _NO_ROWS]
-        for name, paths in files.items()
+    files = {
+        str(name): sorted(path for path in set(map(Path, paths)) if readable(path) and path.name not in _NO_ROWS)
+        for name, paths in found.items()
     }
-    if not any(given.values()):
+    if not any(files.values()):
         return HubDataset(str(folder), split)
-    if not given.get(split):
-        names = ", ".join(name for name, paths in given.items() if paths)
+    if not files.get(split):
+        names = ", ".join(name for name, paths in files.items() if paths)
         raise UserError(f"The folder {folder} has no split {split!r}: its files make {names}.")
-    used = {path for paths in given.values() for path in paths}
+    used = {path for paths in files.values() for path in paths}
     present = [path for path in everything if path.is_file() and not path.name.startswith(".")]
     if left_out := [path.name for path in present if path not in used and path.name not in _NO_ROWS]:
         log.warning("%s: left out, of no split or no known kind: %s", folder, ", ".join(left_out))
-    return LocalFiles(given[split], folder.absolute().name)
+    return LocalFiles(files[split], base.name)
 
 
 def refuse_dead_links(paths: Iterable[Path]) -> None:

@@ -21,15 +21,13 @@ log = logging.getLogger(__name__)
 Rows = Iterator[tuple[int, object]]
 _LARGE = 2**28  # characters
 _DELIMITER_NAMED = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
-_SAID_BY = {"role", "from"}  # the keys of a message that name its speaker
 _NO_VALUE = {"", "nan", "NaN", "<NA>", "#N/A"}  # an empty cell, as pandas and spreadsheets write it
 
 
 def jsonl_rows(file: IO[bytes], path: Path) -> Rows:
     """Yield (line number from 1, value of the line, or a BadRow if it cannot be read)."""
     for number, line in enumerate(file, 1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if number == 1 and (line.startswith(b"[") or line.strip() == b"{"):
             yield number, BadRow("no object in one line", "if the whole file is JSON, name it .json")
         elif line.strip():  # a blank line is no row
@@ -37,13 +35,13 @@ def jsonl_rows(file: IO[bytes], path: Path) -> Rows:
 
 
 def txt_rows(file: IO[bytes], path: Path) -> Rows:
-    """Yield (line number from 1, a row whose `text` is the line); a blank line is no row."""
-    lines = enumerate((line.rstrip("\r\n") for line in text_lines(file, path)), 1)
-    yield from ((number, {"text": line}) for number, line in lines if line.strip())
+    """Return (line number from 1, a row whose `text` is the line); a blank line is no row."""
+    lines = enumerate(text_lines(file, path), 1)
+    return ((number, {"text": line.rstrip("\r\n")}) for number, line in lines if line.strip())
 
 
 def json_rows(file: IO[bytes], path: Path) -> Rows:
-    """Yield (number from 1, value) of each element of an array, or of each line of a file with an object per line.
+    """Return (number from 1, value) of each element of an array, or of each line of a file with an object per line.
 
     Raises UserError for a broken array, because the rows after the fault cannot be separated.
     """
@@ -54,13 +52,10 @@ def json_rows(file: IO[bytes], path: Path) -> Rows:
     try:
         rows = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        start = text.lstrip()[:1]
-        if start == "{":  # reading line by line shows which lines are bad
-            yield from (
-                (number, _json_value(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip()
-            )
-            return
-        if start == "[":
+        if text.lstrip().startswith("{"):  # reading line by line shows which lines are bad
+            lines = enumerate(text.split("\n"), 1)
+            return ((number, _json_value(line)) for number, line in lines if line.strip())
+        if text.lstrip().startswith("["):
             raise UserError(f"{path} is bad JSON ({first_line(error)}): correct it there.") from error
     if isinstance(rows, BadRow) or (isinstance(rows, dict) and any(map(_is_of_a_row, rows.values()))):
         rows = [rows]
@@ -69,15 +64,15 @@ def json_rows(file: IO[bytes], path: Path) -> Rows:
             f"{path} is neither an array of rows ([{{…}}, {{…}}]) nor one row a line: write it as one of these "
             '(pandas does with orient="records").'
         )
-    yield from enumerate(rows, 1)
+    return enumerate(rows, 1)
 
 
 def _is_of_a_row(field: object) -> bool:
     """Return whether a field tells a row from a wrapper or a table by columns: it is a value, or holds messages."""
     first = field[0] if isinstance(field, list) and field else field
-    return not isinstance(field, (dict, list)) or (
-        isinstance(first, dict) and not first.keys().isdisjoint(_SAID_BY)
-    )
+    if isinstance(first, dict):
+        return "role" in first or "from" in first
+    return not isinstance(field, list)
 
 
 def csv_rows(file: IO[bytes], path: Path, delimiters: str = ",;\t") -> Rows:
@@ -172,5 +167,5 @@ def _object(fields: list[tuple[str, object]]) -> dict[str, object] | BadRow:
     """Return an object, or a BadRow if it or one within it repeats a name, because either value may be meant."""
     row = dict(fields)
     inner = [one for value in row.values() for one in (value if isinstance(value, list) else [value])]
-    bad = next((one for one in inner if isinstance(one, BadRow)), None)
-    return BadRow("repeated field") if len(row) < len(fields) else bad or row
+    repeated = len(row) < len(fields) or any(isinstance(one, BadRow) for one in inner)
+    return BadRow("repeated field") if repeated else row

@@ -158,7 +158,7 @@ def test_an_extra_that_is_not_installed(run_config: Path, told: Callable[..., st
         (["generate", "MODEL", "out.jsonl", "--count", "abc"], "count: must be null or a whole number from 1"),
         (
             ["generate", "MODEL", "out.jsonl", "--prompts", "none.jsonl"],
-            "There is no file none.jsonl: check the path",
+            "There is no file or folder 'none.jsonl': check the path",
         ),
         (
             ["generate", "MODEL", "a file/out.jsonl", "--count", "2"],

@@ -51,7 +51,7 @@ def test_a_dialogue_goes_through_the_chat_template(tmp_path: Path) -> None:
     assert list(RewardModel(folder).rewards([dialogue, transcript], [" no", "no"])) == pytest.approx(
         [wanted] * 2, abs=1e-5
     )
-    with pytest.raises(UserError, match="another user turn"):
+    with pytest.raises(UserError, match="not user, user"):
         list(RewardModel(folder).rewards(["\n\nHuman: a\n\nHuman: b\n\nAssistant:"], ["c"]))
     with pytest.raises(UserError, match="no chat template"):
         list(RewardModel(save_reward_model(tmp_path / "plain")).rewards([dialogue], ["no"]))

@@ -120,6 +120,8 @@ def test_a_function_call_is_a_tool_call() -> None:
             r"nearest format is pairs: prompt, chosen, rejected; columns found: frage, gut",
         ),
         ({"messages": [TURN], "chosen": None, "rejected": NO}, "empty chosen .no value"),
+        ({"prompt": "hi", "generation": None}, "empty response .no value"),
+        ({"question": "hi", "response": None}, "empty response .no value"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_a_sentence(row: dict[str, Any], said: str) -> None:

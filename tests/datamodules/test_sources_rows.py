@@ -162,6 +162,7 @@ def test_a_malformed_row_is_refused_with_its_reason(row: object, reason: str) ->
     [
         ({"chosen": TALK + "a", "rejected": TALK + "b"}, "pairs", "missing field"),
         ({"prompt": "hi", "chosen": "a", "rejected": "b"}, "hh", "not an HH transcript"),
+        ({"text": "hi", "rejected": "b"}, "text", "a pair"),
         ({"chosen": [USER, says("a")], "rejected": [USER, says("b")]}, "hh", "wrong type"),
     ],
 )
@@ -286,7 +287,7 @@ def test_paths_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
         ("nope", "no file or folder 'nope'.*Hub id is `owner/name`"),
         (str(tmp_path / "p.xlsx"), "known kind"),
         (str(tmp_path / "pair.csv"), "did you mean 'pairs.csv'"),
-        (str(tmp_path / "*.parquet"), "No file is called"),
+        (str(tmp_path / "*.parquet"), "no file or folder"),
     ):
         with pytest.raises(UserError, match=said):
             read_pairs(path)
