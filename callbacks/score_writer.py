@@ -64,9 +64,9 @@ class ScoreWriter(Callback):
         self._tables.append(table)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(f".rank{trainer.global_rank}.part")
-        pq.write_table(self._joined(self._tables), part)
+        with atomic_file(part) as temporary:
+            pq.write_table(self._joined(self._tables), temporary)
         self._tables = []
         trainer.strategy.barrier("scores")
         if trainer.is_global_zero:

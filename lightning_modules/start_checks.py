@@ -203,6 +203,10 @@ def check_steps(trainer: Any) -> None:
             raise UserError(
                 f"trainer.min_{unit} is {least}, but trainer.max_{unit} is {most}: lower one, or raise the other."
             )
+    for one in trainer.callbacks:
+        left = one.time_remaining() if isinstance(one, lightning_callbacks.Timer) else None
+        if left is not None and left <= 0:
+            raise UserError("trainer.max_time leaves no time for a step: raise it.")
     if trainer.datamodule is None or not (loader := trainer.datamodule.train_dataloader()):
         return
     limit = trainer.limit_train_batches
@@ -221,16 +225,16 @@ def check_steps(trainer: Any) -> None:
     the_run = f"the run takes {steps} steps"
     if steps < (every := trainer.log_every_n_steps) and trainer.loggers:
         rank_zero_warn(f"no curve of training will be logged: trainer.log_every_n_steps is {every}, and {the_run}.")
-    validates = trainer.limit_val_batches > 0 and not trainer.fast_dev_run and trainer.datamodule.val_dataloader()
+    validates = trainer.limit_val_batches > 0 and not trainer.fast_dev_run
     interval: Any = getattr(trainer, "val_check_interval", None)  # Lightning sets none for a time
-    if not validates or not isinstance(interval, (int, float)):
-        return
     epoch = trainer.check_val_every_n_epoch
-    if epoch is not None and isinstance(interval, int) and interval > batches:
+    if epoch is not None and isinstance(interval, int) and interval > batches and validates:
         raise UserError(
             f"trainer.val_check_interval is {interval}, but an epoch has {batches} batches: set "
             "trainer.check_val_every_n_epoch: null, which counts the batches of all epochs, or lower it."
         )
+    if not (validates and trainer.datamodule.val_dataloader()) or not isinstance(interval, (int, float)):
+        return
     within = interval if isinstance(interval, int) else max(1, int(batches * interval))
     first = within if epoch is None else (epoch - 1) * batches + within
     if first > steps:

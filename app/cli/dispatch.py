@@ -51,6 +51,7 @@ class WordsParser(ArgumentParser):
 def run(command: str, arguments: list[str]) -> None:
     """Run `command`, the first of `arguments`. Exits with status 2 and one sentence if the user made a mistake."""
     be_quiet()
+    threading.excepthook = _tell_of_thread
     advice = {"fit": RESUME, "quickstart": AFRESH}.get(command, AGAIN)
     if threading.current_thread() is threading.main_thread():  # which alone handles signals
         signal.signal(signal.SIGTERM, _end)  # while a run trains, `RunCheckpoint` handles it
@@ -86,6 +87,15 @@ def run(command: str, arguments: list[str]) -> None:
         if told is None:
             raise
         _leave(told)
+
+
+def _tell_of_thread(ended: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread, such as TensorBoard's writer, in one sentence if there is one."""
+    told = plain_sentence(ended.exc_value) if ended.exc_value else None
+    if told is None:
+        threading.__excepthook__(ended)
+    else:
+        print(f"WARNING: {told}", file=sys.stderr)
 
 
 def run_small_command(command: str, function: Callable[..., None], words: list[str]) -> None:

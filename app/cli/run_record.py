@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from app.cli.resume_rules import CONTENTS, START, compared, described, matches
 from app.core.errors import UserError
-from app.core.files import atomic_file, folder_hash, refuse_place
+from app.core.files import atomic_file, folder_hash, naming, refuse_place
 from app.core.log_folder import continue_curves, log_folder
 from callbacks import PairAudit
 from callbacks.base import loss_of
@@ -123,7 +123,8 @@ class RunRecord(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Append the command to `commands.txt`; called on rank 0 after config.yaml is written."""
-        with open(self.folder / COMMANDS_FILE, "a", encoding="utf-8") as file:
+        commands = self.folder / COMMANDS_FILE
+        with naming(commands), open(commands, "a", encoding="utf-8") as file:
             file.write(shlex.join(["beta-dpo", *self.command]) + "\n")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -127,6 +127,8 @@ class BetaDPOCLI(LightningCLI):
         """Return the callbacks of the Trainer in their order, from the slots and the user's own list."""
         filled = {slot.name: self._get(self.config_init, slot.name) for slot in SLOTS}
         filled |= {slot: None for option, (slot, _) in ENABLED.items() if trainer[option] is False}
+        if self.subcommand == "predict" and filled["scores"] is None and not trainer["callbacks"]:
+            raise UserError("scores: predict would keep none of its scores: leave out --scores null.")
         progress = filled["progress"]
         if isinstance(progress, TextProgress) and progress.every_n_steps is None and sys.stdout.isatty():
             filled["progress"] = RichProgressBar()

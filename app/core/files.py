@@ -39,12 +39,17 @@ def shipped_names() -> list[str]:
 def refuse_place(option: str, out: str, endings: tuple[str, ...], *read: str | None) -> str:
     """Return a remark for the user if a file at `out` will be replaced, else an empty text.
 
-    Raises UserError unless `out` ends in one of `endings` and is neither a folder nor one of the files `read`.
+    Raises UserError unless `out` ends in one of `endings`, can be written, and is neither a folder nor one of the
+    files `read`.
     """
     if not out.endswith(endings):
         raise UserError(f"{option} must end in {' or '.join(endings)}, not {out!r}.")
     if os.path.isdir(out):
         raise UserError(f"{option}: {out} is a folder: give a file.")
+    place = next(parent for parent in Path(out).absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        why = "may not be written" if place.is_dir() else "is no folder"
+        raise UserError(f"{option}: {out} cannot be written ({place} {why}): name another file.")
     there = os.path.exists(out)
     if there and any(one and os.path.exists(one) and os.path.samefile(one, out) for one in read):
         raise UserError(f"{option}: {out} is read by this command, which would replace it: give another.")
@@ -74,7 +79,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     The folder is created if missing. On an exception the temporary file is removed and `path` does not change.
     """
     target = Path(path)
-    with _naming(target) as hidden:
+    with naming(target) as hidden:
         handle, name = tempfile.mkstemp(**hidden)
         os.close(handle)
         temporary = Path(name)
@@ -95,7 +100,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises FileExistsError if `path` exists already and is not an empty folder.
     """
     target = Path(path)
-    with _naming(target) as hidden:
+    with naming(target) as hidden:
         temporary = Path(tempfile.mkdtemp(**hidden))
         try:
             yield temporary
@@ -111,7 +116,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def _naming(target: Path) -> Iterator[dict[str, Any]]:
+def naming(target: Path) -> Iterator[dict[str, Any]]:
     """Yield how `tempfile` names a part beside `target`, and make an error of the disk name `target` itself.
 
     Libraries in Rust, such as safetensors, raise no OSError: their error becomes one.

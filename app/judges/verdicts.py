@@ -12,6 +12,7 @@ from threading import Lock
 from typing import Any, TextIO
 
 from app.core.errors import UserError
+from app.core.files import naming
 from app.core.locks import locked
 
 BEGIN = b'{"key": '  # of every line
@@ -44,15 +45,11 @@ class VerdictFile(dict[str, dict[str, Any]]):
 
     def add(self, key: str, **fields: Any) -> None:
         """Record a verdict and return once it is on disk. Safe to call from several threads."""
-        with self._lock:
+        with self._lock, naming(self.path):
             self[key] = fields
-            try:
-                self._file.write(json.dumps({"key": key, **fields}, ensure_ascii=False) + "\n")
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            except OSError as error:
-                error.filename = str(self.path)  # writing names none
-                raise
+            self._file.write(json.dumps({"key": key, **fields}, ensure_ascii=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def _read(self) -> None:
         if not self.path.exists():

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 import torch
 from command_runs import command, refusal, write_config
 
-from app.cli.dispatch import AGAIN, RESUME
+from app.cli.dispatch import AGAIN, RESUME, _tell_of_thread
 from app.cli.mistakes import plain_sentence
 from app.core.errors import UserError
 from app.core.files import Parts, atomic_file, atomic_folder
@@ -162,7 +163,7 @@ def test_an_extra_that_is_not_installed(run_config: Path, told: Callable[..., st
         ),
         (
             ["generate", "MODEL", "a file/out.jsonl", "--count", "2"],
-            "a file/out.jsonl cannot be written (Not a directory): name another file by out",
+            "a file/out.jsonl cannot be written (",
         ),
         (["judge", "none.jsonl", "none.jsonl"], "none.jsonl cannot be read: No such file"),
         (["judge", ".", "."], ". cannot be read: Is a directory"),
@@ -275,6 +276,14 @@ def test_a_place_that_may_not_be_written(
             tmp_path.chmod(0o700)
     out = re.escape(str(tmp_path / "out.jsonl"))
     assert re.search(rf"{out} cannot be written \(\S.*\): name another file", sentence)
+
+
+def test_a_thread_that_ends_by_the_disk_tells_so_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for error in (OSError(errno.ENOSPC, "No space left on device"), ValueError("x")):
+        _tell_of_thread(threading.ExceptHookArgs((type(error), error, None, None)))
+    lost, defect = capsys.readouterr().err.split("\n", 1)
+    assert lost.startswith("WARNING: A file could not be written, there is no space left")
+    assert "ValueError: x" in defect
 
 
 # --- the translation itself ----------------------------------------------------------------------------------

@@ -95,6 +95,8 @@ def test_the_samples_are_not_replaced_and_own_columns_are_not_the_pairs(tmp_path
     (tmp_path / "o.jsonl").mkdir()
     with pytest.raises(UserError, match=r"out: .*\.jsonl is a folder: give a file"):
         pairs(samples, str(tmp_path / "o.jsonl"), reward="good")
+    with pytest.raises(UserError, match=r"out: .*p\.jsonl cannot be written \(.*samples\.jsonl is no folder\)"):
+        pairs(samples, f"{samples}/new/p.jsonl", reward="good")
     assert Path(samples).read_text() == before
     pairs(samples, str(tmp_path / "pairs.jsonl"), reward="good")
     assert json.loads((tmp_path / "pairs.jsonl").read_text().splitlines()[0])["chosen_reward"] == 7.0

@@ -167,3 +167,5 @@ def test_what_a_run_takes_from_its_slots(tiny_llama: str, tmp_path: Path) -> Non
     refused = command(tmp_path, *words, "--trainer.callbacks+", "callbacks.PairFilter")
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith("beta-dpo: trainer.callbacks is for callbacks of your own")
+    silent = ("predict", "--config", "config.yaml", "--trainer.callbacks", "null", "--scores", "null")
+    assert "scores: predict would keep none of its scores" in command(tmp_path, *silent).stderr.splitlines()[-1]

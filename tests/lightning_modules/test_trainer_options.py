@@ -23,6 +23,7 @@ from lightning_modules import SupervisedFineTuning
         ({"gradient_clip_algorithm": "value"}, "model.max_grad_norm"),
         ({"limit_train_batches": 0}, "takes no step: raise"),
         ({"max_epochs": 0}, "takes no step: raise"),
+        ({"max_time": "00:00:00:00"}, r"trainer\.max_time leaves no time for a step: raise it"),
         ({"min_steps": 9, "max_steps": 3}, r"trainer\.min_steps is 9, but trainer\.max_steps is 3"),
         (
             {"min_steps": 9, "max_epochs": 2},
