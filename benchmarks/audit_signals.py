@@ -16,7 +16,7 @@ from app.commands import quickstart
 from app.commands.audit import LABEL
 from app.commands.suspects import SIGNALS, available, hits, pair_histories
 from app.core.intervals import wilson
-from app.report.run_folder import read_audit
+from app.report.run import read_audit
 from benchmarks.tables import markdown
 
 SHARES = (0.01, 0.05, 0.1)

@@ -19,7 +19,7 @@ import torch
 
 from app.method.moments import RunningMoments
 from app.method.selection import gaussian_log_weights, gumbel_top_k, number_kept, selection_noise
-from app.report.run_folder import read_audit
+from app.report.run import read_audit
 from benchmarks.tables import markdown
 from callbacks import BetaScheduler
 

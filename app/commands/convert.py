@@ -12,9 +12,6 @@ from app.cli.mistakes import checked_command
 from app.core.errors import UserError, first_line
 from app.core.files import atomic_folder
 
-# attributes that transformers leaves on a dequantised model and that make save_pretrained refuse it
-QUANTISATION_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
-
 
 @checked_command
 def convert(gguf: str, out: str) -> None:
@@ -34,11 +31,10 @@ def convert(gguf: str, out: str) -> None:
         raise UserError("Reading GGUF needs more packages: pip install gguf accelerate.") from error
     except Exception as error:  # a damaged file may raise anything
         raise UserError(f"{path} cannot be read as a GGUF model: {first_line(error)}") from error
-    for mark in QUANTISATION_MARKS:
-        if hasattr(model, mark):
-            delattr(model, mark)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    # transformers leaves them on a dequantised model, which save_pretrained then refuses
+    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(mark, None)
+    vars(model.config).pop("quantization_config", None)
     with atomic_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

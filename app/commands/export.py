@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from app.cli.mistakes import checked_command
-from app.commands.export_spelling import generation_config, spell_for_others, write_chat_template
-from app.commands.model_card import model_card
+from app.commands.export_files import generation_config, model_card, spell_for_others, write_chat_template
 from app.core.errors import UserError
 from app.core.files import atomic_folder
 from app.method.ranges import PositiveFloat

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -37,12 +39,8 @@ def quickstart(seed: Seed = 1, out: str = "runs/quickstart") -> None:
     train("quickstart_sft", "sft", start, [], seed, folder)
     command("generate", str(start), str(rival), "--seed", str(seed), *LENGTH)
     print(f"plain DPO, for comparison, runs on the other core: {folder / 'dpo.log'}", flush=True)
-    with ThreadPoolExecutor(len(ARMS)) as workers:
-        try:
-            list(workers.map(lambda arm: train_arm(arm, start, seed, folder), ARMS))
-        except BaseException:
-            stop_all()
-            raise
+    with ThreadPoolExecutor(len(ARMS)) as workers, ending_commands():
+        list(workers.map(lambda arm: train_arm(arm, start, seed, folder), ARMS))
     runs, page = [str(folder / arm) for arm in ARMS], str(folder / "report.html")
     command("report", *runs, "--baseline", str(rival), "--out", page)
     print(f"curves of β, gaps and rewards: tensorboard --logdir {folder}   (then open http://localhost:6006)")
@@ -72,28 +70,29 @@ def fit(config: str, name: str, words: list[str], seed: int, folder: Path, log: 
     command("fit", "--config", config, *words, log=log)
 
 
-def stop_all() -> None:
-    """Send SIGTERM to the commands that run, and wait until they have ended."""
-    for child in RUNNING:
-        child.terminate()
-    for child in RUNNING:
-        child.wait()
+@contextmanager
+def ending_commands() -> Iterator[None]:
+    """If the block fails or is interrupted, send SIGTERM to all commands and wait until they have ended."""
+    try:
+        yield
+    except BaseException:
+        for child in RUNNING:
+            child.terminate()
+        for child in RUNNING:
+            child.wait()
+        raise
 
 
 def command(*words: str, log: Path | None = None) -> None:
     """Run one `beta-dpo` command on one core. Raises UserError if it fails."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    with open(log or os.devnull, "a", encoding="utf-8") as file:
+    with open(log or os.devnull, "a", encoding="utf-8") as file, ending_commands():
         target = None if log is None else file
         child = subprocess.Popen(
             [sys.executable, "-m", "app.main", *words], env=environment, stdout=target, stderr=target
         )
         RUNNING.append(child)
-        try:
-            status = child.wait()
-        except BaseException:  # a signal: the child ends by itself, after it has saved its step
-            stop_all()
-            raise
+        status = child.wait()
     if status:
         told = "its message is above" if log is None else f"its message ends {log}"
         raise UserError(f"quickstart: `beta-dpo {words[0]}` failed with status {status}: {told}.")

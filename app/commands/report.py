@@ -12,7 +12,7 @@ from app.commands.judge import aligned, short_names, summary, win_rate
 from app.core.errors import UserError
 from app.core.files import atomic_file, refuse_place
 from app.report.page import by_row, figure, numbers_of, page
-from app.report.run import SAMPLES, Run, read_run
+from app.report.run import SAMPLES, read_run
 
 
 @checked_command
@@ -42,11 +42,17 @@ def report(runs: list[str], baseline: str | None = None, out: str | None = None)
         raise UserError(
             f"{runs[0]} has no audit/*.parquet (callbacks.PairAudit) to draw: write a page, --out x.html."
         )
+    files = {run.name: str(run.folder / SAMPLES) for run in read if (run.folder / SAMPLES).exists()}
     if baseline is not None:
         for run in read:
-            add_samples(run, baseline)
-        for rival in read[1:]:
-            add_rival(read[0], rival)
+            if run.name in files:
+                rows, rivals = aligned(files[run.name], baseline)
+                run.samples = summary(rows) | {"win rate": win_rate(rows, rivals)}
+                run.baseline = summary(rivals)
+        first, *others = [run.name for run in read]
+        if first in files:
+            rivals_of = {name: aligned(files[first], files[name]) for name in others if name in files}
+            read[0].rivals = {name: win_rate(*both) for name, both in rivals_of.items()}
     table = Table("", *(run.name for run in read), title="mean [95 % interval]")
     for name, cells in by_row([numbers_of(run) for run in read]):
         table.add_row(name, *cells)
@@ -57,18 +63,3 @@ def report(runs: list[str], baseline: str | None = None, out: str | None = None)
         else:
             temporary.write_bytes(figure(read[0]))
     print(f"{'page' if out.endswith('.html') else 'figure'}: {out}{replaced}")
-
-
-def add_samples(run: Run, baseline: str) -> None:
-    """Compare the samples in the run's folder, if there are any, with those of the SFT model."""
-    samples = run.folder / SAMPLES
-    if samples.exists():
-        rows, rivals = aligned(str(samples), baseline)
-        run.samples = summary(rows) | {"win rate": win_rate(rows, rivals)}
-        run.baseline = summary(rivals)
-
-
-def add_rival(run: Run, rival: Run) -> None:
-    """Compare the samples of `run`, prompt by prompt, with those of another run, if both have samples."""
-    if run.samples and rival.samples:
-        run.rivals[rival.name] = win_rate(*aligned(str(run.folder / SAMPLES), str(rival.folder / SAMPLES)))

@@ -8,7 +8,7 @@ import torch
 
 from app.method.moments import RunningMoments
 from app.method.reference_flips import fitted
-from app.report.run_folder import grouping_labels
+from app.report.run import grouping_labels
 
 
 def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:

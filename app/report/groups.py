@@ -12,8 +12,7 @@ import pandas as pd
 from app.core.intervals import Estimate, share_over, wilson
 from app.report import plot
 from app.report.plot import Interval, Line, Panel, axis
-from app.report.run import Run
-from app.report.run_folder import grouping_labels
+from app.report.run import Run, grouping_labels
 
 DENSITY_POINTS = 160
 MOST_VALUES = 8  # drawn per label, the most frequent first

@@ -43,7 +43,6 @@ def page(runs: Sequence[Run], sampled: bool) -> str:
         numbers=by_row([numbers_of(run) for run in runs]),
         differences=differences([run.config for run in runs]),
         version=version("beta-dpo"),
-        colours=plot.COLOURS,
         spec=spec_of,
         library=Markup(plot.library()),
     )

@@ -1,6 +1,6 @@
 """Curves, intervals and colours with Altair: the same chart becomes part of the page, a PNG or an SVG.
 
-The page draws colours as CSS variables, which have a value in its light and in its dark scheme.
+Colours are CSS variables of the page (page.css), which have a value in its light and in its dark scheme.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from functools import cache
+from importlib.resources import files
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import altair as alt
@@ -18,26 +19,8 @@ import vl_convert
 
 from app.core.intervals import Estimate, digits
 
-# name → colour on light and on dark ground
-COLOURS = {
-    "back": ("#ffffff", "#14171b"),
-    "card": ("#f5f6f8", "#1d2127"),
-    "ink": ("#1b1f24", "#e6e8eb"),
-    "quiet": ("#545c66", "#a9b1bb"),
-    "rule": ("#d9dde2", "#363c45"),
-    "link": ("#0b57b0", "#7cb8f5"),
-    "act": ("#a3231f", "#ff9a8f"),
-    "watch": ("#7a5200", "#f0c060"),
-    "good": ("#176534", "#7fd69a"),
-    "run0": ("#0b62b0", "#6db3f2"),
-    "run1": ("#b8500a", "#f0a35e"),
-    "run2": ("#0a7a55", "#4cc79a"),
-    "run3": ("#8a3fa0", "#d08be2"),
-    "run4": ("#b3243a", "#f2808f"),
-    "run5": ("#00727f", "#4fc3d0"),
-    "run6": ("#6b5200", "#d0b95a"),
-    "run7": ("#555b62", "#b9bfc6"),
-}
+CSS = files("app.report").joinpath("assets", "page.css").read_text(encoding="utf-8")
+LIGHT = dict(re.findall(r"--(\w+): light-dark\((#\w+)", CSS))  # by name, for pictures outside the page
 SOLID = (1, 0)
 DASHES = (SOLID, (7, 3), (2, 3), (9, 3, 2, 3), (12, 4), (4, 4), (1, 4), (14, 3, 3, 3))
 INK, QUIET, RULE = "var(--ink)", "var(--quiet)", "var(--rule)"
@@ -215,8 +198,8 @@ def spec(chart: Any, **properties: Any) -> dict[str, Any]:
 
 def light(chart: Any) -> str:
     """Return the specification as JSON with the colours of the light scheme."""
-    named = json.dumps(spec(chart, background=COLOURS["back"][0]))
-    return re.sub(r"var\(--(\w+)\)", lambda found: COLOURS[found[1]][0], named)
+    named = json.dumps(spec(chart, background=LIGHT["back"]))
+    return re.sub(r"var\(--(\w+)\)", lambda found: LIGHT[found[1]], named)
 
 
 def png(chart: Any) -> bytes:

@@ -18,7 +18,7 @@ from app.commands.audit import as_row, write_clean
 from app.commands.suspects import available, pair_histories
 from app.core.errors import UserError
 from app.main import main
-from app.report.run_folder import PairTexts
+from app.report.run import PairTexts
 from datamodules import PreferenceData
 from datamodules.controlled_task import preference_pairs
 from datamodules.records import PreferencePair

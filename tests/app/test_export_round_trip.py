@@ -19,7 +19,7 @@ from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_t
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from app.commands.export import export
-from app.commands.export_spelling import generation_config, spell_for_others
+from app.commands.export_files import generation_config, spell_for_others
 from app.core.errors import UserError
 from datamodules.controlled_task import build_tokenizer, preference_pairs
 from datamodules.sources.prompts import prompt_messages

@@ -15,7 +15,7 @@ from tiny_runs import beta_dpo, controlled, preference, quiet_trainer, table_of
 
 from app.core.errors import UserError
 from app.method.step import StepDecision
-from app.report.run_folder import AUDIT_COLUMNS
+from app.report.run import AUDIT_COLUMNS
 from callbacks import PairAudit
 from callbacks.pair_audit import audit_rows, forget_steps_from
 

@@ -22,8 +22,7 @@ from app.core.intervals import digits, wilson
 from app.report.curves import MOST_POINTS, drift, smoothed, thinned
 from app.report.groups import density, dropped, rows_panel
 from app.report.page import differences, missing, numbers_of, spec_of
-from app.report.run import read_curves, read_run
-from app.report.run_folder import read_audit
+from app.report.run import read_audit, read_curves, read_run
 from callbacks import PairAudit, TextProgress
 
 CONFIG = "model: {init_args: {beta0: 0.1}}\ntrainer: {callbacks: [{class_path: callbacks.%s}]}\n"

@@ -1,18 +1,26 @@
-"""What other programs read in an export: field names of transformers 4.57 and vLLM, stop ids, a chat template."""
+"""The files of an export besides its weights, as other programs read them: settings, chat template, model card."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import AutoTokenizer, GenerationConfig
 
+from callbacks.hyperparameters import arguments
+from callbacks.slots import entries
 from datamodules.tokenisation import Tokenisation
 from datamodules.tokenizer import stop_ids
 
 Fields = dict[str, Any]
+# the trainer settings that affect the training; the others concern places and logging
+TRAINER_SETTINGS = ("max_epochs", "max_steps", "precision", "num_nodes", "devices", "strategy")
+UNRECORDED = "Not recorded: the checkpoint was not written by the `beta-dpo` command."
 # internal fields that transformers adds when it reads a folder
 _NOTES = ("is_local", "local_files_only", "backend", "_from_model_config", "_commit_hash")
 # a dialogue in plain text as in Anthropic's HH data; the EOS follows the answer
@@ -74,6 +82,44 @@ def generation_config(settings: dict[str, Any], tokenizer: Any) -> GenerationCon
     return config
 
 
+def model_card(state: dict[str, Any], checkpoint: str, dtype: str, temperature: float = 1.0) -> str:
+    """Return the card of a `checkpoint` with this `state`: data, method, β settings, final metrics, as recorded."""
+    config = yaml.safe_load(state["config"]) if "config" in state else None
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["beta-dpo"]}
+    base = arguments(config["model"]).get("name") if config else None
+    if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
+        head["base_model"] = base  # the Hub accepts only Hub ids here
+    lines = ["---", yaml.safe_dump(head).strip(), "---", "", "# Model card", ""]
+    lines += [
+        f"Trained by beta-dpo {version('beta-dpo')} ({state['global_step']} optimizer steps) and exported from "
+        f"`{checkpoint}`; weights in {dtype}.",
+        *([f"The weights of the last norm divide the logits by {temperature:g}."] if temperature != 1.0 else []),
+        "",
+    ]
+    if config is None:
+        return "\n".join([*lines, UNRECORDED, ""])
+    model, data, trainer = config["model"], config["data"], config["trainer"]
+    started = f"`{base}`" if base else "random weights"
+    reference = arguments(model).get("reference_name")
+    started += f", against the reference `{reference}`" if reference else ""
+    lines += [
+        "## Method",
+        "",
+        f"`{model['class_path']}`, from {started}; the seed is {config['seed_everything']}.",
+        "",
+    ]
+    lines += _table("setting", [row for row in arguments(model).items() if row[0] not in ("name", "architecture")])
+    lines += ["β, filter and records are callbacks, in this order; without any the β of every step is `beta0`.", ""]
+    lines += _table("callback", [(part["class_path"], arguments(part)) for part in entries(config)])
+    lines += ["## Data", "", f"`{data['class_path']}`.", ""]
+    lines += _table("setting", list(arguments(data).items()))
+    lines += ["## Hardware and length", ""]
+    lines += _table("setting", [(name, trainer[name]) for name in TRAINER_SETTINGS])
+    lines += ["## Final metrics", "", "The newest value of each at the time of the checkpoint.", ""]
+    lines += _table("metric", [(name, f"{value:.6g}") for name, value in sorted(state["metrics"].items())])
+    return "\n".join(lines)
+
+
 def _config(fields: Fields) -> Fields:
     """Add `torch_dtype`, `rope_theta` and `rope_scaling` for transformers 4, which else takes a base of 10000."""
     if "dtype" in fields:
@@ -106,6 +152,18 @@ def _tokenizer_config(fields: Fields) -> Fields:
     if isinstance(fields.get("extra_special_tokens"), list):  # transformers 4 expects a mapping under this name
         fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
     return fields
+
+
+def _table(title: str, rows: list[tuple[str, Any]]) -> list[str]:
+    """Return a table of two columns, with nested values in one line of YAML."""
+    if not rows:
+        return ["None.", ""]
+    lines = [f"| {title} | value |", "|---|---|"]
+    for name, value in rows:
+        text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6)
+        text = text.removesuffix("...\n").strip().replace("\n", " ").replace("|", "\\|")
+        lines.append(f"| {name} | {text} |")
+    return [*lines, ""]
 
 
 _FILES: dict[str, Callable[[Fields], Fields]] = {
