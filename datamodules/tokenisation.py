@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +18,7 @@ from datamodules.truncation import PromptTruncation, shorten
 
 PLAIN_BESIDE_TEMPLATE = "prompts as plain text (data.chat_template: true puts them into the chat template)"
 _SIDES: tuple[Side, Side] = ("chosen", "rejected")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,14 @@ class Tokenisation:
             )
 
 
-class _Tokens(NamedTuple):
-    prompt: list[int]
-    responses: list[list[int]]
-    notes: tuple[str, ...] = ()
+class _Rendered(NamedTuple):
+    """A pair as text, with or without a chat template."""
+
+    pair: PreferencePair
+    template: ChatTemplate | None
+    sides: list[Rendering]
+    texts: list[str]  # what is tokenised: the prompt, the anchor with each response, and the anchor alone
+    notes: tuple[str, ...]
 
 
 def tokenise_pairs(
@@ -64,15 +69,9 @@ def tokenise_pairs(
     template that is needed.
     """
     found = _Tokeniser(tokenizer, settings)
-    results: list[tuple[TokenisedPair | None, list[str]]] = []
-    for pair, tokens in zip(pairs, found.tokens(pairs), strict=True):
-        try:
-            if isinstance(tokens, Dropped):
-                raise tokens
-            results.append(found.truncated(pair, tokens))
-        except Dropped as dropped:
-            results.append((None, [str(dropped)]))
-    return results
+    rendered = [_kept(found.rendered, pair) for pair in pairs]
+    ids = found.encoded([one for one in rendered if isinstance(one, _Rendered)])
+    return [_kept(found.truncated, one, next(ids)) if isinstance(one, _Rendered) else one for one in rendered]
 
 
 def tokenise_prompts(
@@ -83,18 +82,22 @@ def tokenise_prompts(
     Return for each prompt its tokens and notes, or None and why training would drop it. Raises UserError.
     """
     found = _Tokeniser(tokenizer, settings)
-    results: list[tuple[np.ndarray | None, list[str]]] = []
-    for pair in pairs:
-        try:
-            ids, cut = found.prompt(pair)
-            results.append((np.array(ids, dtype=np.int64), [*found.notes(pair), *cut]))
-        except Dropped as dropped:
-            results.append((None, [str(dropped)]))
-    return results
+    return [_kept(found.prompt, pair) for pair in pairs]
+
+
+def _kept(make: Callable[..., T], *arguments: Any) -> T | tuple[None, list[str]]:
+    """Return what is made, or None and the reason why the pair is dropped."""
+    try:
+        return make(*arguments)
+    except Dropped as dropped:
+        return None, [str(dropped)]
 
 
 class _Tokeniser:
-    """A tokenizer with its settings. Raises UserError if they do not fit together."""
+    """A tokenizer with its settings; its methods raise Dropped for a pair that cannot be trained on.
+
+    Raises UserError if they do not fit together.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation) -> None:
         self.tokenizer = tokenizer
@@ -107,100 +110,138 @@ class _Tokeniser:
         self.template = ChatTemplate(tokenizer, settings.chat_template_kwargs) if named else None
         if settings.chat_template_kwargs and self.template is None:
             raise UserError("data.chat_template_kwargs is given, but no chat template is used: leave it out.")
+        self.cut = (settings.max_prompt_length, settings.prompt_truncation, tokenizer)  # how `shorten` does it
         self.spelled = spelled_tokens(tokenizer)
         mask = tokenizer("a", return_special_tokens_mask=True)
         self.leading = mask["input_ids"][: mask["special_tokens_mask"].index(0)]  # what precedes a plain prompt
 
-    def templated(self, pair: PreferencePair) -> bool:
-        """Return whether the pair uses the chat template. Raises UserError if it needs one and there is none."""
+    def template_of(self, pair: PreferencePair) -> ChatTemplate | None:
+        """Return the chat template if the pair uses it. Raises UserError if it needs one and there is none."""
         if not pair.prompt or (isinstance(pair.prompt, str) and self.settings.chat_template is not True):
-            return False
+            return None
         if self.template is None:
             cure = "set data.chat_template: auto" if self.tokenizer.chat_template else "give data.tokenizer one"
             raise UserError(f"Pair {pair.pair_id} is chat messages, and no chat template is used: {cure}.")
-        return True
+        return self.template
 
-    def notes(
-        self, pair: PreferencePair, talk: Talk | None = None, answers: Sequence[Message] = ()
-    ) -> tuple[str, ...]:
-        """Return notes on how tokens differ from their pair. Raises Dropped if they lack what is essential."""
+    def notes(self, pair: PreferencePair, talk: Talk | None, answers: Sequence[Message] = ()) -> tuple[str, ...]:
+        """Return notes on how tokens differ from their pair; `talk` is None for plain text.
+
+        Raises Dropped if the tokens lack what is essential.
+        """
         control = self.spelled(pair.prompt, answers)
-        if self.templated(pair) and self.template is not None:
-            return (*control, *self.template.unused(talk or conversation(pair), *answers))
+        if talk is not None and self.template is not None:
+            return (*control, *self.template.unused(talk, *answers))
         given = {"tools": pair.tools, **pair.chosen_fields, **pair.rejected_fields}
         if lost := [name for name in ESSENTIAL if given.get(name)]:
             raise Dropped(f"plain text has no place for {lost[0]}: it needs data.chat_template: true")
         beside = pair.prompt and self.template is not None and self.settings.chat_template == "auto"
         return (*control, PLAIN_BESIDE_TEMPLATE) if beside else control
 
-    def tokens(self, pairs: Sequence[PreferencePair], talk: Talk | None = None) -> list[_Tokens | Dropped]:
-        """Return the tokens of each pair before truncation, or the reason why it is dropped.
-
-        `talk` replaces the prompts of chats.
-        """
-        renderings = [self._rendered(pair, talk) for pair in pairs]
-        texts: dict[bool, list[str]] = {True: [], False: []}  # of chats, and of plain text
-        for pair, sides in zip(pairs, renderings, strict=True):
-            if isinstance(sides, list):
-                prompt, chat = sides[0].prompt, self.templated(pair) and self.template
-                anchor = chat.anchor(prompt) if chat else prompt[-1:]  # SentencePiece writes a space before a text
-                texts[bool(chat)] += [prompt, *(anchor + side.trained for side in sides), anchor]
-        encoded = {chat: iter(self._encode(some, chat)) for chat, some in texts.items()}
-        return [
-            self._tokens(pair, sides, encoded[self.templated(pair)]) if isinstance(sides, list) else sides
-            for pair, sides in zip(pairs, renderings, strict=True)
-        ]
-
-    def _rendered(self, pair: PreferencePair, talk: Talk | None) -> list[Rendering] | Dropped:
-        """Return the text of the prompt and of each side of a pair; a response that was cut has no end."""
+    def rendered(self, pair: PreferencePair, talk: Talk | None = None) -> _Rendered:
+        """Return the text of a pair; `talk` replaces the prompt of a chat. A response that was cut has no end."""
         answers = [pair.answer(side) for side in _SIDES[: 1 if pair.rejected is None else 2]]
-        try:
-            if self.templated(pair) and self.template is not None:
-                talk = talk or conversation(pair)
-                notes = self.notes(pair, talk, answers)
-                sides = self.template.split(talk, answers)
-                if len({side.prompt for side in sides}) > 1:
-                    raise Dropped("the chat template renders two prompts for the two answers")
-            else:
-                notes = self.notes(pair, answers=answers)
-                sides = [Rendering(str(pair.prompt), answer.content, "", True) for answer in answers]
-        except Dropped as dropped:
-            return dropped
+        if template := self.template_of(pair):
+            talk = talk or conversation(pair)
+            notes = self.notes(pair, talk, answers)
+            sides = template.split(talk, answers)
+            if len({side.prompt for side in sides}) > 1:
+                raise Dropped("the chat template renders two prompts for the two answers")
+        else:
+            notes = self.notes(pair, None, answers)
+            sides = [Rendering(str(pair.prompt), answer.content, "", True) for answer in answers]
         if not pair.rejected_ends:
             sides[1:] = [side._replace(closing="", eos=False) for side in sides[1:]]
-        return [side._replace(notes=(*side.notes, *notes)) for side in sides]
+        prompt = sides[0].prompt
+        anchor = template.anchor(prompt) if template else prompt[-1:]  # SentencePiece writes a space before a text
+        texts = [prompt, *(anchor + side.trained for side in sides), anchor]
+        return _Rendered(pair, template, sides, texts, (*sides[0].notes, *notes))
 
-    def _tokens(self, pair: PreferencePair, sides: list[Rendering], ids: Iterator[list[int]]) -> _Tokens | Dropped:
-        """Return a pair's tokens, given those of its prompt, of the anchor with each side, and of the anchor."""
-        prompt, *joined, anchor = islice(ids, 2 + len(sides))
+    def encoded(self, rendered: Sequence[_Rendered]) -> Iterator[list[list[int]]]:
+        """Yield the tokens of each pair's texts; chats and plain text are two calls of the tokenizer."""
+        texts: dict[bool, list[str]] = {True: [], False: []}
+        for one in rendered:
+            texts[one.template is not None] += one.texts
+        ids = {chat: iter(self.encode(some, chat)) for chat, some in texts.items()}
+        for one in rendered:
+            yield list(islice(ids[one.template is not None], len(one.texts)))
+
+    def encode(self, texts: list[str], chat: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        options = {"split_special_tokens": False} if chat else {}
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options
+        )
+        return list(encoded["input_ids"])
+
+    def tokens(self, one: _Rendered, ids: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+        """Return the tokens of the prompt and of each response before truncation, given those of the texts."""
+        prompt, *joined, anchor = ids
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        chat, special, named = self.templated(pair), {bos, eos}, "BOS or EOS"
+        special, named = {bos, eos}, "BOS or EOS"
+        if one.template:
+            special.add(one.template.frame(conversation(one.pair)).stop)
+            named = "BOS, EOS or end of turn"
+        else:  # plain text without a prompt is learnt whole, after BOS, or EOS where there is none
+            prompt = self._plain_prompt(prompt) if one.pair.prompt else [eos if bos is None else bos]
         responses = []
-        try:
-            if chat and self.template is not None:
-                special.add(self.template.frame(conversation(pair)).stop)
-                named = "BOS, EOS or end of turn"
-            else:  # plain text without a prompt is learnt whole, after BOS, or EOS where there is none
-                prompt = self._plain_prompt(prompt) if pair.prompt else [eos if bos is None else bos]
-            for name, side, found in zip(_SIDES, sides, joined, strict=False):
-                response = found[len(anchor) :]
-                if found[: len(anchor)] != anchor:  # a token would span prompt and response
-                    (response,) = self._encode([side.trained], chat)
-                if not chat:
-                    response = self._without_eos(response)
-                response += [eos] * side.eos
-                inner = response[:-1] if side.closing or side.eos else response
-                if not inner:
-                    raise Dropped(f"empty {name} after tokenisation")
-                if special.intersection(inner):
-                    raise Dropped(f"{named} within {name}")
-                responses.append(response)
-        except Dropped as dropped:
-            return dropped
-        return _Tokens(prompt, responses, sides[0].notes)
+        for name, side, found in zip(_SIDES, one.sides, joined, strict=False):
+            response = found[len(anchor) :]
+            if found[: len(anchor)] != anchor:  # a token would span prompt and response
+                (response,) = self.encode([side.trained], one.template is not None)
+            if not one.template:
+                response = self._without_eos(response)
+            response += [eos] * side.eos
+            inner = response[:-1] if side.closing or side.eos else response
+            if not inner:
+                raise Dropped(f"empty {name} after tokenisation")
+            if special.intersection(inner):
+                raise Dropped(f"{named} within {name}")
+            responses.append(response)
+        return prompt, responses
+
+    def truncated(self, one: _Rendered, ids: list[list[int]]) -> tuple[TokenisedPair, list[str]]:
+        """Return a pair cut to the maximum lengths, first the prompt, then the responses, and notes."""
+        pair, limit = one.pair, self.settings.max_length
+        prompt, responses = self.tokens(one, ids)
+        if responses[0] in responses[1:]:
+            raise Dropped("identical after tokenisation")
+        cut: list[str] = []
+        longest = len(prompt) + max(map(len, responses))
+        if longest > limit and len(prompt) > self.settings.max_prompt_length:
+            if one.template:
+                talk, cut = self._short_chat(one.template, conversation(pair))
+                one = self.rendered(pair, talk)
+                prompt, responses = self.tokens(one, next(self.encoded([one])))
+            else:
+                prompt, cut = self._short_plain(str(pair.prompt), prompt)
+        room = limit - len(prompt)
+        cut += [f"{side} truncated" for side, ids in zip(_SIDES, responses, strict=False) if len(ids) > room]
+        responses = [response[:room] for response in responses]
+        if responses[0] in responses[1:]:
+            raise Dropped("identical after truncation")
+        sides = [np.array(some, dtype=np.int64) for some in (prompt, *responses)]
+        return TokenisedPair(sides[0], sides[1], sides[2] if sides[2:] else None), [*one.notes, *cut]
+
+    def prompt(self, pair: PreferencePair) -> tuple[np.ndarray, list[str]]:
+        """Return the tokens of a prompt alone, at most `max_prompt_length`, and notes."""
+        limit, talk = self.settings.max_prompt_length, None
+        cut: list[str] = []
+        if template := self.template_of(pair):
+            talk = conversation(pair)
+            ids = self._chat_prompt(template, talk)
+            if len(ids) > limit:
+                shorter, cut = self._short_chat(template, talk)
+                ids = self._chat_prompt(template, shorter)
+        else:
+            ids = self._plain_prompt(*self.encode([str(pair.prompt)], False))
+            if len(ids) > limit:
+                ids, cut = self._short_plain(str(pair.prompt), ids)
+        return np.array(ids, dtype=np.int64), [*self.notes(pair, talk), *cut]
 
     def _plain_prompt(self, ids: list[int]) -> list[int]:
-        """Return a plain prompt after the special tokens, BOS at most once, no EOS at its end. Raises Dropped."""
+        """Return a plain prompt after the special tokens, BOS at most once, no EOS at its end."""
         bos, body = self.tokenizer.bos_token_id, self._without_eos(ids)
         if not body:
             raise Dropped("empty prompt after tokenisation")
@@ -214,66 +255,14 @@ class _Tokeniser:
             ids = ids[:-1]
         return ids
 
-    def _encode(self, texts: list[str], chat: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        options = {"split_special_tokens": False} if chat else {}
-        encoded = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options
-        )
-        return list(encoded["input_ids"])
+    def _chat_prompt(self, template: ChatTemplate, talk: Talk) -> list[int]:
+        return self.encode([template.prompt(talk)], True)[0]
 
-    def truncated(self, pair: PreferencePair, tokens: _Tokens) -> tuple[TokenisedPair, list[str]]:
-        """Cut the pair to the maximum lengths, first the prompt, then the responses. Raises Dropped."""
-        if tokens.responses[0] in tokens.responses[1:]:
-            raise Dropped("identical after tokenisation")
-        limit = self.settings.max_length
-        cut: list[str] = []
-        longest = len(tokens.prompt) + max(map(len, tokens.responses))
-        if longest > limit and len(tokens.prompt) > self.settings.max_prompt_length:
-            tokens, cut = self._with_short_prompt(pair, tokens)
-        room = limit - len(tokens.prompt)
-        lengths = zip(_SIDES, map(len, tokens.responses), strict=False)
-        cut += [f"{side} truncated" for side, length in lengths if length > room]
-        responses = [response[:room] for response in tokens.responses]
-        if responses[0] in responses[1:]:
-            raise Dropped("identical after truncation")
-        prompt, chosen, *rejected = (np.array(ids, dtype=np.int64) for ids in (tokens.prompt, *responses))
-        return TokenisedPair(prompt, chosen, rejected[0] if rejected else None), [*tokens.notes, *cut]
-
-    def _with_short_prompt(self, pair: PreferencePair, tokens: _Tokens) -> tuple[_Tokens, list[str]]:
-        if not self.templated(pair):
-            ids, cut = self._short_plain(str(pair.prompt), tokens.prompt)
-            return tokens._replace(prompt=ids), cut
-        talk, cut = self._short_chat(conversation(pair))
-        (again,) = self.tokens([pair], talk)
-        if isinstance(again, Dropped):
-            raise again
-        return again, cut
-
-    def prompt(self, pair: PreferencePair) -> tuple[list[int], list[str]]:
-        """Return the tokens of a prompt alone, at most `max_prompt_length`, and notes on what was cut."""
-        limit = self.settings.max_prompt_length
-        if not self.templated(pair):
-            ids = self._plain_prompt(*self._encode([str(pair.prompt)], False))
-            return (ids, []) if len(ids) <= limit else self._short_plain(str(pair.prompt), ids)
-        talk = conversation(pair)
-        ids = self._chat_prompt(talk)
-        if len(ids) <= limit:
-            return ids, []
-        talk, cut = self._short_chat(talk)
-        return self._chat_prompt(talk), cut
-
-    def _chat_prompt(self, talk: Talk) -> list[int]:
-        assert self.template is not None
-        return self._encode([self.template.prompt(talk)], True)[0]
-
-    def _short_chat(self, talk: Talk) -> tuple[Talk, list[str]]:
+    def _short_chat(self, template: ChatTemplate, talk: Talk) -> tuple[Talk, list[str]]:
         def encode(turns: Sequence[Message]) -> list[int]:
-            return self._chat_prompt(talk._replace(turns=turns))
+            return self._chat_prompt(template, talk._replace(turns=turns))
 
-        limit, keep = self.settings.max_prompt_length, self.settings.prompt_truncation
-        turns, cut = shorten(talk.turns, encode, limit, keep, self.tokenizer)
+        turns, cut = shorten(talk.turns, encode, *self.cut)
         return talk._replace(turns=turns), cut
 
     def _short_plain(self, text: str, ids: list[int]) -> tuple[list[int], list[str]]:
@@ -282,15 +271,15 @@ class _Tokeniser:
         An HH dialogue loses whole old turns first. Other text is cut at the end that `prompt_truncation` does not
         name; "keep_end" also keeps the leading special tokens.
         """
-        limit, keep = self.settings.max_prompt_length, self.settings.prompt_truncation
+        limit = self.settings.max_prompt_length
         if is_transcript_prompt(text):
 
             def encode(turns: Sequence[Message]) -> list[int]:
-                return self._plain_prompt(*self._encode([transcript(turns)], False))
+                return self._plain_prompt(*self.encode([transcript(turns)], False))
 
-            turns, cut = shorten(transcript_turns(text), encode, limit, keep, self.tokenizer)
+            turns, cut = shorten(transcript_turns(text), encode, *self.cut)
             return encode(turns), cut
-        if keep == "keep_start":
+        if self.settings.prompt_truncation == "keep_start":
             return ids[:limit], ["prompt truncated"]
         head = ids[: min(limit, max(len(self.leading), int(ids[0] == self.tokenizer.bos_token_id)))]
         tail = ids[len(ids) - (limit - len(head)) :]
