@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -67,17 +66,14 @@ def micro_batch_betas(statistics: AuthorsStatistics, gaps: Floats, size: int, rn
 
     NaN if the released code would stop because it has no selection probabilities.
     """
-    betas = []
-    for start in range(0, len(gaps), size):
-        part = gaps[start : start + size]
+    betas = np.full(len(gaps) // size, np.nan)
+    for number, part in enumerate(np.split(gaps, len(betas))):
         statistics.update(part)
         p = selection_probabilities(part, statistics.mean, statistics.std)
         if np.isfinite(p).all():
-            kept = rng.choice(len(part), number_kept(len(part), KEEP_RATIO), replace=False, p=p)
-            betas.append(batch_beta(BETA0, ALPHA, part[kept], statistics.mean))
-        else:
-            betas.append(np.nan)
-    return np.array(betas)
+            kept = rng.choice(size, number_kept(size, KEEP_RATIO), replace=False, p=p)
+            betas[number] = batch_beta(BETA0, ALPHA, part[kept], statistics.mean)
+    return betas
 
 
 def step_differences(run: Run) -> dict[str, float]:
@@ -153,19 +149,18 @@ def differences(authors: Run, default: Run) -> list[list[str]]:
     The released code gets four micro-batches per batch, so its β is a range.
     """
     statistics, rng, rows = AuthorsStatistics(), np.random.default_rng(0), []
-
-    def add(setting: str, gaps: Floats, moments: Any, beta: str, kept: object) -> None:
-        figures = (f"{each:.4f}" for each in (gaps.mean(), moments.mean, moments.std))
-        rows.append([str(number), setting, *figures, beta, str(kept)])
-
     for number, (theirs, ours) in enumerate(zip(authors.steps, default.steps, strict=True), start=1):
         betas = micro_batch_betas(statistics, theirs.gaps, BATCH_SIZE // 4, rng)
         if number not in SHOWN:
             continue
-        stopped = bool(np.isnan(betas).any())
-        beta = "stops: σ = 0" if stopped else f"{betas.min():.4f} … {betas.max():.4f}"
-        kept = "none" if stopped else 4 * number_kept(BATCH_SIZE // 4, KEEP_RATIO)
-        add("released code, 4 micro-batches", theirs.gaps, statistics, beta, kept)
-        for setting, step in (("authors_code.yaml", theirs), ("beta_dpo.yaml (default)", ours)):
-            add(setting, step.gaps, step, f"{step.beta:.4f}", step.kept.sum())
+        released: tuple[str, object] = ("stops: σ = 0", "none")
+        if np.isfinite(betas).all():
+            released = f"{betas.min():.4f} … {betas.max():.4f}", 4 * number_kept(BATCH_SIZE // 4, KEEP_RATIO)
+        for setting, step, moments, (beta, kept) in (
+            ("released code, 4 micro-batches", theirs, statistics, released),
+            ("authors_code.yaml", theirs, theirs, (f"{theirs.beta:.4f}", theirs.kept.sum())),
+            ("beta_dpo.yaml (default)", ours, ours, (f"{ours.beta:.4f}", ours.kept.sum())),
+        ):
+            figures = (f"{each:.4f}" for each in (step.gaps.mean(), moments.mean, moments.std))
+            rows.append([str(number), setting, *figures, beta, str(kept)])
     return rows

@@ -32,14 +32,12 @@ class Bench:
     @classmethod
     def create(cls, folder: Path, pairs: int) -> Bench:
         """Write a Llama of two layers and `pairs` controlled pairs; large weights soon make the gaps differ."""
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        save_llama(
-            folder / "model", build_tokenizer(), 5.0, **sizes, num_key_value_heads=2, max_position_embeddings=256
-        )
-        fields = ("pair_id", "prompt", "chosen", "rejected")
-        made = preference_pairs(pairs, seed=7, flip_rate=0.2)
-        lines = [json.dumps({name: getattr(pair, name) for name in fields}) + "\n" for pair in made]
-        (folder / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
+        save_llama(folder / "model", build_tokenizer(), 5.0, **sizes, num_attention_heads=4, num_key_value_heads=2)
+        made = pd.DataFrame(preference_pairs(pairs, seed=7, flip_rate=0.2))[
+            ["pair_id", "prompt", "chosen", "rejected"]
+        ]
+        made.to_json(folder / "pairs.jsonl", orient="records", lines=True)
         return cls(folder)
 
     @property

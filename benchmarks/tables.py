@@ -5,12 +5,13 @@ Each table is between `<!-- benchmark NAME -->` and `<!-- end -->`; a test check
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import re
 import statistics
 from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], aligned: bool
 
 def versions(*packages: str) -> dict[str, str | None]:
     """Return the version of each package, None where it is not installed."""
-    found: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return {name: version(name) if find_spec(name) else None for name in packages}
 
 
 def processor() -> str:
@@ -73,11 +68,11 @@ def processor() -> str:
     return found or platform.processor()
 
 
-def save(entry: dict[str, Any], name: str, path: Path = RESULTS) -> None:
+def save(entry: dict[str, Any], name: str, path: Path) -> None:
     """Put an entry into a JSON file of results, in place of an earlier one of that name."""
     entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    text = json.dumps(entries | {name: entry}, indent=1, ensure_ascii=False)
     with atomic_file(path) as temporary:
-        text = json.dumps(entries | {name: entry}, indent=1, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
@@ -89,23 +84,20 @@ def filled(page: str, entries: dict[str, Any]) -> str:
 def comparison(entry: dict[str, Any]) -> str:
     """Return the results of an entry as Markdown: median, lowest and highest over the turns, ratios per turn."""
     setting, turns = entry["setting"], entry["turns"]
-    base = "plain" if "plain" in turns else next(iter(turns))
+    speeds = {name: [turn["pairs_per_second"] for turn in turns[name]] for name in turns if name in LABELS}
+    base = "plain" if "plain" in speeds else next(iter(speeds), "")
     rows = []
-    for name, results in turns.items():
-        if name not in LABELS:
-            continue
-        how = f" ({results[0]['how']})" if "how" in results[0] else ""
-        speeds = [result["pairs_per_second"] for result in results]
-        # an interrupted turn has fewer
-        both = zip(speeds, turns[base], strict=False)
-        ratios = [mine / other["pairs_per_second"] for mine, other in both]
-        peak = max(result["peak_gb"] for result in results)
-        rows.append([LABELS[name] + how, spread(speeds), spread(ratios), f"{peak:.2f} GB"])
+    for name, speed in speeds.items():
+        how = f" ({turns[name][0]['how']})" if "how" in turns[name][0] else ""
+        ratios = [
+            mine / other for mine, other in zip(speed, speeds[base], strict=False)
+        ]  # the last turn may be cut
+        peak = max(turn["peak_gb"] for turn in turns[name])
+        rows.append([LABELS[name] + how, spread(speed), spread(ratios), f"{peak:.2f} GB"])
     rows += [[LABELS.get(name, name), "failed", "", ""] for name in entry.get("failed", {})]
-    speed_up = f"speed-up over {NAMES.get(base, base)}"
-    header = ["", "pairs/s (lowest–highest)", speed_up, "peak memory"]
+    header = ["", "pairs/s (lowest–highest)", f"speed-up over {NAMES.get(base, base)}", "peak memory"]
     names = {"torch": "torch", "transformers": "transformers", "trl": "TRL"}
-    found = [f"{names[name]} {version}" for name, version in entry["versions"].items() if version]
+    found = [f"{names[name]} {number}" for name, number in entry["versions"].items() if number]
     text = (
         f"{', '.join([entry['date'], entry['machine'], *found])}. Llama, {setting['layers']} layers, "
         f"hidden {setting['hidden']}, vocabulary {setting['vocabulary']}; {setting['data']}, "

@@ -44,31 +44,22 @@ class Packing(NamedTuple):
     balanced_row: float
 
 
+@dataclass(eq=False)
 class PreferenceBatch:
     """A rank's share of one optimizer batch (see `app.method.batch.OptimizerBatch`).
 
     It is not a container of tensors, so that nothing moves to the device before it is packed.
     """
 
-    def __init__(
-        self,
-        share: Sequence[TokenisedPair],
-        positions: Sequence[int],
-        pair_ids: Sequence[str],
-        labels: Mapping[str, Sequence[object]],
-        tokens: int,
-        micro_batch_tokens: int,
-        longest: tuple[int, int],
-    ):
-        self.share = share
-        self.positions = torch.tensor(positions, dtype=torch.int64)
-        self.pair_ids = pair_ids
-        self.labels = labels
-        self.tokens = tokens
-        self.micro_batch_tokens = micro_batch_tokens
-        self.longest = longest  # tokens of the longest pair, and of the longest prompt with one response
-        self.packing: Packing | None = None  # the settings with which all pairs were last packed
-        self.ahead: list[PackedRows] | None = None  # all pairs, packed so in advance, until they are used
+    share: Sequence[TokenisedPair]
+    positions: torch.Tensor
+    pair_ids: Sequence[str]
+    labels: Mapping[str, Sequence[object]]
+    tokens: int
+    micro_batch_tokens: int
+    longest: tuple[int, int]  # tokens of the longest pair, and of the longest prompt with one response
+    packing: Packing | None = None  # the settings with which all pairs were last packed
+    ahead: list[PackedRows] | None = None  # all pairs, packed so in advance, until they are used
 
     @property
     def pair_keys(self) -> torch.Tensor:
@@ -98,7 +89,7 @@ class PreferenceBatch:
         """Return a batch with a pair of the run's largest size and a short one, made of the share's tokens."""
         pairs = [stretched_pair(self.share, *sizes) for sizes in (self.longest, short(*self.longest)) if self.share]
         return PreferenceBatch(
-            pairs, range(len(pairs)), ["", ""], {}, sum(self.longest), self.micro_batch_tokens, self.longest
+            pairs, torch.arange(len(pairs)), ["", ""], {}, sum(self.longest), self.micro_batch_tokens, self.longest
         )
 
 
@@ -192,7 +183,7 @@ class OptimizerBatchLoader:
         positions = balanced_shares(tokens.tolist(), self.world_size)[self.rank]
         batch = PreferenceBatch(
             share=[self.table[int(rows[position])] for position in positions],
-            positions=positions,
+            positions=torch.tensor(positions, dtype=torch.int64),
             pair_ids=self.table.pair_ids(rows),
             labels=self.table.labels(rows),
             tokens=int(tokens.sum()),

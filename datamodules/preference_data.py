@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,35 +83,24 @@ class PreferenceData(PairDataModule):
     ):
         super().__init__(**settings)
         self.validation_share = validation_share
-        single: dict[str, Any] = {
-            "split": split,
-            "validation_split": validation_split,
-            "test_split": test_split,
-            "subset": subset,
-            "revision": revision,
-            "format": format,
-            "min_score_ratio": min_score_ratio,
-            "preferred_by": preferred_by,
-            "columns": columns,
-        }
+        # of every path that is not an entry with fields of its own
+        options = Source("", None, None, split, validation_split, test_split, subset, revision, format)
+        self.options = replace(options, min_score_ratio=min_score_ratio, preferred_by=preferred_by, columns=columns)
         # the type of `path` includes `Path` for jsonargparse, which otherwise would read the file and take its
         # content as the value of the option, as for any option that may be an object
         self.mixed = isinstance(path, list)
-        self._single = single
         entries = path if isinstance(path, list) else [str(path)]
-        self.sources = [Source(entry, **single) if isinstance(entry, str) else entry for entry in entries]
+        self.sources = [replace(self.options, path=each) if isinstance(each, str) else each for each in entries]
         if any(isinstance(entry, Source) for entry in entries):
-            for name, value in single.items():
-                if value != getattr(Source, name):
+            for option in fields(Source)[1:]:
+                if (value := getattr(self.options, option.name)) != option.default:
                     raise UserError(
-                        f"data.{name} is {value!r}, but data.path lists several sources: give each its own, and "
-                        f"set data.{name}: {json.dumps(getattr(Source, name))}."
+                        f"data.{option.name} is {value!r}, but data.path lists several sources: give each its own, "
+                        f"and set data.{option.name}: {json.dumps(option.default)}."
                     )
         else:
             self.sources = told_apart(self.sources)
         check_sources(self.sources)
-        for source in self.sources:
-            source.check()  # before a download
         self.paths: dict[Split, str | None] = {"validation": validation_path, "test": test_path}
         self.tokenizer_name = tokenizer
         self.on_bad_row: OnBadRow = on_bad_row
@@ -144,7 +134,7 @@ class PreferenceData(PairDataModule):
         attribute = f"{split}_split"
         path = self.paths[split]
         if path is not None:
-            alike = Source(path, **{**self._single, "subset": None, "revision": None})
+            alike = replace(self.options, path=path, subset=None, revision=None)
             return [(alike, getattr(alike, attribute) or "train")]
         return [(source, name) for source in self.sources if (name := getattr(source, attribute)) is not None]
 
@@ -169,12 +159,11 @@ class PreferenceData(PairDataModule):
             rows = sides[split == "validation"]
         if split == "predict" or not self.mixed:
             return rows
-        weight = {source.label: source.weight for source in self.sources}
+        weights = {source.label: source.weight for source in self.sources if source.weight is not None}
         names = [part.source for part in table.parts]
-        weights = [found for name in names if (found := weight.get(name)) is not None]
-        if len(weights) < len(names):  # without weights every source gives all its pairs
+        if not weights.keys() >= set(names):  # every source gives all its pairs
             return rows
-        return drawn_rows(table.part_of(rows), rows, weights, names)
+        return drawn_rows(table.part_of(rows), rows, [weights[name] for name in names], names)
 
 
 def told_apart(sources: Sequence[Source]) -> list[Source]:
@@ -184,16 +173,16 @@ def told_apart(sources: Sequence[Source]) -> list[Source]:
 
 
 def check_sources(sources: Sequence[Source]) -> None:
-    """Raise UserError for an empty list, a repeated label, or weights for only some of the sources."""
+    """Raise UserError for an empty list, a repeated label, weights for only some, or a source's own settings."""
     if not sources:
         raise UserError("data.path is an empty list: name at least one source.")
-    labels = [source.label for source in sources]
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    if twice:
+    labels = sorted(source.label for source in sources)
+    if twice := [one for one, other in pairwise(labels) if one == other]:
         raise UserError(f"data.path has two sources called {twice[0]!r}: give each a name of its own.")
-    weights = [source.weight for source in sources if source.weight is not None]
-    if weights and len(weights) < len(sources):
+    if len({source.weight is None for source in sources}) > 1:
         raise UserError("data.path: give every source a weight, or none of them.")
+    for source in sources:
+        source.check()  # before a download
 
 
 def drawn_rows(
@@ -216,10 +205,9 @@ def drawn_rows(
             "weight, or take it out."
         )
     chosen = []
-    for number, count in enumerate(wanted.tolist()):
-        own = rows[part_of_row == number]
-        key = list(names[number].encode())
-        chosen.append(np.random.default_rng(key).permutation(own)[:count])
+    for number, (name, count) in enumerate(zip(names, wanted.tolist(), strict=True)):
+        draws = np.random.default_rng(list(name.encode()))
+        chosen.append(draws.permutation(rows[part_of_row == number])[:count])
     return np.sort(np.concatenate(chosen))
 
 

@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import threading
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -43,6 +43,15 @@ _BATCHES_PER_PART = 16
 _BEFORE_PROCESSES = 8  # batches that take less time than processes take to start
 
 
+class Tokenised(NamedTuple):
+    """A batch of pairs as rows of a table, with what became of the pairs and the types of their labels."""
+
+    rows: pa.RecordBatch
+    read: int
+    report: RowReport
+    kinds: dict[str, list[str]]
+
+
 def cached_table(stream: PairStream, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation) -> PairTable:
     """Return the table of `stream` from the cache; build it first if it is missing or damaged.
 
@@ -74,7 +83,7 @@ def build_table(
     parts = Parts(folder.with_suffix(".parts"), stream.description())
     try:
         report = _tokenise_parts(stream, tokenizer, settings, parts)
-        kinds: dict[str, set[str]] = {}
+        kinds: defaultdict[str, set[str]] = defaultdict(set)
         meta: dict[str, Any] = {}
 
         def batches() -> Iterator[pa.RecordBatch]:
@@ -82,16 +91,14 @@ def build_table(
             for batch in chain.from_iterable(map(_read_part, parts)):
                 report.extend(batch.report)
                 for name, types in batch.kinds.items():
-                    kinds.setdefault(name, set()).update(types)
+                    kinds[name].update(types)
                 yield batch.rows
                 written += len(batch.rows)
             if not written:
-                raise UserError(
-                    f"No pair is left after tokenisation ({'; '.join(report.lines())}): check the data settings."
-                )
+                told = "; ".join(report.lines())
+                raise UserError(f"No pair is left after tokenisation ({told}): check the data settings.")
             report.counts["pairs"] = written
-            label_kinds = {name: sorted(found) for name, found in kinds.items()}
-            meta.update(report=report.counts, examples=report.examples, label_kinds=label_kinds)
+            meta.update(report=report.counts, examples=report.examples, label_kinds=by_name(kinds))
 
         write_rows(folder, FILES, SCHEMA, batches(), meta)
     except UserError:  # its cure changes the data or the settings, and these parts would never be used
@@ -130,15 +137,8 @@ def _tokenise_parts(
 def progress_bar(told: str, done: int, total: int | None = None) -> tqdm:
     """Return a bar of pairs, which a terminal shows after three seconds, and a log once a minute."""
     pause = 0.1 if sys.stderr.isatty() else 60.0
-    return tqdm(
-        desc=told,
-        unit=" pairs",
-        initial=done,
-        total=total,
-        delay=3,
-        mininterval=pause,
-        maxinterval=max(pause, 10.0),
-    )
+    often = {"delay": 3, "mininterval": pause, "maxinterval": max(pause, 10.0)}
+    return tqdm(desc=told, unit=" pairs", initial=done, total=total, **often)
 
 
 def _read_part(path: Path) -> Iterator[Tokenised]:
@@ -150,37 +150,30 @@ def _read_part(path: Path) -> Iterator[Tokenised]:
         yield Tokenised(rows, read, RowReport(Counter(counts), examples), kinds)
 
 
-class Tokenised(NamedTuple):
-    """A batch of pairs as rows of a table, with what became of the pairs and the types of their labels."""
-
-    rows: pa.RecordBatch
-    read: int
-    report: RowReport
-    kinds: dict[str, list[str]]
-
-
 def tokenised(
     pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, settings: Tokenisation
 ) -> Tokenised:
     """Tokenise a batch of pairs."""
     rows: list[tuple[object, ...]] = []
     report = RowReport()
-    kinds: dict[str, set[str]] = {}
+    kinds: defaultdict[str, set[str]] = defaultdict(set)
     unknown = tokenizer.unk_token_id
     if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):  # as GPT-2's, which knows every byte
         unknown = None
-    for pair, (tokens, told) in zip(pairs, tokenise_pairs(pairs, tokenizer, settings), strict=True):
-        lost = unknown is not None and any(unknown in ids for ids in tokens or () if ids is not None)
-        for note in [*told, *[f"with text that the tokenizer does not know ({tokenizer.unk_token})"] * lost]:
-            report.note(note if tokens else f"dropped: {note}", pair.pair_id)
-        if tokens:
-            prompt = pair.prompt or pair.chosen  # plain text has no prompt
-            keys = (tokens.key, prompt_key(prompt), near_key(prompt), *answer_keys(pair))
-            rows.append((pair.pair_id, json.dumps(pair.labels), *keys, *tokens))
-            for name, value in pair.labels.items():
-                kinds.setdefault(name, set()).add(label_kind(value))
-    label_kinds = {name: sorted(types) for name, types in kinds.items()}
-    return Tokenised(record_batch(rows, SCHEMA), len(pairs), report, label_kinds)
+    for pair, (tokens, notes) in zip(pairs, tokenise_pairs(pairs, tokenizer, settings), strict=True):
+        if tokens is None:
+            report.note(f"dropped: {notes[0]}", pair.pair_id)
+            continue
+        if unknown is not None and any(unknown in ids for ids in tokens if ids is not None):
+            notes.append(f"with text that the tokenizer does not know ({tokenizer.unk_token})")
+        for note in notes:
+            report.note(note, pair.pair_id)
+        prompt = pair.prompt or pair.chosen  # plain text has no prompt
+        keys = (tokens.key, prompt_key(prompt), near_key(prompt), *answer_keys(pair))
+        rows.append((pair.pair_id, json.dumps(pair.labels), *keys, *tokens))
+        for name, value in pair.labels.items():
+            kinds[name].add(label_kind(value))
+    return Tokenised(record_batch(rows, SCHEMA), len(pairs), report, by_name(kinds))
 
 
 def in_order(
@@ -194,12 +187,10 @@ def in_order(
     processes = 1 if current_process().daemon else min(16, len(os.sched_getaffinity(0)))
     for batch in islice(batches, None if processes == 1 else _BEFORE_PROCESSES):
         yield tokenised(batch, tokenizer, settings)
-    following = next(batches, None)
-    if following is None:
-        return
+    # no process starts before there is work for it
     with ProcessPoolExecutor(processes, get_context("fork"), _begin, (tokenizer, settings)) as pool:
         ahead: deque[Future[Tokenised]] = deque()
-        for batch in chain([following], batches):
+        for batch in batches:
             ahead.append(pool.submit(_tokenised_here, batch))
             if len(ahead) >= 2 * processes:
                 yield ahead.popleft().result()
@@ -225,6 +216,10 @@ def _end_with_parent() -> None:
 
 def _tokenised_here(pairs: list[PreferencePair]) -> Tokenised:
     return tokenised(pairs, *_begin.tools)  # type: ignore[attr-defined]
+
+
+def by_name(kinds: Mapping[str, set[str]]) -> dict[str, list[str]]:
+    return {name: sorted(types) for name, types in kinds.items()}
 
 
 def record_batch(rows: Sequence[Sequence[object]], schema: pa.Schema) -> pa.RecordBatch:
