@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.setting import BETA, LEARNING_RATE, MAX_LENGTH, SPLIT_BATCHES, Setting, pairs_of
+from benchmarks.setting import BETA, LEARNING_RATE, MAX_LENGTH, SPLIT_BATCHES, Setting, decoded, pairs_of
 from callbacks import BetaScheduler, PairFilter, RewardGapStatistics
 from datamodules import PreferenceData
 from datamodules.loader import OptimizerBatchLoader
@@ -46,10 +47,9 @@ class Clock(Callback):
 
     def result(self, how: str) -> dict[str, Any]:
         """Return a contestant's result; `how` names attention, layout of the rows, and compiled or eager layers."""
-        seconds, cuda = self.stopped - self.started, self.setting.device == "cuda"
-        peak = (
-            torch.cuda.max_memory_allocated() if cuda else 1e3 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        )
+        seconds, peak = self.stopped - self.started, 1e3 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if self.setting.device == "cuda":
+            peak = float(torch.cuda.max_memory_allocated())
         return {
             "pairs_per_second": self.setting.steps * self.setting.batch_size / seconds,
             "peak_gb": peak / 1e9,
@@ -174,11 +174,7 @@ def train_trl(setting: Setting) -> dict[str, Any]:
 
     tokenizer, clock = AutoTokenizer.from_pretrained(setting.model), Clock(setting)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    sides = ("prompt", "chosen", "rejected")
-    rows = [
-        {side: tokenizer.decode(getattr(pair, side), skip_special_tokens=True) for side in sides}
-        for pair in pairs_of(setting)
-    ]
+    rows = [decoded(pair, tokenizer) for pair in pairs_of(setting)]
 
     class Wound(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -247,15 +243,15 @@ CONTESTANTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
 }
 
 
-def main(name: str, setting: Setting, profiled: bool) -> None:
+def main(name: str, setting: str, profiled: str = "") -> None:
     """Print a contestant's result as JSON, or its time per torch operation over all steps."""
-    if not profiled:
-        print(json.dumps(CONTESTANTS[name](setting)))
-        return
-    with torch.profiler.profile() as recorded:
-        CONTESTANTS[name](setting)
-    print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60))
+    with torch.profiler.profile() if profiled else nullcontext() as recorded:
+        result = CONTESTANTS[name](Setting(**json.loads(setting)))
+    if recorded is None:
+        print(json.dumps(result))
+    else:
+        print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Setting(**json.loads(sys.argv[2])), sys.argv[3:] == ["--profile"])
+    main(*sys.argv[1:])

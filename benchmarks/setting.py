@@ -108,12 +108,11 @@ def first_pairs(setting: Setting, tokenizer: Any) -> list[dict[str, str]]:
     table = cached_table(read_pairs(setting.data, "skip", need_rejected=True), tokenizer, TOKENISATION)
     if len(table) < setting.pairs:
         raise SystemExit(f"{setting.data} holds {len(table)} pairs, but {setting.pairs} are needed: lower --steps.")
+    return [decoded(table[index], tokenizer) for index in range(setting.pairs)]
 
-    def text(ids: np.ndarray | None) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    rows = (table[index] for index in range(setting.pairs))
-    return [{"prompt": text(p.prompt), "chosen": text(p.chosen), "rejected": text(p.rejected)} for p in rows]
+def decoded(pair: TokenisedPair, tokenizer: Any) -> dict[str, str]:
+    return {side: str(tokenizer.decode(ids, skip_special_tokens=True)) for side, ids in pair._asdict().items()}
 
 
 def pairs_of(setting: Setting) -> list[TokenisedPair]:

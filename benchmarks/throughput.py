@@ -39,15 +39,13 @@ def main() -> None:
     parser.add_argument("--profile", choices=list(CONTESTANTS), help="one by torch operation, and no turns")
     parser.add_argument("--name", default="benchmark", help="of this entry in --out")
     parser.add_argument("--out", type=Path, help="JSON file that the entry is added to")
-    given = vars(parser.parse_args())
-    repeats, contestants, name, out, profiled = (
-        given.pop(key) for key in ("repeats", "contestants", "name", "out", "profile")
-    )
-    setting = Setting(**given)
+    options = parser.parse_args()
+    contestants = options.contestants
+    setting = Setting(**{name: value for name, value in vars(options).items() if name in vars(Setting())})
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(setting, folder)
-        if profiled:
-            print(output_of(profiled, prepared, "--profile"))
+        if options.profile:
+            print(output_of(options.profile, prepared, "--profile"))
             return
         if "trl" in contestants and importlib.util.find_spec("trl") is None:
             contestants.remove("trl")
@@ -61,10 +59,10 @@ def main() -> None:
             "setting": vars(setting) | {"data": Path(setting.data).name},
             "unavoidable_operations": unavoidable_operations(prepared),
         }
-        for turn in take_turns(prepared, contestants, repeats):
+        for turn in take_turns(prepared, contestants, options.repeats):
             entry |= turn
-            if out:
-                save(entry, name, out)
+            if options.out:
+                save(entry, options.name, options.out)
     print(comparison(entry))
     sys.exit(1 if entry["failed"] else 0)
 
