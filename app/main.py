@@ -1,7 +1,4 @@
-"""The `beta-dpo` command, which answers at once if it needs no library, and else announces that it loads them.
-
-beta-dpo quickstart
-"""
+"""The `beta-dpo` command, which answers at once if it needs no library, and else announces that it loads them."""
 
 from __future__ import annotations
 

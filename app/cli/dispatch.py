@@ -122,9 +122,6 @@ def _leave(sentence: str, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
-# --- the options of fit ------------------------------------------------------------------------------------
-
-
 def brief_help(command: str, own: OwnOptions) -> Iterator[str]:
     """Yield the help of `fit`, or of a command that takes its options and its `own`."""
 

@@ -21,13 +21,9 @@ from app.method.ranges import Number, refuse
 F = TypeVar("F", bound=Callable[..., Any])
 # errors of the disk → the sentence for them, with the file and the system's reason
 DISK = {
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): (
-        "{0} could not be written, there is no space left: free some, or write to another disk."
-    ),
-    (errno.EACCES, errno.EPERM, errno.EROFS): (
-        "{0} may not be read or written here ({1}): choose another place or other permissions."
-    ),
-    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST): "{0}: {1}; check the paths that you gave.",
+    "ENOSPC EDQUOT EFBIG": "{0} could not be written, there is no space left: free some, or write to another disk.",
+    "EACCES EPERM EROFS": "{0} may not be read or written ({1}): choose another place or other permissions.",
+    "ENOENT ENOTDIR EISDIR EEXIST": "{0}: {1}; check the paths that you gave.",
 }
 PARTS = {"datamodules": "data", "lightning_modules": "model", "callbacks": "a callback"}
 # library code that raises errors about a user's options → the part of the configuration with these options
@@ -52,8 +48,8 @@ def plain_sentence(error: BaseException) -> str | None:
             return options.reason(cause)
         if isinstance(cause, ModuleNotFoundError):
             return f"A package is missing, install it first: {options.reason(cause)}"
-        for numbers, told in DISK.items():
-            if isinstance(cause, OSError) and cause.errno in numbers:
+        for names, told in DISK.items():
+            if isinstance(cause, OSError) and errno.errorcode.get(cause.errno or 0) in names.split():
                 return told.format(cause.filename or "A file", cause.strerror)
     frames = traceback.extract_tb(error.__traceback__)
     if frames and isinstance(error, (ValueError, TypeError, RuntimeError)):
@@ -101,10 +97,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def checked_command(function: F) -> F:
-    """Return the command with the option checks of the command line, by annotation, for calls from Python.
-
-    A path may also be a `pathlib.Path`.
-    """
+    """Return the command with the checks of the command line, for calls from Python, which may give a `Path`."""
     parameters, hints = signature(function), cache(lambda: get_type_hints(function))
 
     @wraps(function)

@@ -19,30 +19,22 @@ from app.core.errors import UserError, first_line
 from app.method.ranges import LARGEST_SEED, FromMinusOne, NonNegativeInt, Number, PositiveFloat, PositiveInt
 
 log = logging.getLogger(__name__)
-
 # options of Lightning's Trainer that it accepts at any value but later ignores or fails on
 TRAINER_RANGES: dict[str, Any] = {
-    "log_every_n_steps": PositiveInt,
-    "check_val_every_n_epoch": PositiveInt,
+    **dict.fromkeys(("log_every_n_steps", "check_val_every_n_epoch"), PositiveInt),
+    **dict.fromkeys(("min_epochs", "min_steps"), NonNegativeInt),
+    **dict.fromkeys(("max_steps", "max_epochs", "num_sanity_val_steps"), FromMinusOne),
     "val_check_interval": PositiveFloat,
-    "min_epochs": NonNegativeInt,
-    "min_steps": NonNegativeInt,
-    "max_steps": FromMinusOne,
-    "max_epochs": FromMinusOne,
-    "num_sanity_val_steps": FromMinusOne,
 }
 MAY_BE_INFINITE = ("meta_init_above",)
 LARGEST = 1e15  # limit for numbers, ours or Lightning's
-
 refusals: list[Exception] = []  # of `built`: jsonargparse keeps only the text of errors from members of a union
 
 
 def set_up_parsing() -> None:
     """Make jsonargparse refuse repeated keys, check the ranges of numbers, and name a class that fails."""
     for kind in Number.__subclasses__():
-        register_type(
-            kind, serializer=kind.base, deserializer=kind, type_check=lambda value, kind: kind.holds(value)
-        )
+        register_type(kind, kind.base, kind, type_check=lambda value, kind: kind.holds(value))
     add_instantiator(built, object, subclasses=True)
     read = get_loader("yaml")
 
@@ -111,10 +103,12 @@ def numbers(config: Any, key: str = "") -> Iterator[tuple[str, float]]:
     """Yield every number in a configuration with the name of its option, such as `trainer.callbacks[2].alpha`."""
     if isinstance(config, (int, float)) and not isinstance(config, bool):
         yield key, config
-    named = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
-    for name, value in named:
-        inner = f"{key}[{name}]" if isinstance(config, list) else key if name == "init_args" else f"{key}.{name}"
-        yield from numbers(value, inner.removeprefix("."))
+    elif isinstance(config, list):
+        for number, value in enumerate(config):
+            yield from numbers(value, f"{key}[{number}]")
+    elif isinstance(config, dict):
+        for name, value in config.items():
+            yield from numbers(value, key if name == "init_args" else f"{key}.{name}".removeprefix("."))
 
 
 def settled_seed(seed: bool | int | None, *, resumes: bool = False, nodes: int = 1) -> int:

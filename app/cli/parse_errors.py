@@ -74,10 +74,7 @@ def sentence(message: str, command: str, known: list[str]) -> str:
 
 
 def finding(message: str) -> tuple[str, str, str] | None:
-    """Return field, class path and fault of the first alternative that jsonargparse tried.
-
-    The class path is empty if no class helps; the result is None for a message of another form.
-    """
+    """Return field, class path (empty if no class helps) and fault of a message; None for one of another form."""
     others = WITHOUT_THE_OPTION.sub("", message)
     if re.search(r"^    - Problem with given class_path", others, re.MULTILINE):
         message = others  # keep the class of the slot that has the option

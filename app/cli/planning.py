@@ -28,11 +28,7 @@ from lightning_modules.strategy import ShardedStrategy
 SHAPES = CONFIGS / "shapes"  # <owner>/<name>.json, with the content of config.json on the Hub
 RESERVED = 0.1  # share of a device reserved for CUDA, communication buffers and fragmentation
 OPTIONS: OwnOptions = {
-    "memory_gb": (
-        PositiveFloat | None,
-        None,
-        "memory of one device in 10⁹ bytes; says which micro-batch fits",
-    ),
+    "memory_gb": (PositiveFloat | None, None, "memory of one device in 10⁹ bytes; says which micro-batch fits"),
     "devices_per_node": (PositiveInt | None, None, "devices per node, if trainer.devices is auto"),
     "shape": (str | None, None, "config.json, or name in configs/shapes, if model.name is not on this machine"),
 }

@@ -24,8 +24,7 @@ REFUSED = (
 IN_UNITS_OF_BETA0 = {"statistics.gap_scale": "beta0", "schedule": "EpsilonBeta", "margin": "GammaPOMargin"}
 # keys whose old value still applies, because it is part of the state
 KEPT = {
-    "seed_everything": "the order of the pairs stays that of the checkpoint",
-    "data.seed": "the order of the pairs stays that of the checkpoint",
+    **dict.fromkeys(("seed_everything", "data.seed"), "the order of the pairs stays that of the checkpoint"),
     "filter.seed": "the draws stay those of the checkpoint",
 }
 OF_AN_OBJECT = ("class_path", "init_args", "dict_kwargs")
@@ -77,10 +76,7 @@ def matches(key: str, patterns: Iterable[str]) -> bool:
 
 
 def compared(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the `differences` of a run's configuration to the checkpoint's.
-
-    Raises UserError if the checkpoint cannot be resumed with one of them, or is of version 0.1, which had no slots.
-    """
+    """Return the `differences` to the checkpoint's configuration. Raises UserError if one forbids to resume it."""
     if "checkpoint" not in before:
         cure = "finish that run with version 0.1, or start a new run from its exported model (`beta-dpo export`)"
         raise UserError(f"--ckpt_path: the checkpoint is of version 0.1, which had no named slots: {cure}.")

@@ -30,9 +30,7 @@ def slurm_environment() -> SLURMEnvironment | None:
     name = os.environ.get("SLURM_JOB_NAME")
     if name in IGNORED_NAMES:
         if by_srun and tasks > 1:
-            raise UserError(
-                f"Lightning gives every task of a SLURM job {name!r} rank 0: choose another --job-name."
-            )
+            raise UserError(f"Lightning gives all tasks of a SLURM job {name!r} rank 0: use another --job-name.")
         return None
     if not by_srun and tasks > 1:
         raise UserError("Not started by srun, this process would wait for ever: put srun before the command.")
@@ -59,7 +57,5 @@ def check_processes(trainer: Trainer) -> None:
     else:
         return
     if started.split()[0] != expected:
-        raise UserError(
-            f"{starter} started {started}, but trainer.devices={devices} and trainer.num_nodes={nodes} expect "
-            f"{expected}: give both the values of {cure}."
-        )
+        ranks = f"trainer.devices={devices} and trainer.num_nodes={nodes}"
+        raise UserError(f"{starter} started {started}, but {ranks} expect {expected}: give both to {cure}.")

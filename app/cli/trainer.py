@@ -59,11 +59,8 @@ class BetaDPOCLI(LightningCLI):
         options = self.config[command]
         check_numbers(options)
         refuse_listed([resolve_name(entry["class_path"]) for entry in as_list(options["trainer"]["callbacks"])])
-        options["seed_everything"] = settled_seed(
-            options["seed_everything"],
-            resumes=command == "fit" and options["ckpt_path"] is not None,
-            nodes=options["trainer"]["num_nodes"],
-        )
+        resumes, nodes = command == "fit" and options["ckpt_path"] is not None, options["trainer"]["num_nodes"]
+        options["seed_everything"] = settled_seed(options["seed_everything"], resumes=resumes, nodes=nodes)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -92,8 +89,8 @@ class BetaDPOCLI(LightningCLI):
 
     def trainer_has_begun(self) -> bool:
         """Return whether a batch has been taken; a later error is no mistake in the configuration."""
-        trainer = self.trainer
-        loops = (trainer.fit_loop.epoch_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+        run = self.trainer
+        loops = (run.fit_loop.epoch_loop, run.validate_loop, run.test_loop, run.predict_loop)
         return any(loop.batch_progress.total.ready for loop in loops)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -146,10 +143,7 @@ class BetaDPOCLI(LightningCLI):
 
 
 class PartsCLI(BetaDPOCLI):
-    """A CLI that parses the options of `fit` and its `own`, and builds stage and data alone.
-
-    A Trainer would look for the devices.
-    """
+    """A CLI that parses the options of `fit` and its `own`, and builds stage and data, but no Trainer."""
 
     def __init__(self, arguments: list[str], own: OwnOptions) -> None:
         self.own = own
@@ -190,46 +184,33 @@ def slots_as_wholes(arguments: list[str]) -> list[str]:
     """Return `arguments` of `shipped_configs` so that a slot in a later file replaces the whole slot.
 
     jsonargparse would merge the options of both, so the slot is emptied before such a file. An option on the
-    command line still changes one part.
+    command line still changes one part. Raises UserError for a file that cannot be read or holds no mapping.
     """
     found: list[str] = []
     for before, word in zip(["", *arguments], arguments, strict=False):
         if before == "--config":
-            empty = {
-                name: None for name, value in read_mapping(word).items() if name in BY_NAME and value is not None
-            }
-            found += [json.dumps(empty), "--config"] if empty else []
+            is_file = os.path.isfile(word)
+            try:
+                given = get_loader("yaml")(Path(word).read_text(encoding="utf-8") if is_file else word)
+            except (OSError, ValueError, yaml.YAMLError) as error:
+                raise UserError(f"{word} cannot be read as YAML: {yaml_fault(error)}.") from error
+            if is_file and not isinstance(given, dict):
+                raise UserError(f"{word} holds no options: write a line `name: value` for each.")
+            slots = [name for name in BY_NAME if isinstance(given, dict) and given.get(name) is not None]
+            found += [json.dumps(dict.fromkeys(slots)), "--config"] if slots else []
         found.append(word)
     return found
-
-
-def read_mapping(given: str) -> dict[str, Any]:
-    """Return the mapping in a YAML file or text; an empty one for a scalar, which the parser refuses later.
-
-    Raises UserError for what is no YAML, and for a file that cannot be read or holds no mapping.
-    """
-    is_file = os.path.isfile(given)
-    try:
-        found = get_loader("yaml")(Path(given).read_text(encoding="utf-8") if is_file else given)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{given} cannot be read as YAML: {yaml_fault(error)}.") from error
-    if is_file and not isinstance(found, dict):
-        raise UserError(f"{given} holds no options: write a line `name: value` for each.")
-    return found if isinstance(found, dict) else {}
 
 
 def lightning_options(arguments: list[str]) -> dict[str, Any]:
     """Return the settings of LightningCLI to parse `arguments`, the first of which is the subcommand."""
     command, arguments = arguments[0], shipped_configs(arguments)
+    # one file name per command, so that `test` does not overwrite the record of the training
+    record = "config.yaml" if command == "fit" else f"config-{command}.yaml"
     return {
         "subclass_mode_model": True,
         "subclass_mode_data": True,
-        # one file name per command, so that `test` does not overwrite the record of the training
-        "save_config_kwargs": {
-            "overwrite": True,
-            "config_filename": "config.yaml" if command == "fit" else f"config-{command}.yaml",
-            "command": arguments,
-        },
+        "save_config_kwargs": {"overwrite": True, "config_filename": record, "command": arguments},
         "save_config_callback": RunRecord,
         "auto_configure_optimizers": False,
         "parser_kwargs": {"exit_on_error": False, command: {"exit_on_error": False}},
@@ -266,6 +247,5 @@ def be_quiet() -> None:
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
     # Lightning advertises a logging service in every run
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
-    )
+    advertiser = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    advertiser.addFilter(lambda record: "litlogger" not in record.getMessage())

@@ -181,7 +181,7 @@ class ServedSampler:
         def kept() -> str:
             return "the same command continues after the last finished batch."
 
-        self.client.ask_all(range(len(batch.items)), ask, found.__setitem__, kept)
+        found |= self.client.ask_all(range(len(batch.items)), ask, kept)
         return [found[place] for place in range(len(batch.items))]
 
 

@@ -21,11 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"  # in the clone, or where the wh
 
 
 def shipped(name: str) -> str:
-    """Return `name` if it is a file, else the path of the shipped configuration of that name.
-
-    `quickstart`, `method/dpo` and `configs/method/dpo.yaml` work in any folder. An unknown name is returned
-    unchanged.
-    """
+    """Return the path of the shipped configuration `name`, such as `method/dpo`; a file or another name stays."""
     inside = name.removeprefix("configs/")
     found = (path for path in (Path(name), CONFIGS / inside, CONFIGS / f"{inside}.yaml") if path.is_file())
     return str(next(found, name))
@@ -74,10 +70,7 @@ def refuse_pointers(*paths: Path) -> None:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; rename it to `path` when the block ends without error.
-
-    The folder is created if missing. On an exception the temporary file is removed and `path` does not change.
-    """
+    """Yield a temporary path in the folder of `path`, which is made; rename it to `path` unless the block fails."""
     target = Path(path)
     with naming(target) as hidden:
         handle, name = tempfile.mkstemp(**hidden)

@@ -39,10 +39,7 @@ class Estimate(NamedTuple):
 
 
 def bootstrap_mean(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Return the mean of `values` [n] with its 95 % percentile bootstrap interval.
-
-    The n items, such as one per prompt, must be independent. Raises ValueError if there is none.
-    """
+    """Return the mean of independent `values` [n], n > 0, and its 95 % percentile bootstrap interval."""
     values = np.asarray(values, dtype=float)
     means = [values[drawn].mean(axis=1) for drawn in _resampled(len(values), resamples, seed)]
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])

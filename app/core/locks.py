@@ -17,30 +17,24 @@ from filelock import FileLock, SoftFileLock, Timeout
 from app.core.errors import UserError
 
 log = logging.getLogger(__name__)
-
 _GRACE_SECONDS = 1.0  # for a holder that is about to release it
 _NO_KERNEL_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class Lock:
-    """A lock on `what` in `file`; a kernel lock leaves the file in place when it is released.
+    """A lock on `what` in `file`; `elsewhere` tells, in a message, how to choose another place.
 
-    The kernel releases the lock when the process ends for any reason. Network file systems share it between nodes
-    (NFS with lockd or version 4, Lustre with the option flock). If the file system has no kernel locks, the file
-    itself is the lock: the file of a dead process on this machine is taken over, that of another machine must be
-    removed by hand.
+    The kernel releases it when the process ends for any reason, and the file stays. Network file systems share it
+    between nodes (NFS with lockd or version 4, Lustre with the option flock). Without kernel locks the file itself
+    is the lock: that of a dead process on this machine is taken over, on another machine it is removed by hand.
     """
 
     def __init__(self, file: Path, what: str, elsewhere: str) -> None:
-        """Prepare the lock without taking it. `elsewhere` tells, in a message, how to choose another place."""
         self.file, self.what, self.elsewhere = file, what, elsewhere
         self._lock: FileLock | SoftFileLock | None = None
 
     def acquire(self, seconds: float) -> bool:
-        """Return whether the lock is held now, after waiting up to `seconds`; negative waits without limit.
-
-        Raises UserError if the file cannot be written.
-        """
+        """Return whether the lock is held within `seconds`, negative for no limit. Raises UserError."""
         try:
             if self._lock is None:
                 self.file.parent.mkdir(parents=True, exist_ok=True)

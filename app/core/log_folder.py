@@ -58,11 +58,10 @@ def claimed_log_folder(trainer: Trainer) -> Iterator[None]:
         if not isinstance(logger, WITH_FOLDERS):
             if logger.version is None:
                 _ = logger.experiment  # type: ignore[attr-defined]  # which draws an id
-            if wrong := "".join(sorted(set(str(logger.version)) & set(NOT_IN_IDS))):
+            name = str(logger.version)
+            if wrong := "".join(sorted(set(name) & set(NOT_IN_IDS))):
                 cure = "give one of letters, digits, '-', '_', '.' and '='"
-                raise UserError(
-                    f"trainer.logger: {logger.version!r} is no run id, because it holds {wrong}: {cure}."
-                )
+                raise UserError(f"trainer.logger: {name!r} is no run id, because it holds {wrong}: {cure}.")
     folder = log_folder(trainer)
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     with locked(folder / LOCK, f"The log folder {folder}", ELSEWHERE, waits=False):

@@ -30,26 +30,19 @@ def aligned(ours: str, theirs: str) -> tuple[list[Answer], list[Answer]]:
 
     rivals: dict[tuple[Any, ...], Answer] = {}
     for rival in everyone:
-        if meeting(rival) in rivals:
-            raise UserError(
-                f"{theirs} answers the prompt {rival['prompt_id']!r} twice: keep the answer that is the rival."
-            )
-        rivals[meeting(rival)] = rival
+        if rivals.setdefault(meeting(rival), rival) is not rival:
+            twice = rival["prompt_id"]
+            raise UserError(f"{theirs} answers the prompt {twice!r} twice: keep the answer that is the rival.")
     met = {meeting(row) for row in rows}
     same = met == rivals.keys() if holds_samples(theirs) else met <= rivals.keys()
     if not same or any(rivals[meeting(row)]["prompt"] != row["prompt"] for row in rows):
-        raise UserError(
-            f"{ours} and {theirs} answer different prompts: sample both for the same prompts, with the same seed, "
-            "count, samples and temperatures."
-        )
+        cure = "sample both for the same prompts, with the same seed, count, samples and temperatures"
+        raise UserError(f"{ours} and {theirs} answer different prompts: {cure}.")
     return rows, [rivals[meeting(row)] for row in rows]
 
 
 def sampled_answers(path: str) -> list[Answer]:
-    """Return the rows of a sample file.
-
-    Raises UserError if it has no row, a row that is not a sample, or two prompts with one `prompt_id`.
-    """
+    """Return the rows of a sample file. UserError for none, for a bad one, and for two prompts with one id."""
     rows = [row | {"prompt": read_prompt(row["prompt"])} for _, row in read_samples(path)]
     if not rows:
         raise UserError(f"{path} holds no answer.")

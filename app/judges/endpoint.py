@@ -29,7 +29,7 @@ class EndpointJudge(Judge):
     """A judge that shows a language model every pair in both orders and scores it with the mean of both verdicts.
 
     A pair that lacks a verdict in either order has no score (NaN) and is counted. Equal answers are a tie without a
-    question.
+    question, and no question is asked whose verdict the file has.
     """
 
     def __init__(self, model: str, settings: Endpoint, verdicts: VerdictFile):
@@ -43,10 +43,7 @@ class EndpointJudge(Judge):
         self._refused: dict[str, None] = {}  # prompt ids of the pairs with a refused question, in order
 
     def scores(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> np.ndarray:
-        """Return scores [n], asking only questions that the verdict file lacks.
-
-        Raises UserError when the server fails, or when no pair has a readable verdict in both orders.
-        """
+        """Return scores [n]. Raises UserError when the server fails, or when no pair has two readable verdicts."""
         asked = [self._both_orders(row, rival) for row, rival in zip(ours, theirs, strict=True)]
         self._ask({key: text for pair in asked for key, text in pair if key not in self.verdicts})
         scores = np.full(len(asked), 0.5)
@@ -60,11 +57,9 @@ class EndpointJudge(Judge):
                     self._refused[ours[index]["prompt_id"]] = None
         seen = np.array(self._seen)
         if self._seen and np.isnan(seen).any(axis=1).all():
-            raise UserError(
-                f"No pair has a readable verdict of {self.model} in both orders: {np.isnan(seen).sum()} of "
-                f"{seen.size} replies hold none, so there is nothing to compare."
-                + "".join(f" The endpoint refused: {reason}." for reason in sorted(self._reasons)[:1])
-            )
+            refused = f" The endpoint refused: {min(self._reasons)}." if self._reasons else ""
+            counts = f"{np.isnan(seen).sum()} of {seen.size} replies hold none"
+            raise UserError(f"No pair has a readable verdict of {self.model} in both orders: {counts}.{refused}")
         return scores
 
     def describe(self, answers: Sequence[Answer]) -> dict[str, np.ndarray]:
@@ -76,12 +71,11 @@ class EndpointJudge(Judge):
             return ["All answers are equal to their rivals: nothing was asked."]
         seen = np.array(self._seen)
         read = seen[~np.isnan(seen).any(axis=1)]
+        moved, missing = (read.sum(axis=1) != 1).sum(), np.isnan(seen).sum()
         notes = [
             f"{self.model} saw {len(seen)} pairs of different answers in both orders. Of the {len(read)} with both "
-            f"verdicts the order changed it on {(read.sum(axis=1) != 1).sum()}; the answer shown first won "
-            f"{read.mean():.3f} of all.",
-            f"{np.isnan(seen).sum()} of {seen.size} replies hold no verdict: {len(seen) - len(read)} pairs are in "
-            "no win rate.",
+            f"verdicts the order changed it on {moved}; the answer shown first won {read.mean():.3f} of all.",
+            f"{missing} of {seen.size} replies hold no verdict: {len(seen) - len(read)} pairs are in no win rate.",
         ]
         if self._refused:
             prompts = ", ".join(list(self._refused)[:NAMED]) + (", …" if len(self._refused) > NAMED else "")
@@ -113,12 +107,10 @@ class EndpointJudge(Judge):
             reply = first_choice(answer)[1]
             self.verdicts.add(key, model=self.model, verdict=parse_verdict(reply), reply=reply)
 
-        self.client.ask_all(
-            list(texts),
-            ask,
-            lambda _, reason: self._reasons.add(reason),
-            lambda: f"{self.verdicts.path} keeps {len(self.verdicts)} verdicts, and the same command continues.",
-        )
+        def kept() -> str:
+            return f"{self.verdicts.path} keeps {len(self.verdicts)} verdicts, and the same command continues."
+
+        self._reasons |= set(self.client.ask_all(list(texts), ask, kept).values())
 
 
 def parse_verdict(reply: str) -> str | None:
@@ -135,7 +127,5 @@ def read_instructions(path: str) -> Template:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UserError(f"endpoint.instructions: {path} cannot be read: {why}.") from error
     if not template.is_valid() or set(template.get_identifiers()) != PLACES:
-        raise UserError(
-            f"{path} must hold the places $prompt, $first and $second and no other; a dollar sign is $$."
-        )
+        raise UserError(f"{path} must hold the places $prompt, $first and $second alone; a dollar sign is $$.")
     return template

@@ -42,10 +42,8 @@ class TrueReward(Judge):
         try:
             grades = [grade(str(row["prompt"]), row["response"]) for row in answers]
         except UserError as error:
-            raise UserError(
-                "These prompts are not of the controlled task, whose true reward is the default judge: "
-                f"{self.cure}."
-            ) from error
+            told = "These prompts are not of the controlled task, whose true reward is the default judge"
+            raise UserError(f"{told}: {self.cure}.") from error
         return {
             "true reward": np.array([found.reward for found in grades]),
             "malformed": np.array([found.malformed for found in grades]),
@@ -94,10 +92,11 @@ class OwnReward(Judge):
             given = settings or {}
             self.function = found(**given) if isinstance(found, type) else partial(found, **given)
         except Exception as error:  # the user's own code may raise anything
-            raise UserError(
-                f"reward: {name} cannot be imported or built ({type(error).__name__}: {error}); a file in the "
-                "current folder is found with PYTHONPATH=."
-            ) from error
+            told, cure = (
+                f"{type(error).__name__}: {error}",
+                "PYTHONPATH=. finds a file in the current folder",
+            )
+            raise UserError(f"reward: {name} cannot be imported or built ({told}); {cure}.") from error
 
     def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
         """Return rewards [n]. Raises UserError unless there is a finite number for each answer."""
@@ -108,19 +107,15 @@ class OwnReward(Judge):
                 given = self.function([row["prompt"] for row in answers], [row["response"] for row in answers])
                 found = list(given.tolist() if hasattr(given, "tolist") else given)  # of an array or a tensor
             except Exception as error:  # the user's own code may raise anything
-                raise UserError(
-                    f"reward: {self.name} failed ({type(error).__name__}: {error}); BETA_DPO_TRACEBACK=1 shows "
-                    "where."
-                ) from error
+                told = f"{type(error).__name__}: {error}"
+                raise UserError(f"reward: {self.name} failed ({told}): see BETA_DPO_TRACEBACK=1.") from error
             if len(found) != len(answers):
                 raise UserError(f"reward: {self.name} gave {len(found)} rewards for {len(answers)} responses.")
         for row, reward in zip(answers, found, strict=True):
             if not isinstance(reward, (int, float, np.number)) or not -LARGEST <= reward <= LARGEST:
                 told = "is a column of the samples" if self.function is None else "is a function"
-                raise UserError(
-                    f"reward: {self.name} {told}, and {reward!r:.40} for the prompt {row['prompt_id']!r} is no "
-                    "finite number."
-                )
+                given = f"{reward!r:.40} for the prompt {row['prompt_id']!r}"
+                raise UserError(f"reward: {self.name} {told}, and {given} is no finite number.")
         return np.array(found, dtype=float)
 
 

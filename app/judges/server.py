@@ -81,19 +81,14 @@ def first_choice(reply: Any) -> tuple[Any, str]:
 
 
 class Client:
-    """A client that asks many questions at a time and tells refusals from failures.
-
-    Raises UserError if the environment variable of the key is not set.
-    """
+    """A client that asks many questions at a time. Raises UserError if the variable of the key is not set."""
 
     def __init__(self, settings: Server) -> None:
         self.settings = settings
         name = settings.api_key_env or ("OPENAI_API_KEY" if settings.url is None else None)
         key = os.environ.get(name) if name else NO_KEY
         if not key:
-            raise UserError(
-                f"Set the environment variable {name}, or --endpoint.url to a server that needs no key."
-            )
+            raise UserError(f"Set the environment variable {name}, or --endpoint.url to a server without keys.")
         if not (key.isascii() and key.isprintable()):
             raise UserError(f"The environment variable {name} holds a character that no key has: set it again.")
         self.api_key = key  # never written
@@ -102,23 +97,19 @@ class Client:
         self,
         questions: Sequence[Q],
         ask: Callable[[Any, Q], None],
-        refused: Callable[[Q, str], None],
         kept: Callable[[], str],
-    ) -> None:
-        """Call `ask(client, question)` for all questions, and `refused(question, reason)` for those refused.
+    ) -> dict[Q, str]:
+        """Call `ask(client, question)` in threads for all questions; return those refused, with the reason of each.
 
-        Both run in threads. Raises UserError when the server fails; `kept()` says what the next run need not ask.
+        Raises UserError when the server fails; `kept()` says what the next run need not ask.
         """
+        refused: dict[Q, str] = {}
         try:
             import openai
         except ImportError as error:
             raise UserError("Asking an endpoint needs one more package: pip install 'beta-dpo[judge]'.") from error
-        client = openai.OpenAI(
-            base_url=self.settings.url,
-            api_key=self.api_key,
-            max_retries=self.settings.retries,
-            timeout=self.settings.timeout,
-        )
+        url, retries, timeout = self.settings.url, self.settings.retries, self.settings.timeout
+        client = openai.OpenAI(base_url=url, api_key=self.api_key, max_retries=retries, timeout=timeout)
 
         def answer(question: Q) -> None:
             try:
@@ -126,7 +117,7 @@ class Client:
             except openai.APIStatusError as error:
                 if error.status_code not in REFUSALS:
                     raise
-                refused(question, self._reason(error))
+                refused[question] = self._reason(error)
 
         with ThreadPoolExecutor(self.settings.parallel) as pool, Progress(transient=True) as progress:
             bar = progress.add_task("asking", total=len(questions))
@@ -139,12 +130,12 @@ class Client:
                 pool.shutdown(cancel_futures=True)  # must end before `kept` counts
                 said, cure = "gave no reply", ""
                 if isinstance(error, ValueError):  # of `first_choice`, or of the client, which reads the reply
-                    said = "does not answer as OpenAI's API does"
-                    cure = "check --endpoint.url, which mostly ends in /v1; "
-                where = self.settings.url or "The endpoint"
+                    said, cure = "is no server of OpenAI's API", "--endpoint.url mostly ends in /v1; "
+                where = url or "The endpoint"
                 raise UserError(f"{where} {said} ({self._reason(error)}): {cure}{kept()}") from error
             finally:
                 pool.shutdown(cancel_futures=True)  # waits for running questions and keeps their answers
+        return refused
 
     def _reason(self, error: Exception) -> str:
         reason = first_line(error)

@@ -435,8 +435,8 @@ def test_a_server_of_another_kind_and_a_key_that_is_none(monkeypatch: pytest.Mon
         first_choice("<html>")
 
     client = Client(Endpoint(url="http://127.0.0.1:9"))
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:9 does not answer as OpenAI's API does .*<html>.*/v1; kept"):
-        client.ask_all([1, 2], ask, print, lambda: "kept")
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9 is no server of OpenAI's API .*<html>.*/v1; kept"):
+        client.ask_all([1, 2], ask, lambda: "kept")
     monkeypatch.setenv("MY_KEY", "schl\u00fcssel\n")
     with pytest.raises(UserError, match="variable MY_KEY holds a character that no key has"):
         Client(Endpoint(api_key_env="MY_KEY"))

@@ -78,7 +78,7 @@ def test_other_tasks_than_the_trainer_expects_are_refused(
     if fits:
         check_processes(trainer)
     else:
-        with pytest.raises(UserError, match=r"give both the values of --ntasks-per-node and --nodes"):
+        with pytest.raises(UserError, match=r"give both to --ntasks-per-node and --nodes"):
             check_processes(trainer)
 
 

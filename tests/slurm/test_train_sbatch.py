@@ -166,7 +166,7 @@ def test_what_lightning_would_misread_is_refused(cluster: Cluster, tiny_llama: s
     command = "beta-dpo fit --config config.yaml"
     cases = {
         ("--job-name=interactive", "--ntasks-per-node=1"): {
-            f"srun {command}": "gives every task of a SLURM job 'interactive' rank 0",
+            f"srun {command}": "gives all tasks of a SLURM job 'interactive' rank 0",
         },
         ("--ntasks=2",): {
             command: "Not started by srun, this process would wait for ever",
