@@ -105,11 +105,11 @@ class PreferenceOptimization(PreferenceScoring):
             with torch.set_grad_enabled(len(micro_batches) == 1):
                 logps, global_logps = self.measurer.measure(batch, micro_batches)
             decision = self.decide(global_logps, batch)
-            self.backward_kept(batch, logps, global_logps, decision)
+            self.backward_kept(batch, logps, decision)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, StepObserver):
                 callback.on_step_decided(self.trainer, self, decision)
-        return self.log_step(global_logps, decision, batch, self.update())
+        return self.log_step(decision, batch, self.update())
 
     @property
     def needs_gaps_first(self) -> bool:
@@ -143,16 +143,13 @@ class PreferenceOptimization(PreferenceScoring):
         self.backward_share(losses, len(batch.pair_ids), last=True)
         return global_logps
 
-    def backward_kept(
-        self, batch: OptimizerBatch, logps: PairLogps, global_logps: PairLogps, decision: StepDecision
-    ) -> None:
+    def backward_kept(self, batch: OptimizerBatch, logps: PairLogps, decision: StepDecision) -> None:
         """Back-propagate (1/|K|) Σ_{i∈K} loss_i of the kept pairs K, through the graph of `logps` if it has one."""
-        batch_loss = self.loss.for_batch(global_logps)
         here = torch.nonzero(decision.kept[batch.positions]).flatten()  # indices into this rank's share
         terms = on_device(decision.terms(batch.positions), self.device)
         if logps.policy_chosen.requires_grad and decision.eligible.all():
             pairs = on_device(here, self.device)
-            losses = decision.weighted_losses(batch_loss, logps.select(pairs), terms[:, pairs])
+            losses = decision.weighted_losses(logps.select(pairs), terms[:, pairs])
             self.backward_share(losses, decision.kept_count, last=True)
             return
         # packed again without the dropped pairs, so that they cost no backward pass and their NaN cannot enter it
@@ -160,7 +157,7 @@ class PreferenceOptimization(PreferenceScoring):
         for number, rows in enumerate(kept, 1):
             policy = response_logps(self.policy, [rows], len(batch.positions), 2, self.device)
             scored = replace(logps, policy_chosen=policy[:, 0], policy_rejected=policy[:, 1])
-            losses = decision.weighted_losses(batch_loss, scored.select(rows.pairs), terms[:, rows.pairs])
+            losses = decision.weighted_losses(scored.select(rows.pairs), terms[:, rows.pairs])
             self.backward_share(losses, decision.kept_count, number == len(kept))
 
     def decide(self, global_logps: PairLogps, batch: OptimizerBatch) -> StepDecision:
@@ -168,12 +165,10 @@ class PreferenceOptimization(PreferenceScoring):
         decision = StepDecision(
             step=self.trainer.global_step + 1,
             pair_ids=batch.pair_ids,
-            gaps=self.gaps(global_logps),
+            logps=global_logps,
+            loss=self.loss.for_batch(global_logps),
             beta0=self.beta0,
             labels=batch.labels,
-            loss=self.loss.for_batch(global_logps),
-            logps=global_logps,
-            reference_margin=global_logps.reference_margin,
             minimum_std=self.minimum_std(global_logps),
         )
         decision.measure_perturbed = partial(perturbed_gaps, self.measurer, batch, decision.eligible)
@@ -211,22 +206,19 @@ class PreferenceOptimization(PreferenceScoring):
 
     # --- what is reported -------------------------------------------------------------------------------
 
-    def log_step(
-        self, global_logps: PairLogps, decision: StepDecision, batch: OptimizerBatch, grad_norm: float
-    ) -> Tensor:
+    def log_step(self, decision: StepDecision, batch: OptimizerBatch, grad_norm: float) -> Tensor:
         """Log the step of the whole global batch and return the loss.
 
         Rewards are logged at β0 and, under other names, at the β used. Everything is computed on the CPU from the
         values gathered before the update.
         """
         pairs = torch.nonzero(decision.eligible).flatten()
-        seen = global_logps.select(pairs)
+        seen = decision.logps.select(pairs)
         at_base = pair_metrics(seen, self.loss, torch.full_like(decision.beta, self.beta0)[pairs])
         at_used = pair_metrics(seen, self.loss, decision.beta[pairs])
         kept = torch.nonzero(decision.kept).flatten()
-        batch_loss = self.loss.for_batch(global_logps)
-        loss = decision.weighted_losses(batch_loss, global_logps.select(kept), decision.terms(kept)).mean()
-        responses = int(global_logps.chosen_tokens.sum() + global_logps.rejected_tokens.sum())
+        loss = decision.weighted_losses(decision.logps.select(kept), decision.terms(kept)).mean()
+        responses = int(decision.logps.chosen_tokens.sum() + decision.logps.rejected_tokens.sum())
         reference = None if self.measurer.reference is None else self.scorers[-1].model
         operations = step_operations(self.policy.model, reference, batch.tokens, responses, decision.kept_fraction)
         seconds = self.step_seconds()

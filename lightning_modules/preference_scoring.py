@@ -9,12 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from torchmetrics import MeanMetric, Metric, SumMetric
 
 from app.core.errors import UserError
 from app.method.batch import OptimizerBatch
-from app.method.logps import PairLogps
 from app.method.pair_loss import PairLoss, pair_metrics
 from lightning_modules.base import LanguageModelTraining
 from lightning_modules.layout_check import CHECKED_PAIRS
@@ -100,13 +98,6 @@ class PreferenceScoring(LanguageModelTraining):
     def scorers(self) -> tuple[ResponseScorer, ...]:
         return self.measurer.scorers
 
-    def gaps(self, logps: PairLogps) -> Tensor:
-        """Return the loss's discrepancy [B], NaN for pairs of which any log-probability is not finite.
-
-        A loss may read more log-probabilities than its discrepancy does, as `AlphaDPOLoss` those of the reference.
-        """
-        return self.loss.discrepancy(logps).where(logps.finite, torch.nan)
-
     # --- evaluation: no filter, β0, nothing of the training state is touched ------------------------------
 
     def on_validation_epoch_start(self) -> None:
@@ -121,7 +112,7 @@ class PreferenceScoring(LanguageModelTraining):
         _, logps = self.measurer.measure(batch, self.micro_batches(batch))
         beta = torch.full((len(batch.pair_ids),), self.beta0)
         values = pair_metrics(logps, self.loss, beta)
-        values |= {"loss": self.loss.for_batch(logps)(logps, beta), "gap_mean": self.gaps(logps)}
+        values |= {"loss": self.loss.for_batch(logps)(logps, beta), "gap_mean": self.loss.gaps(logps)}
         finite = values["gap_mean"].isfinite()
         values = {name: column[finite] for name, column in values.items()}
         values |= dict(zip(COUNTED, (finite, ~finite), strict=True))

@@ -14,6 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from app.method.logps import PairLogps
+from app.method.losses import SigmoidLoss
 from app.method.step import StepDecision
 from callbacks import BetaScheduler, PairFilter, RewardGapStatistics
 from datamodules import ControlledTask
@@ -188,3 +190,17 @@ def relative_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> fl
     assert left.keys() == right.keys()
     apart = sum(float((left[name].double() - right[name].double()).square().sum()) for name in left)
     return (apart / sum(float(tensor.double().square().sum()) for tensor in left.values())) ** 0.5
+
+
+def gaps_only(gaps: torch.Tensor) -> PairLogps:
+    """Pairs of one-token responses whose gap, normalised or not, is `gaps` [G]."""
+    zero, one = torch.zeros_like(gaps), torch.ones(gaps.shape, dtype=torch.int64)
+    return PairLogps(gaps, zero, zero, zero, one, one)
+
+
+def decision_on(
+    gaps: Sequence[float], step: int = 0, beta0: float = 0.1, labels: Mapping[str, Sequence[object]] | None = None
+) -> StepDecision:
+    """Plain DPO on pairs with these gaps, before any callback."""
+    logps = gaps_only(torch.tensor(gaps, dtype=torch.float64))
+    return StepDecision(step, [f"pair-{i}" for i in range(len(gaps))], logps, SigmoidLoss(), beta0, labels or {})

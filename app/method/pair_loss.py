@@ -44,6 +44,13 @@ class PairLoss(ABC):
         """Return the quantity [B] that β multiplies; running statistics, filter and dynamic β use the same one."""
         return logps.reward_gap
 
+    def gaps(self, logps: PairLogps) -> Tensor:
+        """Return the discrepancy [B], NaN for pairs of which any log-probability is not finite.
+
+        A loss may read more log-probabilities than its discrepancy does, as `AlphaDPOLoss` those of the reference.
+        """
+        return self.discrepancy(logps).where(logps.finite, torch.nan)
+
     @property
     def needs_batch(self) -> bool:
         """Return whether the loss of a pair depends on the whole batch, so that all pairs must be scored first."""

@@ -27,15 +27,15 @@ class StepDecision:
 
     step: int  # the number of this optimizer step, from 1
     pair_ids: Sequence[str]  # [G], the global batch in its canonical order
-    gaps: Tensor  # [G] float64, the loss's discrepancy as measured (h for DPO)
+    logps: PairLogps  # [G] float64
+    loss: PairLoss  # of this batch (`PairLoss.for_batch`)
     beta0: float  # base β
     labels: Mapping[str, Sequence[object]] = field(default_factory=dict)  # each [G], columns of the data
-    loss: PairLoss | None = None  # of this step, with `logps` [G] float64: for `pair_losses` and `label_logits`
-    logps: PairLogps | None = None
-    # [G] float64, nats per token: how strongly the reference prefers the chosen response; None without a reference
-    reference_margin: Tensor | None = None
     # the σ of M that rounding can explain, in the units of M; whatever rescales the discrepancy must rescale it too
     minimum_std: float = MINIMUM_STD
+    gaps: Tensor = field(init=False)  # [G] float64, the loss's discrepancy as measured (h for DPO)
+    # [G] float64, nats per token: how strongly the reference prefers the chosen response; None without a reference
+    reference_margin: Tensor | None = field(init=False)
     discrepancy: Tensor = field(init=False)  # [G] float64, M: what statistics, filter and β use; starts as the gaps
     eligible: Tensor = field(init=False)  # [G] bool; pairs with a finite gap: the others are not kept nor counted
     kept: Tensor = field(init=False)  # [G] bool, K: the pairs trained on; starts as the eligible ones
@@ -54,11 +54,12 @@ class StepDecision:
     measure_kl: Callable[[], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        self._measured = self.gaps.detach().to("cpu", torch.float64).clone()
+        self._measured = self.loss.gaps(self.logps).detach().to("cpu", torch.float64)
         for name, column in {"pair_ids": self.pair_ids, **self.labels}.items():
             if len(column) != self._measured.numel():
                 raise ValueError(f"{name} has {len(column)} entries for {self._measured.numel()} gaps")
         self.gaps, self.discrepancy = self._measured.clone(), self._measured.clone()
+        self.reference_margin = self.logps.reference_margin
         self.eligible = torch.isfinite(self.gaps)
         self.kept = self.eligible.clone()
         self.beta = torch.full_like(self.gaps, self.beta0)
@@ -92,22 +93,18 @@ class StepDecision:
         """Return weight, β and, if any, margin and confidence of the pairs at `positions` [B]: [2 to 4, B]."""
         return torch.stack([getattr(self, name) for name in self._term_names])[:, positions]
 
-    def weighted_losses(self, loss: PairLoss, logps: PairLogps, terms: Tensor) -> Tensor:
-        """Return the weighted `loss` [B] of the pairs `logps` [B] under their `terms` [2 to 4, B]."""
+    def weighted_losses(self, logps: PairLogps, terms: Tensor) -> Tensor:
+        """Return the weighted loss [B] of the pairs `logps` [B] under their `terms` [2 to 4, B]."""
         weight, *others = terms.to(logps.policy_chosen)
-        return loss(logps, **dict(zip(self._term_names[1:], others, strict=True))) * weight
+        return self.loss(logps, **dict(zip(self._term_names[1:], others, strict=True))) * weight
 
     def pair_losses(self) -> Tensor:
         """Return every pair's loss under the decisions so far, without weights: [G] float64, NaN if ineligible."""
-        assert self.loss is not None
-        assert self.logps is not None
         losses = self.loss(self.logps, self.beta, self.margin, self.confidence)
         return losses.masked_fill(~self.eligible, math.nan)
 
     def label_logits(self) -> Tensor:
         """Return log p/(1 − p) of every label under the loss (`PairLoss.label_logit`), [G] float64."""
-        assert self.loss is not None
-        assert self.logps is not None
         return self.loss.label_logit(self.logps, self.beta, self.margin).masked_fill(~self.eligible, math.nan)
 
     def fault(self) -> str:

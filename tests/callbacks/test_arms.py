@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny_runs import Recorder, controlled, preference, quiet_trainer, same_bits, weights
+from tiny_runs import Recorder, controlled, decision_on, preference, quiet_trainer, same_bits, weights
 
 from app.core.errors import UserError
 from app.method.losses import IPOLoss, KTOPairLoss, SigmoidLoss, SimPOLoss
@@ -44,8 +44,7 @@ def decided(decision: StepDecision, *callbacks: Any) -> tuple[StepDecision, dict
 
 
 def start(*gaps: float, **labels: Sequence[object]) -> StepDecision:
-    ids = [f"pair-{i}" for i in range(len(gaps))]
-    decision = StepDecision(0, ids, torch.tensor(gaps, dtype=torch.float64), 0.1, labels)
+    decision = decision_on(gaps, labels=labels)
     decision.moments = Moments(0.0, 2.0)
     return decision
 

@@ -14,7 +14,6 @@ from test_arms import decided, run, start, unmeasured
 from tiny_runs import preference, quiet_trainer
 
 from app.core.errors import UserError
-from app.method.logps import PairLogps
 from app.method.losses import IPOLoss, RobustLoss, SigmoidLoss, SimPOLoss
 from app.method.pair_loss import PairLoss
 from app.method.step import StepDecision
@@ -37,8 +36,7 @@ from callbacks.slots import BY_NAME, in_order, slot_of
 
 def measured(*gaps: float, loss: PairLoss | None = None, **labels: Sequence[object]) -> StepDecision:
     decision = start(*gaps, **labels)
-    zero, one = torch.zeros(len(gaps), dtype=torch.float64), torch.ones(len(gaps), dtype=torch.int64)
-    decision.loss, decision.logps = loss or SigmoidLoss(), PairLogps(decision.gaps, zero, zero, zero, one, one)
+    decision.loss = loss or decision.loss
     return decision
 
 

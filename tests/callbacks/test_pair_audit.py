@@ -9,12 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_runs import beta_dpo, controlled, preference, quiet_trainer, table_of
+from tiny_runs import beta_dpo, controlled, decision_on, preference, quiet_trainer, table_of
 
 from app.core.errors import UserError
-from app.method.step import StepDecision
 from app.report.run import AUDIT_COLUMNS
 from callbacks import PairAudit
 from callbacks.pair_audit import audit_rows, forget_steps_from
@@ -113,7 +111,7 @@ def test_labels_that_some_steps_lack_or_type_otherwise(tmp_path: Path) -> None:
     audit._folder = tmp_path
     grades: list[list[float | None]] = [[None, None], [1, 2], [0.5, None]]
     for step, values in enumerate(grades):
-        decision = StepDecision(step, ["a", "b"], torch.zeros(2), 0.1, {"grade": values})
+        decision = decision_on([0.0, 0.0], step, labels={"grade": values})
         audit._tables.append(audit_rows(decision))
     audit.flush()
     assert pq.read_table(tmp_path)["grade"].to_pylist() == [None, None, 1, 2, 0.5, None]
@@ -126,7 +124,7 @@ def test_every_n_steps_is_checked() -> None:
 
 def test_a_label_never_hides_behind_a_column_of_the_audit() -> None:
     names = (*AUDIT_COLUMNS, "label_kept", "kind")
-    decision = StepDecision(0, ["a", "b"], torch.tensor([1.0, 2.0]), 0.1, {name: [7, 8] for name in names})
+    decision = decision_on([1.0, 2.0], labels={name: [7, 8] for name in names})
     table = audit_rows(decision)
     assert table["kept"].to_pylist() == [True, True]
     labels = {name: table[name].to_pylist() for name in table.column_names[len(AUDIT_COLUMNS) :]}

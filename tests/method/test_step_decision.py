@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from tiny_runs import decision_on, gaps_only
 
 from app.method.beta import batch_beta
-from app.method.logps import PairLogps
 from app.method.losses import IPOLoss, SigmoidLoss
 from app.method.moments import RunningMoments
 from app.method.selection import gaussian_log_weights, gumbel_top_k, number_kept, selection_noise
@@ -17,7 +18,7 @@ from app.method.step import RewardGapHook, StepDecision
 
 
 def start(*gaps: float, beta0: float = 0.1) -> StepDecision:
-    return StepDecision(4, [f"pair-{i}" for i in range(len(gaps))], torch.tensor(gaps), beta0)
+    return decision_on(gaps, 4, beta0)
 
 
 def test_starts_as_plain_dpo() -> None:
@@ -35,7 +36,7 @@ def test_starts_as_plain_dpo() -> None:
 
 def test_gaps_leave_the_graph_and_are_not_shared() -> None:
     gaps = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
-    decision = StepDecision(0, ["a", "b"], gaps, 0.1)
+    decision = StepDecision(0, ["a", "b"], gaps_only(gaps), SigmoidLoss(), 0.1)
     assert not decision.gaps.requires_grad
     decision.discrepancy *= 10
     decision.kept[0] = False
@@ -67,13 +68,13 @@ def test_nothing_kept_and_nothing_there() -> None:
 
 def test_columns_of_another_length_are_refused() -> None:
     with pytest.raises(ValueError, match="pair_ids has 1 entries for 2 gaps"):
-        StepDecision(0, ["a"], torch.zeros(2), 0.1)
+        StepDecision(0, ["a"], gaps_only(torch.zeros(2)), SigmoidLoss(), 0.1)
     with pytest.raises(ValueError, match="flipped has 3 entries"):
-        StepDecision(0, ["a", "b"], torch.zeros(2), 0.1, labels={"flipped": [True, False, True]})
+        decision_on([0.0, 0.0], labels={"flipped": [True, False, True]})
 
 
 def test_labels_travel_along() -> None:
-    decision = StepDecision(0, ["a", "b"], torch.zeros(2), 0.1, labels={"flipped": [True, False]})
+    decision = decision_on([0.0, 0.0], labels={"flipped": [True, False]})
     assert decision.labels["flipped"] == [True, False]
 
 
@@ -146,19 +147,18 @@ def test_a_whole_step_on_degenerate_gaps(gaps: list[float]) -> None:
 
 def test_losses_take_each_pair_its_own_beta_weight_and_margin() -> None:
     gap = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True)
-    zero, one = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.int64)
-    pairs = PairLogps(gap, zero, zero, zero, one, one)
+    pairs = gaps_only(gap)
     decision = start(*gap.tolist())
     everywhere = torch.arange(3)
     plain = SigmoidLoss()(pairs, decision.beta)
-    same = decision.weighted_losses(SigmoidLoss(), pairs, decision.terms(everywhere))
+    same = decision.weighted_losses(pairs, decision.terms(everywhere))
     assert torch.equal(same, plain)  # plain DPO to the bit
     decision.beta = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
     decision.loss_weight = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     decision.margin = torch.tensor([0.0, 0.5, -0.5], dtype=torch.float64)
     chosen = torch.tensor([2, 1])
-    losses = decision.weighted_losses(SigmoidLoss(), pairs.select(chosen), decision.terms(chosen))
+    losses = decision.weighted_losses(pairs.select(chosen), decision.terms(chosen))
     expected = [3 * math.log1p(math.exp(-0.15 - 0.5)), 2 * math.log1p(math.exp(0.4 + 0.5))]
     assert losses.tolist() == pytest.approx(expected)
     with pytest.raises(ValueError, match="IPOLoss has no logit"):
-        decision.weighted_losses(IPOLoss(), pairs, decision.terms(everywhere))
+        replace(decision, loss=IPOLoss()).weighted_losses(pairs, decision.terms(everywhere))
