@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import heapq
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any
 
+import pyarrow as pa
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import summary as torch_summary
 
 from app.core.log_folder import log_folder
 from app.method.ranges import NonNegativeInt, PositiveInt, checked
 from app.method.step import StepDecision
-from callbacks.hyperparameters import settings_of, summaries
+from callbacks.pair_audit import AUDIT_COLUMNS, audit_rows
 
 LONGEST_TEXT = 240  # characters of a response that are shown
 MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in "&\\`*_[]<>|#"}
@@ -64,38 +68,17 @@ def lay_out(writer: SummaryWriter, tags: Collection[str], step: int) -> None:
         writer.add_text(f"how to read/{number} {name}", table, step)
 
 
-class MeasuredPair(NamedTuple):
-    """A pair as measured at one step; sorts by its gap."""
-
-    gap: float
-    step: int
-    pair_id: str
-    kept: bool
-    labels: Mapping[str, object]
-
-
-def measured_pairs(decision: StepDecision) -> list[MeasuredPair]:
-    """Return the eligible pairs of a step."""
-    gaps, kept, labels = decision.gaps.tolist(), decision.kept.tolist(), decision.labels
-    return [
-        MeasuredPair(
-            gaps[at], decision.step, decision.pair_ids[at], kept[at], {n: v[at] for n, v in labels.items()}
-        )
-        for at, eligible in enumerate(decision.eligible.tolist())
-        if eligible
-    ]
-
-
-def as_markdown(pairs: Sequence[MeasuredPair], texts: Mapping[str, Mapping[str, str]]) -> str:
-    """Return a Markdown table of `pairs`, with prompt, chosen and rejected text where `texts` has the pair id."""
+def as_markdown(pairs: Sequence[Mapping[str, Any]], texts: Mapping[str, Mapping[str, str]]) -> str:
+    """Return a Markdown table of rows of the audit, with their texts where `texts` has the pair id."""
     # few columns, because TensorBoard breaks the words in narrow ones
     lines = ["| pair | prompt | chosen | rejected |", "|---|---|---|---|"]
     for pair in pairs:
-        labels = "".join(f"; {name}: {value}" for name, value in pair.labels.items() if value is not None)
-        fate = "kept" if pair.kept else "dropped"
-        text = texts.get(pair.pair_id, {})
+        labels = [f"{name}: {pair[name]}" for name in pair if name not in AUDIT_COLUMNS and pair[name] is not None]
+        fate = "kept" if pair["kept"] else "dropped"
+        text = texts.get(pair["pair_id"], {})
         sides = [shown(text.get(side, "–")) for side in ("prompt", "chosen", "rejected")]
-        told = f"**h = {pair.gap:.3f}**, {fate} at step {pair.step}; {shown(f'{pair.pair_id}{labels}')}"
+        about = shown("; ".join([pair["pair_id"], *labels]))
+        told = f"**h = {pair['gap']:.3f}**, {fate} at step {pair['step']}; {about}"
         lines.append(f"| {' | '.join([told, *sides])} |")
     return "\n".join(lines)
 
@@ -131,7 +114,7 @@ class BetaDashboard(Callback):
     pairs: PositiveInt = 5
 
     def __post_init__(self) -> None:
-        self._extreme: dict[str, list[MeasuredPair]] = {}  # since the last list, the most extreme first
+        self._extreme: dict[str, pa.Table] = {}  # rows of the audit since the last list, the most extreme first
         self._decision: StepDecision | None = None
         self._kl: dict[str, float] = {}  # the curves of the step, if it is due
         self._laid_out = False
@@ -164,10 +147,10 @@ class BetaDashboard(Callback):
             for name, chosen in (("kept", decision.kept), ("dropped", decision.eligible & ~decision.kept)):
                 if chosen.any():
                     writer.add_histogram(f"gap/{name}", decision.gaps[chosen], decision.step)
-        seen = measured_pairs(decision)
-        for name, most_extreme in (("lowest", heapq.nsmallest), ("highest", heapq.nlargest)):
-            both = [*self._extreme.get(name, []), *seen]
-            self._extreme[name] = most_extreme(self.pairs, both, key=lambda pair: pair.gap)
+        rows = audit_rows(decision).filter(pa.array(decision.eligible.tolist()))
+        for name, order in (("lowest", "ascending"), ("highest", "descending")):
+            both = pa.concat_tables([self._extreme.get(name, rows[:0]), rows], promote_options="permissive")
+            self._extreme[name] = both.sort_by([("gap", order)])[: self.pairs]
         if decision.step % self.pairs_every_n_steps == 0:
             self._list_extreme_pairs(trainer, writer, decision.step)
 
@@ -185,9 +168,9 @@ class BetaDashboard(Callback):
 
     def _list_extreme_pairs(self, trainer: Trainer, writer: SummaryWriter, step: int) -> None:
         data: Any = getattr(trainer, "datamodule", None)
-        for name, pairs in self._extreme.items():
-            if pairs:
-                texts = data.pair_texts([pair.pair_id for pair in pairs]) if hasattr(data, "pair_texts") else {}
+        for name, table in self._extreme.items():
+            if pairs := table.to_pylist():
+                texts = data.pair_texts([pair["pair_id"] for pair in pairs]) if hasattr(data, "pair_texts") else {}
                 writer.add_text(f"pairs/{name} gaps", as_markdown(pairs, texts), step)
         self._extreme = {}
 
@@ -198,3 +181,84 @@ def tensorboard_writer(trainer: Trainer) -> SummaryWriter | None:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             return logger.experiment
     return None
+
+
+# --- the HParams tab, which compares the settings and final figures of the runs of a sweep ------------------
+
+Value = str | float | bool
+
+# title in the tab → key in the run's config.yaml; `*` for init_args
+SETTINGS = {
+    "α": "schedule.*.alpha",
+    "ρ": "filter.*.keep_ratio",
+    "β0": "model.*.beta0",
+    "learning rate": "model.*.optimizer.*.lr",
+    "loss": "model.*.loss.class_path",
+    "filter": "filter.*.by",
+    "level of β": "schedule.*.level",
+    "momentum": "statistics.*.momentum",
+    "gap scale": "statistics.*.gap_scale",
+    "ε": "schedule.*.epsilon",
+    "α of the margin": "margin.*.alpha",
+    "sft weight": "model.*.sft_weight",
+    "optimizer": "model.*.optimizer.class_path",
+    "max grad norm": "model.*.max_grad_norm",
+    "model": "model.*.name",
+    "data": "data.*.path",
+    "batch size": "data.*.batch_size",
+    "steps": "trainer.max_steps",
+    "epochs": "trainer.max_epochs",
+    "seed": "seed_everything",
+}
+TEXTS = {"loss", "filter", "level of β", "gap scale", "optimizer", "model", "data"}
+SHOWN = {"α", "ρ", "β0", "learning rate", "loss"}  # the tab shows five columns by default
+# the tab takes the last logged value of a run and shows the first five metrics by default
+METRICS = (
+    "val/reward_accuracy",
+    "val/policy_accuracy",
+    "val/loss",
+    "train/kl_chosen",
+    "beta/used",
+    "val/reward_margin",
+    "val/log_ratio_chosen",
+    "train/reward_accuracy",
+    "beta/clamped",
+    "train/pairs_per_second",
+)
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Value]:
+    """Return the `SETTINGS` that the configuration of a run (config.yaml as read) has a value for."""
+    found: dict[str, Value] = {"loss": "SigmoidLoss"}  # the model's default
+    for title, path in SETTINGS.items():
+        value: Any = config
+        for part in path.replace("*", "init_args").split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, (str, int, float)):
+            found[title] = str(value).rsplit(".", 1)[-1] if path.endswith("class_path") else value
+    return found
+
+
+def summaries(settings: Mapping[str, Value]) -> tuple[Summary, ...]:
+    """Return the summaries that a finished run writes to its event file to appear in the HParams tab.
+
+    The tab takes its columns from one run only, so every run names all settings, even those that it lacks.
+    """
+    columns = api_pb2.Experiment(
+        hparam_infos=[
+            # the tab puts the settings marked as different between runs first
+            api_pb2.HParamInfo(
+                name=title,
+                type=api_pb2.DATA_TYPE_STRING if title in TEXTS else api_pb2.DATA_TYPE_FLOAT64,
+                differs=title in SHOWN,
+            )
+            for title in SETTINGS
+        ],
+        metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in METRICS],
+    )
+    content = HParamsPluginData(experiment=columns, version=metadata.PLUGIN_DATA_VERSION).SerializeToString()
+    described = SummaryMetadata(
+        plugin_data=SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=content)
+    )
+    _, start, end = torch_summary.hparams(dict(settings), {})
+    return Summary(value=[Summary.Value(tag=metadata.EXPERIMENT_TAG, metadata=described)]), start, end

@@ -10,13 +10,17 @@ import pyarrow.parquet as pq
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from app.core.errors import UserError
 from app.core.files import atomic_file
-from app.core.log_folder import log_folder
+from app.core.log_folder import log_folder, refuse_another_run
 from app.method.ranges import PositiveInt, checked
 from app.method.step import StepDecision
 
 DATA = b"data"  # the key of the hash of the training pairs in the metadata of a file
+# those of the decision; every other column is a label of the data
+AUDIT_COLUMNS = (
+    *("step", "pair_id", "gap", "log_weight", "kept", "beta", "running_mean", "running_std"),
+    *("reference_margin", "margin", "label_confidence", "loss_weight"),
+)
 
 
 @checked
@@ -50,13 +54,8 @@ class PairAudit(Callback):
         self._folder = log_folder(trainer) / "audit"
         reads = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
         files = sorted(self._folder.glob("*.parquet")) if reads else []
-        # broadcast, or the other ranks would wait for the one that stopped
         other_run = bool(files) and trainer.ckpt_path is None and not self.replaces_steps
-        if trainer.strategy.broadcast(other_run):
-            raise UserError(
-                f"{self._folder} already holds the audit of another run: choose another log folder "
-                "(trainer.logger), or resume that run with --ckpt_path."
-            )
+        refuse_another_run(trainer, other_run, f"{self._folder} already holds the audit")
         data: Any = getattr(trainer, "datamodule", None)
         self._data = data.content("train").encode() if hasattr(data, "content") else b""
         for file in files:
@@ -92,20 +91,18 @@ def audit_rows(decision: StepDecision) -> pa.Table:
     def column(value: Tensor | float | None) -> pa.Array:
         return pa.array(value.tolist() if isinstance(value, Tensor) else [value] * pairs, pa.float64())
 
-    columns: dict[str, Any] = {
-        "step": pa.array([decision.step] * pairs, pa.int64()),
-        "pair_id": pa.array(list(decision.pair_ids), pa.string()),
-        "gap": column(decision.gaps),
-        "log_weight": column(decision.log_weights),
-        "kept": pa.array(decision.kept.tolist()),
-        "beta": column(decision.beta),
-        "running_mean": column(moments.mean if moments else None),
-        "running_std": column(moments.std if moments else None),
-        "reference_margin": column(decision.reference_margin),
-        "margin": column(decision.margin),
-        "label_confidence": column(decision.confidence),
-        "loss_weight": column(decision.loss_weight),
-    }
+    decided = (
+        pa.array([decision.step] * pairs, pa.int64()),
+        pa.array(list(decision.pair_ids), pa.string()),
+        column(decision.gaps),
+        column(decision.log_weights),
+        pa.array(decision.kept.tolist(), pa.bool_()),
+        column(decision.beta),
+        *(column(moments.mean if moments else None), column(moments.std if moments else None)),
+        *(column(decision.reference_margin), column(decision.margin)),
+        *(column(decision.confidence), column(decision.loss_weight)),
+    )
+    columns: dict[str, Any] = dict(zip(AUDIT_COLUMNS, decided, strict=True))
     for name, values in decision.labels.items():
         while name in columns:
             name = f"label_{name}"

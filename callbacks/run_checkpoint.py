@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.distributed.tensor import DTensor
 
 from app.core.errors import StepRefused, UserError
+from app.core.log_folder import refuse_another_run
 from app.method.ranges import PositiveInt, checked
 
 
@@ -111,13 +112,8 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._stopped_by, self._progress, self._within_epoch = None, None, False  # of an earlier fit
-        taken = trainer.is_global_zero and os.path.lexists(self.last)
-        # broadcast, or the other ranks would wait for the one that stopped
-        if trainer.strategy.broadcast(taken and trainer.ckpt_path is None):
-            raise UserError(
-                f"{self.dirpath} already holds the checkpoints of another run: choose another log folder "
-                "(trainer.logger), or resume that run with --ckpt_path last."
-            )
+        taken = trainer.is_global_zero and os.path.lexists(self.last) and trainer.ckpt_path is None
+        refuse_another_run(trainer, taken, f"{self.dirpath} already holds the checkpoints")
         resumed, folder = Path(trainer.ckpt_path or "").resolve(), self.last.parent
         here = resumed.parent == folder.resolve()
         if here:  # the state may name the place that the folder was moved from

@@ -126,3 +126,8 @@ def entries(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     yield from (entry for slot in DECIDING if (entry := config.get(slot.name)))
     yield from own if isinstance(own, list) else [own]
     yield from (entry for slot in OBSERVING if (entry := config.get(slot.name)) and slot.name != "scores")
+
+
+def arguments(entry: Any) -> Mapping[str, Any]:
+    """Return the `init_args` of a `class_path` entry; empty if there are none."""
+    return (entry.get("init_args") if isinstance(entry, Mapping) else None) or {}

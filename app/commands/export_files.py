@@ -12,8 +12,7 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer, GenerationConfig
 
-from callbacks.hyperparameters import arguments
-from callbacks.slots import entries
+from callbacks.slots import arguments, entries
 from datamodules.tokenisation import Tokenisation
 from datamodules.tokenizer import stop_ids
 

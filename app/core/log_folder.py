@@ -44,6 +44,13 @@ def log_folder(trainer: Trainer) -> Path:
     return Path(trainer.strategy.broadcast(own))
 
 
+def refuse_another_run(trainer: Trainer, taken: bool, what: str) -> None:
+    """Raise UserError on every rank if rank 0 found what another run left; every rank must call it."""
+    # broadcast, or the other ranks would wait for the one that stopped
+    if trainer.strategy.broadcast(taken):
+        raise UserError(f"{what} of another run: {ELSEWHERE}, or resume that run with --ckpt_path last.")
+
+
 @contextmanager
 def claimed_log_folder(trainer: Trainer) -> Iterator[None]:
     """Lock the log folder against other runs for the block, and keep what earlier starts logged in it.
@@ -87,10 +94,8 @@ def continue_curves(trainer: Trainer, resumes: bool) -> None:
     step = trainer.global_step + 1
     writers = [getattr(logger, "_experiment", None) for logger in trainer.loggers]
     tables = [writer for writer in writers if isinstance(writer, ContinuedTable)]
-    # broadcast, or the other ranks would wait for the one that stopped
-    if trainer.strategy.broadcast(any(table.rows() for table in tables) and not resumes):
-        cure = f"{ELSEWHERE}, or resume that run with --ckpt_path last"
-        raise UserError(f"{log_folder(trainer)} already holds the curves of another run: {cure}.")
+    taken = any(table.rows() for table in tables) and not resumes
+    refuse_another_run(trainer, taken, f"{log_folder(trainer)} already holds the curves")
     for table in tables:
         if dropped := table.drop_from(step):
             rank_zero_info(f"{table.path}: {dropped} rows from step {step} on are dropped")

@@ -24,19 +24,13 @@ from app.cli.run_record import COMMANDS_FILE
 from app.core.errors import UserError, first_line
 from app.core.intervals import Estimate
 from app.core.log_folder import whole_lines
-from callbacks.hyperparameters import arguments, last_word
-from callbacks.pair_audit import DATA
-from callbacks.slots import entries
+from callbacks.pair_audit import AUDIT_COLUMNS, DATA
+from callbacks.slots import arguments, entries
 from datamodules.base import PairDataModule
 from datamodules.table import PairTable
 
 log = logging.getLogger(__name__)
 SAMPLES = "samples.jsonl"
-# the columns of `PairAudit` itself; every other column is a label of the data
-AUDIT_COLUMNS = (
-    *("step", "pair_id", "gap", "log_weight", "kept", "beta", "running_mean", "running_std"),
-    *("reference_margin", "margin", "label_confidence", "loss_weight"),
-)
 MOST_GROUPS = 20  # a label with more values does not group the pairs
 
 
@@ -68,8 +62,8 @@ class Run:
 
     def callback(self, kind: str) -> Mapping[str, Any] | None:
         """Return the settings of the callback of the class `kind` in config.yaml, if it has one."""
-        found = (arguments(entry) for entry in entries(self.config) if last_word(entry.get("class_path")) == kind)
-        return next(found, None)
+        found = [one for one in entries(self.config) if str(one.get("class_path")).rsplit(".", 1)[-1] == kind]
+        return arguments(found[0]) if found else None
 
     @property
     def filters(self) -> bool:

@@ -18,8 +18,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_runs import controlled, preference, quiet_trainer
 
 from callbacks import AnnotatorReliability, BetaDashboard, BetaScheduler, PairFilter, RewardGapStatistics
-from callbacks.dashboard import CHARTS, MeasuredPair, as_markdown, charts_with
-from callbacks.hyperparameters import SETTINGS, settings_of, summaries
+from callbacks.dashboard import CHARTS, SETTINGS, as_markdown, charts_with, settings_of, summaries
 
 TAGS = {
     *(f"beta/{name}" for name in ("used", "base", "clamped")),
@@ -161,7 +160,7 @@ def test_the_kl_is_logged_at_its_own_steps(board: EventAccumulator) -> None:
 
 
 def test_text_cannot_break_the_table() -> None:
-    pair = MeasuredPair(-1.5, 3, "a|b", True, {"kind_x": "x", "grade": None})
+    pair = {"gap": -1.5, "step": 3, "pair_id": "a|b", "kept": True, "kind_x": "x", "grade": None}
     texts = {"a|b": {"prompt": "one\n| two |", "chosen": "<script>*x*", "rejected": "long " * 100}}
     *_, row = as_markdown([pair], texts).splitlines()
     assert row.startswith("| **h = -1.500**, kept at step 3; ")

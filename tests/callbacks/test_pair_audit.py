@@ -13,9 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import beta_dpo, controlled, decision_on, preference, quiet_trainer, table_of
 
 from app.core.errors import UserError
-from app.report.run import AUDIT_COLUMNS
 from callbacks import PairAudit
-from callbacks.pair_audit import audit_rows, forget_steps_from
+from callbacks.pair_audit import AUDIT_COLUMNS, audit_rows, forget_steps_from
 
 ALPHA, BETA0, KEEP, MOMENTUM = 0.6, 0.1, 0.6, 0.9
 
