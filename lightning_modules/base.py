@@ -36,7 +36,6 @@ from lightning_modules.ranks import Ranks
 from lightning_modules.recorded_training import RecordedTraining
 from lightning_modules.refused_models import check_tokens, refuse_beyond
 from lightning_modules.scorer import ResponseScorer
-from lightning_modules.sharded_loading import read_weights, weight_files
 from lightning_modules.sharding import clip_gradients, gradient_sync, leave_gathered
 from lightning_modules.start_checks import check_start, check_steps, try_optimizer, try_sharded_step
 from lightning_modules.strategy import ShardedStrategy
@@ -189,36 +188,25 @@ class LanguageModelTraining(RecordedTraining):
         return getattr(self.trainer, "datamodule", None)
 
     @property
-    def scorers(self) -> tuple[ResponseScorer, ...]:
-        """Return every model of the stage, the policy first."""
-        return (self.policy,)
-
-    @property
     def families(self) -> list[tuple[str | None, tuple[ResponseScorer, ...]]]:
         """Return the models of the stage with the name that each was loaded from, copies of one together."""
-        return [(self.name, self.scorers)]
+        return [(self.name, (self.policy,))]
 
     def keep_reference(self) -> None:
         """Make the reference, perhaps of the policy, which is not sharded yet; does nothing by default."""
 
     def place(self, scorer: ResponseScorer, frozen: bool = False) -> ResponseScorer:
-        """Put the scorer on its device and return it.
+        """Put the scorer on its device, with frozen weights in the compute dtype, and return it.
 
-        Frozen weights are stored in the compute dtype. Under `ShardedStrategy` the scorer is sharded, and weights
-        that were left out at loading are read now. Any other strategy moves the policy itself but does not know a
-        `frozen` scorer, which is moved here.
+        Strategies other than `ShardedStrategy` move the policy itself but not a `frozen` scorer.
         """
         strategy = self.trainer.strategy
-        if not isinstance(strategy, ShardedStrategy):
-            if self.lora is None or not self.lora.use_dora or frozen:  # DoRA takes norms of the base's weights
-                store_linear_weights(scorer, self.compute_dtype)
-            return scorer.to(strategy.root_device) if frozen else scorer
-        strategy.place(scorer, frozen)
-        if any(parameter.is_meta for parameter in scorer.parameters()):
-            offloaded = frozen and strategy.offload_reference
-            files = weight_files(scorer.model.name_or_path)
-            read_weights(scorer.model, files, "cpu" if offloaded else strategy.root_device)
-        return scorer
+        if isinstance(strategy, ShardedStrategy):
+            strategy.place(scorer, frozen)
+            return scorer
+        if self.lora is None or not self.lora.use_dora or frozen:  # DoRA takes norms of the base's weights
+            store_linear_weights(scorer, self.compute_dtype)
+        return scorer.to(strategy.root_device) if frozen else scorer
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -226,10 +214,7 @@ class LanguageModelTraining(RecordedTraining):
         strategy = self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):
             return strategy.compute_dtype
-        precision = str(self.trainer.precision)
-        if precision.startswith("64"):
-            return torch.float64
-        return torch.bfloat16 if "bf16" in precision else torch.float32
+        return {"64-true": torch.float64, "bf16-mixed": torch.bfloat16}.get(self.trainer.precision, torch.float32)
 
     def configure_optimizers(self) -> Any:
         weights = [p for p in self.policy.parameters() if p.requires_grad]
@@ -285,10 +270,9 @@ class LanguageModelTraining(RecordedTraining):
         leave_gathered(self.policy)
         grad_norm = clip_gradients(self.policy.parameters(), self.max_grad_norm or math.inf)
         if not math.isfinite(grad_norm):
-            raise UserError(
-                f"The gradient norm is {grad_norm} at step {self.trainer.global_step + 1}: the weights were left "
-                "as they were; lower model.optimizer's lr or use trainer.precision 32-true, and resume."
-            )
+            cure = "lower model.optimizer's lr or use trainer.precision 32-true, and resume"
+            step = self.trainer.global_step + 1
+            raise UserError(f"The gradient norm is {grad_norm} at step {step}, which changed no weight: {cure}.")
         optimizer.step()
         optimizer.zero_grad()
         if isinstance(schedule, LRScheduler):

@@ -66,9 +66,7 @@ def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
     Raises UserError if the file is missing, damaged, holds code, or was not written by this project.
     """
     if path.is_dir():
-        raise UserError(
-            f"{path} is a folder of shards: only ShardedStrategy (configs/strategy/fsdp.yaml) resumes it."
-        )
+        raise UserError(f"{path} is a folder of shards, which only ShardedStrategy (strategy/fsdp.yaml) resumes.")
     if not path.exists():
         raise UserError(f"there is no checkpoint {path}: give the path of one that `beta-dpo fit` wrote.")
     return _load(path, path, {"model_config", "state_dict", "loops"}, mmap)

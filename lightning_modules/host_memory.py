@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from contextlib import suppress
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST = 2**31 - 1
@@ -18,9 +17,8 @@ def keep_freed_memory() -> bool:
     returned between steps. Nothing changes if the user set `MALLOC_…_` or `GLIBC_TUNABLES`, or with another C
     library.
     """
-    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
+    own = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys()
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
+    if own or mallopt is None:
         return False
-    with suppress(OSError, AttributeError):  # no glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        return all(mallopt(option, LARGEST) == 1 for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
-    return False
+    return all(mallopt(option, LARGEST) == 1 for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))

@@ -73,9 +73,7 @@ class PreferenceOptimization(PreferenceScoring):
         self.beta0 = beta0
         loss = SigmoidLoss() if loss is None else loss
         if reference_name is not None and not loss.needs_reference:
-            raise UserError(
-                f"model.reference_name has no effect with {loss}, which needs no reference: take it out."
-            )
+            raise UserError(f"model.reference_name has no effect with {loss}, which needs none: take it out.")
         self.loss = loss.changed(sft_weight=sft_weight)
         self.reference: ReferenceKind = reference
         self.reference_name = reference_name
@@ -196,11 +194,9 @@ class PreferenceOptimization(PreferenceScoring):
             return
         named = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
         if len(bad) > self.max_nonfinite_share * len(decision.pair_ids):
-            raise StepRefused(
-                f"{len(bad)} of {len(decision.pair_ids)} pairs have no finite reward gap at step "
-                f"{decision.step} ({named}): lower the learning rate, use trainer.precision 32-true, "
-                "or allow more by model.max_nonfinite_share."
-            )
+            cure = "lower the learning rate, use trainer.precision 32-true, or raise model.max_nonfinite_share"
+            counts = f"{len(bad)} of {len(decision.pair_ids)} pairs"
+            raise StepRefused(f"{counts} have no finite reward gap at step {decision.step} ({named}): {cure}.")
         self.nonfinite_pairs += len(bad)
         log.warning("step %d: no finite reward gap, left out: %s", decision.step, named)
 

@@ -50,7 +50,7 @@ class PreferenceScoring(LanguageModelTraining):
     @property
     def families(self) -> list[tuple[str | None, tuple[ResponseScorer, ...]]]:
         if self.other_reference is None:
-            return super().families
+            return [(self.name, self.scorers)]
         return [(self.name, (self.policy,)), *((self.other_reference, (one,)) for one in self.scorers[1:])]
 
     def load_reference(self, name: str) -> ResponseScorer:

@@ -83,10 +83,8 @@ def refuse_nonfinite(source: str, name: str, values: Tensor, embeds: bool) -> No
     """Raise UserError if `values` are not finite; warn if they embed tokens, because nobody may use those."""
     bad = ~values.isfinite()
     if bad.any() and not embeds:
-        raise UserError(
-            f"model.name: {name} of {source!r} is not finite (NaN or infinite): take a sound copy, or an earlier "
-            "checkpoint of the run that made it."
-        )
+        cure = "take a sound copy, or an earlier checkpoint of the run that made it"
+        raise UserError(f"model.name: {name} of {source!r} is not finite (NaN or infinite): {cure}.")
     if bad.any():
         rows = int(bad.any(-1).sum())
         what = f"{rows} of the tokens that {name} of {source!r} embeds are not finite (NaN or infinite)"
@@ -95,10 +93,8 @@ def refuse_nonfinite(source: str, name: str, values: Tensor, embeds: bool) -> No
 
 def refuse_codes(path: Path, tensor: str, dtype: str) -> None:
     if dtype not in FLOATS:
-        raise UserError(
-            f"model.name: {path} holds quantised weights ({tensor} is {dtype}), which cannot be trained: take the "
-            "model that they were made from."
-        )
+        cure = "which cannot be trained: take the model that they were made from"
+        raise UserError(f"model.name: {path} holds quantised weights ({tensor} is {dtype}), {cure}.")
 
 
 def read_weights(model: Any, files: dict[str, Path], device: torch.device | str = "cpu") -> None:
@@ -116,10 +112,8 @@ def read_weights(model: Any, files: dict[str, Path], device: torch.device | str 
     for name, source in _stored_names(model, state, files).items():
         first = sources.setdefault(id(state[name]), source)
         if first != source and not torch.equal(*(safe_open(files[n], "pt").get_tensor(n) for n in (first, source))):
-            raise UserError(
-                f"model.name: the files hold other values for {source} than for {first}, and the model's "
-                "configuration ties them: set its tie_word_embeddings to false."
-            )
+            said = f"the files hold other values for {source} than for {first}, and config.json ties them"
+            raise UserError(f"model.name: {said}: set its tie_word_embeddings to false.")
     read: dict[int, Tensor] = {}
     tables = embedding_tables(model)
     for name, tensor in state.items():
@@ -156,10 +150,8 @@ def _read(path: Path, name: str, like: Tensor, device: torch.device | str, embed
     with safe_open(path, "pt") as file:
         stored = file.get_slice(name)
         if tuple(stored.get_shape()) != tuple(like.shape):
-            raise UserError(
-                f"model.name: tensor {name} in {path} has shape {stored.get_shape()}, "
-                f"but the model's configuration asks for {list(like.shape)}."
-            )
+            shapes = f"has shape {stored.get_shape()}, but config.json asks for {list(like.shape)}"
+            raise UserError(f"model.name: tensor {name} in {path} {shapes}.")
         if like.is_floating_point():
             refuse_codes(path, name, stored.get_dtype())
         if not shape:

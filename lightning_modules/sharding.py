@@ -123,10 +123,8 @@ def split_plan(model: Any, size: int) -> dict[str, str]:
     sizes |= {named[name]: modules[name].weight.shape[_SPLIT[plan[name]]] for name in linear}
     for name, whole in sizes.items():
         if whole is not None and whole % size:
-            raise UserError(
-                f"trainer.strategy: tensor_parallel_size {size} does not divide this model's {name}, "
-                f"which is {whole}: choose a size that does."
-            )
+            said = f"tensor_parallel_size {size} does not divide this model's {name}, which is {whole}"
+            raise UserError(f"trainer.strategy: {said}: choose a size that does.")
     return plan
 
 

@@ -73,10 +73,7 @@ def check_start(
     sharded = isinstance(strategy, ShardedStrategy)
     refuse_strategy(strategy)
     if (device := strategy.root_device.type) not in ("cpu", "cuda"):
-        raise UserError(
-            f"trainer.accelerator: {device} is no device that the stages run on, which sum log-probabilities in "
-            "float64: set it to cpu."
-        )
+        raise UserError(f"trainer.accelerator: {device} is no device with float64, which sums need: set it to cpu.")
     for option, (unused, cure) in UNUSABLE.items():
         if getattr(trainer, option) != unused:
             raise UserError(f"trainer.{option} {cure}.")
@@ -84,15 +81,10 @@ def check_start(
     if stage != "fit" and not getattr(trainer, f"limit_{stage}_batches"):
         raise UserError(f"trainer.limit_{stage}_batches is 0, which leaves out every pair: raise it.")
     if precision not in ("32-true", "64-true", "bf16-mixed"):
-        raise UserError(
-            f"trainer.precision {precision} loses log-probabilities (overflow, or rotary positions in half "
-            "precision): use 32-true, 64-true or bf16-mixed, or ShardedStrategy, which computes in bfloat16."
-        )
+        cure = "use 32-true, 64-true or bf16-mixed, or ShardedStrategy, which computes in bfloat16"
+        raise UserError(f"trainer.precision {precision} loses log-probabilities (overflow, rounding): {cure}.")
     if sharded and precision != "32-true":
-        raise UserError(
-            f"trainer.precision {precision}: set 32-true with ShardedStrategy, which keeps the weights in float32 "
-            "and computes in its own compute_dtype."
-        )
+        raise UserError(f"trainer.precision {precision}: set 32-true with ShardedStrategy, and its compute_dtype.")
     if lora is not None and getattr(strategy, "tensor_parallel_size", 1) > 1:
         raise UserError("model.lora does not go with trainer.strategy's tensor_parallel_size above 1: set it to 1.")
     if quantize is not None:
@@ -184,11 +176,11 @@ def try_sharded_step(make_optimizer: OptimizerCallable, weights: list[nn.Paramet
 
     Raises UserError if it fails, as optimizers do whose operations know no sharded tensors.
     """
-    matrices = [weight for weight in weights if weight.ndim == 2]
-    sharded = nn.Parameter(torch.zeros_like(min(matrices, key=torch.numel)))
+    smallest = min((weight for weight in weights if weight.ndim == 2), key=torch.numel)
+    sharded = nn.Parameter(torch.zeros_like(smallest))
     sharded.grad = torch.ones_like(sharded)
+    optimizer = make_optimizer([sharded])
     with trial("model.optimizer", "for example torch.optim.AdamW, or one device or ddp"):
-        optimizer = make_optimizer([sharded])
         try:
             optimizer.step()
         except Exception as error:
@@ -200,9 +192,7 @@ def check_steps(trainer: Any) -> None:
     for unit in ("steps", "epochs"):
         least, most = (getattr(trainer, f"{bound}_{unit}") for bound in ("min", "max"))
         if least is not None and most is not None and 0 <= most < least:
-            raise UserError(
-                f"trainer.min_{unit} is {least}, but trainer.max_{unit} is {most}: lower one, or raise the other."
-            )
+            raise UserError(f"trainer.min_{unit} is {least}, but trainer.max_{unit} is {most}: lower the first.")
     for one in trainer.callbacks:
         left = one.time_remaining() if isinstance(one, lightning_callbacks.Timer) else None
         if left is not None and left <= 0:
@@ -214,14 +204,10 @@ def check_steps(trainer: Any) -> None:
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
     steps = min(epochs * batches, math.inf if trainer.max_steps == -1 else trainer.max_steps)
     if not (batches and steps):
-        raise UserError(
-            "The run takes no step: raise trainer.max_steps, trainer.max_epochs or trainer.limit_train_batches."
-        )
-    if steps < (trainer.min_steps or 0):
-        raise UserError(
-            f"trainer.min_steps is {trainer.min_steps}, but trainer.max_epochs {epochs} ends the run after {steps} "
-            "steps: lower one, or raise the other."
-        )
+        raise UserError("The run takes no step: raise trainer.max_steps, max_epochs or limit_train_batches.")
+    if steps < (least := trainer.min_steps or 0):
+        said = f"trainer.max_epochs {epochs} ends the run after {steps} steps"
+        raise UserError(f"trainer.min_steps is {least}, but {said}: lower the first, or raise the other.")
     the_run = f"the run takes {steps} steps"
     if steps < (every := trainer.log_every_n_steps) and trainer.loggers:
         rank_zero_warn(f"no curve of training will be logged: trainer.log_every_n_steps is {every}, and {the_run}.")
@@ -238,7 +224,5 @@ def check_steps(trainer: Any) -> None:
     within = interval if isinstance(interval, int) else max(1, int(batches * interval))
     first = within if epoch is None else (epoch - 1) * batches + within
     if first > steps:
-        rank_zero_warn(
-            f"nothing will be validated: the first time would be after step {first}, and {the_run} "
-            "(trainer.val_check_interval and trainer.check_val_every_n_epoch decide)."
-        )
+        asked = "trainer.val_check_interval and check_val_every_n_epoch ask for it"
+        rank_zero_warn(f"nothing will be validated: {asked} after step {first}, and {the_run}.")

@@ -19,6 +19,7 @@ from app.method.ranges import NonNegativeInt, PositiveInt, UpToInfinity, checked
 from lightning_modules.checkpoint import unwritable
 from lightning_modules.private import default_pg_timeout
 from lightning_modules.scorer import ResponseScorer
+from lightning_modules.sharded_loading import read_weights, weight_files
 from lightning_modules.sharding import SUMMED, split_layers, transformer_blocks
 
 
@@ -140,8 +141,8 @@ class ShardedStrategy(ModelParallelStrategy):
     def place(self, scorer: ResponseScorer, frozen: bool) -> None:
         """Shard `scorer` in place by FSDP2: a group per transformer block; the rest, tied weights too, in the root.
 
-        Frozen weights are stored in `compute_dtype`. Raises UserError if the model cannot be split over
-        `tensor_parallel_size` ranks.
+        Frozen weights are stored in `compute_dtype`; weights that were left out at loading are read now. Raises
+        UserError if that fails, or if the model cannot be split over `tensor_parallel_size` ranks.
         """
         for parameter in scorer.parameters():  # not buffers: rotary positions need float32
             if not parameter.requires_grad:
@@ -150,15 +151,13 @@ class ShardedStrategy(ModelParallelStrategy):
             plan = split_layers(scorer.model, self._tensor_mesh)
             if self.accumulate_whole_gradients and SUMMED in plan.values():
                 # transformers would sum these gradients of earlier micro-batches again in every backward pass
-                raise UserError(
-                    "trainer.strategy: accumulate_whole_gradients does not go with tensor_parallel_size above 1 "
-                    f"for {scorer.model.config.model_type} models: set it to false."
-                )
+                clash = f"with tensor_parallel_size above 1 for {scorer.model.config.model_type} models"
+                raise UserError(f"trainer.strategy: set accumulate_whole_gradients to false {clash}.")
         options: dict[str, Any] = {
             "mesh": self._sharding_mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=torch.float32),
         }
-        if frozen and self.offload_reference:
+        if offloaded := frozen and self.offload_reference:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         blocks: list[Any] = list(transformer_blocks(scorer))
         for block in blocks:
@@ -169,3 +168,6 @@ class ShardedStrategy(ModelParallelStrategy):
         for number, block in enumerate(blocks if ahead else []):
             block.set_modules_to_forward_prefetch(blocks[number + 1 : number + 1 + ahead])
             block.set_modules_to_backward_prefetch(blocks[max(0, number - ahead) : number][::-1])
+        if any(parameter.is_meta for parameter in scorer.parameters()):
+            files = weight_files(scorer.model.name_or_path)
+            read_weights(scorer.model, files, "cpu" if offloaded else self.root_device)
