@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from app.core.errors import UserError, first_line
@@ -98,12 +98,12 @@ class Parts(NamedTuple):
     def of(cls, model: Any, trained: bool = False) -> Parts:
         """Count the parameters of `model`, or those that are `trained`."""
 
-        def count(module: nn.Module) -> int:
-            return sum(w.numel() for w in module.parameters() if w.requires_grad or not trained)
+        def count(weights: Iterable[Tensor]) -> int:
+            return sum(weight.numel() for weight in weights if weight.requires_grad or not trained)
 
-        blocks, head = [count(block) for block in transformer_blocks(model)], model.get_output_embeddings().weight
-        own_head = head.numel() * (head.requires_grad or not trained)
-        return cls(count(model), max(blocks), count(model) - sum(blocks), own_head)
+        blocks = [count(block.parameters()) for block in transformer_blocks(model)]
+        whole, head = count(model.parameters()), count([model.get_output_embeddings().weight])
+        return cls(whole, max(blocks), whole - sum(blocks), head)
 
 
 @dataclass(frozen=True)

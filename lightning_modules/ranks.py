@@ -15,15 +15,11 @@ class Ranks:
     def __init__(self, trainer: Trainer):
         sampling = trainer.distributed_sampler_kwargs
         self.strategy = trainer.strategy
+        self.device = trainer.strategy.root_device
         self.size = trainer.world_size
         self.number = trainer.global_rank
         # the shares of a batch: one per rank, or per tensor-parallel group, whose ranks work on the same pairs
         self.shares = 1 if sampling is None else int(sampling["num_replicas"])
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of this rank."""
-        return self.strategy.root_device
 
     def reduce(self, value: Tensor, how: str) -> Tensor:
         """Return `value` reduced over all ranks (`sum`, `mean` or `max`), on the CPU; a sum counts a share once."""

@@ -124,14 +124,9 @@ def filled_reference_cache(
     """Return the cache of the model `name` with every pair of the stage; call it before the policy is trained.
 
     All ranks score together, while other runs from the same model wait for the lock. A few stored pairs are scored
-    again as a check; if they differ, all pairs are scored again, with a warning. Raises UserError if the folder
-    cannot be written or differs between ranks.
-
-    Args:
-        name: folder or Hub id of the model.
-        measurer: that model (the policy that starts from it, or a model of its own), without a reference.
-        dtype: of the forward pass.
-        batches_of: the data's batches of the pairs whose keys are wanted (`PairDataModule.batches_of`).
+    again as a check; if they differ, all pairs are scored again, with a warning. `measurer` has that model (the
+    policy that starts from it, or a model of its own) and no reference; `batches_of` is that of `PairDataModule`.
+    Raises UserError if the folder cannot be written or differs between ranks.
     """
     ranks = measurer.ranks
     own = reference_fingerprint(name, measurer, dtype) if ranks.number == 0 else ""
@@ -150,8 +145,7 @@ def filled_reference_cache(
         if not ranks.reduce(to_score, "max") and error() <= TOLERANCE[dtype]:
             return cache
     with _lock(ranks, folder):
-        cache.load()
-        refuse_apart(cache, ranks)
+        reload(cache, ranks)
         if (apart := error()) > TOLERANCE[dtype]:
             log.warning(
                 "model.reference: the log-probabilities in %s are not those of %s (apart by %.2g nats per token): "
@@ -160,17 +154,16 @@ def filled_reference_cache(
             )
             for path in folder.glob("*.npy") if ranks.number == 0 else ():
                 path.unlink()
-            ranks.strategy.barrier()
-            cache.load()
+            reload(cache, ranks)
         _score(measurer, cache, missing())
-        ranks.strategy.barrier()
-        cache.load()
-        refuse_apart(cache, ranks)  # once more, because empty folders are alike
+        reload(cache, ranks)  # compares once more, because empty folders are alike
     return cache
 
 
-def refuse_apart(cache: ReferenceCache, ranks: Ranks) -> None:
-    """Raise UserError on all ranks if they do not read the same number of pairs."""
+def reload(cache: ReferenceCache, ranks: Ranks) -> None:
+    """Read the cache again on all ranks. Raises UserError if they do not read the same number of pairs."""
+    ranks.strategy.barrier()
+    cache.load()
     if not same_count(cache, ranks):
         raise UserError(
             f"{cache.folder} differs from rank to rank: set BETA_DPO_CACHE to a folder that all nodes share."

@@ -27,7 +27,7 @@ from app.core.cache import cache_root
 from app.core.errors import UserError
 from lightning_modules import reference_cache
 from lightning_modules.ranks import Ranks
-from lightning_modules.reference_cache import ReferenceCache, reference_fingerprint, refuse_apart
+from lightning_modules.reference_cache import ReferenceCache, reference_fingerprint, reload
 from lightning_modules.strategy import ShardedStrategy
 
 
@@ -213,8 +213,8 @@ def two_ranks(other: float) -> Ranks:
         return value.clamp_(min=other) if reduce_op == "max" else value.add_(other).div_(2)
 
     ranks = object.__new__(Ranks)
-    ranks.strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))  # type: ignore[assignment]
-    ranks.size, ranks.number, ranks.shares = 2, 0, 2
+    ranks.strategy = SimpleNamespace(reduce=reduce, barrier=lambda: None)  # type: ignore[assignment]
+    ranks.size, ranks.number, ranks.shares, ranks.device = 2, 0, 2, torch.device("cpu")
     return ranks
 
 
@@ -232,10 +232,9 @@ def test_ranks_that_read_while_another_run_writes_wait_for_it(
 def test_a_cache_that_differs_between_ranks_is_refused(tmp_path: Path) -> None:
     cache = ReferenceCache(tmp_path)
     cache.add(np.array([4, -7]), np.array([[-1.0, -2.0], [-3.0, -4.0]]))
-    cache.load()
-    refuse_apart(cache, two_ranks(other=2.0))
+    reload(cache, two_ranks(other=2.0))
     with pytest.raises(UserError, match="differs from rank to rank: set BETA_DPO_CACHE"):
-        refuse_apart(cache, two_ranks(other=3.0))
+        reload(cache, two_ranks(other=3.0))
 
 
 def test_evaluation_of_a_checkpoint_keeps_the_first_weights_as_reference(tiny_llama: str, tmp_path: Path) -> None:
