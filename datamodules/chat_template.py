@@ -42,15 +42,11 @@ class Talk(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """The text that a template writes after every answer.
+    """The text that a template writes after every answer."""
 
-    `ending`: all text after the answer. `closing`: the part of it that is trained, up to the end-of-turn token.
-    `stop`: the id of that token. Without one, `stop` is None, `closing` is plain text, and EOS follows it.
-    """
-
-    ending: str
-    closing: str
-    stop: int | None
+    ending: str  # all of it
+    closing: str  # the part that is trained, up to the end-of-turn token; without one EOS follows it
+    stop: int | None  # the id of that token
 
 
 class Rendering(NamedTuple):
@@ -105,14 +101,20 @@ class ChatTemplate:
         return str(rendered)
 
     def frame(self, talk: Talk) -> Frame:
-        """Return what the template writes after the answer; cached for all conversations."""
+        """Return what the template writes after the answer; cached for all conversations.
+
+        The end-of-turn token is the first added token, or a special one directly after it.
+        """
         key = json.dumps([bool(talk.tools), talk.options], sort_keys=True, default=str)
         if key not in self._frames:
             _, ending = self._around_answer(talk)
-            frame = Frame(ending, ending.rstrip(), None)
-            if end := self._turn_end(ending):
-                frame = Frame(ending, ending[: end.end()], self.tokenizer.get_vocab()[end[0]])
-            self._frames[key] = frame
+            special = self.tokenizer.all_special_tokens
+            self._frames[key] = Frame(ending, ending.rstrip(), None)
+            if end := self._tokens.search(ending):
+                following = self._tokens.match(ending, end.end())
+                if following and end[0] not in special and following[0] in special:
+                    end = following
+                self._frames[key] = Frame(ending, ending[: end.end()], self.tokenizer.get_vocab()[end[0]])
         return self._frames[key]
 
     def prompt(self, talk: Talk) -> str:
@@ -141,7 +143,12 @@ class ChatTemplate:
         return [self._split(talk, answer, frame, prompt) for answer in answers]
 
     def _split(self, talk: Talk, answer: Message, frame: Frame, prompt: str) -> Rendering:
-        answer = Message(**{**answer, "content": self._without_end(answer.content.lstrip(), frame)})
+        content = answer.content.lstrip()
+        # without end-of-turn or EOS text at its end, because the template writes its own
+        ends = [frame.closing.strip(), str(self.tokenizer.eos_token)]
+        while end := next((end for end in ends if end and content.rstrip().endswith(end)), None):
+            content = content.rstrip().removesuffix(end)
+        answer = Message(**{**answer, "content": content})
         full = self.render(talk.answered(answer))
         notes: tuple[str, ...] = ()
         if not full.startswith(prompt):
@@ -196,22 +203,6 @@ class ChatTemplate:
         if other != f"{before}{_PROBES[1]}{after}":
             raise Dropped("the chat template does not write the assistant's answer as it is")
         return before, after
-
-    def _turn_end(self, ending: str) -> re.Match[str] | None:
-        """Return the end-of-turn token: the first added token, or a special one directly after it."""
-        first = self._tokens.search(ending)
-        following = first and self._tokens.match(ending, first.end())
-        special = self.tokenizer.all_special_tokens
-        if first and following and first[0] not in special and following[0] in special:
-            return following
-        return first
-
-    def _without_end(self, content: str, frame: Frame) -> str:
-        """Return the content without end-of-turn or EOS text at its end, because the template writes its own."""
-        ends = [frame.closing.strip(), str(self.tokenizer.eos_token)]
-        while end := next((end for end in ends if end and content.rstrip().endswith(end)), None):
-            content = content.rstrip().removesuffix(end)
-        return content
 
     def _whole_tokens(self, text: str, length: int) -> int:
         """Return the largest length, at most `length`, that does not cut through a special token of `text`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Literal
@@ -57,68 +57,63 @@ class GapMixture:
         return bool(np.random.default_rng([self.seed, epoch, number]).random() < self.share)
 
 
-def replaced_pairs(pairs: Iterable[PreferencePair], path: str, report: RowReport) -> Iterator[PreferencePair]:
-    """Yield the pairs that have a usable sample in the file `path`, with it as their rejected response.
+def replaced_stream(stream: PairStream, path: str) -> PairStream:
+    """Return the pairs that have a usable sample in the file `path`, with it as their rejected response.
 
     If a prompt has fewer samples than pairs, they are used again from the first. Labels with "rejected" in their
-    name (`rejected_reward`, `score_rejected`) are no longer true and become None. `report` counts the pairs, and
-    why others have no usable sample. Raises UserError if no pair has one.
+    name (`rejected_reward`, `score_rejected`) are no longer true and become None. Reading counts the pairs, and why
+    others have no usable sample. Raises UserError if the file cannot be read, or later if no pair has a sample.
     """
-    places: dict[int, list[int]] = {}  # byte offsets of the samples of each prompt, by its key: texts stay on disk
-    for place, sample in read_samples(path):
-        places.setdefault(prompt_key(read_prompt(sample["prompt"])), []).append(place)
-    turns = {key: cycle(found) for key, found in places.items()}
-    with open(path, "rb") as file:
-        for pair in pairs:
-            report.counts["rows"] += 1
-            key = prompt_key(pair.prompt)
-            if key not in turns:
-                report.note("skipped: no sample for the prompt", pair.pair_id)
-                continue
-            file.seek(next(turns[key]))
-            sample = json.loads(file.readline())
-            response = sample["response"]
-            if not response.strip():
-                report.note("skipped: the sample is empty", pair.pair_id)
-            elif response.strip() == pair.chosen.strip():
-                report.note("skipped: the sample is the chosen response", pair.pair_id)
-            else:
-                report.counts["pairs"] += 1
-                labels = {name: None if "rejected" in name else value for name, value in pair.labels.items()}
-                ends = sample.get("finished", True)
-                yield replace(pair, rejected=response, labels=labels, rejected_ends=ends)
-    if not report.counts["pairs"]:
-        raise UserError(
-            f"data.gap_mixture: {path} has no usable sample for any training pair ({report.summary()}): run "
-            "`beta-dpo generate` on the prompts of these pairs."
-        )
-
-
-def replaced_stream(stream: PairStream, samples: str) -> PairStream:
-    """Return `stream` with the rejected responses of the file `samples`. Raises UserError if it cannot be read."""
     try:
-        content = file_hash(samples)
+        content = file_hash(path)
     except OSError as error:
         raise UserError(
-            f"data.gap_mixture.samples: {samples} cannot be read ({error.strerror}): `beta-dpo generate` writes it."
+            f"data.gap_mixture.samples: {path} cannot be read ({error.strerror}): `beta-dpo generate` writes it."
         ) from error
-    return PairStream(
-        stream.name,
-        lambda: {"pairs": stream.description(), "rejected": content},
-        lambda report: replaced_pairs(stream, samples, report),
-        stream.rows,
-    )
+
+    def read(report: RowReport) -> Iterator[PreferencePair]:
+        places: dict[
+            int, list[int]
+        ] = {}  # byte offsets of the samples of each prompt, by its key: texts stay on disk
+        for place, sample in read_samples(path):
+            places.setdefault(prompt_key(read_prompt(sample["prompt"])), []).append(place)
+        turns = {key: cycle(found) for key, found in places.items()}
+        with open(path, "rb") as file:
+            for pair in stream:
+                report.counts["rows"] += 1
+                turn = turns.get(prompt_key(pair.prompt))
+                if turn is None:
+                    report.note("skipped: no sample for the prompt", pair.pair_id)
+                    continue
+                file.seek(next(turn))
+                sample = json.loads(file.readline())
+                response = sample["response"]
+                if not response.strip():
+                    report.note("skipped: the sample is empty", pair.pair_id)
+                elif response.strip() == pair.chosen.strip():
+                    report.note("skipped: the sample is the chosen response", pair.pair_id)
+                else:
+                    report.counts["pairs"] += 1
+                    labels = {name: None if "rejected" in name else value for name, value in pair.labels.items()}
+                    ends = sample.get("finished", True)
+                    yield replace(pair, rejected=response, labels=labels, rejected_ends=ends)
+        if not report.counts["pairs"]:
+            raise UserError(
+                f"data.gap_mixture: {path} has no usable sample for any training pair ({report.summary()}): run "
+                "`beta-dpo generate` on the prompts of these pairs."
+            )
+
+    return PairStream(stream.name, lambda: {"pairs": stream.description(), "rejected": content}, read, stream.rows)
 
 
 class GapMixedTable(PairTable):
     """A table of N pairs with their own rejected responses, followed by the replaced copies of those with a sample.
 
-    `parts` and `samples` are the sources of the two. A loader serves rows of the first N; `exchange`
-    puts the replaced rows in their place, batch by batch.
+    `parts` and `samples` are the sources of the two; `rows` are trained on. A loader serves rows of the first N;
+    `exchange` puts the replaced rows in their place, batch by batch. Raises UserError if a sample is missing.
     """
 
     def __init__(self, own: PairTable, replaced: PairTable, mixture: GapMixture, rows: np.ndarray) -> None:
-        """Join the tables; `rows` are trained on. Raises UserError if one of them lacks a sample that it needs."""
         marked = [table.with_labels(replaced=pa.repeat(table is replaced, len(table))) for table in (own, replaced)]
         both = joined(marked)
         super().__init__(both.columns, both.kinds, own.parts)

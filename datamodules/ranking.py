@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -35,24 +35,26 @@ class Ranking:
     scores: str | None = None
     first: Literal["largest", "smallest"] = "largest"
 
-    def apply(self, table: PairTable, rows: np.ndarray, option: str, count: int) -> tuple[np.ndarray, str]:
+    option: ClassVar[str] = "order"
+
+    def apply(self, table: PairTable, rows: np.ndarray, count: int) -> tuple[np.ndarray, str]:
         """Return the first `count` of `rows` of the table by this score, and which those are, in words.
 
-        Raises UserError, which names `option`, unless every row has a finite number in the column.
+        Raises UserError unless every row has a finite number in the column.
         """
-        scores = self._column(self.by, table, rows, option)
+        scores = self._column(self.by, table, rows)
         if self.minus is not None:
-            scores = scores - self._column(self.minus, table, rows, option)
+            scores = scores - self._column(self.minus, table, rows)
         order = np.argsort(-scores if self.first == "largest" else scores, kind="stable")[:count]
         name = self.by + (f" − {self.minus}" if self.minus else "") + (f" of {self.scores}" if self.scores else "")
         ends = f"{scores[order[0]]:.4g} to {scores[order[-1]]:.4g}"
-        return rows[order], f"{option}: {count} of {len(rows)} pairs by {self.first} {name} ({ends})"
+        return rows[order], f"{self.option}: {count} of {len(rows)} pairs by {self.first} {name} ({ends})"
 
-    def _column(self, name: str, table: PairTable, rows: np.ndarray, option: str) -> np.ndarray:
+    def _column(self, name: str, table: PairTable, rows: np.ndarray) -> np.ndarray:
         """Return a column [n] float64 of the pairs `rows` [n]."""
         values: list[Any]
         if self.scores is not None:
-            values = self._of_file(self.scores, name, table, rows, option)
+            values = self._of_file(self.scores, name, table, rows)
         elif name in table.label_names:
             parts = np.array_split(rows, len(rows) // 65536 + 1)  # not all labels in memory at once
             values = [value for part in parts for value in table.labels(part)[name]]
@@ -62,36 +64,37 @@ class Ranking:
         else:
             carried = ", ".join(table.label_names) or "none"
             raise UserError(
-                f"data.{option}: the data has no column {name!r}; it has these: {carried}. Name one of them, "
-                f"or give the file of `beta-dpo predict` as data.{option}.scores."
+                f"data.{self.option}: the data has no column {name!r}; it has these: {carried}. Name one of them, "
+                f"or give the file of `beta-dpo predict` as data.{self.option}.scores."
             )
         bad = [n for n, value in enumerate(values) if not isinstance(value, int | float) or not np.isfinite(value)]
         if bad:
             raise UserError(
-                f"data.{option}: {len(bad)} of {len(rows)} training pairs have no finite number in the column "
+                f"data.{self.option}: {len(bad)} of {len(rows)} training pairs have no finite number in the column "
                 f"{name!r} (first: {table.pair_ids(rows[bad[:1]])[0]} with {values[bad[0]]!r:.40}): complete the "
                 "column, or take these pairs out."
             )
         return np.array(values, dtype=np.float64)
 
-    def _of_file(self, path: str, name: str, table: PairTable, rows: np.ndarray, option: str) -> list[Any]:
+    def _of_file(self, path: str, name: str, table: PairTable, rows: np.ndarray) -> list[Any]:
+        option = f"data.{self.option}.scores"
         try:
             found = pq.read_table(path)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
-                f"data.{option}.scores: {path} cannot be read ({first_line(error)}): `beta-dpo predict` writes it."
+                f"{option}: {path} cannot be read ({first_line(error)}): `beta-dpo predict` writes it."
             ) from error
         if missing := {"pair_id", name} - set(found.column_names):
             has = ", ".join(found.column_names)
-            raise UserError(f"data.{option}.scores: {path} has no column {missing.pop()!r}; it has {has}.")
+            raise UserError(f"{option}: {path} has no column {missing.pop()!r}; it has {has}.")
         ids = found["pair_id"].combine_chunks()
         if len(ids.unique()) < len(ids):
-            raise UserError(f"data.{option}.scores: {path} names a pair twice: give the scores of one `predict`.")
+            raise UserError(f"{option}: {path} names a pair twice: give the scores of one `predict`.")
         wanted = table.pair_ids(rows)
         places = pc.index_in(pa.array(wanted, ids.type), value_set=ids).to_pylist()
         if None in places:
             raise UserError(
-                f"data.{option}.scores: {path} lacks {places.count(None)} of {len(rows)} training pairs (first: "
+                f"{option}: {path} lacks {places.count(None)} of {len(rows)} training pairs (first: "
                 f"{wanted[places.index(None)]}): run `beta-dpo predict` on this data."
             )
         return found[name].take(places).to_pylist()
@@ -106,6 +109,7 @@ class Selection(Ranking):
         share: share of the training pairs to keep; at least one pair is kept.
     """
 
+    option: ClassVar[str] = "select"
     share: PositiveShare = 0.5
 
 
@@ -115,10 +119,10 @@ def ranked(
     """Return the selected of the training pairs `rows`, in the order asked for, and lines for the log."""
     notes = []
     if select is not None:
-        chosen, note = select.apply(table, rows, "select", number_kept(len(rows), select.share))
+        chosen, note = select.apply(table, rows, number_kept(len(rows), select.share))
         notes.append(f"{note}; {len(rows) - len(chosen)} left out")
         rows = rows[np.isin(rows, chosen)]
     if order is not None:
-        rows, note = order.apply(table, rows, "order", len(rows))
+        rows, note = order.apply(table, rows, len(rows))
         notes.append(f"{note}, first to last, in every epoch")
     return rows, notes

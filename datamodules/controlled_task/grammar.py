@@ -46,7 +46,6 @@ CLOSINGS = _words("today now here always again lately overall anyway")
 # all words that follow a single space; the two role tags are separate tokens
 _FRAME = _words("my has , and . can you tell me its ? the")
 WORDS = (*_FRAME, *ANIMALS, *ATTRIBUTES, *chain(*VALUES.values()), *OPENERS, *ADVERBS, *CLOSINGS)
-PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 Split = Literal["train", "held_out"]
 _HELD_OUT_ONE_IN = 8  # training never sees one animal description in this many
 
@@ -62,12 +61,6 @@ class Question:
     @property
     def facts(self) -> dict[str, str]:
         return dict(zip(ATTRIBUTES, self.values, strict=True))
-
-    @property
-    def unasked(self) -> tuple[str, str]:
-        """Return the two other attributes, in the order of the facts."""
-        first, second = (attribute for attribute in ATTRIBUTES if attribute not in self.asked)
-        return first, second
 
     @property
     def split(self) -> Split:
@@ -201,17 +194,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
     It adds no special tokens to a text; `tokenise_pairs` adds EOS to a response.
     """
-    tokens = (PAD, BOS, EOS, UNKNOWN, HUMAN, ASSISTANT, *(f" {word}" for word in WORDS))
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    tokens = (*special.values(), HUMAN, ASSISTANT, *(f" {word}" for word in WORDS))
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    # Two newlines and a role, or a space and the text up to the next space or newline.
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special["unk_token"]))
+    # two newlines and a role, or a space and the text up to the next space or newline
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n[A-Z][a-z]+:| ?[^ \n]+"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)

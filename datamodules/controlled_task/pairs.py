@@ -27,7 +27,6 @@ from datamodules.controlled_task.grammar import (
     VALUES,
     WORDS,
     Answer,
-    Grade,
     Kind,
     Question,
     Split,
@@ -38,7 +37,6 @@ from datamodules.records import PreferencePair
 
 FILLER_SHARE = 0.5  # of each of the two filler words: lengths 10, 11, 12 occur as 1 : 2 : 1
 Gap = Literal["adjacent", "extreme", "mixed", "any"]
-_Graded = tuple[str, Grade]  # a text with its grade
 
 # all unordered pairs of grades, worse first
 _LOW_GAP = tuple(itertools.pairwise(LADDER))
@@ -101,34 +99,34 @@ def preference_pairs(
         broken = rng.random() < broken_share
         better, worse = _broken(question, rng) if broken else _graded(question, high_share, rng)
         flipped = flips.random() < flip_rate
-        (chosen, chosen_grade), (rejected, rejected_grade) = (worse, better) if flipped else (better, worse)
+        texts = (worse, better) if flipped else (better, worse)
+        chosen, rejected = (judge(question, parse_answer(text)) for text in texts)
         labels: dict[str, object] = {
             "flipped": flipped,
             "kind": "broken" if broken else "graded",
-            "chosen_reward": chosen_grade.reward,
-            "rejected_reward": rejected_grade.reward,
-            "gap_kind": "high" if abs(chosen_grade.rung - rejected_grade.rung) >= 2 else "low",
+            "chosen_reward": chosen.reward,
+            "rejected_reward": rejected.reward,
+            "gap_kind": "high" if abs(chosen.rung - rejected.rung) >= 2 else "low",
         }
         pair_id = f"controlled-{split}-{gap}-{seed}-{index:06d}"
-        pairs.append(PreferencePair(pair_id, question.text, chosen, rejected, labels))
+        pairs.append(PreferencePair(pair_id, question.text, *texts, labels))
     return pairs
 
 
-def _broken(question: Question, rng: random.Random) -> tuple[_Graded, _Graded]:
+def _broken(question: Question, rng: random.Random) -> tuple[str, str]:
     # a broken response has the reward of a rude one, so a rude one cannot be the better of the two
     answer = draw_answer(question, rng.choice(LADDER[1:]), rng)
-    return (answer.text, judge(question, answer)), (break_answer(answer, rng), judge(question, None))
+    return answer.text, break_answer(answer, rng)
 
 
-def _graded(question: Question, high_share: float, rng: random.Random) -> tuple[_Graded, _Graded]:
+def _graded(question: Question, high_share: float, rng: random.Random) -> tuple[str, str]:
     worse_kind, better_kind = rng.choice(_HIGH_GAP if rng.random() < high_share else _LOW_GAP)
     while True:
         better = draw_answer(question, better_kind, rng)
         worse = draw_answer(question, worse_kind, rng, content=better_kind)
-        grades = judge(question, better), judge(question, worse)
         # if only the worse of two neighbours is polite, they differ by half a point: draw again
-        if grades[0].reward - grades[1].reward >= 1:
-            return (better.text, grades[0]), (worse.text, grades[1])
+        if judge(question, better).reward - judge(question, worse).reward >= 1:
+            return better.text, worse.text
 
 
 def draw_question(rng: random.Random, split: Split) -> Question:
@@ -149,10 +147,12 @@ def draw_answer(question: Question, kind: Kind, rng: random.Random, *, content: 
     openers = POLITE_OPENERS if rng.random() < 0.5 else PLAIN_OPENERS
     if kind is Kind.RUDE:
         openers, kind = RUDE_OPENERS, content or rng.choice(LADDER[1:])
-    attributes = question.unasked if kind is Kind.OFF_TOPIC else question.asked
-    right: tuple[str, ...] = (rng.choice(attributes),) if kind is Kind.ONE_RIGHT else attributes
+    attributes = list(question.asked)
+    if kind is Kind.OFF_TOPIC:
+        attributes = [attribute for attribute in ATTRIBUTES if attribute not in question.asked]
+    right = [rng.choice(attributes)] if kind is Kind.ONE_RIGHT else attributes
     if kind in (Kind.OFF_TOPIC, Kind.BOTH_WRONG):
-        right = ()
+        right = []
 
     def claim(attribute: str) -> tuple[str, str]:
         truth = question.facts[attribute]

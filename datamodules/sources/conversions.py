@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from datamodules.sources.messages import spoken
 from datamodules.sources.prompts import question_prompt
-from datamodules.sources.rows import BadRow, LeftOut, decoded, missing, text, typed, wrong_type
+from datamodules.sources.rows import BadRow, LeftOut, decoded, has_value, missing, text, typed, wrong_type
 
 PreferredBy = Literal["better", "safer"]
 Row = Mapping[str, object]
@@ -40,17 +40,12 @@ def renamed(**names: str) -> Convert:
 def first_of(row: Row, alternatives: str) -> str:
     """Return the first of several names (`a|b`) under which the row has a value, else the first that it has."""
     present = [name for name in alternatives.split("|") if name in row]
-    return next((name for name in present if not missing(row[name])), present[0] if present else alternatives)
+    return next((name for name in present if has_value(row, name)), present[0] if present else alternatives)
 
 
 def without(row: Row, *names: str) -> dict[str, object]:
     """Return the row without some of its fields."""
     return {name: value for name, value in row.items() if name not in names}
-
-
-def has_no_side(row: Row) -> bool:
-    """Return whether neither `chosen` nor `rejected` has a value."""
-    return missing(row.get("chosen")) and missing(row.get("rejected"))
 
 
 def conversation(row: Row, source: Any) -> Row:
@@ -59,7 +54,7 @@ def conversation(row: Row, source: Any) -> Row:
     If the sides are whole conversations themselves, as in UltraFeedback, the row stays as it is.
     """
     name = first_of(row, "messages|conversations")
-    if has_no_side(row):
+    if not has_value(row, "chosen", "rejected"):
         return rename(without(row, "chosen", "rejected"), {name: "response"})
     chosen = spoken(row["chosen"], "chosen")
     whole = not isinstance(chosen, str) and chosen[0].role != "assistant"
@@ -67,18 +62,17 @@ def conversation(row: Row, source: Any) -> Row:
 
 
 def alpaca(row: Row, source: Any) -> Row:
-    """Return the fields of a row in the Alpaca format.
+    """Return the fields of a row whose prompt is `instruction` and `input` after the turns of `history`.
 
-    The prompt is `instruction` and `input`, joined by a line break, after the turns of `history`. `output` may be a
-    list of two answers with the better one first, as in older files. Raises BadRow.
+    `output` may be a list of two answers with the better one first, as in older files. Raises BadRow.
     """
     instruction = first_of(row, "instruction|INSTRUCTION")
     prompt = text(row[instruction], instruction)
-    if not missing(row.get("input")) and text(row["input"], "input").strip():
+    if has_value(row, "input") and text(row["input"], "input").strip():
         prompt += f"\n{row['input']}"
     fields = without(row, instruction, "input", "history")
     fields["prompt"] = _with_history(row.get("history"), prompt)
-    if has_no_side(row):
+    if not has_value(row, "chosen", "rejected"):
         answer = first_of(row, "output|response|RESPONSE")
         sides = row[answer]
         fields = without(fields, answer, "chosen", "rejected")
@@ -111,7 +105,7 @@ def question(own: Convert) -> Convert:
 
     def convert(row: Row, source: Any) -> Row:
         for name in ("context", "article", "choices"):
-            if not missing(row.get(name)):
+            if has_value(row, name):
                 raise BadRow("two fields make the prompt", f"{name} and question: write them as one field prompt")
         return own(row, source)
 
@@ -128,20 +122,19 @@ _OTHER_TASKS = {  # fields → reason and detail
 def refuse_unusable(row: Row) -> None:
     """Raise BadRow for a row of a known form that is for another task or holds more than text."""
     for name in _MEDIA:
-        if not missing(row.get(name)) and row[name] not in ("", []):
+        if has_value(row, name) and row[name] not in ("", []):
             raise BadRow("more than text", f"a field {name}; only text is trained on")
-    if not missing(row.get("chosen")):
+    if has_value(row, "chosen"):
         return
-    answered = any(not missing(row.get(name)) for name in _ANSWERS)
-    judged = answered and str(row.get("label")).strip().lower() in _VERDICTS
-    if judged or not missing(row.get("kto_tag")):
+    judged = has_value(row, *_ANSWERS) and str(row.get("label")).strip().lower() in _VERDICTS
+    if judged or has_value(row, "kto_tag"):
         verdict = "label" if judged else "kto_tag"
         raise BadRow(
             "unpaired preference",
             f"an answer with {verdict}, as for KTO; two answers to one prompt make a pair, chosen and rejected",
         )
     for fields, reason in _OTHER_TASKS.items():
-        if all(not missing(row.get(name)) for name in fields):
+        if all(has_value(row, name) for name in fields):
             raise BadRow(*reason)
 
 

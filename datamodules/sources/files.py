@@ -1,13 +1,19 @@
-"""Rows of local files: text, parquet and Arrow."""
+"""Rows of local files: JSON (an object per line, or an array of objects), tables of cells, text, parquet, Arrow."""
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
+import json
+import logging
 import os
+import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, tee
 from pathlib import Path
 from typing import IO
 
@@ -17,10 +23,162 @@ import pyarrow.parquet as pq
 from app.core.cache import fingerprint
 from app.core.errors import UserError, first_line
 from app.core.files import file_hash, refuse_pointers
-from datamodules.sources.rows import BadRow
-from datamodules.sources.text_files import Rows, csv_rows, json_rows, jsonl_rows, refuse_same_names, txt_rows
+from datamodules.sources.rows import BadRow, Cell
 
+log = logging.getLogger(__name__)
+
+Rows = Iterator[tuple[int, object]]
+_LARGE = 2**28  # characters
+_DELIMITER_NAMED = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
+_NO_VALUE = {"", "nan", "NaN", "<NA>", "#N/A"}  # an empty cell, as pandas and spreadsheets write it
 ROWS_PER_BATCH = 1024
+
+
+def jsonl_rows(file: IO[bytes], path: Path) -> Rows:
+    """Yield (line number from 1, value of the line, or a BadRow if it cannot be read)."""
+    for number, line in enumerate(file, 1):
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if number == 1 and (line.startswith(b"[") or line.strip() == b"{"):
+            yield number, BadRow("no object in one line", "if the whole file is JSON, name it .json")
+        elif line.strip():  # a blank line is no row
+            yield number, _json_value(line)
+
+
+def txt_rows(file: IO[bytes], path: Path) -> Rows:
+    """Return (line number from 1, a row whose `text` is the line); a blank line is no row."""
+    lines = enumerate(text_lines(file, path), 1)
+    return ((number, {"text": line.rstrip("\r\n")}) for number, line in lines if line.strip())
+
+
+def json_rows(file: IO[bytes], path: Path) -> Rows:
+    """Return (number from 1, value) of each element of an array, or of each line of a file with an object per line.
+
+    Raises UserError for a broken array, because the rows after the fault cannot be separated.
+    """
+    text = "".join(text_lines(file, path))
+    if len(text) > _LARGE:
+        log.warning("%s takes about four times its size of memory: .jsonl, an object per line, takes none", path)
+    rows: object = None
+    try:
+        rows = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("{"):  # reading line by line shows which lines are bad
+            lines = enumerate(text.split("\n"), 1)
+            return ((number, _json_value(line)) for number, line in lines if line.strip())
+        if text.lstrip().startswith("["):
+            raise UserError(f"{path} is bad JSON ({first_line(error)}): correct it there.") from error
+    if isinstance(rows, BadRow) or (isinstance(rows, dict) and any(map(_is_of_a_row, rows.values()))):
+        rows = [rows]
+    if not isinstance(rows, list):
+        raise UserError(
+            f"{path} is neither an array of rows ([{{…}}, {{…}}]) nor one row a line: write it as one of these "
+            '(pandas does with orient="records").'
+        )
+    return enumerate(rows, 1)
+
+
+def _is_of_a_row(field: object) -> bool:
+    """Return whether a field tells a row from a wrapper or a table by columns: it is a value, or holds messages."""
+    first = field[0] if isinstance(field, list) and field else field
+    if isinstance(first, dict):
+        return "role" in first or "from" in first
+    return not isinstance(field, list)
+
+
+def csv_rows(file: IO[bytes], path: Path, delimiters: str = ",;\t") -> Rows:
+    """Yield (first line of the row, its cells by column name, or a BadRow if they are wrong).
+
+    The delimiter that gives the first row, the column names, most cells is taken; Excel may name one in a line
+    before (`sep=;`). Raises UserError for an unclosed quotation mark, after which rows cannot be separated, and for
+    repeated column names.
+    """
+    csv.field_size_limit(sys.maxsize)
+    named, text, *ahead = tee(text_lines(file, path), 2 + len(delimiters))
+    excel = _DELIMITER_NAMED.fullmatch(next(named, ""))
+    delimiters = excel[1] if excel else delimiters
+    readers = [csv.reader(one, delimiter=mark) for one, mark in zip(ahead, delimiters, strict=False)]
+    widths = [len(next(filter(None, reader), [])) for reader in readers]
+    del named, ahead, readers  # or they would keep the lines
+    raw: list[str] = []  # the lines of the row that is being read
+    begin = 1  # its first line
+
+    def lines() -> Iterator[str]:
+        for line in text:
+            raw.append(line)
+            yield line
+
+    delimiter = delimiters[widths.index(max(widths))]
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    names: list[str] = []
+    try:
+        for cells in reader:
+            first, begin = begin, reader.line_num + 1
+            written = "".join(raw)
+            raw.clear()
+            if written.count('"') % 2:
+                raise UserError(
+                    f'{path}, line {first}: a quotation mark is not closed: close it, or write "" for one in text.'
+                )
+            if not cells or (excel and first == 1):  # a blank line is no row
+                continue
+            if not names:
+                names = [name.strip() or f"column {number}" for number, name in enumerate(cells, 1)]
+                _refuse_same_names(names, path)
+            elif any(
+                c[:1].isspace() and c.lstrip()[:1] == '"' and delimiter + c in delimiter + written for c in cells
+            ):
+                # the format reads such marks as text, and a delimiter between them as the end of the cell
+                yield first, BadRow("a space before a quotation mark", "begin the cell with the mark")
+            elif len(cells) == len(names):
+                yield first, {n: None if c in _NO_VALUE else Cell(c) for n, c in zip(names, cells, strict=True)}
+            else:
+                yield first, BadRow("wrong number of cells", f"{len(cells)} instead of {len(names)}")
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, in the row that begins in line {begin}: {error}; correct its quotation marks."
+        ) from error
+
+
+def _refuse_same_names(names: list[str], path: Path) -> None:
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: two columns have the same name; rename one.")
+
+
+def text_lines(file: IO[bytes], path: Path) -> Iterator[str]:
+    """Yield the lines, with their ends, of a text in UTF-8, or in UTF-16 if it begins with that byte order mark.
+
+    Raises UserError with the line of invalid text.
+    """
+    number = 1
+    try:
+        start = file.peek(2)  # type: ignore[attr-defined]  # files of gzip and of the disk are buffered
+        encoding = "utf-16" if start.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+        if b"\0" in start and (encoding == "utf-8-sig" or start.startswith(b"\xff\xfe\0\0")):
+            raise UserError(f"{path} holds zero bytes, as UTF-16 without its mark and UTF-32 do: save it in UTF-8.")
+        for line in io.TextIOWrapper(file, encoding, newline=""):
+            yield line
+            number += 1
+    except UnicodeDecodeError as error:
+        number += error.object.count(b"\n", 0, error.start)
+        raise UserError(f"{path}, line {number}, is not UTF-8: save the file in UTF-8.") from error
+
+
+def _json_value(line: bytes | str) -> object:
+    try:
+        return json.loads(line if isinstance(line, str) else line.decode(), object_pairs_hook=_object)
+    except UnicodeDecodeError:
+        return BadRow("invalid UTF-8")
+    except (ValueError, RecursionError) as error:  # a number that is too long raises another ValueError
+        return BadRow("bad JSON", first_line(error))
+
+
+def _object(fields: list[tuple[str, object]]) -> dict[str, object] | BadRow:
+    """Return an object, or a BadRow if it or one within it repeats a name, because either value may be meant."""
+    row = dict(fields)
+    inner = [one for value in row.values() for one in (value if isinstance(value, list) else [value])]
+    repeated = len(row) < len(fields) or any(isinstance(one, BadRow) for one in inner)
+    return BadRow("repeated field") if repeated else row
+
 
 _TEXT: dict[str, Callable[[IO[bytes], Path], Rows]] = {
     ".jsonl": jsonl_rows,
@@ -112,7 +270,7 @@ def _binary_rows(path: Path) -> Rows:
                 source.seek(0)
                 batches = file = pa.ipc.open_stream(source)
         schema = file.schema_arrow if kind == "parquet" else file.schema
-        refuse_same_names(schema.names, path)
+        _refuse_same_names(schema.names, path)
         yield from arrow_rows(batches)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as {kind} ({first_line(error)}): write it again.") from error

@@ -26,10 +26,7 @@ _QUOTED = re.compile(r"""['"](\w+)['"]""")
 
 
 def spoken(value: object, name: str) -> str | tuple[Message, ...]:
-    """Return the text or the messages of the field `name`: a list, a single message, or either as JSON in text.
-
-    Raises BadRow.
-    """
+    """Return the text or the messages (a list, one, or JSON in text) of the field `name`. Raises BadRow."""
     if isinstance(value, str):
         value = _messages_in(value, name) or value
     if isinstance(value, Mapping):
@@ -101,10 +98,7 @@ def _messages_in(value: str, name: str) -> object:
 
 
 def template_fields(row: Mapping[str, object]) -> dict[str, Any]:
-    """Return the `tools` (a list) and `template_kwargs` (an object) of a row; either may be JSON in text.
-
-    Raises BadRow.
-    """
+    """Return `tools` and `template_kwargs` of a row; either may be JSON in text. Raises BadRow."""
     tools, options = (_decoded(row.get(name), name) for name in ("tools", "chat_template_kwargs"))
     if not isinstance(tools, list | None):
         raise wrong_type(tools, "tools", "a list of tools")

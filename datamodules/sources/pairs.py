@@ -14,10 +14,11 @@ from datamodules.sources.conversions import refuse_unusable, rename, without
 from datamodules.sources.messages import TEMPLATE_FIELDS, spoken, template_fields, with_system
 from datamodules.sources.prompts import split_transcript
 from datamodules.sources.registry import FORMATS, PROMPTS, Format, Row
-from datamodules.sources.rows import BadRow, LeftOut, RowReport, kind, missing, text, typed
+from datamodules.sources.rows import BadRow, LeftOut, RowReport, has_value, kind, missing, text, typed
 from datamodules.sources.source import OF_FORMATS, Source, close
 
 OnBadRow = Literal["error", "skip"]
+_SCALAR = (bool, int, float, str, type(None))  # a further column of such values is a label
 _OWN_FIELDS = ("pair_id", "prompt", "chosen", "rejected", "response", *TEMPLATE_FIELDS)
 
 
@@ -120,8 +121,8 @@ def read_row(
         raise BadRow("missing field", f"rejected; as {format.name} it is for supervised fine-tuning; {_found(row)}")
     if "system" not in fields and "system_prompt" in fields:
         fields = rename(fields, {"system_prompt": "system"})
-    ignored = [name for name, value in fields.items() if name not in _OWN_FIELDS and not is_label(value)]
-    if "chosen" in fields and not missing(fields.get("response")):
+    ignored = [name for name, value in fields.items() if name not in _OWN_FIELDS and not isinstance(value, _SCALAR)]
+    if "chosen" in fields and has_value(fields, "response"):
         ignored.append("response")
     ignored += [
         f"data.{name}, which is for {its}"
@@ -134,15 +135,14 @@ def read_row(
 def _pair(row: Row, default_id: str, format: str) -> PreferencePair:
     """Return the pair of a row with the names of our fields. Raises BadRow.
 
-    `prompt`, `chosen` and `rejected` are text or chat messages (a list, a single one, or JSON in text); `chosen`
-    and `rejected` in messages may repeat the prompt. Without `prompt`: two conversations that differ only in the
-    last message, or two HH transcripts (`hh`). `response`, or `chosen` without `rejected`, is a demonstration.
-    `system`, `tools` and `chat_template_kwargs` go to the chat template (see `template_fields`).
+    `prompt`, `chosen` and `rejected` are text or chat messages; messages of a side may repeat the prompt. Without
+    `prompt`, the sides are whole conversations or, in `hh`, transcripts. `response`, or `chosen` without
+    `rejected`, is a demonstration.
     """
     both = "rejected" in row
     sides = ("chosen" if both or "chosen" in row else "response", *["rejected"] * both)
     values = [spoken(row[side], side) for side in sides]
-    given = None if missing(row.get("prompt")) else spoken(row["prompt"], "prompt")
+    given = spoken(row["prompt"], "prompt") if has_value(row, "prompt") else None
     found: list[tuple[Prompt, str | Message]]
     if format == "hh":
         if given is not None:
@@ -172,11 +172,15 @@ def _pair(row: Row, default_id: str, format: str) -> PreferencePair:
         raise BadRow("chosen equals rejected")
     labels: dict[str, object] = {}
     for name, value in row.items():
-        if name not in _OWN_FIELDS and is_label(value):
+        if name not in _OWN_FIELDS and isinstance(value, _SCALAR):
             value = None if missing(value) else typed(value)
             labels[text(name, "a field's name")] = text(value, name) if isinstance(value, str) else value
+    pair_id = row.get("pair_id", default_id)
+    pair_id = str(pair_id) if type(pair_id) is int else text(pair_id, "pair_id")
+    if not pair_id.strip():
+        raise BadRow("empty pair_id")
     return PreferencePair(
-        _pair_id(row, default_id),
+        pair_id,
         prompt,
         answers[0].content,
         answers[1].content if both else None,
@@ -185,11 +189,6 @@ def _pair(row: Row, default_id: str, format: str) -> PreferencePair:
         rejected_fields=without(answers[1], "role", "content") if both else {},
         **template_fields(row),
     )
-
-
-def is_label(value: object) -> bool:
-    """Return whether the value of another column is a scalar, which becomes a label of the pair."""
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _split(talk: str | tuple[Message, ...], side: str, given: Prompt | None) -> tuple[Prompt, str | Message]:
@@ -212,22 +211,13 @@ def _split(talk: str | tuple[Message, ...], side: str, given: Prompt | None) -> 
     return before, answer
 
 
-def _pair_id(row: Mapping[str, object], default_id: str) -> str:
-    value = row.get("pair_id", default_id)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not text(value, "pair_id").strip():
-        raise BadRow("empty pair_id")
-    return str(value)
-
-
 def _format_of(row: Row, named: str, need_rejected: bool, prompts_only: bool) -> Format:
     """Return the format of a row. Raises BadRow with the nearest format and the fields that the row lacks."""
     if named == "auto":
         refuse_unusable(row)
     formats = [*PROMPTS, *FORMATS] if prompts_only else [*FORMATS]
     formats = [one for one in formats if named in ("auto", one.name)]
-    if not missing(row.get("rejected")):  # a pair is no demonstration, even if it is damaged
+    if has_value(row, "rejected"):  # a pair is no demonstration, even if it is damaged
         formats = [one for one in formats if one.is_pair]
         if not formats:
             raise BadRow("a pair", f"{named} has single answers, and rejected has a value")
@@ -240,18 +230,14 @@ def _format_of(row: Row, named: str, need_rejected: bool, prompts_only: bool) ->
     asked = [one for one in formats if one.lacking(row) and (one.is_pair or not need_rejected)]
     one = max(asked or formats, key=lambda one: one.nearness(row))
     lacking = [name.partition("|")[0] for name in one.lacking(row)]
+    known = f"the nearest format is {one.name}: {', '.join(one.fields).replace('|', ' or ')}"
     yours = [f"{name}: {(get_close_matches(name, map(str, row), n=1) or ['YOURS'])[0]}" for name in lacking]
-    raise BadRow(
-        "missing field",
-        f"{', '.join(lacking)}; the nearest format is {one.name}: {', '.join(one.fields).replace('|', ' or ')}; "
-        f"{_found(row)}"
-        + f"; data.columns: {{{', '.join(yours)}}} says what yours are called"
-        * (not prompts_only),
-    )
+    cure = "" if prompts_only else f"; data.columns: {{{', '.join(yours)}}} says what yours are called"
+    raise BadRow("missing field", f"{', '.join(lacking)}; {known}; {_found(row)}{cure}")
 
 
 def _found(row: Row) -> str:
     names = [str(name)[:40] for name in row]
-    empty = [str(name)[:40] for name, value in row.items() if missing(value)]
+    empty = [str(name)[:40] for name in row if not has_value(row, name)]
     told = ", ".join(names[:12]) + ", …" * (len(names) > 12)
     return f"columns found: {told or 'none'}" + f" (empty: {', '.join(empty[:12])})" * bool(empty)

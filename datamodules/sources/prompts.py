@@ -103,5 +103,4 @@ def _transcript(prompt: Prompt) -> object:
     # no transcript has other roles or further fields
     if any(len(message) > 2 or message.role not in ("user", "assistant") for message in prompt):
         return [list(message.values()) if len(message) == 2 else message for message in prompt]
-    turns = (f"{_HEADERS[message.role]} {message.content.strip()}" for message in prompt)
-    return "".join(turns) + ASSISTANT
+    return transcript([Message(message.role, f" {message.content.strip()}") for message in prompt])

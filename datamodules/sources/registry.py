@@ -10,7 +10,7 @@ from datamodules.sources import conversions as to
 from datamodules.sources.conversions import Convert, Row
 from datamodules.sources.messages import spoken
 from datamodules.sources.prompts import ASSISTANT
-from datamodules.sources.rows import missing
+from datamodules.sources.rows import has_value
 
 _SIDES = ("chosen", "rejected")
 
@@ -49,23 +49,20 @@ class Format:
 
     def lacking(self, row: Row) -> list[str]:
         """Return the needed fields that have no value in a row."""
-        return [name for name in self.fields if not any(_holds(row, either) for either in name.split("|"))]
+        found = {name for name in row if has_value(row, name)}
+        if found & {*_SIDES}:  # a row with one null side is a damaged pair, not a demonstration
+            found |= {side for side in _SIDES if side in row}
+        return [name for name in self.fields if found.isdisjoint(name.split("|"))]
 
     def has_columns(self, row: Row) -> bool:
         """Return whether a row has the needed fields, with or without values."""
-        return all(any(name in row for name in either.split("|")) for either in self.fields)
+        return not any(row.keys().isdisjoint(name.split("|")) for name in self.fields)
 
     def nearness(self, row: Row) -> tuple[int, int]:
         """Return what is largest for the format that is nearest to a row: most fields held, then fewest lacking."""
         lacking = len(self.lacking(row))
         held = len(self.fields) - lacking
         return held, -lacking if held else 0
-
-
-def _holds(row: Row, name: str) -> bool:
-    # a row with one null side is a damaged pair, not a demonstration
-    sides = _SIDES if name in _SIDES and name in row else (name,)
-    return any(not missing(row.get(side)) for side in sides)
 
 
 _TURN = {"role": "user", "content": "2 + 2?"}
@@ -75,9 +72,13 @@ _GPT, _GPT_NO = ({"from": "gpt", "value": said} for said in ("4", "5"))
 _TALK = "\n\nHuman: 2 + 2?\n\nAssistant:"
 _PAIR: Row = {"chosen": "4", "rejected": "5"}
 _WHOLE: Row = {"chosen": [_TURN, _YES], "rejected": [_TURN, _NO]}
+_DIALOGUE: Row = {"messages|conversations": [_TURN], "chosen": _YES, "rejected": _NO}
+_SHAREGPT: Row = {"conversations|messages": [_HUMAN], "chosen": _GPT, "rejected": _GPT_NO}
+_HH: Row = {"chosen": f"{_TALK} 4", "rejected": f"{_TALK} 5"}
 _ADD: Row = {"instruction|INSTRUCTION": "Add.", "input?": "2 + 2"}  # every `alpaca` row may have `history`, too
 _ARGILLA: Row = {"instruction|prompt": "2 + 2?", "chosen_response": "4", "rejected_response": "5"}
 _INTEL: Row = {"system?": "Be brief.", "question|input": "2 + 2?", **_PAIR}
+_QA: Row = {"question": "2 + 2?", "answer|response": "4"}
 _METHARME: Row = {"prompt": "2 + 2?", "completion|response|generation": "4"}
 _POST: Row = {"id": "t3", "subreddit": "cats", "title": "Cat", "post": "My cat sleeps."}
 _TLDR: Row = {"info": _POST, "summaries": [{"text": " It sleeps."}, {"text": " It barks."}], "choice": 0}
@@ -99,18 +100,8 @@ def _transcript(row: Row) -> bool:
 FORMATS = (
     Format("pairs", "TRL, axolotl", {"prompt": "2 + 2?", **_PAIR}),
     Format("pairs", "TRL", {"prompt": [_TURN], "chosen": [_YES], "rejected": [_NO]}),
-    Format(
-        "messages",
-        "axolotl (`chat_template.default`)",
-        {"messages|conversations": [_TURN], "chosen": _YES, "rejected": _NO},
-        to.conversation,
-    ),
-    Format(
-        "messages",
-        "LLaMA-Factory (ShareGPT)",
-        {"conversations|messages": [_HUMAN], "chosen": _GPT, "rejected": _GPT_NO},
-        to.conversation,
-    ),
+    Format("messages", "axolotl (`chat_template.default`)", _DIALOGUE, to.conversation),
+    Format("messages", "LLaMA-Factory (ShareGPT)", _SHAREGPT, to.conversation),
     Format("alpaca", "LLaMA-Factory", {**_ADD, **_PAIR}, to.alpaca),
     Format("alpaca", "axolotl (`chatml.argilla`)", _ARGILLA, _argilla),
     Format("question", "axolotl (`chatml.intel`, `chatml.icr`)", _INTEL, _asked),
@@ -120,27 +111,20 @@ FORMATS = (
         _WHOLE,
         when=lambda row: not isinstance(spoken(row["chosen"], "chosen"), str),
     ),
-    Format(
-        "hh",
-        "`Anthropic/hh-rlhf`; `data.subset` takes one of its four subsets",
-        {"chosen": f"{_TALK} 4", "rejected": f"{_TALK} 5"},
-        when=_transcript,
-    ),
+    Format("hh", "`Anthropic/hh-rlhf`; `data.subset` takes one of its four subsets", _HH, when=_transcript),
     Format("messages", "TRL, LLaMA-Factory", {"messages|conversations": [_TURN, _YES]}, to.conversation),
     Format("messages", "LLaMA-Factory (ShareGPT)", {"conversations|messages": [_HUMAN, _GPT]}, to.conversation),
     Format("pairs", "TRL, axolotl (`metharme`)", _METHARME, _completed),
     Format("pairs", "the chosen side of a pair", {"prompt": "2 + 2?", "chosen": "4"}, unless="rejected"),
     Format("alpaca", "LLaMA-Factory, axolotl", {**_ADD, "output|response|RESPONSE": "4"}, to.alpaca),
-    Format(
-        "question", "axolotl (`alpaca_chat.load_qa`)", {"question": "2 + 2?", "answer|response": "4"}, _answered
-    ),
+    Format("question", "axolotl (`alpaca_chat.load_qa`)", _QA, _answered),
     Format("hh", "the chosen side of HH", {"chosen": f"{_TALK} 4"}, unless="rejected", when=_transcript),
     Format(
         "text",
         "plain text to learn whole, with no prompt; the lines of a .txt file are such rows",
         {"text": "2 + 2 is 4."},
         lambda row, source: {**to.rename(row, {"text": "response"}), "prompt": ""},
-        when=lambda row: missing(row.get("prompt")),  # else the prompt would be lost
+        when=lambda row: not has_value(row, "prompt"),  # else the prompt would be lost
     ),
     # with `chosen`, somebody has converted the published form of these three
     Format("tldr", "`openai/summarize_from_feedback`, `comparisons`", _TLDR, to.tldr_pair, "chosen"),
@@ -164,10 +148,10 @@ FORMATS = (
 
 def _asks(row: Row) -> bool:
     """Return whether a row holds no pair, and its dialogue, if any, no answer."""
-    if not to.has_no_side(row):
+    if has_value(row, *_SIDES):
         return False
     name = to.first_of(row, "messages|conversations")
-    talk = "" if missing(row.get(name)) else spoken(row[name], name)
+    talk = spoken(row[name], name) if has_value(row, name) else ""
     return isinstance(talk, str) or talk[-1].role != "assistant"
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -86,6 +87,11 @@ def decoded(value: str, name: str) -> object:
 def missing(value: object) -> bool:
     """Return whether a value is missing: null, or NaN, which means null in tables."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def has_value(row: Mapping[str, object], *names: str) -> bool:
+    """Return whether the row has a value in any of these fields."""
+    return any(not missing(row.get(name)) for name in names)
 
 
 def kind(value: object) -> str:

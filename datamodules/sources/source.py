@@ -63,11 +63,9 @@ class Source:
                 f"data.format: there is no {self.format!r}{close(self.format, NAMES)}; "
                 f"known are auto, {', '.join(NAMES)}."
             )
-        for name, its_format in OF_FORMATS.items():
-            if getattr(self, name) != getattr(Source, name) and self.format not in ("auto", its_format):
-                raise UserError(
-                    f"data.{name} belongs to data.format {its_format}, not to {self.format}: leave it out."
-                )
+        for name, its in OF_FORMATS.items():
+            if getattr(self, name) != getattr(Source, name) and self.format not in ("auto", its):
+                raise UserError(f"data.{name} belongs to data.format {its}, not to {self.format}: leave it out.")
         columns = self.columns or {}
         for name in columns:
             if name not in _COLUMNS:
@@ -158,8 +156,7 @@ def folder_source(folder: Path, split: str, subset: str | None) -> HubDataset | 
     """Return one split of a local folder as a source.
 
     `datasets` loads a folder that `save_to_disk` wrote, one with a data card (a README.md with front matter), a
-    subset, and a folder without a file of a known kind. Otherwise our own readers read the files one by one. Raises
-    UserError.
+    subset, and a folder without a file of a known kind. Our own readers read the files of others. Raises UserError.
     """
     card = folder / "README.md"
     has_card = card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith("---")
@@ -194,9 +191,8 @@ def refuse_dead_links(paths: Iterable[Path]) -> None:
     """Raise UserError for a link to a file of rows that is not there, which would else be missing from the data."""
     for path in paths:
         if readable(path) and path.is_symlink() and not path.exists():
-            raise UserError(
-                f"{path} is a link to {path.readlink()}, which is not there: fetch it, or remove the link."
-            )
+            target = path.readlink()
+            raise UserError(f"{path} is a link to {target}, which is not there: fetch it, or remove the link.")
 
 
 def _is_saved(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from app.cli.options import set_up_parsing
 from app.core.errors import UserError
 from datamodules.preference_data import PreferenceData
 from datamodules.records import Message, PreferencePair
-from datamodules.sources import text_files
+from datamodules.sources import files
 from datamodules.sources.files import LocalFiles
 from datamodules.sources.pairs import read_pairs, read_row
 from datamodules.sources.registry import FORMATS, Format
@@ -286,7 +286,7 @@ def test_a_file_in_another_encoding_is_refused(tmp_path: Path, rows: int) -> Non
 def test_a_large_array_is_said_to_need_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(text_files, "_LARGE", 100)
+    monkeypatch.setattr(files, "_LARGE", 100)
     for size in (1, 100):
         row = {"prompt": "q" * size, "chosen": "a", "rejected": "b"}
         (tmp_path / f"{size}.json").write_text(json.dumps([row]))
