@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, PackageLoader
 from transformers import AutoTokenizer, GenerationConfig
 
 from callbacks.slots import arguments, entries
@@ -19,19 +21,8 @@ from datamodules.tokenizer import stop_ids
 Fields = dict[str, Any]
 # the trainer settings that affect the training; the others concern places and logging
 TRAINER_SETTINGS = ("max_epochs", "max_steps", "precision", "num_nodes", "devices", "strategy")
-UNRECORDED = "Not recorded: the checkpoint was not written by the `beta-dpo` command."
 # internal fields that transformers adds when it reads a folder
 _NOTES = ("is_local", "local_files_only", "backend", "_from_model_config", "_commit_hash")
-# a dialogue in plain text as in Anthropic's HH data; the EOS follows the answer
-_PLAIN_DIALOGUE = """\
-{%- for message in messages %}
-{%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}
-{{- raise_exception('This model knows turns of user and assistant in alternation, from the user on.') }}
-{%- endif %}
-{{- '\\n\\nHuman: ' if message['role'] == 'user' else '\\n\\nAssistant: ' }}{{ message['content'] | trim }}
-{%- if loop.last and message['role'] == 'assistant' %}{{ eos_token }}{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"""
 
 
 def spell_for_others(folder: Path) -> None:
@@ -52,10 +43,11 @@ def write_chat_template(folder: Path, state: dict[str, Any]) -> list[str]:
     if not any(isinstance(part, dict) and part.get("plain_dialogue") for part in state.values()):
         return []
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    dialogue = files("app.commands").joinpath("assets", "plain_dialogue.jinja").read_text(encoding="utf-8")
     ids = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     leading = "".join(tokenizer.convert_ids_to_tokens(ids[: ids.index(plain[0])]))
-    template = (f"{{{{- {json.dumps(leading)} }}}}\n" if leading else "") + _PLAIN_DIALOGUE
+    template = (f"{{{{- {json.dumps(leading)} }}}}\n" if leading else "") + dialogue.rstrip("\n")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     replaced = " in place of the tokenizer's own" if tokenizer.chat_template else ""
     return [f"the chat template is that of the plain dialogue that was trained on{replaced}"]
@@ -84,39 +76,27 @@ def generation_config(settings: dict[str, Any], tokenizer: Any) -> GenerationCon
 def model_card(state: dict[str, Any], checkpoint: str, dtype: str, temperature: float = 1.0) -> str:
     """Return the card of a `checkpoint` with this `state`: data, method, β settings, final metrics, as recorded."""
     config = yaml.safe_load(state["config"]) if "config" in state else None
-    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["beta-dpo"]}
     base = arguments(config["model"]).get("name") if config else None
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["beta-dpo"]}
     if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
         head["base_model"] = base  # the Hub accepts only Hub ids here
-    lines = ["---", yaml.safe_dump(head).strip(), "---", "", "# Model card", ""]
-    lines += [
-        f"Trained by beta-dpo {version('beta-dpo')} ({state['global_step']} optimizer steps) and exported from "
-        f"`{checkpoint}`; weights in {dtype}.",
-        *([f"The weights of the last norm divide the logits by {temperature:g}."] if temperature != 1.0 else []),
-        "",
-    ]
-    if config is None:
-        return "\n".join([*lines, UNRECORDED, ""])
-    model, data, trainer = config["model"], config["data"], config["trainer"]
-    started = f"`{base}`" if base else "random weights"
-    reference = arguments(model).get("reference_name")
-    started += f", against the reference `{reference}`" if reference else ""
-    lines += [
-        "## Method",
-        "",
-        f"`{model['class_path']}`, from {started}; the seed is {config['seed_everything']}.",
-        "",
-    ]
-    lines += _table("setting", [row for row in arguments(model).items() if row[0] not in ("name", "architecture")])
-    lines += ["β, filter and records are callbacks, in this order; without any the β of every step is `beta0`.", ""]
-    lines += _table("callback", [(part["class_path"], arguments(part)) for part in entries(config)])
-    lines += ["## Data", "", f"`{data['class_path']}`.", ""]
-    lines += _table("setting", list(arguments(data).items()))
-    lines += ["## Hardware and length", ""]
-    lines += _table("setting", [(name, trainer[name]) for name in TRAINER_SETTINGS])
-    lines += ["## Final metrics", "", "The newest value of each at the time of the checkpoint.", ""]
-    lines += _table("metric", [(name, f"{value:.6g}") for name, value in sorted(state["metrics"].items())])
-    return "\n".join(lines)
+    environment = Environment(
+        loader=PackageLoader("app.commands", "assets"), trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )
+    environment.filters |= {"arguments": arguments, "cell": _cell}
+    return environment.get_template("model_card.md.j2").render(
+        head=yaml.safe_dump(head).strip(),
+        version=version("beta-dpo"),
+        state=state,
+        checkpoint=checkpoint,
+        dtype=dtype,
+        temperature=temperature,
+        config=config,
+        base=base,
+        callbacks=[(part["class_path"], arguments(part)) for part in entries(config or {})],
+        hardware=[(name, config["trainer"][name]) for name in TRAINER_SETTINGS] if config else [],
+        metrics=[(name, f"{value:.6g}") for name, value in sorted(state.get("metrics", {}).items())],
+    )
 
 
 def _config(fields: Fields) -> Fields:
@@ -153,16 +133,10 @@ def _tokenizer_config(fields: Fields) -> Fields:
     return fields
 
 
-def _table(title: str, rows: list[tuple[str, Any]]) -> list[str]:
-    """Return a table of two columns, with nested values in one line of YAML."""
-    if not rows:
-        return ["None.", ""]
-    lines = [f"| {title} | value |", "|---|---|"]
-    for name, value in rows:
-        text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6)
-        text = text.removesuffix("...\n").strip().replace("\n", " ").replace("|", "\\|")
-        lines.append(f"| {name} | {text} |")
-    return [*lines, ""]
+def _cell(value: Any) -> str:
+    """Return a value as text in a Markdown table, a nested one in one line of YAML."""
+    text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6)
+    return str(text).removesuffix("...\n").strip().replace("\n", " ").replace("|", "\\|")
 
 
 _FILES: dict[str, Callable[[Fields], Fields]] = {

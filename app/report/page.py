@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+import altair as alt
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -20,8 +21,6 @@ from app.report.findings import findings
 from app.report.groups import FILTER, TRAINING, densities, dropped, quality, speed
 from app.report.plot import Panel
 from app.report.run import SAMPLES, Run
-
-LEVELS = {"act": "Change", "watch": "Note", "good": "Good"}
 
 
 def page(runs: Sequence[Run], sampled: bool) -> str:
@@ -38,7 +37,6 @@ def page(runs: Sequence[Run], sampled: bool) -> str:
         runs=runs,
         panels=all_panels(runs),
         findings=findings(runs),
-        levels=LEVELS,
         missing=missing(runs, sampled),
         numbers=by_row([numbers_of(run) for run in runs]),
         differences=differences([run.config for run in runs]),
@@ -66,8 +64,12 @@ def all_panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
 
 
 def spec_of(panel: Panel) -> dict[str, Any]:
-    """Return the specification of a panel, as wide as its place on the page."""
-    picture = plot.readable(panel.picture) if panel.reads else panel.picture
+    """Return the specification of a panel, as wide as its place, with a cursor that the page moves by `at`."""
+    picture = panel.picture
+    if panel.reads:
+        known = alt.value(alt.expr("isNumber(at) ? scale('x', at) : -9"))
+        cursor = alt.Chart(alt.Data(values=[{}])).mark_rule(color=plot.INK, clip=True).encode(x=known)
+        picture = (picture + cursor).add_params(alt.param(name="at", value=None))
     return plot.spec(plot.sized_to(picture, "container", 200), description=panel.said)
 
 
@@ -134,9 +136,8 @@ def missing(runs: Sequence[Run], sampled: bool) -> list[str]:
         validates = given and flattened(run.config).get("trainer.limit_val_batches") != 0
         lacks = {
             "logged no reward gaps: is it a run of preference optimisation?": not gaps,
-            "has no audit, so nothing is said of single pairs: add callbacks.PairAudit.": (
-                gaps and run.audit is None
-            ),
+            "has no audit, so nothing is said of single pairs: add callbacks.PairAudit.": gaps
+            and run.audit is None,
             "has no TensorBoard events and no metrics.csv, so rewards, drift and speed are not shown: set "
             "trainer.logger.": not logged,
             "ended before its first validation, so nothing is said of held-out pairs: train longer, or lower "

@@ -16,35 +16,18 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import altair as alt
 import numpy as np
 import vl_convert
+import yaml
 
 from app.core.intervals import Estimate, digits
 
-CSS = files("app.report").joinpath("assets", "page.css").read_text(encoding="utf-8")
+CSS, STYLE = (
+    files("app.report").joinpath("assets", name).read_text(encoding="utf-8") for name in ("page.css", "charts.yaml")
+)
 LIGHT = dict(re.findall(r"--(\w+): light-dark\((#\w+)", CSS))  # by name, for pictures outside the page
 SOLID = (1, 0)
 DASHES = (SOLID, (7, 3), (2, 3), (9, 3, 2, 3), (12, 4), (4, 4), (1, 4), (14, 3, 3, 3))
-INK, QUIET, RULE = "var(--ink)", "var(--quiet)", "var(--rule)"
+INK, RULE = "var(--ink)", "var(--rule)"
 ROW = 46  # height of a row of `intervals`, in pixels
-STYLE: dict[str, Any] = {
-    "background": "transparent",
-    "font": "system-ui, sans-serif",
-    "view": {"stroke": None},
-    "mark": {"aria": False},  # the description of the chart says it in fewer words
-    "axis": {
-        "labelColor": QUIET, "titleColor": QUIET, "gridColor": RULE, "domainColor": RULE, "tickColor": RULE,
-        "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "tickCount": 5,
-    },
-    "axisX": {"tickCount": 4, "labelPadding": 6, "labelOverlap": "greedy", "labelSeparation": 5},
-    "legend": {
-        "title": None, "direction": "vertical", "columns": 1, "labelColor": INK, "labelLimit": 0,
-        "labelFontSize": 12, "symbolSize": 250, "symbolStrokeWidth": 2.4, "rowPadding": 1, "offset": 6,
-    },
-    "title": {"color": INK, "anchor": "start", "fontSize": 13},
-    "text": {"color": INK, "fontSize": 12},
-    "rule": {"color": QUIET},
-}  # fmt: skip
-
-
 Values: TypeAlias = Sequence[float] | np.ndarray
 
 
@@ -85,11 +68,6 @@ def run_colour(number: int) -> str:
     return f"run{number % 8}"
 
 
-def short(value: float) -> float | None:
-    """Return `value` with four digits, which are enough to draw and to read; None if it is not finite."""
-    return float(digits(value)) if math.isfinite(value) else None
-
-
 def axis(channel: type[Any], title: str, **scale: Any) -> Any:
     """Return the encoding `channel` (`alt.X` or `alt.Y`) with a title that names the unit, and its scale."""
     return channel(f"{channel.__name__.lower()}:Q", title=title, scale=alt.Scale(**{"zero": False, **scale}))
@@ -101,9 +79,11 @@ def lines(parts: Sequence[Line], x: Any, y: Any, key: Literal["top", "right"] = 
     for part in parts:
         low, high = part.band or (None, None)
         columns = {"y": part.y, "faint": part.faint, "low": low, "high": high}
-        for number, at in enumerate(part.x):
-            values = {name: short(column[number]) for name, column in columns.items() if column is not None}
-            rows.append({"x": float(f"{at:.6g}"), **values, "name": part.name})
+        known = {name: column for name, column in columns.items() if column is not None}
+        for at, *values in zip(part.x, *known.values(), strict=True):
+            # four digits are enough to draw and to read
+            drawn = (float(digits(value)) if math.isfinite(value) else None for value in values)
+            rows.append({"x": float(f"{at:.6g}"), **dict(zip(known, drawn, strict=True)), "name": part.name})
     symbol = "stroke" if any(part.width for part in parts) else "circle"
     legend = alt.Legend(symbolType=symbol, symbolOpacity=1, orient=key) if parts[1:] else None
     names = [part.name for part in parts]
@@ -114,20 +94,20 @@ def lines(parts: Sequence[Line], x: Any, y: Any, key: Literal["top", "right"] = 
     colour = by_name(alt.Color, [f"var(--{part.colour})" for part in parts])
     dash = by_name(alt.StrokeDash, [list(part.dash) for part in parts])
     base = alt.Chart(alt.Data(values=rows)).encode(x, y, colour)
-    drawn = [
+    filtered = [
         (part, base.transform_filter(alt.FieldEqualPredicate(field="name", equal=part.name)))
         for part in sorted(parts, key=lambda part: part.width)  # a heavy line covers a thin one
     ]
     layers = [
         on.mark_area(opacity=0.2, clip=True).encode(y="low:Q", y2="high:Q")
-        for part, on in drawn
+        for part, on in filtered
         if part.band is not None
     ]
-    layers += [on.mark_area(opacity=0.2, clip=True).encode(y2=alt.datum(0)) for part, on in drawn if part.fill]
-    faint = [on for part, on in drawn if part.faint is not None]
+    layers += [on.mark_area(opacity=0.2, clip=True).encode(y2=alt.datum(0)) for part, on in filtered if part.fill]
+    faint = [on for part, on in filtered if part.faint is not None]
     layers += [on.mark_line(opacity=0.4, strokeWidth=1, clip=True).encode(y="faint:Q") for on in faint]
-    layers += [on.mark_line(strokeWidth=part.width, clip=True).encode(dash) for part, on in drawn if part.width]
-    layers += [on.mark_point(filled=True, size=45, opacity=0.8, tooltip=True) for part, on in drawn if part.dots]
+    layers += [on.mark_line(strokeWidth=part.width, clip=True).encode(dash) for part, on in filtered if part.width]
+    layers += [on.mark_point(filled=True, size=45, opacity=0.8, tooltip=True) for part, on in filtered if part.dots]
     return alt.layer(*layers)
 
 
@@ -166,13 +146,6 @@ def intervals(
     return alt.layer(*layers).properties(height=ROW * len(rows))
 
 
-def readable(chart: Any) -> Any:
-    """Return a chart of `lines` with a cursor, which the page moves by the parameter `at`."""
-    known = alt.expr("isNumber(at) ? scale('x', at) : -9")
-    cursor = alt.Chart(alt.Data(values=[{}])).mark_rule(color=INK, clip=True).encode(x=alt.value(known))
-    return (chart + cursor).add_params(alt.param(name="at", value=None))
-
-
 def side_by_side(charts: Sequence[Any], titles: Sequence[str], columns: int = 2, width: int = 400) -> Any:
     """Return one chart of several, each with a key and scales of its own; titles are rows, so of one height."""
     blank = alt.Chart(alt.Data(values=[{}])).encode(x=alt.value(0)).properties(width=width, height=14)
@@ -192,7 +165,7 @@ def sized_to(chart: Any, width: int | str, height: int = 230) -> Any:
 
 def spec(chart: Any, **properties: Any) -> dict[str, Any]:
     """Return the Vega-Lite specification, which is all that the page needs."""
-    found: dict[str, Any] = chart.properties(**properties).configure(**STYLE).to_dict()
+    found: dict[str, Any] = chart.properties(**properties).configure(**yaml.safe_load(STYLE)).to_dict()
     return found
 
 
