@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from app.method.batch import PackedRows, PairRun
-from lightning_modules.flex import BLOCK, FLEX, LEAST, attend_flex
+from lightning_modules.flex import BLOCK, FLEX, attend_flex
 from lightning_modules.pairwise_attention import (
     PAIRWISE,
     VARLEN,
@@ -106,18 +106,15 @@ def model_inputs(rows: PackedRows, config: Any) -> dict[str, Any]:
     """
     implementation = attention_of(config)
     if implementation in OURS:
-        size = (BLOCK, LEAST) if implementation == FLEX else (1, 1)
-        return rows.remember(implementation, lambda: one_row(rows, *size))
+        multiple = BLOCK if implementation == FLEX else 1
+        return rows.remember(implementation, lambda: one_row(rows, multiple))
     return {"input_ids": rows.input_ids, "position_ids": rows.position_ids, **masks(rows, config)}
 
 
-def one_row(rows: PackedRows, multiple: int, least: int) -> dict[str, Any]:
-    """Return tokens and positions as one row with its runs, padded at the end to a multiple of `multiple` tokens.
-
-    The row has at least `least` tokens.
-    """
+def one_row(rows: PackedRows, multiple: int) -> dict[str, Any]:
+    """Return tokens and positions as one row with its runs, padded at the end to two or more times `multiple`."""
     tokens = rows.input_ids.numel()
-    padding = max(least, -(-tokens // multiple) * multiple) - tokens
+    padding = max(2, -(-tokens // multiple)) * multiple - tokens
     flat = {name: F.pad(getattr(rows, name).reshape(1, -1), (0, padding)) for name in ("input_ids", "position_ids")}
     runs = [*rows.runs, *([PairRun(0, (padding,))] if padding else [])]
     return flat | {"pair_runs": PairRuns(runs)}

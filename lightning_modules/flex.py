@@ -1,9 +1,8 @@
 """FlexAttention over one row of pairs, which on CUDA skips blocks of tokens that do not attend to each other.
 
-Transformers also wraps FlexAttention, but compiles one graph per number of rows, for rows up to 128 tokens and per
-mask function. Past the compiler's limit FlexAttention runs uncompiled and holds the scores of the whole row. This
-module needs one graph: one row, its length a multiple of the block, and one mask function with the window in its
-bounds.
+Transformers' own wrapper compiles a graph per number of rows, length up to 128 tokens and mask function; past the
+compiler's limit it runs uncompiled and holds the scores of the whole row. This module needs one graph: one row, its
+length a multiple of the block, and one mask function with the window in its bounds.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from lightning_modules.pairwise_attention import Options, PairRuns
 from lightning_modules.private import mark_dynamic
 
 FLEX = "flex"  # its name in transformers
-BLOCK = 128  # tokens; the block of FlexAttention's masks
-LEAST = 2 * BLOCK  # least tokens of a row, because a row of one block would compile a second graph
+BLOCK = 128  # tokens; the block of FlexAttention's masks. A row of a single one would compile a second graph
 
 
 def visible(runs: PairRuns, window: int | None) -> np.ndarray:
@@ -43,31 +41,23 @@ def visible(runs: PairRuns, window: int | None) -> np.ndarray:
     return np.stack([own, first, end]).astype(np.int32)
 
 
-def seen_per_block(bounds: np.ndarray) -> np.ndarray:
-    """Return the number of visible (query, key) pairs in each block, [n, n] by query and key block.
-
-    Needs no T×T array: every bound adds to the differences between a block of keys and the next.
-    """
-    own, first, end = bounds
-    query = np.arange(len(own))
-    blocks = len(own) // BLOCK
-    steps = np.zeros((blocks, blocks + 2), np.int64)
-    # the keys before a bound fill whole blocks and the rest of one more; whole blocks cancel as the signs do
-    for bound, sign in ((query + 1, 1), (own, -1), (end, 1), (first, -1)):
-        block, rest = np.divmod(bound, BLOCK)
-        np.add.at(steps, (query // BLOCK, block), sign * (rest - BLOCK))
-        np.add.at(steps, (query // BLOCK, block + 1), -sign * rest)
-    return steps.cumsum(1)[:, :-2]
-
-
 def block_tensors(runs: PairRuns, window: int | None, device: torch.device) -> tuple[Tensor, ...]:
-    """Return the block mask of a row of n whole blocks as int32 tensors, computed on the host.
+    """Return the block mask of a row of n whole blocks as int32 tensors, computed on the host without a T×T array.
 
     They are `BlockMask`'s counts [1, 1, n] and indices [1, 1, n, n] of the key blocks per query block, of those
     visible in part and as a whole; the same of the query blocks per key block; and the bounds, [T] each.
     """
-    bounds = visible(runs, window)
-    seen = seen_per_block(bounds)
+    own, first, end = bounds = visible(runs, window)
+    query = np.arange(len(own))
+    blocks = len(own) // BLOCK
+    # Visible pairs per query block, as differences between a key block and the next: the keys before a bound fill
+    # whole blocks and the rest of one more, and the whole blocks cancel as the signs do.
+    steps = np.zeros((blocks, blocks + 2), np.int64)
+    for bound, sign in ((query + 1, 1), (own, -1), (end, 1), (first, -1)):
+        block, rest = np.divmod(bound, BLOCK)
+        np.add.at(steps, (query // BLOCK, block), sign * (rest - BLOCK))
+        np.add.at(steps, (query // BLOCK, block + 1), -sign * rest)
+    seen = steps.cumsum(1)[:, :-2]
     full = seen == BLOCK * BLOCK
     partial = (seen > 0) & ~full
     arrays: list[np.ndarray] = []
@@ -92,7 +82,7 @@ def block_mask(tensors: tuple[Tensor, ...], tokens: int) -> BlockMask:
 
 def mask_bytes(tokens: int) -> int:
     """Return the bytes of the block mask of a row of `tokens` tokens: block counts and indices, and the bounds."""
-    blocks = -(-max(tokens, LEAST) // BLOCK)
+    blocks = max(2, -(-tokens // BLOCK))
     return 4 * (4 * blocks * (blocks + 1) + 3 * blocks * BLOCK)
 
 

@@ -67,23 +67,29 @@ class StartCheck:
         The check compares a few pairs of the batch, and a pair as long as the longest of the run beside a short
         one. Only the long pair reveals models that count positions in a row (a local window) or depend on the
         longest row of a micro-batch (scaled rotary positions). In training, a backward pass is tried on CUDA and
-        for compiled layers. Raises UserError if the requested setting disagrees, if not even plain rows agree, or
-        out of memory.
+        for compiled layers. Raises UserError if the requested setting disagrees, if no candidate agrees, or out
+        of memory.
         """
         try:
             with torch.inference_mode(False):  # training uses what a validation has settled
                 return self._settled([self._plain_sample(batch), self._alone_sample(batch.stretched())])
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"Out of memory in the start-up check of the model ({first_line(error)}): lower "
-                "data.micro_batch_tokens, or set model.gradient_checkpointing: true; `beta-dpo plan` says what "
-                "fits."
+                f"Out of memory in the start-up check of the model ({first_line(error)}): `beta-dpo plan` says "
+                "what fits; lower data.micro_batch_tokens, or set model.gradient_checkpointing: true."
             ) from error
 
     def _settled(self, samples: Sequence[Sample]) -> Layout:
         on_cuda = self.ranks.device.type == "cuda"
+        names = [self.policy.attention]
+        if self.attention == "auto":
+            names = [*attentions(self.policy.model, self.ranks.device, self.dtype), self.policy.own_attention]
+        wanted: Layout = "packed" if self.layout == "auto" else self.layout
+        candidates = [(name, wanted) for name in names]  # in order of preference
+        if self.layout == "auto":
+            candidates.append((names[-1], "separate"))
         disagreed: list[str] = []
-        for attention, layout in self._candidates():
+        for attention, layout in candidates:
             for scorer in self.scorers:
                 scorer.use_attention(attention)
             finding = self._finding(layout, samples, backward=on_cuda)
@@ -107,15 +113,6 @@ class StartCheck:
             ", forward and backward" if self.trains and (on_cuda or compiled) else "",
         )
         return layout
-
-    def _candidates(self) -> list[tuple[str, Layout]]:
-        """Return the combinations of attention and layout in order of preference."""
-        names = [self.policy.attention]
-        if self.attention == "auto":
-            names = [*attentions(self.policy.model, self.ranks.device, self.dtype), self.policy.own_attention]
-        if self.layout != "auto":
-            return [(name, self.layout) for name in names]
-        return [*((name, "packed") for name in names), (names[-1], "separate")]
 
     def _refusal(self, finding: str) -> str:
         """Return the error message, with a remedy, for a run in which no candidate agrees."""

@@ -22,8 +22,6 @@ from app.method.batch import Memory, PairRun, on_device
 from lightning_modules.head import compute_dtype
 
 PAIRWISE, VARLEN = "pairwise", "varlen"  # their names in transformers
-DTYPES = (torch.bfloat16, torch.float16)  # of FlashAttention
-WIDEST_HEAD = 256  # FlashAttention's kernels take widths up to this that are multiples of 8
 
 
 class Piece(NamedTuple):
@@ -123,15 +121,18 @@ def key_pieces(runs: PairRuns, device: torch.device) -> tuple[Any, ...]:
 
 
 def lacking(config: Any, dtype: torch.dtype) -> str | None:
-    """Return why `varlen` cannot run a model of this `config` in `dtype`, or None if it may."""
+    """Return why `varlen` cannot run a model of this `config` in `dtype`, or None if it may.
+
+    FlashAttention's kernels take heads of up to 256 numbers, in multiples of 8.
+    """
     if not {"window_size", "enable_gqa", "scale"} <= signature(varlen_attn).parameters.keys():
         return f"torch {torch.__version__} does not offer it"
-    if dtype not in DTYPES:
+    if dtype not in (torch.bfloat16, torch.float16):
         return f"it does not compute in {dtype}"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "it has no softcap"
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return None if width % 8 == 0 and width <= WIDEST_HEAD else f"it has no heads of {width}"
+    return None if width % 8 == 0 and width <= 256 else f"it has no heads of {width}"
 
 
 def attend_varlen(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
@@ -141,8 +142,6 @@ def attend_varlen(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, opt
     """
     keys, *bounds = runs.remember(VARLEN, lambda: key_pieces(runs, query.device))
     dtype = compute_dtype(value)  # rotary positions leave queries and keys in float32
-    if dtype not in DTYPES:
-        raise ValueError(f"attention {VARLEN} does not compute in {dtype}")
     q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # [T, heads, d]
     out: Any = varlen_attn(
         q,

@@ -121,7 +121,11 @@ def load_model(
         model, found = loaded
         refuse_missing(name, found)
         refuse_values(name, model)
-        keep_untied(name, model)
+        head, text = model.get_output_embeddings(), model.config.get_text_config()
+        apart = head is not None and head.weight is not model.get_input_embeddings().weight
+        if apart and text.tie_word_embeddings:  # the files hold both, and so must those of the exported model
+            log.warning("model.name: the head in %r is not its embeddings, which its configuration ties", name)
+            text.tie_word_embeddings = model.config.tie_word_embeddings = False
     if quantized is not None:
         keep_packing(model)
         for parameter in model.parameters():
@@ -132,17 +136,6 @@ def load_model(
             module.p = 0.0
     model.base_dtype = base_dtype
     return model
-
-
-def keep_untied(name: str, model: Any) -> None:
-    """Correct the configuration of a model that ties head and embeddings, if the files hold two of them.
-
-    transformers then leaves them apart, and the exported model must do so, too.
-    """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    if config.tie_word_embeddings and head is not None and head.weight is not model.get_input_embeddings().weight:
-        log.warning("model.name: the head in %r is not its embeddings, which its configuration ties", name)
-        config.tie_word_embeddings = model.config.tie_word_embeddings = False
 
 
 def model_identity(name: str, config: Any) -> str | list[str | None]:

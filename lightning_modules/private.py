@@ -20,8 +20,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations.tensor_parallel import apply_tensor_parallelism, replace_layer_number_by_wildcard
 
-# --- torch ----------------------------------------------------------------------------------------------
-
 
 def leave_compiled(module: nn.Module) -> None:
     """Undo `module.compile()`; torch has no other way."""
@@ -51,9 +49,6 @@ def dtensor_like(local: Tensor, like: DTensor) -> DTensor:
     return DTensor(local, like._spec, requires_grad=False)
 
 
-# --- transformers ---------------------------------------------------------------------------------------
-
-
 def attention_of(config: Any) -> str:
     """Return the name of the attention implementation in use."""
     return str(config._attn_implementation)
@@ -69,9 +64,6 @@ def hub_commit(config: Any) -> str | None:
     return getattr(config, "_commit_hash", None)
 
 
-# --- bitsandbytes -----------------------------------------------------------------------------------------
-
-
 def keep_packing(model: Any) -> None:
     """Keep layers in 4 bits as they are in evaluation on a CPU with AVX512-BF16.
 
@@ -80,9 +72,6 @@ def keep_packing(model: Any) -> None:
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
-
-
-# --- Lightning ------------------------------------------------------------------------------------------
 
 
 def start_method(strategy: Any) -> str | None:

@@ -58,11 +58,7 @@ def refuse_path(name: str) -> None:
             cure = "give the folder of one, as transformers saves it."
         raise UserError(f"model.name: {name!r} is no model, a folder with config.json and weights: {cure}")
     refuse_pointers(*path.iterdir())
-    refuse_stops(path / "generation_config.json")
-
-
-def refuse_stops(file: Path) -> None:
-    """Raise UserError for a generation config that transformers leaves out, stop ids and all, or fails on later."""
+    file = path / "generation_config.json"  # transformers would leave out a bad one, stop ids and all
     try:
         ends = json.loads(file.read_bytes()).get("eos_token_id") if file.exists() else None
         if not all(one is None or isinstance(one, int) for one in (ends if isinstance(ends, list) else [ends])):
@@ -122,19 +118,24 @@ def refuse_beyond(model: Any, longest: int, largest_id: int, tokenizer: str, len
             "of this model, or a larger model.architecture.vocab_size."
         )
     table, trained = learned_positions(model), getattr(model.config, "max_position_embeddings", None)
+    said = f"the longest prompt with its response has {longest} tokens, and this {model.config.model_type}"
     if table is not None and longest > table:
-        raise UserError(
-            f"{length}: the longest prompt with its response has {longest} tokens, and this "
-            f"{model.config.model_type} has no more than {table} positions: lower it to {table}."
-        )
+        raise UserError(f"{length}: {said} has no more than {table} positions: lower it to {table}.")
     if table is None and isinstance(trained, int) and longest > trained:
-        log.warning(
-            "the longest prompt with its response has %d tokens, and the model was trained on %d "
-            "(max_position_embeddings): lower %s",
-            longest,
-            trained,
-            length,
-        )
+        log.warning("%s was trained on %d (max_position_embeddings): lower %s", said, trained, length)
+
+
+def learned_positions(model: Any) -> int | None:
+    """Return the number of positions in a model's table of positions, or None if it has no table."""
+    if model.config.model_type == "mpt":  # its attention biases have this length
+        return int(model.config.max_seq_len)
+    tables = [
+        len(table)
+        for name, table in (*model.named_parameters(), *model.named_buffers())
+        if re.search(r"\b(wpe|embed_positions|position_embeddings|pos_emb\w*)(\.weight)?$", name)
+    ]
+    # OPT's table has two extra rows
+    return int(min(*tables, getattr(model.config, "max_position_embeddings", math.inf))) if tables else None
 
 
 def check_tokens(
@@ -159,25 +160,8 @@ def check_tokens(
         return
     known = {number: token for token, number in theirs.get_vocab().items()}
     other = sorted(token for token, number in ours.get_vocab().items() if known.get(number, token) != token)
+    said = f"{option}: {name!r} has other tokens than {tokenizer} ({few(other)}; {len(other)} of {len(ours)})"
     if other and refuse:
-        raise UserError(
-            f"{option}: {name!r} has other tokens than {tokenizer} ({few(other)}): take a model with the same."
-        )
+        raise UserError(f"{said}: take a model with the same.")
     if other:
-        rank_zero_warn(
-            f"{len(other)} of the {len(ours)} tokens of the data are others in the tokenizer of {option} "
-            f"({few(other)}), which it was trained with: check {tokenizer}."
-        )
-
-
-def learned_positions(model: Any) -> int | None:
-    """Return the number of positions in a model's table of positions, or None if it has no table."""
-    most = [getattr(model.config, "max_position_embeddings", math.inf)]
-    if model.config.model_type == "mpt":  # its attention biases have this length
-        return int(model.config.max_seq_len)
-    tables = [
-        len(table)
-        for name, table in (*model.named_parameters(), *model.named_buffers())
-        if re.search(r"\b(wpe|embed_positions|position_embeddings|pos_emb\w*)(\.weight)?$", name)
-    ]
-    return int(min(tables + most)) if tables else None  # OPT's table has two extra rows
+        rank_zero_warn(f"{said}, which it was not trained with: check {tokenizer}.")

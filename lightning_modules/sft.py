@@ -40,11 +40,9 @@ class SupervisedFineTuning(LanguageModelTraining):
         tokens = float(self.ranks.reduce(torch.tensor(sum(len(rows.target_ids) for rows in micro_batches)), "sum"))
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, rows in enumerate(micro_batches, 1):
-            logps = response_logps(self.policy, [rows], len(batch.positions), 1, self.device)
-            loss += self.backward_share(-logps, tokens, last=number == len(micro_batches))
+            loss += self.backward_share(-self.policy(rows), tokens, last=number == len(micro_batches))
         grad_norm = self.update()
-        loss = self.ranks.reduce(loss, "mean")
-        seconds = self.step_seconds()
+        loss, seconds = self.ranks.reduce(loss, "mean"), self.step_seconds()
         self.log_dict({"train/loss": loss, "train/pairs_per_second": len(batch.pair_ids) / seconds}, prog_bar=True)
         self.log_dict({"train/grad_norm": grad_norm, "train/tokens_per_second": batch.tokens / seconds})
         return loss

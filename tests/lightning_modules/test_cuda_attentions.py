@@ -24,7 +24,6 @@ from lightning_modules.scorer import ResponseScorer
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "mistral_window", "qwen3"])
 def test_varlen_is_pairwise(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairwise_attention, "varlen_attn", varlen_reference)
-    monkeypatch.setattr(pairwise_attention, "DTYPES", (torch.float32,))
     found = {}
     for attention in ("pairwise", "varlen"):
         model, pairs = tiny_model(family), random_pairs()

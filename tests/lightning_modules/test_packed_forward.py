@@ -262,7 +262,7 @@ def test_the_block_mask_is_the_dense_mask(layout: Layout, window: int | None) ->
         TokenisedPair(np.resize(long, 300), np.resize(long, 290), np.resize(long, 140))
     )  # with full blocks
     for rows in pack(pairs, range(len(pairs)), SIDES, layout, 1400, math.inf):
-        runs = one_row(rows, BLOCK, 2 * BLOCK)["pair_runs"]
+        runs = one_row(rows, BLOCK)["pair_runs"]
         width = sum(run.tokens for run in runs.runs)
         block = block_mask(block_tensors(runs, window, torch.device("cpu")), width)
         seen = create_mask(block.mask_mod, 1, 1, width, width, device="cpu")

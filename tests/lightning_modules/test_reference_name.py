@@ -60,9 +60,7 @@ def test_a_model_with_other_tokens_is_refused(tiny_llama: str, tiny_gpt2: str, t
         run(tmp_path, tiny_llama, reference_name=str(other))
     with pytest.raises(UserError, match=rf"reference: '{other}' has other tokens than model \("):
         generate(tiny_llama, str(tmp_path / "out.jsonl"), count=1, reference=str(other))
-    with pytest.warns(
-        UserWarning, match=r"2 of the 116 tokens of the data are others in the tokenizer of model\.name"
-    ):
+    with pytest.warns(UserWarning, match=r"model\.name: .* has other tokens than data\.tokenizer .* 2 of 116\)"):
         run(tmp_path, str(other))
     with pytest.raises(UserError, match=r"model\.reference_name: no model at 'nowhere/model'"):
         run(tmp_path, tiny_llama, reference_name="nowhere/model")
