@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from app.method.batch import PackedRows, PairRun
 from lightning_modules.flex import BLOCK, FLEX, attend_flex
-from lightning_modules.pairwise_attention import (
-    PAIRWISE,
-    VARLEN,
-    Attend,
-    Options,
-    PairRuns,
-    attend_pairwise,
-    attend_varlen,
-    lacking,
-)
+from lightning_modules.pairwise_attention import PAIRWISE, VARLEN, Options, PairRuns, attend_pairwise, attend_varlen
 from lightning_modules.private import attention_of, takes_attentions
 
 log = logging.getLogger(__name__)
 
 # This project's implementations, which take the runs of one row and no mask, in the order in which
 # `attention: auto` tries them on CUDA: expected fastest first, not yet measured on a GPU.
-OURS: dict[str, Attend] = {VARLEN: attend_varlen, FLEX: attend_flex, PAIRWISE: attend_pairwise}
+OURS = {VARLEN: attend_varlen, FLEX: attend_flex, PAIRWISE: attend_pairwise}
 
 
 @torch.compiler.disable  # compiled layers call it uncompiled; FlexAttention is compiled separately
@@ -46,7 +39,7 @@ def implementation(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Return the output [1, T, heads, d] and no weights, as transformers calls an attention (see `Attend`).
+    """Return the output [1, T, heads, d] and no weights, as transformers calls an attention.
 
     Raises ValueError for unsupported options, so that the start-up check tries another attention.
     """
@@ -86,6 +79,21 @@ def dense_mask_bytes(attention: str, config: Any) -> int:
     """Return the bytes per (query, key) entry of all masks of a packed row (see `masks`); 0 for `OURS`."""
     kinds = len(set(getattr(config, "layer_types", None) or [""]))
     return {"sdpa": 1, "eager": 4}.get(attention, 0) * kinds
+
+
+def lacking(config: Any, dtype: torch.dtype) -> str | None:
+    """Return why `varlen` cannot run a model of this `config` in `dtype`, or None if it may.
+
+    FlashAttention's kernels take heads of up to 256 numbers, in multiples of 8.
+    """
+    if not {"window_size", "enable_gqa", "scale"} <= signature(varlen_attn).parameters.keys():
+        return f"torch {torch.__version__} does not offer it"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it does not compute in {dtype}"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "it has no softcap"
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return None if width % 8 == 0 and width <= 256 else f"it has no heads of {width}"
 
 
 def attentions(model: Any, device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -41,7 +41,7 @@ def visible(runs: PairRuns, window: int | None) -> np.ndarray:
     return np.stack([own, first, end]).astype(np.int32)
 
 
-def block_tensors(runs: PairRuns, window: int | None, device: torch.device) -> tuple[Tensor, ...]:
+def block_tensors(runs: PairRuns, window: int | None, device: torch.device) -> list[Tensor]:
     """Return the block mask of a row of n whole blocks as int32 tensors, computed on the host without a T×T array.
 
     They are `BlockMask`'s counts [1, 1, n] and indices [1, 1, n, n] of the key blocks per query block, of those
@@ -65,10 +65,10 @@ def block_tensors(runs: PairRuns, window: int | None, device: torch.device) -> t
         columns = np.argsort(~chosen, axis=-1, kind="stable")  # of True first
         arrays += [chosen.sum(-1)[None, None], columns[None, None]]
     host = (torch.from_numpy(np.ascontiguousarray(each, np.int32)) for each in (*arrays, *bounds))
-    return tuple(on_device(each, device) for each in host)
+    return [on_device(each, device) for each in host]
 
 
-def block_mask(tensors: tuple[Tensor, ...], tokens: int) -> BlockMask:
+def block_mask(tensors: list[Tensor], tokens: int) -> BlockMask:
     """Return the `BlockMask` of `block_tensors`."""
     own, first, end = tensors[8:]
 
@@ -87,14 +87,9 @@ def mask_bytes(tokens: int) -> int:
 
 
 def packed_flex(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    blocks: tuple[Tensor, ...],
-    scale: float | None,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, blocks: list[Tensor], scale: float | None, softcap: float | None
 ) -> Tensor:
-    """Return FlexAttention's output for one row; the shapes are those of `Attend`, and all have one dtype."""
+    """Return FlexAttention's output for one row; `query`, `key` and `value` have one dtype."""
 
     def capped(score: Tensor, *_: Tensor) -> Tensor:
         assert softcap is not None
@@ -119,13 +114,13 @@ compiled_flex: Callable[..., Tensor] = torch.compile(packed_flex, fullgraph=True
 
 
 def attend_flex(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
-    """Compute FlexAttention; see `Attend`."""
+    """Return the same as `attend_pairwise` by FlexAttention."""
     window, scale, softcap = options
     blocks = runs.remember((FLEX, window), lambda: block_tensors(runs, window, query.device))
     dtype = compute_dtype(value)  # rotary positions leave queries and keys in float32
     states = [each.to(dtype) for each in (query, key, value)]
-    for tensor in (*states, *blocks):
-        # dimensions that follow the row's length in [T], [1, 1, n], [1, 1, n, n], [1, heads, T, d]
-        long = {1: (0,), 3: (2,), 4: (2,) if tensor.is_floating_point() else (2, 3)}[tensor.ndim]
-        mark_dynamic(tensor, list(long))
+    for tensor in states:  # the dimensions that follow the row's length in [1, heads, T, d]
+        mark_dynamic(tensor, [2])
+    for tensor in blocks:  # in [T], [1, 1, n], [1, 1, n, n]
+        mark_dynamic(tensor, {1: [0], 3: [2], 4: [2, 3]}[tensor.ndim])
     return compiled_flex(*states, blocks, scale, softcap)

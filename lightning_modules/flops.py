@@ -48,13 +48,11 @@ def forward_operations(model: Any, tokens: int, response_tokens: int) -> float:
     return 2.0 * (layers * tokens + head.numel() * response_tokens)
 
 
-def step_operations(
-    policy: Any, reference: Any | None, tokens: int, response_tokens: int, kept_fraction: float
-) -> float:
+def step_operations(policy: Any, reference: Any, tokens: int, response_tokens: int, kept_fraction: float) -> float:
     """Return the FLOPs of one step of preference optimisation.
 
-    A forward pass of the policy, and of an online reference, counts for all pairs; a backward pass counts as two
-    forward passes for the kept pairs. With adapters this is too high, because frozen weights have no gradient.
+    A forward pass of the policy, and of a `reference` unless None, counts for all pairs; a backward pass counts as
+    two forward passes for the kept pairs. With adapters this is too high, because frozen weights have no gradient.
     """
     fixed = 0.0 if reference is None else forward_operations(reference, tokens, response_tokens)
     return fixed + forward_operations(policy, tokens, response_tokens) * (1 + 2 * kept_fraction)

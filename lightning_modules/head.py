@@ -53,12 +53,7 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: Logit
 
 
 def head_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rule: LogitRule,
-    some_dropped: bool = True,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: LogitRule, dropped: bool = True
 ) -> Tensor:
     """Return log-probabilities [N] of `targets` [N] in float32 (float64 for float64 weights), with gradient.
 
@@ -66,11 +61,12 @@ def head_logps(
     Both passes hold one slice of logits [N, slice] at a time: the forward pass keeps the log-sum-exp of each slice
     and the backward pass recomputes the slices. Slices of the vocabulary, unlike slices of the tokens, write every
     row of the weight's gradient [V, width] once. The backward pass skips tokens without a gradient, for which a
-    GPU's host waits; there it does so only if pairs may be dropped after this pass (`some_dropped`).
+    GPU's host waits; there it does so only if pairs may be `dropped` after this pass.
     """
     most = SLICE_LOGITS.get(hidden.device.type, SLICE_LOGITS["cuda"])
     width = min(len(weight), max(most // max(len(targets), 1), NARROWEST_SLICE))
-    return _HeadLogps.apply(hidden.to(compute_dtype(weight)), weight, bias, targets, rule, width, some_dropped)
+    skip = dropped or not hidden.is_cuda
+    return _HeadLogps.apply(hidden.to(compute_dtype(weight)), weight, bias, targets, rule, width, skip)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -89,7 +85,7 @@ class _HeadLogps(torch.autograd.Function):
         targets: Tensor,
         rule: LogitRule,
         width: int,
-        some_dropped: bool,
+        skip: bool,
     ) -> Tensor:
         sums: list[Tensor] = []  # log-sum-exp of each slice, [N] each
         chosen = torch.zeros(len(targets), dtype=at_least_float32(hidden[:0]).dtype, device=hidden.device)
@@ -100,8 +96,7 @@ class _HeadLogps(torch.autograd.Function):
             sums.append(logits.sub_(highest[:, None]).exp_().sum(1).log_().add_(highest))
         normaliser = torch.logsumexp(torch.stack(sums), 0)
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
-        ctx.rule, ctx.width = rule, width
-        ctx.skip = some_dropped or not hidden.is_cuda
+        ctx.rule, ctx.width, ctx.skip = rule, width, skip
         return chosen - normaliser
 
     @staticmethod
@@ -139,10 +134,9 @@ class _HeadLogps(torch.autograd.Function):
 def _slice(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: LogitRule, part: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logits of a slice of the vocabulary, and where the targets are in it.
+    """Return the logits [N, at most width] of a slice of the vocabulary, which the caller may change.
 
-    They are [N, at most width], which the caller may change; each target's index in the slice, clamped to it [N];
-    and whether the target lies in it [N].
+    Also return each target's index in the slice, clamped to it, [N], and whether it lies in the slice, [N].
     """
     logits = head_logits(hidden, weight[part], None if bias is None else bias[part], rule)
     place = targets - part.start

@@ -104,13 +104,11 @@ class StartCheck:
         compiled = self.compile_layers is True or (self.compile_layers == "auto" and on_cuda)
         if compiled:
             compiled = self._compiles(layout, samples)
+        layers = ", layers compiled" if compiled else ""
+        passes = ", forward and backward" if self.trains and (on_cuda or compiled) else ""
         inform(
-            "start-up check passed (attention %s, %s rows%s): %d pairs of the data and the longest possible one%s",
-            attention,
-            layout,
-            ", layers compiled" if compiled else "",
-            len(samples[0].pairs),
-            ", forward and backward" if self.trains and (on_cuda or compiled) else "",
+            f"start-up check passed (attention {attention}, {layout} rows{layers}): {len(samples[0].pairs)} pairs "
+            f"of the data and the longest possible one{passes}"
         )
         return layout
 

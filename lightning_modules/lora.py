@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -151,20 +151,13 @@ def refuse_unmatched(model: Any, lora: Lora, experts: list[str]) -> None:
     """Raise UserError for targets that match no layer or weight, or the output head."""
     head, kinds = model.get_output_embeddings(), (nn.Linear, nn.Embedding, Conv1D)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
-    weights = [name for name, _ in model.named_parameters()]
-    targets = lora.target_modules
-
-    def ends(names: Iterable[str], target: str) -> list[str]:
-        return [name for name in names if f".{name}".endswith(f".{target}")]
-
-    if isinstance(targets, str):
-        try:
-            found = {targets: [name for name in layers if re.fullmatch(targets, name)]}
-        except re.error as error:
-            raise UserError(f"model.lora.target_modules: {targets!r} is no pattern: {error}.") from error
-    else:
-        found = {one: ends(layers, one) for one in targets}
-    wrong = [one for one, names in found.items() if not names or any(layers[name] is head for name in names)]
+    targets, ends = lora.target_modules, r"(.*\.)?"
+    rules = {targets: targets} if isinstance(targets, str) else {one: ends + re.escape(one) for one in targets}
+    try:
+        found = {one: [layers[name] for name in layers if re.fullmatch(rule, name)] for one, rule in rules.items()}
+    except re.error as error:
+        raise UserError(f"model.lora.target_modules: {targets!r} is no pattern: {error}.") from error
+    wrong = [one for one, fitting in found.items() if not fitting or head in fitting]
     if targets != "all-linear" and (wrong or not targets):
         known = sorted({name.rpartition(".")[2] for name, layer in layers.items() if layer is not head})
         near = [name for one in wrong for name in get_close_matches(one, known, 2)]
@@ -177,11 +170,10 @@ def refuse_unmatched(model: Any, lora: Lora, experts: list[str]) -> None:
             f"model.lora.target_modules: {', '.join(wrong) or 'an empty list'} names no layer, or the output head, "
             f"which stays as it is; there are {', '.join(known)}{hint}"
         )
-    if absent := [one for one in lora.target_parameters or [] if not ends(weights, one)]:
-        there = ", ".join(experts) or "none, and target_modules names layers"
-        raise UserError(
-            f"model.lora.target_parameters: {', '.join(absent)} names no weight: the fused experts are {there}."
-        )
+    for one in lora.target_parameters or []:
+        if not any(re.fullmatch(ends + re.escape(one), name) for name, _ in model.named_parameters()):
+            there = ", ".join(experts) or "none, and target_modules names layers"
+            raise UserError(f"model.lora.target_parameters: {one} names no weight: the fused experts are {there}.")
 
 
 @contextmanager

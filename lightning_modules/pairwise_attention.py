@@ -6,10 +6,9 @@ pairs, so all pairs of a micro-batch can be in one row without padding. It needs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from inspect import signature
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,10 +63,6 @@ class Options(NamedTuple):
     softcap: float | None
 
 
-# (query [1, heads, T, d], key and value [1, key heads, T, d], runs, options) → [1, heads, T, d]
-Attend = Callable[[Tensor, Tensor, Tensor, PairRuns, Options], Tensor]
-
-
 def piece_mask(runs: PairRuns, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor | None:
     """Return the additive mask [queries, keys] of the last `queries` of `keys` tokens; None if plain causal."""
     window = None if window is None or keys <= window else window
@@ -83,7 +78,7 @@ def piece_mask(runs: PairRuns, queries: int, keys: int, window: int | None, like
 
 
 def attend_pairwise(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
-    """Compute attention pair by pair by SDPA; see `Attend`."""
+    """Return attention [1, heads, T, d] of `query` to `key` and `value` [1, key heads, T, d], by SDPA."""
     # split, because the gradient of a slice is as large as the whole tensor
     sizes = [piece.tokens for piece in runs.pieces]
     split = (states.split(sizes, dim=2) for states in (query, key, value))
@@ -120,23 +115,8 @@ def key_pieces(runs: PairRuns, device: torch.device) -> tuple[Any, ...]:
     return *tensors, int(queries.max()), int(lengths.max())
 
 
-def lacking(config: Any, dtype: torch.dtype) -> str | None:
-    """Return why `varlen` cannot run a model of this `config` in `dtype`, or None if it may.
-
-    FlashAttention's kernels take heads of up to 256 numbers, in multiples of 8.
-    """
-    if not {"window_size", "enable_gqa", "scale"} <= signature(varlen_attn).parameters.keys():
-        return f"torch {torch.__version__} does not offer it"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it does not compute in {dtype}"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "it has no softcap"
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return None if width % 8 == 0 and width <= 256 else f"it has no heads of {width}"
-
-
 def attend_varlen(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
-    """Compute attention pair by pair by FlashAttention; see `Attend`.
+    """Return the same by FlashAttention.
 
     `varlen_attn` aligns causal order at the ends of queries and keys, so a response sees all the prompt.
     """

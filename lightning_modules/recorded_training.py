@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim.lr_scheduler import LRScheduler
@@ -96,9 +95,7 @@ class RecordedTraining(LightningModule):
                 self.data.tell_pairs_seen()
             return
         load_state_of_loader(self.trainer)
-        wrapped, restored = self.optimizers(), self.lr_schedulers()
-        assert isinstance(wrapped, LightningOptimizer)
-        groups = wrapped.optimizer.param_groups
+        groups, restored = self.trainer.optimizers[0].param_groups, self.lr_schedulers()
         fresh = self.make_optimizer([parameter for group in groups for parameter in group["params"]])
         if isinstance(restored, LRScheduler):
             replayed = self.make_lr_scheduler(fresh)
@@ -112,13 +109,12 @@ class RecordedTraining(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # `beta-dpo export` rebuilds the model from these, without the run's configuration
-        checkpoint["model_config"] = self.policy.model.config.to_json_string(use_diff=False)
-        about = {"base": self.name, "identity": self.base_identity}
-        checkpoint["lora"] = None if self.lora is None else {**about, **asdict(self.lora)}
+        model, about = self.policy.model, {"base": self.name, "identity": self.base_identity}
+        checkpoint["model_config"] = model.config.to_json_string(use_diff=False)
+        checkpoint["lora"] = None if self.lora is None else about | asdict(self.lora)
         checkpoint["quantize"] = self.quantize
-        named = self.policy.model.base_dtype
-        checkpoint["base_dtype"] = None if named is None else str(named).removeprefix("torch.")
-        checkpoint["generation_config"] = self.policy.model.generation_config.to_json_string()
+        checkpoint["base_dtype"] = model.base_dtype and str(model.base_dtype).removeprefix("torch.")
+        checkpoint["generation_config"] = model.generation_config.to_json_string()
 
 
 def count_batches_of(fit_loop: dict[str, Any], batch_size: int) -> None:

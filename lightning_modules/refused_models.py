@@ -141,7 +141,7 @@ def learned_positions(model: Any) -> int | None:
 def check_tokens(
     name: str,
     ours: Any,
-    trust_remote_code: bool,
+    trust: bool,
     refuse: bool = True,
     option: str = "model.name",
     tokenizer: str = "data.tokenizer",
@@ -154,7 +154,7 @@ def check_tokens(
     if ours.name_or_path == name:
         return
     try:
-        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
     except Exception:  # weights without a tokenizer may raise anything
         log.warning("%r holds no tokenizer: its tokens are taken to be those of %s", name, tokenizer)
         return

@@ -18,18 +18,13 @@ from lightning_modules.head import LogitRule, at_least_float32, compute_dtype, h
 from lightning_modules.private import attention_of, leave_compiled, raise_recompile_limit
 from lightning_modules.sharding import transformer_blocks
 
-RECOMPILE_LIMIT = 64  # most graphs that the compiler keeps of a layer's code
-
 
 class ResponseScorer(nn.Module):
     """The root module that DDP and FSDP2 wrap; it computes log π(y|x) of every response of a micro-batch.
 
     Backbone and head run in one `forward`, so a sharded head is gathered for its use. The head processes only the
-    positions that predict response tokens, one slice of the vocabulary at a time (`head_logps`).
-
-    Args:
-        model: a causal language model of transformers. Raises UserError if its head is not a linear layer or if
-            it has no backbone separate from the head.
+    positions that predict response tokens, one slice of the vocabulary at a time (`head_logps`). Raises UserError
+    unless transformers' `model` has a linear layer as head and a backbone separate from it.
     """
 
     def __init__(self, model: Any):
@@ -47,8 +42,7 @@ class ResponseScorer(nn.Module):
             )
         self.model = model
         self.some_dropped = False  # whether pairs may be dropped between a forward pass and its backward pass
-        # the fallback if none of this project's attentions works, and the baseline of the start-up check
-        self.own_attention = attention_of(model.config)
+        self.own_attention = attention_of(model.config)  # the fallback and the baseline of the start-up check
         self.layout: Layout | None = None  # of the rows, known after the start-up check
         self.compiled = False  # the layers
         self.logit_rule = LogitRule.of(model.config)
@@ -77,7 +71,7 @@ class ResponseScorer(nn.Module):
     def compile_layers(self, compiled: bool = True) -> None:
         """Compile the transformer blocks by `torch.compile`, with one graph for all row lengths, or undo it."""
         # grad mode, training mode and kinds of layers each need a graph of the same code; torch keeps only 8
-        raise_recompile_limit(RECOMPILE_LIMIT)
+        raise_recompile_limit(64)
         for block in transformer_blocks(self.model):
             if compiled:
                 block.compile(dynamic=True)
@@ -105,9 +99,8 @@ class ResponseScorer(nn.Module):
     def forward(self, rows: PackedRows, whole_logits: bool = False, hidden_only: bool = False) -> Tensor:
         """Return summed log-probabilities [S] float64, with EOS and without the prompt (method §1).
 
-        With `whole_logits` the model's own head runs on every position, which is slow and needs much memory; the
-        start-up check compares with it. With `hidden_only` the result is the outputs [N, width] that predict the
-        response tokens, before the head.
+        With `whole_logits`, for comparison, the model's own head runs on every position, which is slow and needs
+        much memory. With `hidden_only` return the outputs [N, width] that predict the response tokens.
         """
         inputs = {**model_inputs(rows, self.model.config), "use_cache": False}
         if whole_logits:

@@ -17,7 +17,7 @@ from varlen_reference import varlen_reference
 from app.core.errors import UserError
 from app.method.batch import Layout, PackedRows
 from lightning_modules import flex, pairwise_attention
-from lightning_modules.pairwise_attention import lacking
+from lightning_modules.attention import lacking
 from lightning_modules.scorer import ResponseScorer
 
 
@@ -45,9 +45,7 @@ def test_varlen_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "float32" in str(lacking(llama, torch.float32))
     assert "softcap" in str(lacking(gemma, torch.bfloat16))
     assert "heads of 12" in str(lacking(tiny_model("llama", hidden_size=48).config, torch.bfloat16))
-    monkeypatch.setattr(
-        pairwise_attention, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None
-    )
+    monkeypatch.setattr("lightning_modules.attention.varlen_attn", lambda query, key, value, cu_seq_q: None)
     assert "does not offer it" in str(lacking(llama, torch.bfloat16))  # as in torch 2.10
 
 
