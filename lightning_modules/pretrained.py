@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def _refused(what: str) -> Iterator[None]:
     except Exception as error:
         text = str(error)
         lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
-        said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+        said = shorten(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), 300)
         if "trust_remote_code" in text:
             said = "it brings code of its own, which is run only with model.trust_remote_code: true."
         elif "weights_only" in text:  # torch advises to run whatever code the file holds
@@ -56,19 +57,12 @@ def load_config(name: str | None, architecture: dict[str, Any] | None, trust_rem
         )
     if name is not None:
         refuse_path(name)
-        with _refused(
-            f"model.name: no model at {name!r} (give a folder that holds config.json and weights, or a Hub id that "
-            "this machine can reach)"
-        ):
+        reachable = "give a folder that holds config.json and weights, or a Hub id that this machine can reach"
+        with _refused(f"model.name: no model at {name!r} ({reachable})"):
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     else:
-        settings = dict(architecture or {})
-        if "model_type" not in settings:
-            raise UserError(
-                "model.architecture needs a field model_type that transformers knows, for example llama."
-            )
-        with _refused("model.architecture"):
-            config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        with _refused("model.architecture (a model_type that transformers knows, such as llama, and its settings)"):
+            config = AutoConfig.for_model(**({"model_type": ""} | (architecture or {})))
     refuse_config(config, name or "model.architecture")
     for field, value in config.to_dict().items():
         if ("dropout" in field or field.endswith("pdrop")) and isinstance(value, float) and value > 0:

@@ -355,11 +355,11 @@ OF_A_RUN["data"] = [
 ]
 SFT = "--model SupervisedFineTuning --model.name null --model.architecture"
 OF_A_RUN["new models"] = [
-    (f"{SFT} '{{hidden_size: 8}}'", "model.architecture needs a field model_type"),
+    (f"{SFT} '{{hidden_size: 8}}'", "model.architecture (a model_type that transformers knows, such as llama"),
     (f"{SFT} '{{model_type: nonesuch}}'", "model.architecture"),
     (
         f"{SFT} '{{model_type: llama, hidden_size: x}}'",
-        "model.architecture: Validation error for field 'hidden_size'",
+        "and its settings): Validation error for field 'hidden_size'",
     ),
     (f"{SFT} '{{model_type: llama, hidden_size: 33}}'", "model.architecture"),
     (
