@@ -20,7 +20,9 @@ from app.method.step import StepDecision
 class Decider(Callback):
     """A callback that changes the step; the checkpoint has its attributes named in `saved`."""
 
-    saved: tuple[str, ...] = ()  # of builtin names alone: jsonargparse reads it in the module of a subclass
+    # both of builtin names alone: jsonargparse reads them in the module of a subclass
+    saved: tuple[str, ...] = ()
+    seed: int | None = None  # of the draws of a callback that has some; None becomes the run's `seed_everything`
 
     def refusal(self, loss: PairLoss) -> str:
         """Return why the callback does not go with `loss`, and the cure, as a clause; empty if it does."""
@@ -29,6 +31,8 @@ class Decider(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if (loss := loss_of(pl_module)) and (reason := self.refusal(loss)):
             raise UserError(f"{type(self).__name__}: {loss} {reason}.")
+        if self.seed is None:
+            self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.saved}
@@ -42,11 +46,6 @@ def loss_of(pl_module: LightningModule) -> PairLoss | None:
     """Return the preference loss of a stage; None for a stage without one."""
     loss = getattr(pl_module, "loss", None)
     return loss if isinstance(loss, PairLoss) else None
-
-
-def seed_or_default(seed: int | None) -> int:
-    """Return `seed`, or the run's `seed_everything` for None."""
-    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
 
 
 def moments_for(asker: Callback, decision: StepDecision) -> Moments:

@@ -15,7 +15,7 @@ from app.core.errors import UserError
 from app.method.ranges import Seed, checked
 from app.method.selection import gumbel_top_k, selection_noise
 from app.method.step import StepDecision
-from callbacks.base import Decider, seed_or_default
+from callbacks.base import Decider
 
 Controlled = Literal[
     "random_filter", "shuffled_beta", "static_beta", "shuffled_margin", "shuffled_confidence", "shuffled_weights"
@@ -64,7 +64,7 @@ class Control(Decider):
         self.changed_steps = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.seed = seed_or_default(self.seed)
+        super().setup(trainer, pl_module, stage)
         if self.run is not None and self.static_beta is None:
             self.static_beta = mean_beta(Path(self.run))
 
@@ -72,7 +72,7 @@ class Control(Decider):
         assert self.seed is not None
         name = CONTROLS[self.by][0]
         value = getattr(decision, name)
-        if value is None or not decision.kept_count:
+        if value is None:
             return
         noise = selection_noise(self.seed + OWN_DRAW, decision.step - 1, len(decision.kept))
         if self.by == "random_filter":

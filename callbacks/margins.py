@@ -88,8 +88,7 @@ class GammaPOMargin(PairMargin):
         # the queue ends with the batch, so that its margins are the last ones
         self.queue = torch.cat([self.queue, own])[-max(self.window, own.numel()) :]
         margins = torch.full_like(decision.gaps, self.gamma)
-        if own.numel():
-            margins[good] = gamma_po_margins(self.queue, self.gamma, self.temperature)[-own.numel() :]
+        margins[good] = gamma_po_margins(self.queue, self.gamma, self.temperature)[-own.numel() :]
         return margins
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from app.method import selection
 from app.method.ranges import PositiveShare, Seed, checked
 from app.method.step import StepDecision
-from callbacks.base import Decider, moments_for, seed_or_default
+from callbacks.base import Decider, moments_for
 
 Criterion = Literal["gaussian", "random", "head", "tail", "both"]
 
@@ -37,9 +37,6 @@ class PairFilter(Decider):
     by: Criterion = "gaussian"
 
     saved = ("seed",)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.seed = seed_or_default(self.seed)
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         assert self.seed is not None

@@ -153,11 +153,12 @@ class RunCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._signals.stop()
         if isinstance(exception, StepRefused) and self._progress is not None:
-            if not weights_are_finite(trainer):
-                rank_zero_warn(self.ruined(trainer))
-                return
             self._within_epoch = True
-            self.save(trainer)
+            try:
+                self.save(trainer)
+            except UserError as error:
+                rank_zero_warn(str(error))
+                return
             kept = "".join(f"; {path} is kept, too" for path in self._older)
             rank_zero_info(f"step {trainer.global_step}, the last good one, is saved in {self.last}{kept}")
 
@@ -170,7 +171,7 @@ class RunCheckpoint(ModelCheckpoint):
     on_validation_start = on_train_batch_start  # type: ignore[assignment]
 
     def stopped(self, trainer: Trainer) -> bool:
-        """Return whether any rank received a signal; agree which.
+        """Agree with the other ranks on the signal that any of them received, and return whether there is one.
 
         All ranks report the same signal, because batch scripts decide by the exit status. SIGTERM outranks SIGUSR1.
         """
@@ -183,19 +184,16 @@ class RunCheckpoint(ModelCheckpoint):
             checkpoint["loops"]["fit_loop"] = self._progress
             checkpoint["epoch"] = self._progress["epoch_progress"]["current"]["processed"]
 
-    def ruined(self, trainer: Trainer) -> str:
-        """Return the message that nothing was saved and which earlier checkpoint exists."""
-        older = f"{self.best_model_path} is kept" if self.best_model_path else "no earlier checkpoint exists"
-        return f"weights are not finite after {trainer.global_step} steps and were not saved; {older}."
-
     # --- saving ------------------------------------------------------------------------------------------
 
     def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint of this step and point `last.ckpt` to it."""
+        """Write a checkpoint of this step and point `last.ckpt` to it; UserError if weights are not finite."""
         if self._should_skip_saving_checkpoint(trainer):
             return
         if not weights_are_finite(trainer):
-            raise UserError(self.ruined(trainer))
+            older = f"{self.best_model_path} is kept" if self.best_model_path else "no earlier checkpoint exists"
+            step = trainer.global_step
+            raise UserError(f"weights are not finite after {step} steps and were not saved; {older}.")
         path = self.format_checkpoint_name(self._monitor_candidates(trainer))
         # set before saving, because a resumed run reads from its checkpoint which files to delete
         previous, self.best_model_path, self.last_model_path = self.best_model_path, path, str(self.last)

@@ -35,8 +35,6 @@ class WeightedPairs(Decider):
     """A callback that multiplies the loss of every kept pair by a weight, without gradient."""
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
-        if not decision.kept_count:
-            return
         found = self.weights(pl_module, decision)
         if not found.any():
             who = type(self).__name__
@@ -148,9 +146,8 @@ class ReferenceWeights(Decider):
         decision.loss_weight = decision.loss_weight * label_weights(probability, decision.kept)
         pl_module.log("filter/flip_rate", found.rate)
         pl_module.log("filter/reference_slope", found.slope)
-        if decision.kept_count:
-            pl_module.log("filter/flipped_expected", probability[decision.kept].mean())
-            pl_module.log("filter/weightless", (probability[decision.kept] >= 0.5).double().mean())
+        pl_module.log("filter/flipped_expected", probability[decision.kept].mean())
+        pl_module.log("filter/weightless", (probability[decision.kept] >= 0.5).double().mean())
 
 
 @checked

@@ -77,9 +77,7 @@ class PairLogps:
 
     @staticmethod
     def cat(parts: Sequence[PairLogps]) -> PairLogps:
-        """Return all pairs of `parts` in order. Raises ValueError if only some have a reference."""
-        if len({part.reference_chosen is None for part in parts}) > 1:
-            raise ValueError("cannot join log-probabilities with a reference to some without")
+        """Return all pairs of `parts`, which all have a reference or all have none, in order."""
         columns = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
         joined: dict[str, Any] = {name: None if c[0] is None else torch.cat(c) for name, c in columns.items()}
         return PairLogps(**joined)

@@ -63,13 +63,10 @@ class RunningMoments:
     The averages lag. A batch mean that grows by d per step stays d·m/(1−m) above M0 (9·d for m = 0.9), so a
     steadily growing gap alone raises a batch-level β.
 
-    momentum: m in [0, 1).
-    start: "bias_corrected" divides by 1 − m^t as Adam does; "zero" uses the averages as they grow from zero, like
-        the authors' released code (with m = 0.9, σ is ten times too small at the first step).
-    ddof: 0 is the population standard deviation, 1 Bessel's correction (the released code).
-
-    `mean`, `std`, `mean_updates` and `std_updates` are the raw state. They are Python numbers, so that every
-    checkpoint format stores them exactly.
+    `start`: "bias_corrected" divides by 1 − m^t as Adam does; "zero" uses the averages as they grow from zero, like
+    the authors' released code (with m = 0.9, σ is ten times too small at the first step). `ddof` 1 is Bessel's
+    correction, as in that code. `mean`, `std`, `mean_updates` and `std_updates` are the raw state: Python numbers,
+    so that every checkpoint format stores them exactly.
     """
 
     momentum: ShareBelowOne = 0.9

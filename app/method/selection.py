@@ -1,8 +1,7 @@
 """The filters that select pairs of a global batch for training: β-DPO's Gaussian filter and its alternatives.
 
-The Gaussian filter (arXiv 2407.08639, section 4) draws pairs without replacement with
-p_i ∝ exp(−(M_i − M0)²/2σ²). All computation is in log space, where the probability of a pair 50 σ away from M0 does
-not underflow to zero.
+The Gaussian filter (arXiv 2407.08639, section 4) draws pairs without replacement ∝ exp(−(M_i − M0)²/2σ²), in log
+space, where the probability of a pair 50 σ away from M0 does not underflow to zero.
 """
 
 from __future__ import annotations

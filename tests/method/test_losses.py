@@ -111,13 +111,6 @@ def test_select_and_cat_keep_the_pairs_together() -> None:
     assert pairs.select(mask).normalised_gap.shape == (3,)
 
 
-def test_cat_refuses_what_cannot_be_joined() -> None:
-    bare = hand_pairs()
-    bare.reference_chosen = bare.reference_rejected = None
-    with pytest.raises(ValueError, match="some without"):
-        PairLogps.cat([hand_pairs(), bare])
-
-
 def test_loss_and_gradient_of_a_filtered_step_by_hand() -> None:
     gap = torch.tensor([2.0, -1.5, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
     kept = torch.tensor([True, False, True, True])
