@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import ProgressBar
 
 import callbacks
 from app.core.errors import UserError
-from app.method.step import RewardGapHook
 from callbacks.control import CONTROLS
 
 
@@ -86,7 +85,7 @@ def in_order(filled: Mapping[str, Callback | None], own: Sequence[Callback] = ()
         right = slot_of(type(callback))
         if right is not None and right.name != name:
             raise UserError(f"{name}: {type(callback).__name__} belongs in the slot {right.name!r}.")
-        if callback is not None and BY_NAME[name] in DECIDING and not isinstance(callback, RewardGapHook):
+        if callback is not None and BY_NAME[name] in DECIDING and not hasattr(callback, "on_reward_gaps"):
             raise UserError(
                 f"{name}: {type(callback).__name__} has no method on_reward_gaps, so it would decide nothing."
             )

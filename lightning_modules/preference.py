@@ -19,7 +19,7 @@ from app.method.losses import SigmoidLoss
 from app.method.moments import MINIMUM_STD, rounding_std
 from app.method.pair_loss import PairLoss, pair_metrics
 from app.method.ranges import NonNegativeFloat, PositiveFloat, ShareBelowOne, checked
-from app.method.step import RewardGapHook, StepDecision, StepObserver
+from app.method.step import StepDecision
 from lightning_modules.flops import peak_operations, step_operations
 from lightning_modules.measuring import perturbed_gaps, reference_kl
 from lightning_modules.preference_scoring import PreferenceScoring, ReferenceKind
@@ -37,8 +37,8 @@ class PreferenceOptimization(PreferenceScoring):
     """The stage for DPO and its variants; with `RewardGapStatistics`, `PairFilter` and `BetaScheduler` it is β-DPO.
 
     One step (method §1): measure the reward gap of every pair of the global batch; let the callbacks choose β and
-    the pairs to keep; back-propagate the loss of the kept pairs; update. The module knows these callbacks only as
-    `RewardGapHook`s; without them it is plain DPO at β0.
+    the pairs to keep; back-propagate the loss of the kept pairs; update. The module knows these callbacks only by
+    their method `on_reward_gaps`; without them it is plain DPO at β0.
 
     Args:
         name: folder or Hub id of the SFT model, which is the start of the policy and the reference.
@@ -104,9 +104,8 @@ class PreferenceOptimization(PreferenceScoring):
                 logps, global_logps = self.measurer.measure(batch, micro_batches)
             decision = self.decide(global_logps, batch)
             self.backward_kept(batch, logps, decision)
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, StepObserver):
-                callback.on_step_decided(self.trainer, self, decision)
+        for hook in self.hooks("on_step_decided"):
+            hook(self.trainer, self, decision)
         return self.log_step(decision, batch, self.update())
 
     @property
@@ -116,9 +115,12 @@ class PreferenceOptimization(PreferenceScoring):
         True if a callback or the loss depends on all pairs, or if `zero_grad` could not drop the gradients of an
         earlier micro-batch (see `keeps_gradients`).
         """
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        decided = self.loss.needs_batch or any(isinstance(callback, RewardGapHook) for callback in callbacks)
+        decided = self.loss.needs_batch or bool(self.hooks("on_reward_gaps"))
         return decided or keeps_gradients(self.trainer.strategy)
+
+    def hooks(self, name: str) -> list[Any]:
+        """Return the methods `name` of the callbacks that have one, in the Trainer's order (see `StepDecision`)."""
+        return [getattr(one, name) for one in self.trainer.callbacks if hasattr(one, name)]  # type: ignore[attr-defined]
 
     def backward_all(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> PairLogps | None:
         """Back-propagate the loss at β0 of every pair as it is scored, and return the result of `gather`.
@@ -159,7 +161,7 @@ class PreferenceOptimization(PreferenceScoring):
             self.backward_share(losses, decision.kept_count, number == len(kept))
 
     def decide(self, global_logps: PairLogps, batch: OptimizerBatch) -> StepDecision:
-        """Return the decision of the step: plain DPO, changed by every `RewardGapHook` in trainer order."""
+        """Return the decision of the step: plain DPO, changed by the callbacks."""
         decision = StepDecision(
             step=self.trainer.global_step + 1,
             pair_ids=batch.pair_ids,
@@ -173,11 +175,10 @@ class PreferenceOptimization(PreferenceScoring):
         if self.measurer.reference is not None:  # a cached reference has no distributions to compare
             decision.measure_kl = partial(reference_kl, self.measurer, batch, decision.eligible)
         self.report_nonfinite(decision)
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RewardGapHook):
-                callback.on_reward_gaps(self.trainer, self, decision)
-                if fault := decision.fault():
-                    raise UserError(f"{type(callback).__name__}, step {decision.step}: {fault}.")
+        for hook in self.hooks("on_reward_gaps"):
+            hook(self.trainer, self, decision)
+            if fault := decision.fault():
+                raise UserError(f"{type(hook.__self__).__name__}, step {decision.step}: {fault}.")
         return decision
 
     def minimum_std(self, global_logps: PairLogps) -> float:

@@ -1,11 +1,10 @@
-"""The record of one optimizer step, and the hook through which statistics, filters and β schedules change it."""
+"""The record of one optimizer step, which statistics, filters and β schedules change."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +22,10 @@ class StepDecision:
     `log_weights`, `kept`, `beta`, `margin`, `confidence` and `loss_weight`, in the order of `callbacks.slots`; the
     gaps stay as measured. Every rank makes the same changes to the same numbers. All tensors are on the CPU,
     outside any graph. Raises ValueError if ids, gaps and labels differ in number.
+
+    A callback gets it by one of two methods of `(trainer, pl_module, decision)`, called once per optimizer step
+    on every rank, in the callbacks' order. `on_reward_gaps` changes it, between the gaps and the loss.
+    `on_step_decided` only reads it, before the weights change, and requires no measuring pass.
     """
 
     step: int  # the number of this optimizer step, from 1
@@ -121,21 +124,3 @@ class StepDecision:
             if not getattr(self, name)[self.kept].isfinite().all():
                 return f"decision.{name} is not finite for a kept pair"
         return "" if (self.beta[self.kept] > 0).all() else "decision.beta is not above 0 for a kept pair"
-
-
-@runtime_checkable
-class RewardGapHook(Protocol):
-    """A callback that changes the step between the gaps and the loss."""
-
-    def on_reward_gaps(self, trainer: Any, pl_module: Any, decision: StepDecision) -> None:
-        """Read and change `decision`; called once per optimizer step on every rank, in the callbacks' order."""
-        ...
-
-
-@runtime_checkable
-class StepObserver(Protocol):
-    """A callback that only reads the decision; unlike a `RewardGapHook` it requires no measuring pass."""
-
-    def on_step_decided(self, trainer: Any, pl_module: Any, decision: StepDecision) -> None:
-        """Read the final `decision`; called on every rank before the weights change, in the callbacks' order."""
-        ...

@@ -14,7 +14,7 @@ from app.method.beta import batch_beta
 from app.method.losses import IPOLoss, SigmoidLoss
 from app.method.moments import RunningMoments
 from app.method.selection import gaussian_log_weights, gumbel_top_k, number_kept, selection_noise
-from app.method.step import RewardGapHook, StepDecision
+from app.method.step import StepDecision
 
 
 def start(*gaps: float, beta0: float = 0.1) -> StepDecision:
@@ -101,19 +101,6 @@ def test_a_decision_that_cannot_be_trained_is_named(name: str, value: Any, said:
     assert decision.fault() == ""
     setattr(decision, name, value)
     assert said in decision.fault()
-
-
-def test_the_hook_is_found_by_its_method() -> None:
-    class Doubler:
-        def on_reward_gaps(self, trainer: Any, pl_module: Any, decision: StepDecision) -> None:
-            decision.beta = 2 * decision.beta
-
-    doubler = Doubler()
-    assert isinstance(doubler, RewardGapHook)
-    assert not isinstance(object(), RewardGapHook)
-    decision = start(1.0)
-    doubler.on_reward_gaps(None, None, decision)
-    assert decision.beta_used == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(
