@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 from lightning.pytorch import Trainer
+from pandas.util import hash_pandas_object
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.gap_mixture import GapMixedTable
@@ -17,7 +19,6 @@ from datamodules.table import PairTable, Part
 ALIKE = "but for case, spaces or punctuation"
 _SCORES = ("score", "rating", "reward")  # in the names of labels that grade a response
 _PAIRS_AT_ONCE = 65536
-_ODD = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)  # any odd numbers
 
 
 def shown(
@@ -71,14 +72,14 @@ def _of_part(part: Part, count: int) -> str:
 
 def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str]:
     """Return a message on repeated pairs and one on contradicting pairs, each empty if there are none."""
-    pairs = np.column_stack([table.keys(name, rows) for name in ("prompt", "chosen", "rejected")])  # [n, 3]
-    if not len(rows):
-        return "", ""
-    mixed = pairs.view(np.uint64) @ _ODD  # keys are hashes, so that different pairs give different sums
-    order = np.argsort(mixed, kind="stable")
-    again = np.sort(order[1:][mixed[order[1:]] == mixed[order[:-1]]])
-    two_answers = pairs[:, 1] != pairs[:, 2]  # answers that differ in outer spaces alone have one key
-    against = np.flatnonzero(two_answers & _within(pairs[:, [0, 2, 1]].view(np.uint64) @ _ODD, mixed))
+    keys = pd.DataFrame({name: table.keys(name, rows) for name in ("prompt", "chosen", "rejected")})
+    pairs, swapped = (
+        hash_pandas_object(keys[["prompt", *sides]], index=False)
+        for sides in (("chosen", "rejected"), ("rejected", "chosen"))
+    )
+    again = np.flatnonzero(pairs.duplicated())
+    # answers that differ in outer spaces alone have one key
+    against = np.flatnonzero((keys.chosen != keys.rejected) & swapped.isin(pairs))
     twice = f"{_pairs(len(again), 'repeat')} an earlier one (first: {_named(table, rows[again])})"
     contradiction = (
         f"{_pairs(len(against), 'contradict')} another one: the same prompt, chosen and rejected swapped "
@@ -115,7 +116,10 @@ def _pairs(count: int, verb: str, of_one: str = "") -> str:
 def shared_prompts(trained: tuple[PairTable, np.ndarray], held_out: tuple[PairTable, np.ndarray]) -> str:
     """Return a message if prompts of held-out pairs are trained on, else an empty text."""
     (table, rows), (other, trained_rows) = held_out, trained
-    same, near = (_within(table.keys(name, rows), other.keys(name, trained_rows)) for name in ("prompt", "near"))
+    same, near = (
+        pd.Series(table.keys(name, rows)).isin(other.keys(name, trained_rows)).to_numpy()
+        for name in ("prompt", "near")
+    )
     told = []
     for found, which in ((same, "that is trained on"), (near & ~same, f"like one that is trained on, {ALIKE}")):
         if found.any():
@@ -157,12 +161,6 @@ def pairs_seen(pairs: int, batch_size: int, trainer: Trainer) -> tuple[str, bool
         often = {"1": "once", "2": "twice"}.get(passes, f"{passes} times{' on average' if '.' in passes else ''}")
         words = f"each of {pairs} pairs will be seen {often}"
     return f"{words} ({told}; {option} decides)", seen == pairs
-
-
-def _within(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return which `keys` [n] are among the `known`, [n] bool; of millions, several times faster than np.isin."""
-    known = np.append(np.sort(known), known[:1])  # the last is never the place of a key that is known
-    return known[np.searchsorted(known[:-1], keys)] == keys if len(known) else np.zeros(len(keys), bool)
 
 
 def _named(table: PairTable, rows: np.ndarray) -> str:
