@@ -23,7 +23,6 @@ from benchmarks.study.verdicts import Difference
 from benchmarks.tables import ROOT, markdown
 
 DOCS = ROOT / "docs"
-JUDGED_TASKS = {"controlled": "controlled task", "sentiment": "reviews"}
 VERDICTS = {"better": "good", "worse": "act", "equal within the margin": "link"}
 Answers = Sequence[tuple[Question, Sequence[Result]]]
 
@@ -130,7 +129,7 @@ def study(answers: Answers, table: pd.DataFrame) -> str:
         found=sum(len(results) for _, results in answers),
         asked=sum(len(question.comparisons) for question in plan()),
         hours=f"{table.seconds.sum() / 7200:.1f}",
-        verdicts=verdict_table(answers, by_label),
+        verdicts=list(verdicts(answers, by_label)),
         open=[each.title for each in plan() if each.name not in {question.name for question, _ in answers}],
         answers=answers,
         any=any,
@@ -147,29 +146,24 @@ def study(answers: Answers, table: pd.DataFrame) -> str:
     )
 
 
-def verdict_table(answers: Answers, by_label: Mapping[str, Mapping[str, Result]]) -> str:
-    """Return a row for every comparison that is decided somewhere, and one for the others of each question."""
-    rows = []
+def verdicts(
+    answers: Answers, by_label: Mapping[str, Mapping[str, Result]]
+) -> Iterator[tuple[str, list[Any], int]]:
+    """Yield each question's title, its comparisons that are decided somewhere, and the number of the others.
+
+    A comparison is its label and its differences: for each task at the end and within the KL budget, or None.
+    """
     shown: set[str] = set()
     for question, results in answers:
-        title, left = linked(question.title), 0
-        for label in [each.label for each in results if each.label not in shown]:
-            tasks = [by_label[label].get(task) for task in JUDGED_TASKS]
+        labels = [each.label for each in results if each.label not in shown]
+        shown.update(labels)
+        rows = []
+        for label in labels:
+            tasks = [by_label[label].get(task) for task in ("controlled", "sentiment")]
             found = [one and one.by[measure] for one in tasks for measure in ("reward", "within")]
             if any(one and one.verdict != "undecided" for one in found):
-                rows.append([title, label, *(told_verdict(one) if one else "" for one in found)])
-                title = ""
-            else:
-                left += 1
-            shown.add(label)
-        if left:
-            rows.append([title, f"{left} {'comparisons' if title else 'more'}", "undecided", "undecided", "", ""])
-    header = [
-        f"{name}, {measure}"
-        for task, name in JUDGED_TASKS.items()
-        for measure in ("at the end", f"KL at most {TASKS[task].budget:g}")
-    ]
-    return markdown(["question", "comparison", *header], rows)
+                rows.append((label, found))
+        yield question.title, rows, len(labels) - len(rows)
 
 
 def told_verdict(found: Difference) -> str:
