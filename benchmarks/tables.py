@@ -63,9 +63,8 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 def processor() -> str:
     """Return the name of this machine's processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
-    return found or platform.processor()
+    found = re.search(r"^model name\s*: *(.+?) *$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else platform.processor()
 
 
 def save(entry: dict[str, Any], name: str, path: Path) -> None:

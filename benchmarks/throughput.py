@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -51,43 +51,35 @@ def main() -> None:
             contestants.remove("trl")
             print("trl is not installed here and is left out")
         cores = f"{torch.get_num_threads()} cores of {processor()}"
-        entry = {
+        entry: dict[str, Any] = {
             "date": date.today().isoformat(),
             "machine": torch.cuda.get_device_name() if setting.device == "cuda" else cores,
             # torch says more of itself than its package: the build for CPU or CUDA
             "versions": versions("torch", "transformers", "trl") | {"torch": torch.__version__},
             "setting": vars(setting) | {"data": Path(setting.data).name},
             "unavoidable_operations": unavoidable_operations(prepared),
+            "turns": {},
+            "failed": {},
         }
-        for turn in take_turns(prepared, contestants, options.repeats):
-            entry |= turn
-            if options.out:
-                save(entry, options.name, options.out)
+        for turn, name in itertools.product(range(1, options.repeats + 1), contestants):
+            if name not in entry["failed"]:
+                print(f"turn {turn}: {name} {take_turn(entry, name, prepared)}", flush=True)
+                if options.out:
+                    save(entry, options.name, options.out)
     print(comparison(entry))
     sys.exit(1 if entry["failed"] else 0)
 
 
-def take_turns(prepared: Setting, contestants: Sequence[str], repeats: int) -> Iterator[dict[str, dict[str, Any]]]:
-    """Run all contestants in turn, `repeats` times; yield `turns` and `failed` so far after each.
-
-    A contestant that fails takes part in no later turn and is named with its error.
-    """
-    turns: dict[str, list[dict[str, Any]]] = {}
-    failed: dict[str, str] = {}
-    for turn in range(1, repeats + 1):
-        for name in contestants:
-            if name in failed:
-                continue
-            try:
-                result = json.loads(output_of(name, prepared).splitlines()[-1])
-            except subprocess.CalledProcessError as error:
-                failed[name] = error.stderr[-3000:]
-                turns.pop(name, None)
-                print(f"turn {turn}: {name} failed:\n{failed[name]}", flush=True)
-            else:
-                turns.setdefault(name, []).append(result)
-                print(f"turn {turn}: {name} {result}", flush=True)
-            yield {"turns": turns, "failed": failed}
+def take_turn(entry: dict[str, Any], name: str, prepared: Setting) -> str:
+    """Add a contestant's result to `entry`, or its error, after which it takes part in no turn; return either."""
+    try:
+        result = json.loads(output_of(name, prepared).splitlines()[-1])
+    except subprocess.CalledProcessError as error:
+        entry["failed"][name] = error.stderr[-3000:]
+        entry["turns"].pop(name, None)
+        return f"failed:\n{entry['failed'][name]}"
+    entry["turns"].setdefault(name, []).append(result)
+    return str(result)
 
 
 def output_of(name: str, prepared: Setting, *options: str) -> str:

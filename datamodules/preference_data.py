@@ -98,8 +98,12 @@ class PreferenceData(PairDataModule):
                         f"data.{option.name} is {value!r}, but data.path lists several sources: give each its own, "
                         f"and set data.{option.name}: {json.dumps(option.default)}."
                     )
-        else:
-            self.sources = told_apart(self.sources)
+        else:  # paths that share a label are named whole
+            labels = [source.label for source in self.sources]
+            self.sources = [
+                replace(source, name=source.path) if labels.count(source.label) > 1 else source
+                for source in self.sources
+            ]
         check_sources(self.sources)
         self.paths: dict[Split, str | None] = {"validation": validation_path, "test": test_path}
         self.tokenizer_name = tokenizer
@@ -164,12 +168,6 @@ class PreferenceData(PairDataModule):
         if not weights.keys() >= set(names):  # every source gives all its pairs
             return rows
         return drawn_rows(table.part_of(rows), rows, [weights[name] for name in names], names)
-
-
-def told_apart(sources: Sequence[Source]) -> list[Source]:
-    """Return the sources; those that share a label are named by their whole paths."""
-    labels = [source.label for source in sources]
-    return [replace(source, name=source.path) if labels.count(source.label) > 1 else source for source in sources]
 
 
 def check_sources(sources: Sequence[Source]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -34,11 +35,9 @@ def stop_ids(
     """Return the ids that end a response: the end-of-turn of the chat template, EOS, and those of `further`."""
     ends: list[int | None] = []
     if tokenizer.chat_template and settings.chat_template is not False:
-        try:
-            template = ChatTemplate(tokenizer, settings.chat_template_kwargs)
+        template = ChatTemplate(tokenizer, settings.chat_template_kwargs)
+        with suppress(Dropped):  # a template that accepts no conversation has no end-of-turn
             ends.append(template.frame(Talk([Message("user", "Hello")])).stop)
-        except Dropped:  # a template that accepts no conversation has no end-of-turn
-            pass
     ends.append(tokenizer.eos_token_id)
     for given in further:
         ends += given if isinstance(given, list) else [given]
