@@ -25,6 +25,8 @@ FILTER: Groups = {
     "kept": (0.5, 1, "kept"),
     "labels flipped on purpose": (0.5, 1, "flipped"),
 }
+Mark = tuple[float | None, str]  # value, if known, and name of a line to compare with
+Rows = Sequence[tuple[str, int, Estimate]]  # name of a row, number of the run, estimate
 # of the groups in their order
 STYLES: tuple[dict[str, Any], ...] = (
     {"colour": "run7", "dash": (5, 3), "fill": True},
@@ -89,49 +91,48 @@ def density(values: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 def rows_panel(
     title: str,
-    rows: Sequence[tuple[str, int, Estimate]],
+    rows: Rows,
     unit: str,
-    mark: float | None = None,
-    mark_name: str = "",
+    mark: tuple[float | None, str] = (None, ""),
     decimals: int = 3,
     **scale: float,
 ) -> list[Panel]:
-    """Return a panel with a dot and an interval per row (name, number of the run, estimate); none without rows.
-
-    `mark` is the value of a line to compare with.
-    """
+    """Return a panel with a dot and an interval per row; none without rows."""
     if not rows:
         return []
     bars = [Interval(name, plot.run_colour(number), estimate) for name, number, estimate in rows]
-    unit += "" if mark is None else f"; line: {mark_name}"
+    value, name = mark
+    unit += "" if value is None else f"; line: {name}"
     said = "; ".join(f"{bar.name} {bar.estimate.text(decimals)}" for bar in bars)
-    return [Panel(title, plot.intervals(bars, unit, decimals, mark, **scale), f"{title}: {said}")]
+    return [Panel(title, plot.intervals(bars, unit, decimals, value, **scale), f"{title}: {said}")]
 
 
 def quality(runs: Sequence[Run]) -> list[Panel]:
     """Return the panels of held-out accuracy and of the samples' quality, with intervals."""
     panels = []
     before = next((value for run in runs if (value := run.last("val/reference_accuracy")) is not None), None)
-    for title, tag, mark, mark_name in (
-        ("reward accuracy on held-out pairs", "val/reward_accuracy", 0.5, "before training"),
-        ("held-out pairs that the policy itself ranks right", "val/policy_accuracy", before, "the SFT model"),
+    for title, tag, mark in (
+        ("reward accuracy on held-out pairs", "val/reward_accuracy", (0.5, "before training")),
+        ("held-out pairs that the policy itself ranks right", "val/policy_accuracy", (before, "the SFT model")),
     ):
         rows = [
             (run.name, number, wilson(mean, round(pairs)))
             for number, run in enumerate(runs)
             if (mean := run.last(tag)) is not None and (pairs := run.last("val/pairs"))
         ]
-        panels += rows_panel(title, rows, "share of pairs", mark, mark_name)
-    for name, title, unit in (
-        ("win rate", "win rate over the SFT model", "share of prompts"),
-        ("mean true reward", "sampled answers: mean true reward", "reward of an answer"),
-        ("malformed share", "sampled answers: malformed share", "share of answers"),
-        ("KL to the reference", "sampled answers: KL to the reference", "nats per answer"),
+        panels += rows_panel(title, rows, "share of pairs", mark)
+    for name, unit in (
+        ("win rate", "share of prompts"),
+        ("mean true reward", "reward of an answer"),
+        ("malformed share", "share of answers"),
+        ("KL to the reference", "nats per answer"),
     ):
         rows = [(run.name, number, run.samples[name]) for number, run in enumerate(runs) if name in run.samples]
-        sft = next((run.baseline[name].mean for run in runs if name in run.baseline), None)
-        mark, mark_name = (0.5, "a draw") if name == "win rate" else (sft, "the SFT model")
-        panels += rows_panel(title, rows, unit, mark, mark_name)
+        title = f"sampled answers: {name}"
+        mark = next((run.baseline[name].mean for run in runs if name in run.baseline), None), "the SFT model"
+        if name == "win rate":
+            title, mark = "win rate over the SFT model", (0.5, "a draw")
+        panels += rows_panel(title, rows, unit, mark)
     return panels
 
 
@@ -152,7 +153,8 @@ def dropped(run: Run, number: int) -> list[Panel]:
         by = "the policy's own ranking" if label == "policy" else label
         only = f", {MOST_VALUES} most frequent of {len(pairs)} values" if len(pairs) > MOST_VALUES else ""
         title = f"{run.name}: dropped by {by}{only}"
-        panels += rows_panel(title, rows, "share dropped", float((~audit.kept).mean()), "all pairs", domainMin=0)
+        everyone = (float((~audit.kept).mean()), "all pairs")
+        panels += rows_panel(title, rows, "share dropped", everyone, domainMin=0)
     return panels
 
 

@@ -27,6 +27,7 @@ from app.core.log_folder import whole_lines
 from callbacks.pair_audit import AUDIT_COLUMNS, DATA
 from callbacks.slots import arguments, entries
 from datamodules.base import PairDataModule
+from datamodules.records import TokenisedPair
 from datamodules.table import PairTable
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,10 @@ def read_run(folder: Path, name: str) -> Run:
         own = curves_of_audit(audit)
         curves = own | curves | {tag: curve for tag, curve in own.items() if tag != "train/reward_accuracy"}
     config, text = read_config(folder)
-    return Run(name, folder, curves, audit, config, text, read_commands(folder))
+    file = folder / COMMANDS_FILE  # a resumed run has several
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    commands = [line for line in lines if line.startswith("beta-dpo fit")]
+    return Run(name, folder, curves, audit, config, text, commands)
 
 
 def read_curves(folder: Path) -> dict[str, pd.Series]:
@@ -148,13 +152,6 @@ def curves_of_audit(audit: pd.DataFrame) -> dict[str, pd.Series]:
     return {tag: column.astype(float) for tag, column in found.items() if column.notna().any()}
 
 
-def read_commands(folder: Path) -> list[str]:
-    """Return the run's `fit` commands in order; a resumed run has more than one."""
-    file = folder / COMMANDS_FILE
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
-    return [line for line in lines if line.startswith("beta-dpo fit")]
-
-
 def read_audit(folder: Path) -> pd.DataFrame:
     """Return all rows of `PairAudit`, one per pair and step. Raises UserError if there are none."""
     files = sorted((folder / "audit").glob("*.parquet"))
@@ -187,7 +184,7 @@ def grouping_labels(audit: pd.DataFrame) -> list[str]:
 
 
 def read_config(folder: Path) -> tuple[Mapping[str, Any], str]:
-    """Return the run's config.yaml as mapping and as text, both empty without one. UserError unless it is YAML."""
+    """Return the run's config.yaml as mapping and as text, both empty without one. UserError for another file."""
     file = folder / "config.yaml"
     if not file.is_file():
         return {}, ""
@@ -196,10 +193,10 @@ def read_config(folder: Path) -> tuple[Mapping[str, Any], str]:
         config = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not YAML: {yaml_fault(error)}.") from error
-    parts = ("trainer", "model", "data") if isinstance(config, Mapping) else ()
-    if not all(isinstance(config.get(part) or {}, Mapping) for part in parts):
+    parts = map(config.get, ("trainer", "model", "data")) if isinstance(config, Mapping) else (config,)
+    if not all(isinstance(part or {}, Mapping) for part in parts):
         raise UserError(f"{file} is not the record of `beta-dpo fit`: remove it, or give another folder.")
-    return (config if isinstance(config, Mapping) else {}), text
+    return config or {}, text
 
 
 class PairTexts:
@@ -227,29 +224,28 @@ class PairTexts:
         rows = self.table.reachable(opened[1])
         self.rows = dict(zip(self.table.pair_ids(rows), rows.tolist(), strict=True))
 
-    def row(self, pair_id: str) -> int:
-        """Return the pair's row in the table. Raises UserError if the data does not have the pair (any more)."""
+    def pair(self, pair_id: str) -> TokenisedPair:
+        """Return a pair as tokens. Raises UserError if the data does not have it (any more)."""
         if pair_id not in self.rows:
             raise UserError(
                 f"The run's data has no pair {pair_id}: it has changed since the run, or a relative data.path "
                 "is relative to another folder."
             )
-        return self.rows[pair_id]
+        return self.table[self.rows[pair_id]]
 
     def texts(self, pair_id: str) -> dict[str, str]:
         """Return `prompt`, `chosen` and `rejected` as trained on, with special tokens except BOS and EOS."""
-        tokenizer, pair = self.data.tokenizer, self.table[self.row(pair_id)]
+        tokenizer, pair = self.data.tokenizer, self.pair(pair_id)
         ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-        sides = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
         return {
             name: str(tokenizer.decode([token for token in ids.tolist() if token not in ends])).strip()
-            for name, ids in sides.items()
-            if ids is not None
+            for name in ("prompt", "chosen", "rejected")
+            if (ids := getattr(pair, name)) is not None
         }
 
     def extra_tokens_of_rejected(self, pair_ids: list[str]) -> list[int]:
         """Return |y_l| − |y_w| of these pairs, in tokens."""
-        pairs = [self.table[self.row(pair_id)] for pair_id in pair_ids]
+        pairs = map(self.pair, pair_ids)
         return [(0 if pair.rejected is None else len(pair.rejected)) - len(pair.chosen) for pair in pairs]
 
 

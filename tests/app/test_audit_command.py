@@ -169,7 +169,7 @@ def test_pairs_of_a_file_as_csv(
     assert "pairs.jsonl" in refused(["audit", RUN, "--count", "3"], capfd)
     config = Path(RUN) / "config.yaml"
     config.write_text("[1, 2]")
-    assert "has no model and data" in refused(["audit", RUN, "--count", "3"], capfd)
+    assert "is not the record of `beta-dpo fit`" in refused(["audit", RUN, "--count", "3"], capfd)
     config.unlink()
     assert "config.yaml is missing" in refused(["audit", RUN, "--count", "3"], capfd)
 
