@@ -52,10 +52,6 @@ class GapMixture:
         digest = hashlib.blake2b(f"{self.seed}:{pair_id}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") < self.share * 2**64
 
-    def draws_batch(self, epoch: int, number: int) -> bool:
-        """Return whether this optimizer batch is replaced, if the unit is the batch."""
-        return bool(np.random.default_rng([self.seed, epoch, number]).random() < self.share)
-
 
 def replaced_stream(stream: PairStream, path: str) -> PairStream:
     """Return the pairs that have a usable sample in the file `path`, with it as their rejected response.
@@ -144,7 +140,8 @@ class GapMixedTable(PairTable):
 
     def exchange(self, rows: np.ndarray, epoch: int, number: int) -> np.ndarray:
         """Return the rows of batch `number` of `epoch`, given its rows before the replacement."""
-        if self.mixture.unit == "batch" and not self.mixture.draws_batch(epoch, number):
+        draw = np.random.default_rng([self.mixture.seed, epoch, number]).random()
+        if self.mixture.unit == "batch" and draw >= self.mixture.share:
             return rows
         return self._partner[rows]
 

@@ -112,7 +112,9 @@ def question(own: Convert) -> Convert:
     return convert
 
 
+_KTO = "an answer with {}, as for KTO; two answers to one prompt make a pair, chosen and rejected"
 _OTHER_TASKS = {  # fields → reason and detail
+    ("kto_tag",): ("unpaired preference", _KTO.format("kto_tag")),
     ("completions", "labels"): ("stepwise supervision", "labels of single steps; write chosen and rejected"),
     ("input_ids",): ("tokens, not text", "input_ids; give the text"),
     ("prompt", "answers"): ("ranked answers", "answers; write the two that you mean as chosen and rejected"),
@@ -126,13 +128,8 @@ def refuse_unusable(row: Row) -> None:
             raise BadRow("more than text", f"a field {name}; only text is trained on")
     if has_value(row, "chosen"):
         return
-    judged = has_value(row, *_ANSWERS) and str(row.get("label")).strip().lower() in _VERDICTS
-    if judged or has_value(row, "kto_tag"):
-        verdict = "label" if judged else "kto_tag"
-        raise BadRow(
-            "unpaired preference",
-            f"an answer with {verdict}, as for KTO; two answers to one prompt make a pair, chosen and rejected",
-        )
+    if has_value(row, *_ANSWERS) and str(row.get("label")).strip().lower() in _VERDICTS:
+        raise BadRow("unpaired preference", _KTO.format("label"))
     for fields, reason in _OTHER_TASKS.items():
         if all(has_value(row, name) for name in fields):
             raise BadRow(*reason)
