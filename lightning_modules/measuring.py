@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,18 +24,6 @@ CHUNK_TOKENS = 512  # response tokens whose logits [chunk, V] of both models are
 Comparison = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class AdapterOff:
-    """The reference of a policy with adapters: the policy with its adapters disabled, not a second model."""
-
-    def __init__(self, policy: ResponseScorer):
-        self.policy = policy
-        self.logits = policy.logits  # the head has no adapter
-
-    def __call__(self, rows: PackedRows, **options: Any) -> Tensor:
-        with without_adapters(self.policy.model):
-            return self.policy(rows, **options)
-
-
 @dataclass
 class PairMeasurer:
     """The policy, its reference and the ranks that measure the pairs of a batch together.
@@ -46,14 +33,19 @@ class PairMeasurer:
 
     policy: ResponseScorer  # the model that is trained
     ranks: Ranks
-    reference: ResponseScorer | AdapterOff | None = None  # computes the reference's values for every batch
+    # the model that computes the reference's values for every batch; the policy itself, if without its adapters
+    reference: ResponseScorer | None = None
     # instead, the reference's log-probabilities [n, 2] of the pairs with the keys [n]
     stored: Callable[[np.ndarray], Tensor] | None = None
 
     @property
     def scorers(self) -> tuple[ResponseScorer, ...]:
         """Return the models, the policy first."""
-        return (self.policy, self.reference) if isinstance(self.reference, ResponseScorer) else (self.policy,)
+        return (self.policy,) if self.reference in (None, self.policy) else (self.policy, self.reference)
+
+    def as_reference(self) -> AbstractContextManager[None]:
+        """Disable the adapters within the block if the policy itself is the reference."""
+        return without_adapters(self.policy.model) if self.reference is self.policy else nullcontext()
 
     def rows(self, batch: OptimizerBatch, pairs: Sequence[int] | None = None) -> list[PackedRows]:
         """Return this rank's rows of `pairs` (indices into its share; None: all), the same number on every rank."""
@@ -79,7 +71,7 @@ class PairMeasurer:
         if self.stored is not None:
             fixed = on_device(self.stored(batch.pair_keys.numpy()), device).unbind(1)
         elif self.reference is not None:
-            with torch.no_grad():  # before the policy, whose activations stay in memory
+            with torch.no_grad(), self.as_reference():  # before the policy, whose activations stay in memory
                 fixed = response_logps(self.reference, micro_batches, share, 2, device).unbind(1)
         policy = response_logps(self.policy, micro_batches, share, 2, device).unbind(1)
         return PairLogps(*policy, *fixed, *response_tokens(micro_batches, share, 2, device).unbind(1))
@@ -150,18 +142,20 @@ def response_table(
     extra forward pass of policy and reference and must be called on every rank at once. At most one chunk of logits
     [chunk, V] of each model is in memory at a time.
     """
-    ranks, reference = measurer.ranks, measurer.reference
+    policy, reference, ranks = measurer.policy, measurer.reference, measurer.ranks
     assert reference is not None
     here = torch.nonzero(eligible[batch.positions]).flatten().tolist()
     table = torch.zeros(size, len(batch.pair_ids), 2, dtype=torch.float64, device=ranks.device)
     positions = on_device(batch.positions, ranks.device)
     for rows in measurer.rows(batch, here):
-        hidden = [scorer(rows, hidden_only=True) for scorer in (measurer.policy, reference)]
+        hidden = [policy(rows, hidden_only=True)]
+        with measurer.as_reference():
+            hidden.append(reference(rows, hidden_only=True))
         for scorer in measurer.scorers:
             gather_root(scorer)
         chunks = (part.split(CHUNK_TOKENS) for part in (*hidden, rows.target_ids))
         per_token = [
-            compare(measurer.policy.logits(ours), reference.logits(fixed), targets)
+            compare(policy.logits(ours), reference.logits(fixed), targets)
             for ours, fixed, targets in zip(*chunks, strict=True)
         ]
         sums = [response_sums(column, rows) for column in torch.cat(per_token, dim=1)]

@@ -216,7 +216,7 @@ class PreferenceOptimization(PreferenceScoring):
         kept = torch.nonzero(decision.kept).flatten()
         loss = decision.weighted_losses(decision.logps.select(kept), decision.terms(kept)).mean()
         responses = int(decision.logps.chosen_tokens.sum() + decision.logps.rejected_tokens.sum())
-        reference = None if self.measurer.reference is None else self.scorers[-1].model
+        reference = None if self.measurer.reference is None else self.measurer.reference.model
         operations = step_operations(self.policy.model, reference, batch.tokens, responses, decision.kept_fraction)
         seconds = self.step_seconds()
         rate = operations / seconds / self.trainer.world_size

@@ -16,7 +16,7 @@ from app.method.batch import OptimizerBatch
 from app.method.pair_loss import PairLoss, pair_metrics
 from lightning_modules.base import LanguageModelTraining
 from lightning_modules.layout_check import CHECKED_PAIRS
-from lightning_modules.measuring import SIDES, AdapterOff, PairMeasurer
+from lightning_modules.measuring import SIDES, PairMeasurer
 from lightning_modules.recorded_training import warn_of_nonfinite
 from lightning_modules.reference_cache import filled_reference_cache
 from lightning_modules.refused_models import check_tokens
@@ -71,7 +71,7 @@ class PreferenceScoring(LanguageModelTraining):
         elif self.other_reference is not None:
             self.measurer.reference = self.load_reference(self.other_reference)
         elif self.reference == "frozen" and self.lora is not None:
-            self.measurer.reference = AdapterOff(self.policy)
+            self.measurer.reference = self.policy  # without its adapters
         elif self.reference == "frozen":
             frozen = copy.deepcopy(self.policy).eval().requires_grad_(False)
             self.measurer.reference = self.place(frozen, frozen=True)
