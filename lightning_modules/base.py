@@ -162,8 +162,7 @@ class LanguageModelTraining(RecordedTraining):
         self.check_data(model)
         if reads_base and parameter_count(model) > meta_above:
             rank_zero_warn(
-                "model.lora: the start of DoRA, PiSSA and OLoRA depends on the base's weights, so every rank loads "
-                "the whole model before it keeps only its shards"
+                "model.lora: DoRA, PiSSA and OLoRA start from the base's weights: each rank loads them all"
             )
         if lora is not None:
             with stand_ins_for_meta(model):

@@ -33,9 +33,8 @@ _INDEX_NAMES = {
 class SafeCheckpointIO(TorchCheckpointIO):
     """A checkpoint plugin that writes to a temporary file in the same folder, renames it, and reads weights only.
 
-    Lightning's own plugin writes through the system's temporary folder. On another file system it copies instead
-    of renaming, and a kill during the copy leaves half a checkpoint under the final name. It also holds the
-    checkpoint twice in memory; this plugin streams to the file.
+    Lightning's own plugin writes through the system's temporary folder: on another file system it copies, and a
+    kill leaves half a checkpoint under the final name. It also holds the checkpoint twice in memory.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -54,10 +53,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 def unwritable(path: Any) -> UserError:
     """Return the error for a checkpoint that cannot be written."""
-    return UserError(
-        f"{path} could not be written, probably because the disk is full: free space and repeat the command with "
-        "--ckpt_path last; an earlier one is untouched."
-    )
+    cure = "free space and repeat the command with --ckpt_path last; an earlier one is untouched"
+    return UserError(f"{path} could not be written, probably because the disk is full: {cure}.")
 
 
 def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:

@@ -67,10 +67,8 @@ class ReferenceCache:
         They were scored when the model was set up, so only a further command of one process can have others.
         """
         if unknown := int((~self.knows(keys)).sum()):
-            raise UserError(
-                "model.reference: cached scored the pairs of the command that this model was set up for, and this "
-                f"one has others ({unknown} pairs here): give it a model of its own, or set it to frozen."
-            )
+            said = f"cached scored the pairs of the command of its set-up, and {unknown} pairs of this one are new"
+            raise UserError(f"model.reference: {said}: take a new model for this command, or set it to frozen.")
         rows = self._rows[np.searchsorted(self._rows["key"], keys)]
         return torch.from_numpy(np.stack([rows["chosen"], rows["rejected"]], 1))
 
@@ -147,11 +145,8 @@ def filled_reference_cache(
     with _lock(ranks, folder):
         reload(cache, ranks)
         if (apart := error()) > TOLERANCE[dtype]:
-            log.warning(
-                "model.reference: the log-probabilities in %s are not those of %s (apart by %.2g nats per token): "
-                "they are deleted, and every pair is scored again.",
-                *(folder, name, apart),
-            )
+            differ = f"in {folder} are not those of {name} (apart by {apart:.2g} nats per token)"
+            log.warning("model.reference: log-probabilities %s: every pair is scored again.", differ)
             for path in folder.glob("*.npy") if ranks.number == 0 else ():
                 path.unlink()
             reload(cache, ranks)
@@ -165,9 +160,8 @@ def reload(cache: ReferenceCache, ranks: Ranks) -> None:
     ranks.strategy.barrier()
     cache.load()
     if not same_count(cache, ranks):
-        raise UserError(
-            f"{cache.folder} differs from rank to rank: set BETA_DPO_CACHE to a folder that all nodes share."
-        )
+        cure = "set BETA_DPO_CACHE to a folder that all nodes share"
+        raise UserError(f"{cache.folder} differs from rank to rank: {cure}.")
 
 
 def same_count(cache: ReferenceCache, ranks: Ranks) -> bool:

@@ -48,10 +48,8 @@ def weight_files(name: str) -> dict[str, Path]:
         except SafetensorError as error:
             raise UserError(f"model.name: {path} is damaged: {error}.") from error
     if not files:
-        raise UserError(
-            f"model.name: {name!r} has no safetensors files, which a model above trainer.strategy's "
-            "meta_init_above is read from: convert it by save_pretrained, or raise that number."
-        )
+        cure = "convert it by save_pretrained, or raise trainer.strategy's meta_init_above"
+        raise UserError(f"model.name: {name!r} has no safetensors files to read shards from: {cure}.")
     return files
 
 

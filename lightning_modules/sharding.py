@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -61,11 +61,8 @@ def gradient_sync(strategy: Any, policy: nn.Module, last: bool) -> Iterator[None
     if isinstance(policy, FSDPModule):
         policy.set_requires_gradient_sync(last or not strategy.accumulate_whole_gradients)
         policy.set_requires_all_reduce(last)
-        yield
-    elif isinstance(strategy.model, DistributedDataParallel) and not last:
-        with strategy.model.no_sync():
-            yield
-    else:
+    accumulates = isinstance(strategy.model, DistributedDataParallel) and not last
+    with strategy.model.no_sync() if accumulates else nullcontext():
         yield
 
 
@@ -77,9 +74,8 @@ def keeps_gradients(strategy: Any) -> bool:
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Clip the norm of all gradients to `max_norm` and return the norm before; the host waits for the device.
 
-    Gradients of a smaller norm are not touched, while torch multiplies them by one. torch's `clip_grad_norm_`
-    refuses parameters on several meshes, and under tensor parallelism split and whole parameters are on different
-    meshes.
+    torch's `clip_grad_norm_` also multiplies smaller gradients, by one, and refuses parameters on several meshes,
+    which tensor parallelism has for split and whole ones.
     """
     groups: dict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
@@ -87,8 +83,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
             groups[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
     norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups.values()]
     total = get_total_norm([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
-    norm = float(total)
-    if norm + 1e-6 > max_norm:  # torch's own margin
+    if (norm := float(total)) + 1e-6 > max_norm:  # torch's own margin
         for group in groups.values():
             clip_grads_with_norm_(group, max_norm, total)
     return norm
@@ -100,9 +95,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
 def split_plan(model: Any, size: int) -> dict[str, str]:
     """Return for modules of transformer blocks how `size` ranks split them, by the model's own plan (`tp_plan`).
 
-    Modules outside the blocks (embeddings, final norm, head) are left out, so every rank has them whole. Raises
-    UserError if the model has no plan, if the plan splits other than linear layers, or if `size` does not divide
-    the number of heads or a layer's width.
+    Every rank has all other modules (embeddings, final norm, head) whole. Raises UserError if the model has no plan
+    or one that splits other than linear layers, or if `size` does not divide the heads or a layer's width.
     """
     blocks, modules = transformer_blocks(model), dict(model.named_modules())
     inside = next(name for name, module in modules.items() if module is blocks) + "."
@@ -131,9 +125,8 @@ def split_plan(model: Any, size: int) -> dict[str, str]:
 def split_layers(model: Any, mesh: DeviceMesh) -> dict[str, str]:
     """Split the layers of `split_plan` over the ranks of a one-dimensional `mesh` in place, and return the plan.
 
-    Apply FSDP2 over the other mesh dimensions afterwards. The hooks of transformers communicate: one all-reduce
-    after attention and one after the MLP in the forward pass, and the same for the inputs' gradients in the
-    backward pass (Megatron, arXiv 1909.08053 §3).
+    The hooks of transformers communicate: one all-reduce after attention and one after the MLP in the forward pass,
+    and the same for the inputs' gradients in the backward pass (Megatron, arXiv 1909.08053 §3).
     """
     plan = split_plan(model, mesh.size())
     modules = dict(model.named_modules())

@@ -92,7 +92,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def shards(self, nodes: int, ranks: int) -> int:
         """Return the number of shards per copy of the model; `tensor_parallel_size` ranks share a shard.
 
-        Raises UserError if the ranks do not form tensor-parallel groups, and these copies, of equal size.
+        Raises UserError if that does not divide the ranks, or the copies are not of equal size.
         """
         replicas, split = nodes if self.replicas == "nodes" else self.replicas, self.tensor_parallel_size
         if ranks % split:
