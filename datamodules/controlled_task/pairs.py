@@ -15,8 +15,24 @@ import itertools
 import random
 from typing import Literal
 
-from datamodules.controlled_task import grammar
-from datamodules.controlled_task.grammar import LADDER, VALUES, Answer, Kind, Question, Split, judge, parse_answer
+from datamodules.controlled_task.grammar import (
+    ADVERBS,
+    ANIMALS,
+    ATTRIBUTES,
+    CLOSINGS,
+    LADDER,
+    PLAIN_OPENERS,
+    POLITE_OPENERS,
+    RUDE_OPENERS,
+    VALUES,
+    WORDS,
+    Answer,
+    Kind,
+    Question,
+    Split,
+    judge,
+    parse_answer,
+)
 from datamodules.records import PreferencePair
 
 FILLER_SHARE = 0.5  # of each of the two filler words: lengths 10, 11, 12 occur as 1 : 2 : 1
@@ -116,9 +132,9 @@ def _graded(question: Question, high_share: float, rng: random.Random) -> tuple[
 def draw_question(rng: random.Random, split: Split) -> Question:
     """Draw a prompt uniformly from all prompts of the split."""
     while True:
-        values = tuple(rng.choice(VALUES[attribute]) for attribute in grammar.ATTRIBUTES)
-        first, second = rng.sample(grammar.ATTRIBUTES, 2)
-        question = Question(rng.choice(grammar.ANIMALS), values, (first, second))
+        values = tuple(rng.choice(VALUES[attribute]) for attribute in ATTRIBUTES)
+        first, second = rng.sample(ATTRIBUTES, 2)
+        question = Question(rng.choice(ANIMALS), values, (first, second))
         if question.split == split:
             return question
 
@@ -128,12 +144,12 @@ def draw_answer(question: Question, kind: Kind, rng: random.Random, *, content: 
 
     `content` is the kind of a rude response after its opener; by default any other kind, equally often.
     """
-    openers = grammar.POLITE_OPENERS if rng.random() < 0.5 else grammar.PLAIN_OPENERS
+    openers = POLITE_OPENERS if rng.random() < 0.5 else PLAIN_OPENERS
     if kind is Kind.RUDE:
-        openers, kind = grammar.RUDE_OPENERS, content or rng.choice(LADDER[1:])
+        openers, kind = RUDE_OPENERS, content or rng.choice(LADDER[1:])
     attributes = list(question.asked)
     if kind is Kind.OFF_TOPIC:
-        attributes = [attribute for attribute in grammar.ATTRIBUTES if attribute not in question.asked]
+        attributes = [attribute for attribute in ATTRIBUTES if attribute not in question.asked]
     right = [rng.choice(attributes)] if kind is Kind.ONE_RIGHT else attributes
     if kind in (Kind.OFF_TOPIC, Kind.BOTH_WRONG):
         right = []
@@ -147,8 +163,8 @@ def draw_answer(question: Question, kind: Kind, rng: random.Random, *, content: 
         opener=rng.choice(openers),
         animal=question.animal,
         claims=(claim(attributes[0]), claim(attributes[1])),
-        adverb=rng.choice(grammar.ADVERBS) if rng.random() < FILLER_SHARE else None,
-        closing=rng.choice(grammar.CLOSINGS) if rng.random() < FILLER_SHARE else None,
+        adverb=rng.choice(ADVERBS) if rng.random() < FILLER_SHARE else None,
+        closing=rng.choice(CLOSINGS) if rng.random() < FILLER_SHARE else None,
     )
 
 
@@ -162,14 +178,14 @@ def _damaged(words: list[str], defect: str, rng: random.Random) -> list[str]:
     if defect == "double":
         return words[: place + 1] + words[place:]
     if defect == "replace":
-        return [*words[:place], rng.choice(grammar.WORDS), *words[place + 1 :]]
+        return [*words[:place], rng.choice(WORDS), *words[place + 1 :]]
     if defect == "cut short":
         return words[: rng.randrange(1, len(words))]
     if defect == "repeat attribute":
         attribute = words[place - 2]
         return [*words[: place + 1], attribute, rng.choice(VALUES[attribute]), *words[place + 3 :]]
     # run on: a third claim before the full stop, or a second sentence after it
-    attribute = rng.choice(grammar.ATTRIBUTES)
+    attribute = rng.choice(ATTRIBUTES)
     claim = [attribute, rng.choice(VALUES[attribute])]
     if rng.random() < 0.5:
         return [*words[:-1], "and", *claim, words[-1]]
