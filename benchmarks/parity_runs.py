@@ -109,19 +109,11 @@ def read_run(folder: Path) -> Run:
     """Read a finished run from its log folder: audit, logged loss and last checkpoint."""
     losses = pd.read_csv(folder / "metrics.csv", float_precision="round_trip")["train/loss"].dropna().to_numpy()
     audit = pq.read_table(folder / "audit").to_pandas()
-    steps = [
-        Step(
-            pair_ids=rows["pair_id"].tolist(),
-            gaps=rows["gap"].to_numpy(),
-            log_weights=rows["log_weight"].to_numpy(dtype=np.float64),
-            kept=rows["kept"].to_numpy(),
-            beta=float(rows["beta"].iloc[0]),
-            mean=float(rows["running_mean"].iloc[0]),
-            std=float(rows["running_std"].iloc[0]),
-            loss=float(loss),
-        )
-        for (_, rows), loss in zip(audit.groupby("step"), losses, strict=True)
-    ]
+    steps = []
+    for (_, rows), loss in zip(audit.groupby("step"), losses, strict=True):
+        arrays = (rows.gap.to_numpy(), rows.log_weight.to_numpy(dtype=np.float64), rows.kept.to_numpy())
+        beta, mean, std = (float(rows[name].iloc[0]) for name in ("beta", "running_mean", "running_std"))
+        steps.append(Step(rows.pair_id.tolist(), *arrays, beta, mean, std, float(loss)))
     state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     return Run(steps, {name.removeprefix("policy.model."): value for name, value in state.items()})
 

@@ -82,16 +82,12 @@ class PairDataModule(LightningDataModule):
         self.notes: list[str] = []  # what these two did to the training pairs
         self._tables: dict[Split, tuple[PairTable, np.ndarray]] = {}
         self._prepared: dict[Split, tuple[PairTable, np.ndarray] | None] = {}
-        self._module: LightningModule | None = None
+        self.used_by: LightningModule | None = None  # the stage, where there is no trainer
 
     @property
     def module(self) -> LightningModule | None:
-        """Return the stage that uses the pairs: the trainer's, or the one that was set if there is no trainer."""
-        return self.trainer.lightning_module if self.trainer else self._module
-
-    @module.setter
-    def module(self, module: LightningModule) -> None:
-        self._module = module
+        """Return the stage that uses the pairs."""
+        return self.trainer.lightning_module if self.trainer else self.used_by
 
     @cached_property
     @abstractmethod

@@ -26,7 +26,7 @@ def run_show(arguments: list[str]) -> None:
     """Parse the options of `fit` and `--pairs`; print the first pairs and what was cut and left out."""
     options = PartsCLI(arguments, OPTIONS).config_init["fit"]
     data: PairDataModule = options["data"]
-    data.module = options["model"]
+    data.used_by = options["model"]
     print("\n".join(lines(data, options["pairs"])))
     if options["prepare"]:
         print("\n".join(prepare(data, getattr(data.module, "name", None))))

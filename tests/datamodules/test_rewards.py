@@ -179,6 +179,6 @@ def test_the_rewards_reach_m_and_beta(rewarder: str, tiny_llama: str, tmp_path: 
 
 def test_fine_tuning_says_that_it_needs_no_rewards() -> None:
     data = controlled(10, reward_model=RewardScoring("nowhere"))
-    data.module = SimpleNamespace(responses=("chosen",))  # type: ignore[assignment]
+    data.used_by = SimpleNamespace(responses=("chosen",))  # type: ignore[assignment]
     table_of(data)
     assert data.notes == ["data.reward_model has no effect on supervised fine-tuning"]
