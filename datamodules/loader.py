@@ -85,11 +85,15 @@ class PreferenceBatch:
             self.packing, pairs = packing, range(len(self.share))
         return pack(self.share, list(pairs), responses, layout, self.micro_batch_tokens, balanced_row)
 
-    def stretched(self) -> PreferenceBatch:
-        """Return a batch with a pair of the run's largest size and a short one, made of the share's tokens."""
-        pairs = [stretched_pair(self.share, *sizes) for sizes in (self.longest, short(*self.longest)) if self.share]
+    def stretched(self, pairs: Sequence[int]) -> PreferenceBatch:
+        """Return a batch with a pair of the run's largest size and a short one, made of the tokens of `pairs`.
+
+        Without any, the tokens of the whole share are taken.
+        """
+        share = [self.share[pair] for pair in pairs] or self.share
+        made = [stretched_pair(share, *sizes) for sizes in (self.longest, short(*self.longest)) if share]
         return PreferenceBatch(
-            pairs, torch.arange(len(pairs)), ["", ""], {}, sum(self.longest), self.micro_batch_tokens, self.longest
+            made, torch.arange(len(made)), ["", ""], {}, sum(self.longest), self.micro_batch_tokens, self.longest
         )
 
 

@@ -72,7 +72,8 @@ class StartCheck:
         """
         try:
             with torch.inference_mode(False):  # training uses what a validation has settled
-                return self._settled([self._plain_sample(batch), self._alone_sample(batch.stretched())])
+                plain = self._plain_sample(batch)
+                return self._settled([plain, self._alone_sample(batch.stretched(plain.pairs))])
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"Out of memory in the start-up check of the model ({first_line(error)}): `beta-dpo plan` says "
@@ -195,8 +196,9 @@ class StartCheck:
                 f"model.name: the output head of {self.name or 'this architecture'} is not supported: "
                 "its log-probabilities differ from those of transformers' own forward pass."
             )
-        # a pair that is not finite tests nothing, and would make its packed row NaN
-        return Sample(batch, [pair for pair in pairs if expected[pair].isfinite().all()], expected)
+        # a pair that is not finite tests nothing, and would make its packed row NaN; one side may be finite
+        finite = expected.isfinite().all(dim=1)
+        return Sample(batch, [pair for pair in pairs if finite[pair]], expected.masked_fill(~finite[:, None], 0))
 
     def _alone_sample(self, batch: OptimizerBatch) -> Sample:
         """Return the pairs of the batch, every response scored in a micro-batch of its own, free of other rows."""

@@ -137,4 +137,4 @@ def warn_of_nonfinite(stage: str, left_out: int, counted: int) -> None:
     """Warn if the means of an evaluation leave out pairs that are not finite."""
     if left_out:
         rest = f"the means are those of the other {counted}" if counted else "so there is no mean to report"
-        rank_zero_warn(f"{stage}: {left_out} of {left_out + counted} pairs have no finite gap: {rest}.")
+        rank_zero_warn(f"{stage}: {left_out} of {left_out + counted} pairs have no finite log-probability: {rest}.")

@@ -112,10 +112,10 @@ class OptimizerBatch(Protocol):
         """
         ...
 
-    def stretched(self) -> OptimizerBatch:
-        """Return two pairs made of the share's tokens: one as long as any pair of this run, and a short one.
+    def stretched(self, pairs: Sequence[int]) -> OptimizerBatch:
+        """Return two pairs made of the tokens of `pairs`: one as long as any pair of this run, and a short one.
 
-        They expose what depends on positions in a row or on the longest row of a micro-batch. A share without
-        pairs gives none.
+        They expose what depends on positions in a row or on the longest row of a micro-batch. Without `pairs` the
+        tokens of the whole share are taken; a share without pairs gives none.
         """
         ...

@@ -158,7 +158,9 @@ def test_pairs_that_are_not_finite_are_in_no_mean_and_counted(
     pairs: int, batches: int, tiny_llama: str, tmp_path: Path
 ) -> None:
     trainer = quiet_trainer(tmp_path, [Spoil(pairs)], limit_val_batches=batches)
-    with pytest.warns(UserWarning, match=rf"val: {pairs} of {7 if batches == 2 else 4} pairs have no finite gap"):
+    with pytest.warns(
+        UserWarning, match=rf"val: {pairs} of {7 if batches == 2 else 4} pairs have no finite log-probability"
+    ):
         (figures,) = trainer.validate(
             preference(tiny_llama), controlled(24, batch_size=4, micro_batch_tokens=150), verbose=False
         )

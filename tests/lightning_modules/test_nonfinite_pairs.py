@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ from tiny_runs import (
     preference,
     quiet_trainer,
     rarest_token,
+    save_tiny_model,
     table_of,
     tiny_model,
     weights,
 )
+from transformers import AutoModelForCausalLM
 
 from app.core.errors import UserError
 from app.method.losses import AlphaDPOLoss
+from datamodules import PreferenceData
+from datamodules.controlled_task import build_tokenizer
 
 PAIRS, BATCH = 20, 10
 
@@ -110,3 +115,24 @@ def test_the_count_survives_a_resume(spoilt: tuple[str, str], tmp_path: Path) ->
     trainer = quiet_trainer(tmp_path, beta_dpo(), max_epochs=2)
     trainer.fit(again, controlled(PAIRS, batch_size=BATCH), ckpt_path=str(tmp_path / "c.ckpt"))
     assert again.nonfinite_pairs == 2
+
+
+@pytest.mark.parametrize(("number", "side"), [(1, "prompt"), (2, "chosen")])
+def test_a_pair_that_is_not_finite_does_not_fail_the_start_up_check(
+    number: int, side: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BETA_DPO_CACHE", str(tmp_path / "cache"))
+    name = save_tiny_model("llama", tmp_path / "m")
+    model: Any = AutoModelForCausalLM.from_pretrained(name)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[build_tokenizer().convert_tokens_to_ids(" wolf")] = torch.nan
+    model.save_pretrained(name)
+    rows = [{"prompt": " tell me" + " the" * n, "chosen": " red fox .", "rejected": " owl ."} for n in range(5)]
+    rows[number][side] += " wolf ."
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = PreferenceData(str(tmp_path / "pairs.jsonl"), validation_path=str(tmp_path / "pairs.jsonl"))
+    trainer = quiet_trainer(tmp_path, limit_val_batches=1.0)
+    with caplog.at_level(logging.INFO, "lightning_modules"):
+        (figures,) = trainer.validate(preference(name), data, verbose=False)
+    assert (figures["val/pairs"], figures["val/nonfinite_pairs"]) == (4, 1)
+    assert "start-up check passed (attention pairwise, packed rows): 3 pairs of the data" in caplog.text
