@@ -211,7 +211,10 @@ class RewardModel:
         if len(whole["input_ids"]) <= self.limit:
             return dict(whole)
         self.truncated += 1
-        part = True if self.tokenizer.chat_template else "only_first"
+        part: bool | str = True  # which cuts the longer text of a prompt and a response
+        if not self.tokenizer.chat_template:
+            rest = len(whole["input_ids"]) - len(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            part = "only_first" if rest < self.limit else True
         return dict(encode(truncation=part, max_length=self.limit))
 
     def takes(self, prompt: Prompt) -> bool:

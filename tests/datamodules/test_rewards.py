@@ -119,6 +119,12 @@ def test_an_interrupted_scoring_goes_on_to_the_same_rewards(
     assert [path.suffix for path in cache_root("rewards").iterdir() if path.is_dir()] == [""]
 
 
+@pytest.mark.parametrize("words", [3, 9, 10, 40])
+def test_a_response_longer_than_the_limit_is_cut_as_well_and_counted(rewarder: str, words: int) -> None:
+    model = RewardModel(rewarder, max_length=10)
+    assert len(list(model.rewards([" red" * 8], [" fox" * words]))) == model.truncated == 1
+
+
 def test_damaged_rewards_are_scored_anew(rewarder: str, caplog: pytest.LogCaptureFixture) -> None:
     whole = reward_scores(stream(), RewardScoring(rewarder), CPU).combine_chunks().to_pydict()
     (folder,) = (path for path in cache_root("rewards").iterdir() if path.is_dir())
