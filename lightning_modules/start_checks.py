@@ -15,6 +15,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -77,7 +78,11 @@ def check_start(
     for option, (unused, cure) in UNUSABLE.items():
         if getattr(trainer, option) != unused:
             raise UserError(f"trainer.{option} {cure}.")
-    stage = trainer.state.fn.value.replace("validate", "val")
+    stage, module = trainer.state.fn.value.replace("validate", "val"), trainer.lightning_module
+    if stage in ("test", "predict") and not is_overridden(f"{stage}_step", module):
+        raise UserError(
+            f"model: {type(module).__name__} does not {stage}: take `validate`, or model PreferenceOptimization."
+        )
     if stage != "fit" and not getattr(trainer, f"limit_{stage}_batches"):
         raise UserError(f"trainer.limit_{stage}_batches is 0, which leaves out every pair: raise it.")
     if precision not in ("32-true", "64-true", "bf16-mixed"):

@@ -87,6 +87,12 @@ def test_epochs_that_are_limited_are_of_equal_length_and_serve_pass_after_pass(
     assert len(set(seen[:30])) == len(set(seen[30:])) == 30
 
 
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_a_stage_that_does_not_evaluate_so_is_named(command: str, tiny_llama: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"model: SupervisedFineTuning does not {command}: take `validate`"):
+        getattr(quiet_trainer(tmp_path), command)(SupervisedFineTuning(tiny_llama), controlled(4))
+
+
 def test_an_evaluation_of_no_pair_is_refused(tiny_llama: str, tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, limit_predict_batches=0)
     with pytest.raises(UserError, match=r"trainer\.limit_predict_batches is 0"):
