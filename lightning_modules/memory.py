@@ -18,6 +18,7 @@ from lightning_modules.head import NARROWEST_SLICE, SLICE_LOGITS
 from lightning_modules.pretrained import linear_weights
 from lightning_modules.private import FakeTensorMode, storage_id
 from lightning_modules.sharding import LOCAL, keep_local_part, transformer_blocks
+from lightning_modules.strategy import ShardedStrategy
 
 WEIGHT = 4  # bytes of a master weight, of a gradient and of each number of optimizer state: float32
 SHORT_ROW = 16  # tokens; short, so that the dense mask, which FlexAttention does not need, adds almost nothing
@@ -155,18 +156,15 @@ class Setup:
 
     kind: Literal["single", "ddp", "sharded"]
     device: Literal["cpu", "cuda"] = "cuda"
+    strategy: ShardedStrategy | None = None  # if `sharded`
     shards: int = 1  # ranks that share one copy of the model
     compute_bytes: int = 4  # bytes of a number in the forward pass
     autocast: bool = False
     reference: bool = True
-    offload_reference: bool = False
     checkpointed: bool = False
     dense_mask: int = 0  # bytes per (query, key) entry of the masks of a transformers attention
     optimizer_state: float = 2.0  # numbers per parameter
     foreach_step: bool = True  # the optimizer updates all parameters at once
-    reshard: bool = True
-    prefetch: int = 1
-    accumulate_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,8 +181,8 @@ class MemoryPlan:
         sizes, setup = self.sizes, self.setup
         state = int(WEIGHT * sizes.trained.all // setup.shards * setup.optimizer_state)
         resident = {"parameters": sizes.stored // setup.shards, "optimizer state": state}
-        if setup.reference and not (setup.kind == "sharded" and setup.offload_reference):
-            halved = sizes.weights.all if setup.kind == "sharded" else sizes.linear
+        if setup.reference and not (setup.strategy and setup.strategy.offload_reference):
+            halved = sizes.weights.all if setup.strategy else sizes.linear
             reference = setup.compute_bytes * halved + WEIGHT * (sizes.weights.all - halved)
             resident["reference"] = (sizes.stored if sizes.dequantized else reference) // setup.shards
         if setup.autocast:
@@ -199,16 +197,18 @@ class MemoryPlan:
     def moments(self, tokens: int) -> dict[str, dict[str, int]]:
         """Return the bytes held at each candidate for the peak, with micro-batches of `tokens` tokens."""
         weights, trained, setup, made = self.sizes.weights, self.sizes.trained, self.setup, self.activations
-        sharded, compute = setup.kind == "sharded", setup.compute_bytes
+        strategy, compute = setup.strategy, setup.compute_bytes
+        sharded = strategy is not None
         share = WEIGHT * trained.all // setup.shards
         gradients = share + (WEIGHT * trained.all if setup.kind == "ddp" else 0)  # DDP adds its buckets
-        if sharded and setup.accumulate_whole:
-            gradients += WEIGHT * trained.all
-        root, block = compute * weights.root * sharded, compute * weights.block * sharded
-        # the running block, the prefetched blocks, and the receive buffer of one block
-        blocks = block * (2 + setup.prefetch)
-        if sharded and not setup.reshard:
-            blocks = compute * (weights.all - weights.root) + block
+        root = blocks = 0  # gathered weights
+        if strategy is not None:
+            gradients += WEIGHT * trained.all * strategy.accumulate_whole_gradients
+            root, block = compute * weights.root, compute * weights.block
+            # the running block, the prefetched blocks, and the receive buffer of one block
+            blocks = block * (2 + strategy.prefetch_blocks)
+            if not strategy.reshard_after_forward:
+                blocks = compute * (weights.all - weights.root) + block
         # in the worst case all tokens are in one row
         masks = setup.dense_mask * tokens**2 or mask_bytes(tokens) * (setup.device == "cuda")
         # the peak is at the start of the backward pass or, with checkpoints, while a block is recomputed

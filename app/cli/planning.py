@@ -76,17 +76,10 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
         raise UserError("plan: trainer.strategy must be one device, ddp or ShardedStrategy (configs/strategy).")
     if precision not in ("32-true", "32", "bf16-mixed") or (sharded and precision == "bf16-mixed"):
         raise UserError(f"plan: trainer.precision {precision} does not go with this strategy (docs/clusters.md).")
-    half, split, of_strategy = "bf16" in precision, 1, {}
+    half, split, shards = "bf16" in precision, 1, 1
     if sharded:
         half = strategy.requested_dtype == "bfloat16" or (strategy.requested_dtype == "auto" and not on_cpu)
-        split = strategy.tensor_parallel_size
-        of_strategy = {
-            "shards": strategy.shards(nodes, per_node * nodes),
-            "offload_reference": strategy.offload_reference,
-            "reshard": strategy.reshard_after_forward,
-            "prefetch": strategy.prefetch_blocks,
-            "accumulate_whole": strategy.accumulate_whole_gradients,
-        }
+        split, shards = strategy.tensor_parallel_size, strategy.shards(nodes, per_node * nodes)
     if module.quantize is not None:
         check_quantized(module.quantize, module.lora, sharded, precision)
     lora = None if module.lora is None else replace(module.lora, init_lora_weights=True)
@@ -102,7 +95,8 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
         dense_mask=0 if module.layout == "separate" else dense_mask_bytes(module.attention, config),
         optimizer_state=optimizer_state(module.make_optimizer),
         foreach_step=not on_cpu,
-        **of_strategy,
+        strategy=strategy if sharded else None,
+        shards=shards,
     )
     dtype = torch.bfloat16 if half and sharded else torch.float32
     model = bare_model(config, dtype=torch.float32)
