@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import torch
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -77,31 +77,20 @@ class Run:
 
 def fit(bench: Bench, name: str, method: str, steps: int, batch_size: int, *options: str) -> Run:
     """Run `beta-dpo fit` with the overlay configs/method/`method`.yaml, as on the command line; return the run."""
-    model = {
-        "name": str(bench.model),
-        "beta0": BETA0,
-        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": LEARNING_RATE, "weight_decay": 0.0}},
-        "max_grad_norm": MAX_GRAD_NORM,
-    }
     # micro_batch_tokens is small enough for several micro-batches per step
-    data = {"path": str(bench.folder / "pairs.jsonl"), "batch_size": batch_size, "micro_batch_tokens": 600}
-    log = {"save_dir": str(bench.folder), "name": name, "version": ""}
-    configuration = {
-        "seed_everything": 5,
-        "model": {"class_path": "lightning_modules.PreferenceOptimization", "init_args": model},
-        "data": {"class_path": "datamodules.PreferenceData", "init_args": data},
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": steps,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": log},
-        },
-    }
-    base = bench.folder / f"{name}.yaml"
-    base.write_text(yaml.safe_dump(configuration), encoding="utf-8")
-    main(["fit", "--config", str(base), "--config", f"configs/method/{method}.yaml", *options])
+    settings = f"""
+        --seed_everything 5
+        --model lightning_modules.PreferenceOptimization --model.name {bench.model} --model.beta0 {BETA0}
+        --model.optimizer torch.optim.AdamW --model.optimizer.lr {LEARNING_RATE} --model.optimizer.weight_decay 0.0
+        --model.max_grad_norm {MAX_GRAD_NORM}
+        --data datamodules.PreferenceData --data.path {bench.folder}/pairs.jsonl --data.batch_size {batch_size}
+        --data.micro_batch_tokens 600
+        --trainer.accelerator cpu --trainer.max_steps {steps} --trainer.log_every_n_steps 1
+        --trainer.enable_progress_bar false --trainer.enable_model_summary false
+        --trainer.logger CSVLogger --trainer.logger.save_dir {bench.folder} --trainer.logger.name {name}
+        --trainer.logger.version ''
+    """
+    main(["fit", *shlex.split(settings), "--config", f"configs/method/{method}.yaml", *options])
     return read_run(bench.folder / name)
 
 
