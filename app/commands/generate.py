@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -160,23 +160,17 @@ def sample_parts(batches: Sequence[Batch], parts: Parts, sampler: Sampler) -> No
     with tqdm(desc="sampling", unit=" samples", total=sum(len(b.items) for b in batches), disable=None) as progress:
         progress.update(sum(len(batch.items) for batch in done))
         for batch in batches[len(done) :]:
-            answers = sampler.answers(batch)
-            part = {
-                "lines": list(lines_of(batch, answers)),
-                "refused": Counter(reason for reason in answers if isinstance(reason, str)),
-                "generator": sampler.state,
-            }
+            lines, refused = [], Counter[str]()
+            for (item, copy), answer in zip(batch.items, sampler.answers(batch), strict=True):
+                if isinstance(answer, str):
+                    refused[answer] += 1
+                else:
+                    more = {"temperature": batch.temperature, "sample": copy, **answer, **item.labels}
+                    lines.append(sample_line(item.pair_id, item.prompt, **more))
+            part = {"lines": lines, "refused": refused, "generator": sampler.state}
             with atomic_file(parts.path(batch.number)) as temporary:
                 temporary.write_text(json.dumps(part), encoding="utf-8")
             progress.update(len(batch.items))
-
-
-def lines_of(batch: Batch, answers: Sequence[dict[str, Any] | str]) -> Iterator[str]:
-    """Yield the lines of the sample file for one batch, without those that were refused."""
-    for (item, copy), answer in zip(batch.items, answers, strict=True):
-        if isinstance(answer, dict):
-            more = {"temperature": batch.temperature, "sample": copy, **answer, **item.labels}
-            yield sample_line(item.pair_id, item.prompt, more.pop("response"), more.pop("finished"), **more)
 
 
 def part_of(parts: Parts, number: int) -> dict[str, Any]:

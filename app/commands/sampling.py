@@ -129,11 +129,8 @@ class ServedSampler:
         self.client = Client(settings)
         self.chat = template.chat_template is True
         self.seed = seed
-        more: dict[str, Any] = {}
-        if template.chat_template_kwargs:
-            more["chat_template_kwargs"] = template.chat_template_kwargs
-        if settings.token_ids:
-            more["return_token_ids"] = True
+        wanted = {"chat_template_kwargs": template.chat_template_kwargs, "return_token_ids": settings.token_ids}
+        more = {name: value for name, value in wanted.items() if value}
         self.options: dict[str, Any] = {"model": model, "extra_body": more}
         if sampling["top_p"] < 1:
             self.options["top_p"] = sampling["top_p"]
@@ -178,10 +175,8 @@ class ServedSampler:
                 reply = client.completions.create(prompt=item.prompt, max_tokens=self.max_tokens, **options)
             found[place] = served(reply)
 
-        def kept() -> str:
-            return "the same command continues after the last finished batch."
-
-        found |= self.client.ask_all(range(len(batch.items)), ask, kept)
+        kept = "the same command continues after the last finished batch."
+        found |= self.client.ask_all(range(len(batch.items)), ask, lambda: kept)
         return [found[place] for place in range(len(batch.items))]
 
 

@@ -89,10 +89,9 @@ def available(histories: pd.DataFrame) -> dict[str, str]:
     """
     found = {}
     margins = histories.reference_margin.dropna()
-    if len(margins):
-        agreement = float((margins > 0).mean())
-        if agreement - 0.5 > 3 * 0.5 / np.sqrt(len(margins)):
-            found["reference"] = f"the reference prefers the labelled response in {agreement:.0%} of the pairs"
+    agreement = float((margins > 0).mean())  # NaN without a margin
+    if agreement - 0.5 > 3 * 0.5 / max(len(margins), 1) ** 0.5:
+        found["reference"] = f"the reference prefers the labelled response in {agreement:.0%} of the pairs"
     if (histories.mislabelled != 0).any():  # below 0 for a pair whose gaps speak for its label
         found["gaps"] = "the mean gap rose above 0"
     if histories.wrong_by_posterior.notna().any():
