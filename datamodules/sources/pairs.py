@@ -114,7 +114,7 @@ def read_row(
         if theirs not in row:
             named = f"{theirs!r}, which data.columns names for {own}{close(theirs, row)}"
             raise BadRow("missing field", f"{named}; {_found(row)}")
-    row = rename(row, {theirs: own for own, theirs in columns.items()})
+    row = rename(row, {theirs: own for own, theirs in columns.items()}) if columns else row
     format = _format_of(row, source.format, need_rejected, prompts_only)
     fields = format.convert(row, source)
     if need_rejected and "rejected" not in fields:
@@ -220,7 +220,7 @@ def _format_of(row: Row, named: str, need_rejected: bool, prompts_only: bool) ->
     if has_value(row, "rejected"):  # a pair is no demonstration, even if it is damaged
         formats = [one for one in formats if one.is_pair]
         if not formats:
-            raise BadRow("a pair", f"{named} has single answers, and rejected has a value")
+            raise BadRow("two answers", f"rejected has a value, and {named} is a format of single answers")
     complete = (one for one in formats if not one.lacking(row))
     # the columns exist but are empty: reading the row names the empty one
     present = (one for one in formats if one.has_columns(row))

@@ -49,10 +49,10 @@ class Format:
 
     def lacking(self, row: Row) -> list[str]:
         """Return the needed fields that have no value in a row."""
-        found = {name for name in row if has_value(row, name)}
-        if found & {*_SIDES}:  # a row with one null side is a damaged pair, not a demonstration
-            found |= {side for side in _SIDES if side in row}
-        return [name for name in self.fields if found.isdisjoint(name.split("|"))]
+        lacking = [name for name in self.fields if not has_value(row, *name.split("|"))]
+        if has_value(row, *_SIDES):  # a row with one null side is a damaged pair, not a demonstration
+            lacking = [name for name in lacking if name not in _SIDES or name not in row]
+        return lacking
 
     def has_columns(self, row: Row) -> bool:
         """Return whether a row has the needed fields, with or without values."""

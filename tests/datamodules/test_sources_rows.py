@@ -162,7 +162,7 @@ def test_a_malformed_row_is_refused_with_its_reason(row: object, reason: str) ->
     [
         ({"chosen": TALK + "a", "rejected": TALK + "b"}, "pairs", "missing field"),
         ({"prompt": "hi", "chosen": "a", "rejected": "b"}, "hh", "not an HH transcript"),
-        ({"text": "hi", "rejected": "b"}, "text", "a pair"),
+        ({"text": "hi", "rejected": "b"}, "text", "two answers"),
         ({"chosen": [USER, says("a")], "rejected": [USER, says("b")]}, "hh", "wrong type"),
     ],
 )
