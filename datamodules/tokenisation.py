@@ -162,13 +162,11 @@ class _Tokeniser:
         texts: dict[bool, list[str]] = {True: [], False: []}
         for one in rendered:
             texts[one.template is not None] += one.texts
-        ids = {chat: iter(self.encode(some, chat)) for chat, some in texts.items()}
+        ids = {chat: iter(self.encode(some, chat)) for chat, some in texts.items() if some}
         for one in rendered:
             yield list(islice(ids[one.template is not None], len(one.texts)))
 
     def encode(self, texts: list[str], chat: bool) -> list[list[int]]:
-        if not texts:
-            return []
         options = {"split_special_tokens": False} if chat else {}
         encoded = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options
