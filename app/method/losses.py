@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,17 +12,15 @@ from app.method.ranges import FiniteFloat, NonNegativeFloat, ShareBelowHalf, che
 
 
 @checked
-@dataclass(eq=False)
 class SigmoidLoss(LogitLoss):
     """DPO, −log σ(β·h) (arXiv 2305.18290, eq. 7); conservative DPO (cDPO) for `label_smoothing` ε > 0.
 
     cDPO is (1 − ε)·−log σ(β·h) + ε·−log σ(−β·h), which assumes that a label is swapped with probability ε.
     """
 
-    label_smoothing: ShareBelowHalf = 0.0
-
-    def __post_init__(self) -> None:
-        self.has_swapped_form = self.label_smoothing == 0.0  # cDPO mixes both forms already
+    def __init__(self, label_smoothing: ShareBelowHalf = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+        self.has_swapped_form = label_smoothing == 0.0  # cDPO mixes both forms already
 
     def of_logits(self, logits: Tensor) -> Tensor:
         upright, swapped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
@@ -32,14 +28,14 @@ class SigmoidLoss(LogitLoss):
 
 
 @checked
-@dataclass(eq=False)
 class RobustLoss(LogitLoss):
     """Robust DPO (arXiv 2403.00409): an unbiased estimate of the DPO loss when labels are swapped at rate ε.
 
     The loss is ((1 − ε)·−log σ(β·h) − ε·−log σ(−β·h)) / (1 − 2ε). It has no lower bound and can be negative.
     """
 
-    label_smoothing: ShareBelowHalf = 0.1
+    def __init__(self, label_smoothing: ShareBelowHalf = 0.1) -> None:
+        self.label_smoothing = label_smoothing
 
     def of_logits(self, logits: Tensor) -> Tensor:
         upright, swapped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
@@ -57,7 +53,6 @@ class HingeLoss(LogitLoss):
 
 
 @checked
-@dataclass(eq=False)
 class SimPOLoss(LogitLoss):
     """SimPO, −log σ(β·(l_w/|y_w| − l_l/|y_l|) − γ) (arXiv 2405.14734, eq. 6); needs no reference.
 
@@ -65,10 +60,11 @@ class SimPOLoss(LogitLoss):
     not say whether γ follows β; if it did, the target margin would change with every batch.
     """
 
-    gamma: NonNegativeFloat = 1.0
-
     needs_reference = False
     has_swapped_form = True
+
+    def __init__(self, gamma: NonNegativeFloat = 1.0) -> None:
+        self.gamma = gamma
 
     def discrepancy(self, logps: PairLogps) -> Tensor:
         return logps.normalised_gap
