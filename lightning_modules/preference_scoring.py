@@ -82,8 +82,8 @@ class PreferenceScoring(LanguageModelTraining):
         if again or not self.loss.needs_reference or self.reference != "cached":
             return
         assert self.name is not None
-        # before a checkpoint is loaded, while the policy's weights are still those of the reference, unless that is
-        # a model of its own, which is given up once it has scored the pairs
+        # before a checkpoint is loaded, while the policy's weights are still those of the reference; a reference
+        # that is a model of its own is given up once it has scored the pairs
         self.to(self.ranks.device)
         # batches are made on the CPU, but Lightning sets the root device as the default device here
         with torch.no_grad(), torch.device("cpu"), self.trainer.precision_plugin.forward_context():

@@ -60,9 +60,9 @@ def refuse_strategy(strategy: str | Strategy) -> None:
     if launched:
         raise UserError(f"trainer.strategy: {name} spawns or forks processes, which lose checkpoints: take ddp.")
     if not suits:
+        sharded = "for a large model {class_path: lightning_modules.ShardedStrategy} (configs/strategy/fsdp.yaml)"
         raise UserError(
-            f"trainer.strategy: {name} is not one that the stages train with: take auto, ddp, or for a model that "
-            "does not fit one device {class_path: lightning_modules.ShardedStrategy} (configs/strategy/fsdp.yaml)."
+            f"trainer.strategy: {name} is not one that the stages train with: take auto, ddp, {sharded}."
         )
 
 
@@ -89,7 +89,7 @@ def check_start(
         cure = "use 32-true, 64-true or bf16-mixed, or ShardedStrategy, which computes in bfloat16"
         raise UserError(f"trainer.precision {precision} loses log-probabilities (overflow, rounding): {cure}.")
     if sharded and precision != "32-true":
-        raise UserError(f"trainer.precision {precision}: set 32-true with ShardedStrategy, and its compute_dtype.")
+        raise UserError(f"trainer.precision {precision}: set 32-true with ShardedStrategy; see its compute_dtype.")
     if lora is not None and getattr(strategy, "tensor_parallel_size", 1) > 1:
         raise UserError("model.lora does not go with trainer.strategy's tensor_parallel_size above 1: set it to 1.")
     if quantize is not None:
@@ -153,10 +153,8 @@ def try_optimizer(
     with trial("model.optimizer", "for example torch.optim.AdamW, and with it model.lr_scheduler WarmupCosine"):
         optimizer = make_optimizer(weights)
         if hasattr(optimizer, "eval"):
-            raise TypeError(
-                f"{type(optimizer).__name__} is schedule-free, whose weights must be switched before every "
-                "validation and checkpoint, which the stages do not do"
-            )
+            reason = "is schedule-free: the stages do not switch its weights before validations and checkpoints"
+            raise TypeError(f"{type(optimizer).__name__} {reason}")
         optimizer.step()
     if make_lr_scheduler is None:
         return
@@ -170,10 +168,8 @@ def try_optimizer(
         schedule.step()
     total = getattr(schedule, "total_steps", None)  # such as that of OneCycleLR
     if total is not None and total < trainer.max_steps:
-        raise UserError(
-            f"model.lr_scheduler: {name} ends after total_steps = {total}, and the run takes {trainer.max_steps} "
-            "steps: raise total_steps, or lower trainer.max_steps."
-        )
+        cure = f"raise it, or lower trainer.max_steps, which is {trainer.max_steps}"
+        raise UserError(f"model.lr_scheduler: {name} ends after total_steps = {total}: {cure}.")
 
 
 def try_sharded_step(make_optimizer: OptimizerCallable, weights: list[nn.Parameter]) -> None:
