@@ -62,11 +62,10 @@ def dense_mask(rows: PackedRows, window: int | None = None, added: bool = False)
     Padding attends to padding, so no row of the softmax is empty. `window` counts positions within the pair,
     like sliding-window attention on a plain row. A mask to be `added` to the scores is 0 there, else very negative.
     """
-    same_group = rows.group[:, :, None] == rows.group[:, None, :]
-    visible_part = (rows.part[:, None, :] == 0) | (rows.part[:, :, None] == rows.part[:, None, :])
     width = rows.input_ids.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool, device=rows.group.device).tril()
-    mask = same_group & visible_part & causal
+    mask = torch.ones(width, width, dtype=torch.bool, device=rows.group.device).tril()
+    mask = mask & (rows.group[:, :, None] == rows.group[:, None, :])
+    mask &= (rows.part[:, None, :] == 0) | (rows.part[:, :, None] == rows.part[:, None, :])
     if window is not None:
         mask &= rows.position_ids[:, :, None] - rows.position_ids[:, None, :] < window
     if added:

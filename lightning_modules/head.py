@@ -65,8 +65,8 @@ def head_logps(
     """
     most = SLICE_LOGITS.get(hidden.device.type, SLICE_LOGITS["cuda"])
     width = min(len(weight), max(most // max(len(targets), 1), NARROWEST_SLICE))
-    skip = dropped or not hidden.is_cuda
-    return _HeadLogps.apply(hidden.to(compute_dtype(weight)), weight, bias, targets, rule, width, skip)
+    how = rule, width, dropped or not hidden.is_cuda
+    return _HeadLogps.apply(hidden.to(compute_dtype(weight)), weight, bias, targets, how)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -76,6 +76,8 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 class _HeadLogps(torch.autograd.Function):
+    """`head_logps` for a rule, the width of a slice, and whether to skip tokens without a gradient (`how`)."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -83,10 +85,9 @@ class _HeadLogps(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        rule: LogitRule,
-        width: int,
-        skip: bool,
+        how: tuple[LogitRule, int, bool],
     ) -> Tensor:
+        rule, width, _ = ctx.how = how
         sums: list[Tensor] = []  # log-sum-exp of each slice, [N] each
         chosen = torch.zeros(len(targets), dtype=at_least_float32(hidden[:0]).dtype, device=hidden.device)
         for start in range(0, len(weight), width):
@@ -96,22 +97,21 @@ class _HeadLogps(torch.autograd.Function):
             sums.append(logits.sub_(highest[:, None]).exp_().sum(1).log_().add_(highest))
         normaliser = torch.logsumexp(torch.stack(sums), 0)
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
-        ctx.rule, ctx.width, ctx.skip = rule, width, skip
         return chosen - normaliser
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normaliser = ctx.saved_tensors
-        rule: LogitRule = ctx.rule
-        wanted = torch.nonzero(gradient).squeeze(1) if ctx.skip else slice(None)
+        rule, width, skip = ctx.how
+        wanted = torch.nonzero(gradient).squeeze(1) if skip else slice(None)
         d_hidden = torch.zeros_like(hidden, dtype=normaliser.dtype)
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         d_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
         used, scale = hidden[wanted], gradient[wanted, None]
         d_used = d_hidden[wanted]
-        for start in range(0, len(weight), ctx.width):
-            part = slice(start, start + ctx.width)
+        for start in range(0, len(weight), width):
+            part = slice(start, start + width)
             logits, place, inside = _slice(used, weight, bias, targets[wanted], rule, part)
             slope = None if rule.cap is None else 1 - (logits / rule.cap).square_()
             # d logp/d logits = onehot(target) − softmax
@@ -128,7 +128,7 @@ class _HeadLogps(torch.autograd.Function):
                 d_weight[part] = d_logits.t() @ used
             d_used += d_logits @ weight[part].to(hidden.dtype)
         d_hidden[wanted] = d_used
-        return d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None, None
+        return d_hidden.to(hidden.dtype), d_weight, d_bias, None, None
 
 
 def _slice(

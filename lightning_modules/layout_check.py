@@ -13,14 +13,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from app.core.errors import UserError, first_line
 from app.method.batch import Layout, OptimizerBatch, PackedRows
 from lightning_modules.attention import attentions
 from lightning_modules.ranks import Ranks
 from lightning_modules.scorer import ResponseScorer, response_logps, response_tokens
-from lightning_modules.sharding import gradient_sync
+from lightning_modules.sharding import clip_gradients, gradient_sync
 
 log = logging.getLogger(__name__)
 inform, warn = rank_zero_only(log.info), rank_zero_only(log.warning)
@@ -148,7 +147,8 @@ class StartCheck:
         """
         backward = backward and self.trains
         # as few rows as possible, so that several pairs share a row
-        rows = [self._rows(sample.batch, self.responses, layout, sample.pairs) for sample in samples]
+        packed = (one.batch.micro_batches(self.responses, layout, math.inf, one.pairs) for one in samples)
+        rows = [self.ranks.match(micro_batches) for micro_batches in packed]
         worst, error = 0.0, ""
         try:
             for sample, micro_batches in zip(samples, rows, strict=True):
@@ -175,11 +175,9 @@ class StartCheck:
         # FSDP2 drops gradients only after their reduction; DDP's buckets must not see these
         with gradient_sync(self.ranks.strategy, self.policy, last=isinstance(self.policy, FSDPModule)):
             scores.sum().backward()
-        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        finite = all(bool(torch.isfinite(gradient).all()) for gradient in local)
+        norm = clip_gradients(self.policy.parameters(), math.inf)
         self.policy.zero_grad(set_to_none=True)
-        return finite
+        return math.isfinite(norm)
 
     def _plain_sample(self, batch: OptimizerBatch) -> Sample:
         """Return a few pairs of the batch, scored in plain rows by the model's own head.
@@ -187,7 +185,7 @@ class StartCheck:
         Raises UserError if this project's head differs from it.
         """
         pairs = list(range(min(CHECKED_PAIRS, len(batch.positions))))
-        rows = self._rows(batch, self.responses, "separate", pairs)
+        rows = self.ranks.match(batch.micro_batches(self.responses, "separate", math.inf, pairs))
         with self.policy.as_loaded(), torch.no_grad():
             expected = self._scores(rows, whole_logits=True).cpu()
             apart = Sample(batch, pairs, expected).apart(self._scores(rows))
@@ -207,14 +205,9 @@ class StartCheck:
         with self.policy.as_loaded(), torch.no_grad():
             for pair in range(2):  # also on ranks without a pair, because forward passes may be collective
                 for number, side in enumerate(self.responses):
-                    rows = self._rows(batch, (side,), "separate", pairs[pair : pair + 1])
-                    expected[:, number] += self._scores(rows, sides=1).flatten().cpu()
+                    alone = batch.micro_batches((side,), "separate", math.inf, pairs[pair : pair + 1])
+                    expected[:, number] += self._scores(self.ranks.match(alone), sides=1).flatten().cpu()
         return Sample(batch, pairs, expected)
-
-    def _rows(
-        self, batch: OptimizerBatch, sides: Sequence[str], layout: Layout, pairs: list[int]
-    ) -> list[PackedRows]:
-        return self.ranks.match(batch.micro_batches(sides, layout, math.inf, pairs))
 
     def _scores(self, rows: Sequence[PackedRows], sides: int | None = None, whole_logits: bool = False) -> Tensor:
         """Return the mean log-probability of each response's tokens, [CHECKED_PAIRS, sides]; 0 for other pairs."""

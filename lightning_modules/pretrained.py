@@ -52,8 +52,7 @@ def load_config(name: str | None, architecture: dict[str, Any] | None, trust_rem
     """
     if (name is None) == (architecture is None):
         raise UserError(
-            "Give either model.name (a folder or Hub id with weights) or model.architecture "
-            "(a description of a new random model), and not both."
+            "Give either model.name (a folder or Hub id) or model.architecture (of a new random model)."
         )
     if name is not None:
         refuse_path(name)

@@ -2,8 +2,7 @@
 
 They may change in any release. The default tests passed with torch 2.13.0, transformers 5.23.0, lightning 2.6.6 and
 bitsandbytes 0.50.2, and `tests/test_cuda_runs.py::test_trains_as_on_the_cpu` with torch 2.11.0 and transformers
-5.17.0. `checkpoint` names classes that the index of a sharded checkpoint may hold; it reads them, and does not
-import them.
+5.17.0. `checkpoint` also names classes that the index of a sharded checkpoint may hold, without their import.
 """
 
 from __future__ import annotations

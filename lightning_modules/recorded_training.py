@@ -20,10 +20,7 @@ from lightning_modules.scorer import ResponseScorer
 
 
 class RecordedTraining(LightningModule):
-    """A LightningModule that logs without waiting for its device, measures the time of a step, and resumes.
-
-    `beta-dpo export` reads its checkpoints, and its own settings replace restored ones.
-    """
+    """A LightningModule that logs without waiting for its device, measures the time of a step, and resumes."""
 
     _step_ended = 0.0  # from time.perf_counter, like `_validation_started`
     _validation_started = 0.0

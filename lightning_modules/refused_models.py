@@ -20,18 +20,8 @@ log = logging.getLogger(__name__)
 
 
 # the files that identify the kind of a folder, the most telling first
-SOURCES = (
-    "adapter_config.json",
-    "config.json",
-    "last.ckpt",
-    "checkpoints/last.ckpt",
-    "*.ckpt",
-    "checkpoints/*.ckpt",
-    "*/checkpoints/*.ckpt",
-    "*.gguf",
-    "*/config.json",
-    "snapshots/*/config.json",
-)
+CHECKPOINTS = ("last.ckpt", "checkpoints/last.ckpt", "*.ckpt", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt")
+SOURCES = ("adapter_config.json", "config.json", *CHECKPOINTS, "*.gguf", "*/config.json", "snapshots/*/config.json")
 
 
 def refuse_path(name: str) -> None:

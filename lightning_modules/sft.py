@@ -12,7 +12,6 @@ from app.method.batch import OptimizerBatch
 from app.method.ranges import PositiveFloat, checked
 from lightning_modules.base import LanguageModelTraining
 from lightning_modules.recorded_training import warn_of_nonfinite
-from lightning_modules.scorer import response_logps, response_tokens
 
 
 @checked
@@ -52,8 +51,8 @@ class SupervisedFineTuning(LanguageModelTraining):
 
     def validation_step(self, batch: OptimizerBatch, batch_idx: int) -> None:
         micro_batches = self.micro_batches(batch)
-        logps = response_logps(self.policy, micro_batches, len(batch.positions), 1, self.device).flatten()
-        tokens = response_tokens(micro_batches, len(batch.positions), 1, self.device).flatten().to(logps)
+        logps = torch.cat([self.policy(rows) for rows in micro_batches])
+        tokens = torch.cat([rows.response_tokens for rows in micro_batches]).to(logps)
         finite = logps.isfinite()
         loss = -logps.where(finite, 0)
         self._validation.append(torch.stack([loss, tokens * finite, finite.double(), (~finite).double()]).sum(1))
