@@ -27,29 +27,19 @@ OURS = {VARLEN: attend_varlen, FLEX: attend_flex, PAIRWISE: attend_pairwise}
 
 @torch.compiler.disable  # compiled layers call it uncompiled; FlexAttention is compiled separately
 def implementation(
-    name: str,
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    pair_runs: PairRuns | None = None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: Any,
+    name: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Return the output [1, T, heads, d] and no weights, as transformers calls an attention.
 
     Raises ValueError for unsupported options, so that the start-up check tries another attention.
     """
-    if pair_runs is None:
+    if options.get("pair_runs") is None:
         raise ValueError("this model does not hand the layout of the rows to its attention")
-    for unknown, given in (others | {"softcap": None if name == FLEX else softcap}).items():
-        if unknown in ("s_aux", "position_bias", "softcap") and given is not None:
+    for unknown in ("s_aux", "position_bias", "softcap"):
+        if options.get(unknown) is not None and (name, unknown) != (FLEX, "softcap"):
             raise ValueError(f"attention {name} has no {unknown}")
-    out = OURS[name](query, key, value, pair_runs, Options(sliding_window, scaling, softcap))
-    return out.transpose(1, 2), None
+    chosen = Options(options.get("sliding_window"), options.get("scaling"), options.get("softcap"))
+    return OURS[name](query, key, value, options["pair_runs"], chosen).transpose(1, 2), None
 
 
 for name in OURS:
@@ -132,7 +122,7 @@ def masks(rows: PackedRows, config: Any) -> dict[str, Any]:
 
     `separate` rows are plain right-padded rows and need only a two-dimensional mask. With a four-dimensional mask
     transformers does not apply the model's sliding window, so the mask includes it. Eager attention adds the mask
-    to the scores: a boolean mask would let every token see every other, so it gets a float mask.
+    to the scores, where a boolean one would let every token see every other.
     """
     if rows.layout == "separate":
         return {"attention_mask": (rows.group >= 0).long()}

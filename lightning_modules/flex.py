@@ -76,8 +76,7 @@ def block_mask(tensors: list[Tensor], tokens: int) -> BlockMask:
         in_piece = (key >= own[query]) & (key <= query)
         return in_piece | ((key >= first[query]) & (key < end[query]))
 
-    make: Callable[..., BlockMask] = BlockMask
-    return make((tokens, tokens), *tensors[:8], BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=allowed)
+    return BlockMask((tokens, tokens), *tensors[:8], BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=allowed)  # type: ignore
 
 
 def mask_bytes(tokens: int) -> int:

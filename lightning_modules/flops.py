@@ -19,11 +19,9 @@ log = logging.getLogger(__name__)
 DENSE_BFLOAT16 = {
     "NVIDIA B200": 2250.0,  # datasheet DGX B200: 72 PFLOP/s in FP8 on 8 GPUs, sparse, and half of it in bfloat16
     "NVIDIA GB200": 2500.0,  # datasheet GB200 NVL72: 360 PFLOP/s on 72 GPUs, sparse
-    "NVIDIA GH200 480GB": 989.5,  # datasheet GH200: 1979 sparse
-    "NVIDIA H200": 989.5,  # datasheet H200: SXM 1979, NVL 1671 sparse
-    "NVIDIA H200 NVL": 835.5,
-    "NVIDIA H100 80GB HBM3": 989.5,  # datasheet H100: SXM 1979, NVL 1671, PCIe 1513 sparse
-    "NVIDIA H100 NVL": 835.5,
+    # datasheets GH200, H200 and H100: SXM 1979, NVL 1671, PCIe 1513 sparse
+    **dict.fromkeys(("NVIDIA GH200 480GB", "NVIDIA H200", "NVIDIA H100 80GB HBM3"), 989.5),
+    **dict.fromkeys(("NVIDIA H200 NVL", "NVIDIA H100 NVL"), 835.5),
     "NVIDIA H100 PCIe": 756.5,
     **{f"NVIDIA A100{kind}": 312.0 for kind in ("-SXM4-40GB", "-SXM4-80GB", "-PCIE-40GB", " 80GB PCIe")},
     "NVIDIA A40": 149.7,  # datasheets A40, A30, A10

@@ -66,8 +66,7 @@ class StartCheck:
         The check compares a few pairs of the batch, and a pair as long as the longest of the run beside a short
         one. Only the long pair reveals models that count positions in a row (a local window) or depend on the
         longest row of a micro-batch (scaled rotary positions). In training, a backward pass is tried on CUDA and
-        for compiled layers. Raises UserError if the requested setting disagrees, if no candidate agrees, or out
-        of memory.
+        for compiled layers. Raises UserError if the requested setting or every candidate fails, or out of memory.
         """
         try:
             with torch.inference_mode(False):  # training uses what a validation has settled

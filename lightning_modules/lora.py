@@ -88,10 +88,9 @@ class Lora:
 
 
 def add_lora(model: Any, lora: Lora) -> None:
-    """Add adapters to `model` in place and freeze all other weights.
+    """Add adapters to `model` in place, freeze all other weights, and say what got adapters and which experts none.
 
-    Raises UserError if one of the targets matches nothing; says what got adapters, and warns of fused experts that
-    got none.
+    Raises UserError if one of the targets matches nothing.
     """
     experts = fused_experts(model)
     refuse_unmatched(model, lora, experts)

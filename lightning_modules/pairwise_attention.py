@@ -98,14 +98,10 @@ def attend_pairwise(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, o
     return torch.cat(outputs, 2)
 
 
-# --- by FlashAttention, for bfloat16 and float16 on CUDA ---------------------------------------------------------
-
-
 def key_pieces(runs: PairRuns, device: torch.device) -> tuple[Any, ...]:
     """Return indices [K] int64 of the keys of every piece, and the bounds of the pieces for `varlen_attn`.
 
-    The bounds are offsets [pieces + 1] int32 of queries and of keys, and the longest of each as numbers, because
-    the host would wait for a tensor.
+    These are offsets [pieces + 1] int32 of queries and keys, and the longest of each, on the host lest it wait.
     """
     pieces = np.array(runs.pieces)
     queries, lengths = pieces[:, 1], pieces[:, 1] + pieces[:, 3]

@@ -132,10 +132,7 @@ def load_model(
 
 
 def model_identity(name: str, config: Any) -> str | list[str | None]:
-    """Return what tells a model from others: a hash of its folder's files, or its Hub id and commit.
-
-    `config` is that of the model as it was loaded.
-    """
+    """Return what tells a model, loaded with `config`, from others: its folder's hash, or its Hub id and commit."""
     return folder_hash(name) if Path(name).is_dir() else [name, hub_commit(config)]
 
 

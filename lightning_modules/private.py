@@ -7,6 +7,7 @@ bitsandbytes 0.50.2, and `tests/test_cuda_runs.py::test_trains_as_on_the_cpu` wi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,14 +21,15 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.integrations.tensor_parallel import apply_tensor_parallelism, replace_layer_number_by_wildcard
 
 
-def leave_compiled(module: nn.Module) -> None:
-    """Undo `module.compile()`; torch has no other way."""
-    module._compiled_call_impl = None
-
-
-def raise_recompile_limit(graphs: int) -> None:
-    """Let the compiler keep at least this many graphs of a function."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
+def compile_modules(modules: Iterable[nn.Module], compiled: bool) -> None:
+    """Compile `modules` for any size of their inputs or, without `compiled`, undo it."""
+    # grad mode, training mode and kinds of layers each need a graph of the same code; torch keeps only 8
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for module in modules:
+        if compiled:
+            module.compile(dynamic=True)
+        else:
+            module._compiled_call_impl = None
 
 
 def mark_dynamic(tensor: Tensor, dimensions: list[int]) -> None:

@@ -54,26 +54,22 @@ def refuse_path(name: str) -> None:
         if not all(one is None or isinstance(one, int) for one in (ends if isinstance(ends, list) else [ends])):
             raise ValueError(f"its eos_token_id is {ends!r}")
     except (ValueError, AttributeError) as error:
-        raise UserError(
-            f"model.name: {file} is not a generation config ({error}): correct or remove it."
-        ) from error
+        raise UserError(f"model.name: {file} is no generation config ({error}): correct or remove it.") from error
 
 
 def refuse_config(config: Any, name: str) -> None:
     """Raise UserError for a model whose configuration shows that it cannot be trained here."""
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
-        raise UserError(
-            f"model.name: {name} holds quantised weights ({method}), which cannot be trained: take the model that "
-            "they were made from."
-        )
+    said, quantised = None, getattr(config, "quantization_config", None)
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if encoder or getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"model.name: {name} is a {config.model_type}, whose tokens attend to later ones: take a causal model "
-            "(decoder only)."
+    if quantised is not None:
+        method = quantised.get("quant_method")
+        said = (
+            f"holds quantised weights ({method}), which cannot be trained: take the model that they were made from"
         )
+    elif encoder or getattr(config, "is_encoder_decoder", False):
+        said = f"is a {config.model_type}, whose tokens attend to later ones: take a causal model (decoder only)"
+    if said is not None:
+        raise UserError(f"model.name: {name} {said}.")
 
 
 def refuse_missing(name: str, found: dict[str, Any]) -> None:

@@ -21,9 +21,7 @@ class WarmupCosine(LambdaLR):
 
     def __init__(self, optimizer: Optimizer, warmup_steps: NonNegativeInt, total_steps: PositiveInt):
         if warmup_steps >= total_steps:
-            raise UserError(
-                f"WarmupCosine: warmup_steps {warmup_steps} must be less than total_steps {total_steps}."
-            )
+            raise UserError(f"WarmupCosine: warmup_steps {warmup_steps} must be below total_steps {total_steps}.")
 
         def factor(step: int) -> float:
             if step < warmup_steps:

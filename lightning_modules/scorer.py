@@ -15,7 +15,7 @@ from app.core.errors import UserError
 from app.method.batch import Layout, OptimizerBatch, PackedRows
 from lightning_modules.attention import OURS, model_inputs
 from lightning_modules.head import LogitRule, at_least_float32, compute_dtype, head_logits, head_logps
-from lightning_modules.private import attention_of, leave_compiled, raise_recompile_limit
+from lightning_modules.private import attention_of, compile_modules
 from lightning_modules.sharding import transformer_blocks
 
 
@@ -37,8 +37,7 @@ class ResponseScorer(nn.Module):
             )
         if model.base_model is model:
             raise UserError(
-                f"model.name: transformers has no backbone without the head for {model.config.model_type} models: "
-                "choose another model."
+                f"model.name: a {model.config.model_type} has no backbone without the head: choose another."
             )
         self.model = model
         self.some_dropped = False  # whether pairs may be dropped between a forward pass and its backward pass
@@ -70,13 +69,7 @@ class ResponseScorer(nn.Module):
 
     def compile_layers(self, compiled: bool = True) -> None:
         """Compile the transformer blocks by `torch.compile`, with one graph for all row lengths, or undo it."""
-        # grad mode, training mode and kinds of layers each need a graph of the same code; torch keeps only 8
-        raise_recompile_limit(64)
-        for block in transformer_blocks(self.model):
-            if compiled:
-                block.compile(dynamic=True)
-            else:
-                leave_compiled(block)
+        compile_modules(transformer_blocks(self.model), compiled)
         self.compiled = compiled
 
     @property

@@ -129,7 +129,7 @@ OF_A_RUN: dict[str, list[tuple[str, str]]] = {
         (
             "--model.lr_scheduler=lightning_modules.schedules.WarmupCosine --model.lr_scheduler.warmup_steps=5 "
             "--model.lr_scheduler.total_steps=5",
-            "WarmupCosine: warmup_steps 5 must be less than total_steps 5",
+            "WarmupCosine: warmup_steps 5 must be below total_steps 5",
         ),
     ],
     "losses": [
@@ -240,7 +240,7 @@ OF_A_MODEL: dict[str, tuple[Callable[[Path], object], str]] = {
     "a clip": (described(model_type="clip"), "model.name: cannot load"),
     "an unknown family": (described(model_type="nonesuch"), "model type `nonesuch`"),
     "llama4_text over Llama's weights": (described(model_type="llama4_text"), "lack model.layers.0.feed_forward."),
-    "a llama4_text": (another("llama", **LLAMA4), "no backbone without the head for llama4_text models"),
+    "a llama4_text": (another("llama", **LLAMA4), "a llama4_text has no backbone without the head: choose another"),
     "text for a number": (described(hidden_size="many"), "'hidden_size' expected int, got str"),
     "heads that do not divide": (described(num_attention_heads=5), "not a multiple of the number of attention"),
     "an activation that is none": (described(hidden_act="foo"), "cannot load"),
@@ -270,7 +270,7 @@ OF_A_MODEL: dict[str, tuple[Callable[[Path], object], str]] = {
         written("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
         "model.safetensors is a pointer of Git LFS, not the file itself: fetch it by `git lfs pull`",
     ),
-    "half a generation config": (written("generation_config.json", "{"), "is not a generation config (Expecting"),
+    "half a generation config": (written("generation_config.json", "{"), "is no generation config (Expecting"),
     "a stop that is no id": (
         written("generation_config.json", '{"eos_token_id": "</s>"}'),
         "its eos_token_id is '</s>'): correct or remove it",

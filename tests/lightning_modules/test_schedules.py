@@ -33,5 +33,5 @@ def test_equals_the_schedule_of_transformers(warmup: int) -> None:
 
 
 def test_a_warm_up_without_an_end_is_refused() -> None:
-    with pytest.raises(UserError, match=r"WarmupCosine: warmup_steps 10 must be less"):
+    with pytest.raises(UserError, match=r"WarmupCosine: warmup_steps 10 must be below"):
         rates(lambda optimizer: WarmupCosine(optimizer, 10, 10))
