@@ -101,7 +101,7 @@ def attend_pairwise(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, o
 def key_pieces(runs: PairRuns, device: torch.device) -> tuple[Any, ...]:
     """Return indices [K] int64 of the keys of every piece, and the bounds of the pieces for `varlen_attn`.
 
-    These are offsets [pieces + 1] int32 of queries and keys, and the longest of each, on the host lest it wait.
+    These are offsets [pieces + 1] int32 of queries and keys, and the longest of each, as numbers on the host.
     """
     pieces = np.array(runs.pieces)
     queries, lengths = pieces[:, 1], pieces[:, 1] + pieces[:, 3]
