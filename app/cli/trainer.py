@@ -76,8 +76,7 @@ class BetaDPOCLI(LightningCLI):
     def _add_instantiators(self) -> None:
         """Do nothing: Lightning would dump the configuration for hyperparameters that no stage saves."""
 
-    def _parse_ckpt_path(self) -> None:
-        """Do nothing: Lightning would let hyperparameters in a checkpoint override the command line."""
+    _parse_ckpt_path = _add_instantiators  # hyperparameters in a checkpoint would override the command line
 
     def instantiate_classes(self) -> None:
         with refusing("The configuration"):

@@ -65,13 +65,11 @@ def _wrong_field(row: dict[str, Any]) -> str:
         ("response", isinstance(row.get("response"), str), "text"),
         ("prompt_id", type(row.get("prompt_id", "")) in (str, int), "text or a whole number"),
         ("finished", isinstance(row.get("finished", True), bool), "true or false"),
-        *((name, _is_number(row.get(name)), "a finite number") for name in (*scored, *optional)),
     ]
+    for name in (*scored, *optional):
+        finite = type(row.get(name)) in (int, float) and math.isfinite(row[name])
+        fields.append((name, finite, "a finite number"))
     return next((f"{name} must be {wanted}" for name, right, wanted in fields if not right), "")
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is_prompt(value: Any) -> bool:

@@ -13,8 +13,7 @@ import yaml
 from command_runs import command, fit, write_config
 from tiny_runs import save_tiny_model
 
-from app.cli.resume_rules import compared, differences
-from app.cli.run_record import RunRecord, models_of
+from app.cli.run_record import RunRecord, compared, differences, models_of
 from app.core.errors import UserError
 
 RUN = Path("runs") / "run"

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, TQDMProgressBar
 from test_configs import printed
 
-from app.cli.resume_rules import compared
+from app.cli.run_record import compared
 from app.cli.trainer import shipped_configs, slots_as_wholes
 from app.core.errors import UserError
 from app.core.files import CONFIGS
