@@ -58,10 +58,9 @@ def refuse_repeats(node: yaml.Node | None) -> None:
 
 def yaml_fault(error: Exception) -> str:
     """Return place and fault of text that is no YAML, without the reader's name for it and its drawing."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    if mark is None or problem is None:
-        return " ".join(str(error).replace('in "<unicode string>", ', "").split())
-    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark and error.problem:
+        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
+    return " ".join(str(error).replace('in "<unicode string>", ', "").split())
 
 
 def built(class_type: type, *args: Any, applied_instantiation_links: dict, **settings: Any) -> Any:

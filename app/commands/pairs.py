@@ -15,7 +15,7 @@ from app.core.files import atomic_file, refuse_place
 from app.core.samples import SAMPLE_FIELDS
 from app.judges import Answer
 from app.judges.answers import sampled_answers
-from app.judges.rewards import chosen_judge
+from app.judges.rewards import HOW_TO_ASK, chosen_judge
 from app.method.ranges import Seed, Share
 
 Ranks = Literal["best_worst", "adjacent"]
@@ -59,7 +59,7 @@ def pairs(
     if isinstance(ranks, list):
         check_ranks(ranks, reuse)
     rows = sampled_answers(samples)
-    with chosen_judge(by, model, reward, reward_args, verdicts) as judge:
+    with chosen_judge(by, model, reward, reward_args, verdicts, HOW_TO_ASK) as judge:
         rewards = judge.rewards(rows)
     groups: dict[str, list[tuple[float, Answer]]] = {}
     for row, each in zip(rows, rewards.tolist(), strict=True):

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -94,7 +93,7 @@ def continue_curves(trainer: Trainer, resumes: bool) -> None:
     step = trainer.global_step + 1
     writers = [getattr(logger, "_experiment", None) for logger in trainer.loggers]
     tables = [writer for writer in writers if isinstance(writer, ContinuedTable)]
-    taken = any(table.rows() for table in tables) and not resumes
+    taken = any(table.read()[1] for table in tables) and not resumes
     refuse_another_run(trainer, taken, f"{log_folder(trainer)} already holds the curves")
     for table in tables:
         if dropped := table.drop_from(step):
@@ -121,27 +120,21 @@ class ContinuedTable(ExperimentWriter):
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir=log_dir)
         self.path = Path(self.metrics_file_path)
-        self.metrics_keys = self._read()[0]
+        self.metrics_keys = self.read()[0]
 
     def _check_log_dir_exists(self) -> None:
         """Do nothing: Lightning's method deletes the file."""
 
-    def rows(self) -> list[dict[str, str]]:
-        """Return the rows on disk, without a last line that a kill cut short."""
-        return self._read()[1]
-
     def drop_from(self, step: int) -> int:
         """Drop the rows of `step` and later, and return their number."""
-        rows = self.rows()
+        rows = self.read()[1]
         kept = [row for row in rows if int(row["step"]) < step]
         if self.path.exists():
-            self._write(kept, self.metrics_keys)
+            self._rewrite_with_new_header(self.metrics_keys, kept)
         return len(rows) - len(kept)
 
-    def _rewrite_with_new_header(self, fieldnames: Sequence[str]) -> None:
-        self._write(self.rows(), fieldnames)
-
-    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
+    def read(self) -> tuple[list[str], list[dict[str, str]]]:
+        """Return the columns and the rows on disk, without a last line that a kill cut short."""
         if not self.path.exists():
             return [], []
         reader = csv.DictReader(whole_lines(self.path).splitlines())
@@ -151,8 +144,9 @@ class ContinuedTable(ExperimentWriter):
             raise UserError(f"{self.path} is not what CSVLogger writes: {ELSEWHERE}, or move the file away.")
         return columns, rows
 
-    def _write(self, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    def _rewrite_with_new_header(self, fieldnames: Sequence[str], rows: list[dict[str, str]] | None = None) -> None:
+        rows = self.read()[1] if rows is None else rows
         with atomic_file(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=columns)
+            writer = csv.DictWriter(file, fieldnames=fieldnames)
             writer.writeheader()
             writer.writerows(rows)

@@ -92,11 +92,8 @@ class OwnReward(Judge):
             given = settings or {}
             self.function = found(**given) if isinstance(found, type) else partial(found, **given)
         except Exception as error:  # the user's own code may raise anything
-            told, cure = (
-                f"{type(error).__name__}: {error}",
-                "PYTHONPATH=. finds a file in the current folder",
-            )
-            raise UserError(f"reward: {name} cannot be imported or built ({told}); {cure}.") from error
+            told = f"cannot be imported or built ({type(error).__name__}: {error})"
+            raise UserError(f"reward: {name} {told}; PYTHONPATH=. finds a file in the current folder.") from error
 
     def rewards(self, answers: Sequence[Answer]) -> np.ndarray:
         """Return rewards [n]. Raises UserError unless there is a finite number for each answer."""
@@ -121,34 +118,22 @@ class OwnReward(Judge):
 
 @contextmanager
 def chosen_judge(
-    by: str,
-    model: str | None,
-    reward: str | None,
-    settings: dict[str, Any] | None,
-    verdicts: str,
-    endpoint: Endpoint = HOW_TO_ASK,
+    by: str, model: str | None, reward: str | None, args: dict[str, Any] | None, verdicts: str, endpoint: Endpoint
 ) -> Iterator[Judge]:
-    """Yield the judge for these arguments. Raises UserError if they do not fit together."""
-    exact = by == "true_reward"
-    wanted = "the name of the model at the server" if by == "endpoint" else "a folder or Hub id"
-    for wrong, told in (
-        (settings and reward is None, "reward_args: name the reward that takes them by --reward."),
-        (
-            reward is not None and not (exact and model is None),
-            "reward: it takes the place of --by and --model; leave them out.",
-        ),
-        (
-            exact and model is not None,
-            "--model does not go with the true reward: add --by reward_model or --by endpoint.",
-        ),
-        (not exact and model is None, f"--by {by} needs --model, {wanted}."),
-    ):
-        if wrong:
-            raise UserError(told)
+    """Yield the judge for the options of `judge` and `pairs`. Raises UserError if they do not fit together."""
     if reward is not None:
-        yield OwnReward(reward, settings)
-    elif model is None:
+        if by != "true_reward" or model is not None:
+            raise UserError("reward: it takes the place of --by and --model; leave them out.")
+        yield OwnReward(reward, args)
+    elif args:
+        raise UserError("reward_args: name the reward that takes them by --reward.")
+    elif by == "true_reward":
+        if model is not None:
+            raise UserError("--model does not go with the true reward: add --by reward_model or --by endpoint.")
         yield TrueReward()
+    elif model is None:
+        wanted = "the name of the model at the server" if by == "endpoint" else "a folder or Hub id"
+        raise UserError(f"--by {by} needs --model, {wanted}.")
     else:
         with VerdictFile.opened(verdicts) as file:
             yield EndpointJudge(model, endpoint, file) if by == "endpoint" else LearnedReward(model, file)

@@ -94,10 +94,7 @@ class Client:
         self.api_key = key  # never written
 
     def ask_all(
-        self,
-        questions: Sequence[Q],
-        ask: Callable[[Any, Q], None],
-        kept: Callable[[], str],
+        self, questions: Sequence[Q], ask: Callable[[Any, Q], None], kept: Callable[[], str]
     ) -> dict[Q, str]:
         """Call `ask(client, question)` in threads for all questions; return those refused, with the reason of each.
 
