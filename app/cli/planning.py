@@ -38,9 +38,23 @@ def run_plan(arguments: list[str]) -> None:
     """Parse the options of `fit` and of the plan, and print the plan."""
     options = PartsCLI(arguments, OPTIONS).config_init["fit"]
     module: LanguageModelTraining = options["model"]
-    config = model_config(module, options["shape"])
-    plan, devices = memory_plan(module, config, options)
-    print("\n".join(report(plan, devices, options["data"].micro_batch_tokens, options["memory_gb"])))
+    tokens, memory_gb = options["data"].micro_batch_tokens, options["memory_gb"]
+    plan, words = memory_plan(module, model_config(module, options["shape"]), options)
+    moment, held = plan.peak(tokens)
+    print(f"{words}\ndata.micro_batch_tokens {tokens}: the peak is {moment}; per device, in GB:\n")
+    for name, size in {**held, "sum": sum(held.values())}.items():
+        if size:
+            print(f"  {name:<28}{size / 1e9:>9.2f}")
+    print()
+    if memory_gb is not None:
+        largest = plan.largest_budget(int(memory_gb * 1e9 * (1 - RESERVED)))
+        memory = f"{memory_gb:g} GB, of which {RESERVED:.0%} are left free"
+        if not largest:
+            print(f"does not fit {memory_gb:g} GB with any micro-batch: shard over more devices.")
+        elif largest < tokens:
+            print(f"{tokens} tokens do not fit {memory}: set data.micro_batch_tokens {largest}")
+        else:
+            print(f"fits {memory}, up to data.micro_batch_tokens {largest}")
 
 
 def model_config(module: LanguageModelTraining, shape: str | None) -> Any:
@@ -162,22 +176,3 @@ def optimizer_state(make_optimizer: Any) -> float:
     state = optimizer.state[weight].values()
     held = sum(value.numel() * value.element_size() for value in state if isinstance(value, torch.Tensor))
     return round(held / (WEIGHT * weight.numel()), 2)
-
-
-def report(plan: MemoryPlan, words: str, tokens: int, memory_gb: float | None) -> list[str]:
-    """Return the plan as lines of text."""
-    moment, held = plan.peak(tokens)
-    lines = [words, f"data.micro_batch_tokens {tokens}: the peak is {moment}; per device, in GB:", ""]
-    lines += [f"  {name:<28}{size / 1e9:>9.2f}" for name, size in held.items() if size]
-    lines += [f"  {'sum':<28}{sum(held.values()) / 1e9:>9.2f}", ""]
-    if memory_gb is not None:
-        limit = int(memory_gb * 1e9 * (1 - RESERVED))
-        largest = plan.largest_budget(limit)
-        memory = f"{memory_gb:g} GB, of which {RESERVED:.0%} are left free"
-        if not largest:
-            lines.append(f"does not fit {memory_gb:g} GB with any micro-batch: shard over more devices.")
-        elif largest < tokens:
-            lines.append(f"{tokens} tokens do not fit {memory}: set data.micro_batch_tokens {largest}")
-        else:
-            lines.append(f"fits {memory}, up to data.micro_batch_tokens {largest}")
-    return lines

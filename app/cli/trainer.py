@@ -236,8 +236,7 @@ def be_quiet() -> None:
     for message in (
         "LightningCLI's args parameter",  # `main` passes the command line as arguments on purpose
         "isinstance.treespec, LeafSpec",
-        # with manual optimisation a checkpoint has the weights after the step, which is intended
-        "ModelCheckpoint with manual optimization",
+        "ModelCheckpoint with manual optimization",  # which has the weights after the step, as intended
         "It is recommended to use `self.log.*sync_dist=True",  # every logged metric is that of the global batch
         "Total length of `list` across ranks is zero",  # in a run without validation pairs
         "does not have many workers",  # the loaders are ours and need none

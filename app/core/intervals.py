@@ -38,28 +38,26 @@ class Estimate(NamedTuple):
         return self.text()
 
 
-def bootstrap_mean(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
+def bootstrap_mean(values: np.ndarray) -> Estimate:
     """Return the mean of independent `values` [n], n > 0, and its 95 % percentile bootstrap interval."""
     values = np.asarray(values, dtype=float)
-    means = [values[drawn].mean(axis=1) for drawn in _resampled(len(values), resamples, seed)]
+    means = [values[drawn].mean(axis=1) for drawn in _resampled(len(values), 2000)]
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return Estimate(float(values.mean()), float(low), float(high))
 
 
-def _resampled(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+def _resampled(count: int, resamples: int) -> Iterator[np.ndarray]:
     """Yield the items of bootstrap samples, [some, count]. Raises ValueError if there is no item."""
     if not count:
         raise ValueError("no values to take the mean of")
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     # in chunks, because the audit of a long run has millions of pairs
     at_once = max(MOST_DRAWS // count, 1)
     for done in range(0, resamples, at_once):
         yield random.integers(count, size=(min(at_once, resamples - done), count))
 
 
-def length_controlled(
-    scores: np.ndarray, longer: np.ndarray, prompts: Sequence[str], resamples: int = 400
-) -> Estimate:
+def length_controlled(scores: np.ndarray, longer: np.ndarray, prompts: Sequence[str]) -> Estimate:
     """Return the win rate at equal length, with its 95 % bootstrap interval over prompts.
 
     With scores s [n] in [0, 1] and `longer` d [n], how many characters an answer is longer than its rival, θ and φ
@@ -74,7 +72,7 @@ def length_controlled(
     x = np.stack([np.ones(len(longer)), np.tanh(longer / spread) if spread else np.zeros(len(longer))], axis=1)
     whole = _fit(x, scores, (1 / size[prompt])[None], np.zeros((1, 2)))
     thetas = []
-    for drawn in _resampled(len(size), resamples, 0):
+    for drawn in _resampled(len(size), 400):
         times = np.stack([np.bincount(row, minlength=len(size)) for row in drawn])
         thetas.append(_fit(x, scores, (times / size)[:, prompt], whole.repeat(len(drawn), axis=0))[:, 0])
     low, high = np.quantile(np.concatenate(thetas), [0.025, 0.975])
