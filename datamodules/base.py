@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from app.core.errors import UserError
 from app.method.ranges import PositiveInt, Seed, checked
-from datamodules.describe import against_scores, cut_responses, describe, pairs_seen, repeats, shared_prompts, shown
+from datamodules.describe import describe, pairs_seen, remarks, shared_prompts, shown
 from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
 from datamodules.loader import Exchange, OptimizerBatchLoader
 from datamodules.ranking import Ranking, Selection, ranked
@@ -178,19 +178,12 @@ class PairDataModule(LightningDataModule):
     @rank_zero_only
     def _tell(self, split: Split) -> None:
         """Log anomalies in the pairs of a split."""
-        table, rows = self._tables[split]
-        warnings = [cut_responses(table, self.tokenisation.max_length)]
-        if split == "train":
-            if table.label_names:
-                log.info("train: columns kept as labels: %s", ", ".join(table.label_names))
-            twice, contradicted = repeats(table, rows)
-            for said in filter(None, (twice, against_scores(table, rows))):
-                log.info("train: %s", said)
-            warnings.append(contradicted)
-        elif "train" in self._tables:
-            warnings.append(shared_prompts(self._tables["train"], (table, rows)))
-        for warning in filter(None, warnings):
-            log.warning("%s: %s", split, warning)
+        found = remarks(*self._tables[split], self.tokenisation.max_length, split == "train")
+        if split != "train" and "train" in self._tables:
+            shared = shared_prompts(self._tables["train"], self._tables[split])
+            found += [(logging.WARNING, shared)] if shared else []
+        for level, said in found:
+            log.log(level, "%s: %s", split, said)
 
     @rank_zero_only
     def tell_pairs_seen(self) -> None:

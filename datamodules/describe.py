@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -68,6 +69,21 @@ def _of_part(part: Part, count: int) -> str:
     if part.unscored:
         told.append(f"{part.unscored} left out, the reward model's chat template refuses them or they call tools")
     return "; ".join(told)
+
+
+def remarks(table: PairTable, rows: np.ndarray, max_length: int, trained: bool) -> list[tuple[int, str]]:
+    """Return what is unusual in the pairs of a split, each with its level of logging; most only if `trained`."""
+    found = [(logging.WARNING, cut_responses(table, max_length))]
+    if trained:
+        names = table.label_names
+        twice, contradicted = repeats(table, rows)
+        found += [
+            (logging.INFO, f"columns kept as labels: {', '.join(names)}" if names else ""),
+            (logging.INFO, twice),
+            (logging.INFO, against_scores(table, rows)),
+            (logging.WARNING, contradicted),
+        ]
+    return [(level, said) for level, said in found if said]
 
 
 def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from app.cli.trainer import OwnOptions, PartsCLI
 from app.core.errors import UserError, first_line
 from app.method.ranges import NonNegativeInt
 from datamodules.base import SPLITS, PairDataModule
-from datamodules.describe import against_scores, cut_responses, describe, repeats
+from datamodules.describe import describe, remarks
 
 # what a model of the Hub is read from; some repositories hold the weights a second time, in other formats
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
@@ -56,10 +56,7 @@ def lines(data: PairDataModule, count: int) -> Iterator[str]:
     assert opened is not None  # every source has training pairs
     table, rows = opened
     yield from (f"train: {line}" for line in (*describe(table, rows), *data.notes))
-    if table.label_names:
-        yield f"train: columns kept as labels: {', '.join(table.label_names)}"
-    cut = cut_responses(table, data.tokenisation.max_length)
-    for said in filter(None, (cut, *repeats(table, rows), against_scores(table, rows))):
+    for _, said in remarks(table, rows, data.tokenisation.max_length, trained=True):
         yield f"train: {said}"
     ends = [str(data.tokenizer.decode([end])) for end in data.stop_ids]
     yield f"a response ends, and sampling stops, at {' or '.join(ends)}"

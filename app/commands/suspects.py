@@ -63,8 +63,11 @@ def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
         "wrong_by_reference": ("reference_margin", "first"),
         "dropped_share": ("dropped", "mean"),
     }
-    labels = {f"label_{name}" if name in columns else name: (name, "first") for name in grouping_labels(audit)}
-    histories = seen.groupby("pair_id", sort=False).agg(**columns, **labels)
+    labels = audit.groupby("pair_id")[
+        grouping_labels(audit)
+    ].first()  # not of `seen`, whose columns may have their names
+    labels = labels.rename(columns={name: f"label_{name}" for name in columns})
+    histories = seen.groupby("pair_id", sort=False).agg(**columns).join(labels)
     margins = torch.tensor(histories.wrong_by_reference.to_numpy(float))
     fit = fitted(margins[torch.isfinite(margins)], None, 500)
     histories["wrong_by_reference"] = np.nan if fit is None else fit.probability(margins).numpy()

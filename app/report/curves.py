@@ -137,6 +137,8 @@ def response(runs: Sequence[Run]) -> list[Panel]:
     for number, run in enumerate(runs):
         if {"beta/used", "gap/mean"} <= run.curves.keys():
             both = pd.concat([run.curves["gap/mean"], run.curves["beta/used"]], axis=1, join="inner").to_numpy()
+            if not len(both):
+                continue
             both = both[np.unique(np.linspace(0, len(both) - 1, min(len(both), MOST_DOTS)).astype(int))]
             parts.append(Line(run.name, both[:, 0], both[:, 1], plot.run_colour(number), width=0, dots=True))
             said.append(f"{run.name}: β {span(both[:, 1])}")

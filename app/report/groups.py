@@ -15,6 +15,7 @@ from app.report.plot import Interval, Line, Panel, axis
 from app.report.run import Run, grouping_labels
 
 DENSITY_POINTS = 160
+OWN_RANKING = "the policy's own ranking"  # beside the labels of the data
 MOST_VALUES = 8  # drawn per label, the most frequent first
 LABELS = {("flipped", True): "flipped on purpose", ("flipped", False): "not flipped"}
 # name of a group of gaps → the fractions of the run between which it lies, and the column that must be true
@@ -140,9 +141,10 @@ def dropped(run: Run, number: int) -> list[Panel]:
     """Return the panels of the share dropped by the filter, per label of the data and per ranking by the policy."""
     if run.audit is None or not run.filters:
         return []
-    audit = run.audit.assign(policy=np.where(run.audit.gap > 0, "ranked right", "not ranked right"))
+    ranking = np.where(run.audit.gap > 0, "ranked right", "not ranked right")
+    audit = run.audit.assign(**{OWN_RANKING: ranking})
     panels = []
-    for label in (*grouping_labels(run.audit), "policy"):
+    for label in (*grouping_labels(run.audit), OWN_RANKING):
         rows = []
         pairs = audit.groupby(label).pair_id.nunique()
         for value, count in pairs.nlargest(MOST_VALUES).items():
@@ -150,9 +152,8 @@ def dropped(run: Run, number: int) -> list[Panel]:
             name = LABELS.get((label, value), str(value))
             name = name if len(name) <= 20 else f"{name[:19]}…"  # fits beside the numbers of its row
             rows.append((f"{name}, {count:,} pairs", number, share_over(of.pair_id.to_numpy(), ~of.kept)))
-        by = "the policy's own ranking" if label == "policy" else label
         only = f", {MOST_VALUES} most frequent of {len(pairs)} values" if len(pairs) > MOST_VALUES else ""
-        title = f"{run.name}: dropped by {by}{only}"
+        title = f"{run.name}: dropped by {label}{only}"
         everyone = (float((~audit.kept).mean()), "all pairs")
         panels += rows_panel(title, rows, "share dropped", everyone, domainMin=0)
     return panels

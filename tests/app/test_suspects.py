@@ -31,8 +31,9 @@ def test_labels_that_group_the_pairs_are_carried_along() -> None:
     audit = audit_of(gaps, gaps)
     audit["annotator"] = [f"a{int(id) % 2}" for id in audit.pair_id]
     audit["comment"] = audit.pair_id  # another for every pair: no group
-    audit["outlier"] = audit.annotator
+    audit["outlier"] = audit["distance"] = audit.annotator  # a column of the result, one of the working
     found = pair_histories(audit)
+    assert found.distance.tolist() == found.annotator.tolist()
     assert found.annotator.tolist() == ["a0", "a1"] * 10
     assert found.label_outlier.tolist() == found.annotator.tolist()
     assert "comment" not in found

@@ -19,7 +19,7 @@ from tiny_runs import beta_dpo, controlled, preference, quiet_trainer
 from app.commands.report import report
 from app.core.errors import UserError
 from app.core.intervals import digits, wilson
-from app.report.curves import MOST_POINTS, drift, smoothed, thinned
+from app.report.curves import MOST_POINTS, drift, response, smoothed, thinned
 from app.report.groups import density, dropped, rows_panel
 from app.report.page import differences, missing, numbers_of, spec_of
 from app.report.run import read_audit, read_curves, read_run
@@ -175,6 +175,20 @@ def test_values_left_out_of_a_label_are_counted() -> None:
     audit["annotator"] = [f"w{number % 12}" for number in range(len(audit))]
     (title,) = [panel.title for panel in dropped(run_with("run", audit), 0) if "annotator" in panel.title]
     assert title == "run: dropped by annotator, 8 most frequent of 12 values"
+
+
+def test_a_label_called_policy_is_a_label() -> None:
+    audit = audit_of()
+    audit["policy"] = [f"w{number % 2}" for number in range(len(audit))]
+    own, ranking = dropped(run_with("run", audit), 0)[-2:]
+    assert (own.title, ranking.title) == ("run: dropped by policy", "run: dropped by the policy's own ranking")
+    assert "w0" in own.said
+
+
+def test_curves_without_a_common_step_have_no_response() -> None:
+    run = run_with(beta__used=[0.1], gap__mean=[0.2])
+    run.curves["gap/mean"].index = [7]
+    assert response([run]) == []
 
 
 def test_wanted_samples_that_are_missing(two_runs: Path, tmp_path: Path) -> None:
