@@ -166,7 +166,7 @@ class PreferenceOptimization(PreferenceScoring):
             step=self.trainer.global_step + 1,
             pair_ids=batch.pair_ids,
             logps=global_logps,
-            loss=self.loss.for_batch(global_logps),
+            loss=self.loss.bound(global_logps),
             beta0=self.beta0,
             labels=batch.labels,
             minimum_std=self.minimum_std(global_logps),

@@ -112,7 +112,7 @@ class PreferenceScoring(LanguageModelTraining):
         _, logps = self.measurer.measure(batch, self.micro_batches(batch))
         beta = torch.full((len(batch.pair_ids),), self.beta0)
         values = pair_metrics(logps, self.loss, beta)
-        values |= {"loss": self.loss.for_batch(logps)(logps, beta), "gap_mean": self.loss.gaps(logps)}
+        values |= {"loss": self.loss.bound(logps)(logps, beta), "gap_mean": self.loss.gaps(logps)}
         finite = values["gap_mean"].isfinite()
         values = {name: column[finite] for name, column in values.items()}
         values |= dict(zip(COUNTED, (finite, ~finite), strict=True))

@@ -45,7 +45,7 @@ def _refused(what: str) -> Iterator[None]:
 
 
 def load_config(name: str | None, architecture: dict[str, Any] | None, trust_remote_code: bool) -> Any:
-    """Return the Hugging Face configuration with every dropout set to zero.
+    """Return the Hugging Face configuration with every dropout, of units or layers, set to zero.
 
     With dropout the policy would differ from the reference at step 0, and the two passes of a step from each
     other. Raises UserError unless exactly one of `name` and `architecture` is given and can be read.
@@ -64,7 +64,7 @@ def load_config(name: str | None, architecture: dict[str, Any] | None, trust_rem
             config = AutoConfig.for_model(**({"model_type": ""} | (architecture or {})))
     refuse_config(config, name or "model.architecture")
     for field, value in config.to_dict().items():
-        if ("dropout" in field or field.endswith("pdrop")) and isinstance(value, float) and value > 0:
+        if "drop" in field and isinstance(value, float) and value > 0:
             log.info("dropout is off during preference training: %s %s → 0", field, value)
             setattr(config, field, 0.0)
     return config

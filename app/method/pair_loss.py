@@ -64,6 +64,10 @@ class PairLoss(ABC):
         """
         return self
 
+    def bound(self, everyone: PairLogps) -> PairLoss:
+        """Return the loss of `for_batch` with the SFT term, which a loss that builds a new one need not know."""
+        return self.for_batch(everyone).changed(sft_weight=self.sft_weight)
+
     def __call__(
         self, logps: PairLogps, beta: Tensor, margin: Tensor | None = None, confidence: Tensor | None = None
     ) -> Tensor:

@@ -47,7 +47,11 @@ def run(
 @pytest.mark.parametrize("tokens", [ONE_PASS, FIVE_MICRO])
 @pytest.mark.parametrize(
     ("family", "dropout"),
-    [("gpt2", {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}), ("llama", {"attention_dropout": 0.1})],
+    [
+        ("gpt2", {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}),
+        ("llama", {"attention_dropout": 0.1}),
+        ("opt", {"layerdrop": 0.9}),
+    ],
 )
 def test_step_zero_is_exact_whatever_the_dropout(
     family: str, dropout: dict[str, float], tokens: int, tmp_path: Path

@@ -362,6 +362,14 @@ def test_sft_term_by_hand_and_around_any_loss() -> None:
     expected = KTOPairLoss().for_batch(pairs)(pairs, beta) + 2.0 * torch.tensor([2.0, 5.0, 5.0, 4.0])
     assert kto(pairs, beta).tolist() == pytest.approx(expected.tolist())
 
+    class Own(SigmoidLoss):
+        def for_batch(self, everyone: PairLogps) -> SigmoidLoss:
+            return SigmoidLoss()
+
+    assert torch.equal(
+        Own().changed(sft_weight=2.0).bound(pairs)(pairs, beta), SigmoidLoss().changed(sft_weight=2.0)(pairs, beta)
+    )
+
 
 def test_a_loss_that_averages_is_refused() -> None:
     class Mean(LogitLoss):
