@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from app.core.errors import UserError
 from app.method.moments import Moments
 from app.method.pair_loss import PairLoss
+from app.method.ranges import is_finite
 from app.method.step import StepDecision
 
 
@@ -77,7 +77,7 @@ def score_gap(decision: StepDecision, chosen: str, rejected: str, asker: Callbac
         cure = f"Add it to the data, or name another by --{slot}.chosen and --{slot}.rejected"
         values: Any = label_column(decision, name, asker, cure)
         for pair_id, value in zip(decision.pair_ids, values, strict=True):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not is_finite(value):
                 raise UserError(
                     f"{type(asker).__name__}: column {name!r} of pair {pair_id} holds {value!r} where a finite "
                     "number is needed: correct the data or leave that pair out."

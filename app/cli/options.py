@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -93,7 +92,7 @@ def check_numbers(config: Namespace) -> None:
                 TRAINER_RANGES[name](value)
             except ValueError as error:
                 raise UserError(f"{key} {error}.") from None
-        wrong = not math.isfinite(value) or abs(value) > LARGEST
+        wrong = not abs(value) <= LARGEST  # NaN too
         if wrong and not (value > 0 and key.endswith(MAY_BE_INFINITE)):
             raise UserError(f"{key} is {value}: give a finite number, no larger than {LARGEST:g}.")
 

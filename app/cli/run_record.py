@@ -43,6 +43,7 @@ IN_UNITS_OF_BETA0 = {"statistics.gap_scale": "beta0", "schedule": "EpsilonBeta",
 KEPT = {
     **dict.fromkeys(("seed_everything", "data.seed"), "the order of the pairs stays that of the checkpoint"),
     "filter.seed": "the draws stay those of the checkpoint",
+    **dict.fromkeys(("confidence.column", "confidence.initial"), "annotators of the checkpoint keep their rates"),
 }
 OF_AN_OBJECT = ("class_path", "init_args", "dict_kwargs")
 IGNORED = ("ckpt_path", "scores*", "config")

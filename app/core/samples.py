@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from typing import Any
 
 from app.core.errors import UserError
+from app.method.ranges import is_finite
 
 SAMPLE_FIELDS = (
     *("prompt_id", "prompt", "response", "finished", "temperature", "sample"),
@@ -67,8 +67,7 @@ def _wrong_field(row: dict[str, Any]) -> str:
         ("finished", isinstance(row.get("finished", True), bool), "true or false"),
     ]
     for name in (*scored, *optional):
-        finite = type(row.get(name)) in (int, float) and math.isfinite(row[name])
-        fields.append((name, finite, "a finite number"))
+        fields.append((name, is_finite(row.get(name)), "a finite number"))
     return next((f"{name} must be {wanted}" for name, right, wanted in fields if not right), "")
 
 

@@ -7,15 +7,21 @@ options with these types, and `checked` classes refuse the same values when they
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache, wraps
 from inspect import signature
 from operator import index
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
 LARGEST = {int: 10**12, float: 1e9}  # a larger number is a typing error
 LARGEST_SEED = 2**32 - 1  # NumPy's limit
 C = TypeVar("C", bound=type)
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Return whether `value` is a number that a float holds, so no truth value, NaN, infinity or larger integer."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 class _Named(type):

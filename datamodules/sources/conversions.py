@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from app.method.ranges import is_finite
 from datamodules.sources.messages import spoken
 from datamodules.sources.prompts import question_prompt
 from datamodules.sources.rows import BadRow, LeftOut, decoded, has_value, missing, text, typed, wrong_type
@@ -138,7 +138,7 @@ def refuse_unusable(row: Row) -> None:
 def number(row: Row, name: str) -> float:
     """Return the field `name`, which must be a finite number. Raises BadRow."""
     value = typed(row[name])
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_finite(value):
         raise wrong_type(value, name, "a finite number")
     return value
 

@@ -336,6 +336,7 @@ def test_the_win_rate_at_equal_length_is_the_logistic_fit_of_scipy() -> None:
         ({"prompt_id": [1]}, "prompt_id must be text or a whole number"),
         ({"finished": "false"}, "finished must be true or false"),
         ({"temperature": "0.5"}, "temperature must be a finite number"),
+        ({"temperature": 10**400}, "temperature must be a finite number"),
         ({"reference_logp": -1.0}, "logp must be a finite number"),
         ({"logp": float("nan"), "reference_logp": -1.0}, "logp must be a finite number"),
     ],
