@@ -88,9 +88,8 @@ def comparison(entry: dict[str, Any]) -> str:
     rows = []
     for name, speed in speeds.items():
         how = f" ({turns[name][0]['how']})" if "how" in turns[name][0] else ""
-        ratios = [
-            mine / other for mine, other in zip(speed, speeds[base], strict=False)
-        ]  # the last turn may be cut
+        both = zip(speed, speeds[base], strict=False)  # the last turn may be cut
+        ratios = [mine / other for mine, other in both]
         peak = max(turn["peak_gb"] for turn in turns[name])
         rows.append([LABELS[name] + how, spread(speed), spread(ratios), f"{peak:.2f} GB"])
     rows += [[LABELS.get(name, name), "failed", "", ""] for name in entry.get("failed", {})]

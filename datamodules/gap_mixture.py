@@ -68,9 +68,8 @@ def replaced_stream(stream: PairStream, path: str) -> PairStream:
         ) from error
 
     def read(report: RowReport) -> Iterator[PreferencePair]:
-        places: dict[
-            int, list[int]
-        ] = {}  # byte offsets of the samples of each prompt, by its key: texts stay on disk
+        # byte offsets of the samples of each prompt, by its key: texts stay on disk
+        places: dict[int, list[int]] = {}
         for place, sample in read_samples(path):
             places.setdefault(prompt_key(read_prompt(sample["prompt"])), []).append(place)
         turns = {key: cycle(found) for key, found in places.items()}

@@ -55,7 +55,7 @@ def conversation(row: Row, source: Any) -> Row:
     """
     name = first_of(row, "messages|conversations")
     if not has_value(row, "chosen", "rejected"):
-        return rename(without(row, "chosen", "rejected"), {name: "response"})
+        return rename(row, {name: "response"})
     chosen = spoken(row["chosen"], "chosen")
     whole = not isinstance(chosen, str) and chosen[0].role != "assistant"
     return row if whole else rename(row, {name: "prompt"})
@@ -75,7 +75,7 @@ def alpaca(row: Row, source: Any) -> Row:
     if not has_value(row, "chosen", "rejected"):
         answer = first_of(row, "output|response|RESPONSE")
         sides = row[answer]
-        fields = without(fields, answer, "chosen", "rejected")
+        fields = without(fields, answer)
         if isinstance(sides, list) and len(sides) == 2:
             fields["chosen"], fields["rejected"] = sides
         else:

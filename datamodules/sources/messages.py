@@ -43,8 +43,7 @@ def spoken(value: object, name: str) -> str | tuple[Message, ...]:
 def _message(value: object, name: str) -> Message:
     given = _without_null(value) if isinstance(value, Mapping) else {}
     if "role" not in given and "from" in given:
-        names = {"from": "role", "value": "content"}
-        given = {names.get(field, field): said for field, said in given.items()}
+        given = _without_null({"role": given.pop("from"), "content": given.pop("value", None), **given})
     if isinstance(given.get("content"), list):
         given["content"] = _joined(given["content"], name)
     kept = message_fields(given)

@@ -18,6 +18,7 @@ from datamodules.sources.rows import BadRow, LeftOut, RowReport, has_value, kind
 from datamodules.sources.source import OF_FORMATS, Source, close
 
 OnBadRow = Literal["error", "skip"]
+_SIDES = ("chosen", "rejected")
 _SCALAR = (bool, int, float, str, type(None))  # a further column of such values is a label
 _OWN_FIELDS = ("pair_id", "prompt", "chosen", "rejected", "response", *TEMPLATE_FIELDS)
 
@@ -117,6 +118,8 @@ def read_row(
     row = rename(row, {theirs: own for own, theirs in columns.items()}) if columns else row
     format = _format_of(row, source.format, need_rejected, prompts_only)
     fields = format.convert(row, source)
+    if "response" in fields and not has_value(fields, *_SIDES):  # the columns of a pair may be there and empty
+        fields = without(fields, *_SIDES)
     if need_rejected and "rejected" not in fields:
         raise BadRow("missing field", f"rejected; as {format.name} it is for supervised fine-tuning; {_found(row)}")
     if "system" not in fields and "system_prompt" in fields:

@@ -45,7 +45,7 @@ class Format:
         return len(self.fields) > 2 or "rejected" in self.fields
 
     def applies(self, row: Row) -> bool:
-        return self.unless not in row and self.when(row)
+        return not (self.unless and self.unless in row) and self.when(row)
 
     def lacking(self, row: Row) -> list[str]:
         """Return the needed fields that have no value in a row."""

@@ -60,7 +60,7 @@ class RowReport:
         return "; ".join([f"{self.counts['rows']} rows read, {self.counts['pairs']} pairs", *self.lines()])
 
 
-_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|true|false", re.ASCII | re.IGNORECASE)
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,999})(\.\d+)?([eE][+-]?\d+)?|true|false", re.ASCII | re.IGNORECASE)
 
 
 class Cell(str):

@@ -24,7 +24,7 @@ from datamodules.sources import files
 from datamodules.sources.files import LocalFiles
 from datamodules.sources.pairs import read_pairs, read_row
 from datamodules.sources.registry import FORMATS, Format
-from datamodules.sources.rows import BadRow
+from datamodules.sources.rows import BadRow, Cell
 from datamodules.sources.source import Source
 
 TURN, YES, NO = (
@@ -56,6 +56,7 @@ def test_an_example_is_read_by_name_and_by_itself(format: Format) -> None:
         {"prompt": [TURN], "chosen": "a", "rejected": "b"},
         {"conversations": [HUMAN], "chosen": GPT, "rejected": {"from": "gpt", "value": "b"}},
         {"messages": [TURN], "chosen": "a", "rejected": "b", "prompt": None},
+        {"messages": [HUMAN], "chosen": {"content": "a", "from": "gpt", "value": "of a tool"}, "rejected": NO},
         {
             "prompt": [{"role": "Human", "content": "hi"}],
             "chosen": [{"role": "MODEL", "content": "a"}],
@@ -127,6 +128,21 @@ def test_a_function_call_is_a_tool_call() -> None:
 def test_what_cannot_be_read_is_refused_by_a_sentence(row: dict[str, Any], said: str) -> None:
     with pytest.raises(BadRow, match=said):
         read_row(row, "f:1", Source("f"))
+
+
+@pytest.mark.parametrize("asked", ["prompt", "question", "instruction"])
+def test_empty_columns_of_a_pair_leave_a_demonstration(asked: str) -> None:
+    row = {asked: "hi", "response": "a", "chosen": None, "rejected": None}
+    for one in (row, {name: row[name] for name in (asked, "response", "rejected")}):
+        assert read_row(one, "f:1", Source("f"))[0] == PreferencePair("f:1", "hi", "a", None)
+        with pytest.raises(BadRow, match=r"missing field .rejected; .*empty: (chosen, )?rejected"):
+            read_row(one, "f:1", Source("f"), need_rejected=True)
+
+
+def test_any_further_column_is_a_label() -> None:
+    labels = {"": 0, "cell": Cell("1" * 5000)}
+    row = {"prompt": "hi", "chosen": "a", "rejected": "b", **labels}
+    assert read_row(row, "f:1", Source("f"))[0] == PreferencePair("f:1", "hi", "a", "b", labels)
 
 
 def test_columns_of_other_names() -> None:
