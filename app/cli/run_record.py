@@ -100,7 +100,8 @@ class RunRecord(SaveConfigCallback):
         _ = self.text  # so that an option that cannot be recorded is refused at the start
         new = self.config["ckpt_path"] is None and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if new and file.is_file():
-            refuse_place("trainer.logger", str(file), (".yaml",), *self.command)
+            option = "log folder (trainer.logger, or trainer.default_root_dir)"
+            refuse_place(option, str(file), (".yaml",), *self.command)
         if trainer.is_global_zero:
             data = getattr(trainer, "datamodule", None)
             tokens = data.content("train") if isinstance(data, PairDataModule) else None

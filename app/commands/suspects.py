@@ -37,10 +37,9 @@ def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
     for name in ("reference_margin", "label_confidence"):  # audits of version 0.1 lack them
         seen[name] = pd.to_numeric(seen[name]) if name in seen else np.nan
     gap = seen.gap.astype(float)
-    finite = gap[np.isfinite(gap)]
     running, moments = RunningMoments(), {}
-    for step in seen.step.unique():
-        found = running.update(torch.tensor(finite[seen.step == step].to_numpy()))
+    for step, gaps in gap.groupby(seen.step):
+        found = running.update(torch.tensor(gaps[np.isfinite(gaps)].to_numpy()))
         moments[step] = found.mean, found.std or 0.0
     mean, std = (seen.step.map({step: both[place] for step, both in moments.items()}) for place in (0, 1))
     known = gap.where(np.isfinite(gap) & (std > 1e-6))
@@ -63,9 +62,8 @@ def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
         "wrong_by_reference": ("reference_margin", "first"),
         "dropped_share": ("dropped", "mean"),
     }
-    labels = audit.groupby("pair_id")[
-        grouping_labels(audit)
-    ].first()  # not of `seen`, whose columns may have their names
+    # not of `seen`, whose columns may have their names
+    labels = audit.groupby("pair_id")[grouping_labels(audit)].first()
     labels = labels.rename(columns={name: f"label_{name}" for name in columns})
     histories = seen.groupby("pair_id", sort=False).agg(**columns).join(labels)
     margins = torch.tensor(histories.wrong_by_reference.to_numpy(float))

@@ -75,7 +75,9 @@ class EndpointJudge(Judge):
         notes = [
             f"{self.model} saw {len(seen)} pairs of different answers in both orders. Of the {len(read)} with both "
             f"verdicts the order changed it on {moved}; the answer shown first won {read.mean():.3f} of all.",
-            f"{missing} of {seen.size} replies hold no verdict: {len(seen) - len(read)} pairs are in no win rate.",
+            f"{missing} of {seen.size} replies hold no verdict: {len(seen) - len(read)} pairs are in no win rate."
+            if missing
+            else "Every reply holds a verdict.",
         ]
         if self._refused:
             prompts = ", ".join(list(self._refused)[:NAMED]) + (", …" if len(self._refused) > NAMED else "")

@@ -85,6 +85,7 @@ def run_config(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("--ckpt_path=none.ckpt", "there is no checkpoint none.ckpt"),
         ("--trainer.callbacks+=lightning.pytorch.callbacks.Timer", "cannot be written to config.yaml: give its"),
         ("--trainer.logger=false", "config.yaml is read by this command, which would replace it"),
+        ("--trainer.logger=false", "log folder (trainer.logger, or trainer.default_root_dir): "),
     ],
 )
 def test_wrong_fields_of_a_run(option: str, sentence: str, run_config: Path, told: Callable[..., str]) -> None:
