@@ -62,7 +62,7 @@ def refuse_config(config: Any, name: str) -> None:
     said, quantised = None, getattr(config, "quantization_config", None)
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if quantised is not None:
-        method = quantised.get("quant_method")
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         said = (
             f"holds quantised weights ({method}), which cannot be trained: take the model that they were made from"
         )

@@ -95,6 +95,8 @@ def finding(message: str) -> tuple[str, str, str] | None:
         if given := VALUE.search(text):
             value = given[1] or value
             text = text if "import" in text else text[: given.start()].rstrip(". ")
+        if of_another := re.search(r"Expected '(.+)' to be a subclass of", text):
+            value = of_another[1]
         name = class_path.rpartition(".")[2]
         if inner := re.match(r"Problem with given class_path '(.+)':", text):
             class_path, expected, depth = inner[1], [], indent

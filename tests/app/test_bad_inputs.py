@@ -367,6 +367,7 @@ OF_A_RUN["new models"] = [
         "model.architecture",
     ),
     (f"{SFT} '{{model_type: t5}}'", "model.architecture is a t5, whose tokens attend to later ones"),
+    (f"{SFT} '{{model_type: llama, quantization_config: fp8}}'", "holds quantised weights (fp8)"),
     (f"{SFT} [1]", "model.architecture"),
     (f"{SFT} null", "Give either model.name"),
     ("--model SupervisedFineTuning --model.architecture '{model_type: llama}'", "Give either model.name"),

@@ -65,3 +65,13 @@ def test_a_head_that_the_project_does_not_know_is_refused(
     for layout in ("auto", "packed", "separate"):
         with pytest.raises(UserError, match=r"output head .* is not supported"):
             one_step(tmp_path, tiny_llama, layout)
+
+
+@pytest.mark.parametrize(
+    ("attention", "said"), [("varlen", "runs on CUDA alone"), ("flex", "has no backward pass but on CUDA")]
+)
+def test_attentions_of_cuda_are_refused_before_a_cpu_trains(
+    attention: Any, said: str, tiny_llama: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=rf"model.attention: attention {attention} .*{said}; set it to auto"):
+        quiet_trainer(tmp_path, max_steps=1).fit(preference(tiny_llama, attention=attention), controlled(4))
