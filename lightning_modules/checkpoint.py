@@ -76,6 +76,8 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         return read_checkpoint(path)
+    if (last := path / "checkpoints" / "last.ckpt").exists():
+        raise UserError(f"{path} is the log folder of a run: give its checkpoint, such as {last}.")
     state = _load(path, path / "meta.pt", {"model_config"})  # Lightning's file beside the shards
     with _refusing(path):
         _check_shards(path)

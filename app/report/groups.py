@@ -26,7 +26,6 @@ FILTER: Groups = {
     "kept": (0.5, 1, "kept"),
     "labels flipped on purpose": (0.5, 1, "flipped"),
 }
-Mark = tuple[float | None, str]  # value, if known, and name of a line to compare with
 Rows = Sequence[tuple[str, int, Estimate]]  # name of a row, number of the run, estimate
 # of the groups in their order
 STYLES: tuple[dict[str, Any], ...] = (

@@ -121,7 +121,9 @@ def read_row(
     if "response" in fields and not has_value(fields, *_SIDES):  # the columns of a pair may be there and empty
         fields = without(fields, *_SIDES)
     if need_rejected and "rejected" not in fields:
-        raise BadRow("missing field", f"rejected; as {format.name} it is for supervised fine-tuning; {_found(row)}")
+        cure = "data.columns: {rejected: YOURS} says what yours is called"
+        told = f"rejected; as {format.name} it is for supervised fine-tuning; {_found(row)}; {cure}"
+        raise BadRow("missing field", told)
     if "system" not in fields and "system_prompt" in fields:
         fields = rename(fields, {"system_prompt": "system"})
     ignored = [name for name, value in fields.items() if name not in _OWN_FIELDS and not isinstance(value, _SCALAR)]

@@ -203,6 +203,14 @@ def test_bad_shards_are_refused(make: Callable[[Path, Path], None], tmp_path: Pa
     assert not (tmp_path / "mark").exists()
 
 
+def test_the_folder_of_a_run_leads_to_its_checkpoint(tmp_path: Path) -> None:
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    last.touch()
+    with pytest.raises(UserError, match=f"is the log folder of a run: give its checkpoint, such as {last}"):
+        read_for_export(tmp_path)
+
+
 # --- tables, models, paths -----------------------------------------------------------------------------------
 
 
