@@ -22,12 +22,18 @@ TRAINER_COMMANDS = {
 }
 
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # torchrun's, Slurm's and Lightning's
+# variables whose numbers libraries read, some while they are imported
+NUMBERS = (
+    *(*RANKS, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_PORT", "OMP_NUM_THREADS"),
+    *("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Exits with status 2 and one sentence if the user made a mistake."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     command = words[0]
+    wrong = [name for name in NUMBERS if not os.environ.get(name, "0").replace(",", "").isdecimal()]
     try:
         if command in ("-h", "--help"):
             print(overview())
@@ -35,6 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"beta-dpo {version('beta-dpo')}")
         elif command not in (*TRAINER_COMMANDS, *COMMANDS):
             print(f"beta-dpo: There is no command {command!r}: `beta-dpo --help` lists them.", file=sys.stderr)
+            sys.exit(2)
+        elif wrong:
+            cure = "where a whole number belongs: correct or unset it"
+            told = f"The environment variable {wrong[0]} is {os.environ[wrong[0]]!r}, {cure}"
+            print(f"beta-dpo: {told}.", file=sys.stderr)
             sys.exit(2)
         else:
             if "torch" not in sys.modules and all(os.environ.get(rank, "0") == "0" for rank in RANKS):

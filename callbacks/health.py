@@ -219,10 +219,9 @@ class HealthMonitor(Callback):
         # each rank measures its own speed, but all must stop together
         name = trainer.strategy.broadcast(held[0] if held else None)
         if name is not None:
-            raise StepRefused(
-                f"HealthMonitor stopped the run after step {trainer.global_step}: {name} ({BY_NAME[name].link}); "
-                "correct the cause or take it out of stop_on, and resume with --ckpt_path last."
-            )
+            resume = ", and resume with --ckpt_path last" if trainer.checkpoint_callbacks else ""
+            cure = f"({BY_NAME[name].link}); correct the cause or take it out of stop_on{resume}"
+            raise StepRefused(f"HealthMonitor stopped the run after step {trainer.global_step}: {name} {cure}.")
 
     def state_dict(self) -> dict[str, Any]:
         # without the speed, which belongs to this machine

@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 import signal
+import stat
 import threading
 from pathlib import Path
 from types import FrameType
@@ -46,8 +47,9 @@ class SignalWatch:
         if self._previous or threading.current_thread() is not threading.main_thread():
             return  # Python lets only the main thread handle signals
         self.received = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._previous[number] = signal.signal(number, self._note)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                self._previous[number] = signal.signal(number, self._note)
 
     def stop(self) -> None:
         for number, handler in self._previous.items():
@@ -58,6 +60,9 @@ class SignalWatch:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         hint = " Press Ctrl-C again to stop at once." if number == signal.SIGINT else ""
+        for stream in (1, 2) if number == signal.SIGHUP else ():  # printing to a closed terminal would end the run
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         # not by print or logging, which may hold their locks when the signal arrives
         os.write(2, f"\n{signal.Signals(number).name}: the step is finished and saved first.{hint}\n".encode())
         self.received = number
@@ -69,8 +74,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     It writes the new checkpoint, then moves the link `last.ckpt` to it in one rename. It deletes the old one only
     when the next step or the run has ended without error, because only then are the new weights known to be good.
-    At SIGTERM, SIGUSR1 or Ctrl-C it finishes and saves the step, and `Interrupted` ends the run. It always saves
-    the last step of the run. If a step is refused before it changes anything (`StepRefused`), it saves the step
+    At SIGTERM, SIGUSR1, SIGHUP or Ctrl-C it finishes and saves the step, and `Interrupted` ends the run. It always
+    saves the last step of the run. If a step is refused before it changes anything (`StepRefused`), it saves the step
     before. If a step fails in any other way it saves nothing: the statistics could be one batch ahead of the
     weights, or the weights half updated.
 

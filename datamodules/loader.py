@@ -93,7 +93,7 @@ class PreferenceBatch:
         share = [self.share[pair] for pair in pairs] or self.share
         made = [stretched_pair(share, *sizes) for sizes in (self.longest, short(*self.longest)) if share]
         return PreferenceBatch(
-            made, torch.arange(len(made)), ["", ""], {}, sum(self.longest), self.micro_batch_tokens, self.longest
+            made, torch.arange(len(made)), ["", ""], {}, self.longest[0], self.micro_batch_tokens, self.longest
         )
 
 

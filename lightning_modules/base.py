@@ -269,7 +269,7 @@ class LanguageModelTraining(RecordedTraining):
         leave_gathered(self.policy)
         grad_norm = clip_gradients(self.policy.parameters(), self.max_grad_norm or math.inf)
         if not math.isfinite(grad_norm):
-            cure = "lower model.optimizer's lr or use trainer.precision 32-true, and resume"
+            cure = "lower model.optimizer's lr, or use trainer.precision 32-true"
             step = self.trainer.global_step + 1
             raise UserError(f"The gradient norm is {grad_norm} at step {step}, which changed no weight: {cure}.")
         optimizer.step()

@@ -53,7 +53,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 def unwritable(path: Any) -> UserError:
     """Return the error for a checkpoint that cannot be written."""
-    cure = "free space and repeat the command with --ckpt_path last; an earlier one is untouched"
+    before = (last := Path(path).with_name("last.ckpt")).exists()
+    start = f"from {last.resolve().name}" if before else "from the beginning, for there is no earlier checkpoint"
+    cure = f"free space; the same command with --ckpt_path last goes on {start}"
     return UserError(f"{path} could not be written, probably because the disk is full: {cure}.")
 
 

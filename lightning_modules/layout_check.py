@@ -112,7 +112,7 @@ class StartCheck:
         passes = ", forward and backward" if self.trains and (on_cuda or compiled) else ""
         inform(
             f"start-up check passed (attention {attention}, {layout} rows{layers}): {len(samples[0].pairs)} pairs "
-            f"of the data and the longest possible one{passes}"
+            f"of the data and the longest possible one, {samples[1].batch.tokens} tokens{passes}"
         )
         return layout
 

@@ -30,7 +30,7 @@ from callbacks.slots import SLOTS
 from datamodules import ControlledTask, PreferenceData
 from lightning_modules import PreferenceOptimization, SupervisedFineTuning
 
-RESUME = "The same command with --ckpt_path last resumes from the last checkpoint."
+RESUME = "With --ckpt_path last, the command resumes from the last checkpoint in its log folder, if there is one."
 AFRESH = "The same command starts from the beginning and keeps what was made beside it."
 AGAIN = "Give the same command again; what it says it keeps is not done twice."
 PARTS = {"model": (PreferenceOptimization, SupervisedFineTuning), "data": (PreferenceData, ControlledTask)}
@@ -54,7 +54,9 @@ def run(command: str, arguments: list[str]) -> None:
     threading.excepthook = _tell_of_thread
     advice = {"fit": RESUME, "quickstart": AFRESH}.get(command, AGAIN)
     if threading.current_thread() is threading.main_thread():  # which alone handles signals
-        signal.signal(signal.SIGTERM, _end)  # while a run trains, `RunCheckpoint` handles it
+        for number in (signal.SIGTERM, signal.SIGHUP):  # while a run trains, `RunCheckpoint` handles them
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, _end)
     try:
         if command in COMMANDS:
             run_small_command(command, function_of(command), arguments[1:])
@@ -73,8 +75,9 @@ def run(command: str, arguments: list[str]) -> None:
         _leave(said or sentence(str(error), command, known))
     except Interrupted as stop:
         _leave(f"{stop}: the same command with --ckpt_path last resumes from there.", stop.exit_status)
-    except SIGTERMException:
-        _leave(f"stopped by SIGTERM. {advice}", 143)
+    except SIGTERMException as end:
+        number = end.args[0] if end.args else signal.SIGTERM  # Lightning gives none
+        _leave(f"stopped by {signal.Signals(number).name}. {advice}", 128 + number)
     except (KeyboardInterrupt, SystemExit) as end:
         # Lightning exits with status 1 on Ctrl-C
         if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
@@ -110,9 +113,9 @@ def run_small_command(command: str, function: Callable[..., None], words: list[s
     auto_cli(function, args=words, exit_on_error=False, prog=f"beta-dpo {command}", parser_class=WordsParser)
 
 
-def _end(*_: object) -> NoReturn:
+def _end(number: int, _: object) -> NoReturn:
     """End the command by an exception, so that it removes what it has half written."""
-    raise SIGTERMException
+    raise SIGTERMException(number)
 
 
 def _leave(sentence: str, status: int = 2) -> NoReturn:

@@ -192,7 +192,10 @@ def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str
                     callback.replaces_steps = True
             return None
         path = max(found, key=os.path.getmtime)
-    checkpoint = check_checkpoint(path)
+    try:
+        checkpoint = check_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"--ckpt_path: {error}") from error
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RunRecord):
             callback.compare({k: checkpoint[k] for k in ("config", "content") if k in checkpoint}, fitting)

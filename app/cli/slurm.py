@@ -10,6 +10,7 @@ import os
 
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 
 from app.core.errors import UserError
 
@@ -30,10 +31,11 @@ def slurm_environment() -> SLURMEnvironment | None:
     name = os.environ.get("SLURM_JOB_NAME")
     if name in IGNORED_NAMES:
         if by_srun and tasks > 1:
-            raise UserError(f"Lightning gives all tasks of a SLURM job {name!r} rank 0: use another --job-name.")
+            raise UserError(f"Lightning gives all {tasks} tasks of a job {name!r} rank 0: use another --job-name.")
         return None
     if not by_srun and tasks > 1:
-        raise UserError("Not started by srun, this process would wait for ever: put srun before the command.")
+        cure = "put srun before the command, or this process waits for the others for ever"
+        raise UserError(f"The SLURM job has {tasks} tasks, but srun did not start this process: {cure}.")
     if "SLURM_NTASKS" not in os.environ:
         return None
     if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
@@ -44,9 +46,12 @@ def slurm_environment() -> SLURMEnvironment | None:
 def check_processes(trainer: Trainer) -> None:
     """Raise UserError if the trainer expects other processes than were started; they would wait, or train alone."""
     devices, nodes = trainer.num_devices, trainer.num_nodes
+    if (rank := rank_zero_only.rank) >= trainer.world_size:  # it would train, say nothing and save nothing
+        cure = "start all of them by torchrun or srun, or unset RANK, LOCAL_RANK and SLURM_PROCID"
+        raise UserError(f"The environment makes this process rank {rank} of {trainer.world_size} ranks: {cure}.")
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, LightningEnvironment) and nodes > 1 and not NODE_RANKS & set(os.environ):
-        raise UserError(f"trainer.num_nodes={nodes}: put srun or torchrun before the command, to start the others.")
+        raise UserError(f"trainer.num_nodes={nodes}: put srun or torchrun before the command, which starts all.")
     if isinstance(environment, TorchElasticEnvironment):
         starter, cure = "torchrun", "--nproc-per-node and --nnodes"
         started, expected = f"{os.environ.get('WORLD_SIZE', '1')} processes", str(devices * nodes)

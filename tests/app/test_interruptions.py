@@ -47,6 +47,7 @@ SIGNALS = [
     ("SIGTERM", 143),
     pytest.param("SIGUSR1", 138, marks=pytest.mark.slow),
     pytest.param("SIGINT", 130, marks=pytest.mark.slow),
+    ("SIGHUP", 129),
 ]
 
 

@@ -25,7 +25,8 @@ from app.cli.mistakes import plain_sentence
 from app.core.errors import UserError
 from app.core.files import Parts, atomic_file, atomic_folder
 from app.main import main
-from lightning_modules.checkpoint import check_checkpoint
+from callbacks.run_checkpoint import move_link
+from lightning_modules.checkpoint import check_checkpoint, unwritable
 from lightning_modules.reference_cache import ReferenceCache
 
 RUN = Path("runs") / "run"
@@ -82,7 +83,7 @@ def run_config(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ),
         ("--audit=false", "for example --audit PairAudit; there are PairAudit, or null. See"),
         ("--model.loss.gamma=0.1", "for example --model.loss AlphaDPOLoss; there are"),
-        ("--ckpt_path=none.ckpt", "there is no checkpoint none.ckpt"),
+        ("--ckpt_path=none.ckpt", "--ckpt_path: there is no checkpoint none.ckpt"),
         ("--trainer.callbacks+=lightning.pytorch.callbacks.Timer", "cannot be written to config.yaml: give its"),
         ("--trainer.logger=false", "config.yaml is read by this command, which would replace it"),
         ("--trainer.logger=false", "log folder (trainer.logger, or trainer.default_root_dir): "),
@@ -113,6 +114,16 @@ def test_wrong_fields_of_a_run(option: str, sentence: str, run_config: Path, tol
 def test_wrong_configuration_files(text: str, sentence: str, run_config: Path, told: Callable[..., str]) -> None:
     (run_config / "b.yaml").write_text(text)
     assert sentence in told("fit", "--config", "config.yaml", "--config", "b.yaml")
+
+
+@pytest.mark.parametrize(("name", "value"), [("LOCAL_RANK", "x"), ("SLURM_NTASKS", "two"), ("OMP_NUM_THREADS", "")])
+def test_variables_that_are_no_numbers(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert told("report", "runs") == (
+        f"The environment variable {name} is {value!r}, where a whole number belongs: correct or unset it."
+    )
 
 
 def test_an_overlay_before_the_configuration_that_it_changes(run_config: Path, told: Callable[..., str]) -> None:
@@ -239,6 +250,14 @@ def test_a_disk_that_fills_while_shards_are_written(run_config: Path) -> None:
     checkpoints = run_config / RUN / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["last.ckpt", "step=2.ckpt"]
     assert check_checkpoint(checkpoints / "last.ckpt")["global_step"] == 2
+
+
+def test_a_full_disk_says_where_the_run_goes_on_from(tmp_path: Path) -> None:
+    path = tmp_path / "step=4.ckpt"
+    assert str(unwritable(path)).endswith("goes on from the beginning, for there is no earlier checkpoint.")
+    (tmp_path / "step=2.ckpt").touch()
+    move_link(tmp_path / "last.ckpt", tmp_path / "step=2.ckpt")
+    assert str(unwritable(path)).endswith("--ckpt_path last goes on from step=2.ckpt.")
 
 
 def test_samples_that_do_not_fit_the_disk(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only
 from tiny_runs import quiet_trainer
 
 from app.cli.slurm import check_processes, slurm_environment
@@ -55,9 +56,9 @@ def test_what_is_no_business_of_slurm_is_left_alone(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("variables", "without", "cure"),
     [
-        (STEP | {"SLURM_JOB_NAME": "bash"}, (), "another --job-name"),
+        (STEP | {"SLURM_JOB_NAME": "bash"}, (), "all 2 tasks .* another --job-name"),
         (STEP | {"SLURM_JOB_NAME": "interactive"}, (), "another --job-name"),
-        (BATCH, (), "put srun before the command"),
+        (BATCH, (), "has 2 tasks, .* put srun before the command"),
         (STEP, ("SLURM_NTASKS_PER_NODE",), "use --ntasks-per-node"),
     ],
 )
@@ -90,6 +91,12 @@ def test_processes_of_torchrun_do_not_train_alone(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(
         UserError, match=r"torchrun started 2 processes, but trainer\.devices=1 .* expect 1: give both"
     ):
+        check_processes(quiet_trainer(tmp_path))
+
+
+def test_a_rank_without_a_place_does_not_train_in_silence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as LOCAL_RANK=1 of an earlier job sets it
+    with pytest.raises(UserError, match="rank 1 of 1 ranks: start all of them by torchrun or srun"):
         check_processes(quiet_trainer(tmp_path))
 
 

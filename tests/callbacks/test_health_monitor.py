@@ -124,7 +124,8 @@ def test_lost_throughput_is_measured_against_the_best_of_this_machine() -> None:
 
 
 def test_a_stopped_run_resumes_with_the_same_settings_and_stops_by_its_own_steps() -> None:
-    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda name: name), global_step=0)
+    strategy = SimpleNamespace(broadcast=lambda name: name)
+    trainer: Any = SimpleNamespace(strategy=strategy, global_step=0, checkpoint_callbacks=[])
 
     def stops_after(monitor: HealthMonitor, measured: dict[str, float]) -> int:
         for step in range(1, 9):

@@ -13,7 +13,7 @@ from tiny_runs import Recorder, controlled, preference, quiet_trainer, same_bits
 
 from app.core.errors import StepRefused, UserError
 from callbacks import RunCheckpoint
-from callbacks.run_checkpoint import Interrupted, move_link
+from callbacks.run_checkpoint import Interrupted, SignalWatch, move_link
 
 
 def train(folder: Path, model: str, steps: int, resume: str | None = None, **settings: Any) -> RunCheckpoint:
@@ -43,6 +43,16 @@ def test_a_fit_after_a_signal_in_one_process_goes_on(tiny_llama: str, tmp_path: 
     for step in (1, 2):
         with pytest.raises(Interrupted, match=f"stopped by SIGUSR1 after step {step}"):
             trainer.fit(module, data, ckpt_path=str(checkpoint.last) if step > 1 else None)
+
+
+def test_a_closed_terminal_is_no_business_of_a_run_under_nohup() -> None:
+    before, watch = signal.signal(signal.SIGHUP, signal.SIG_IGN), SignalWatch()
+    try:
+        watch.start()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        watch.stop()
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_folder_of_another_run_is_left_alone(tiny_llama: str, tmp_path: Path) -> None:

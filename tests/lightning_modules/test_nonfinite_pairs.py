@@ -136,3 +136,4 @@ def test_a_pair_that_is_not_finite_does_not_fail_the_start_up_check(
         (figures,) = trainer.validate(preference(name), data, verbose=False)
     assert (figures["val/pairs"], figures["val/nonfinite_pairs"]) == (4, 1)
     assert "start-up check passed (attention pairwise, packed rows): 3 pairs of the data" in caplog.text
+    assert f"the longest possible one, {data.longest[0]} tokens" in caplog.text
