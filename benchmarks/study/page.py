@@ -1,9 +1,10 @@
-"""docs/study.md and its figures, from the table alone; page.md is the template."""
+"""docs/study.md and its figures, and README's table of the quickstart, from the table alone; by templates."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,14 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 from app.core.files import atomic_file
-from app.core.intervals import Estimate
 from app.report.plot import DASHES, Interval, Line, axis, intervals, lines, run_colour, side_by_side, svg
 from benchmarks.study import real_pairs
-from benchmarks.study.questions import PEOPLE, Question, plan, quickstarts, real, sizes
-from benchmarks.study.table import KEY, Result, Rows, path_of, runs_of, with_measures
-from benchmarks.study.tasks import JUDGED, PAIR_FILES, TASKS, TUNING, Run
-from benchmarks.study.verdicts import Difference
+from benchmarks.study.plan import JUDGED, ON_PEOPLE, PEOPLE, QUESTIONS, QUICKSTARTS, TASKS, TUNING, Question
+from benchmarks.study.table import KEY, Difference, Result, Rows, path_of, runs_of, with_measures
 from benchmarks.tables import ROOT, markdown
 
 DOCS = ROOT / "docs"
-VERDICTS = {"better": "good", "worse": "act", "equal within the margin": "link"}
+COLOURS = {"better": "good", "worse": "act", "equal within the margin": "link", "undecided": "quiet"}
 Answers = Sequence[tuple[Question, Sequence[Result]]]
 
 
@@ -38,111 +36,76 @@ def documents(table: pd.DataFrame) -> dict[str, str]:
     """Return the content of every generated file, by its path below docs."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     before, mark, rest = readme.partition("<!-- quickstart -->\n")
-    readme = before + mark + quickstart(table) + "\n" + rest[rest.index("<!-- end -->") :]
-    answers = answered(Rows(table))
+    readme = before + mark + quickstart(table) + rest[rest.index("<!-- end -->") :]
+    rows = Rows(table)
+    answers = list(answered(rows))
     figures = {f"study/{question.name}.svg": svg(forest(results)) for question, results in answers}
-    return {"study.md": study(answers, table), "../README.md": readme, **figures}
+    return {"study.md": study(answers, rows, table), "../README.md": readme, **figures}
 
 
-def answered(rows: Rows) -> Answers:
-    """Return the questions with their results, those of comparisons that have all the seeds of the plan."""
-    found = []
-    for question in plan():
+def answered(rows: Rows) -> Iterator[tuple[Question, Sequence[Result]]]:
+    """Yield the questions with their results, those of comparisons that have all the seeds of the plan."""
+    for question in QUESTIONS:
         results = []
         for label, runs in question.comparisons.items():
             with contextlib.suppress(LookupError):
                 results.append(rows.result(label, runs, len(question.seeds)))  # before, a verdict would look ahead
         if results:
-            found.append((question, results))
-    return found
+            yield question, results
 
 
-# --- README ----------------------------------------------------------------------------------------------------
-
-QUICKSTART = {
-    "win_rate": "win rate over the SFT model",
-    "reward": "mean true reward of samples, 0 to 4.5",
-    "malformed": "malformed answers",
-    "kl": "KL to the SFT model, nats per answer",
-    "accuracy": "reward accuracy on pairs held out",
-    "dropped_flipped": "swapped pairs dropped",
-    "dropped_clean": "other pairs dropped",
-}
-AHEAD = {"better": "higher", "worse": "lower", "undecided": "not told apart"}
+def rendered(template: str, **values: Any) -> str:
+    """Return the text of a template beside this file."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    text = environment.from_string(Path(__file__).with_name(template).read_text(encoding="utf-8"))
+    words = {"over_seeds": over_seeds, "told_verdict": told_verdict, "linked": linked, "Difference": Difference}
+    return text.render(any=any, **words, **values)
 
 
 def quickstart(table: pd.DataFrame) -> str:
     """Return README's table of the quickstart: means over seeds, differences paired by seed, and who is ahead."""
-    planned = set(quickstarts())
-    runs = table[[run in planned for run in runs_of(table)]]
+    runs = table[[run in QUICKSTARTS for run in runs_of(table)]]
     usual = runs[runs.options == ""]
     ours, theirs = (usual[usual.arm == arm].set_index("seed") for arm in ("beta_dpo", "dpo"))
-    sft = {"win_rate": "0.5", "reward": over_seeds(ours.sft_reward), "malformed": over_seeds(ours.sft_malformed)}
-    rows, told = [], []
-    for name, label in QUICKSTART.items():
-        difference = ours[name] - theirs[name]
-        cells = map(over_seeds, (ours[name], theirs[name]))
-        rows.append([label, sft.get(name, ""), *cells, over_seeds(difference, "+")])
-        told.append(f"{label.split(',')[0]} {AHEAD[Difference.of(difference.to_numpy(float), 0).verdict]}")
-    shown = markdown([f"{len(ours)} seeds [95 % interval]", "SFT model", "β-DPO", "plain DPO", "difference"], rows)
-    reordered, processors = len(runs) - len(usual), ", ".join(runs.processor.unique())
-    return f"""{shown}
-
-**β-DPO against plain DPO, paired by seed: {", ".join(told[:4])}.** Intervals are Student's t.
-Of all {len(runs)} runs ({reordered} repeat one seed with sums rounded in another order) the highest share of \
-malformed answers was {runs.malformed.max():.3f}, the highest KL {runs.kl.max():.2f}. {processors}; \
-a run on another processor ends elsewhere."""
+    return rendered("quickstart.md", ours=ours, theirs=theirs, runs=runs)
 
 
-def over_seeds(values: pd.Series, sign: str = "") -> str:
-    """Return the mean of `values`, one per seed, with Student's t interval at 95 %; without it if all are equal."""
-    if values.isna().any():
-        return "–"
-    if values.nunique() == 1:
-        return f"{values.iloc[0]:.3g}"
-    found = Difference.of(values.to_numpy(float), margin=0)
-    return f"{found.mean:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
-
-
-# --- the page --------------------------------------------------------------------------------------------------
-
-
-def study(answers: Answers, table: pd.DataFrame) -> str:
+def study(answers: Answers, rows: Rows, table: pd.DataFrame) -> str:
     """Return the text of docs/study.md."""
+    results = [result for _, results in answers for result in results]
     by_label: dict[str, dict[str, Result]] = {}  # label → task → result
-    for result in (result for _, results in answers for result in results):
+    for result in results:
         by_label.setdefault(result.label, {})[result.task] = result
-    both = {label.replace(" − static β", ""): by for label, by in by_label.items() if len(by) > 1}
-    judged = table[(table.phase == JUDGED) & (table.task != "real")]
+    both = {
+        label.replace(" − static β", ""): {one.by["reward"].verdict for one in by.values()}
+        for label, by in by_label.items()
+        if len(by) > 1
+    }
     people = table[table.task == "real"]
     differences = people_differences(people)
-    told = [(f"{data}, {label}", one) for label, by in differences.items() for data, one in by.items()]
-    decided = [f"{label}: {told_verdict(one)}" for label, one in told if one.verdict != "undecided"]
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    return environment.from_string((Path(__file__).parent / "page.md").read_text(encoding="utf-8")).render(
-        both=both,
-        better=[
-            name for name, by in both.items() if {one.by["reward"].verdict for one in by.values()} == {"better"}
-        ],
-        done=len(set(runs_of(judged))),  # a run may have a row for each of several processors
-        wanted=sum(judging for _, _, judging in sizes()),
-        found=sum(len(results) for _, results in answers),
-        asked=sum(len(question.comparisons) for question in plan()),
-        hours=f"{table.seconds.sum() / 7200:.1f}",
+    told = {f"{data}, {label}": one for label, by in differences.items() for data, one in by.items()}
+    decided = [f"{label}: {told_verdict(one)}" for label, one in told.items() if one.verdict != "undecided"]
+    return rendered(
+        "page.md",
+        table=table,
+        questions=QUESTIONS,
+        both=list(both),
+        better=[name for name, verdicts in both.items() if verdicts == {"better"}],
+        # a run may have a row for each of several processors
+        done=len(table[(table.phase == JUDGED) & (table.task != "real")].drop_duplicates(KEY)),
+        wanted=len({run for question in QUESTIONS for run in question.judged}),
         verdicts=list(verdicts(answers, by_label)),
-        open=[each.title for each in plan() if each.name not in {question.name for question, _ in answers}],
         answers=answers,
-        any=any,
-        linked=linked,
-        told_verdict=told_verdict,
-        over_seeds=over_seeds,
         about_people=PEOPLE,
-        decided="; ".join([*decided, f"{len(told) - len(decided)} of {len(told)} comparisons undecided."]),
         differences=differences,
-        people=list(people.groupby(["data", "flip_rate", "arm"])),
-        rows_of_people=len(people),
-        planned_people=len(list(real())),
-        settings=list(settings(answers, table)),
+        decided="; ".join([*decided, f"{len(told) - len(decided)} of {len(told)} comparisons undecided."]),
+        people=people,
+        planned_people=len(ON_PEOPLE),
+        settings=[
+            # of every setting: the run, its rows, and those of tuning
+            (run, rows.of[run], rows.of.get(replace(run, phase=TUNING), rows.none))
+            for run in sorted({run for result in results for run in result.runs})
+        ],
     )
 
 
@@ -155,63 +118,54 @@ def verdicts(
     """
     shown: set[str] = set()
     for question, results in answers:
-        labels = [each.label for each in results if each.label not in shown]
-        shown.update(labels)
-        rows = []
-        for label in labels:
+        found = {}
+        for label in (each.label for each in results if each.label not in shown):
             tasks = [by_label[label].get(task) for task in ("controlled", "sentiment")]
-            found = [one and one.by[measure] for one in tasks for measure in ("reward", "within")]
-            if any(one and one.verdict != "undecided" for one in found):
-                rows.append((label, found))
-        yield question.title, rows, len(labels) - len(rows)
+            found[label] = [one and one.by[measure] for one in tasks for measure in ("reward", "within")]
+        shown |= found.keys()
+        rows = [row for row in found.items() if any(one and one.verdict != "undecided" for one in row[1])]
+        yield question.title, rows, len(found) - len(rows)
+
+
+def people_differences(table: pd.DataFrame) -> dict[str, dict[str, Difference]]:
+    """Return what is compared on pairs of people, by data and paired by seed, once every run has a row."""
+    if set(runs_of(table)) != set(ON_PEOPLE):
+        return {}
+    table = table.set_index(["flip_rate", "data", "seed"])
+    ours, theirs = (table[table.arm == arm] for arm in ("beta_dpo", "dpo"))
+    found = {"dropped by the filter: flipped − other pairs": (ours.dropped_flipped - ours.dropped_clean)[0.2]}
+    for percent in real_pairs.SHARES:
+        for name, runs in (("β-DPO", ours), ("static β", theirs)):
+            for signal, told in (("length", "length"), ("reference", "untrained model")):
+                label = f"flipped in the first {percent} %: audit of {name} − {told}"
+                found[label] = (runs[f"gaps_{percent}"] - runs[f"{signal}_{percent}"])[0.2]
+    for flips in (0.0, 0.2):
+        label = f"held-out accuracy: β-DPO − static β, flip rate {flips:g}"
+        found[label] = (ours.accuracy - theirs.accuracy)[flips]
+    return {
+        label: {data: Difference.of(values[data]) for data in TASKS["real"].data} for label, values in found.items()
+    }
+
+
+# --- words of the templates ----------------------------------------------------------------------------------
+
+
+def over_seeds(values: pd.Series, sign: str = "") -> str:
+    """Return the mean of `values`, one per seed, with Student's t interval at 95 %; without it if all are equal."""
+    if values.isna().any():
+        return "–"
+    return f"{values.iloc[0]:.3g}" if values.nunique() == 1 else Difference.of(values).text(sign)
 
 
 def told_verdict(found: Difference) -> str:
     word = found.verdict.split()[0]
-    return f"{word if word == 'undecided' else f'**{word}**'} {found}"
+    return f"{word if word == 'undecided' else f'**{word}**'} {found.text()}"
 
 
 def linked(title: str) -> str:
     """Return a link to the section of that title."""
     kept = "".join(letter for letter in title.lower() if letter.isalnum() or letter in " -_")
     return f"[{title}](#{kept.replace(' ', '-')})"
-
-
-def settings(answers: Answers, table: pd.DataFrame) -> Iterator[tuple[Run, pd.DataFrame, list[str]]]:
-    """Yield every setting that the questions compare, its rows, and how many collapsed: judged, and in tuning."""
-    wanted = {run for _, results in answers for result in results for run in result.runs}
-    columns = ["task", *KEY[3:]]
-    measured = with_measures(table)
-    tried = dict(list(measured[measured.phase == TUNING].groupby(columns)))
-    for place, runs in measured[measured.phase == JUDGED].groupby(columns):
-        if (run := Run(place[0], JUDGED, -1, *place[1:])) in wanted:
-            both = [runs, *([tried[place]] if place in tried else [])]
-            yield run, runs, [f"{some.collapsed.sum()} of {len(some)}" for some in both]
-
-
-def people_differences(table: pd.DataFrame) -> dict[str, dict[str, Difference]]:
-    """Return what is compared on pairs of people, by data and paired by seed, once every run has a row."""
-    if set(runs_of(table)) != set(real()):
-        return {}
-    arms = {
-        name: table[table.arm == arm].set_index(["flip_rate", "data", "seed"])
-        for name, arm in (("β-DPO", "beta_dpo"), ("static β", "dpo"))
-    }
-    ours, theirs = arms.values()
-    found = {"dropped by the filter: flipped − other pairs": (ours.dropped_flipped - ours.dropped_clean)[0.2]}
-    for percent in real_pairs.SHARES:
-        for name, runs in arms.items():
-            for signal, told in (("length", "length"), ("reference", "untrained model")):
-                label = f"flipped in the first {percent} %: audit of {name} − {told}"
-                found[label] = (runs[f"gaps_{percent}"] - runs[f"{signal}_{percent}"])[0.2]
-    for flips in (0.0, 0.2):
-        found[f"held-out accuracy: β-DPO − static β, flip rate {flips:g}"] = (ours.accuracy - theirs.accuracy)[
-            flips
-        ]
-    return {
-        label: {data: Difference.of(values[data].to_numpy(float), margin=0) for data in PAIR_FILES}
-        for label, values in found.items()
-    }
 
 
 # --- charts ----------------------------------------------------------------------------------------------------
@@ -222,10 +176,8 @@ def forest(results: Sequence[Result]) -> Any:
     reward = " or ".join(sorted({"gold" if each.task == "sentiment" else "true" for each in results}))
     panels = []
     for measure in ("reward", "within"):
-        rows = []
-        for label, found in ((each.label, each.by[measure]) for each in results):
-            estimate = Estimate(found.mean, found.low, found.high)
-            rows.append(Interval(label, VERDICTS.get(found.verdict, "quiet"), estimate, found.margin))
+        both = [(each.label, each.by[measure]) for each in results]
+        rows = [Interval(label, COLOURS[one.verdict], one.estimate, one.margin) for label, one in both]
         panels.append(intervals(rows, f"difference in mean {reward} reward", mark=0.0))
     key = "green: better; red: worse; blue: equal within the margin (grey band); dark grey: undecided"
     return side_by_side(panels, ("at the end", "within the KL budget")).properties(

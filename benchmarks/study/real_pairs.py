@@ -1,11 +1,7 @@
-"""Pairs of people with a share of their labels flipped on purpose, and how well an audit finds these.
-
-python -m benchmarks.study.real_pairs FILE FOLDER     train.jsonl with flips, and held_out.jsonl without
-"""
+"""Pairs of people with a share of their labels flipped on purpose, and how well an audit finds these."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -14,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from jsonargparse import auto_cli
 
 from app.commands.audit import LABEL, as_row
 from app.commands.suspects import hits, pair_histories
@@ -21,52 +18,48 @@ from app.core.files import atomic_file
 from datamodules.records import PreferencePair
 from datamodules.sources.pairs import read_pairs
 
-SHARES = {"5": 0.05, "10": 0.1}  # of the pairs that a reader looks at
+SHARES = (5, 10)  # percent of the pairs, those that a reader looks at
 SIGNALS = ("gaps", "reference", "length")
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.study.real_pairs",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("file")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--flip_rate", type=float, default=0.2)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--count", type=int, default=160, help="pairs to train on")
-    parser.add_argument("--held_out", type=int, default=96, help="pairs of other prompts, at most")
-    parser.add_argument("--longest", type=int, default=350, help="characters of a pair, at most")
-    options = parser.parse_args(words)
-    draws = np.random.default_rng(options.seed)
-    pairs = drawn(options.file, options.longest, draws)
-    train = pairs[: options.count]
-    prompts = {str(pair.prompt) for pair in train}
-    held_out = [pair for pair in pairs[options.count :] if str(pair.prompt) not in prompts][: options.held_out]
-    if len(train) < options.count or not held_out:
-        sys.exit(f"{options.file} has {len(pairs)} pairs of at most {options.longest} characters: raise --longest")
-    flips = draws.permutation(len(train)) < round(options.flip_rate * len(train))
-    write(options.folder / "train.jsonl", train, flips)
-    write(options.folder / "held_out.jsonl", held_out, np.zeros(len(held_out), bool))
-    print(
-        f"{len(train)} of {len(pairs)} pairs, {flips.sum()} flipped, and {len(held_out)} held out: {options.folder}"
-    )
+def main(words: list[str] | None = None) -> None:
+    auto_cli(draw, args=words, prog="python -m benchmarks.study.real_pairs")
 
 
-def drawn(file: str, longest: int, draws: np.random.Generator) -> list[PreferencePair]:
-    """Return the distinct pairs of at most `longest` characters in a drawn order, those of a prompt together.
+def draw(
+    file: str,
+    folder: Path,
+    flip_rate: float = 0.2,
+    seed: int = 1,
+    count: int = 160,
+    held_out: int = 96,
+    longest: int = 350,
+) -> None:
+    """Write train.jsonl with flips, and held_out.jsonl without.
 
-    Unreadable rows are counted.
+    Args:
+        count: pairs to train on.
+        held_out: pairs of other prompts, at most.
+        longest: characters of a pair, at most.
     """
-    found: dict[tuple[str, frozenset[str | None]], PreferencePair] = {}
-    for pair in read_pairs(file, "skip", need_rejected=True):
+    draws = np.random.default_rng(seed)
+    found: dict[tuple[str, frozenset[str | None]], PreferencePair] = {}  # no pair twice, in either direction
+    for pair in read_pairs(file, "skip", need_rejected=True):  # which counts unreadable rows
         if len(f"{pair.prompt}{pair.chosen}{pair.rejected}") <= longest:
             found.setdefault((str(pair.prompt), frozenset((pair.chosen, pair.rejected))), pair)
     pairs = list(found.values())
-    order = [pairs[place] for place in draws.permutation(len(pairs))]
-    prompts = {prompt: place for place, prompt in enumerate(dict.fromkeys(str(pair.prompt) for pair in order))}
-    return sorted(order, key=lambda pair: prompts[str(pair.prompt)])
+    by_prompt: dict[str, list[PreferencePair]] = {}
+    for place in draws.permutation(len(pairs)):
+        by_prompt.setdefault(str(pairs[place].prompt), []).append(pairs[place])
+    order = [pair for of_prompt in by_prompt.values() for pair in of_prompt]
+    train, prompts = order[:count], {str(pair.prompt) for pair in order[:count]}
+    others = [pair for pair in order[count:] if str(pair.prompt) not in prompts][:held_out]
+    if len(train) < count or not others:
+        sys.exit(f"{file} has {len(pairs)} pairs of at most {longest} characters: raise --longest")
+    flips = draws.permutation(count) < round(flip_rate * count)
+    write(folder / "train.jsonl", train, flips)
+    write(folder / "held_out.jsonl", others, np.zeros(len(others), bool))
+    print(f"{count} of {len(pairs)} pairs, {flips.sum()} flipped, and {len(others)} held out: {folder}")
 
 
 def write(path: Path, pairs: Sequence[PreferencePair], flips: np.ndarray) -> None:
@@ -96,9 +89,11 @@ def found(audit: pd.DataFrame, train: Path) -> dict[str, float]:
         "length": (longer, -longer),
     }
     return {
-        f"{name}_{percent}": max(hits(each, wrong, round(share * len(wrong))).mean() for each in scores[name])
+        f"{name}_{percent}": max(
+            hits(each, wrong, round(percent / 100 * len(wrong))).mean() for each in scores[name]
+        )
         for name in SIGNALS
-        for percent, share in SHARES.items()
+        for percent in SHARES
     }
 
 

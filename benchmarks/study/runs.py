@@ -12,17 +12,21 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from app.commands.judge import figures, win_rate
+from app.core.samples import read_samples
+from app.judges.rewards import OwnReward, TrueReward
 from app.main import main
 from app.report.run import read_run
+from benchmarks.study import real_pairs
+from benchmarks.study.plan import TASKS, Run, Task
 from benchmarks.study.table import append_result
-from benchmarks.study.tasks import TASKS, Run
 from benchmarks.tables import processor
 
 TAGS = {
@@ -33,21 +37,31 @@ TAGS = {
 }
 
 
-def make_sft_model(task_and_seed: tuple[str, int]) -> None:
+def make_shared(task: Task) -> None:
+    """Do what all seeds of a task share."""
+    if lost := [name for name in map(os.path.expandvars, task.needs) if not Path(name).exists()]:
+        raise SystemExit(
+            f"real pairs need {', '.join(lost)}: make the model by `make smollm2`, and name the folder of the "
+            "pairs by PAIRS=FOLDER"
+        )
+    for command in task.once:
+        call(command.format(shared=task.shared))
+
+
+def make_sft_model(run: Run) -> None:
     """Do what the runs of a seed share, unless it is done."""
-    task, seed = task_and_seed
-    commands, folder = TASKS[task].sft(seed), TASKS[task].folder(seed)
-    if commands and not (folder / "done").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # an interrupted run of minutes needs no resume
-        do(commands, folder.with_suffix(".log"))
-        (folder / "done").touch()
+    commands, done = run.preparing(), run.sft / "done"
+    if commands and not done.exists():
+        shutil.rmtree(run.sft, ignore_errors=True)  # an interrupted run of minutes needs no resume
+        do(commands, run.sft.with_suffix(".log"))
+        done.touch()
 
 
 def make_row(run: Run) -> dict[str, Any]:
     """Train and sample a run, and return its row; its models and checkpoints are deleted."""
     started = time.perf_counter()
     shutil.rmtree(run.folder, ignore_errors=True)
-    do(TASKS[run.task].commands(run), Path(f"{run.folder}.log"))
+    do(run.commands(), Path(f"{run.folder}.log"))
     row = asdict(run) | {"processor": processor()} | measured(run) | {"seconds": time.perf_counter() - started}
     for folder in (*run.folder.glob("model-*"), *run.folder.glob("checkpoints")):
         shutil.rmtree(folder)
@@ -56,16 +70,45 @@ def make_row(run: Run) -> dict[str, Any]:
 
 def measured(run: Run) -> dict[str, float]:
     """Return the figures of a finished run."""
-    read = read_run(run.folder, run.arm)
+    read, task = read_run(run.folder, run.arm), TASKS[run.task]
     last = {name: read.last(tag) for name, tag in TAGS.items()}
-    beta, clamped = read.curves["beta/used"], read.curves.get("beta/clamped")
-    return {
+    beta, clamped, audit = read.curves["beta/used"], read.curves.get("beta/clamped"), read.audit
+    assert audit is not None
+    flipped = audit.flipped.to_numpy(bool)
+    found = {
         **{name: math.nan if value is None else value for name, value in last.items()},
         "beta_low": float(beta.min()),
         "beta_high": float(beta.max()),
         "clamped": math.nan if clamped is None else float(clamped.mean()),
-        **TASKS[run.task].figures(run, read.audit),
+        "dropped_flipped": float(1 - audit.kept[flipped].mean()),  # NaN without such pairs
+        "dropped_clean": float(1 - audit.kept[~flipped].mean()),
     }
+    if not task.steps:
+        return found | real_pairs.found(audit, Path(f"{run.folder}-pairs", "train.jsonl"))
+    of_sft = rows_of(run.sft / "samples.jsonl")
+    sft = score(task, of_sft)
+    found |= {"sft_reward": sft["reward"], "sft_malformed": sft["malformed"]}
+    for step in run.sampled:
+        end = "" if step == task.steps[-1] else f"_{step}"
+        samples = rows_of(run.folder / f"samples-{step}.jsonl")
+        found |= {f"{name}{end}": value for name, value in score(task, samples).items()}
+    return found if task.reward else found | {"win_rate": win_rate(samples, of_sft).mean}
+
+
+def score(task: Task, samples: list[dict[str, Any]]) -> dict[str, float]:
+    """Return mean reward, share of malformed or unfinished responses, and KL of samples (0 where it is unknown)."""
+    judge = OwnReward(task.reward, dict(task.reward_args)) if task.reward else TrueReward()
+    told = {name: found.mean for name, found in figures(samples, judge).items()}
+    malformed = told.get("malformed", 1 - told.get("finished", 1.0))
+    return {
+        "reward": told["reward" if task.reward else "true reward"],
+        "malformed": malformed,
+        "kl": told.get("KL", 0.0),
+    }
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [row for _, row in read_samples(str(path))]
 
 
 def do(commands: Sequence[str], log: Path) -> None:
@@ -74,11 +117,15 @@ def do(commands: Sequence[str], log: Path) -> None:
     with quietly(log):
         for command in commands:
             print(command, flush=True)
-            program, *words = shlex.split(command)
-            if program == "beta-dpo":
-                main(words)
-            else:  # python -m MODULE
-                importlib.import_module(words[1]).main(words[2:])
+            call(command)
+
+
+def call(command: str) -> None:
+    program, *words = map(os.path.expandvars, shlex.split(command))
+    if program == "beta-dpo":
+        main(words)
+    else:  # python -m MODULE
+        importlib.import_module(words[1]).main(words[2:])
 
 
 @contextlib.contextmanager
@@ -100,39 +147,35 @@ def quietly(log: Path) -> Iterator[None]:
 def carry_out(runs: list[Run], jobs: int) -> set[Run]:
     """Do runs, `jobs` at a time, and save the row of each as soon as it is done. Return those that failed."""
     for task in dict.fromkeys(run.task for run in runs):
-        TASKS[task].prepare()
+        make_shared(TASKS[task])
     print(f"{len(runs)} runs to do", flush=True)
     # fork imports the libraries only once; one process per run, so that a run leaves no state to another
     with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
         # all SFT models first, or two runs of a seed would wait for the same one
-        models = {TASKS[run.task].folder(run.seed): (run.task, run.seed) for run in runs}
         without = set()
-        for (task, seed), _, error in pool.imap_unordered(partial(attempt, make_sft_model), models.values()):
+        first = {run.sft: run for run in runs}
+        for run, _, error in pool.imap_unordered(partial(attempt, make_sft_model), first.values()):
             if error:
-                without.add(TASKS[task].folder(seed))
-                print(f"no SFT model of {task}, seed {seed}: its runs are left out\n{error}", flush=True)
-        failed = {run for run in runs if TASKS[run.task].folder(run.seed) in without}
+                without.add(run.sft)
+                print(f"no SFT model of {run.task}, seed {run.seed}: its runs are left out\n{error}", flush=True)
+        failed = {run for run in runs if run.sft in without}
         runs = [run for run in runs if run not in failed]
         started = time.monotonic()
         for number, (run, row, error) in enumerate(pool.imap_unordered(partial(attempt, make_row), runs), 1):
-            left = (time.monotonic() - started) / number * (len(runs) - number) / 60
             if error:
                 failed.add(run)
                 shown = f"failed:\n{error}"
             else:
                 append_result(row)
                 shown = f"reward {row['reward']:.2f}" if "reward" in row else f"accuracy {row['accuracy']:.2f}"
-            print(f"{number}/{len(runs)}, about {left:.0f} min left: {told(run)}: {shown}", flush=True)
+            left = (time.monotonic() - started) / number * (len(runs) - number) / 60
+            print(f"{number}/{len(runs)}, about {left:.0f} min left: {run}: {shown}", flush=True)
     return failed
 
 
-def attempt(make: Callable[[Any], Any], what: Any) -> tuple[Any, Any, str]:
-    """Return `what`, what is made of it, and the error, which neither ends the others nor hangs the pool."""
+def attempt(make: Callable[[Run], Any], run: Run) -> tuple[Run, Any, str]:
+    """Return the run, what is made of it, and the error, which neither ends the others nor hangs the pool."""
     try:
-        return what, make(what), ""
+        return run, make(run), ""
     except (Exception, SystemExit):
-        return what, None, traceback.format_exc(limit=-3)
-
-
-def told(run: Run) -> str:
-    return " ".join(f"{value:g}" if isinstance(value, float) else f"{value}" for value in astuple(run)).rstrip()
+        return run, None, traceback.format_exc(limit=-3)

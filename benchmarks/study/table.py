@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from app.core.files import atomic_file
+from app.core.intervals import Estimate
 from app.core.locks import locked
 from benchmarks.study import real_pairs
-from benchmarks.study.questions import QUESTIONS, tuning
-from benchmarks.study.tasks import JUDGED, TASKS, TUNING, TUNING_SEEDS, Run
-from benchmarks.study.verdicts import Difference, reward_within
+from benchmarks.study.plan import JUDGED, QUESTIONS, TASKS, TUNING, TUNING_SEEDS, Run, tuning
 from benchmarks.tables import ROOT, processor
 
 RESULTS = ROOT / "docs" / "study" / "results.csv"
@@ -33,6 +34,8 @@ ROW = [*KEY, "processor"]  # a run has a row for every processor that did it
 COLUMNS = [*ROW, *FIGURES]
 MEASURES = ("reward", "within", "per_root")  # at the end, within the KL budget, gain per √KL
 SIGNS = (1, -1, -1, 1)  # of the runs of a comparison
+ALPHA = 0.05  # of all comparisons of a question together
+Verdict = Literal["better", "worse", "equal within the margin", "undecided"]
 
 
 def read_results(path: Path = RESULTS) -> pd.DataFrame:
@@ -53,6 +56,9 @@ def append_result(row: Mapping[str, object], path: Path = RESULTS) -> None:
 def runs_of(table: pd.DataFrame) -> list[Run]:
     """Return the run of every row."""
     return [Run(**row) for row in table[KEY].to_dict("records")]
+
+
+# --- the measures of a row -----------------------------------------------------------------------------------
 
 
 def with_measures(table: pd.DataFrame) -> pd.DataFrame:
@@ -77,12 +83,61 @@ def path_of(row: pd.Series) -> list[tuple[float, float]]:
     return [(0.0, float(row.sft_reward)), *((float(row[f"kl{e}"]), float(row[f"reward{e}"])) for e in ends)]
 
 
-class Untuned(LookupError):
-    """Settings cannot be chosen before some `runs` have rows."""
+def reward_within(path: Sequence[tuple[float, float]], budget: float) -> float:
+    """Return the highest reward on a path of (KL, reward), linear in between, with a KL of at most `budget` nats.
 
-    def __init__(self, runs: Sequence[Run]):
-        super().__init__(f"{len(runs)} tuning runs of {runs[0].arm} ({runs[0].loss}) have no row yet")
-        self.runs = runs
+    This is the reward of the best checkpoint within that distance of the SFT model. A temporary spike of the KL
+    does not lower it.
+    """
+    best = path[0][1]
+    for (kl0, reward0), (kl1, reward1) in itertools.pairwise(path):
+        if kl1 <= budget:
+            best = max(best, reward1)
+        if min(kl0, kl1) < budget < max(kl0, kl1):
+            best = max(best, reward0 + (reward1 - reward0) * (budget - kl0) / (kl1 - kl0))
+    return best
+
+
+# --- differences over seeds ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean over seeds of paired differences with its interval, and the verdict on it."""
+
+    estimate: Estimate
+    margin: float  # smaller differences count as equal
+    verdict: Verdict
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Iterable[float], margin: float = 0.0, comparisons: int = 1) -> Difference:
+        """Return the difference for `values` [n], one per seed, at 95 % for all `comparisons` (Bonferroni).
+
+        A difference within the margin is equal, also where it is not zero: two one-sided tests (Schuirmann 1987) at
+        level α hold if the 1 − 2α interval lies within the margin. Raises ValueError for fewer than two seeds, or
+        for a value that is not finite.
+        """
+        found = np.asarray(values, dtype=float)
+        if len(found) < 2 or not np.isfinite(found).all():
+            raise ValueError("an interval over seeds needs at least two of them, with finite values")
+        mean, error = float(found.mean()), float(found.std(ddof=1)) / len(found) ** 0.5
+        level = ALPHA / comparisons
+        wide, narrow = (float(stats.t.ppf(1 - tail, len(found) - 1)) * error for tail in (level / 2, level))
+        verdict: Verdict = "undecided"
+        if abs(mean) + narrow < margin:
+            verdict = "equal within the margin"
+        elif abs(mean) > wide:
+            verdict = "better" if mean > 0 else "worse"
+        return cls(Estimate(mean, mean - wide, mean + wide), margin, verdict, len(found))
+
+    def text(self, sign: str = "+") -> str:
+        mean, low, high = (f"{value:{sign}.{2 if self.margin >= 0.1 else 3}f}" for value in self.estimate)
+        return f"{mean} [{low}, {high}]"
+
+
+class Untuned(LookupError):
+    """Settings cannot be chosen before some runs, its argument, have rows."""
 
 
 class Result(NamedTuple):
@@ -99,26 +154,36 @@ class Result(NamedTuple):
 
 
 class Rows:
-    """The rows of the table by run and processor, and what the plan reads from them.
+    """The rows of every run, and what the plan reads from them.
 
     Rounding takes a run elsewhere on another processor, so only rows of one processor are compared within a seed.
     """
 
     def __init__(self, table: pd.DataFrame) -> None:
-        table = with_measures(table)
-        self.by_run: dict[Run, dict[str, dict[Any, Any]]] = {}
-        for run, row in zip(runs_of(table), table.to_dict("records"), strict=True):
-            self.by_run.setdefault(run, {})[row["processor"]] = row
+        table = with_measures(table).assign(run=[replace(run, seed=-1) for run in runs_of(table)])
+        table = table.set_index(["seed", "processor"]).sort_index()
+        self.none = table.head(0)
+        self.of = dict(list(table.groupby("run", sort=False)))
 
-    def together(self, runs: Iterable[Run]) -> list[str]:
-        """Return the processors that have a row of every run."""
-        made = [self.by_run.get(run, {}).keys() for run in runs]
-        return sorted(set.intersection(*map(set, made))) if made else []
+    def paired(self, runs: Sequence[Run]) -> list[pd.DataFrame]:
+        """Return the rows of each run, by seed and processor, of the seeds that one processor did with all `runs`.
 
-    def to_do(self, runs: Sequence[Run]) -> list[Run]:
-        """Return the runs to do here, so that all `runs` have rows of one processor."""
-        here = processor()
-        return [] if self.together(runs) else [run for run in runs if here not in self.by_run.get(run, {})]
+        A seed counts once, on whichever processor.
+        """
+        tables = [self.of.get(run, self.none) for run in runs]
+        both = reduce(pd.Index.intersection, [table.index for table in tables])
+        both = both[~both.get_level_values("seed").duplicated()]
+        return [table.loc[both] for table in tables]
+
+    def to_do(self, runs: Sequence[Run], seeds: Iterable[int]) -> list[Run]:
+        """Return the runs to do here, so that at each seed all `runs` have rows of one processor."""
+        here, done = processor(), self.paired(runs)[0].index.get_level_values("seed")
+        return [
+            replace(run, seed=seed)
+            for seed in seeds
+            for run in runs
+            if seed not in done and (seed, here) not in self.of.get(run, self.none).index
+        ]
 
     def missing(self, runs: Iterable[Run], seeds: Iterable[int]) -> list[Run]:
         """Return the runs without a row: those of tuning, then those of tuned settings, seed by seed."""
@@ -128,10 +193,8 @@ class Rows:
             try:
                 chosen.append(self.chosen(run))
             except Untuned as error:
-                left += error.runs
-        for seed in seeds:
-            left += self.to_do([replace(run, seed=seed) for run in chosen])
-        return list(dict.fromkeys(left))
+                left += error.args[0]
+        return list(dict.fromkeys([*left, *(self.to_do(chosen, seeds) if chosen else [])]))
 
     def chosen(self, run: Run) -> Run:
         """Return the run with β0 and rate by the plan's rule: six settings on one seed, the best two on four more.
@@ -141,39 +204,21 @@ class Rows:
         """
         settings = tuning(run)
         for seeds, left in ((TUNING_SEEDS[:1], 2), (TUNING_SEEDS, 1)):
-            by_seed = [[replace(one, seed=seed) for one in settings] for seed in seeds]
-            if missing := [one for runs in by_seed for one in self.to_do(runs)]:
+            if missing := self.to_do(settings, seeds):
                 raise Untuned(missing)
-            reward = dict.fromkeys(settings, 0.0)
-            for runs in by_seed:
-                where = self.together(runs)[0]
-                for setting, one in zip(settings, runs, strict=True):
-                    reward[setting] += self.by_run[one][where]["reward"]
+            tables = self.paired(settings)
+            reward = {one: table.reward.loc[list(seeds)].sum() for one, table in zip(settings, tables, strict=True)}
             settings = sorted(settings, key=reward.__getitem__, reverse=True)[:left]
         return replace(run, beta0=run.beta0 or settings[0].beta0, learning_rate=settings[0].learning_rate)
 
-    def of(self, run: Run) -> pd.DataFrame:
-        """Return the rows of a run without a seed, by seed and processor. Raises LookupError when there is none."""
-        made = [rows for each, rows in self.by_run.items() if replace(each, seed=run.seed) == run]
-        if not made:
-            raise LookupError(f"no rows of {run}")
-        table = pd.DataFrame([row for rows in made for row in rows.values()])
-        return table.set_index(["seed", "processor"]).sort_index()
-
     def result(self, label: str, runs: Sequence[Run], seeds: int = 2) -> Result:
-        """Return the result of a comparison, paired by seed; rows of different processors are not paired.
-
-        Raises LookupError while it has fewer pairs than `seeds`.
-        """
+        """Return the result of a comparison. Raises LookupError while it has fewer pairs than `seeds`."""
         runs = [self.chosen(run) for run in runs]
-        tables = [self.of(run) for run in runs]
-        pairs = reduce(pd.Index.intersection, [table.index for table in tables])
-        pairs = pairs[~pairs.get_level_values("seed").duplicated()]  # a seed counts once, on whichever processor
-        if len(pairs) < seeds:
-            raise LookupError(f"{label}: {len(pairs)} pairs of rows, of {seeds}")
-        tables, margin = [table.loc[pairs] for table in tables], TASKS[runs[0].task].margin
+        tables, margin = self.paired(runs), TASKS[runs[0].task].margin
+        if len(tables[0]) < seeds:
+            raise LookupError(f"{label}: {len(tables[0])} pairs of rows, of {seeds}")
         by = {}
         for measure in MEASURES:
             values = sum(sign * table[measure].to_numpy(float) for sign, table in zip(SIGNS, tables, strict=False))
-            by[measure] = Difference.of(values, margin, QUESTIONS)
+            by[measure] = Difference.of(values, margin, len(QUESTIONS))
         return Result(label, runs, by, [int(table.collapsed.sum()) for table in tables])

@@ -10,8 +10,7 @@ import pytest
 
 from app.judges.rewards import OwnReward
 from benchmarks.study import sentiment
-from benchmarks.study.questions import pilot
-from benchmarks.study.tasks import TASKS, Reviews
+from benchmarks.study.plan import PILOT, TASKS
 
 
 def test_sentences_are_plain_and_in_two_halves() -> None:
@@ -38,15 +37,14 @@ def test_a_reward_learns_which_words_praise() -> None:
 
 def test_the_rewards_are_functions_for_judge_and_pairs(tmp_path: Path) -> None:
     (tmp_path / "gold.json").write_text(json.dumps({"weights": {"fine": 2.0}, "bias": 0.0}))
-    found = OwnReward(Reviews.reward, {"path": str(tmp_path / "gold.json")}).rewards(
+    found = OwnReward(TASKS["sentiment"].reward, {"path": str(tmp_path / "gold.json")}).rewards(
         [{"prompt_id": text, "prompt": "p", "response": text} for text in (" fine", " dull film")]
     )
     assert found == pytest.approx([1 / (1 + np.exp(-2.0)), 0.5])
 
 
 def test_the_commands_of_a_run_start_from_the_pairs_of_its_seed() -> None:
-    run = next(pilot())
-    commands = [command.split() for command in TASKS["sentiment"].commands(run)]
+    commands = [command.split() for command in PILOT[0].commands()]
     assert commands[1][commands[1].index("--data.path") + 1] == commands[0][3]
     assert [words[:2] for words in commands] == [
         ["beta-dpo", command] for command in ("pairs", "fit", *["export", "generate"] * 3)

@@ -12,15 +12,35 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from app.method.moments import Moments
 from benchmarks.study.page import DOCS, documents, linked
-from benchmarks.study.questions import BASES, QUESTIONS, RATES, SEEDS, judged, plan, shuffled, sizes
+from benchmarks.study.plan import (
+    JUDGED,
+    QUESTIONS,
+    QUICKSTARTS,
+    SEEDS,
+    TASKS,
+    TUNING,
+    TUNING_SEEDS,
+    Run,
+    judged,
+    tuning,
+)  # fmt: skip
 from benchmarks.study.runs import make_row, make_sft_model, measured
 from benchmarks.study.shared_beta import SharedBeta
-from benchmarks.study.table import COLUMNS, SIGNS, Rows, Untuned, append_result, read_results, runs_of
-from benchmarks.study.tasks import JUDGED, TASKS, TUNING, TUNING_SEEDS, Run
-from benchmarks.study.verdicts import Difference, reward_within
+from benchmarks.study.table import (
+    COLUMNS,
+    SIGNS,
+    Difference,
+    Rows,
+    Untuned,
+    append_result,
+    read_results,
+    reward_within,
+    runs_of,
+)  # fmt: skip
 from callbacks import BetaScheduler
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +61,11 @@ def test_every_run_has_one_row_for_each_processor() -> None:
     assert len(set(rows)) == len(rows)
 
 
+def test_the_quickstart_is_sampled_at_its_end() -> None:
+    data = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text(encoding="utf-8"))["data"]["init_args"]
+    assert QUICKSTARTS[0].sampled == [data["pairs"] // data["batch_size"]]
+
+
 def test_no_run_of_the_quickstart_falls_apart() -> None:
     table = read_results()
     runs = table[table.task == "quickstart"]
@@ -50,7 +75,7 @@ def test_no_run_of_the_quickstart_falls_apart() -> None:
 
 def test_settings_are_chosen_on_other_seeds_than_they_are_judged_on() -> None:
     assert not set(TUNING_SEEDS) & set(SEEDS)
-    for question in plan():
+    for question in QUESTIONS:
         assert {len(runs) for runs in question.comparisons.values()} <= {2, 4}  # as SIGNS adds them up
 
 
@@ -66,37 +91,37 @@ def tuning_rows(run: Run, seeds: tuple[int, ...], reward: dict[tuple[float, floa
 
 def tuned(run: Run) -> list[dict]:
     """Return made-up rows of tuning after which a run has its smallest β0 and rate."""
-    grid = [(base, rate) for base in BASES[run.task] for rate in RATES[run.task]]
+    grid = [(one.beta0, one.learning_rate) for one in tuning(run)]
     return tuning_rows(run, TUNING_SEEDS, {at: 1.0 + (at == grid[0]) for at in grid})
 
 
 def test_settings_are_chosen_in_two_rounds_and_runs_follow_from_them() -> None:
-    question = plan()[0]
+    question = QUESTIONS[0]
     static = judged("dpo", flip_rate=0.0)
     assert question.comparisons["β-DPO − static β, flip rate 0"][1] == static
     first = Rows(read_results().head(0)).missing(question.runs, question.seeds)
     assert {run.phase for run in first} == {TUNING}
     assert {run.seed for run in first} == {TUNING_SEEDS[0]}
     assert len(first) == 6 * 6  # settings × runs
-    reward = {(base, rate): 3 + base - 1000 * rate for base in (0.1, 0.3, 1.0) for rate in RATES["controlled"]}
+    reward = {(base, rate): 3 + base - 1000 * rate for base in (0.1, 0.3, 1.0) for rate in (1.8e-4, 3.6e-4)}
     rows = tuning_rows(static, TUNING_SEEDS[:1], reward)
     with pytest.raises(Untuned) as second:
         Rows(pd.DataFrame(rows)).chosen(static)
-    assert {(run.beta0, run.seed) for run in second.value.runs} == {(1.0, seed) for seed in TUNING_SEEDS[1:]}
+    assert {(run.beta0, run.seed) for run in second.value.args[0]} == {(1.0, seed) for seed in TUNING_SEEDS[1:]}
     # the second by the first seed alone turns out better over all five
     better = {(1.0, 1.8e-4): 3.0, (1.0, 3.6e-4): 3.9}
     rows += tuning_rows(static, TUNING_SEEDS[1:], better)
     table = pd.DataFrame(rows)
     found = Rows(table).chosen(static)
     assert (found.beta0, found.learning_rate) == (1.0, 3.6e-4)
-    ours = Rows(table).chosen(shuffled("dpo", "beta", flip_rate=0.0)[1])
+    ours = Rows(table).chosen(judged("dpo", "beta", flip_rate=0.0))
     assert (ours.phase, ours.seed, ours.learning_rate) == (JUDGED, -1, 3.6e-4)
     assert ours.options == "--control Control --control.by shuffled_beta"
     # a seed whose settings were run on two processors is run again, whole, on this one
     with pytest.raises(Untuned) as mixed:
         Rows(table.assign(processor=[*"ab", *table.processor[2:]])).chosen(static)
-    assert {run.seed for run in mixed.value.runs} == {TUNING_SEEDS[0]}
-    assert len(mixed.value.runs) == 6
+    assert {run.seed for run in mixed.value.args[0]} == {TUNING_SEEDS[0]}
+    assert len(mixed.value.args[0]) == 6
     elsewhere = [one | {"processor": "other"} for one in rows if one["seed"] == TUNING_SEEDS[1]]
     moved = [one for one in rows if one["seed"] != TUNING_SEEDS[1]] + elsewhere
     assert Rows(pd.DataFrame(moved)).chosen(static) == found
@@ -105,9 +130,9 @@ def test_settings_are_chosen_in_two_rounds_and_runs_follow_from_them() -> None:
 def test_a_collapsed_run_counts_as_its_sft_model_in_the_plan_alone() -> None:
     runs = [replace(RUN, phase=phase) for phase in (TUNING, "pilot")]
     table = pd.DataFrame([row(run, 0.0) | {"malformed": 0.9, "sft_reward": 2.2, "kl": 4.0} for run in runs])
-    rows = Rows(table).by_run
-    assert [rows[run]["one"]["reward"] for run in runs] == [2.2, 0.0]
-    assert [rows[run]["one"]["per_root"] for run in runs] == pytest.approx([0.0, -1.1])
+    rows = [Rows(table).of[replace(run, seed=-1)].iloc[0] for run in runs]
+    assert [row.reward for row in rows] == [2.2, 0.0]
+    assert [row.per_root for row in rows] == pytest.approx([0.0, -1.1])
 
 
 def test_the_page_says_what_wins_on_both_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +164,7 @@ def test_the_plan_fits_eight_hours_of_two_cores() -> None:
     last = done.stdout.split("\n\n")[0].splitlines()[-1]
     assert last.startswith("| (j)")
     assert 6 < float(last.split("|")[-2]) < 8
-    assert len(list(sizes())) == len(plan()) == QUESTIONS
+    assert len(QUESTIONS) == 9  # of the level that they share, as the page says
 
 
 def test_a_shared_beta_follows_its_own_pairs() -> None:
@@ -187,13 +212,13 @@ def test_rows_of_different_processors_are_not_compared() -> None:
     table = Rows(pd.DataFrame(made + rows))
     result = table.result("", pair)
     end = result.by["reward"]
-    assert (end.mean, end.seeds, result.collapsed) == (pytest.approx((0.125 - 2 + 1.5 + 2) / 3), 3, [1, 0])
+    assert (end.estimate.mean, end.seeds, result.collapsed) == (pytest.approx((0.125 - 2 + 1.5 + 2) / 3), 3, [1, 0])
     with pytest.raises(LookupError, match="3 pairs of rows, of 4"):
         table.result("", pair, 4)
 
 
 def test_comparisons_are_sums_by_seed() -> None:
-    gain = next(each for each in plan() if each.name == "best-beta").comparisons["high − low"]
+    gain = next(each for each in QUESTIONS if each.name == "best-beta").comparisons["high − low"]
     signs = {("high", 1.0): 1, ("high", 0.1): -1, ("low", 1.0): -1, ("low", 0.1): 1}
     assert {(run.data, run.beta0): sign for run, sign in zip(gain, SIGNS, strict=True)} == signs
     rows = [one for data in ("high", "low") for one in tuned(judged("dpo", data=data))]
@@ -202,7 +227,7 @@ def test_comparisons_are_sums_by_seed() -> None:
         chosen = Rows(pd.DataFrame(rows)).chosen(run)
         rows += [row(replace(chosen, seed=seed), float(value)) for seed, value in enumerate(values)]
     found = Rows(pd.DataFrame(rows)).result("", gain).by["reward"]
-    assert found == Difference.of(np.array(SIGNS) @ reward, 0.1, QUESTIONS)
+    assert found == Difference.of(np.array(SIGNS) @ reward, 0.1, len(QUESTIONS))
 
 
 def test_the_highest_reward_within_a_budget() -> None:
@@ -216,14 +241,15 @@ def test_the_highest_reward_within_a_budget() -> None:
 
 def test_intervals_over_seeds() -> None:
     values = np.array([0.1, 0.3, 0.2, 0.4, 0.25])
-    one = Difference.of(values, 0.1)
+    one = Difference.of(values).estimate
     error = values.std(ddof=1) / 5**0.5
     # t of 97.5 % and 95 % at 4 degrees of freedom, from a printed table
     assert (one.low, one.high) == pytest.approx((0.25 - 2.776445 * error, 0.25 + 2.776445 * error), rel=1e-5)
-    assert (one.equal_low, one.equal_high) == pytest.approx((0.25 - 2.131847 * error, 0.25 + 2.131847 * error))
-    wider = Difference.of(values, 0.1, 12)
+    edge = 0.25 + 2.131847 * error
+    assert Difference.of(values, edge + 1e-6).verdict == "equal within the margin"
+    assert Difference.of(values, edge - 1e-6).verdict == "better"
+    wider = Difference.of(values, 0.1, 12).estimate
     assert wider.low < one.low
-    assert wider.equal_low < one.equal_low
     assert wider.mean == one.mean
     for wrong in (values[:1], np.array([0.1, np.nan])):
         with pytest.raises(ValueError, match="at least two"):
@@ -232,7 +258,7 @@ def test_intervals_over_seeds() -> None:
 
 def test_intervals_and_tests_for_equality_hold_what_they_promise() -> None:
     random = np.random.default_rng(0)
-    draws = [Difference.of(random.normal(size=5), 0.1) for _ in range(1000)]
+    draws = [Difference.of(random.normal(size=5)).estimate for _ in range(1000)]
     assert np.mean([one.low <= 0 <= one.high for one in draws]) == pytest.approx(0.95, abs=0.02)
     # a true difference of just the margin is called equal in at most 5 % of the cases
     edge = [Difference.of(random.normal(0.1, 0.05, size=8), 0.1) for _ in range(1000)]
@@ -288,6 +314,6 @@ def test_the_printed_commands_make_the_row(tmp_path: Path, monkeypatch: pytest.M
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     by_commands = measured(RUN)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    make_sft_model((RUN.task, RUN.seed))
+    make_sft_model(RUN)
     row = make_row(RUN)
     assert {name: row[name] for name in by_commands} == pytest.approx(by_commands, rel=1e-6, nan_ok=True)
