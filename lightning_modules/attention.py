@@ -1,4 +1,8 @@
-"""Attention masks and model inputs for packed rows, where a response attends only to its own prompt and itself."""
+"""Attention over packed rows, where a response attends only to its own prompt and itself: inputs and kernels.
+
+With a dense mask the cost of attention is quadratic in the row. Pair by pair it is the sum of the costs of the
+pairs, so all pairs of a micro-batch can be in one row without padding. It needs no mask and no compiler.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,102 @@ from functools import partial
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from app.method.batch import PackedRows, PairRun
+from app.method.batch import PackedRows, PairRun, PairRuns, on_device
 from lightning_modules.flex import BLOCK, FLEX, attend_flex
-from lightning_modules.pairwise_attention import PAIRWISE, VARLEN, Options, PairRuns, attend_pairwise, attend_varlen
-from lightning_modules.private import attention_of, takes_attentions
+from lightning_modules.head import compute_dtype
+from lightning_modules.private import takes_attentions
 
 log = logging.getLogger(__name__)
+
+PAIRWISE, VARLEN = "pairwise", "varlen"  # their names in transformers
+
+
+# --- attention pair by pair, by SDPA (the default on CPUs) or by FlashAttention ----------------------------------
+
+
+def piece_mask(runs: PairRuns, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor | None:
+    """Return the additive mask [queries, keys] of the last `queries` of `keys` tokens; None if plain causal."""
+    window = None if window is None or keys <= window else window
+    if queries == keys and window is None:
+        return None
+
+    def make() -> Tensor:
+        distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)[None]
+        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+        return torch.zeros(queries, keys, dtype=like.dtype).masked_fill_(hidden, -torch.inf).to(like.device)
+
+    return runs.remember((PAIRWISE, queries, keys, window, like.dtype), make)
+
+
+def attend_pairwise(
+    query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, window: int | None, scale: float | None
+) -> Tensor:
+    """Return attention [1, heads, T, d] of `query` to `key` and `value` [1, key heads, T, d], by SDPA.
+
+    A query sees `window` keys, itself included, counted within the pair.
+    """
+    # split, because the gradient of a slice is as large as the whole tensor
+    sizes = [piece.tokens for piece in runs.pieces]
+    split = (states.split(sizes, dim=2) for states in (query, key, value))
+    outputs: list[Tensor] = []
+    whole: tuple[Tensor, ...] = ()  # keys and values of the piece that holds the prompt
+    for piece, q, k, v in zip(runs.pieces, *split, strict=True):
+        if piece.shared:
+            k, v = (torch.cat([s[:, :, : piece.shared], own], 2) for s, own in zip(whole, (k, v), strict=True))
+        else:
+            whole = k, v
+        mask = piece_mask(runs, q.shape[2], k.shape[2], window, q)
+        shares_keys = q.shape[1] != k.shape[1]
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=shares_keys
+            )
+        )
+    return torch.cat(outputs, 2)
+
+
+def key_pieces(runs: PairRuns, device: torch.device) -> tuple[Any, ...]:
+    """Return indices [K] int64 of the keys of every piece, and the bounds of the pieces for `varlen_attn`.
+
+    These are offsets [pieces + 1] int32 of queries and keys, and the longest of each, as numbers on the host.
+    """
+    pieces = np.array(runs.pieces)
+    queries, lengths = pieces[:, 1], pieces[:, 1] + pieces[:, 3]
+    keys = [np.r_[prompt : prompt + shared, start : start + tokens] for start, tokens, prompt, shared in pieces]
+    offsets = (np.cumsum([0, *sizes], dtype=np.int32) for sizes in (queries, lengths))
+    tensors = (on_device(torch.from_numpy(each), device) for each in (np.concatenate(keys), *offsets))
+    return *tensors, int(queries.max()), int(lengths.max())
+
+
+def attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, window: int | None, scale: float | None
+) -> Tensor:
+    """Return the same by FlashAttention.
+
+    `varlen_attn` aligns causal order at the ends of queries and keys, so a response sees all the prompt.
+    """
+    keys, *bounds = runs.remember(VARLEN, lambda: key_pieces(runs, query.device))
+    dtype = compute_dtype(value)  # rotary positions leave queries and keys in float32
+    q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # [T, heads, d]
+    out: Any = varlen_attn(
+        q,
+        k.index_select(0, keys),
+        v.index_select(0, keys),
+        *bounds,
+        scale=scale,
+        # (keys before the query, keys after): a window of W tokens includes the query itself
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.transpose(0, 1)[None]
+
 
 # This project's implementations, which take the runs of one row and no mask, in the order in which
 # `attention: auto` tries them on CUDA: expected fastest first, not yet measured on a GPU.
@@ -33,41 +121,18 @@ def implementation(
 
     Raises ValueError for unsupported options, so that the start-up check tries another attention.
     """
-    if options.get("pair_runs") is None:
+    runs, given = options.get("pair_runs"), {key for key, value in options.items() if value is not None}
+    if runs is None:
         raise ValueError("this model does not hand the layout of the rows to its attention")
-    for unknown in ("s_aux", "position_bias", "softcap"):
-        if options.get(unknown) is not None and (name, unknown) != (FLEX, "softcap"):
-            raise ValueError(f"attention {name} has no {unknown}")
-    chosen = Options(options.get("sliding_window"), options.get("scaling"), options.get("softcap"))
-    return OURS[name](query, key, value, options["pair_runs"], chosen).transpose(1, 2), None
+    capped = {"softcap": options["softcap"]} if name == FLEX and "softcap" in given else {}
+    if unknown := sorted(given & {"s_aux", "position_bias", "softcap"} - capped.keys()):
+        raise ValueError(f"attention {name} has no {unknown[0]}")
+    attend, window, scale = OURS[name], options.get("sliding_window"), options.get("scaling")
+    return attend(query, key, value, runs, window, scale, **capped).transpose(1, 2), None
 
 
 for name in OURS:
     AttentionInterface.register(name, partial(implementation, name))
-
-
-def dense_mask(rows: PackedRows, window: int | None = None, added: bool = False) -> Tensor:
-    """Return a boolean mask [R, 1, T, T], True where the query (second last axis) may attend to the key (last).
-
-    Padding attends to padding, so no row of the softmax is empty. `window` counts positions within the pair,
-    like sliding-window attention on a plain row. A mask to be `added` to the scores is 0 there, else very negative.
-    """
-    width = rows.input_ids.shape[1]
-    mask = torch.ones(width, width, dtype=torch.bool, device=rows.group.device).tril()
-    mask = mask & (rows.group[:, :, None] == rows.group[:, None, :])
-    mask &= (rows.part[:, None, :] == 0) | (rows.part[:, :, None] == rows.part[:, None, :])
-    if window is not None:
-        mask &= rows.position_ids[:, :, None] - rows.position_ids[:, None, :] < window
-    if added:
-        zeros = torch.zeros(mask.shape, device=mask.device)
-        mask = zeros.masked_fill(~mask, torch.finfo(zeros.dtype).min)
-    return mask[:, None]
-
-
-def dense_mask_bytes(attention: str, config: Any) -> int:
-    """Return the bytes per (query, key) entry of all masks of a packed row (see `masks`); 0 for `OURS`."""
-    kinds = len(set(getattr(config, "layer_types", None) or [""]))
-    return {"sdpa": 1, "eager": 4}.get(attention, 0) * kinds
 
 
 def lacking(config: Any, dtype: torch.dtype) -> str | None:
@@ -96,16 +161,19 @@ def attentions(model: Any, device: torch.device, dtype: torch.dtype) -> list[str
     return [name for name in OURS if name != VARLEN or lack is None]
 
 
-def model_inputs(rows: PackedRows, config: Any) -> dict[str, Any]:
-    """Return the keyword arguments with which a Hugging Face decoder of this `config` scores `rows`.
+# --- the inputs of a model ---------------------------------------------------------------------------------------
+
+
+def model_inputs(rows: PackedRows, attention: str, config: Any) -> dict[str, Any]:
+    """Return the keyword arguments with which a decoder of this `config`, with this `attention`, scores `rows`.
 
     They are built once per kind of attention and kept with the rows; layers, policy and reference share them.
     """
-    implementation = attention_of(config)
-    if implementation in OURS:
-        multiple = BLOCK if implementation == FLEX else 1
-        return rows.remember(implementation, lambda: one_row(rows, multiple))
-    return {"input_ids": rows.input_ids, "position_ids": rows.position_ids, **masks(rows, config)}
+    if attention in OURS:
+        multiple = BLOCK if attention == FLEX else 1
+        return rows.remember(attention, lambda: one_row(rows, multiple))
+    mask = masks(rows, attention, config)
+    return {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "attention_mask": mask}
 
 
 def one_row(rows: PackedRows, multiple: int) -> dict[str, Any]:
@@ -117,23 +185,47 @@ def one_row(rows: PackedRows, multiple: int) -> dict[str, Any]:
     return flat | {"pair_runs": PairRuns(runs)}
 
 
-def masks(rows: PackedRows, config: Any) -> dict[str, Any]:
-    """Return the mask arguments of `rows` for an attention of transformers.
+def masks(rows: PackedRows, attention: str, config: Any) -> Tensor | dict[str, Tensor]:
+    """Return the mask of `rows` for an attention of transformers, or one per kind of layer.
 
     `separate` rows are plain right-padded rows and need only a two-dimensional mask. With a four-dimensional mask
     transformers does not apply the model's sliding window, so the mask includes it. Eager attention adds the mask
     to the scores, where a boolean one would let every token see every other.
     """
     if rows.layout == "separate":
-        return {"attention_mask": (rows.group >= 0).long()}
-    added = attention_of(config) == "eager"
+        return (rows.group >= 0).long()
+    added = attention == "eager"
 
     def mask(window: int | None = None) -> Tensor:
         return rows.remember((dense_mask, added, window), lambda: dense_mask(rows, window, added))
 
     window = getattr(config, "sliding_window", None)
     if window is None or not getattr(config, "use_sliding_window", True):
-        return {"attention_mask": mask()}
+        return mask()
     if getattr(config, "layer_types", None):
-        return {"attention_mask": {"full_attention": mask(), "sliding_attention": mask(window)}}
-    return {"attention_mask": mask(window)}
+        return {"full_attention": mask(), "sliding_attention": mask(window)}
+    return mask(window)
+
+
+def dense_mask(rows: PackedRows, window: int | None = None, added: bool = False) -> Tensor:
+    """Return a boolean mask [R, 1, T, T], True where the query (second last axis) may attend to the key (last).
+
+    Padding attends to padding, so no row of the softmax is empty. `window` counts positions within the pair,
+    like sliding-window attention on a plain row. A mask to be `added` to the scores is 0 there, else very negative.
+    """
+    width = rows.input_ids.shape[1]
+    mask = torch.ones(width, width, dtype=torch.bool, device=rows.group.device).tril()
+    mask = mask & (rows.group[:, :, None] == rows.group[:, None, :])
+    mask &= (rows.part[:, None, :] == 0) | (rows.part[:, :, None] == rows.part[:, None, :])
+    if window is not None:
+        mask &= rows.position_ids[:, :, None] - rows.position_ids[:, None, :] < window
+    if added:
+        zeros = torch.zeros(mask.shape, device=mask.device)
+        mask = zeros.masked_fill(~mask, torch.finfo(zeros.dtype).min)
+    return mask[:, None]
+
+
+def dense_mask_bytes(attention: str, config: Any) -> int:
+    """Return the bytes per (query, key) entry of all masks of a packed row (see `masks`); 0 for `OURS`."""
+    kinds = len(set(getattr(config, "layer_types", None) or [""]))
+    return {"sdpa": 1, "eager": 4}.get(attention, 0) * kinds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -19,28 +18,25 @@ from app.core.errors import UserError
 from app.method.batch import OptimizerBatch, PackedRows
 from app.method.ranges import PositiveFloat, checked
 from lightning_modules.attention import OURS
+from lightning_modules.flops import numbers, parameter_count
 from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.layout_check import StartCheck
 from lightning_modules.lora import Lora, add_lora, save_adapters_alone
+from lightning_modules.measuring import Ranks
 from lightning_modules.pretrained import (
     load_model,
     model_identity,
-    numbers,
-    parameter_count,
     quantization,
     stand_ins_for_meta,
     stop_at,
     store_linear_weights,
 )
-from lightning_modules.ranks import Ranks
 from lightning_modules.recorded_training import RecordedTraining
 from lightning_modules.refused_models import check_tokens, refuse_beyond
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharding import clip_gradients, gradient_sync, leave_gathered
 from lightning_modules.start_checks import check_start, check_steps, try_optimizer, try_sharded_step
 from lightning_modules.strategy import ShardedStrategy
-
-log = logging.getLogger(__name__)
 
 Attention = Literal["auto", "varlen", "flex", "pairwise", "sdpa", "eager"]
 CompileLayers = bool | Literal["auto"]
@@ -59,7 +55,7 @@ class LanguageModelTraining(RecordedTraining):
         layout: `packed` rows hold the prompt once; `separate` rows are plain padded ones. `auto` packs unless
             the start-up check on the first batch finds that packing changes this model's log-probabilities.
         attention: `auto` takes the first that passes the start-up check: on CUDA `varlen` (FlashAttention, in
-            16 bits), `flex` (compiled FlexAttention), `pairwise` (see `pairwise_attention`); on other devices
+            16 bits), `flex` (compiled FlexAttention), `pairwise` (pair by pair); on other devices
             `pairwise`; then the choice of transformers: `sdpa`, or `eager` where the model has no `sdpa`.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         compile_layers: fuse the operations between a layer's matrix products by `torch.compile`. This saves time

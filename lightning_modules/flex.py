@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from app.method.batch import on_device
+from app.method.batch import PairRuns, on_device
 from lightning_modules.head import compute_dtype
-from lightning_modules.pairwise_attention import Options, PairRuns
 from lightning_modules.private import mark_dynamic
 
 FLEX = "flex"  # its name in transformers
@@ -112,9 +111,16 @@ def packed_flex(
 compiled_flex: Callable[..., Tensor] = torch.compile(packed_flex, fullgraph=True)
 
 
-def attend_flex(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
+def attend_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    runs: PairRuns,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None = None,
+) -> Tensor:
     """Return the same as `attend_pairwise` by FlexAttention."""
-    window, scale, softcap = options
     blocks = runs.remember((FLEX, window), lambda: block_tensors(runs, window, query.device))
     dtype = compute_dtype(value)  # rotary positions leave queries and keys in float32
     states = [each.to(dtype) for each in (query, key, value)]

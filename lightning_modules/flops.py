@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import cache
 from typing import Any
 
 import torch
-
-from lightning_modules.pretrained import numbers
+from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,17 @@ DENSE_BFLOAT16 = {
     "NVIDIA GeForce RTX 4090": 165.2,
     "NVIDIA GeForce RTX 3090": 71.0,
 }
+
+
+def numbers(weight: Tensor) -> int:
+    """Return how many numbers a weight has, of which two share a byte in 4 bits."""
+    quantised = getattr(weight, "quant_state", None)
+    return weight.numel() if quantised is None else math.prod(quantised.shape)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of parameters; tied ones count once."""
+    return sum(map(numbers, model.parameters()))
 
 
 def forward_operations(model: Any, tokens: int, response_tokens: int) -> float:

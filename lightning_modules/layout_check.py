@@ -16,10 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from app.core.errors import UserError, first_line
 from app.method.batch import Layout, OptimizerBatch, PackedRows
-from lightning_modules.attention import attentions
+from lightning_modules.attention import VARLEN, attentions
 from lightning_modules.flex import FLEX
-from lightning_modules.pairwise_attention import VARLEN
-from lightning_modules.ranks import Ranks
+from lightning_modules.measuring import Ranks
 from lightning_modules.scorer import ResponseScorer, response_logps, response_tokens
 from lightning_modules.sharding import clip_gradients, gradient_sync
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 
 from app.core.errors import UserError
 from app.core.files import folder_hash
+from lightning_modules.flops import parameter_count
 from lightning_modules.private import hub_commit, keep_packing
 from lightning_modules.refused_models import refuse_config, refuse_missing, refuse_path
 from lightning_modules.sharded_loading import embedding_tables, refuse_values
@@ -205,17 +206,6 @@ def store_linear_weights(model: nn.Module, dtype: torch.dtype) -> None:
     for weight in linear_weights(model):
         if not weight.requires_grad:
             weight.data = weight.data.to(dtype)
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Return the number of parameters; tied ones count once."""
-    return sum(map(numbers, model.parameters()))
-
-
-def numbers(weight: torch.Tensor) -> int:
-    """Return how many numbers a weight has, of which two share a byte in 4 bits."""
-    quantised = getattr(weight, "quant_state", None)
-    return weight.numel() if quantised is None else math.prod(quantised.shape)
 
 
 def stop_at(model: nn.Module, ends: Sequence[int]) -> None:

@@ -21,9 +21,8 @@ from app.core.files import atomic_file
 from app.core.locks import Lock
 from app.method.batch import OptimizerBatch
 from lightning_modules.layout_check import CHECKED_PAIRS, TOLERANCE
-from lightning_modules.measuring import PairMeasurer
+from lightning_modules.measuring import PairMeasurer, Ranks
 from lightning_modules.pretrained import model_identity
-from lightning_modules.ranks import Ranks
 from lightning_modules.strategy import ShardedStrategy
 
 Batches = Sequence[Collection[OptimizerBatch]]

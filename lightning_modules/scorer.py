@@ -41,20 +41,17 @@ class ResponseScorer(nn.Module):
             )
         self.model = model
         self.some_dropped = False  # whether pairs may be dropped between a forward pass and its backward pass
-        self.own_attention = attention_of(model.config)  # the fallback and the baseline of the start-up check
+        # the one in use, by its name in transformers, and the fallback and baseline of the start-up check
+        self.attention = self.own_attention = attention_of(model.config)
         self.layout: Layout | None = None  # of the rows, known after the start-up check
         self.compiled = False  # the layers
         self.logit_rule = LogitRule.of(model.config)
-
-    @property
-    def attention(self) -> str:
-        """Return the name of the attention implementation in use."""
-        return attention_of(self.model.config)
 
     def use_attention(self, name: str) -> None:
         """Set the attention implementation by its name in transformers."""
         if name != self.attention:  # families with a single implementation warn when it is set
             self.model.set_attn_implementation(name)
+            self.attention = attention_of(self.model.config)
 
     @contextmanager
     def as_loaded(self) -> Iterator[None]:
@@ -95,7 +92,7 @@ class ResponseScorer(nn.Module):
         With `whole_logits`, for comparison, the model's own head runs on every position, which is slow and needs
         much memory. With `hidden_only` return the outputs [N, width] that predict the response tokens.
         """
-        inputs = {**model_inputs(rows, self.model.config), "use_cache": False}
+        inputs = {**model_inputs(rows, self.attention, self.model.config), "use_cache": False}
         if whole_logits:
             logits = self.model(**inputs).logits.flatten(0, 1)[rows.predict_index]
             return response_sums(token_logps(logits, rows.target_ids), rows)

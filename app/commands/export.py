@@ -19,8 +19,9 @@ from app.core.files import atomic_folder
 from app.method.ranges import PositiveFloat
 from datamodules.tokenizer import FILE_TEXT
 from lightning_modules.checkpoint import read_for_export
+from lightning_modules.flops import parameter_count
 from lightning_modules.lora import MOVING, Lora
-from lightning_modules.pretrained import bare_model, load_model, model_identity, parameter_count, quantization
+from lightning_modules.pretrained import bare_model, load_model, model_identity, quantization
 
 POLICY_PREFIX = "policy.model."
 LARGEST = 2_000_000_000  # parameters; a larger model would take minutes and tens of GB to read back

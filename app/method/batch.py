@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -43,6 +44,38 @@ class Memory:
         if name not in self._remembered:
             self._remembered[name] = make()
         return self._remembered[name]
+
+
+class Piece(NamedTuple):
+    """Queries next to each other in a row: a prompt with its first response, or another response.
+
+    Their keys are the `shared` tokens of the prompt, if it is in another piece, and the tokens of the piece itself.
+    """
+
+    start: int
+    tokens: int
+    prompt: int  # where the prompt begins
+    shared: int
+
+
+@dataclass
+class PairRuns(Memory):
+    """The ordered runs of one row, with what all layers, policy and reference derive from them."""
+
+    runs: Sequence[PairRun]
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """Return the pieces of the row in order."""
+        pieces: list[Piece] = []
+        end = 0
+        for prompt, responses in self.runs:
+            begin = end
+            for number, response in enumerate(responses):
+                tokens, shared = (response, prompt) if number else (prompt + response, 0)
+                pieces.append(Piece(end, tokens, begin, shared))
+                end += tokens
+        return pieces
 
 
 @dataclass

@@ -16,14 +16,15 @@ from varlen_reference import varlen_reference
 
 from app.core.errors import UserError
 from app.method.batch import Layout, PackedRows
-from lightning_modules import flex, pairwise_attention
+from lightning_modules import attention as attentions
+from lightning_modules import flex
 from lightning_modules.attention import lacking
 from lightning_modules.scorer import ResponseScorer
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "mistral_window", "qwen3"])
 def test_varlen_is_pairwise(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairwise_attention, "varlen_attn", varlen_reference)
+    monkeypatch.setattr(attentions, "varlen_attn", varlen_reference)
     found = {}
     for attention in ("pairwise", "varlen"):
         model, pairs = tiny_model(family), random_pairs()
@@ -118,7 +119,7 @@ def test_steps_down_with_a_word(
         assert not [record for record in caplog.records if record.levelno > logging.INFO]
         order = ["varlen", "flex", "pairwise", "sdpa"]
         for place, (where, attribute) in enumerate(
-            [(pairwise_attention, "varlen_attn"), (flex, "compiled_flex"), (pairwise_attention, "piece_mask")]
+            [(attentions, "varlen_attn"), (flex, "compiled_flex"), (attentions, "piece_mask")]
         ):
             caplog.clear()
             if attribute == "varlen_attn":
@@ -152,6 +153,6 @@ def test_out_of_memory_is_told_and_not_worked_around(
 ) -> None:
     monkeypatch.setattr("lightning_modules.attention.lacking", lambda *_: None)
     with cuda_stand_in():
-        monkeypatch.setattr(pairwise_attention, "varlen_attn", no_memory)
+        monkeypatch.setattr(attentions, "varlen_attn", no_memory)
         with pytest.raises(UserError, match=r"Out of memory .*24.70 GiB.*lower data.micro_batch_tokens"):
             started(tmp_path, tiny_llama)

@@ -97,9 +97,9 @@ def test_equal_to_plain_rows(family: str, layout: Layout, budget: int, attention
 def test_a_mask_that_lets_pairs_see_each_other_would_be_noticed(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def careless(rows: Any, config: Any) -> dict[str, torch.Tensor]:
+    def careless(rows: Any, attention: str, config: Any) -> torch.Tensor:
         width = rows.input_ids.shape[1]
-        return {"attention_mask": torch.ones(1, 1, width, width, dtype=torch.bool).tril()}
+        return torch.ones(1, 1, width, width, dtype=torch.bool).tril()
 
     monkeypatch.setattr("lightning_modules.attention.masks", careless)
     model, pairs = tiny_model(family), random_pairs()

@@ -26,7 +26,7 @@ from tiny_runs import (
 from app.core.cache import cache_root
 from app.core.errors import UserError
 from lightning_modules import reference_cache
-from lightning_modules.ranks import Ranks
+from lightning_modules.measuring import Ranks
 from lightning_modules.reference_cache import ReferenceCache, reference_fingerprint, reload
 from lightning_modules.strategy import ShardedStrategy
 

@@ -66,7 +66,7 @@ def compile_in_name(module: torch.nn.Module, **_: Any) -> None:
 COMPILED = {
     "lightning_modules.flex.compiled_flex": packed_flex,
     "lightning_modules.flex.flex_attention": plain_flex,
-    "lightning_modules.pairwise_attention.varlen_attn": varlen_reference,
+    "lightning_modules.attention.varlen_attn": varlen_reference,
     "torch.nn.Module.compile": compile_in_name,
 }
 
