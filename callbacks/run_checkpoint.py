@@ -207,6 +207,10 @@ class RunCheckpoint(ModelCheckpoint):
         self._save_checkpoint(trainer, path)
         if trainer.is_global_zero:
             move_link(self.last, Path(path))
+            if not previous:
+                size = sum(file.stat().st_size for file in (Path(path), *Path(path).rglob("*"))) / 1e6
+                kept = "all are kept" if self.save_top_k < 0 else "the newest is kept, two while one is written"
+                rank_zero_info(f"first checkpoint: {path}, {size:,.1f} MB; {kept}")
         trainer.strategy.barrier("last checkpoint")
 
     def _delete_older(self, trainer: Trainer) -> None:

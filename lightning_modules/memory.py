@@ -103,7 +103,7 @@ class Parts(NamedTuple):
             return sum(weight.numel() for weight in weights if weight.requires_grad or not trained)
 
         blocks = [count(block.parameters()) for block in transformer_blocks(model)]
-        whole, head = count(model.parameters()), count([model.get_output_embeddings().weight])
+        whole, head = count(model.parameters()), count(model.get_output_embeddings().parameters())
         return cls(whole, max(blocks), whole - sum(blocks), head)
 
 

@@ -74,7 +74,7 @@ class PreferenceOptimization(PreferenceScoring):
         loss = SigmoidLoss() if loss is None else loss
         if reference_name is not None and not loss.needs_reference:
             raise UserError(f"model.reference_name has no effect with {loss}, which needs none: take it out.")
-        self.loss = loss.changed(sft_weight=sft_weight)
+        self.loss = loss.with_sft(sft_weight)
         self.reference: ReferenceKind = reference
         self.reference_name = reference_name
         self.max_nonfinite_share = max_nonfinite_share

@@ -57,6 +57,12 @@ class RecordedTraining(LightningModule):
     def on_validation_end(self) -> None:
         self._step_ended += time.perf_counter() - self._validation_started
 
+    def on_train_end(self) -> None:
+        timed = getattr(self.trainer, "_val_check_time_interval", None)  # in seconds, not steps
+        validated = any(name.startswith("val/") for name in self.trainer.callback_metrics)
+        if timed and not validated and self.trainer.enable_validation and self.data and self.data.val_dataloader():
+            rank_zero_warn(f"nothing was validated: the run ended before trainer.val_check_interval, {timed} s.")
+
     def step_seconds(self) -> float:
         """Return the seconds since the last step or the start, with loader and callbacks but without validation."""
         before, self._step_ended = self._step_ended, time.perf_counter()

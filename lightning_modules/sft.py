@@ -12,6 +12,7 @@ from app.method.batch import OptimizerBatch
 from app.method.ranges import PositiveFloat, checked
 from lightning_modules.base import LanguageModelTraining
 from lightning_modules.recorded_training import warn_of_nonfinite
+from lightning_modules.scorer import response_logps
 
 
 @checked
@@ -52,6 +53,14 @@ class SupervisedFineTuning(LanguageModelTraining):
     def validation_step(self, batch: OptimizerBatch, batch_idx: int) -> None:
         micro_batches = self.micro_batches(batch)
         logps = torch.cat([self.policy(rows) for rows in micro_batches])
+        pairs = torch.cat([rows.pairs for rows in micro_batches])
+        spoilt = ~logps.isfinite()
+        if self.policy.layout == "packed" and self.ranks.reduce(spoilt.any().int(), "max"):
+            suspects = pairs[spoilt].tolist()  # all of a row with one that is not finite
+            with self.policy.as_loaded():
+                rows = batch.micro_batches(self.responses, "separate", self.policy.balanced_row, suspects)
+                alone = response_logps(self.policy, self.ranks.match(rows), len(batch.positions), 1, self.device)
+            logps = torch.where(spoilt, alone[pairs, 0], logps)
         tokens = torch.cat([rows.response_tokens for rows in micro_batches]).to(logps)
         finite = logps.isfinite()
         loss = -logps.where(finite, 0)

@@ -227,7 +227,7 @@ CONCRETE = [one for _, one in getmembers(losses, isclass) if issubclass(one, Pai
 
 @pytest.mark.parametrize("loss", CONCRETE, ids=lambda loss: loss.__name__)
 def test_losses_of_pairs_on_the_device_are_those_of_the_cpu(loss: Any) -> None:
-    made = loss().changed(sft_weight=0.5)
+    made = loss().with_sft(0.5)
     values = torch.linspace(-40, -10, 24, dtype=torch.float64).view(6, 4)[:, torch.tensor([2, 0, 3, 1])]
     found = []
     with cuda_stand_in() as device:

@@ -25,7 +25,7 @@ from datamodules.base import PairDataModule
 from lightning_modules.checkpoint import check_checkpoint
 
 COMMANDS_FILE = "commands.txt"
-UNSET = "not set"
+UNSET = "none"  # also for null
 START = "give the old value, or start a run of its own from the checkpoint's model (`beta-dpo export`)"
 # patterns of keys, as `flattened` names them, whose change cannot be applied to a checkpoint; for a key in no table
 # the new value applies, and the change is listed
@@ -152,6 +152,11 @@ class RunRecord(SaveConfigCallback):
         following = f"next: beta-dpo report {folder}; beta-dpo audit {folder}"
         rank_zero_info(following if audited and loss_of(pl_module) else f"log folder: {self.folder}")
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not (self.already_saved or trainer.fast_dev_run):  # type: ignore[attr-defined]
+            ended = f"is of step {trainer.global_step}, where trainer.max_steps or max_epochs ends the run"
+            rank_zero_info(f"--ckpt_path: nothing was left to train: the checkpoint {ended}.")
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Append the command to `commands.txt`; called on rank 0 after config.yaml is written."""
         commands = self.folder / COMMANDS_FILE
@@ -196,6 +201,9 @@ def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str
         checkpoint = check_checkpoint(path)
     except UserError as error:
         raise UserError(f"--ckpt_path: {error}") from error
+    if fitting and -1 != (most := trainer.max_epochs or -1) < (epoch := checkpoint["epoch"]):
+        cure = f"raise trainer.max_epochs, which is {most}"
+        raise UserError(f"--ckpt_path: the checkpoint is of epoch {epoch}: {cure}.")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RunRecord):
             callback.compare({k: checkpoint[k] for k in ("config", "content") if k in checkpoint}, fitting)
@@ -238,8 +246,8 @@ def _class_of(node: Any) -> str:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the keys that differ between two configurations, with old and new value; UNSET if absent."""
-    old, new = flattened(before), flattened(now)
+    """Return the keys that differ between two configurations, with old and new value; UNSET if absent or null."""
+    old, new = ({k: one for k, one in flattened(each).items() if one is not None} for each in (before, now))
     found = {key: (old.get(key, UNSET), new.get(key, UNSET)) for key in old | new if not matches(key, IGNORED)}
     return {key: pair for key, pair in found.items() if pair[0] != pair[1]}
 

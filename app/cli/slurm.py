@@ -46,7 +46,8 @@ def slurm_environment() -> SLURMEnvironment | None:
 def check_processes(trainer: Trainer) -> None:
     """Raise UserError if the trainer expects other processes than were started; they would wait, or train alone."""
     devices, nodes = trainer.num_devices, trainer.num_nodes
-    if (rank := rank_zero_only.rank) >= trainer.world_size:  # it would train, say nothing and save nothing
+    rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
+    if rank >= trainer.world_size:  # it would train, say nothing and save nothing
         cure = "start all of them by torchrun or srun, or unset RANK, LOCAL_RANK and SLURM_PROCID"
         raise UserError(f"The environment makes this process rank {rank} of {trainer.world_size} ranks: {cure}.")
     environment = trainer._accelerator_connector.cluster_environment

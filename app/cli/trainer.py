@@ -95,6 +95,8 @@ class BetaDPOCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self._get(self.config_init, "trainer")
         refuse_strategy(options.get("strategy"))  # before Lightning starts processes
+        if options.get("barebones"):
+            raise UserError("trainer.barebones has no place here: it forbids logs and checkpoints; take it out.")
         plugins = as_list(options.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(SafeCheckpointIO())

@@ -32,9 +32,12 @@ def quickstart(seed: Seed = 1, out: str = "runs/quickstart") -> None:
     """
     folder = Path(out)
     if folder.exists():
+        if not (folder / "sft").is_dir():  # not to move away what is none of its own
+            raise UserError(f"out: {out} is there and holds no quickstart: name a folder that is not there.")
         aside = folder.with_name(f"{folder.name}-before-{datetime.now():%Y%m%d-%H%M%S}")
         folder.rename(aside)
-        print(f"the earlier {folder} is now {aside}")
+        number = len(list(folder.parent.glob(f"{folder.name}-before-*")))
+        print(f"the earlier {folder} is now {aside}, one of {number} that you may delete: rm -r {folder}-before-*")
     start, rival = folder / "sft-model", folder / "sft-samples.jsonl"
     train("quickstart_sft", "sft", start, [], seed, folder)
     command("generate", str(start), str(rival), "--seed", str(seed), *LENGTH)

@@ -22,7 +22,7 @@ class PairLoss(ABC):
     `needs_reference` says whether the loss reads the reference's log-probs. `takes_margin` says whether it has a
     logit β·h from which a margin can be subtracted. `has_swapped_form` says whether the loss of the pair with its
     responses exchanged is the loss of the opposite label, which RE-PO needs. `beta_floor` is the default smallest
-    β of a schedule, as a multiple of β0. `sft_weight` w adds the term of RPO, w·−log π(y_w|x)/|y_w| (arXiv
+    β of a schedule, as a multiple of β0. `with_sft` of w adds the term of RPO, w·−log π(y_w|x)/|y_w| (arXiv
     2404.19733; `rpo_alpha` in TRL, which averages over the tokens of the batch), which neither β nor a confidence
     affects. Results keep the dtype of the log-probs and stay finite in float32 for |β·h| up to 1e6 (up to 1e18
     where the loss is a square).
@@ -32,13 +32,17 @@ class PairLoss(ABC):
     takes_margin: bool = False
     has_swapped_form: bool = False
     beta_floor: float = 0.01
-    sft_weight: float = 0.0
+    __sft_weight: float = 0.0  # a private name, because a loss of one's own may have a `sft_weight`
 
     def changed(self, **attributes: Any) -> Self:
         """Return a copy of the loss with other `attributes`."""
         other = copy.copy(self)
         vars(other).update(attributes)
         return other
+
+    def with_sft(self, weight: float) -> Self:
+        """Return a copy of the loss with the SFT term of this weight."""
+        return self.changed(_PairLoss__sft_weight=weight)
 
     def discrepancy(self, logps: PairLogps) -> Tensor:
         """Return the quantity [B] that β multiplies; running statistics, filter and dynamic β use the same one."""
@@ -66,7 +70,7 @@ class PairLoss(ABC):
 
     def bound(self, everyone: PairLogps) -> PairLoss:
         """Return the loss of `for_batch` with the SFT term, which a loss that builds a new one need not know."""
-        return self.for_batch(everyone).changed(sft_weight=self.sft_weight)
+        return self.for_batch(everyone).with_sft(self.__sft_weight)
 
     def __call__(
         self, logps: PairLogps, beta: Tensor, margin: Tensor | None = None, confidence: Tensor | None = None
@@ -82,14 +86,14 @@ class PairLoss(ABC):
         # β arrives as float64 from the CPU and must not turn a float32 loss into a float64 one.
         like = logps.policy_chosen
         beta, margin = beta.detach().to(like), None if margin is None else margin.detach().to(like)
-        likelihood = logps.policy_chosen / logps.chosen_tokens if self.sft_weight else None
+        likelihood = logps.policy_chosen / logps.chosen_tokens if self.__sft_weight else None
         if confidence is None:
             losses = self.per_pair(logps, beta, margin)
         else:
             losses = self.under_doubt(logps, beta, margin, confidence.detach().to(like))
         if losses.shape != like.shape:  # a mean would count a micro-batch as one pair
             raise ValueError(f"{self} returns a loss of shape {[*losses.shape]}, not one per pair {[*like.shape]}")
-        return losses if likelihood is None else losses - self.sft_weight * likelihood
+        return losses if likelihood is None else losses - self.__sft_weight * likelihood
 
     def label_logit(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
         """Return log p/(1 − p) [B], where p = σ(L(swapped) − L(as labelled)) is the probability of the label."""

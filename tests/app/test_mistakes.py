@@ -53,6 +53,7 @@ def run_config(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("--trainer.accelerator=gp", "trainer: You selected an invalid accelerator name: `accelerator='gp'`"),
         ("--trainer.devices=x", "trainer: `devices` selected with `CPUAccelerator` should be an int > 0."),
         ("--trainer.devices=0", "trainer: `Trainer(devices='0')` value is not a valid input using cpu"),
+        ("--trainer.barebones=true", "trainer.barebones has no place here: it forbids logs and checkpoints"),
         ("--trainer.max_steps=-7", "trainer.max_steps must be a whole number from -1"),
         ("--trainer.max_steps=many", "trainer.max_steps"),
         ("--trainer.limit_train_batches=1.5", "trainer: You have passed invalid value 1.5 for limit_train_batches"),
@@ -129,6 +130,11 @@ def test_variables_that_are_no_numbers(
 def test_an_overlay_before_the_configuration_that_it_changes(run_config: Path, told: Callable[..., str]) -> None:
     sentence = told("fit", "--config", "loss/simpo", "--config", "config.yaml")
     assert "its class is not known yet: give the configuration that names it before this one" in sentence
+
+
+def test_a_quickstart_moves_no_folder_but_its_own(run_config: Path, told: Callable[..., str]) -> None:
+    assert told("quickstart", "--out", ".").startswith("out: . is there and holds no quickstart")
+    assert (run_config / "config.yaml").is_file()
 
 
 def test_wrong_configuration_text(told: Callable[..., str]) -> None:

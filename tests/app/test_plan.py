@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from command_runs import ROOT, command, write_config
-from tiny_runs import save_tiny_model
+from tiny_runs import VOCABULARY, save_tiny_model, tiny_model
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from app.cli.planning import model_config
@@ -152,6 +152,10 @@ HH = ("--config", str(ROOT / "configs/hh_pythia.yaml"), "--devices_per_node", "8
 def test_known_shapes_have_their_published_size(shape: str, parameters: int) -> None:
     config = model_config(PreferenceOptimization(name=shape), None)
     assert Sizes.of(bare_model(config, dtype=torch.float32)).weights.all == parameters
+
+
+def test_a_bias_of_the_head_is_counted_with_the_head() -> None:
+    assert Sizes.of(tiny_model("gptj")).trained.head == VOCABULARY * (32 + 1)
 
 
 def test_a_plan_names_what_is_held(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = fit(folder, "", "--trainer.max_steps", "4")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(f"log folder: {RUN}") == 1
+    assert f"first checkpoint: {RUN}/checkpoints/step=2.ckpt, 0.4 MB; the newest is kept" in done.stderr
     assert f"next: beta-dpo report {RUN}; beta-dpo audit {RUN}\n" in done.stderr
     return folder
 
@@ -39,7 +40,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ("--model.optimizer", "torch.optim.RMSprop"),
             "model.optimizer is RMSprop, but the run of the checkpoint had",
         ),
-        (("--reward", "ExplicitRewardGap"), "reward is ExplicitRewardGap, but the run of the checkpoint had None"),
+        (("--reward", "ExplicitRewardGap"), "reward is ExplicitRewardGap, but the run of the checkpoint had none"),
         (("--data.pairs", "44"), "other training pairs (data.pairs was 43 and is 44)"),
     ],
 )
@@ -50,6 +51,19 @@ def test_what_cannot_be_carried_over_is_refused(options: tuple[str, ...], told: 
     assert told in refused.stderr
     assert "Traceback" not in refused.stderr
     assert (stopped / RUN / "config.yaml").read_bytes() == record
+
+
+def test_a_resume_without_a_step_says_so(stopped: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder, symlinks=True)
+    again = fit(folder, "", "--trainer.max_steps", "4")
+    assert again.returncode == 0
+    assert "nothing was left to train: the checkpoint is of step 4" in again.stderr
+    hourly = ("--trainer.val_check_interval", "00:01:00:00")
+    longer = fit(folder, "", "--trainer.max_steps", "12", *hourly)
+    assert "nothing was validated: the run ended before trainer.val_check_interval, 3600" in longer.stderr
+    refused = fit(folder, "", "--trainer.max_epochs", "1")
+    assert "--ckpt_path: the checkpoint is of epoch 2: raise trainer.max_epochs, which is 1." in refused.stderr
 
 
 def test_another_reference_under_the_same_name_is_refused(stopped: Path, tmp_path: Path) -> None:
@@ -145,13 +159,14 @@ def test_unknown_keys_are_differences() -> None:
         "schedule": None,
     }
     now = {
+        "trainer": {"callbacks": None},
         "schedule": {"class_path": "c.S", "init_args": {"alpha": 2}},
         "model": {"class_path": "other.B", "init_args": {"x": 1, "y": [2]}},
         "ckpt_path": "last",
     }
     assert differences(before, now) == {
-        "trainer.callbacks.D": ("D", "not set"),
-        "schedule": (None, "S"),
-        "schedule.alpha": ("not set", 2),
-        "model.y": ("not set", [2]),
+        "trainer.callbacks.D": ("D", "none"),
+        "schedule": ("none", "S"),
+        "schedule.alpha": ("none", 2),
+        "model.y": ("none", [2]),
     }

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_runs import controlled, plain_logps, preference, quiet_trainer, relative_difference, same_bits, weights
+from tiny_runs import (
+    controlled,
+    plain_logps,
+    preference,
+    quiet_trainer,
+    relative_difference,
+    same_bits,
+    save_tiny_model,
+    weights,
+)
 from transformers import AutoModelForCausalLM
 
 from app.core.errors import UserError
+from datamodules import PreferenceData
+from datamodules.controlled_task import build_tokenizer
 from lightning_modules import SupervisedFineTuning
 
 ARCHITECTURE = {
@@ -103,3 +115,19 @@ def test_gradient_checkpointing_is_at_work(tiny_llama: str, tmp_path: Path) -> N
         quiet_trainer(tmp_path, max_steps=1).fit(module, controlled(4, stage="demonstrations"))
         seen.append(calls[0])
     assert seen[1] == seen[0] + 1  # one micro-batch, whose layer ran once more in the backward pass
+
+
+def test_a_bad_row_spoils_no_other_response(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BETA_DPO_CACHE", str(tmp_path / "cache"))
+    name = save_tiny_model("llama", tmp_path / "m")
+    model: Any = AutoModelForCausalLM.from_pretrained(name)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[build_tokenizer().convert_tokens_to_ids(" wolf")] = torch.nan
+    model.save_pretrained(name)
+    rows = [{"prompt": " tell me" + " the" * n, "completion": " red fox ."} for n in range(5)]
+    rows[2]["completion"] = " red wolf ."
+    (file := tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = PreferenceData(str(file), validation_path=str(file))
+    (figures,) = quiet_trainer(tmp_path, limit_val_batches=1.0).validate(sft(name), data, verbose=False)
+    assert figures["val/nonfinite_pairs"] == 1
+    assert figures["val/loss"] > 0

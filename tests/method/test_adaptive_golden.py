@@ -66,20 +66,22 @@ def test_repo() -> None:
             assert list(reliability.values()) == close(step["reliability_after"])
 
 
-@pytest.mark.parametrize("loss", [SigmoidLoss(), IPOLoss(), SimPOLoss(0.5), SigmoidLoss().changed(sft_weight=0.3)])
-def test_repo_has_the_gradient_of_the_noisy_likelihood(loss: PairLoss) -> None:
+@pytest.mark.parametrize(
+    ("loss", "sft"), [(SigmoidLoss(), 0), (IPOLoss(), 0), (SimPOLoss(0.5), 0), (SigmoidLoss(), 0.3)]
+)
+def test_repo_has_the_gradient_of_the_noisy_likelihood(loss: PairLoss, sft: float) -> None:
     gaps, beta, eta = column([-3.0, 0.1, 2.0, 5.0]).requires_grad_(), column([0.4] * 4), column([0.8])
     logits = loss.label_logit(pairs_with(gaps), beta, None)
     p = torch.sigmoid(logits)
     noisy = -torch.log(eta * p + (1 - eta) * (1 - p)).sum()
-    noisy = noisy - loss.sft_weight * gaps.sum()  # the likelihood of the chosen response is not in doubt
-    ours = loss(pairs_with(gaps), beta, confidence=label_confidence(logits, eta)).sum()
+    noisy = noisy - sft * gaps.sum()  # the likelihood of the chosen response is not in doubt
+    ours = loss.with_sft(sft)(pairs_with(gaps), beta, confidence=label_confidence(logits, eta)).sum()
     expected, seen = (torch.autograd.grad(each, gaps, retain_graph=True)[0] for each in (noisy, ours))
     torch.testing.assert_close(seen, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_loss_that_models_flips_has_no_swapped_form() -> None:
-    with_sft_term = RobustLoss().changed(sft_weight=1.0)
+    with_sft_term = RobustLoss().with_sft(1.0)
     for loss in (SigmoidLoss(label_smoothing=0.1), RobustLoss(), AlphaDPOLoss(), with_sft_term):
         with pytest.raises(ValueError, match="no swapped form"):
             loss(pairs_with(column([1.0])), column([0.1]), confidence=column([0.9]))

@@ -55,7 +55,7 @@ LOSSES: list[PairLoss] = [
     SimPOLoss(gamma=1.0),
     SPPOHardLoss(),
     KTOPairLoss().for_batch(hand_pairs()),
-    SigmoidLoss().changed(sft_weight=0.7),
+    SigmoidLoss().with_sft(0.7),
 ]
 NAMES = [
     *("dpo", "cdpo", "robust", "hinge", "ipo", "ipo_length_normalised", "simpo", "sppo_hard", "kto_pair", "sft"),
@@ -349,7 +349,7 @@ def test_the_divergences_carry_no_gradient() -> None:
 def test_sft_term_by_hand_and_around_any_loss() -> None:
     pairs, beta = hand_pairs(), constant(0.4, torch.ones(4))
     for loss in LOSSES[:8]:
-        around = loss.changed(sft_weight=2.0)
+        around = loss.with_sft(2.0)
         added = around(pairs, beta) - loss(pairs, beta)
         assert added.tolist() == pytest.approx([2 * 10 / 5, 2 * 20 / 4, 2 * 15 / 3, 2 * 8 / 2])
         assert torch.equal(around.discrepancy(pairs), loss.discrepancy(pairs))
@@ -358,17 +358,18 @@ def test_sft_term_by_hand_and_around_any_loss() -> None:
             loss.takes_margin,
             str(loss),
         )
-    kto = KTOPairLoss().changed(sft_weight=2.0).for_batch(pairs)
+    kto = KTOPairLoss().with_sft(2.0).for_batch(pairs)
     expected = KTOPairLoss().for_batch(pairs)(pairs, beta) + 2.0 * torch.tensor([2.0, 5.0, 5.0, 4.0])
     assert kto(pairs, beta).tolist() == pytest.approx(expected.tolist())
 
     class Own(SigmoidLoss):
+        sft_weight = 3.0  # of its own
+
         def for_batch(self, everyone: PairLogps) -> SigmoidLoss:
             return SigmoidLoss()
 
-    assert torch.equal(
-        Own().changed(sft_weight=2.0).bound(pairs)(pairs, beta), SigmoidLoss().changed(sft_weight=2.0)(pairs, beta)
-    )
+    assert torch.equal(Own().with_sft(2.0).bound(pairs)(pairs, beta), SigmoidLoss().with_sft(2.0)(pairs, beta))
+    assert Own().with_sft(0.0).sft_weight == 3.0
 
 
 def test_a_loss_that_averages_is_refused() -> None:
