@@ -7,10 +7,11 @@ RE-PO. A run in `--out` is not made again. Pairs of people are question (j) of b
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+from scipy import stats
 
 from app.commands import quickstart
 from app.commands.audit import LABEL
@@ -39,9 +40,7 @@ def train(folder: Path, seed: int) -> None:
 
 def area(scores: np.ndarray, wrong: np.ndarray) -> float:
     """Return the probability that a wrong label [n] has a higher score [n] than a right one; a tie counts half."""
-    ranks = pd.Series(scores).rank().to_numpy()[wrong]
-    count = len(ranks)
-    return float((ranks.sum() - count * (count + 1) / 2) / (count * (len(wrong) - count)))
+    return float(stats.mannwhitneyu(scores[wrong], scores[~wrong]).statistic / (wrong.sum() * (~wrong).sum()))
 
 
 def calibration(scores: np.ndarray, wrong: np.ndarray) -> float:
@@ -50,32 +49,26 @@ def calibration(scores: np.ndarray, wrong: np.ndarray) -> float:
     return float(np.mean([abs(scores[some].mean() - wrong[some].mean()) for some in bins]))
 
 
-def measured(run: Path) -> dict[str, tuple[bool, float, float, list[np.ndarray], int]]:
-    """Return of every signal: whether it is offered, area, calibration, hits per share, number of wrong labels."""
-    audit = read_audit(run)
-    histories = pair_histories(audit)
-    wrong = audit.groupby("pair_id", sort=False)[LABEL].first().to_numpy().astype(bool)
-    found = {}
-    for name, column in SIGNALS.items():
-        if histories[column].notna().any():
-            scores = np.nan_to_num(histories[column].to_numpy(float), nan=-np.inf)
-            lists = [hits(scores, wrong, max(1, round(len(wrong) * share))) for share in SHARES]
-            error = calibration(scores, wrong) if column.startswith("wrong_by") else float("nan")
-            found[name] = name in available(histories), area(scores, wrong), error, lists, int(wrong.sum())
-    return found
-
-
-def table(folders: list[Path], arm: str) -> str:
-    """Return area, precision and recall of every signal of an arm, pooled over the seeds' folders."""
-    runs = [measured(folder / arm) for folder in folders]
+def table(runs: Sequence[Path], arm: str) -> str:
+    """Return area, precision and recall of every signal of an arm, pooled over its runs."""
+    audits = [read_audit(run) for run in runs]
+    histories = [pair_histories(audit) for audit in audits]
+    wrongs = [audit.groupby("pair_id", sort=False)[LABEL].first().to_numpy().astype(bool) for audit in audits]
     rows = []
-    for name in runs[0]:
-        usable, areas, errors, lists, wrong = zip(*(run[name] for run in runs), strict=True)
-        error = "–" if np.isnan(errors).any() else f"{np.mean(errors):.3f}"
-        hits_of = [np.concatenate(some) for some in zip(*lists, strict=True)]
-        cells = [f"{wilson(hit.mean(), len(hit))}, {hit.sum() / sum(wrong):.3f}" for hit in hits_of]
+    for name, column in SIGNALS.items():
+        if any(history[column].isna().all() for history in histories):
+            continue
+        scores = [np.nan_to_num(history[column].to_numpy(float), nan=-np.inf) for history in histories]
+        both = list(zip(scores, wrongs, strict=True))
+        areas = [area(score, wrong) for score, wrong in both]
+        error = f"{np.mean([calibration(*each) for each in both]):.3f}" if column.startswith("wrong_by") else "–"
+        offered = sum(name in available(history) for history in histories)
+        cells = []
+        for share in SHARES:
+            hit = np.concatenate([hits(score, wrong, max(1, round(len(wrong) * share))) for score, wrong in both])
+            cells.append(f"{wilson(hit.mean(), len(hit))}, {hit.sum() / np.concatenate(wrongs).sum():.3f}")
         spread = f"{np.mean(areas):.3f} ({min(areas):.3f}–{max(areas):.3f})"
-        rows.append([name, f"{sum(usable)} of {len(runs)}", error, spread, *cells])
+        rows.append([name, f"{offered} of {len(runs)}", error, spread, *cells])
     return markdown([arm, "offered", "calibration error", "area (lowest–highest)", *HEAD], rows)
 
 
@@ -84,10 +77,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[71, 72, 73])
     parser.add_argument("--out", type=Path, default=Path("runs/audit_signals/controlled"))
     options = parser.parse_args()
-    folders = [options.out / str(seed) for seed in options.seeds]
-    for folder, seed in zip(folders, options.seeds, strict=True):
-        train(folder, seed)
-    print("\n\n".join(table(folders, arm) for arm in ARMS))
+    for seed in options.seeds:
+        train(options.out / str(seed), seed)
+    print("\n\n".join(table([options.out / str(seed) / arm for seed in options.seeds], arm) for arm in ARMS))
 
 
 if __name__ == "__main__":

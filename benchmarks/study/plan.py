@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,41 +93,29 @@ class Run:
         steps = TASKS[self.task].steps
         return steps[-1:] if self.phase == TUNING else steps
 
+    @property
+    def words(self) -> dict[str, Any]:
+        """Return what the names in the commands of plan.yaml stand for."""
+        task = TASKS[self.task]
+        words = {"run": self, "task": task, **task.data.get(self.data, {}), "loss": PLAN["losses"][self.loss]}
+        words["method"] = PLAN["arms"].get(self.arm, f"{self.arm}.yaml").format(run=self)
+        # ε-DPO compares distributions, which a cache does not hold
+        words["kept"] = "frozen" if self.arm == "epsilon_dpo" else "cached"
+        return words | {name: text.format(**words).strip() for name, text in PLAN["words"].items()}
+
     def preparing(self) -> list[str]:
         """Return the commands for what the runs of the seed share."""
         task = TASKS[self.task]
-        words = {"seed": self.sft_seed, "sft": self.sft, "log": logged(self.sft), "shared": task.shared}
-        return [command.format(**words, sampling=task.sampling) for command in (*task.once, *task.prepare)]
+        return [command.format(**self.words) for command in (*task.once, *task.prepare)]
 
     def commands(self) -> list[str]:
         """Return all commands from the SFT model to the samples."""
-        task, folder, model = TASKS[self.task], self.folder, f"{self.sft}/model"
-        own = {name: f"{value:g}" if isinstance(value, float) else value for name, value in asdict(self).items()}
-        arm = PLAN["arms"].get(self.arm, f"{self.arm}.yaml").format(**own)
-        fit = f"beta-dpo fit --config {task.config} --config configs/method/{arm} {PLAN['losses'][self.loss]}"
-        settings = (
-            f"--model.beta0 {self.beta0:g} --model.optimizer.init_args.lr {self.learning_rate:g} {logged(folder)} "
-            f"--trainer.logger.init_args.version '' --seed_everything {self.seed} {self.options}"
-        )
-        # ε-DPO compares distributions, which a cache does not hold
-        reference = f"--model.name {model} --model.reference {'frozen' if self.arm == 'epsilon_dpo' else 'cached'}"
-        words = {"fit": fit.strip(), "run": settings.strip(), "reference": reference, "folder": folder}
-        words |= {**own, **task.data.get(self.data, {}), "sft": self.sft, "shared": task.shared}
-        made = [command.format(**words) for command in task.train]
+        task = TASKS[self.task]
+        made = [command.format(**self.words) for command in task.train]
         for step in self.sampled:
             count = 1024 if step == task.steps[-1] else 512
-            made.append(f"beta-dpo export {folder}/checkpoints/step={step}.ckpt {folder}/model-{step}")
-            made.append(
-                f"beta-dpo generate {folder}/model-{step} {folder}/samples-{step}.jsonl --seed {self.seed} "
-                f"--count {count} --reference {model} {task.sampling}"
-            )
+            made += [command.format(**self.words, step=step, count=count) for command in PLAN["sample"]]
         return made
-
-
-def logged(folder: Path) -> str:
-    """Return the words of `fit` that name the log folder."""
-    log = "--trainer.logger.init_args"
-    return f"{log}.save_dir {folder.parent} {log}.name {folder.name}"
 
 
 def tuning(run: Run) -> list[Run]:

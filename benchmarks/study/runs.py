@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from app.commands.judge import figures, win_rate
@@ -45,7 +46,7 @@ def make_shared(task: Task) -> None:
             "pairs by PAIRS=FOLDER"
         )
     for command in task.once:
-        call(command.format(shared=task.shared))
+        call(command.format(task=task))
 
 
 def make_sft_model(run: Run) -> None:
@@ -71,12 +72,11 @@ def make_row(run: Run) -> dict[str, Any]:
 def measured(run: Run) -> dict[str, float]:
     """Return the figures of a finished run."""
     read, task = read_run(run.folder, run.arm), TASKS[run.task]
-    last = {name: read.last(tag) for name, tag in TAGS.items()}
     beta, clamped, audit = read.curves["beta/used"], read.curves.get("beta/clamped"), read.audit
     assert audit is not None
     flipped = audit.flipped.to_numpy(bool)
     found = {
-        **{name: math.nan if value is None else value for name, value in last.items()},
+        **pd.Series({name: read.last(tag) for name, tag in TAGS.items()}, dtype=float),  # NaN where not logged
         "beta_low": float(beta.min()),
         "beta_high": float(beta.max()),
         "clamped": math.nan if clamped is None else float(clamped.mean()),
@@ -99,12 +99,8 @@ def score(task: Task, samples: list[dict[str, Any]]) -> dict[str, float]:
     """Return mean reward, share of malformed or unfinished responses, and KL of samples (0 where it is unknown)."""
     judge = OwnReward(task.reward, dict(task.reward_args)) if task.reward else TrueReward()
     told = {name: found.mean for name, found in figures(samples, judge).items()}
-    malformed = told.get("malformed", 1 - told.get("finished", 1.0))
-    return {
-        "reward": told["reward" if task.reward else "true reward"],
-        "malformed": malformed,
-        "kl": told.get("KL", 0.0),
-    }
+    reward, finished = told["reward" if task.reward else "true reward"], told.get("finished", 1.0)
+    return {"reward": reward, "malformed": told.get("malformed", 1 - finished), "kl": told.get("KL", 0.0)}
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

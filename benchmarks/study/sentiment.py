@@ -126,42 +126,38 @@ def data(folder: Path) -> None:
         print(f"{folder} is there")
         return
     table = reviews()
-    found = {
-        part: [(s, label) for text, label in zip(rows.text, rows.label, strict=True) for s in sentences(text)]
-        for part, rows in table.groupby("part")
-    }
-    made = {part: list(halves(dict.fromkeys(text for text, _ in found[part]))) for part in "CD"}
+    split = table.assign(text=[list(sentences(text)) for text in table.text]).explode("text").dropna(subset="text")
+    learnt, held_out = (
+        pd.DataFrame(halves(split[split.part == part].text.unique()), columns=["prompt", "completion"])
+        for part in "CD"
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "sentences.jsonl", ({"prompt": prompt, "completion": rest} for prompt, rest in made["C"]))
-    write(folder / "evaluation.jsonl", ({"prompt": prompt} for prompt in dict.fromkeys(p for p, _ in made["D"])))
+    learnt.to_json(folder / "sentences.jsonl", orient="records", lines=True)
+    held_out[["prompt"]].drop_duplicates().to_json(folder / "evaluation.jsonl", orient="records", lines=True)
     tokenizer, bytewise, special = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel, ["<eos>", "<pad>"]
     tokenizer.pre_tokenizer, tokenizer.decoder = bytewise(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=bytewise.alphabet()
-    )
-    tokenizer.train_from_iterator((prompt + rest for prompt, rest in made["C"]), trainer)
+    letters = bytewise.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=letters)
+    tokenizer.train_from_iterator(learnt.prompt + learnt.completion, trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[1])
     wrapped.save_pretrained(folder / "tokenizer")
-    print(f"{len(table)} reviews; {len(made['C'])} sentences to learn; {len(made['D'])} held out")
-    held_out = [(text, label) for text, label in found["D"] if 6 <= len(text.split()) <= 60]
+    print(f"{len(table)} reviews; {len(learnt)} sentences to learn; {len(held_out)} held out")
+    graded = split[split.text.str.split(" ").str.len().between(6, 60)]
+    unseen = graded[graded.part == "D"]
     for name, part in (("proxy", "A"), ("gold", "B")):
-        learnt = [(text, int(label)) for text, label in found[part] if 6 <= len(text.split()) <= 60]
-        model = Sentiment.fit([text for text, _ in learnt], [label for _, label in learnt])
+        seen = graded[graded.part == part]
+        model = Sentiment.fit(seen.text.tolist(), seen.label.tolist())
         (folder / f"{name}.json").write_text(json.dumps(vars(model)), encoding="utf-8")
-        right = np.mean([(model.score(text) > 0.5) == label for text, label in held_out])
-        print(f"{name}: trained on {len(learnt)} sentences, right on {right:.3f} of {len(held_out)} held out")
+        right = ((unseen.text.map(model.score) > 0.5) == unseen.label).mean()
+        print(f"{name}: trained on {len(seen)} sentences, right on {right:.3f} of {len(unseen)} held out")
 
 
 def prompts(folder: Path, out: Path, seed: int = 1) -> None:
     """Write 2,000 prompts for `generate`, drawn with a seed from the sentences that the model learns."""
-    lines = (folder / "sentences.jsonl").read_text(encoding="utf-8").splitlines()
-    known = list(dict.fromkeys(json.loads(line)["prompt"] for line in lines))
+    known = pd.read_json(folder / "sentences.jsonl", lines=True, dtype=False).prompt.unique()
     drawn = np.random.default_rng(seed).choice(len(known), min(PROMPTS, len(known)), replace=False)
-    write(out, ({"pair_id": str(number), "prompt": known[number]} for number in drawn))
-
-
-def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows = pd.DataFrame({"pair_id": drawn.astype(str), "prompt": known[drawn]})
+    rows.to_json(out, orient="records", lines=True)
 
 
 if __name__ == "__main__":
