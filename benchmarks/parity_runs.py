@@ -116,9 +116,8 @@ def token_ids(row: dict[str, str], side: str, tokenizer: PreTrainedTokenizerBase
 
 def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     """Return ‖left − right‖ over all parameters of `right`."""
-    apart = (left[name].detach().double() - right[name].detach().double() for name in right)
-    return sum(float(difference.square().sum()) for difference in apart) ** 0.5
+    return norm({name: left[name].double() - value.double() for name, value in right.items()})
 
 
 def norm(parameters: dict[str, Tensor]) -> float:
-    return sum(float(value.detach().double().square().sum()) for value in parameters.values()) ** 0.5
+    return float(torch.cat([value.detach().double().flatten() for value in parameters.values()]).norm())

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import platform
 import re
-import statistics
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from app.core.files import atomic_file
 
@@ -82,16 +83,15 @@ def filled(page: str, entries: dict[str, Any]) -> str:
 
 def comparison(entry: dict[str, Any]) -> str:
     """Return the results of an entry as Markdown: median, lowest and highest over the turns, ratios per turn."""
-    setting, turns = entry["setting"], entry["turns"]
-    speeds = {name: [turn["pairs_per_second"] for turn in turns[name]] for name in turns if name in LABELS}
-    base = "plain" if "plain" in speeds else next(iter(speeds), "")
+    setting, turns = entry["setting"], {name: pd.DataFrame(each) for name, each in entry["turns"].items()}
+    contestants = {name: each for name, each in turns.items() if name in LABELS}
+    base = "plain" if "plain" in contestants else next(iter(contestants), "")
     rows = []
-    for name, speed in speeds.items():
-        how = f" ({turns[name][0]['how']})" if "how" in turns[name][0] else ""
-        both = zip(speed, speeds[base], strict=False)  # the last turn may be cut
-        ratios = [mine / other for mine, other in both]
-        peak = max(turn["peak_gb"] for turn in turns[name])
-        rows.append([LABELS[name] + how, spread(speed), spread(ratios), f"{peak:.2f} GB"])
+    for name, each in contestants.items():
+        how = f" ({each.how[0]})" if "how" in each else ""
+        speed = each.pairs_per_second
+        ratio = speed / contestants[base].pairs_per_second  # NaN where the last turn is cut
+        rows.append([LABELS[name] + how, spread(speed), spread(ratio), f"{each.peak_gb.max():.2f} GB"])
     rows += [[LABELS.get(name, name), "failed", "", ""] for name in entry.get("failed", {})]
     header = ["", "pairs/s (lowest–highest)", f"speed-up over {NAMES.get(base, base)}", "peak memory"]
     names = {"torch": "torch", "transformers": "transformers", "trl": "TRL"}
@@ -104,21 +104,17 @@ def comparison(entry: dict[str, Any]) -> str:
     ) + markdown(header, rows)
     if "ours" not in turns or "gemm" not in turns:
         return text
-    rates = [gemm["operations_per_second"] for gemm in turns["gemm"]]
-    used = [
-        100 * entry["unavoidable_operations"] / ours["seconds"] / rate
-        for ours, rate in zip(turns["ours"], rates, strict=False)
-    ]
+    rates, operations = turns["gemm"].operations_per_second, entry["unavoidable_operations"]
+    needed = f"{operations / setting['steps'] / 1e9:.0f} billion a step"
+    share = spread(100 * operations / turns["ours"].seconds / rates)
     return (
-        f"{text}\n\nOperations that the step cannot avoid: "
-        f"{entry['unavoidable_operations'] / setting['steps'] / 1e9:.0f} billion a step, done at {spread(used)} % "
-        "of the rate of this machine's matrix products in the same turns "
-        f"({statistics.median(rates) / 1e9:.0f} billion a second)."
+        f"{text}\n\nOperations that the step cannot avoid: {needed}, done at {share} % of the rate of this "
+        f"machine's matrix products in the same turns ({rates.median() / 1e9:.0f} billion a second)."
     )
 
 
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+def spread(values: pd.Series) -> str:
+    return f"{values.median():.2f} ({values.min():.2f}–{values.max():.2f})"
 
 
 if __name__ == "__main__":

@@ -47,9 +47,8 @@ def main() -> None:
     if number is not None and not 0 <= number < len(runs):
         sys.exit(f"there is no run {number}: --list prints those from 0 to {len(runs) - 1}")
     if options.plan:
-        print(
-            f"{plan_table()}\n\n{table.phase.isin((plan.TUNING, plan.JUDGED)).sum()} runs of the plan have a row."
-        )
+        rows = table.phase.isin((plan.TUNING, plan.JUDGED)).sum()
+        print(f"{plan_table()}\n\n{rows} runs of the plan have a row.")
     elif options.list:
         for number, run in enumerate(runs):
             print(f"{number:4} {'done ' if run in done else 'to do'} {run}")
@@ -104,9 +103,7 @@ def plan_table() -> str:
         tuned = {tuple(plan.tuning(replace(run, seed=-1))) for run in runs if task.bases}
         counts = [len(each - counted) for each in (models, tuned, set(runs))]
         counted |= models | tuned | set(runs)
-        counts[1] *= 6 + 2 * (
-            len(plan.TUNING_SEEDS) - 1
-        )  # six settings on the first seed, two on each of the others
+        counts[1] *= 6 + 2 * (len(plan.TUNING_SEEDS) - 1)  # settings, on the first seed and on each of the others
         minutes = sum(count * each for count, each in zip(counts, task.minutes, strict=True))
         hours += minutes / 120
         lines.append([title, *map(str, (len(seeds), *counts)), f"{minutes:.0f}", f"{hours:.1f}"])
