@@ -53,18 +53,15 @@ def multiples(batches: Sequence[torch.Tensor], schedule: BetaScheduler) -> np.nd
     """Return β/β0 [steps] as the statistics, the Gaussian filter and the schedule of the package give it."""
     running, found = RunningMoments(), []
     for step, gaps in enumerate(batches):
-        moments = running.update(gaps)
-        kept = gumbel_top_k(
-            gaussian_log_weights(gaps, moments),
-            number_kept(len(gaps), KEEP_RATIO),
-            selection_noise(0, step, len(gaps)),
-        )
+        moments, count = running.update(gaps), len(gaps)
+        weights, noise = gaussian_log_weights(gaps, moments), selection_noise(0, step, count)
+        kept = gumbel_top_k(weights, number_kept(count, KEEP_RATIO), noise)
         found.append(schedule.beta(1.0, gaps, kept, moments).clamp(*schedule.bounds(1.0))[0].item())
     return np.array(found)
 
 
-def print_table(title: str, batches: Sequence[torch.Tensor]) -> None:
-    """Print one row per schedule: the spread of β/β0, and how often it is near 1 or at a bound."""
+def table(batches: Sequence[torch.Tensor]) -> str:
+    """Return one row per schedule: the spread of β/β0, and how often it is near 1 or at a bound."""
     rows = []
     for name, schedule in SCHEDULES.items():
         beta, (floor, ceiling) = multiples(batches, schedule), schedule.bounds(1.0)
@@ -73,18 +70,18 @@ def print_table(title: str, batches: Sequence[torch.Tensor]) -> None:
         inside = (beta >= 1 / 3) & (beta <= 3)
         rows.append([name, f"{low:.2f} to {high:.2f}", f"{inside.mean():.1%}", f"{met.mean():.1%}"])
     header = ["schedule", "β/β0, 5 % to 95 % of steps", "within a factor of 3", "at a bound"]
-    print(f"{title}\n\n{markdown(header, rows, aligned=True)}\n", flush=True)
+    return markdown(header, rows, aligned=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--audit", nargs="+", type=Path, metavar="RUN", help="log folders to replay")
-    if runs := parser.parse_args().audit:
-        for run in runs:
-            print_table(f"{run}, recorded gaps", list(recorded_gaps(run)))
-        return
-    for std in (2.0, 10.0, 20.0, 40.0, 60.0):
-        print_table(f"simulated gaps, σ = {std:g} nats at the end", list(simulated_gaps(std)))
+    parser.add_argument("--audit", nargs="+", type=Path, default=[], metavar="RUN", help="log folders to replay")
+    runs = parser.parse_args().audit
+    for run in runs:
+        print(f"{run}, recorded gaps\n\n{table(list(recorded_gaps(run)))}\n", flush=True)
+    for std in () if runs else (2.0, 10.0, 20.0, 40.0, 60.0):
+        gaps = list(simulated_gaps(std))
+        print(f"simulated gaps, σ = {std:g} nats at the end\n\n{table(gaps)}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,16 @@ import pandas as pd
 
 from app.report.plot import svg
 from benchmarks.study import plan
-from benchmarks.study.page import frontier, paths_table, write_page
+from benchmarks.study.page import frontier, write_page
 from benchmarks.study.runs import carry_out, make_row, make_sft_model, make_shared
-from benchmarks.study.table import FIGURES, Rows, read_results, runs_of
+from benchmarks.study.table import FIGURES, Rows, read_results, runs_of, with_measures
 from benchmarks.tables import markdown, processor
+
+# of a run on reviews: KL and reward by checkpoint, as the DPO paper's Figure 2 draws them
+PATHS = [
+    *("seed", "data", "flip_rate", "arm", "beta0", "sft_reward"),
+    *("kl_16", "reward_16", "kl_32", "reward_32", "kl", "reward", "within", "malformed"),
+]
 
 
 def main() -> None:
@@ -62,7 +68,7 @@ def main() -> None:
     elif options.reviews:
         failed = carry_out([run for run in plan.PILOT if run not in done], options.jobs)
         table = read_results().query("task == 'sentiment' and phase == 'pilot'")
-        print(paths_table(table))
+        print(with_measures(table)[PATHS].to_string(index=False, float_format="{:.4g}".format))
         drawn = plan.TASKS["sentiment"].shared.with_name("reward-against-kl.svg")
         drawn.write_text(svg(frontier(table)), encoding="utf-8")
         print(drawn)

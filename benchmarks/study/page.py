@@ -17,8 +17,8 @@ from app.core.files import atomic_file
 from app.report.plot import DASHES, Interval, Line, axis, intervals, lines, run_colour, side_by_side, svg
 from benchmarks.study import real_pairs
 from benchmarks.study.plan import JUDGED, ON_PEOPLE, PEOPLE, QUESTIONS, QUICKSTARTS, TASKS, TUNING, Question
-from benchmarks.study.table import KEY, Difference, Result, Rows, path_of, runs_of, with_measures
-from benchmarks.tables import ROOT, markdown
+from benchmarks.study.table import KEY, Difference, Result, Rows, path_of, runs_of
+from benchmarks.tables import ROOT
 
 DOCS = ROOT / "docs"
 COLOURS = {"better": "good", "worse": "act", "equal within the margin": "link", "undecided": "quiet"}
@@ -195,17 +195,3 @@ def frontier(table: pd.DataFrame) -> Any:
         parts.append(Line(label, kl, reward, run_colour(number), DASHES[number % 8], width, dots=True))
     x = axis(alt.X, "KL to the SFT model, nats (linear to 1, then logarithmic)", type="symlog", constant=1)
     return lines(parts, x, axis(alt.Y, "mean true reward"), key="right").properties(width=520, height=380)
-
-
-def paths_table(table: pd.DataFrame) -> str:
-    """Return reward and KL at every checkpoint of the runs of one task, as the DPO paper's Figure 2 draws them."""
-    rows = [
-        [
-            *(str(one.seed), f"{one.data}, {one.flip_rate:g}", str(one.arm), f"{one.beta0:g}"),
-            *(f"{kl:.2f}, {reward:.3f}" for kl, reward in path_of(one)),
-            *(f"{one.within:.3f}", f"{one.malformed:.3f}"),
-        ]
-        for _, one in with_measures(table).iterrows()
-    ]
-    steps = (f"KL, reward at {step}" for step in (0, *TASKS[table.task.iloc[0]].steps))
-    return markdown(["seed", "data, flips", "arm", "β0", *steps, "within the budget", "cut"], rows, aligned=True)
