@@ -1,7 +1,8 @@
 """The two training stages as LightningModules, supervised fine-tuning and preference optimisation."""
 
 from lightning_modules.preference import PreferenceOptimization
+from lightning_modules.schedules import WarmupCosine
 from lightning_modules.sft import SupervisedFineTuning
 from lightning_modules.strategy import ShardedStrategy
 
-__all__ = ["PreferenceOptimization", "ShardedStrategy", "SupervisedFineTuning"]
+__all__ = ["PreferenceOptimization", "ShardedStrategy", "SupervisedFineTuning", "WarmupCosine"]

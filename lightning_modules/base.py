@@ -35,7 +35,7 @@ from lightning_modules.recorded_training import RecordedTraining
 from lightning_modules.refused_models import check_tokens, refuse_beyond
 from lightning_modules.scorer import ResponseScorer
 from lightning_modules.sharding import clip_gradients, gradient_sync, leave_gathered
-from lightning_modules.start_checks import check_start, check_steps, try_optimizer, try_sharded_step
+from lightning_modules.start_checks import check_start, check_steps, try_optimizer, try_rates, try_sharded_step
 from lightning_modules.strategy import ShardedStrategy
 
 Attention = Literal["auto", "varlen", "flex", "pairwise", "sdpa", "eager"]
@@ -113,7 +113,7 @@ class LanguageModelTraining(RecordedTraining):
         super().setup(stage)
         self.ranks = Ranks(self.trainer)
         if stage == "fit":
-            check_steps(self.trainer)
+            try_rates(self.make_optimizer, self.make_lr_scheduler, check_steps(self.trainer))
 
     def configure_model(self) -> None:
         if hasattr(self, "policy"):  # Lightning calls this hook again when fit follows validate

@@ -34,6 +34,7 @@ UNUSABLE: dict[str, tuple[object, str]] = {
     "overfit_batches": (0.0, "has no effect here: set data.path to a file of as few pairs"),
     "reload_dataloaders_every_n_epochs": (0, "would repeat the order of the first epoch: take it out"),
 }
+MOST_TRIED = 100_000  # steps whose learning rates are computed at the start
 UNSUITABLE: dict[type, str] = {
     lightning_callbacks.GradientAccumulationScheduler: PAIRS_PER_STEP,
     lightning_callbacks.StochasticWeightAveraging: "the stages update the weights by themselves",
@@ -166,10 +167,26 @@ def try_optimizer(
         if not isinstance(schedule, LRScheduler):
             raise TypeError(f"{name} is no schedule of torch")
         schedule.step()
-    total = getattr(schedule, "total_steps", None)  # such as that of OneCycleLR
-    if total is not None and total < trainer.max_steps:
-        cure = f"raise it, or lower trainer.max_steps, which is {trainer.max_steps}"
-        raise UserError(f"model.lr_scheduler: {name} ends after total_steps = {total}: {cure}.")
+
+
+def try_rates(
+    make_optimizer: OptimizerCallable, make_lr_scheduler: LRSchedulerCallable | None, steps: float
+) -> None:
+    """Raise UserError for a schedule that fails within a run of so many `steps`; warn of an end at the rate 0."""
+    if steps > MOST_TRIED:
+        return
+    optimizer, last = make_optimizer([nn.Parameter(torch.zeros(4, 4))]), 0
+    with trial("model.lr_scheduler", "or one for as many steps as the run takes"):
+        schedule = make_lr_scheduler(optimizer) if make_lr_scheduler else None
+        for step in range(1, int(steps) + 1):
+            last = step if any(group["lr"] for group in optimizer.param_groups) else last
+            if schedule:
+                schedule.step()
+    if last < steps:
+        kind = f"model.lr_scheduler: {type(schedule).__name__}" if schedule else "model.optimizer: its lr"
+        rank_zero_warn(
+            f"{kind} gives the rate 0 from step {last + 1} to the last, {steps}: these change no weight."
+        )
 
 
 def try_sharded_step(make_optimizer: OptimizerCallable, weights: list[nn.Parameter]) -> None:
@@ -188,27 +205,29 @@ def try_sharded_step(make_optimizer: OptimizerCallable, weights: list[nn.Paramet
             raise TypeError(f"{type(optimizer).__name__} knows no sharded weights of ShardedStrategy") from error
 
 
-def check_steps(trainer: Any) -> None:
-    """Raise UserError for bounds that exclude each other, or validation rarer than epochs; warn without any."""
-    for unit in ("steps", "epochs"):
-        least, most = (getattr(trainer, f"{bound}_{unit}") for bound in ("min", "max"))
-        if least is not None and most is not None and 0 <= most < least:
-            raise UserError(f"trainer.min_{unit} is {least}, but trainer.max_{unit} is {most}: lower the first.")
+def check_steps(trainer: Any) -> float:
+    """Return the number of steps of the run, infinity for an unknown one; warn without a curve or a validation.
+
+    Raises UserError for bounds that exclude each other, or a validation rarer than epochs.
+    """
     for one in trainer.callbacks:
         left = one.time_remaining() if isinstance(one, lightning_callbacks.Timer) else None
         if left is not None and left <= 0:
             raise UserError("trainer.max_time leaves no time for a step: raise it.")
     if trainer.datamodule is None or not (loader := trainer.datamodule.train_dataloader()):
-        return
+        return math.inf
     limit = trainer.limit_train_batches
     batches = min(limit, len(loader)) if isinstance(limit, int) else int(len(loader) * limit)
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
     steps = min(epochs * batches, math.inf if trainer.max_steps == -1 else trainer.max_steps)
     if not (batches and steps):
         raise UserError("The run takes no step: raise trainer.max_steps, max_epochs or limit_train_batches.")
-    if steps < (least := trainer.min_steps or 0):
-        said = f"trainer.max_epochs {epochs} ends the run after {steps} steps"
-        raise UserError(f"trainer.min_steps is {least}, but {said}: lower the first, or raise the other.")
+    least, bound = trainer.min_steps, "min_steps"
+    if least is None:  # else Lightning asks for an epoch
+        least, bound = (trainer.min_epochs or 0) * batches, "min_epochs"
+    if steps < least:
+        cure = "lower it, or raise trainer.max_steps or max_epochs"
+        raise UserError(f"trainer.{bound} asks for {least} steps, but the run ends after {steps}: {cure}.")
     the_run = f"the run takes {steps} steps"
     if steps < (every := trainer.log_every_n_steps) and trainer.loggers:
         rank_zero_warn(f"no curve of training will be logged: trainer.log_every_n_steps is {every}, and {the_run}.")
@@ -221,9 +240,10 @@ def check_steps(trainer: Any) -> None:
             "trainer.check_val_every_n_epoch: null, which counts the batches of all epochs, or lower it."
         )
     if not (validates and trainer.datamodule.val_dataloader()) or not isinstance(interval, (int, float)):
-        return
+        return steps
     within = interval if isinstance(interval, int) else max(1, int(batches * interval))
     first = within if epoch is None else (epoch - 1) * batches + within
     if first > steps:
         asked = "trainer.val_check_interval and check_val_every_n_epoch ask for it"
         rank_zero_warn(f"nothing will be validated: {asked} after step {first}, and {the_run}.")
+    return steps

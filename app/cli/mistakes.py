@@ -45,7 +45,7 @@ def plain_sentence(error: BaseException) -> str | None:
         if isinstance(cause, UserError):  # raised while jsonargparse built an object, and wrapped by it
             return str(cause)
         if isinstance(cause, MisconfigurationException):
-            return options.reason(cause)
+            return f"trainer: {options.reason(cause)}"
         if isinstance(cause, ModuleNotFoundError):
             return f"A package is missing, install it first: {options.reason(cause)}"
         for names, told in DISK.items():

@@ -147,6 +147,8 @@ class RunRecord(SaveConfigCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        if trainer.should_stop:  # of which Lightning says nothing
+            rank_zero_info(f"the run ends after step {trainer.global_step}, because a callback stops it")
         audited = any(isinstance(one, PairAudit) for one in trainer.callbacks)  # type: ignore[attr-defined]
         folder = shlex.quote(str(self.folder))
         following = f"next: beta-dpo report {folder}; beta-dpo audit {folder}"

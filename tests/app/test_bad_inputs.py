@@ -105,7 +105,10 @@ OF_A_RUN: dict[str, list[tuple[str, str]]] = {
         (f"--model.lr_scheduler={TORCH}.lr_scheduler.{words}", f"model.lr_scheduler{said}")
         for words, said in (
             ("ReduceLROnPlateau", " cannot take a step here: ReduceLROnPlateau waits for a metric"),
-            ("OneCycleLR --model.lr_scheduler.max_lr 1 --model.lr_scheduler.total_steps 1", ": OneCycleLR ends"),
+            (
+                "OneCycleLR --model.lr_scheduler.max_lr 1 --model.lr_scheduler.total_steps 1",
+                " cannot take a step here: Tried",
+            ),
             ("OneCycleLR --model.lr_scheduler.max_lr 1", " cannot take a step here: OneCycleLR: You must define"),
             ("StepLR --model.lr_scheduler.step_size 0", " cannot take a step here: integer modulo by zero"),
             ("CosineAnnealingLR --model.lr_scheduler.T_max 0", " cannot take a step here"),
@@ -123,7 +126,7 @@ OF_A_RUN: dict[str, list[tuple[str, str]]] = {
         ("--model.lr_scheduler=torch.nn.Linear", "model.lr_scheduler: "),
         (f"--model.lr_scheduler={TORCH}.lr_scheduler.StepLR --model.lr_scheduler.gama 1", "Did you mean gamma?"),
         (
-            "--model.lr_scheduler=lightning_modules.schedules.WarmupCosine --model.lr_scheduler.warmup_steps=-1",
+            "--model.lr_scheduler=WarmupCosine --model.lr_scheduler.warmup_steps=-1",
             "warmup",
         ),
         (
@@ -159,7 +162,7 @@ OF_A_RUN: dict[str, list[tuple[str, str]]] = {
         ("--trainer.profiler=foo", "`profiler`"),
         ("--trainer.plugins=foo", "trainer.plugins: 'foo' names no class"),
         ("--trainer.val_check_interval=1.5", "trainer: You have passed invalid value 1.5 for val_check_interval"),
-        ("--trainer.barebones=true", "trainer: `Trainer(barebones=True"),
+        ("--trainer.barebones=true", "trainer.barebones has no place here"),
     ],
 }
 

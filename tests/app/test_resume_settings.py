@@ -66,6 +66,17 @@ def test_a_resume_without_a_step_says_so(stopped: Path, tmp_path: Path) -> None:
     assert "--ckpt_path: the checkpoint is of epoch 2: raise trainer.max_epochs, which is 1." in refused.stderr
 
 
+def test_a_run_that_a_callback_stops_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("app.cli.run_record.rank_zero_info", told.append)
+    record, settings = RunRecord.__new__(RunRecord), {"fast_dev_run": False, "callbacks": [], "global_step": 8}
+    record.folder = Path("run")
+    for stops in (False, True):
+        trainer: Any = SimpleNamespace(should_stop=stops, **settings)
+        record.on_train_end(trainer, trainer)
+    assert told == ["log folder: run", "the run ends after step 8, because a callback stops it", "log folder: run"]
+
+
 def test_another_reference_under_the_same_name_is_refused(stopped: Path, tmp_path: Path) -> None:
     shutil.copytree(stopped, tmp_path / "copy", symlinks=True)
     save_tiny_model("llama", stopped / "model", seed=5)

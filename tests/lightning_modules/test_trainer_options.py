@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from tiny_runs import Recorder, controlled, preference, quiet_trainer
 
 from app.core.errors import UserError
-from lightning_modules import SupervisedFineTuning
+from lightning_modules import SupervisedFineTuning, WarmupCosine
 
 
 @pytest.mark.parametrize(
@@ -24,10 +24,11 @@ from lightning_modules import SupervisedFineTuning
         ({"limit_train_batches": 0}, "takes no step: raise"),
         ({"max_epochs": 0}, "takes no step: raise"),
         ({"max_time": "00:00:00:00"}, r"trainer\.max_time leaves no time for a step: raise it"),
-        ({"min_steps": 9, "max_steps": 3}, r"trainer\.min_steps is 9, but trainer\.max_steps is 3"),
+        ({"min_steps": 9, "max_steps": 1}, r"trainer\.min_steps asks for 9 steps, but the run ends after 1"),
+        ({"min_steps": 9, "max_epochs": 2}, r"min_steps asks for 9 steps, but the run ends after 2"),
         (
-            {"min_steps": 9, "max_epochs": 2},
-            r"min_steps is 9, but trainer\.max_epochs 2 ends the run after 2 steps",
+            {"min_epochs": 3, "max_steps": 2, "max_epochs": 9},
+            r"min_epochs asks for 3 steps, but the run ends after 2",
         ),
         ({"precision": "bf16-true"}, "bf16-mixed"),
         ({"precision": "16-true"}, "bf16-mixed"),
@@ -135,3 +136,19 @@ def test_mixed_precision_trains(tiny_llama: str, tmp_path: Path) -> None:
     trainer.fit(preference(tiny_llama, lr=0.01), controlled(20))
     assert trainer.global_step == 2
     assert trainer.callback_metrics["train/loss"].isfinite()
+
+
+def test_a_rate_of_zero_to_the_end_is_told(tiny_llama: str, tmp_path: Path) -> None:
+    for settings, said in (
+        ({"lr": 0.0}, "model.optimizer: its lr gives the rate 0 from step 1 to the last, 3"),
+        (
+            {"lr_scheduler": lambda of: WarmupCosine(of, 1, 2)},
+            "WarmupCosine gives the rate 0 from step 3 to the last, 3",
+        ),
+    ):
+        with pytest.warns(UserWarning, match=said):
+            quiet_trainer(tmp_path).fit(preference(tiny_llama, **settings), controlled(30))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*gives the rate 0")
+        module = preference(tiny_llama, lr_scheduler=lambda of: WarmupCosine(of, 1, 3))
+        quiet_trainer(tmp_path).fit(module, controlled(30))
