@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif command == "--version":
             print(f"beta-dpo {version('beta-dpo')}")
         elif command not in (*TRAINER_COMMANDS, *COMMANDS):
-            print(f"beta-dpo: There is no command {command!r}: `beta-dpo --help` lists them.", file=sys.stderr)
+            near = get_close_matches(command.lower(), [*TRAINER_COMMANDS, *COMMANDS], 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            print(f"beta-dpo: There is no command {command!r}: {hint}see `beta-dpo --help`.", file=sys.stderr)
             sys.exit(2)
         elif wrong:
             cure = "where a whole number belongs: correct or unset it"

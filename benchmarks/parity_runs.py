@@ -77,17 +77,18 @@ class Run:
 
 def fit(bench: Bench, name: str, method: str, steps: int, batch_size: int, *options: str) -> Run:
     """Run `beta-dpo fit` with the overlay configs/method/`method`.yaml, as on the command line; return the run."""
+    quoted, model = shlex.quote(str(bench.folder)), shlex.quote(str(bench.model))
     # micro_batch_tokens is small enough for several micro-batches per step
     settings = f"""
         --seed_everything 5
-        --model lightning_modules.PreferenceOptimization --model.name {bench.model} --model.beta0 {BETA0}
+        --model lightning_modules.PreferenceOptimization --model.name {model} --model.beta0 {BETA0}
         --model.optimizer torch.optim.AdamW --model.optimizer.lr {LEARNING_RATE} --model.optimizer.weight_decay 0.0
         --model.max_grad_norm {MAX_GRAD_NORM}
-        --data datamodules.PreferenceData --data.path {bench.folder}/pairs.jsonl --data.batch_size {batch_size}
+        --data datamodules.PreferenceData --data.path {quoted}/pairs.jsonl --data.batch_size {batch_size}
         --data.micro_batch_tokens 600
         --trainer.accelerator cpu --trainer.max_steps {steps} --trainer.log_every_n_steps 1
         --trainer.enable_progress_bar false --trainer.enable_model_summary false
-        --trainer.logger CSVLogger --trainer.logger.save_dir {bench.folder} --trainer.logger.name {name}
+        --trainer.logger CSVLogger --trainer.logger.save_dir {quoted} --trainer.logger.name {name}
         --trainer.logger.version ''
     """
     main(["fit", *shlex.split(settings), "--config", f"configs/method/{method}.yaml", *options])

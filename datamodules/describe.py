@@ -162,7 +162,7 @@ def cut_responses(table: PairTable, max_length: int) -> str:
 
 
 def pairs_seen(pairs: int, batch_size: int, trainer: Trainer) -> tuple[str, bool]:
-    """Return a message on how many pairs a `fit` sees within the trainer's limits, and whether it sees all."""
+    """Return a message on how many pairs a `fit` sees within the trainer's limits, and whether as asked for."""
     batches = -(-pairs // batch_size)
     limit = trainer.limit_train_batches
     per_epoch = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
@@ -176,7 +176,9 @@ def pairs_seen(pairs: int, batch_size: int, trainer: Trainer) -> tuple[str, bool
         passes = f"{steps / max(1, batches):.4g}"
         often = {"1": "once", "2": "twice"}.get(passes, f"{passes} times{' on average' if '.' in passes else ''}")
         words = f"each of {pairs} pairs will be seen {often}"
-    return f"{words} ({told}; {option} decides)", seen == pairs
+    if batch_size > pairs:
+        option = f"data.batch_size {batch_size} is more than there are; {option}"
+    return f"{words} ({told}; {option} decides)", seen == pairs and batch_size <= pairs
 
 
 def _named(table: PairTable, rows: np.ndarray) -> str:

@@ -153,3 +153,6 @@ def suggestion(word: str, known: list[str], dashes: str = "") -> str:
     near = near or get_close_matches(word, known, 1, 0.6)
     near = near or [one for one in known if one.startswith(word) or word.startswith(one)]
     return f" Did you mean {dashes}{near[0]}?" if near else ""
+
+
+set_up_parsing()  # at import, so that every reader of a configuration checks the ranges of numbers

@@ -24,7 +24,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from transformers.utils.logging import disable_progress_bar
 
 from app.cli.mistakes import refusing
-from app.cli.options import check_numbers, reason, set_up_parsing, settled_seed, yaml_fault
+from app.cli.options import check_numbers, reason, settled_seed, yaml_fault
 from app.cli.run_record import RunRecord, continue_newest_version, settle_checkpoint
 from app.cli.slurm import check_processes, slurm_environment
 from app.core.errors import UserError
@@ -38,8 +38,6 @@ from lightning_modules.start_checks import refuse_strategy
 # options of the Trainer that switch a slot, and the kind of callback in it
 ENABLED = {"enable_checkpointing": ("checkpoint", Checkpoint), "enable_progress_bar": ("progress", ProgressBar)}
 OwnOptions = dict[str, tuple[Any, Any, str]]  # of a command beside those of `fit`: name → type, default and help
-
-set_up_parsing()  # at import, so that every reader of a configuration checks the ranges of numbers
 
 
 class BetaDPOCLI(LightningCLI):

@@ -23,6 +23,7 @@ from app.report.run import PairTexts, grouping_labels, read_audit
 from datamodules.records import PreferencePair
 
 LABEL = "flipped"
+FAR = 2.0  # from M0 in σ, on average over the steps of a pair: of normal gaps, one in twenty is farther
 
 
 @checked_command
@@ -79,14 +80,16 @@ def audit(
         else:
             found.to_json(temporary, orient="records", lines=True, force_ascii=False)
     print(f"{len(worst)} likely mislabelled pairs and {len(outliers)} outliers: {out}{replaced}")
-    if signal == "reference":  # it has a probability for every pair, and lists as many as it is asked for
+    if signal == "reference" and len(worst):
         print(
             f"The reference takes about {worst.wrong_by_reference.sum():.0f} of these {len(worst)} to be really "
             "mislabelled; a smaller --count lists the likeliest alone."
         )
     if not len(worst):
         why = "once the mean gap was above 0, every pair's gaps spoke for its label"
-        if rows.groupby("step").gap.mean().max() <= 0:
+        if signal == "reference":
+            why = "the reference prefers the labelled response of every pair"
+        elif rows.groupby("step").gap.mean().max() <= 0:
             why = "the mean gap never rose above 0, so nothing had been learned yet"
         print(f"No pair looks mislabelled: {why}.")
     for label in grouping_labels(rows):
@@ -114,8 +117,11 @@ def how_often_seen(histories: pd.DataFrame) -> str:
 
 
 def suspects(histories: pd.DataFrame, score: str, count: int) -> pd.DataFrame:
-    """Return the `count` pairs with the highest `score`, without those whose score is not positive."""
-    return histories[histories[score] > 0].sort_values(score, ascending=False, kind="stable").head(count)
+    """Return the `count` pairs with the highest `score` above that of a pair that nothing speaks against."""
+    listed = histories[score] > (FAR if score == "outlier" else 0)
+    if score == SIGNALS["reference"]:  # a probability, above 0 for every pair
+        listed &= histories.reference_margin < 0
+    return histories[listed].sort_values(score, ascending=False, kind="stable").head(count)
 
 
 def suspects_by(label: str, histories: pd.DataFrame, listed: pd.DataFrame) -> Table:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, Literal
 
 from tqdm.auto import tqdm
@@ -199,8 +200,11 @@ def write_out(out: str, format: Form, name: str, parts: Parts, told: str, limit:
     parts.remove()
     print(f"{finished.total()} samples of {told}; {finished[True]} are finished")
     if gaps:
-        mean = sum(gaps) / len(gaps)
-        print(f"mean of logp − reference_logp: {mean:.3g} nats a sample, at temperature 1 and top_p 1 the KL")
+        error = f" ± {stdev(gaps) / len(gaps) ** 0.5:.2g} (standard error)" if len(gaps) > 1 else ""
+        print(
+            f"mean of logp − reference_logp: {fmean(gaps):.3g}{error} nats a sample, at temperature 1 and top_p 1 "
+            "the KL"
+        )
     if finished[False]:
         print(f"{finished[False]} of them are cut at max_new_tokens = {limit}")
     for reason, count in refused.items():

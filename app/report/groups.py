@@ -8,6 +8,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from app.core.intervals import Estimate, share_over, wilson
 from app.report import plot
@@ -146,7 +147,8 @@ def dropped(run: Run, number: int) -> list[Panel]:
     for label in (*grouping_labels(run.audit), OWN_RANKING):
         rows = []
         pairs = audit.groupby(label).pair_id.nunique()
-        for value, count in pairs.nlargest(MOST_VALUES).items():
+        drawn = pairs.nlargest(MOST_VALUES)
+        for value, count in (drawn.sort_index() if is_numeric_dtype(drawn.index) else drawn).items():
             of = audit[audit[label].eq(value)]
             name = LABELS.get((label, value), str(value))
             name = name if len(name) <= 20 else f"{name[:19]}…"  # fits beside the numbers of its row

@@ -171,7 +171,9 @@ def read_audit(folder: Path) -> pd.DataFrame:
 
 
 def inside(folder: Path) -> str:
-    """Return ` Did you mean …?` with the newest run in the folder, or an empty text."""
+    """Return ` Did you mean …?` with the newest run in the folder, or an empty text. UserError for no folder."""
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}: give the log folder of a run, which `fit` names at its end.")
     found = sorted(folder.glob("version_*"), key=lambda path: path.stat().st_mtime)
     return f" Did you mean {found[-1]}?" if found else ""
 

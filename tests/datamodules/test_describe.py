@@ -128,3 +128,10 @@ def test_how_many_pairs_will_be_seen(limits: dict[str, Any], said: str, all_of_t
     told, every = pairs_seen(20_000, 8, trainer)
     assert told.startswith(said)
     assert every == all_of_them
+
+
+def test_a_batch_size_above_the_number_of_pairs_is_named() -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
+    told, as_asked = pairs_seen(19, 64, trainer)
+    assert told.startswith("each of 19 pairs will be seen once (1 steps of 19; data.batch_size 64 is more")
+    assert not as_asked

@@ -170,6 +170,14 @@ def test_few_values_are_dots_and_sides_differ_in_dash() -> None:
     assert chosen != rejected
 
 
+def test_the_values_of_a_numeric_label_are_in_their_order() -> None:
+    audit = audit_of()
+    audit["grade"] = [(7, 3, 3, 5, 5, 5)[number % 6] for number in range(len(audit))]
+    (panel,) = [panel for panel in dropped(run_with("run", audit), 0) if "grade" in panel.title]
+    places = [panel.said.index(f" {grade}, ") for grade in (3, 5, 7)]
+    assert places == sorted(places)
+
+
 def test_values_left_out_of_a_label_are_counted() -> None:
     audit = audit_of()
     audit["annotator"] = [f"w{number % 12}" for number in range(len(audit))]
