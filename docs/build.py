@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import re
 from pathlib import Path
 from textwrap import fill
@@ -38,17 +37,17 @@ BETA0, PAIRS, KEPT = 0.1, 64, 51  # the batch of the paper's recipe at ρ = 0.8
 LOWEST = BETA0 * FLOOR
 
 
-def steps_of(std: float, alpha: float, steps: int, mean: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+def steps_of(std: float, alpha: float, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """β [steps] and the share of draws in which each z-score was kept, for normal gaps that do not move."""
     draws = torch.Generator().manual_seed(0)
     running, betas, kept_z, all_z = RunningMoments(), [], [], []
     for step in range(steps):
-        gaps = mean + std * torch.randn(PAIRS, generator=draws, dtype=torch.float64)
+        gaps = std * torch.randn(PAIRS, generator=draws, dtype=torch.float64)
         moments = running.update(gaps)
         kept = gumbel_top_k(gaussian_log_weights(gaps, moments), KEPT, selection_noise(0, step, PAIRS))
         betas.append(batch_beta(BETA0, alpha, gaps[kept], moments).clamp(min=LOWEST))
-        kept_z.append(moments.z_scores(gaps)[kept])
         all_z.append(moments.z_scores(gaps))
+        kept_z.append(all_z[-1][kept])
     edges = torch.linspace(-4, 4, 33, dtype=torch.float64)
     share = torch.histogram(torch.cat(kept_z), edges).hist / torch.histogram(torch.cat(all_z), edges).hist
     return torch.stack(betas), torch.stack([(edges[1:] + edges[:-1]) / 2, share])
@@ -56,6 +55,8 @@ def steps_of(std: float, alpha: float, steps: int, mean: float = 0.0) -> tuple[t
 
 def draw_filter() -> Any:
     z, share = (values.numpy() for values in steps_of(1.0, 0.0, 4000)[1])
+    known = ~np.isnan(share)
+    print(f"share kept by z: {dict(zip(z[known].round(2).tolist(), share[known].round(2).tolist(), strict=True))}")
     parts = [
         Line("selection weight exp(−z²/2)", z, np.exp(-(z**2) / 2), "quiet", (5, 3)),
         Line("share that is kept, of normal gaps", z, share),
@@ -75,19 +76,16 @@ def draw_beta() -> Any:
 
 
 def draw_floor() -> Any:
-    stds = [0.5, 1, 2, 3, 4, 6, 8, 10]
-    parts = [
-        of_alpha(number, alpha, stds, [floor_share(std, alpha) for std in stds])._replace(dots=True)
-        for number, alpha in enumerate((0.2, 0.6, 2.0))
-    ]
+    parts = []
+    for number, alpha in enumerate((0.2, 0.6, 2.0)):
+        shares = {}  # of 2000 steps
+        for std in (0.5, 1, 2, 3, 4, 6, 8, 10):
+            shares[std] = float((steps_of(std, alpha, 2000)[0] <= LOWEST).double().mean())
+        told = {std: round(share, 3) for std, share in shares.items()}
+        print(f"α = {alpha}: share of steps with β at its floor by standard deviation of the gaps {told}")
+        parts.append(of_alpha(number, alpha, list(shares), list(shares.values()))._replace(dots=True))
     x = "standard deviation of the gaps, in nats"
     return titled("how often β meets its floor", parts, x, "share of steps")
-
-
-def floor_share(std: float, alpha: float) -> float:
-    """Share of 2000 steps with β at its floor, for normal gaps of this standard deviation."""
-    beta = steps_of(std, alpha, 2000)[0]
-    return float((beta <= LOWEST).double().mean())
 
 
 def draw_lag() -> Any:
@@ -134,32 +132,27 @@ def draw_quickstart(folder: Path) -> Any:
     return side_by_side(panels, titles, columns=3, width=320)
 
 
-def shared_swings(folder: Path) -> dict[int, np.ndarray]:
-    """|α·(M − M0)| in all steps of a run at α = 0.6 if 2, 8, 64 or 128 pairs shared M, M0 and β, without filter.
+def draw_shared(folder: Path) -> Any:
+    """Draw |α·(M − M0)| in all steps of a run at α = 0.6 if 2 to 128 pairs shared M, M0 and β, without filter.
 
     The gaps are those of its audit, in their order; 128 pairs are those of two successive steps.
     """
     audit = read_run(folder, "").audit
     assert audit is not None
-    gaps = audit.sort_values("step", kind="stable").gap.dropna().to_numpy(float, copy=True)
-    found = {}
+    gaps = torch.from_numpy(audit.sort_values("step", kind="stable").gap.dropna().to_numpy(float, copy=True))
+    shares, points = {"median": 0.5, "95 % of steps are below": 0.95}, {}
     for pairs in (2, 8, 64, 128):
         running, swings = RunningMoments(), []
-        for group in torch.from_numpy(gaps[: len(gaps) // pairs * pairs]).split(pairs):
+        for group in gaps[: len(gaps) // pairs * pairs].split(pairs):
             swings.append(0.6 * abs(float(group.mean()) - running.update(group).mean))
-        found[pairs] = np.array(swings)
-    return found
-
-
-def draw_shared(folder: Path) -> Any:
-    swings = shared_swings(folder)
-    parts = []
-    for number, (name, share) in enumerate({"median": 0.5, "95 % of steps are below": 0.95}.items()):
-        points = [float(np.quantile(values, share)) for values in swings.values()]
-        parts.append(Line(name, list(swings), points, f"run{number}", DASHES[number], dots=True))
-    told = {pairs: [round(float(np.quantile(v, q)), 3) for q in (0.5, 0.95)] for pairs, v in swings.items()}
+        points[pairs] = np.quantile(swings, list(shares.values())).tolist()
+    told = {pairs: [round(value, 3) for value in values] for pairs, values in points.items()}
     print(f"|α·(M − M0)|, median and 95 %, by pairs that share a β: {told}")
-    x = axis(alt.X, "pairs that share a β", type="log", base=2).axis(values=list(swings))
+    parts = [
+        Line(name, list(points), values, f"run{number}", DASHES[number], dots=True)
+        for number, (name, values) in enumerate(zip(shares, zip(*points.values(), strict=True), strict=True))
+    ]
+    x = axis(alt.X, "pairs that share a β", type="log", base=2).axis(values=list(points))
     title = "how far a step moves β (α = 0.6)"
     return sized_to(lines(parts, x, axis(alt.Y, "|α·(M − M0)|")), 480).properties(title=title)
 
@@ -174,28 +167,27 @@ def entry(name: str, thing: Any) -> str:
 
 def api() -> str:
     """Return the reference page: what a configuration can name, and the commands."""
+    shipped = [c for _, c in inspect.getmembers(losses, inspect.isclass) if c.__module__ == losses.__name__]
     groups: dict[str, dict[str, Any]] = {
         "Training stages": {
             f"lightning_modules.{n}": getattr(lightning_modules, n) for n in lightning_modules.__all__
         },
         "Data": {f"datamodules.{n}": getattr(datamodules, n) for n in datamodules.__all__},
         "Callbacks": {f"callbacks.{kind.__name__}": kind for slot in SLOTS for kind in slot.kinds},
-        "Losses": {f"app.method.losses.{c.__name__}": c for c in shipped_losses()},
+        "Losses": {
+            f"app.method.losses.{c.__name__}": c
+            for c in shipped
+            if issubclass(c, losses.PairLoss) and c is not losses.PairLoss
+        },
         "Commands": {f"beta-dpo {name}": function_of(name) for name in COMMANDS},
     }
-    head = (
+    page = (
         "# Reference\n\nWritten by `make docs` from the code. Every class here can be named by `class_path` in a "
         "configuration, with its arguments under `init_args`.\n"
     )
-    parts = [
-        f"\n## {title}\n\n" + "\n".join(entry(*item) for item in group.items()) for title, group in groups.items()
-    ]
-    return head + "".join(parts)
-
-
-def shipped_losses() -> list[type]:
-    found = [c for _, c in inspect.getmembers(losses, inspect.isclass) if issubclass(c, losses.PairLoss)]
-    return [c for c in found if c is not losses.PairLoss and c.__module__ == losses.__name__]
+    for title, group in groups.items():
+        page += f"\n## {title}\n\n" + "\n".join(entry(*item) for item in group.items())
+    return page
 
 
 def data_page() -> str:
@@ -242,12 +234,6 @@ def main() -> None:
     reference.write_text(api(), encoding="utf-8")
     (HERE / "data.md").write_text(data_page(), encoding="utf-8")
     (HERE / "monitoring.md").write_text(monitoring_page(), encoding="utf-8")
-    for alpha in (0.2, 0.6, 2.0):
-        shares = {std: round(floor_share(std, alpha), 3) for std in (1, 2, 4, 10)}
-        print(f"α = {alpha}: share of steps with β at its floor by standard deviation of the gaps {shares}")
-    z, share = steps_of(1.0, 0.0, 4000)[1]
-    told = {round(float(a), 2): round(float(b), 2) for a, b in zip(z, share, strict=True) if not math.isnan(b)}
-    print(f"share kept by z: {told}")
 
 
 if __name__ == "__main__":
