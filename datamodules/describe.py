@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.gap_mixture import GapMixedTable
 from datamodules.table import PairTable, Part
+from datamodules.table_writer import UNKNOWN
 
 ALIKE = "but for case, spaces or punctuation"
 _SCORES = ("score", "rating", "reward")  # in the names of labels that grade a response
@@ -73,7 +74,7 @@ def _of_part(part: Part, count: int) -> str:
 
 def remarks(table: PairTable, rows: np.ndarray, max_length: int, trained: bool) -> list[tuple[int, str]]:
     """Return what is unusual in the pairs of a split, each with its level of logging; most only if `trained`."""
-    found = [(logging.WARNING, cut_responses(table, max_length))]
+    found = [(logging.WARNING, cut_responses(table, max_length)), (logging.WARNING, unknown_text(table))]
     if trained:
         names = table.label_names
         twice, contradicted = repeats(table, rows)
@@ -159,6 +160,14 @@ def cut_responses(table: PairTable, max_length: int) -> str:
         f"{cut / responses:.0%} of the responses are cut to data.max_length {max_length} and have no end: "
         "raise data.max_length, and data.micro_batch_tokens to at least twice of it"
     )
+
+
+def unknown_text(table: PairTable) -> str:
+    """Return a message if more than 5 % of the pairs have text unknown to the tokenizer, else an empty text."""
+    unknown = sum(count for part in table.parts for why, count in part.report.counts.items() if UNKNOWN in why)
+    share = unknown / max(sum(part.pairs for part in table.parts), 1)
+    cure = "each unknown word is one and the same token: take a model of this language and alphabet"
+    return f"{share:.0%} of the pairs hold {UNKNOWN}; {cure}" if share > 0.05 else ""
 
 
 def pairs_seen(pairs: int, batch_size: int, trainer: Trainer) -> tuple[str, bool]:

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 TABLE_VERSION = 11  # raise if a change of reading, tokenising or the schema changes the content of tables
 FILES = ("pairs.arrow", "table.json")  # the rows; their checksum and what else is known of them
+UNKNOWN = "text that the tokenizer does not know"
 _FOUND = b"found"  # the metadata of a batch in a part: what became of its pairs
 _PAIRS_PER_BATCH = 1024
 _BATCHES_PER_PART = 16
@@ -165,7 +166,7 @@ def tokenised(
             report.note(f"dropped: {notes[0]}", pair.pair_id)
             continue
         if unknown is not None and any(unknown in ids for ids in tokens if ids is not None):
-            notes.append(f"with text that the tokenizer does not know ({tokenizer.unk_token})")
+            notes.append(f"with {UNKNOWN} ({tokenizer.unk_token})")
         for note in notes:
             report.note(note, pair.pair_id)
         prompt = pair.prompt or pair.chosen  # plain text has no prompt

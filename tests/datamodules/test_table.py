@@ -31,6 +31,7 @@ from app.core.cache import DamagedEntry, cache_root
 from app.core.errors import UserError
 from datamodules import table_writer
 from datamodules.controlled_task import build_tokenizer
+from datamodules.describe import unknown_text
 from datamodules.preference_data import split_by_prompt
 from datamodules.records import Message, PreferencePair
 from datamodules.sources.pairs import OnBadRow, PairStream, read_pairs
@@ -141,8 +142,9 @@ def test_labels_of_mixed_types_become_text(tmp_path: Path) -> None:
 
 def test_text_that_the_tokenizer_does_not_know_is_counted(tmp_path: Path) -> None:
     stream = [PreferencePair(str(n), " the", said, " tiger") for n, said in enumerate((" xyz", " eagle"))]
-    counts = built(stream, build_tokenizer(), SETTINGS, tmp_path / "t").parts[0].report.counts
-    assert counts["with text that the tokenizer does not know (<unk>)"] == 1
+    table = built(stream, build_tokenizer(), SETTINGS, tmp_path / "t")
+    assert table.parts[0].report.counts["with text that the tokenizer does not know (<unk>)"] == 1
+    assert unknown_text(table).startswith("50% of the pairs hold text that the tokenizer does not know; each")
 
 
 def test_demonstrations_and_messages_are_stored(tmp_path: Path) -> None:
