@@ -17,6 +17,7 @@ from app.core.errors import UserError
 from lightning_modules.lora import Lora
 from lightning_modules.private import load_state_of_loader
 from lightning_modules.scorer import ResponseScorer
+from lightning_modules.start_checks import try_state
 
 
 class RecordedTraining(LightningModule):
@@ -100,6 +101,7 @@ class RecordedTraining(LightningModule):
         load_state_of_loader(self.trainer)
         groups, restored = self.trainer.optimizers[0].param_groups, self.lr_schedulers()
         fresh = self.make_optimizer([parameter for group in groups for parameter in group["params"]])
+        try_state(self.make_optimizer, self.trainer.optimizers[0])
         if isinstance(restored, LRScheduler):
             replayed = self.make_lr_scheduler(fresh)
             with warnings.catch_warnings():

@@ -135,6 +135,18 @@ def trial(option: str, example: str) -> Iterator[None]:
             raise UserError(f"{option} cannot take a step here: {reason}; take another, {example}.") from error
 
 
+def stepped(make_optimizer: OptimizerCallable, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return an optimizer that has taken a step on `weights`, with ones as gradients."""
+    optimizer = make_optimizer(weights)
+    if hasattr(optimizer, "eval"):
+        reason = "is schedule-free: the stages do not switch its weights before validations and checkpoints"
+        raise TypeError(f"{type(optimizer).__name__} {reason}")
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    return optimizer
+
+
 def try_optimizer(
     trainer: Any,
     make_optimizer: OptimizerCallable,
@@ -144,19 +156,12 @@ def try_optimizer(
     """Try a step of the optimizer and its schedule on a matrix and, unless `lora` trains only those, a vector.
 
     The trial needs no list of supported classes. Raises UserError if the optimizer or the schedule fails, for
-    example an optimizer that needs a closure or sparse gradients, or a schedule that needs a metric. Also raises it
-    for a schedule that is shorter than the run.
+    example an optimizer that needs a closure or sparse gradients, or a schedule that needs a metric.
     """
     shapes = [(4, 4), (4,)] if lora is None or lora.use_dora else [(4, 4)]
     weights = [nn.Parameter(torch.zeros(shape, device=trainer.strategy.root_device)) for shape in shapes]
-    for weight in weights:
-        weight.grad = torch.ones_like(weight)
     with trial("model.optimizer", "for example torch.optim.AdamW, and with it model.lr_scheduler WarmupCosine"):
-        optimizer = make_optimizer(weights)
-        if hasattr(optimizer, "eval"):
-            reason = "is schedule-free: the stages do not switch its weights before validations and checkpoints"
-            raise TypeError(f"{type(optimizer).__name__} {reason}")
-        optimizer.step()
+        optimizer = stepped(make_optimizer, weights)
     if make_lr_scheduler is None:
         return
     with trial("model.lr_scheduler", "for example WarmupCosine or torch's LinearLR"):
@@ -189,20 +194,35 @@ def try_rates(
         )
 
 
+def try_state(make_optimizer: OptimizerCallable, restored: torch.optim.Optimizer) -> None:
+    """Raise UserError if the optimizer needs more state of each weight than `restored` has from its checkpoint."""
+    weight = nn.Parameter(torch.zeros(4, 4, device=restored.param_groups[0]["params"][0].device))
+    optimizer = stepped(make_optimizer, [weight])
+    held = {name for state in restored.state.values() for name in state}
+    for name in optimizer.state[weight].keys() - held:
+        del optimizer.state[weight][name]
+    try:
+        optimizer.step()
+    except KeyError as error:
+        cure = "give its options as config.yaml has them"
+        raise UserError(
+            f"--ckpt_path: model.optimizer needs {error}, which the checkpoint lacks: {cure}."
+        ) from error
+
+
 def try_sharded_step(make_optimizer: OptimizerCallable, weights: list[nn.Parameter]) -> None:
     """Try a step of the optimizer on zeros sharded as the smallest matrix of `weights`, on all ranks.
 
     Raises UserError if it fails, as optimizers do whose operations know no sharded tensors.
     """
     smallest = min((weight for weight in weights if weight.ndim == 2), key=torch.numel)
-    sharded = nn.Parameter(torch.zeros_like(smallest))
-    sharded.grad = torch.ones_like(sharded)
-    optimizer = make_optimizer([sharded])
+    sharded = [nn.Parameter(torch.zeros_like(smallest))]
     with trial("model.optimizer", "for example torch.optim.AdamW, or one device or ddp"):
         try:
-            optimizer.step()
+            stepped(make_optimizer, sharded)
         except Exception as error:
-            raise TypeError(f"{type(optimizer).__name__} knows no sharded weights of ShardedStrategy") from error
+            name = type(make_optimizer(sharded)).__name__
+            raise TypeError(f"{name} knows no sharded weights of ShardedStrategy") from error
 
 
 def check_steps(trainer: Any) -> float:

@@ -23,7 +23,7 @@ from lightning_modules.lora import add_lora
 from lightning_modules.memory import WEIGHT, MemoryPlan, Setup, Sizes, activations
 from lightning_modules.pretrained import bare_model, load_config, store_linear_weights
 from lightning_modules.sharding import keep_local_part
-from lightning_modules.start_checks import check_quantized
+from lightning_modules.start_checks import check_quantized, stepped
 from lightning_modules.strategy import ShardedStrategy
 
 SHAPES = CONFIGS / "shapes"  # <owner>/<name>.json, with the content of config.json on the Hub
@@ -171,9 +171,6 @@ def devices_per_node(devices: Any, given: int | None, on_cpu: bool) -> int:
 def optimizer_state(make_optimizer: Any) -> float:
     """Return the float32 numbers of optimizer state per parameter, measured by one step on a small matrix."""
     weight = torch.nn.Parameter(torch.zeros(256, 256))
-    optimizer = make_optimizer([weight])
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    state = optimizer.state[weight].values()
+    state = stepped(make_optimizer, [weight]).state[weight].values()
     held = sum(value.numel() * value.element_size() for value in state if isinstance(value, torch.Tensor))
     return round(held / (WEIGHT * weight.numel()), 2)

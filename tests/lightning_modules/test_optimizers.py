@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
@@ -13,9 +14,12 @@ import torch
 import yaml
 from command_runs import ROOT
 from tiny_runs import beta_dpo, controlled, preference, quiet_trainer, save_tiny_model, weights
+from torch import nn
 
+from app.core.errors import UserError
 from callbacks import RunCheckpoint
 from lightning_modules.lora import Lora
+from lightning_modules.start_checks import stepped, try_state
 
 LINES = re.findall(r"`(optimizer: \{.*\})` \|$", (ROOT / "docs/pipeline.md").read_text(encoding="utf-8"), re.M)
 OPTIMIZERS = {
@@ -58,6 +62,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind: str, wide_llama: str, tmp_
     for (name, one), other in zip(weights(whole).items(), weights(resumed).values(), strict=True):
         assert torch.equal(one, other), name
         assert "lora_B" not in name or one.abs().max() > 0
+
+
+def test_state_that_a_checkpoint_lacks_is_refused() -> None:
+    adam, sgd = partial(torch.optim.AdamW), partial(torch.optim.SGD)
+    restored = stepped(adam, [nn.Parameter(torch.zeros(3))])
+    try_state(adam, restored)
+    with pytest.raises(UserError, match="needs 'max_exp_avg_sq', which the checkpoint lacks: give its options"):
+        try_state(partial(adam, amsgrad=True), restored)
+    try_state(partial(sgd, momentum=0.9), stepped(sgd, [nn.Parameter(torch.zeros(3))]))
 
 
 def test_the_page_names_them() -> None:
