@@ -165,19 +165,14 @@ class Rows:
         self.none = table.head(0)
         self.of = dict(list(table.groupby("run", sort=False)))
 
-    def paired(self, runs: Sequence[Run]) -> list[pd.DataFrame]:
-        """Return the rows of each run, by seed and processor, of the seeds that one processor did with all `runs`.
-
-        A seed counts once, on whichever processor.
-        """
-        tables = [self.of.get(run, self.none) for run in runs]
-        both = reduce(pd.Index.intersection, [table.index for table in tables])
-        both = both[~both.get_level_values("seed").duplicated()]
-        return [table.loc[both] for table in tables]
+    def shared(self, runs: Sequence[Run]) -> pd.MultiIndex:
+        """Return (seed, processor) of the seeds that one processor did with all `runs`; each counts once."""
+        both = reduce(pd.Index.intersection, [self.of.get(run, self.none).index for run in runs])
+        return both[~both.get_level_values("seed").duplicated()]
 
     def to_do(self, runs: Sequence[Run], seeds: Iterable[int]) -> list[Run]:
         """Return the runs to do here, so that at each seed all `runs` have rows of one processor."""
-        here, done = processor(), self.paired(runs)[0].index.get_level_values("seed")
+        here, done = processor(), set(self.shared(runs).get_level_values("seed"))
         return [
             replace(run, seed=seed)
             for seed in seeds
@@ -206,18 +201,19 @@ class Rows:
         for seeds, left in ((TUNING_SEEDS[:1], 2), (TUNING_SEEDS, 1)):
             if missing := self.to_do(settings, seeds):
                 raise Untuned(missing)
-            tables = self.paired(settings)
-            reward = {one: table.reward.loc[list(seeds)].sum() for one, table in zip(settings, tables, strict=True)}
+            rows = self.shared(settings)
+            rows = rows[rows.get_level_values("seed").isin(seeds)]
+            reward = {one: self.of[one].reward[rows].sum() for one in settings}
             settings = sorted(settings, key=reward.__getitem__, reverse=True)[:left]
         return replace(run, beta0=run.beta0 or settings[0].beta0, learning_rate=settings[0].learning_rate)
 
     def result(self, label: str, runs: Sequence[Run], seeds: int = 2) -> Result:
         """Return the result of a comparison. Raises LookupError while it has fewer pairs than `seeds`."""
         runs = [self.chosen(run) for run in runs]
-        tables, margin = self.paired(runs), TASKS[runs[0].task].margin
-        if len(tables[0]) < seeds:
-            raise LookupError(f"{label}: {len(tables[0])} pairs of rows, of {seeds}")
-        by = {}
+        pairs, margin = self.shared(runs), TASKS[runs[0].task].margin
+        if len(pairs) < seeds:
+            raise LookupError(f"{label}: {len(pairs)} pairs of rows, of {seeds}")
+        tables, by = [self.of[run].loc[pairs] for run in runs], {}
         for measure in MEASURES:
             values = sum(sign * table[measure].to_numpy(float) for sign, table in zip(SIGNS, tables, strict=False))
             by[measure] = Difference.of(values, margin, len(QUESTIONS))
