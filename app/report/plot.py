@@ -84,15 +84,15 @@ def lines(parts: Sequence[Line], x: Any, y: Any, key: Literal["top", "right"] = 
             # four digits are enough to draw and to read
             drawn = (float(digits(value)) if math.isfinite(value) else None for value in values)
             rows.append({"x": float(f"{at:.6g}"), **dict(zip(known, drawn, strict=True)), "name": part.name})
-    symbol = "stroke" if any(part.width for part in parts) else "circle"
-    legend = alt.Legend(symbolType=symbol, symbolOpacity=1, orient=key) if parts[1:] else None
+    legend = alt.Legend(symbolOpacity=1, orient=key) if parts[1:] else None
     names = [part.name for part in parts]
 
     def by_name(channel: Any, values: Sequence[Any]) -> Any:
         return channel("name:N", scale=alt.Scale(type="ordinal", domain=names, range=values), legend=legend)
 
     colour = by_name(alt.Color, [f"var(--{part.colour})" for part in parts])
-    dash = by_name(alt.StrokeDash, [list(part.dash) for part in parts])
+    dash = by_name(alt.StrokeDash, [list(part.dash if part.width else SOLID) for part in parts])
+    shape = by_name(alt.Shape, ["circle" if part.dots else "stroke" for part in parts])
     base = alt.Chart(alt.Data(values=rows)).encode(x, y, colour)
     filtered = [
         (part, base.transform_filter(alt.FieldEqualPredicate(field="name", equal=part.name)))
@@ -107,7 +107,11 @@ def lines(parts: Sequence[Line], x: Any, y: Any, key: Literal["top", "right"] = 
     faint = [on for part, on in filtered if part.faint is not None]
     layers += [on.mark_line(opacity=0.4, strokeWidth=1, clip=True).encode(y="faint:Q") for on in faint]
     layers += [on.mark_line(strokeWidth=part.width, clip=True).encode(dash) for part, on in filtered if part.width]
-    layers += [on.mark_point(filled=True, size=45, opacity=0.8, tooltip=True) for part, on in filtered if part.dots]
+    layers += [
+        on.mark_point(filled=True, size=45, opacity=0.8, tooltip=True).encode(shape)
+        for part, on in filtered
+        if part.dots
+    ]
     return alt.layer(*layers)
 
 
@@ -155,7 +159,7 @@ def side_by_side(charts: Sequence[Any], titles: Sequence[str], columns: int = 2,
         cells += [blank.mark_text(align="left", fontWeight="bold", fontSize=13, text=title) for title in row]
         cells += [sized_to(chart, width) for chart in charts[at : at + columns]]
     whole = alt.concat(*cells, columns=columns, spacing={"row": 12, "column": 20})
-    return whole.resolve_scale(color="independent", strokeDash="independent")
+    return whole.resolve_scale(color="independent", strokeDash="independent", shape="independent")
 
 
 def sized_to(chart: Any, width: int | str, height: int = 230) -> Any:

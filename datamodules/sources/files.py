@@ -262,7 +262,7 @@ def _binary_rows(path: Path) -> Rows:
             file = pq.ParquetFile(path)
             batches = file.iter_batches(ROWS_PER_BATCH)
         else:
-            source = pa.memory_map(str(path))
+            source = pa.OSFile(str(path))  # in a map, a read past the end of a cut file ends the process
             try:
                 file = pa.ipc.open_file(source)
                 batches = map(file.get_batch, range(file.num_record_batches))
@@ -272,7 +272,7 @@ def _binary_rows(path: Path) -> Rows:
         schema = file.schema_arrow if kind == "parquet" else file.schema
         _refuse_same_names(schema.names, path)
         yield from arrow_rows(batches)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as {kind} ({first_line(error)}): write it again.") from error
 
 
@@ -283,8 +283,11 @@ def arrow_rows(batches: Iterable[pa.RecordBatch]) -> Rows:
 
 def _values(batch: pa.RecordBatch) -> list[object]:
     try:
+        batch.validate(full=True)  # damaged offsets would end the process
         return list(batch.to_pylist())
-    except UnicodeDecodeError:
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
         if len(batch) == 1:
             return [BadRow("invalid UTF-8")]
         return [value for index in range(len(batch)) for value in _values(batch.slice(index, 1))]

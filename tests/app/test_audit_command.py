@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from command_runs import write_config
+from command_runs import environment, write_config
 
 from app.commands.audit import as_row, write_clean
 from app.commands.suspects import available, pair_histories
@@ -134,6 +136,16 @@ def test_gaps_that_speak_for_every_label_leave_no_suspect() -> None:
     histories = pair_histories(audit.assign(kept=[False, True] * 3))
     assert (histories.mislabelled < 0).all()
     assert next(iter(available(histories))) == "gaps"  # and not how often the filter dropped a pair
+
+
+def test_the_pairs_of_a_run_are_read_from_plain_python(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "model: {class_path: lightning_modules.PreferenceOptimization}\n"
+        "data: {class_path: datamodules.ControlledTask, init_args: {pairs: 4}}\n"
+    )
+    program = f"from app.report.run import PairTexts; from pathlib import Path; PairTexts(Path({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_swapped_pair_has_swapped_scores() -> None:

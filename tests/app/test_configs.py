@@ -158,7 +158,7 @@ def test_report_takes_its_runs_as_words(capsys: pytest.CaptureFixture[str], tmp_
     with pytest.raises(SystemExit) as stop:
         main(["report", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "x.png")])
     assert stop.value.code == 2
-    assert f"{tmp_path / 'one'} is not the log folder" in capsys.readouterr().err
+    assert f"There is no folder {tmp_path / 'one'}" in capsys.readouterr().err
 
 
 def test_fit_loads_no_library_that_it_does_not_need(tmp_path: Path, tiny_llama: str) -> None:

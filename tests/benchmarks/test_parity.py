@@ -16,7 +16,7 @@ from benchmarks.parity_runs import Bench, Run, fit
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench.create(tmp_path_factory.mktemp("parity"), parity_method.STEPS * parity_method.BATCH_SIZE)
+    return Bench.create(tmp_path_factory.mktemp("a parity's"), parity_method.STEPS * parity_method.BATCH_SIZE)
 
 
 @pytest.fixture(scope="module")

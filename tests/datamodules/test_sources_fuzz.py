@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from app.core.errors import UserError
@@ -225,3 +226,19 @@ def test_ten_thousand_damaged_files_never_break_the_reader(tmp_path: Path) -> No
     refused, checked = _fuzz(tmp_path, files=10_000, seed=1)
     assert refused > 5_000
     assert checked > 5_000
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["flipped bits", "cut"])
+def test_a_damaged_arrow_file_ends_in_a_sentence_and_not_the_process(cut: bool, tmp_path: Path) -> None:
+    rows = pa.Table.from_pylist([{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(40)])
+    file = tmp_path / "rows.arrow"
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, rows.schema) as writer:
+        writer.write_table(rows)
+    whole, refused = file.read_bytes(), 0
+    for at in range(3, len(whole), 16):
+        file.write_bytes(whole[:at] if cut else whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :])
+        try:
+            list(read_pairs(str(file), "skip"))
+        except UserError:
+            refused += 1
+    assert refused > 40

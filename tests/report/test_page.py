@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,6 +23,7 @@ from app.core.intervals import digits, wilson
 from app.report.curves import MOST_POINTS, drift, response, smoothed, thinned
 from app.report.groups import density, dropped, rows_panel
 from app.report.page import differences, missing, numbers_of, spec_of
+from app.report.plot import Line, axis, lines
 from app.report.run import read_audit, read_curves, read_run
 from callbacks import PairAudit, TextProgress
 
@@ -183,6 +185,13 @@ def test_values_left_out_of_a_label_are_counted() -> None:
     audit["annotator"] = [f"w{number % 12}" for number in range(len(audit))]
     (title,) = [panel.title for panel in dropped(run_with("run", audit), 0) if "annotator" in panel.title]
     assert title == "run: dropped by annotator, 8 most frequent of 12 values"
+
+
+def test_the_key_has_dots_for_dots() -> None:
+    curves = [Line("run", [1, 2, 3], [1, 2, 3]), Line("held out", [1], [2], width=0, dots=True)]
+    layers = lines(curves, axis(alt.X, "step"), axis(alt.Y, "share")).to_dict()["layer"]
+    (shape,) = [found for layer in layers if (found := layer["encoding"].get("shape"))]
+    assert shape["scale"]["range"] == ["stroke", "circle"]
 
 
 def test_a_label_called_policy_is_a_label() -> None:
