@@ -3,6 +3,6 @@
 from lightning_modules.preference import PreferenceOptimization
 from lightning_modules.schedules import WarmupCosine
 from lightning_modules.sft import SupervisedFineTuning
-from lightning_modules.strategy import ShardedStrategy
+from lightning_modules.sharding import ShardedStrategy
 
 __all__ = ["PreferenceOptimization", "ShardedStrategy", "SupervisedFineTuning", "WarmupCosine"]

@@ -19,8 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from app.method.batch import PackedRows, PairRun, PairRuns, on_device
-from lightning_modules.flex import BLOCK, FLEX, attend_flex
-from lightning_modules.head import compute_dtype
+from lightning_modules.flex import BLOCK, FLEX, Options, attend_flex
 from lightning_modules.private import takes_attentions
 
 log = logging.getLogger(__name__)
@@ -45,13 +44,8 @@ def piece_mask(runs: PairRuns, queries: int, keys: int, window: int | None, like
     return runs.remember((PAIRWISE, queries, keys, window, like.dtype), make)
 
 
-def attend_pairwise(
-    query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, window: int | None, scale: float | None
-) -> Tensor:
-    """Return attention [1, heads, T, d] of `query` to `key` and `value` [1, key heads, T, d], by SDPA.
-
-    A query sees `window` keys, itself included, counted within the pair.
-    """
+def attend_pairwise(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
+    """Return attention [1, heads, T, d] of `query` to `key` and `value` [1, key heads, T, d], by SDPA."""
     # split, because the gradient of a slice is as large as the whole tensor
     sizes = [piece.tokens for piece in runs.pieces]
     split = (states.split(sizes, dim=2) for states in (query, key, value))
@@ -62,13 +56,9 @@ def attend_pairwise(
             k, v = (torch.cat([s[:, :, : piece.shared], own], 2) for s, own in zip(whole, (k, v), strict=True))
         else:
             whole = k, v
-        mask = piece_mask(runs, q.shape[2], k.shape[2], window, q)
-        shares_keys = q.shape[1] != k.shape[1]
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=shares_keys
-            )
-        )
+        mask = piece_mask(runs, q.shape[2], k.shape[2], options.window, q)
+        how = {"is_causal": mask is None, "scale": options.scale, "enable_gqa": q.shape[1] != k.shape[1]}
+        outputs.append(F.scaled_dot_product_attention(q, k, v, mask, **how))
     return torch.cat(outputs, 2)
 
 
@@ -85,27 +75,27 @@ def key_pieces(runs: PairRuns, device: torch.device) -> tuple[Any, ...]:
     return *tensors, int(queries.max()), int(lengths.max())
 
 
-def attend_varlen(
-    query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, window: int | None, scale: float | None
-) -> Tensor:
-    """Return the same by FlashAttention.
-
-    `varlen_attn` aligns causal order at the ends of queries and keys, so a response sees all the prompt.
-    """
+def attend_varlen(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
+    """Return the same by FlashAttention, which aligns queries and keys at their ends, so all the prompt is seen."""
     keys, *bounds = runs.remember(VARLEN, lambda: key_pieces(runs, query.device))
-    dtype = compute_dtype(value)  # rotary positions leave queries and keys in float32
-    q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # [T, heads, d]
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [T, heads, d]
     out: Any = varlen_attn(
         q,
         k.index_select(0, keys),
         v.index_select(0, keys),
         *bounds,
-        scale=scale,
+        scale=options.scale,
         # (keys before the query, keys after): a window of W tokens includes the query itself
-        window_size=(-1 if window is None else window - 1, 0),
+        window_size=(-1 if options.window is None else options.window - 1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(0, 1)[None]
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype of products with `weight`: the autocast dtype if autocast is on, else the weight's."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 # This project's implementations, which take the runs of one row and no mask, in the order in which
@@ -117,18 +107,16 @@ OURS = {VARLEN: attend_varlen, FLEX: attend_flex, PAIRWISE: attend_pairwise}
 def implementation(
     name: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Return the output [1, T, heads, d] and no weights, as transformers calls an attention.
-
-    Raises ValueError for unsupported options, so that the start-up check tries another attention.
-    """
-    runs, given = options.get("pair_runs"), {key for key, value in options.items() if value is not None}
-    if runs is None:
+    """Return the output [1, T, heads, d] and no weights. Raises ValueError for options that the attention lacks."""
+    if options.get("pair_runs") is None:
         raise ValueError("this model does not hand the layout of the rows to its attention")
-    capped = {"softcap": options["softcap"]} if name == FLEX and "softcap" in given else {}
-    if unknown := sorted(given & {"s_aux", "position_bias", "softcap"} - capped.keys()):
-        raise ValueError(f"attention {name} has no {unknown[0]}")
-    attend, window, scale = OURS[name], options.get("sliding_window"), options.get("scaling")
-    return attend(query, key, value, runs, window, scale, **capped).transpose(1, 2), None
+    for unknown in ("s_aux", "position_bias", "softcap"):
+        if options.get(unknown) is not None and (name, unknown) != (FLEX, "softcap"):
+            raise ValueError(f"attention {name} has no {unknown}")
+    if name != PAIRWISE:  # rotary positions leave queries and keys in float32
+        query, key, value = (states.to(compute_dtype(value)) for states in (query, key, value))
+    chosen = Options(options.get("sliding_window"), options.get("scaling"), options.get("softcap"))
+    return OURS[name](query, key, value, options["pair_runs"], chosen).transpose(1, 2), None
 
 
 for name in OURS:
@@ -136,10 +124,7 @@ for name in OURS:
 
 
 def lacking(config: Any, dtype: torch.dtype) -> str | None:
-    """Return why `varlen` cannot run a model of this `config` in `dtype`, or None if it may.
-
-    FlashAttention's kernels take heads of up to 256 numbers, in multiples of 8.
-    """
+    """Return why `varlen` cannot run this model; FlashAttention takes heads of 8, 16, … or 256 numbers."""
     if not {"window_size", "enable_gqa", "scale"} <= signature(varlen_attn).parameters.keys():
         return f"torch {torch.__version__} does not offer it"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -165,10 +150,7 @@ def attentions(model: Any, device: torch.device, dtype: torch.dtype) -> list[str
 
 
 def model_inputs(rows: PackedRows, attention: str, config: Any) -> dict[str, Any]:
-    """Return the keyword arguments with which a decoder of this `config`, with this `attention`, scores `rows`.
-
-    They are built once per kind of attention and kept with the rows; layers, policy and reference share them.
-    """
+    """Return a decoder's keyword arguments for `rows`, built once for its layers, policy and reference."""
     if attention in OURS:
         multiple = BLOCK if attention == FLEX else 1
         return rows.remember(attention, lambda: one_row(rows, multiple))
@@ -188,9 +170,8 @@ def one_row(rows: PackedRows, multiple: int) -> dict[str, Any]:
 def masks(rows: PackedRows, attention: str, config: Any) -> Tensor | dict[str, Tensor]:
     """Return the mask of `rows` for an attention of transformers, or one per kind of layer.
 
-    `separate` rows are plain right-padded rows and need only a two-dimensional mask. With a four-dimensional mask
-    transformers does not apply the model's sliding window, so the mask includes it. Eager attention adds the mask
-    to the scores, where a boolean one would let every token see every other.
+    `separate` rows, padded at the right, need only a two-dimensional mask. A four-dimensional one includes the
+    sliding window, which transformers does not apply then. Eager attention adds the mask to the scores.
     """
     if rows.layout == "separate":
         return (rows.group >= 0).long()
@@ -210,8 +191,8 @@ def masks(rows: PackedRows, attention: str, config: Any) -> Tensor | dict[str, T
 def dense_mask(rows: PackedRows, window: int | None = None, added: bool = False) -> Tensor:
     """Return a boolean mask [R, 1, T, T], True where the query (second last axis) may attend to the key (last).
 
-    Padding attends to padding, so no row of the softmax is empty. `window` counts positions within the pair,
-    like sliding-window attention on a plain row. A mask to be `added` to the scores is 0 there, else very negative.
+    Padding attends to padding, so no row of the softmax is empty. `window` counts positions within the pair. A mask
+    to be `added` to the scores is 0 there, else very negative.
     """
     width = rows.input_ids.shape[1]
     mask = torch.ones(width, width, dtype=torch.bool, device=rows.group.device).tril()

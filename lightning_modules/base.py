@@ -34,12 +34,8 @@ from lightning_modules.pretrained import (
 from lightning_modules.recorded_training import RecordedTraining
 from lightning_modules.refused_models import check_tokens, refuse_beyond
 from lightning_modules.scorer import ResponseScorer
-from lightning_modules.sharding import clip_gradients, gradient_sync, leave_gathered
-from lightning_modules.start_checks import check_start, check_steps, try_optimizer, try_rates, try_sharded_step
-from lightning_modules.strategy import ShardedStrategy
-
-Attention = Literal["auto", "varlen", "flex", "pairwise", "sdpa", "eager"]
-CompileLayers = bool | Literal["auto"]
+from lightning_modules.sharding import ShardedStrategy, clip_gradients, gradient_sync, leave_gathered
+from lightning_modules.start_checks import check_start, check_steps, try_rates, try_sharded_step
 
 
 @checked
@@ -78,9 +74,9 @@ class LanguageModelTraining(RecordedTraining):
         architecture: dict[str, Any] | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         layout: Literal["auto", "packed", "separate"] = "auto",
-        attention: Attention = "auto",
+        attention: Literal["auto", "varlen", "flex", "pairwise", "sdpa", "eager"] = "auto",
         gradient_checkpointing: bool = False,
-        compile_layers: CompileLayers = "auto",
+        compile_layers: bool | Literal["auto"] = "auto",
         trust_remote_code: bool = False,
         lora: Lora | None = None,
         quantize: dict[str, Any] | None = None,
@@ -104,9 +100,7 @@ class LanguageModelTraining(RecordedTraining):
 
     def configure_callbacks(self) -> list[Callback]:
         """Raise UserError for settings that cannot work, before Lightning's check, which names no remedy."""
-        check_start(self.trainer, self.name, self.compile_layers, self.lora, self.quantize)
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            try_optimizer(self.trainer, self.make_optimizer, self.make_lr_scheduler, self.lora)
+        check_start(self.trainer)
         return []
 
     def setup(self, stage: str) -> None:
@@ -157,9 +151,7 @@ class LanguageModelTraining(RecordedTraining):
         )
         self.check_data(model)
         if reads_base and parameter_count(model) > meta_above:
-            rank_zero_warn(
-                "model.lora: DoRA, PiSSA and OLoRA start from the base's weights: each rank loads them all"
-            )
+            rank_zero_warn("model.lora: DoRA, PiSSA and OLoRA start from the base's weights: each rank loads all")
         if lora is not None:
             with stand_ins_for_meta(model):
                 add_lora(model, lora)
@@ -174,34 +166,26 @@ class LanguageModelTraining(RecordedTraining):
 
     def check_data(self, model: Any) -> None:
         """Raise UserError if the data has token ids or row lengths beyond the model's embeddings."""
-        if self.data is not None:
-            refuse_beyond(model, self.data.longest[1], self.data.largest_id, "data.tokenizer", "data.max_length")
+        if (data := self.data) is not None:
+            refuse_beyond(model, data.longest[1], data.largest_id, "data.tokenizer", "data.max_length")
 
     @property
-    def data(self) -> Any:
-        """Return the DataModule of the run (`PairDataModule`); None if the loaders came by themselves."""
-        return getattr(self.trainer, "datamodule", None)
-
-    @property
-    def families(self) -> list[tuple[str | None, tuple[ResponseScorer, ...]]]:
-        """Return the models of the stage with the name that each was loaded from, copies of one together."""
-        return [(self.name, (self.policy,))]
+    def families(self) -> list[tuple[ResponseScorer, ...]]:
+        """Return the models of the stage, the policy first, copies of one together."""
+        return [(self.policy,)]
 
     def keep_reference(self) -> None:
         """Make the reference, perhaps of the policy, which is not sharded yet; does nothing by default."""
 
     def place(self, scorer: ResponseScorer, frozen: bool = False) -> ResponseScorer:
-        """Put the scorer on its device, with frozen weights in the compute dtype, and return it.
-
-        Strategies other than `ShardedStrategy` move the policy itself but not a `frozen` scorer.
-        """
+        """Put the scorer on its device, with frozen weights in the compute dtype, and return it."""
         strategy = self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):
             strategy.place(scorer, frozen)
             return scorer
         if self.lora is None or not self.lora.use_dora or frozen:  # DoRA takes norms of the base's weights
             store_linear_weights(scorer, self.compute_dtype)
-        return scorer.to(strategy.root_device) if frozen else scorer
+        return scorer.to(strategy.root_device) if frozen else scorer  # other strategies move the policy themselves
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -223,14 +207,10 @@ class LanguageModelTraining(RecordedTraining):
     # --- one optimizer step -----------------------------------------------------------------------------
 
     def micro_batches(self, batch: OptimizerBatch, pairs: Sequence[int] | None = None) -> list[PackedRows]:
-        """Return this rank's rows of `pairs` (indices into its share; None: all), the same number on every rank.
-
-        The first call settles the layout (see `layout_check`).
-        """
+        """Return rows of this rank's `pairs`, as many on every rank; the first call settles the layout."""
         layout = self.layout
-        for name, scorers in self.families if self.policy.layout is None else ():
+        for scorers in self.families if self.policy.layout is None else ():
             layout = StartCheck(
-                name=name,
                 scorers=scorers,
                 responses=self.responses,
                 ranks=self.ranks,
@@ -245,10 +225,9 @@ class LanguageModelTraining(RecordedTraining):
         return self.ranks.match(self.policy.pack(batch, self.responses, pairs))
 
     def backward_share(self, losses: Tensor, count: float, last: bool) -> Tensor:
-        """Back-propagate these `losses` as a part of the mean over `count` of all ranks, and return this part.
+        """Back-propagate `losses` as a part of the mean over `count` of all ranks, and return this part.
 
         The factor number of shares turns the average over shares, which DDP and FSDP2 take, into a sum.
-        `gradient_sync` decides what ranks exchange before the `last` micro-batch.
         """
         part = losses.sum() * (self.ranks.shares / count)
         with gradient_sync(self.trainer.strategy, self.policy, last):
@@ -256,10 +235,7 @@ class LanguageModelTraining(RecordedTraining):
         return part.detach()
 
     def update(self) -> float:
-        """Clip gradients, step the optimizer and the schedule, and return the gradient norm before clipping.
-
-        Raises UserError before the weights change if the norm is not finite.
-        """
+        """Clip, step and return the gradient norm. If it is not finite, raise UserError before any change."""
         optimizer: Any = self.optimizers()
         schedule = self.lr_schedulers()
         leave_gathered(self.policy)

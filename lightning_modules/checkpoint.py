@@ -60,10 +60,7 @@ def unwritable(path: Any) -> UserError:
 
 
 def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
-    """Return the contents of the checkpoint file `path` on the CPU; with `mmap`, tensors are read when used.
-
-    Raises UserError if the file is missing, damaged, holds code, or was not written by this project.
-    """
+    """Return a file's contents on the CPU, read when used with `mmap`. Raises UserError if it is not ours."""
     if path.is_dir():
         raise UserError(f"{path} is a folder of shards, which only ShardedStrategy (strategy/fsdp.yaml) resumes.")
     if not path.exists():
@@ -72,10 +69,7 @@ def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the contents of a checkpoint file, or of a folder of shards without its tensors.
-
-    Raises UserError for anything that `fit` could not have written.
-    """
+    """Return the contents of a file, or of a folder of shards but for its tensors. Raises UserError, too."""
     if not path.is_dir():
         return read_checkpoint(path)
     if (last := path / "checkpoints" / "last.ckpt").exists():
@@ -87,10 +81,9 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_for_export(path: Path) -> dict[str, Any]:
-    """Return the contents of `path`, a file or a folder of shards, for export.
+    """Return the contents of `path`, a memory-mapped file or a folder of shards but for its optimizers.
 
-    From a folder, `state_dict` is read into memory and the state of the optimizers is not read; a file is
-    memory-mapped. Raises UserError like `check_checkpoint`.
+    Raises UserError like `check_checkpoint`.
     """
     state = check_checkpoint(path)
     if not path.is_dir():

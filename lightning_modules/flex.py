@@ -8,7 +8,7 @@ length a multiple of the block, and one mask function with the window in its bou
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,18 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from app.method.batch import PairRuns, on_device
-from lightning_modules.head import compute_dtype
 from lightning_modules.private import mark_dynamic
 
 FLEX = "flex"  # its name in transformers
 BLOCK = 128  # tokens; the block of FlexAttention's masks. A row of a single one would compile a second graph
+
+
+class Options(NamedTuple):
+    """The options of a layer's attention."""
+
+    window: int | None  # keys that a query sees, itself included, counted within the pair
+    scale: float | None
+    softcap: float | None
 
 
 def visible(runs: PairRuns, window: int | None) -> np.ndarray:
@@ -68,7 +75,6 @@ def block_tensors(runs: PairRuns, window: int | None, device: torch.device) -> l
 
 
 def block_mask(tensors: list[Tensor], tokens: int) -> BlockMask:
-    """Return the `BlockMask` of `block_tensors`."""
     own, first, end = tensors[8:]
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -111,21 +117,12 @@ def packed_flex(
 compiled_flex: Callable[..., Tensor] = torch.compile(packed_flex, fullgraph=True)
 
 
-def attend_flex(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    runs: PairRuns,
-    window: int | None,
-    scale: float | None,
-    softcap: float | None = None,
-) -> Tensor:
+def attend_flex(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
     """Return the same as `attend_pairwise` by FlexAttention."""
+    window, scale, softcap = options
     blocks = runs.remember((FLEX, window), lambda: block_tensors(runs, window, query.device))
-    dtype = compute_dtype(value)  # rotary positions leave queries and keys in float32
-    states = [each.to(dtype) for each in (query, key, value)]
-    for tensor in states:  # the dimensions that follow the row's length in [1, heads, T, d]
+    for tensor in (query, key, value):  # the dimensions that follow the row's length in [1, heads, T, d]
         mark_dynamic(tensor, [2])
     for tensor in blocks:  # in [T], [1, 1, n], [1, 1, n, n]
         mark_dynamic(tensor, {1: [0], 3: [2], 4: [2, 3]}[tensor.ndim])
-    return compiled_flex(*states, blocks, scale, softcap)
+    return compiled_flex(query, key, value, blocks, scale, softcap)

@@ -16,24 +16,19 @@ log = logging.getLogger(__name__)
 # figure with sparsity, twice as large, as does lightning.fabric.utilities.throughput for H200 and H100 NVL. On
 # 2026-11-26 compared with public second-hand tables, not with the datasheets: all agree, H200 NVL to two digits,
 # GeForce 5090 and 3090 after halving figures for float16 sums.
-DENSE_BFLOAT16 = {
-    "NVIDIA B200": 2250.0,  # datasheet DGX B200: 72 PFLOP/s in FP8 on 8 GPUs, sparse, and half of it in bfloat16
-    "NVIDIA GB200": 2500.0,  # datasheet GB200 NVL72: 360 PFLOP/s on 72 GPUs, sparse
+DENSE_BFLOAT16 = (
+    # datasheets DGX B200 (72 PFLOP/s in FP8 on 8 GPUs, sparse; half of it in bfloat16), GB200 NVL72 (360 on 72)
+    {"NVIDIA B200": 2250.0, "NVIDIA GB200": 2500.0}
     # datasheets GH200, H200 and H100: SXM 1979, NVL 1671, PCIe 1513 sparse
-    **dict.fromkeys(("NVIDIA GH200 480GB", "NVIDIA H200", "NVIDIA H100 80GB HBM3"), 989.5),
-    **dict.fromkeys(("NVIDIA H200 NVL", "NVIDIA H100 NVL"), 835.5),
-    "NVIDIA H100 PCIe": 756.5,
-    **{f"NVIDIA A100{kind}": 312.0 for kind in ("-SXM4-40GB", "-SXM4-80GB", "-PCIE-40GB", " 80GB PCIe")},
-    "NVIDIA A40": 149.7,  # datasheets A40, A30, A10
-    "NVIDIA A30": 165.0,
-    "NVIDIA A10": 125.0,
-    "NVIDIA L40S": 362.05,  # datasheets L40S, L40, and L4: 242 sparse
-    "NVIDIA L40": 181.05,
-    "NVIDIA L4": 121.0,
-    "NVIDIA GeForce RTX 5090": 209.5,  # whitepapers "RTX Blackwell", "Ada GPU Architecture" and "GA102"
-    "NVIDIA GeForce RTX 4090": 165.2,
-    "NVIDIA GeForce RTX 3090": 71.0,
-}
+    | dict.fromkeys(("NVIDIA GH200 480GB", "NVIDIA H200", "NVIDIA H100 80GB HBM3"), 989.5)
+    | {"NVIDIA H200 NVL": 835.5, "NVIDIA H100 NVL": 835.5, "NVIDIA H100 PCIe": 756.5}
+    | {f"NVIDIA A100{kind}": 312.0 for kind in ("-SXM4-40GB", "-SXM4-80GB", "-PCIE-40GB", " 80GB PCIe")}
+    # datasheets A40, A30, A10; L40S, L40, and L4: 242 sparse
+    | {"NVIDIA A40": 149.7, "NVIDIA A30": 165.0, "NVIDIA A10": 125.0}
+    | {"NVIDIA L40S": 362.05, "NVIDIA L40": 181.05, "NVIDIA L4": 121.0}
+    # whitepapers "RTX Blackwell", "Ada GPU Architecture" and "GA102"
+    | {f"NVIDIA GeForce RTX {kind}": peak for kind, peak in (("5090", 209.5), ("4090", 165.2), ("3090", 71.0))}
+)
 
 
 def numbers(weight: Tensor) -> int:
@@ -48,20 +43,16 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def forward_operations(model: Any, tokens: int, response_tokens: int) -> float:
-    """Return the FLOPs of one forward pass, without attention and element-wise operations (a lower bound).
-
-    The layers' matrices count for every unique token, the head for every response token.
-    """
+    """Return a lower bound of a forward pass's FLOPs: layers for every token, the head for response tokens."""
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     layers = sum(numbers(p) for p in model.parameters() if p.ndim > 1 and p is not head and p is not embeddings)
     return 2.0 * (layers * tokens + head.numel() * response_tokens)
 
 
 def step_operations(policy: Any, reference: Any, tokens: int, response_tokens: int, kept_fraction: float) -> float:
-    """Return the FLOPs of one step of preference optimisation.
+    """Return the FLOPs of a step: a forward pass of policy and `reference`, two more of the policy for kept pairs.
 
-    A forward pass of the policy, and of a `reference` unless None, counts for all pairs; a backward pass counts as
-    two forward passes for the kept pairs. With adapters this is too high, because frozen weights have no gradient.
+    With adapters this is too high, because frozen weights have no gradient.
     """
     fixed = 0.0 if reference is None else forward_operations(reference, tokens, response_tokens)
     return fixed + forward_operations(policy, tokens, response_tokens) * (1 + 2 * kept_fraction)

@@ -49,7 +49,6 @@ class Sample(NamedTuple):
 class StartCheck:
     """The start-up check of a stage; `attention`, `layout` and `compile_layers` are its options."""
 
-    name: str | None  # of the model, for errors
     scorers: Sequence[ResponseScorer]  # the models, the policy first
     responses: Sequence[str]  # the sides of a pair that the stage scores
     ranks: Ranks  # those that run the same check
@@ -76,10 +75,8 @@ class StartCheck:
                 plain = self._plain_sample(batch)
                 return self._settled([plain, self._alone_sample(batch.stretched(plain.pairs))])
         except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"Out of memory in the start-up check of the model ({first_line(error)}): `beta-dpo plan` says "
-                "what fits; lower data.micro_batch_tokens, or set model.gradient_checkpointing: true."
-            ) from error
+            cure = "see `beta-dpo plan`; lower data.micro_batch_tokens, or set model.gradient_checkpointing: true"
+            raise UserError(f"Out of memory in the start-up check ({first_line(error)}): {cure}.") from error
 
     def _settled(self, samples: Sequence[Sample]) -> Layout:
         on_cuda = self.ranks.device.type == "cuda"
@@ -104,15 +101,13 @@ class StartCheck:
         if disagreed:
             rows = "packed rows" if layout == "packed" else "a row of its own for every response (slower)"
             warn("start-up check: %s; so attention is %s, with %s", "; ".join(disagreed), attention, rows)
-        compiled = self.compile_layers is True or (self.compile_layers == "auto" and on_cuda)
-        if compiled:
-            compiled = self._compiles(layout, samples)
-        layers = ", layers compiled" if compiled else ""
-        passes = ", forward and backward" if self.trains and (on_cuda or compiled) else ""
-        inform(
-            f"start-up check passed (attention {attention}, {layout} rows{layers}): {len(samples[0].pairs)} pairs "
-            f"of the data and the longest possible one, {samples[1].batch.tokens} tokens{passes}"
-        )
+        if self.compile_layers is True or (self.compile_layers == "auto" and on_cuda):
+            self._compile(layout, samples)
+        layers = ", layers compiled" if self.policy.compiled else ""
+        passes = ", forward and backward" if self.trains and (on_cuda or self.policy.compiled) else ""
+        pairs = f"{len(samples[0].pairs)} pairs of the data and the longest possible one"
+        checked = f"{pairs}, {samples[1].batch.tokens} tokens{passes}"
+        inform("start-up check passed (attention %s, %s rows%s): %s", attention, layout, layers, checked)
         return layout
 
     def _refusal(self, finding: str) -> str:
@@ -123,35 +118,27 @@ class StartCheck:
             return f"model.attention: {finding}; set it to auto."
         rope = getattr(self.policy.model.config, "rope_parameters", None) or {}
         known = rope.get("original_max_position_embeddings", "the length the model was first trained on")
-        return (
-            f"model.name: {finding}. A row's log-probabilities depend on the other rows of its micro-batch, as "
-            f"with rotary positions scaled by the longest row (rope_type {rope.get('rope_type')}): lower "
-            f"data.max_length to {known}, or take a model without such scaling."
-        )
+        why = f"as with rotary positions scaled by the longest row (rope_type {rope.get('rope_type')})"
+        cure = f"lower data.max_length to {known}, or take a model without such scaling"
+        return f"model.name: {finding}. They depend on the other rows of a batch, {why}: {cure}."
 
-    def _compiles(self, layout: Layout, samples: Sequence[Sample]) -> bool:
-        """Compile the layers and return whether they agree; with `auto`, leave them as they are if not."""
+    def _compile(self, layout: Layout, samples: Sequence[Sample]) -> None:
+        """Compile the layers. If they do not agree, undo it with `auto`, else raise UserError."""
         for scorer in self.scorers:
             scorer.compile_layers()
-        finding = self._finding(layout, samples, backward=True)
-        if finding is None:
-            return True
-        if self.compile_layers != "auto":
-            raise UserError(f"model.compile_layers: {finding}; set it to auto or false.")
-        for scorer in self.scorers:
-            scorer.compile_layers(False)
-        warn("start-up check: compiled layers: %s; so the layers run as they are (slower)", finding)
-        return False
+        if finding := self._finding(layout, samples, backward=True):
+            if self.compile_layers != "auto":
+                raise UserError(f"model.compile_layers: {finding}; set it to auto or false.")
+            for scorer in self.scorers:
+                scorer.compile_layers(False)
+            warn("start-up check: compiled layers: %s; so the layers run as they are (slower)", finding)
 
     def _finding(self, layout: Layout, samples: Sequence[Sample], backward: bool) -> str | None:
-        """Return what is wrong with attention and layers in this layout on any rank, or None if they agree.
-
-        An exception becomes a finding with its first line; out of memory and UserError are raised.
-        """
+        """Return what is wrong on any rank, of an exception the first line; None if all agrees."""
         backward = backward and self.trains
         # as few rows as possible, so that several pairs share a row
-        packed = (one.batch.micro_batches(self.responses, layout, math.inf, one.pairs) for one in samples)
-        rows = [self.ranks.match(micro_batches) for micro_batches in packed]
+        packed = [one.batch.micro_batches(self.responses, layout, math.inf, one.pairs) for one in samples]
+        rows = list(map(self.ranks.match, packed))
         worst, error = 0.0, ""
         try:
             for sample, micro_batches in zip(samples, rows, strict=True):
@@ -183,20 +170,15 @@ class StartCheck:
         return math.isfinite(norm)
 
     def _plain_sample(self, batch: OptimizerBatch) -> Sample:
-        """Return a few pairs of the batch, scored in plain rows by the model's own head.
-
-        Raises UserError if this project's head differs from it.
-        """
+        """Return a few pairs, scored in plain rows by the model's head. Raises UserError if ours differs."""
         pairs = list(range(min(CHECKED_PAIRS, len(batch.positions))))
         rows = self.ranks.match(batch.micro_batches(self.responses, "separate", math.inf, pairs))
         with self.policy.as_loaded(), torch.no_grad():
             expected = self._scores(rows, whole_logits=True).cpu()
             apart = Sample(batch, pairs, expected).apart(self._scores(rows))
         if float(self.ranks.reduce(apart, "max")) > TOLERANCE[self.dtype]:
-            raise UserError(
-                f"model.name: the output head of {self.name or 'this architecture'} is not supported: "
-                "its log-probabilities differ from those of transformers' own forward pass."
-            )
+            head = f"the output head of {self.policy.model.name_or_path or 'this architecture'} is not supported"
+            raise UserError(f"model.name: {head}: its log-probabilities differ from those of transformers.")
         # a pair that is not finite tests nothing, and would make its packed row NaN; one side may be finite
         finite = expected.isfinite().all(dim=1)
         return Sample(batch, [pair for pair in pairs if finite[pair]], expected.masked_fill(~finite[:, None], 0))

@@ -69,29 +69,21 @@ class Lora:
         return self.use_dora or self.moves_base
 
     def peft_config(self, base: str | None = None) -> Any:
-        """Return the `peft.LoraConfig` for adapters of the model `base`, without dropout and biases.
-
-        Raises UserError if peft is not installed, or for a start that it cannot make from the weights alone.
-        """
+        """Return the `peft.LoraConfig` for `base`. Raises UserError without peft, or if the start needs data."""
         try:
             from peft import LoraConfig
         except ImportError as error:
             raise UserError("model.lora needs one more package: pip install 'beta-dpo[lora]'.") from error
         if self.init_lora_weights not in (True, "gaussian") and not self.moves_base:
-            raise UserError(
-                f"model.lora.init_lora_weights: {self.init_lora_weights!r} is none of true, gaussian, pissa, "
-                "pissa_niter_N and olora: the others of peft need data, or start from another model than the base."
-            )
+            said = f"{self.init_lora_weights!r} is none of true, gaussian, pissa, pissa_niter_N and olora"
+            raise UserError(f"model.lora.init_lora_weights: {said}: others need data, or another base.")
         patterns = {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
         fixed = {"lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
         return LoraConfig(**asdict(self) | patterns | fixed)
 
 
 def add_lora(model: Any, lora: Lora) -> None:
-    """Add adapters to `model` in place, freeze all other weights, and say what got adapters and which experts none.
-
-    Raises UserError if one of the targets matches nothing.
-    """
+    """Add adapters in place, freeze all else, and say what got adapters. Raises UserError for unmatched targets."""
     experts = fused_experts(model)
     refuse_unmatched(model, lora, experts)
     try:
@@ -99,10 +91,8 @@ def add_lora(model: Any, lora: Lora) -> None:
     except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
         said = first_line(error)
         if experts and lora.reads_base:
-            said = (
-                "DoRA, PiSSA and OLoRA do not go with fused experts, which would get adapters: list layers without "
-                "them in target_modules, for example [q_proj, k_proj, v_proj, o_proj]."
-            )
+            cure = "list layers without them in target_modules, for example [q_proj, k_proj, v_proj, o_proj]."
+            said = f"DoRA, PiSSA and OLoRA do not go with fused experts, which would get adapters: {cure}"
         raise UserError(f"model.lora: {said}") from error
     counts = adapted(model)
     rank_zero_info("model.lora: adapters on " + ", ".join(f"{many} × {name}" for name, many in counts.items()))
@@ -165,10 +155,8 @@ def refuse_unmatched(model: Any, lora: Lora, experts: list[str]) -> None:
             hint = f"; write [{targets}]: text by itself is a pattern for whole names."
         if experts:
             hint = f". If the experts are meant, {TO_ADAPT.format(', '.join(experts))}."
-        raise UserError(
-            f"model.lora.target_modules: {', '.join(wrong) or 'an empty list'} names no layer, or the output head, "
-            f"which stays as it is; there are {', '.join(known)}{hint}"
-        )
+        said = f"{', '.join(wrong) or 'an empty list'} names no layer, or the output head, which stays as it is"
+        raise UserError(f"model.lora.target_modules: {said}; there are {', '.join(known)}{hint}")
     for one in lora.target_parameters or []:
         if not any(re.fullmatch(ends + re.escape(one), name) for name, _ in model.named_parameters()):
             there = ", ".join(experts) or "none, and target_modules names layers"

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from app.method.batch import OptimizerBatch, PackedRows, on_device
 from app.method.beta import perturbed_logits
 from app.method.logps import PairLogps, token_kl
 from lightning_modules.lora import without_adapters
 from lightning_modules.scorer import ResponseScorer, response_logps, response_sums, response_tokens, token_logps
-from lightning_modules.sharding import gather_root
 
 SIDES = ("chosen", "rejected")
 CHUNK_TOKENS = 512  # response tokens whose logits [chunk, V] of both models are in memory at a time
@@ -46,20 +46,14 @@ class Ranks:
         return self.strategy.reduce(value.to(self.device, copy=True), reduce_op=how).cpu()
 
     def match(self, rows: list[PackedRows]) -> list[PackedRows]:
-        """Return `rows` on this rank's device, with empty rows added up to the largest number on any rank.
-
-        Sharded forward and backward passes are collective, so every rank must run the same number.
-        """
+        """Return `rows` on this rank's device, with empty ones so that all ranks run as many collective passes."""
         most = int(self.reduce(torch.tensor(len(rows)), "max"))
         return [each.to(self.device) for each in (*rows, *(PackedRows.empty() for _ in range(most - len(rows))))]
 
 
 @dataclass
 class PairMeasurer:
-    """The policy, its reference and the ranks that measure the pairs of a batch together.
-
-    It is no module, so checkpoints do not hold the reference.
-    """
+    """The policy, its reference and the ranks; it is no module, so checkpoints do not hold the reference."""
 
     policy: ResponseScorer  # the model that is trained
     ranks: Ranks
@@ -107,11 +101,7 @@ class PairMeasurer:
         return PairLogps(*policy, *fixed, *response_tokens(micro_batches, share, 2, device).unbind(1))
 
     def gather(self, logps: PairLogps, batch: OptimizerBatch) -> PairLogps:
-        """Return `logps` of all G pairs of the global batch, detached, on the CPU, equal on every rank.
-
-        Each rank writes its pairs at their positions in the global batch, and one sum over ranks of O(G) numbers
-        joins them.
-        """
+        """Return `logps` of all G pairs, detached, on the CPU, equal on every rank; one sum of O(G) joins them."""
         own = {name: column.detach() for name, column in vars(logps).items() if column is not None}
         table = torch.zeros(len(own), len(batch.pair_ids), dtype=torch.float64, device=self.ranks.device)
         table[:, on_device(batch.positions, self.ranks.device)] = torch.stack([c.double() for c in own.values()])
@@ -140,10 +130,7 @@ class PairMeasurer:
 def perturbed_gaps(
     measurer: PairMeasurer, batch: OptimizerBatch, eligible: Tensor, epsilons: Sequence[float]
 ) -> Tensor:
-    """Return log π(y_w|x) − log π(y_l|x) under (1+ε)·logits_θ − ε·logits_ref, [len(epsilons), G] float64, CPU.
-
-    Pairs that are not `eligible` get NaN. The cost is that of `response_table`.
-    """
+    """Return log π(y_w|x) − log π(y_l|x) under (1+ε)·logits_θ − ε·logits_ref, [len(epsilons), G] float64, CPU."""
 
     def perturbed(logits: Tensor, fixed: Tensor, targets: Tensor) -> Tensor:
         return torch.stack([token_logps(perturbed_logits(logits, fixed, one), targets) for one in epsilons])
@@ -156,8 +143,7 @@ def reference_kl(measurer: PairMeasurer, batch: OptimizerBatch, eligible: Tensor
     """Return KL(π‖π_ref) summed over the tokens of chosen and rejected responses, [2, G] float64 on the CPU.
 
     The KL at every position is exact, because it compares the full next-token distributions; the prefixes are those
-    of the data (TDPO's sequential KL, arXiv 2404.11999, in the direction of RLHF's penalty). Pairs that are not
-    `eligible` get NaN. The cost is that of `response_table`.
+    of the data (TDPO's sequential KL, arXiv 2404.11999, in the direction of RLHF's penalty).
     """
     return response_table(measurer, batch, eligible, lambda ours, fixed, _: token_kl(ours, fixed)[None], 1)[0].T
 
@@ -168,9 +154,8 @@ def response_table(
 ) -> Tensor:
     """Return `compare` (K = `size`) summed over each response of the global batch, [K, G, 2] float64 on the CPU.
 
-    Pairs that are not `eligible` [G] are left out of the rows, which they could make NaN, and get NaN. It costs an
-    extra forward pass of policy and reference and must be called on every rank at once. At most one chunk of logits
-    [chunk, V] of each model is in memory at a time.
+    Pairs that are not `eligible` [G] stay out of the rows and get NaN. It costs a forward pass of both models, at
+    most one chunk of logits [chunk, V] of each in memory, and must be called on every rank at once.
     """
     policy, reference, ranks = measurer.policy, measurer.reference, measurer.ranks
     assert reference is not None
@@ -182,7 +167,8 @@ def response_table(
         with measurer.as_reference():
             hidden.append(reference(rows, hidden_only=True))
         for scorer in measurer.scorers:
-            gather_root(scorer)
+            if isinstance(scorer, FSDPModule):
+                scorer.unshard()  # embeddings and head, until `leave_gathered`
         chunks = (part.split(CHUNK_TOKENS) for part in (*hidden, rows.target_ids))
         per_token = [
             compare(policy.logits(ours), reference.logits(fixed), targets)

@@ -12,15 +12,24 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from app.core.errors import UserError, first_line
+from app.core.errors import refused
 from lightning_modules.flex import mask_bytes
-from lightning_modules.head import NARROWEST_SLICE, SLICE_LOGITS
 from lightning_modules.pretrained import linear_weights
 from lightning_modules.private import FakeTensorMode, storage_id
-from lightning_modules.sharding import LOCAL, keep_local_part, transformer_blocks
-from lightning_modules.strategy import ShardedStrategy
+from lightning_modules.scorer import NARROWEST_SLICE, SLICE_LOGITS
+from lightning_modules.sharding import LOCAL, ShardedStrategy, keep_local_part, transformer_blocks
 
 WEIGHT = 4  # bytes of a master weight, of a gradient and of each number of optimizer state: float32
+# what a moment may hold beside the resident parts
+HELD = (
+    "gradients",
+    "dequantised layer",
+    "gathered weights",
+    "gradients not yet reduced",
+    "activations",
+    "logits",
+    "optimizer's working memory",
+)
 SHORT_ROW = 16  # tokens; short, so that the dense mask, which FlexAttention does not need, adds almost nothing
 
 
@@ -36,18 +45,13 @@ class Activations:
 
 
 def activations(config: Any, dtype: torch.dtype, autocast: bool, split: int = 1) -> Activations:
-    """Measure the decoder without its head by running it on fake tensors.
+    """Measure the decoder without its head on fake tensors, for one of `split` ranks that share every layer.
 
-    `dtype` is the dtype of the weights in the forward pass; with `autocast`, products are in bfloat16. If `split`
-    ranks share every layer (`tensor_parallel`), the result is for one rank. Attention is assumed to store no
-    scores (FlexAttention, SDPA). Raises UserError for a model that cannot run on fake tensors.
+    Weights have `dtype` in the forward pass; with `autocast`, products are in bfloat16. Attention is assumed to
+    store no scores (FlexAttention, SDPA). Raises UserError for a model that cannot run so.
     """
-    try:
+    with refused(f"plan: a model of type {config.model_type} cannot be measured without weights"):
         few, many = (_kept(config, dtype, autocast, split, rows) for rows in (1, 9))
-    except Exception as error:  # the code of a model family may raise anything on fake tensors
-        raise UserError(
-            f"plan: a model of type {config.model_type} cannot be measured without weights: {first_line(error)}"
-        ) from error
     # the difference of two sizes cancels everything that does not grow with the number of tokens
     outside, *blocks = [(m - f) / (8 * SHORT_ROW) for m, f in zip(many, few, strict=True)]
     width = config.hidden_size * torch.empty((), dtype=dtype).element_size()
@@ -140,10 +144,9 @@ class Sizes:
 
 
 def quantized_size(quantize: Mapping[str, Any] | None) -> float:
-    """Return the bytes of a number under bitsandbytes: 8 bits, or 4 with a scale in blocks of 64.
+    """Return the bytes of a number: 8 bits, or 4 with a scale in blocks of 64, which may be quantised itself.
 
-    The scale is float32 or, with `bnb_4bit_use_double_quant`, has 8 bits and a scale of its own in blocks of 256
-    (QLoRA, arXiv 2305.14314, §3).
+    The scale is float32 or has 8 bits and one of its own per 256 blocks (QLoRA, arXiv 2305.14314, §3).
     """
     if not quantize or not quantize.get("load_in_4bit"):
         return 1.0
@@ -151,57 +154,48 @@ def quantized_size(quantize: Mapping[str, Any] | None) -> float:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """The training settings that affect memory."""
-
-    kind: Literal["single", "ddp", "sharded"]
-    device: Literal["cpu", "cuda"] = "cuda"
-    strategy: ShardedStrategy | None = None  # if `sharded`
-    shards: int = 1  # ranks that share one copy of the model
-    compute_bytes: int = 4  # bytes of a number in the forward pass
-    autocast: bool = False
-    reference: bool = True
-    checkpointed: bool = False
-    dense_mask: int = 0  # bytes per (query, key) entry of the masks of a transformers attention
-    optimizer_state: float = 2.0  # numbers per parameter
-    foreach_step: bool = True  # the optimizer updates all parameters at once
-
-
-@dataclass(frozen=True)
 class MemoryPlan:
-    """The bytes per device at each moment of a step that may be its peak."""
+    """The bytes per device at each moment of a step that may be its peak, with the settings that affect them."""
 
     sizes: Sizes
-    setup: Setup
     activations: Activations
+    kind: Literal["single", "ddp", "sharded"]
+    device: Literal["cpu", "cuda"]
+    strategy: ShardedStrategy | None  # if `sharded`
+    shards: int  # ranks that share one copy of the model
+    compute_bytes: int  # bytes of a number in the forward pass
+    autocast: bool
+    reference: bool
+    checkpointed: bool
+    dense_mask: int  # bytes per (query, key) entry of the masks of a transformers attention
+    optimizer_state: float  # numbers per parameter
 
     @property
     def resident(self) -> dict[str, int]:
         """Return the bytes held throughout the step."""
-        sizes, setup = self.sizes, self.setup
-        state = int(WEIGHT * sizes.trained.all // setup.shards * setup.optimizer_state)
-        resident = {"parameters": sizes.stored // setup.shards, "optimizer state": state}
-        if setup.reference and not (setup.strategy and setup.strategy.offload_reference):
-            halved = sizes.weights.all if setup.strategy else sizes.linear
-            reference = setup.compute_bytes * halved + WEIGHT * (sizes.weights.all - halved)
-            resident["reference"] = (sizes.stored if sizes.dequantized else reference) // setup.shards
-        if setup.autocast:
+        sizes, shards = self.sizes, self.shards
+        state = int(WEIGHT * sizes.trained.all // shards * self.optimizer_state)
+        resident = {"parameters": sizes.stored // shards, "optimizer state": state}
+        if self.reference and not (self.strategy and self.strategy.offload_reference):
+            halved = sizes.weights.all if self.strategy else sizes.linear
+            reference = self.compute_bytes * halved + WEIGHT * (sizes.weights.all - halved)
+            resident["reference"] = (sizes.stored if sizes.dequantized else reference) // shards
+        if self.autocast:
             resident["bfloat16 copies of autocast"] = 2 * sizes.copied
         return resident
 
-    def logits(self, tokens: int) -> int:
-        """Return the head's working memory for `tokens` response tokens: a slice of logits and its gradient."""
-        slice_logits = max(SLICE_LOGITS[self.setup.device], NARROWEST_SLICE * tokens)
-        return min(slice_logits, tokens * self.sizes.vocabulary) * (4 + self.setup.compute_bytes)
-
     def moments(self, tokens: int) -> dict[str, dict[str, int]]:
         """Return the bytes held at each candidate for the peak, with micro-batches of `tokens` tokens."""
-        weights, trained, setup, made = self.sizes.weights, self.sizes.trained, self.setup, self.activations
-        strategy, compute = setup.strategy, setup.compute_bytes
-        sharded = strategy is not None
-        share = WEIGHT * trained.all // setup.shards
-        gradients = share + (WEIGHT * trained.all if setup.kind == "ddp" else 0)  # DDP adds its buckets
+        weights, trained, made = self.sizes.weights, self.sizes.trained, self.activations
+        strategy, compute, on_cuda = self.strategy, self.compute_bytes, self.device == "cuda"
+        share = WEIGHT * trained.all // self.shards
+        gradients = share + (WEIGHT * trained.all if self.kind == "ddp" else 0)  # DDP adds its buckets
         root = blocks = 0  # gathered weights
+        unreduced = (
+            WEIGHT * trained.head,
+            0,
+            0,
+        )  # gradients of the head, a block and the root before their reduction
         if strategy is not None:
             gradients += WEIGHT * trained.all * strategy.accumulate_whole_gradients
             root, block = compute * weights.root, compute * weights.block
@@ -209,49 +203,36 @@ class MemoryPlan:
             blocks = block * (2 + strategy.prefetch_blocks)
             if not strategy.reshard_after_forward:
                 blocks = compute * (weights.all - weights.root) + block
+            copied = compute + WEIGHT
+            unreduced = compute * trained.head, copied * trained.block, copied * trained.root
+        gathered = root + blocks
+        both = gathered * (2 if self.reference and strategy is not None else 1)
         # in the worst case all tokens are in one row
-        masks = setup.dense_mask * tokens**2 or mask_bytes(tokens) * (setup.device == "cuda")
+        masks = self.dense_mask * tokens**2 or mask_bytes(tokens) * on_cuda
         # the peak is at the start of the backward pass or, with checkpoints, while a block is recomputed
-        blocks_kept = made.blocks * made.block_input + made.largest_block if setup.checkpointed else made.all_blocks
+        blocks_kept = made.blocks * made.block_input + made.largest_block if self.checkpointed else made.all_blocks
         kept = int((made.outside + made.block_input + blocks_kept) * tokens) + masks
-        working = int(made.largest_block * tokens / 2)  # gradients of the running block's activations
-        head_gradient = (compute if sharded else WEIGHT) * trained.head
-        layer = compute * self.sizes.dequantized
-        moments = {
-            "the forward pass": {
-                "dequantised layer": layer,
-                "gathered weights": (root + blocks) * (2 if setup.reference and sharded else 1),
-                "activations": kept,
-                "logits": self.logits(tokens),
-            },
-            "the head": {
-                "gradients": gradients,
-                "gathered weights": root,
-                "gradients not yet reduced": head_gradient,
-                "activations": kept,
-                "logits": self.logits(tokens),
-            },
-            "the backward pass": {
-                "gradients": gradients,
-                "dequantised layer": layer,
-                "gathered weights": root + blocks,
-                "gradients not yet reduced": head_gradient + (compute + WEIGHT) * trained.block * sharded,
-                "activations": kept + working,
-            },
-            "the end of the backward pass": {
-                "gradients": gradients,
-                "gathered weights": root,
-                "gradients not yet reduced": (compute + WEIGHT) * trained.root * sharded,
-            },
-            "the optimizer step": {"gradients": share, "optimizer's working memory": share * setup.foreach_step},
+        running = kept + int(
+            made.largest_block * tokens / 2
+        )  # with the gradients of the running block's activations
+        # the head's slice of logits and its gradient, all tokens being of responses
+        slice_logits = max(SLICE_LOGITS[self.device], NARROWEST_SLICE * tokens)
+        logits = min(slice_logits, tokens * self.sizes.vocabulary) * (4 + compute)
+        layer, head = compute * self.sizes.dequantized, unreduced[0]
+        moments = {  # in the order of HELD
+            "the forward pass": (0, layer, both, 0, kept, logits, 0),
+            "the head": (gradients, 0, root, head, kept, logits, 0),
+            "the backward pass": (gradients, layer, gathered, head + unreduced[1], running, 0, 0),
+            "the end of the backward pass": (gradients, 0, root, unreduced[2], 0, 0, 0),
+            "the optimizer step": (share, 0, 0, 0, 0, 0, share * on_cuda),  # updates all parameters at once
         }
-        return {name: self.resident | held for name, held in moments.items()}
+        return {name: self.resident | dict(zip(HELD, held, strict=True)) for name, held in moments.items()}
 
     def peak(self, tokens: int) -> tuple[str, dict[str, int]]:
         """Return the moment that needs most memory, and the bytes held then."""
         return max(self.moments(tokens).items(), key=lambda moment: sum(moment[1].values()))
 
-    def largest_budget(self, limit: int, step: int = 256) -> int:
-        """Return the largest multiple of `step` tokens whose peak is within `limit` bytes; 0 if none is."""
-        budgets = range(step, 2**40, step)
-        return step * bisect_right(budgets, limit, key=lambda tokens: sum(self.peak(tokens)[1].values()))
+    def largest_budget(self, limit: int) -> int:
+        """Return the largest multiple of 256 tokens whose peak is within `limit` bytes; 0 if none is."""
+        budgets = range(256, 2**40, 256)
+        return 256 * bisect_right(budgets, limit, key=lambda tokens: sum(self.peak(tokens)[1].values()))

@@ -110,13 +110,9 @@ class PreferenceOptimization(PreferenceScoring):
 
     @property
     def needs_gaps_first(self) -> bool:
-        """Return whether the gaps of all pairs must be known before the first backward pass.
-
-        True if a callback or the loss depends on all pairs, or if `zero_grad` could not drop the gradients of an
-        earlier micro-batch (see `keeps_gradients`).
-        """
-        decided = self.loss.needs_batch or bool(self.hooks("on_reward_gaps"))
-        return decided or keeps_gradients(self.trainer.strategy)
+        """Return whether all gaps are needed before a backward pass, or gradients could not be dropped."""
+        depends = self.loss.needs_batch or bool(self.hooks("on_reward_gaps"))
+        return depends or keeps_gradients(self.trainer.strategy)
 
     def hooks(self, name: str) -> list[Any]:
         """Return the methods `name` of the callbacks that have one, in the Trainer's order (see `StepDecision`)."""
@@ -204,11 +200,7 @@ class PreferenceOptimization(PreferenceScoring):
     # --- what is reported -------------------------------------------------------------------------------
 
     def log_step(self, decision: StepDecision, batch: OptimizerBatch, grad_norm: float) -> Tensor:
-        """Log the step of the whole global batch and return the loss.
-
-        Rewards are logged at β0 and, under other names, at the β used. Everything is computed on the CPU from the
-        values gathered before the update.
-        """
+        """Log the step of the global batch, on the CPU, with rewards at β0 and at the β used; return the loss."""
         pairs = torch.nonzero(decision.eligible).flatten()
         seen = decision.logps.select(pairs)
         at_base = pair_metrics(seen, self.loss, torch.full_like(decision.beta, self.beta0)[pairs])
@@ -219,7 +211,7 @@ class PreferenceOptimization(PreferenceScoring):
         reference = None if self.measurer.reference is None else self.measurer.reference.model
         operations = step_operations(self.policy.model, reference, batch.tokens, responses, decision.kept_fraction)
         seconds = self.step_seconds()
-        rate = operations / seconds / self.trainer.world_size
+        rate = operations / seconds / self.trainer.world_size  # per device
         peak = peak_operations(self.device, self.compute_dtype)
         figures: dict[str, Tensor | float] = {
             "train/loss": loss,
@@ -234,7 +226,7 @@ class PreferenceOptimization(PreferenceScoring):
             "train/grad_norm": grad_norm,
             "train/tokens_per_second": batch.tokens / seconds,
             "train/nonfinite_pairs": float(self.nonfinite_pairs),
-            "train/tera_operations_per_second": rate / 1e12,  # per device
+            "train/tera_operations_per_second": rate / 1e12,
             **({} if peak is None else {"train/mfu": rate / peak}),
         }
         for name, figure in figures.items():

@@ -36,10 +36,7 @@ class PreferenceScoring(LanguageModelTraining):
     reference: ReferenceKind
     reference_name: str | None
     measurer: PairMeasurer
-
-    def __init__(self, **settings: Any):
-        super().__init__(**settings)
-        self._evaluation: dict[str, Metric] = {}
+    _evaluation: dict[str, Metric]
 
     @property
     def other_reference(self) -> str | None:
@@ -48,10 +45,9 @@ class PreferenceScoring(LanguageModelTraining):
         return self.reference_name or (self.name if moved else None)
 
     @property
-    def families(self) -> list[tuple[str | None, tuple[ResponseScorer, ...]]]:
-        if self.other_reference is None:
-            return [(self.name, self.scorers)]
-        return [(self.name, (self.policy,)), *((self.other_reference, (one,)) for one in self.scorers[1:])]
+    def families(self) -> list[tuple[ResponseScorer, ...]]:
+        scorers = self.measurer.scorers
+        return [scorers] if self.other_reference is None else [(one,) for one in scorers]
 
     def load_reference(self, name: str) -> ResponseScorer:
         """Return the model `name`, frozen and placed. Raises UserError if it cannot be read or has other tokens."""
@@ -90,18 +86,14 @@ class PreferenceScoring(LanguageModelTraining):
             few = self.data.batches_of(lambda keys: np.ones(len(keys), bool), CHECKED_PAIRS)
             for batch in chain.from_iterable(few):
                 self.micro_batches(batch)  # settles layout and attention, which are part of the cache key
-            name, measurer = self.other_reference or self.name, PairMeasurer(self.scorers[-1], self.ranks)
+            name, measurer = self.other_reference or self.name, PairMeasurer(self.measurer.scorers[-1], self.ranks)
             cache = filled_reference_cache(name, measurer, self.compute_dtype, self.data.batches_of)
         self.measurer = PairMeasurer(self.policy, self.ranks, stored=cache.logps)
-
-    @property
-    def scorers(self) -> tuple[ResponseScorer, ...]:
-        return self.measurer.scorers
 
     # --- evaluation: no filter, β0, nothing of the training state is touched ------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._evaluation.clear()  # also of an evaluation that was interrupted
+        self._evaluation = {}  # also after an evaluation that was interrupted
 
     def validation_step(self, batch: OptimizerBatch, batch_idx: int) -> None:
         """Add the pairs of the global batch to the means, in which each counts once for any number of ranks.

@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
-from app.core.errors import UserError
+from app.core.errors import UserError, refused
 from app.core.files import folder_hash
 from lightning_modules.flops import parameter_count
 from lightning_modules.private import hub_commit, keep_packing
@@ -27,41 +26,20 @@ from lightning_modules.sharded_loading import embedding_tables, refuse_values
 log = logging.getLogger(__name__)
 
 
-@contextmanager
-def _refused(what: str) -> Iterator[None]:
-    """Raise UserError with the reason for any exception in the block, because damaged files may raise anything."""
-    try:
-        yield
-    except Exception as error:
-        text = str(error)
-        lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
-        said = shorten(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), 300)
-        if "trust_remote_code" in text:
-            said = "it brings code of its own, which is run only with model.trust_remote_code: true."
-        elif "weights_only" in text:  # torch advises to run whatever code the file holds
-            said = "a .bin file is damaged, or holds more than weights: fetch it again, or take safetensors"
-        elif " " not in said:
-            said = f"{type(error).__name__} {said}"
-        raise UserError(f"{what}: {said}") from error
-
-
 def load_config(name: str | None, architecture: dict[str, Any] | None, trust_remote_code: bool) -> Any:
-    """Return the Hugging Face configuration with every dropout, of units or layers, set to zero.
+    """Return the Hugging Face configuration of one of `name` and `architecture`, or raise UserError.
 
-    With dropout the policy would differ from the reference at step 0, and the two passes of a step from each
-    other. Raises UserError unless exactly one of `name` and `architecture` is given and can be read.
+    Dropout is off: the policy would differ from the reference, and the two passes of a step from each other.
     """
     if (name is None) == (architecture is None):
-        raise UserError(
-            "Give either model.name (a folder or Hub id) or model.architecture (of a new random model)."
-        )
+        raise UserError("Give either model.name (a folder or Hub id) or model.architecture (of a random model).")
     if name is not None:
         refuse_path(name)
-        reachable = "give a folder that holds config.json and weights, or a Hub id that this machine can reach"
-        with _refused(f"model.name: no model at {name!r} ({reachable})"):
+        cure = "give a folder that holds config.json and weights, or a Hub id that this machine can reach"
+        with refused(f"model.name: no model at {name!r} ({cure})"):
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     else:
-        with _refused("model.architecture (a model_type that transformers knows, such as llama, and its settings)"):
+        with refused("model.architecture (a model_type that transformers knows, such as llama, and its settings)"):
             config = AutoConfig.for_model(**({"model_type": ""} | (architecture or {})))
     refuse_config(config, name or "model.architecture")
     for field, value in config.to_dict().items():
@@ -92,14 +70,12 @@ def load_model(
     base_dtype = config.dtype
     options: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
     options["trust_remote_code"] = trust_remote_code
+    may_be_bare = name is not None and quantized is None and math.isfinite(meta_above)
+    bare = bare_model(config, **options) if may_be_bare else None
     if name is None:
-        with _refused("model.architecture"):
+        with refused("model.architecture"):
             model = AutoModelForCausalLM.from_config(config, **options)
-    elif (
-        quantized is None
-        and math.isfinite(meta_above)
-        and parameter_count(bare := bare_model(config, **options)) > meta_above
-    ):
+    elif bare is not None and parameter_count(bare) > meta_above:
         model = bare
         with suppress(OSError):  # many models have no generation config
             model.generation_config = GenerationConfig.from_pretrained(name)
@@ -108,7 +84,7 @@ def load_model(
             options |= {"quantization_config": quantized, "device_map": {"": device}}
             # it says at every product that 8 bits are multiplied in float16
             logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        with _refused(f"model.name: cannot load {name!r}"):
+        with refused(f"model.name: cannot load {name!r}"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
@@ -138,10 +114,7 @@ def model_identity(name: str, config: Any) -> str | list[str | None]:
 
 
 def quantization(settings: dict[str, Any] | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Return transformers' `BitsAndBytesConfig` with these `settings`, whose products are in `dtype`.
-
-    Raises UserError for settings that it does not know, or without the packages that it needs.
-    """
+    """Return the `BitsAndBytesConfig` of `settings`, products in `dtype`. Raises UserError for unknown ones."""
     if settings is None:
         return None
     if find_spec("bitsandbytes") is None or find_spec("accelerate") is None:
@@ -151,15 +124,12 @@ def quantization(settings: dict[str, Any] | None, dtype: torch.dtype) -> BitsAnd
     if unknown or not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         wrong = f"no {', '.join(unknown)} in" if unknown else "neither load_in_4bit nor load_in_8bit is true in"
         raise UserError(f"model.quantize: {wrong} the settings of BitsAndBytesConfig: {', '.join(sorted(known))}.")
-    with _refused("model.quantize"):
+    with refused("model.quantize"):
         return BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype, **settings})
 
 
 def bare_model(config: Any, **options: Any) -> Any:
-    """Return the model of `config` with parameters on the meta device and real buffers (rotary frequencies).
-
-    The constructor computes the buffers, so those that no checkpoint holds are correct.
-    """
+    """Return the model on the meta device, but with real buffers: no checkpoint holds rotary frequencies."""
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.is_meta:
@@ -175,10 +145,9 @@ def bare_model(config: Any, **options: Any) -> Any:
 
 @contextmanager
 def stand_ins_for_meta(model: nn.Module) -> Iterator[None]:
-    """Put zeros that take no memory in place of the parameters on the meta device within the block.
+    """Put zeros without memory in place of the parameters on the meta device within the block.
 
-    `peft` puts adapters on the device of their layer: those that it adds within the block are real, and start as
-    they would beside the model's own weights.
+    `peft` puts adapters on the device of their layer: those added within the block are real.
     """
     absent = [weight for weight in model.parameters() if weight.is_meta]
     pairs = [(weight, nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape))) for weight in absent]
@@ -200,8 +169,8 @@ def linear_weights(model: nn.Module) -> list[torch.Tensor]:
 def store_linear_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Convert the frozen linear weights of `model` to the autocast `dtype`, in place.
 
-    Autocast would round them to it in every forward pass, so the outputs are the same bit for bit. Biases, norms
-    and embeddings keep their dtype, because some families use them outside of matrix products.
+    Autocast would round them in every forward pass, so outputs are the same bit for bit. Biases, norms and
+    embeddings, which some families use outside of matrix products, keep their dtype.
     """
     for weight in linear_weights(model):
         if not weight.requires_grad:
@@ -209,10 +178,7 @@ def store_linear_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def stop_at(model: nn.Module, ends: Sequence[int]) -> None:
-    """Put the ids `ends` of the trained responses' ends first among the model's stop ids.
-
-    They are saved with the policy, so that a server of an exported model also stops at the end-of-turn token.
-    """
+    """Put the `ends` of trained responses first among the model's stop ids, for servers of an exported model."""
     generation: Any = model.generation_config
     given = generation.eos_token_id
     known = given if isinstance(given, list) else [] if given is None else [given]

@@ -43,15 +43,12 @@ def storage_id(tensor: Tensor) -> int:
 
 
 def dtensor_like(local: Tensor, like: DTensor) -> DTensor:
-    """Return `local` as this rank's part of a DTensor laid out as `like`, as FSDP2 makes them.
-
-    `DTensor.from_local` would move the shards of an offloaded model to the device of the mesh.
-    """
+    """Return `local` as this rank's part of a DTensor laid out as `like`, as FSDP2 makes them."""
+    # DTensor.from_local would move the shards of an offloaded model to the device of the mesh
     return DTensor(local, like._spec, requires_grad=False)
 
 
 def attention_of(config: Any) -> str:
-    """Return the name of the attention implementation in use."""
     return str(config._attn_implementation)
 
 
@@ -66,10 +63,7 @@ def hub_commit(config: Any) -> str | None:
 
 
 def keep_packing(model: Any) -> None:
-    """Keep layers in 4 bits as they are in evaluation on a CPU with AVX512-BF16.
-
-    bitsandbytes would pack them for its inference kernel, which rounds their scales and passes no gradient on.
-    """
+    """Keep layers in 4 bits from the inference kernel of AVX512-BF16, which rounds scales and has no gradient."""
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
@@ -81,10 +75,7 @@ def start_method(strategy: Any) -> str | None:
 
 
 def load_state_of_loader(trainer: Any) -> None:
-    """Give the training loader its state from the checkpoint, if Lightning has not done so.
-
-    It does not at the end of an epoch without `max_steps`, as when a finished run gets more epochs.
-    """
+    """Give the training loader its state, which Lightning does not when a finished run gets more epochs."""
     loop = trainer.fit_loop
     states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
     if states:

@@ -29,10 +29,14 @@ class RecordedTraining(LightningModule):
     lora: Lora | None
     quantize: dict[str, Any] | None
     policy: ResponseScorer
-    data: Any = None
     make_optimizer: Any
     make_lr_scheduler: Any
     base_identity: Any = None  # of the model that a checkpoint of adapters alone needs (`model_identity`)
+
+    @property
+    def data(self) -> Any:
+        """Return the DataModule of the run (`PairDataModule`); None if the loaders came by themselves."""
+        return getattr(self.trainer, "datamodule", None)
 
     def log(self, name: str, value: Any, *args: Any, **settings: Any) -> None:
         """Log `value`, a number as a CPU tensor; Lightning would copy it to the device and wait for the copy."""
@@ -77,20 +81,19 @@ class RecordedTraining(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         lora = checkpoint.get("lora") or {}
         if lora.get("identity") is not None and (self.lora is None or lora["identity"] != self.base_identity):
-            raise UserError(
-                f"--ckpt_path: the checkpoint holds adapters of {lora['base']}: give model.lora as the run's "
-                f"config.yaml has it, and that very model, its files unchanged, by model.name (now {self.name})."
+            cure = (
+                f"give model.lora as in the run's config.yaml, and that very model by model.name (now {self.name})"
             )
-        data = self.data if self.trainer.state.fn == TrainerFn.FITTING else None
+            raise UserError(f"--ckpt_path: the checkpoint holds adapters of {lora['base']}: {cure}.")
+        fits = self.trainer.state.fn == TrainerFn.FITTING and self.data is not None
         # an endless loader's epochs have as many batches of any size
-        if data is not None and not data.train_dataloader().endless:
-            count_batches_of(checkpoint["loops"]["fit_loop"], data.batch_size)
+        if fits and not self.data.train_dataloader().endless:
+            count_batches_of(checkpoint["loops"]["fit_loop"], self.data.batch_size)
 
     def on_train_start(self) -> None:
-        """Replace the restored settings of optimizer and schedule by those of this run's configuration.
+        """Replace the restored settings of optimizer and schedule, such as the lr, by those of this run.
 
-        A restored state silently contains the learning rate and all other hyperparameters of the earlier run. Here
-        the schedule of a new optimizer takes the steps that were done: the same settings give the same values bit
+        The schedule of a new optimizer takes the steps that were done: the same settings give the same values bit
         for bit, and changed settings apply from now on with the schedule at its position.
         """
         self._step_ended = time.perf_counter()
@@ -123,10 +126,7 @@ class RecordedTraining(LightningModule):
 
 
 def count_batches_of(fit_loop: dict[str, Any], batch_size: int) -> None:
-    """Change the batch counters of a checkpoint's `fit_loop` to batches of `batch_size` pairs.
-
-    Lightning ends an epoch after as many batches as the loader has, while the loader itself counts pairs.
-    """
+    """Change a checkpoint's counters, by which Lightning ends an epoch, to batches of `batch_size` pairs."""
     for loader in fit_loop["state_dict"].get("combined_loader", []):
         if loader.get("batch_size", batch_size) == batch_size:
             continue

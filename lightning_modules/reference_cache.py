@@ -7,7 +7,8 @@ import io
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from app.method.batch import OptimizerBatch
 from lightning_modules.layout_check import CHECKED_PAIRS, TOLERANCE
 from lightning_modules.measuring import PairMeasurer, Ranks
 from lightning_modules.pretrained import model_identity
-from lightning_modules.strategy import ShardedStrategy
+from lightning_modules.sharding import ShardedStrategy
 
 Batches = Sequence[Collection[OptimizerBatch]]
 
@@ -48,7 +49,6 @@ class ReferenceCache:
         self.load()
 
     def load(self) -> None:
-        """Read every part in the folder."""
         rows = np.concatenate([np.zeros(0, _ROW), *map(_read_part, sorted(self.folder.glob("*.npy")))])
         self._rows = rows[np.unique(rows["key"], return_index=True)[1]]  # sorted by key
 
@@ -99,9 +99,8 @@ def _read_part(path: Path) -> np.ndarray:
 def reference_fingerprint(name: str, measurer: PairMeasurer, dtype: torch.dtype) -> str:
     """Return the cache key of a reference: weights, compute dtype and kernel.
 
-    A folder counts by its content, a Hub model by its id and commit. The kernel (device type, attention, layout,
-    compiled layers) is included because the rounding noise of another kernel would look like reward gaps. So is a
-    sharded bfloat16 model, which computes all in bfloat16, while autocast does so for products alone.
+    The rounding noise of another kernel (device type, attention, layout, compiled layers) would look like reward
+    gaps; so would that of a sharded bfloat16 model, which does not compute products alone in bfloat16.
     """
     scorer, ranks = measurer.policy, measurer.ranks
     kernel = [ranks.device.type, scorer.attention, str(scorer.layout)]
@@ -121,29 +120,23 @@ def filled_reference_cache(
     """Return the cache of the model `name` with every pair of the stage; call it before the policy is trained.
 
     All ranks score together, while other runs from the same model wait for the lock. A few stored pairs are scored
-    again as a check; if they differ, all pairs are scored again, with a warning. `measurer` has that model (the
-    policy that starts from it, or a model of its own) and no reference; `batches_of` is that of `PairDataModule`.
-    Raises UserError if the folder cannot be written or differs between ranks.
+    again as a check; if they differ, all pairs are scored again, with a warning. `measurer` has that model and no
+    reference. Raises UserError if the folder cannot be written or differs between ranks.
     """
     ranks = measurer.ranks
     own = reference_fingerprint(name, measurer, dtype) if ranks.number == 0 else ""
     folder = cache_root("references") / ranks.strategy.broadcast(own)
     cache = ReferenceCache(folder)
 
-    def missing() -> Batches:
-        return batches_of(lambda keys: ~cache.knows(keys))
-
-    def error() -> float:
-        return _largest_error(measurer, cache, batches_of(cache.knows, CHECKED_PAIRS))
-
+    missing = partial(batches_of, lambda keys: ~cache.knows(keys))
+    few_known = partial(batches_of, cache.knows, CHECKED_PAIRS)
     # nothing to write is no reason for the lock, so a cache may be read-only; another run may write to it meanwhile
-    if same_count(cache, ranks):
-        to_score = torch.tensor(sum(map(len, missing())))
-        if not ranks.reduce(to_score, "max") and error() <= TOLERANCE[dtype]:
-            return cache
+    to_score = torch.tensor(sum(map(len, missing())) if same_count(cache, ranks) else 1)
+    if not ranks.reduce(to_score, "max") and _largest_error(measurer, cache, few_known()) <= TOLERANCE[dtype]:
+        return cache
     with _lock(ranks, folder):
         reload(cache, ranks)
-        if (apart := error()) > TOLERANCE[dtype]:
+        if (apart := _largest_error(measurer, cache, few_known())) > TOLERANCE[dtype]:
             differ = f"in {folder} are not those of {name} (apart by {apart:.2g} nats per token)"
             log.warning("model.reference: log-probabilities %s: every pair is scored again.", differ)
             for path in folder.glob("*.npy") if ranks.number == 0 else ():
@@ -164,7 +157,6 @@ def reload(cache: ReferenceCache, ranks: Ranks) -> None:
 
 
 def same_count(cache: ReferenceCache, ranks: Ranks) -> bool:
-    """Return whether all ranks read the same number of pairs."""
     count = torch.tensor(len(cache), dtype=torch.float64)
     return bool(ranks.reduce(count, "max") == ranks.reduce(count, "mean"))
 
@@ -191,21 +183,16 @@ def _score(measurer: PairMeasurer, cache: ReferenceCache, loaders: Batches) -> N
     if not total:
         return
     log.info("scoring the pairs under the reference, once for all runs from this model: %s", cache.folder)
-    parts: list[tuple[np.ndarray, np.ndarray]] = []
     quiet = None if measurer.ranks.number == 0 else True  # None: tqdm is quiet without a terminal
     batches = tqdm(chain.from_iterable(loaders), "reference", total, unit=" batches", disable=quiet)
-    for number, (keys, logps, _) in enumerate(_scored(measurer, batches), 1):
-        parts.append((keys, logps.numpy()))
-        if number % _BATCHES_PER_PART == 0 or number == total:
-            cache.add(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-            parts.clear()
+    scored = _scored(measurer, batches)
+    while part := list(islice(scored, _BATCHES_PER_PART)):
+        keys, logps, _ = zip(*part, strict=True)
+        cache.add(np.concatenate(keys), torch.cat(logps).numpy())
 
 
 def _largest_error(measurer: PairMeasurer, cache: ReferenceCache, loaders: Batches) -> float:
-    """Score the pairs of `loaders` again and return the largest difference from the cache in nats per token.
-
-    It is 0 for a value that is not finite in both, and infinite for a value that is finite in only one.
-    """
+    """Score pairs again and return the largest difference in nats per token: 0 if both are not finite, else ∞."""
     apart = [torch.zeros(1, dtype=torch.float64)]
     for keys, logps, tokens in _scored(measurer, chain.from_iterable(loaders)):
         stored = cache.logps(keys)

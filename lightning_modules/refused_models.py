@@ -18,9 +18,9 @@ from lightning_modules.sharded_loading import few
 
 log = logging.getLogger(__name__)
 
-
 # the files that identify the kind of a folder, the most telling first
 CHECKPOINTS = ("last.ckpt", "checkpoints/last.ckpt", "*.ckpt", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt")
+TABLES = r"\b(wpe|embed_positions|position_embeddings|pos_emb\w*)(\.weight)?$"  # of positions
 SOURCES = ("adapter_config.json", "config.json", *CHECKPOINTS, "*.gguf", "*/config.json", "snapshots/*/config.json")
 
 
@@ -33,19 +33,15 @@ def refuse_path(name: str) -> None:
     inside = (file for pattern in SOURCES for file in sorted(path.glob(pattern)))
     found = path if path.is_file() or path.suffix == ".ckpt" else next(inside, path)
     if found != path / "config.json":
-        if found.name == "adapter_config.json":
-            cure = (
-                'it holds adapters alone: merge them into their model first, python -c "from peft import '
-                f"AutoPeftModelForCausalLM as M; M.from_pretrained('{name}').merge_and_unload()"
-                ".save_pretrained('MERGED')\", and copy the tokenizer's files there."
-            )
-        elif found.suffix in (".ckpt", ".gguf"):
-            command = "convert" if found.suffix == ".gguf" else "export"
-            cure = f"run `beta-dpo {command} {found} FOLDER` and give that FOLDER."
-        elif found.name == "config.json":
-            cure = f"did you mean {found.parent}?"
-        else:
-            cure = "give the folder of one, as transformers saves it."
+        merge = f"AutoPeftModelForCausalLM.from_pretrained('{name}').merge_and_unload().save_pretrained('MERGED')"
+        cures = {
+            "adapter_config.json": "it holds adapters alone: merge them into their model first, python -c "
+            f'"from peft import AutoPeftModelForCausalLM; {merge}", and copy the tokenizer\'s files there.',
+            "config.json": f"did you mean {found.parent}?",
+            ".ckpt": f"run `beta-dpo export {found} FOLDER` and give that FOLDER.",
+            ".gguf": f"run `beta-dpo convert {found} FOLDER` and give that FOLDER.",
+        }
+        cure = cures.get(found.name) or cures.get(found.suffix, "give the folder of one, as transformers saves it.")
         raise UserError(f"model.name: {name!r} is no model, a folder with config.json and weights: {cure}")
     refuse_pointers(*path.iterdir())
     file = path / "generation_config.json"  # transformers would leave out a bad one, stop ids and all
@@ -59,50 +55,35 @@ def refuse_path(name: str) -> None:
 
 def refuse_config(config: Any, name: str) -> None:
     """Raise UserError for a model whose configuration shows that it cannot be trained here."""
-    said, quantised = None, getattr(config, "quantization_config", None)
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if quantised is not None:
+    if (quantised := getattr(config, "quantization_config", None)) is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        said = (
-            f"holds quantised weights ({method}), which cannot be trained: take the model that they were made from"
-        )
-    elif encoder or getattr(config, "is_encoder_decoder", False):
-        said = f"is a {config.model_type}, whose tokens attend to later ones: take a causal model (decoder only)"
-    if said is not None:
-        raise UserError(f"model.name: {name} {said}.")
+        cure = "which cannot be trained: take the model that they were made from"
+        raise UserError(f"model.name: {name} holds quantised weights ({method}), {cure}.")
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if encoder or getattr(config, "is_encoder_decoder", False):
+        cure = "whose tokens attend to later ones: take a causal model (decoder only)"
+        raise UserError(f"model.name: {name} is a {config.model_type}, {cure}.")
 
 
 def refuse_missing(name: str, found: dict[str, Any]) -> None:
-    """Raise UserError for weights that the files lack or hold in another shape, because they would be random.
-
-    Warns of stored weights that the model does not use.
-    """
-    other = [
-        f"{key} ({list(stored)} in the files, not {list(own)})" for key, stored, own in found["mismatched_keys"]
-    ]
+    """Raise UserError for absent or misshapen weights, which would be random; warn of those without a place."""
+    shapes = ((key, list(stored), list(own)) for key, stored, own in found["mismatched_keys"])
+    other = [f"{key} ({stored} in the files, not {own})" for key, stored, own in shapes]
     lacking, more = sorted([*other, *found["missing_keys"]]), sorted(found["unexpected_keys"])
     if lacking:
         instead = f" (they hold {few(more)} instead)" if more else ""
-        raise UserError(
-            f"model.name: the files of {name!r} lack {few(lacking)}{instead}, which would be random: take a "
-            "complete model, with its own config.json."
-        )
+        said = f"the files of {name!r} lack {few(lacking)}{instead}, which would be random"
+        raise UserError(f"model.name: {said}: take a complete model, with its own config.json.")
     if more:
         log.warning("model.name: the files of %r hold %s, for which the model has no place", name, few(more))
 
 
 def refuse_beyond(model: Any, longest: int, largest_id: int, tokenizer: str, length: str) -> None:
-    """Raise UserError if `largest_id` or rows of `longest` tokens exceed the model's embedding tables.
-
-    `tokenizer` and `length` name the options to blame. A model without a table of positions, trained on shorter
-    rows, only causes a warning.
-    """
+    """Raise UserError if ids or rows exceed the embedding tables; warn if rows are longer than trained."""
     known = model.get_input_embeddings().num_embeddings
     if largest_id >= known:
-        raise UserError(
-            f"{tokenizer}: its token {largest_id} is beyond the {known} that the model embeds: take the tokenizer "
-            "of this model, or a larger model.architecture.vocab_size."
-        )
+        cure = "take the tokenizer of this model, or a larger model.architecture.vocab_size"
+        raise UserError(f"{tokenizer}: its token {largest_id} is beyond the {known} that the model embeds: {cure}.")
     table, trained = learned_positions(model), getattr(model.config, "max_position_embeddings", None)
     said = f"the longest prompt with its response has {longest} tokens, and this {model.config.model_type}"
     if table is not None and longest > table:
@@ -115,11 +96,8 @@ def learned_positions(model: Any) -> int | None:
     """Return the number of positions in a model's table of positions, or None if it has no table."""
     if model.config.model_type == "mpt":  # its attention biases have this length
         return int(model.config.max_seq_len)
-    tables = [
-        len(table)
-        for name, table in (*model.named_parameters(), *model.named_buffers())
-        if re.search(r"\b(wpe|embed_positions|position_embeddings|pos_emb\w*)(\.weight)?$", name)
-    ]
+    named, tensors = re.compile(TABLES), (*model.named_parameters(), *model.named_buffers())
+    tables = [len(table) for name, table in tensors if named.search(name)]
     # OPT's table has two extra rows
     return int(min(*tables, getattr(model.config, "max_position_embeddings", math.inf))) if tables else None
 
@@ -134,8 +112,7 @@ def check_tokens(
 ) -> None:
     """Raise UserError if the tokenizer of the model `name` has other tokens at the numbers of `ours`.
 
-    Without `refuse`, only warn, because some may be meant, as new names are. `option` and `tokenizer` name the
-    options to blame.
+    Without `refuse`, only warn, because new names may be meant. `option` and `tokenizer` are the options to blame.
     """
     if ours.name_or_path == name:
         return

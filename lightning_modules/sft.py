@@ -32,8 +32,6 @@ class SupervisedFineTuning(LanguageModelTraining):
         **settings: Any,
     ):
         super().__init__(name, optimizer, max_grad_norm, **settings)
-        # of every validation batch, sums over this rank's finite pairs: −log π, tokens, pairs, and pairs left out
-        self._validation: list[Tensor] = []
 
     def training_step(self, batch: OptimizerBatch, batch_idx: int) -> Tensor:
         micro_batches = self.micro_batches(batch)
@@ -48,7 +46,8 @@ class SupervisedFineTuning(LanguageModelTraining):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self._validation.clear()  # also of a validation that was interrupted
+        # of every validation batch, sums over this rank's finite pairs: −log π, tokens, pairs, and pairs left out
+        self._validation: list[Tensor] = []
 
     def validation_step(self, batch: OptimizerBatch, batch_idx: int) -> None:
         micro_batches = self.micro_batches(batch)

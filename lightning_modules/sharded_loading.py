@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from app.core.errors import UserError
+from app.core.errors import UserError, refused
 from lightning_modules.private import (
     WeightConverter,
     WeightRenaming,
@@ -30,23 +29,15 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes in safetensors' spelling
 
 
 def weight_files(name: str) -> dict[str, Path]:
-    """Return for each tensor name the safetensors file that holds it, for a folder or Hub id.
-
-    Raises UserError if there is no such file or one is damaged.
-    """
+    """Return the safetensors file that holds each tensor of a folder or Hub id. Raises UserError without any."""
     folder = Path(name)
     if not folder.is_dir():
-        try:
+        with refused(f"model.name: the weights of {name!r} cannot be fetched from the Hub"):
             folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
-        except (OSError, HFValidationError) as error:
-            raise UserError(f"model.name: the weights of {name!r} cannot be fetched from the Hub.") from error
     files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                files.update(dict.fromkeys(file.keys(), path))
-        except SafetensorError as error:
-            raise UserError(f"model.name: {path} is damaged: {error}.") from error
+        with refused(f"model.name: {path} is damaged"), safe_open(path, "pt") as file:
+            files.update(dict.fromkeys(file.keys(), path))
     if not files:
         cure = "convert it by save_pretrained, or raise trainer.strategy's meta_init_above"
         raise UserError(f"model.name: {name!r} has no safetensors files to read shards from: {cure}.")
@@ -80,13 +71,13 @@ def embedding_tables(model: nn.Module) -> set[int]:
 def refuse_nonfinite(source: str, name: str, values: Tensor, embeds: bool) -> None:
     """Raise UserError if `values` are not finite; warn if they embed tokens, because nobody may use those."""
     bad = ~values.isfinite()
-    if bad.any() and not embeds:
+    if not bad.any():
+        return
+    if not embeds:
         cure = "take a sound copy, or an earlier checkpoint of the run that made it"
         raise UserError(f"model.name: {name} of {source!r} is not finite (NaN or infinite): {cure}.")
-    if bad.any():
-        rows = int(bad.any(-1).sum())
-        what = f"{rows} of the tokens that {name} of {source!r} embeds are not finite (NaN or infinite)"
-        log.warning("model.name: %s: pairs with them will be left out", what)
+    said = f"tokens that {name} of {source!r} embeds are not finite (NaN or infinite)"
+    log.warning("model.name: %d of the %s: pairs with them will be left out", int(bad.any(-1).sum()), said)
 
 
 def refuse_codes(path: Path, tensor: str, dtype: str) -> None:
@@ -96,11 +87,10 @@ def refuse_codes(path: Path, tensor: str, dtype: str) -> None:
 
 
 def read_weights(model: Any, files: dict[str, Path], device: torch.device | str = "cpu") -> None:
-    """Fill the parameters of a Hugging Face model that are on the meta device, sharded or not, in place.
+    """Fill the parameters that are on the meta device, sharded or not, in place, with their dtype, on `device`.
 
-    Every tensor gets the dtype of its parameter, on `device`; real parameters (adapters) stay as they are. This
-    rank never holds more than its shards and its part of one more tensor. Raises UserError if a tensor is missing
-    or has another shape.
+    This rank never holds more than its shards and its part of one more tensor. Raises UserError if a tensor is
+    missing or has another shape.
     """
     whole = model.state_dict(keep_vars=True)
     real = {name for name, weight in model.named_parameters() if not weight.is_meta}
@@ -116,10 +106,9 @@ def read_weights(model: Any, files: dict[str, Path], device: torch.device | str 
     tables = embedding_tables(model)
     for name, tensor in state.items():
         if id(tensor) not in sources:
-            raise UserError(
-                f"model.name: the files hold no tensor {name}, or one that must be computed from others: save the "
-                "model once more by transformers (from_pretrained, then save_pretrained), or raise meta_init_above."
-            )
+            cure = "save the model once more by from_pretrained and save_pretrained, or raise meta_init_above"
+            said = f"the files hold no tensor {name}, or one that must be computed from others"
+            raise UserError(f"model.name: {said}: {cure}.")
         if id(tensor) not in read:
             source = sources[id(tensor)]
             read[id(tensor)] = _read(files[source], source, tensor, device, id(tensor) in tables)
@@ -129,8 +118,8 @@ def read_weights(model: Any, files: dict[str, Path], device: torch.device | str 
 def _stored_names(model: Any, state: dict[str, Tensor], files: dict[str, Path]) -> dict[str, str]:
     """Return the name in the files for each name of `state`, by transformers' table of earlier names."""
     transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
     names = {}
     for stored in files:
         name, conversion = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
@@ -152,13 +141,8 @@ def _read(path: Path, name: str, like: Tensor, device: torch.device | str, embed
             raise UserError(f"model.name: tensor {name} in {path} {shapes}.")
         if like.is_floating_point():
             refuse_codes(path, name, stored.get_dtype())
-        if not shape:
-            local = file.get_tensor(name)  # a scalar has no dimension to slice
-        elif 0 in shape:
-            local = torch.zeros(shape)  # of a rank beyond the last row
-        else:
-            local = stored[tuple(slice(begin, begin + size) for begin, size in zip(start, shape, strict=True))]
-        local = local.to(device, like.dtype, copy=True)
+        part = stored[tuple(slice(begin, begin + size) for begin, size in zip(start, shape, strict=True))]
+        local = part.to(device, like.dtype, copy=True)
     refuse_nonfinite(str(path), name, local, embeds)
     if isinstance(like, DTensor):
         local = dtensor_like(local, like)

@@ -1,21 +1,31 @@
-"""FSDP2 and tensor parallelism of a scorer, gradient exchange between ranks, and clipping across meshes."""
+"""FSDP2 over all ranks or within replicas (HSDP), and tensor parallelism: the strategy and its parts."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from app.core.errors import UserError
-from lightning_modules.private import apply_tensor_parallelism, replace_layer_number_by_wildcard
+from app.method.ranges import NonNegativeInt, PositiveInt, UpToInfinity, checked
+from lightning_modules.checkpoint import unwritable
+from lightning_modules.private import apply_tensor_parallelism, default_pg_timeout, replace_layer_number_by_wildcard
+from lightning_modules.sharded_loading import read_weights, weight_files
 
 # transformers' style of splitting a linear layer → the dimension of the weight that it splits
 _SPLIT = {"colwise": 0, "colwise_gather_output": 0, "rowwise": 1, "rowwise_split_input": 1}
@@ -23,28 +33,155 @@ LOCAL = ("colwise", "rowwise")  # styles between which a rank holds only its par
 SUMMED = "replicated_with_grad_allreduce"  # whole weights applied only to this rank's heads (Qwen 3's norms)
 
 
-def transformer_blocks(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder's list of layers, which is the `ModuleList` with the most parameters.
+@checked
+class ShardedStrategy(ModelParallelStrategy):
+    """An FSDP2 strategy that shards weights, gradients, optimizer state and the frozen reference over the ranks.
 
-    Raises UserError if the model has none.
+    The device mesh follows from the number of ranks. Weights, reduced gradients and optimizer state are always
+    float32; use `trainer.precision: 32-true`. Checkpoints are folders to which every rank writes its part
+    (torch.distributed.checkpoint).
+
+    Args:
+        replicas: copies of the model. 1 is FSDP2 over all ranks; `nodes` or a larger number is HSDP: each copy is
+            sharded over neighbouring ranks, and gradients are averaged over the copies.
+        compute_dtype: dtype of the gathered weights, of forward and backward pass, and of the stored reference;
+            `auto` is bfloat16 on CUDA and float32 elsewhere.
+        reshard_after_forward: free a block's gathered weights after its forward pass and gather them again for
+            the backward pass; false saves communication but needs memory for the whole gathered model.
+        prefetch_blocks: number of blocks gathered ahead of the running one; 0 leaves the choice to FSDP2.
+        offload_reference: keep the shards of the reference in the host's memory and copy them for each use.
+        accumulate_whole_gradients: exchange gradients only on the last micro-batch of a step; until then every
+            rank holds the float32 gradient of the whole model. Replicas always exchange theirs only on the last
+            micro-batch.
+        meta_init_above: no rank ever holds the whole of a model with more parameters: each rank reads its shards
+            from the safetensors files. DoRA, PiSSA and OLoRA start from the base's weights: with them, every rank
+            loads the whole model first.
+        tensor_parallel_size: number of neighbouring ranks that split every layer of a block, by the model's plan
+            in transformers, and work on the same pairs. Each has the whole embeddings and head.
+        process_group_backend: backend of torch.distributed; None is NCCL on CUDA and gloo on CPUs.
+        timeout: the run ends if a rank does not join a collective within this time.
     """
+
+    _sharding_mesh: DeviceMesh
+    _tensor_mesh: DeviceMesh
+
+    def __init__(
+        self,
+        replicas: PositiveInt | Literal["nodes"] = 1,
+        compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+        reshard_after_forward: bool = True,
+        prefetch_blocks: NonNegativeInt = 1,
+        offload_reference: bool = False,
+        accumulate_whole_gradients: bool = False,
+        meta_init_above: UpToInfinity = 1e9,
+        tensor_parallel_size: PositiveInt = 1,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ):
+        super().__init__(
+            tensor_parallel_size=tensor_parallel_size,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.tensor_parallel_size = tensor_parallel_size
+        self.replicas = replicas
+        self.requested_dtype = compute_dtype
+        self.reshard_after_forward = reshard_after_forward
+        self.prefetch_blocks = prefetch_blocks
+        self.offload_reference = offload_reference
+        self.accumulate_whole_gradients = accumulate_whole_gradients
+        self.meta_init_above = meta_init_above
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        auto = "bfloat16" if self.root_device.type == "cuda" else "float32"
+        return getattr(torch, auto if self.requested_dtype == "auto" else self.requested_dtype)
+
+    def shards(self, nodes: int, ranks: int) -> int:
+        """Return the shards per copy of the model. Raises UserError if ranks or copies would differ in size."""
+        replicas, split = nodes if self.replicas == "nodes" else self.replicas, self.tensor_parallel_size
+        if ranks % split:
+            raise UserError(f"trainer.strategy: tensor_parallel_size {split} does not divide the {ranks} ranks.")
+        if ranks // split % replicas:
+            groups = f"{ranks // split} groups of {split} ranks" if split > 1 else f"{ranks} ranks"
+            raise UserError(f"trainer.strategy: {groups} do not make {replicas} replicas of equal size.")
+        return ranks // split // replicas
+
+    def setup_environment(self) -> None:
+        """Set up the processes and their device mesh. Raises UserError like `shards`."""
+        ranks, split = self.num_nodes * self.num_processes, self.tensor_parallel_size
+        shards = self.shards(self.num_nodes, ranks)
+        self._data_parallel_size = ranks // split
+        super().setup_environment()
+        if shards == self._data_parallel_size:
+            mesh, shared = self.device_mesh, self.device_mesh["data_parallel"]
+        else:  # neighbouring ranks share a replica, because they share a node
+            shape, names = (ranks // split // shards, shards, split), ("replicate", "shard", "tensor_parallel")
+            mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+            shared = mesh["replicate", "shard"]
+        self._sharding_mesh, self._tensor_mesh = shared, mesh["tensor_parallel"]
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write the shards beside the folder `filepath` and rename: a full disk, a UserError, leaves no part."""
+        path = Path(self.broadcast(filepath))
+        part = path.with_name(f".{path.name}.shards.part")
+        if self.is_global_zero:
+            shutil.rmtree(part, ignore_errors=True)
+        self.barrier("shards of before")
+        try:
+            super().save_checkpoint(checkpoint, part, storage_options)
+        except (OSError, RuntimeError, CheckpointException) as error:  # CheckpointException is no Exception
+            if self.is_global_zero:
+                shutil.rmtree(part, ignore_errors=True)
+            raise unwritable(path) from error
+        self.barrier("shards written")
+        if self.is_global_zero:
+            shutil.rmtree(path, ignore_errors=True)  # a checkpoint of the same step, which was repeated
+            os.replace(part, path)
+        self.barrier("shards in place")
+
+    def place(self, scorer: Any, frozen: bool) -> None:
+        """Shard `scorer` in place by FSDP2: a group per transformer block; the rest, tied weights too, in the root.
+
+        Weights left out at loading are read now. Raises UserError if that or tensor parallelism fails.
+        """
+        for parameter in scorer.parameters():  # not buffers: rotary positions need float32
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(self.compute_dtype)
+        if self.tensor_parallel_size > 1:
+            plan = split_layers(scorer.model, self._tensor_mesh)
+            if self.accumulate_whole_gradients and SUMMED in plan.values():
+                # transformers would sum these gradients of earlier micro-batches again in every backward pass
+                clash = f"with tensor_parallel_size above 1 for {scorer.model.config.model_type} models"
+                raise UserError(f"trainer.strategy: set accumulate_whole_gradients to false {clash}.")
+        precision = MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=torch.float32)
+        options: dict[str, Any] = {"mesh": self._sharding_mesh, "mp_policy": precision}
+        if offloaded := frozen and self.offload_reference:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+        blocks: list[Any] = list(transformer_blocks(scorer))
+        for block in blocks:
+            fully_shard(block, reshard_after_forward=self.reshard_after_forward, **options)
+        # FSDP2 keeps the root (embeddings, head) gathered for the backward pass, but a frozen model has none
+        fully_shard(scorer, reshard_after_forward=True if frozen else None, **options)
+        ahead = self.prefetch_blocks
+        for number, block in enumerate(blocks if ahead else []):
+            block.set_modules_to_forward_prefetch(blocks[number + 1 : number + 1 + ahead])
+            block.set_modules_to_backward_prefetch(blocks[max(0, number - ahead) : number][::-1])
+        if any(parameter.is_meta for parameter in scorer.parameters()):
+            files = weight_files(scorer.model.name_or_path)
+            read_weights(scorer.model, files, "cpu" if offloaded else self.root_device)
+
+
+def transformer_blocks(model: nn.Module) -> nn.ModuleList:
+    """Return the decoder's layers, its largest `ModuleList`. Raises UserError if the model has none."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise UserError("trainer.strategy: this model has no list of layers to shard by; use ddp or one device.")
     return max(lists, key=lambda blocks: sum(parameter.numel() for parameter in blocks.parameters()))
 
 
-def gather_root(scorer: nn.Module) -> None:
-    """Gather the FSDP2 root group (embeddings, head) for use outside `forward`, until `leave_gathered`."""
-    if isinstance(scorer, FSDPModule):
-        scorer.unshard()
-
-
 def leave_gathered(scorer: nn.Module) -> None:
-    """Free gathered weights, which FSDP2 keeps after a forward pass without a backward pass, before an update.
-
-    Until then `parameters()` returns them instead of the shards, which alone have gradients and change.
-    """
+    """Free gathered weights, which `parameters()` would return instead of the shards that an update changes."""
     for module in scorer.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -52,11 +189,10 @@ def leave_gathered(scorer: nn.Module) -> None:
 
 @contextmanager
 def gradient_sync(strategy: Any, policy: nn.Module, last: bool) -> Iterator[None]:
-    """Reduce gradients across ranks within the block only for the `last` micro-batch, except as follows.
+    """Exchange gradients between ranks or replicas within the block only for the `last` micro-batch.
 
-    FSDP2 reduces those of earlier micro-batches to shards as well, because whole gradients would cost the memory
-    that sharding saves; `accumulate_whole_gradients` of the strategy turns this off. Replicas of a sharded model
-    exchange theirs only for the last micro-batch.
+    FSDP2 reduces those of earlier ones to shards as well, because whole gradients would cost the memory that
+    sharding saves, unless the strategy has `accumulate_whole_gradients`.
     """
     if isinstance(policy, FSDPModule):
         policy.set_requires_gradient_sync(last or not strategy.accumulate_whole_gradients)
@@ -74,8 +210,7 @@ def keeps_gradients(strategy: Any) -> bool:
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Clip the norm of all gradients to `max_norm` and return the norm before; the host waits for the device.
 
-    torch's `clip_grad_norm_` also multiplies smaller gradients, by one, and refuses parameters on several meshes,
-    which tensor parallelism has for split and whole ones.
+    torch's `clip_grad_norm_` multiplies smaller ones by 1, and refuses the several meshes of tensor parallelism.
     """
     groups: dict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
@@ -93,10 +228,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
 
 
 def split_plan(model: Any, size: int) -> dict[str, str]:
-    """Return for modules of transformer blocks how `size` ranks split them, by the model's own plan (`tp_plan`).
+    """Return how `size` ranks split the modules of transformer blocks, by the model's own plan (`tp_plan`).
 
-    Every rank has all other modules (embeddings, final norm, head) whole. Raises UserError if the model has no plan
-    or one that splits other than linear layers, or if `size` does not divide the heads or a layer's width.
+    Raises UserError if there is none, if it splits other than linear layers, or if `size` does not divide them.
     """
     blocks, modules = transformer_blocks(model), dict(model.named_modules())
     inside = next(name for name, module in modules.items() if module is blocks) + "."
@@ -125,8 +259,7 @@ def split_plan(model: Any, size: int) -> dict[str, str]:
 def split_layers(model: Any, mesh: DeviceMesh) -> dict[str, str]:
     """Split the layers of `split_plan` over the ranks of a one-dimensional `mesh` in place, and return the plan.
 
-    The hooks of transformers communicate: one all-reduce after attention and one after the MLP in the forward pass,
-    and the same for the inputs' gradients in the backward pass (Megatron, arXiv 1909.08053 §3).
+    Hooks of transformers all-reduce after attention and MLP in both passes (Megatron, arXiv 1909.08053 §3).
     """
     plan = split_plan(model, mesh.size())
     modules = dict(model.named_modules())

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -23,7 +24,7 @@ from app.core.errors import UserError, first_line
 from lightning_modules.lora import Lora
 from lightning_modules.private import start_method
 from lightning_modules.refused_models import refuse_path
-from lightning_modules.strategy import ShardedStrategy
+from lightning_modules.sharding import ShardedStrategy
 
 PAIRS_PER_STEP = "data.batch_size is the number of pairs per optimizer step, and data.micro_batch_tokens splits it"
 # options of the trainer: the value that asks for nothing, and why any other is refused
@@ -47,31 +48,23 @@ UNSUITABLE: dict[type, str] = {
 
 
 def refuse_strategy(strategy: str | Strategy) -> None:
-    """Raise UserError for a strategy, or the name of one, that the stages do not support.
-
-    Spawned or forked processes return their weights in a temporary checkpoint that the stages do not write.
-    """
+    """Raise UserError for a strategy, or the name of one, that the stages do not support."""
     if isinstance(strategy, str):
         name, launched = strategy, any(word in strategy for word in ("spawn", "fork", "notebook"))
         suits = strategy.startswith(("auto", "ddp", "single_device"))
     else:
-        name = type(strategy).__name__
-        launched = start_method(strategy) not in (None, "popen")
+        name, launched = type(strategy).__name__, start_method(strategy) not in (None, "popen")
         suits = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ShardedStrategy))
     if launched:
         raise UserError(f"trainer.strategy: {name} spawns or forks processes, which lose checkpoints: take ddp.")
     if not suits:
-        sharded = "for a large model {class_path: lightning_modules.ShardedStrategy} (configs/strategy/fsdp.yaml)"
-        raise UserError(
-            f"trainer.strategy: {name} is not one that the stages train with: take auto, ddp, {sharded}."
-        )
+        cure = "take auto, ddp, or {class_path: lightning_modules.ShardedStrategy} (configs/strategy/fsdp.yaml)"
+        raise UserError(f"trainer.strategy: {name} is not one that the stages train with: {cure}.")
 
 
-def check_start(
-    trainer: Any, name: str | None, compile_layers: bool | str, lora: Lora | None, quantize: dict | None
-) -> None:
+def check_start(trainer: Any) -> None:
     """Raise UserError for settings that cannot work, before data and model are loaded."""
-    strategy, precision = trainer.strategy, str(trainer.precision)
+    strategy, precision, module = trainer.strategy, str(trainer.precision), trainer.lightning_module
     sharded = isinstance(strategy, ShardedStrategy)
     refuse_strategy(strategy)
     if (device := strategy.root_device.type) not in ("cpu", "cuda"):
@@ -79,11 +72,9 @@ def check_start(
     for option, (unused, cure) in UNUSABLE.items():
         if getattr(trainer, option) != unused:
             raise UserError(f"trainer.{option} {cure}.")
-    stage, module = trainer.state.fn.value.replace("validate", "val"), trainer.lightning_module
+    stage, kind = trainer.state.fn.value.replace("validate", "val"), type(module).__name__
     if stage in ("test", "predict") and not is_overridden(f"{stage}_step", module):
-        raise UserError(
-            f"model: {type(module).__name__} does not {stage}: take `validate`, or model PreferenceOptimization."
-        )
+        raise UserError(f"model: {kind} does not {stage}: take `validate`, or model PreferenceOptimization.")
     if stage != "fit" and not getattr(trainer, f"limit_{stage}_batches"):
         raise UserError(f"trainer.limit_{stage}_batches is 0, which leaves out every pair: raise it.")
     if precision not in ("32-true", "64-true", "bf16-mixed"):
@@ -91,36 +82,36 @@ def check_start(
         raise UserError(f"trainer.precision {precision} loses log-probabilities (overflow, rounding): {cure}.")
     if sharded and precision != "32-true":
         raise UserError(f"trainer.precision {precision}: set 32-true with ShardedStrategy; see its compute_dtype.")
-    if lora is not None and getattr(strategy, "tensor_parallel_size", 1) > 1:
+    if module.lora is not None and getattr(strategy, "tensor_parallel_size", 1) > 1:
         raise UserError("model.lora does not go with trainer.strategy's tensor_parallel_size above 1: set it to 1.")
-    if quantize is not None:
-        check_quantized(quantize, lora, sharded, precision)
-    if compile_layers is True and not which(os.environ.get("CXX", "g++")):
+    if module.quantize is not None:
+        check_quantized(module.quantize, module.lora, sharded, precision)
+    if module.compile_layers is True and not which(os.environ.get("CXX", "g++")):
         raise UserError("model.compile_layers needs a C++ compiler: install g++, or name one by CXX.")
-    if name is not None:
-        refuse_path(name)  # before the data is read with its tokenizer
+    if module.name is not None:
+        refuse_path(module.name)  # before the data is read with its tokenizer
     for callback in trainer.callbacks:
-        for kind, reason in UNSUITABLE.items():
-            if isinstance(callback, kind):
+        for unsuitable, reason in UNSUITABLE.items():
+            if isinstance(callback, unsuitable):
                 name = type(callback).__name__
                 raise UserError(f"trainer.callbacks: {name} does not work here: {reason}; take it out.")
+    if trainer.state.fn == TrainerFn.FITTING:
+        try_optimizer(trainer, module)
 
 
 def check_quantized(quantize: dict[str, Any], lora: Lora | None, sharded: bool, precision: str) -> None:
     """Raise UserError where a quantised base cannot be trained on."""
-    said = None
-    if lora is None:
-        said = "does not train by itself: add model.lora (configs/model/lora.yaml), whose adapters do"
-    elif lora.moves_base:
-        said = "does not go with model.lora.init_lora_weights pissa or olora, which change the base: take true"
-    elif sharded:
-        said = "does not go with ShardedStrategy, which cannot shard it: take one device or ddp, or leave it out"
-    elif precision == "64-true":
-        said = "does not go with trainer.precision 64-true: take 32-true or bf16-mixed"
-    elif quantize.get("load_in_8bit") and precision != "bf16-mixed":
-        said = "in 8 bits computes in 16: set trainer.precision bf16-mixed"
-    if said is not None:
-        raise UserError(f"model.quantize {said}.")
+    moved, eight = lora is not None and lora.moves_base, quantize.get("load_in_8bit")
+    wrong = {
+        "does not train by itself: add model.lora (configs/model/lora.yaml), whose adapters do": lora is None,
+        "does not go with model.lora.init_lora_weights pissa or olora, which change the base: take true": moved,
+        "does not go with ShardedStrategy, which cannot shard it: take one device or ddp, or leave it out": sharded,
+        "does not go with trainer.precision 64-true: take 32-true or bf16-mixed": precision == "64-true",
+        "in 8 bits computes in 16: set trainer.precision bf16-mixed": eight and precision != "bf16-mixed",
+    }
+    for said, applies in wrong.items():
+        if applies:
+            raise UserError(f"model.quantize {said}.")
 
 
 @contextmanager
@@ -147,25 +138,19 @@ def stepped(make_optimizer: OptimizerCallable, weights: list[nn.Parameter]) -> t
     return optimizer
 
 
-def try_optimizer(
-    trainer: Any,
-    make_optimizer: OptimizerCallable,
-    make_lr_scheduler: LRSchedulerCallable | None,
-    lora: Lora | None,
-) -> None:
-    """Try a step of the optimizer and its schedule on a matrix and, unless `lora` trains only those, a vector.
+def try_optimizer(trainer: Any, module: Any) -> None:
+    """Try a step of optimizer and schedule on a matrix and, unless LoRA trains only those, a vector.
 
-    The trial needs no list of supported classes. Raises UserError if the optimizer or the schedule fails, for
-    example an optimizer that needs a closure or sparse gradients, or a schedule that needs a metric.
+    So no list of supported classes is needed. Raises UserError if one fails.
     """
-    shapes = [(4, 4), (4,)] if lora is None or lora.use_dora else [(4, 4)]
+    shapes = [(4, 4), (4,)] if module.lora is None or module.lora.use_dora else [(4, 4)]
     weights = [nn.Parameter(torch.zeros(shape, device=trainer.strategy.root_device)) for shape in shapes]
     with trial("model.optimizer", "for example torch.optim.AdamW, and with it model.lr_scheduler WarmupCosine"):
-        optimizer = stepped(make_optimizer, weights)
-    if make_lr_scheduler is None:
+        optimizer = stepped(module.make_optimizer, weights)
+    if module.make_lr_scheduler is None:
         return
     with trial("model.lr_scheduler", "for example WarmupCosine or torch's LinearLR"):
-        schedule = make_lr_scheduler(optimizer)
+        schedule = module.make_lr_scheduler(optimizer)
         name = type(schedule).__name__
         if isinstance(schedule, ReduceLROnPlateau):
             raise TypeError(f"{name} waits for a metric, and a schedule is stepped once a step")
@@ -189,9 +174,8 @@ def try_rates(
                 schedule.step()
     if last < steps:
         kind = f"model.lr_scheduler: {type(schedule).__name__}" if schedule else "model.optimizer: its lr"
-        rank_zero_warn(
-            f"{kind} gives the rate 0 from step {last + 1} to the last, {steps}: these change no weight."
-        )
+        said = f"gives the rate 0 from step {last + 1} to the last, {steps}: these change no weight"
+        rank_zero_warn(f"{kind} {said}.")
 
 
 def try_state(make_optimizer: OptimizerCallable, restored: torch.optim.Optimizer) -> None:
@@ -204,25 +188,18 @@ def try_state(make_optimizer: OptimizerCallable, restored: torch.optim.Optimizer
     try:
         optimizer.step()
     except KeyError as error:
-        cure = "give its options as config.yaml has them"
-        raise UserError(
-            f"--ckpt_path: model.optimizer needs {error}, which the checkpoint lacks: {cure}."
-        ) from error
+        said = f"needs {error}, which the checkpoint lacks: give its options as config.yaml has them"
+        raise UserError(f"--ckpt_path: model.optimizer {said}.") from error
 
 
 def try_sharded_step(make_optimizer: OptimizerCallable, weights: list[nn.Parameter]) -> None:
-    """Try a step of the optimizer on zeros sharded as the smallest matrix of `weights`, on all ranks.
-
-    Raises UserError if it fails, as optimizers do whose operations know no sharded tensors.
-    """
-    smallest = min((weight for weight in weights if weight.ndim == 2), key=torch.numel)
-    sharded = [nn.Parameter(torch.zeros_like(smallest))]
-    with trial("model.optimizer", "for example torch.optim.AdamW, or one device or ddp"):
-        try:
-            stepped(make_optimizer, sharded)
-        except Exception as error:
-            name = type(make_optimizer(sharded)).__name__
-            raise TypeError(f"{name} knows no sharded weights of ShardedStrategy") from error
+    """Try a step on zeros sharded as the smallest matrix, on all ranks. Raises UserError if the optimizer fails."""
+    sharded = [nn.Parameter(torch.zeros_like(min((one for one in weights if one.ndim == 2), key=torch.numel)))]
+    try:
+        stepped(make_optimizer, sharded)
+    except Exception as error:
+        said = f"{type(make_optimizer(sharded)).__name__} knows no sharded weights of ShardedStrategy"
+        raise UserError(f"model.optimizer: {said}: take torch.optim.AdamW, or one device or ddp.") from error
 
 
 def check_steps(trainer: Any) -> float:
@@ -251,19 +228,16 @@ def check_steps(trainer: Any) -> float:
     the_run = f"the run takes {steps} steps"
     if steps < (every := trainer.log_every_n_steps) and trainer.loggers:
         rank_zero_warn(f"no curve of training will be logged: trainer.log_every_n_steps is {every}, and {the_run}.")
-    validates = trainer.limit_val_batches > 0 and not trainer.fast_dev_run
     interval: Any = getattr(trainer, "val_check_interval", None)  # Lightning sets none for a time
-    epoch = trainer.check_val_every_n_epoch
-    if epoch is not None and isinstance(interval, int) and interval > batches and validates:
-        raise UserError(
-            f"trainer.val_check_interval is {interval}, but an epoch has {batches} batches: set "
-            "trainer.check_val_every_n_epoch: null, which counts the batches of all epochs, or lower it."
-        )
-    if not (validates and trainer.datamodule.val_dataloader()) or not isinstance(interval, (int, float)):
+    if not isinstance(interval, (int, float)) or not trainer.limit_val_batches or trainer.fast_dev_run:
         return steps
-    within = interval if isinstance(interval, int) else max(1, int(batches * interval))
+    epoch, counts = trainer.check_val_every_n_epoch, isinstance(interval, int)
+    if epoch is not None and counts and interval > batches:
+        cure = "set trainer.check_val_every_n_epoch: null, which counts the batches of all epochs, or lower it"
+        raise UserError(f"trainer.val_check_interval is {interval}, but an epoch has {batches} batches: {cure}.")
+    within = interval if counts else max(1, int(batches * interval))
     first = within if epoch is None else (epoch - 1) * batches + within
-    if first > steps:
+    if first > steps and trainer.datamodule.val_dataloader():
         asked = "trainer.val_check_interval and check_val_every_n_epoch ask for it"
         rank_zero_warn(f"nothing will be validated: {asked} after step {first}, and {the_run}.")
     return steps

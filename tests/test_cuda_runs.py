@@ -112,7 +112,7 @@ def test_trains_as_on_the_cpu(name: str, shallow_llama: str, tmp_path: Path) -> 
 # forward pass, the tokens that have a gradient
 GATHER = ("to host", "to", "lightning_modules/measuring.py:reduce")
 NORM = ("wait", "item", "lightning_modules/sharding.py:clip_gradients")
-HEAD = ("wait", "nonzero", "lightning_modules/head.py:backward")
+HEAD = ("wait", "nonzero", "lightning_modules/scorer.py:backward")
 
 
 def everything(folder: Path) -> list[Callback]:

@@ -1,4 +1,8 @@
-"""The exceptions for a user's mistake, and the first line of any other."""
+"""The exceptions for a user's mistake, and the reason that any other gives."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from textwrap import shorten
 
 
 class UserError(Exception):
@@ -18,3 +22,21 @@ class StepRefused(UserError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its type if it has no text."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Raise UserError with the reason for any exception in the block, because damaged files may raise anything."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+        said = shorten(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), 300)
+        if "trust_remote_code" in text:
+            said = "it brings code of its own, which is run only with model.trust_remote_code: true."
+        elif "weights_only" in text:  # torch advises to run whatever code the file holds
+            said = "a .bin file is damaged, or holds more than weights: fetch it again, or take safetensors"
+        elif " " not in said:
+            said = f"{type(error).__name__} {said}"
+        raise UserError(f"{what}: {said}") from error

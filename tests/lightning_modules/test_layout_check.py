@@ -11,8 +11,7 @@ import torch
 from tiny_runs import controlled, plain_logps, preference, quiet_trainer, save_tiny_model
 
 from app.core.errors import UserError
-from lightning_modules.head import LogitRule
-from lightning_modules.scorer import response_logps
+from lightning_modules.scorer import LogitRule, response_logps
 
 
 def one_step(folder: Path, name: str, layout: str) -> tuple[Any, Any]:

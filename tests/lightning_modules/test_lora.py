@@ -60,7 +60,7 @@ def test_only_adapters_move_and_the_first_gaps_are_exactly_zero(tiny_llama: str,
             assert torch.equal(tensor, before[plain]), name
         elif "lora_B" in name:
             assert tensor.abs().max() > 0, name
-    assert len(module.scorers) == 1
+    assert len(module.measurer.scorers) == 1
 
 
 def test_without_adapters_it_is_the_model_that_it_was(tiny_llama: str, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_exports_it(start: str, tiny_
     resumed = run(tmp_path / "part", tiny_llama, 5, last, lora)
     held = read_checkpoint(last)["state_dict"]
     # PiSSA changes the base, so the checkpoint holds it, and the reference is a model of its own
-    assert all("lora_" in name for name in held) == (len(resumed.scorers) == 1) == (start != "PiSSA")
+    assert all("lora_" in name for name in held) == (len(resumed.measurer.scorers) == 1) == (start != "PiSSA")
     for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other), name
 

@@ -15,12 +15,11 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from app.method.batch import Layout, PackedRows
 from datamodules.packing import pack
 from datamodules.records import TokenisedPair
-from lightning_modules import head
+from lightning_modules import scorer as scoring
 from lightning_modules.attention import dense_mask, one_row
 from lightning_modules.flex import BLOCK, block_mask, block_tensors
-from lightning_modules.head import LogitRule, head_logits, head_logps
 from lightning_modules.pretrained import store_linear_weights
-from lightning_modules.scorer import ResponseScorer
+from lightning_modules.scorer import LogitRule, ResponseScorer, head_logits, head_logps
 
 PACKABLE = (
     "llama",
@@ -115,8 +114,8 @@ def test_gradients_equal_those_of_plain_rows(
     family: str, slice_logits: int | None, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if slice_logits is not None:
-        monkeypatch.setitem(head.SLICE_LOGITS, "cpu", slice_logits)
-        monkeypatch.setattr(head, "NARROWEST_SLICE", 1)
+        monkeypatch.setitem(scoring.SLICE_LOGITS, "cpu", slice_logits)
+        monkeypatch.setattr(scoring, "NARROWEST_SLICE", 1)
     pairs = random_pairs()
     plain, packed = tiny_model(family), tiny_model(family)
     if attention == "pairwise":

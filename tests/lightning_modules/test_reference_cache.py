@@ -28,7 +28,7 @@ from app.core.errors import UserError
 from lightning_modules import reference_cache
 from lightning_modules.measuring import Ranks
 from lightning_modules.reference_cache import ReferenceCache, reference_fingerprint, reload
-from lightning_modules.strategy import ShardedStrategy
+from lightning_modules.sharding import ShardedStrategy
 
 
 @pytest.fixture(autouse=True)

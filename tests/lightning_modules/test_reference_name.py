@@ -45,7 +45,7 @@ def test_it_scores_every_pair(
         torch.testing.assert_close(ours, getattr(start, f"policy_{side}"), rtol=0, atol=2e-4)
         torch.testing.assert_close(fixed, getattr(other, f"policy_{side}"), rtol=0, atol=2e-4)
     assert decisions[0].gaps.abs().max() > 1
-    assert len(module.scorers) == 1 + (settings.get("reference") != "cached")
+    assert len(module.measurer.scorers) == 1 + (settings.get("reference") != "cached")
 
 
 def test_a_model_with_other_tokens_is_refused(tiny_llama: str, tiny_gpt2: str, tmp_path: Path) -> None:

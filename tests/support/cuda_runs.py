@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
 from varlen_reference import varlen_reference
 
-from lightning_modules import base, pretrained
+from lightning_modules import base
 from lightning_modules.flex import packed_flex
+from lightning_modules.pretrained import load_model
 
 
 def plain_flex(
@@ -89,7 +90,7 @@ def _load_model(*args: Any, **settings: Any) -> Any:
     here = torch.empty(0).device
     modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
     try:
-        model = pretrained.load_model(*args, **settings)
+        model = load_model(*args, **settings)
     finally:
         for mode in reversed(modes):
             _push_mode(mode)
