@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import math
 import multiprocessing
@@ -11,7 +10,7 @@ import shlex
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -108,12 +107,24 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def do(commands: Sequence[str], log: Path) -> None:
-    """Run commands one after the other in this process, so that its start-up is paid once; output goes to `log`."""
+    """Run commands one after the other in this process, so that its start-up is paid once.
+
+    All output goes to `log`, also that from outside Python.
+    """
     torch.set_num_threads(1)
-    with quietly(log):
-        for command in commands:
-            print(command, flush=True)
-            call(command)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    kept = {number: os.dup(number) for number in (1, 2)}
+    with open(log, "w", encoding="utf-8") as file:
+        try:
+            for number in kept:
+                os.dup2(file.fileno(), number)
+            for command in commands:
+                print(command, flush=True)
+                call(command)
+        finally:
+            for number, copy in kept.items():
+                os.dup2(copy, number)
+                os.close(copy)
 
 
 def call(command: str) -> None:
@@ -122,22 +133,6 @@ def call(command: str) -> None:
         main(words)
     else:  # python -m MODULE
         importlib.import_module(words[1]).main(words[2:])
-
-
-@contextlib.contextmanager
-def quietly(log: Path) -> Iterator[None]:
-    """Redirect all output of this process to a file, including output from outside Python."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w", encoding="utf-8") as file:
-        kept = [os.dup(1), os.dup(2)]
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            for number, copy in enumerate(kept, 1):
-                os.dup2(copy, number)
-                os.close(copy)
 
 
 def carry_out(runs: list[Run], jobs: int) -> set[Run]:
