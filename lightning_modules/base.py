@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -18,7 +18,7 @@ from app.core.errors import UserError
 from app.method.batch import OptimizerBatch, PackedRows
 from app.method.ranges import PositiveFloat, checked
 from lightning_modules.attention import OURS
-from lightning_modules.flops import numbers, parameter_count
+from lightning_modules.flops import parameter_count
 from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.layout_check import StartCheck
 from lightning_modules.lora import Lora, add_lora, save_adapters_alone
@@ -126,8 +126,6 @@ class LanguageModelTraining(RecordedTraining):
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         # from_pretrained returns eval mode, in which transformers silently skips gradient checkpointing
         self.policy.train()
-        trained = sum(numbers(weight) for weight in self.policy.parameters() if weight.requires_grad)
-        rank_zero_info(f"{trained:,} of {parameter_count(self.policy):,} parameters are trained")
         self.place(self.policy)
         if self.adapters_alone:
             save_adapters_alone(self)

@@ -62,7 +62,7 @@ def unwritable(path: Any) -> UserError:
 def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
     """Return a file's contents on the CPU, read when used with `mmap`. Raises UserError if it is not ours."""
     if path.is_dir():
-        raise UserError(f"{path} is a folder of shards, which only ShardedStrategy (strategy/fsdp.yaml) resumes.")
+        raise UserError(f"--ckpt_path: only ShardedStrategy (strategy/fsdp.yaml) reads {path}, a folder of shards.")
     if not path.exists():
         raise UserError(f"there is no checkpoint {path}: give the path of one that `beta-dpo fit` wrote.")
     return _load(path, path, {"model_config", "state_dict", "loops"}, mmap)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim.lr_scheduler import LRScheduler
 
 from app.core.errors import UserError
+from lightning_modules.flops import numbers, parameter_count
 from lightning_modules.lora import Lora
 from lightning_modules.private import load_state_of_loader
 from lightning_modules.scorer import ResponseScorer
@@ -97,6 +98,10 @@ class RecordedTraining(LightningModule):
         for bit, and changed settings apply from now on with the schedule at its position.
         """
         self._step_ended = time.perf_counter()
+        trained = sum(numbers(weight) for weight in self.policy.parameters() if weight.requires_grad)
+        rank_zero_info(f"{trained:,} of {parameter_count(self.policy):,} parameters are trained")
+        if not trained:
+            raise UserError("trainer.callbacks: a callback has frozen all weights, so nothing is left to train.")
         if self.trainer.ckpt_path is None:
             if self.data is not None:
                 self.data.tell_pairs_seen()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 from tiny_runs import Recorder, controlled, preference, quiet_trainer
 
@@ -152,3 +153,9 @@ def test_a_rate_of_zero_to_the_end_is_told(tiny_llama: str, tmp_path: Path) -> N
         warnings.filterwarnings("error", message=".*gives the rate 0")
         module = preference(tiny_llama, lr_scheduler=lambda of: WarmupCosine(of, 1, 3))
         quiet_trainer(tmp_path).fit(module, controlled(30))
+
+
+def test_a_callback_that_freezes_everything_leaves_nothing_to_train(tiny_llama: str, tmp_path: Path) -> None:
+    freeze = LambdaCallback(on_train_start=lambda _, module: module.policy.requires_grad_(False))
+    with pytest.raises(UserError, match="a callback has frozen all weights"):
+        quiet_trainer(tmp_path, [freeze]).fit(preference(tiny_llama), controlled(4))
