@@ -9,6 +9,7 @@ from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "pipeline.md"
 ROW = re.compile(r"^\| (?P<name>[^|]+) \| (?P<cells>`.*`) \|$", re.MULTILINE)
+SIZES = {"410M": " --data.batch_size 128", "1.4B": "", "2.8B": ""}  # of Pythia → what the page adds for it
 BATCH_SCRIPT = "configs/slurm/train.sbatch"
 
 
@@ -33,7 +34,8 @@ def recipes() -> list[Recipe]:
     for row in ROW.finditer(text.partition("\n## ")[0]):
         cells = re.findall(r"`([^`]*)`", row["cells"])
         if len(cells) == 1:
-            what[row["name"]] = cells[0]
+            for size, more in SIZES.items() if "SIZE" in row["name"] else [("", "")]:
+                what[row["name"].replace("SIZE", size)] = cells[0].replace("SIZE", size.lower()) + more
         else:
             where[row["name"]] = cells
     found = []
