@@ -118,7 +118,7 @@ def test_the_commands_refuse_a_hostile_checkpoint(subcommand: str, trained: Path
     hostile(trained, mark, bad)
     before = sorted(trained.rglob("*"))
     said = refused(command(trained, subcommand, "--config", "config.yaml", "--ckpt_path", str(bad)))
-    assert said == f"beta-dpo: {bad} is damaged or not a checkpoint of beta-dpo, and was not loaded."
+    assert said == f"beta-dpo: --ckpt_path: {bad} is damaged or not a checkpoint of beta-dpo, and was not loaded."
     assert not mark.exists()
     assert sorted(trained.rglob("*")) == before
 
