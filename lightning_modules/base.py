@@ -51,12 +51,11 @@ class LanguageModelTraining(RecordedTraining):
         layout: `packed` rows hold the prompt once; `separate` rows are plain padded ones. `auto` packs unless
             the start-up check on the first batch finds that packing changes this model's log-probabilities.
         attention: `auto` takes the first that passes the start-up check: on CUDA `varlen` (FlashAttention, in
-            16 bits), `flex` (compiled FlexAttention), `pairwise` (pair by pair); on other devices
-            `pairwise`; then the choice of transformers: `sdpa`, or `eager` where the model has no `sdpa`.
+            16 bits), `flex` (compiled FlexAttention), `pairwise` (pair by pair); on other devices `pairwise`;
+            then the choice of transformers: `sdpa`, or `eager` where the model has no `sdpa`.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        compile_layers: fuse the operations between a layer's matrix products by `torch.compile`. This saves time
-            and memory in every step and adds up to a minute to the start of the run. `auto` compiles on CUDA if
-            the start-up check passes.
+        compile_layers: fuse the operations between a layer's matrix products by `torch.compile`, which adds up to a
+            minute to the start. `auto` compiles on CUDA if the start-up check passes.
         trust_remote_code: run model code that comes from the Hub.
         lora: train only low-rank adapters with these settings.
         quantize: with `lora`, load the base in 4 or 8 bits by bitsandbytes, with these settings of transformers'

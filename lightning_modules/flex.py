@@ -1,8 +1,7 @@
 """FlexAttention over one row of pairs, which on CUDA skips blocks of tokens that do not attend to each other.
 
-Transformers' own wrapper compiles a graph per number of rows, length up to 128 tokens and mask function; past the
-compiler's limit it runs uncompiled and holds the scores of the whole row. This module needs one graph: one row, its
-length a multiple of the block, and one mask function with the window in its bounds.
+Transformers' wrapper compiles a graph per number of rows, length and mask; past the compiler's limit it runs
+uncompiled and holds all scores. Here one graph serves: one row of whole blocks, the window in the mask's bounds.
 """
 
 from __future__ import annotations

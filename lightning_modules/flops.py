@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
-# Dense TFLOP/s of bfloat16 products with float32 sums, by the driver's name of the GPU. Most datasheets print the
-# figure with sparsity, twice as large, as does lightning.fabric.utilities.throughput for H200 and H100 NVL. On
-# 2026-11-26 compared with public second-hand tables, not with the datasheets: all agree, H200 NVL to two digits,
-# GeForce 5090 and 3090 after halving figures for float16 sums.
+# Dense TFLOP/s of bfloat16 products with float32 sums, by the driver's name of the GPU. Most datasheets print twice
+# as much, with sparsity, as does lightning.fabric.utilities.throughput for H200 and H100 NVL. Compared with public
+# second-hand tables, not datasheets: all agree, GeForce 5090 and 3090 after halving figures for float16 sums.
 DENSE_BFLOAT16 = (
     # datasheets DGX B200 (72 PFLOP/s in FP8 on 8 GPUs, sparse; half of it in bfloat16), GB200 NVL72 (360 on 72)
     {"NVIDIA B200": 2250.0, "NVIDIA GB200": 2500.0}

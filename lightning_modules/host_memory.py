@@ -12,9 +12,8 @@ LARGEST = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Make the allocator keep freed memory for later tensors, and return whether it accepted the setting.
 
-    By default glibc returns every block above 32 MB, and the free end of its heap, to the system, which then clears
-    and maps the same pages again at every step (cost: docs/benchmarks.md). The peak does not change. The user's own
-    `MALLOC_…_` and `GLIBC_TUNABLES` stay, and another C library is left alone.
+    By default glibc returns blocks above 32 MB to the system, which clears and maps the same pages again at every
+    step (docs/benchmarks.md). The user's own settings stay, and another C library is left alone.
     """
     own = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc

@@ -65,10 +65,9 @@ class StartCheck:
     def agreeing_layout(self, batch: OptimizerBatch) -> Layout:
         """Choose attention and layers of the models, and return the layout for training.
 
-        The check compares a few pairs of the batch, and a pair as long as the longest of the run beside a short
-        one. Only the long pair reveals models that count positions in a row (a local window) or depend on the
-        longest row of a micro-batch (scaled rotary positions). In training, a backward pass is tried on CUDA and
-        for compiled layers. Raises UserError if the requested setting or every candidate fails, or out of memory.
+        The check compares a few pairs of the batch, and the longest of the run, which alone reveals models that
+        count positions in a row (a local window) or depend on the longest row (scaled rotary positions). In
+        training, a backward pass is tried on CUDA and for compiled layers. Raises UserError if nothing fits.
         """
         try:
             with torch.inference_mode(False):  # training uses what a validation has settled

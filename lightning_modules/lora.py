@@ -41,9 +41,8 @@ class Lora:
         alpha_pattern: scales of single layers, by name.
         use_rslora: divide by √r instead of r (arXiv 2312.03732).
         use_dora: train the norms of the weights' columns as well (DoRA, arXiv 2402.09353).
-        init_lora_weights: true, or `gaussian` for A. `pissa`, `pissa_niter_N` (arXiv 2404.02948) and `olora` start
-            from parts of the base's weights, which change: so a frozen reference is a second model, and
-            checkpoints hold the base, too.
+        init_lora_weights: true, or `gaussian` for A. `pissa`, `pissa_niter_N` (arXiv 2404.02948) and `olora` change
+            the base's weights: so a frozen reference is a second model, and checkpoints hold the base, too.
     """
 
     r: PositiveInt = 16

@@ -21,15 +21,7 @@ from lightning_modules.sharding import LOCAL, ShardedStrategy, keep_local_part, 
 
 WEIGHT = 4  # bytes of a master weight, of a gradient and of each number of optimizer state: float32
 # what a moment may hold beside the resident parts
-HELD = (
-    "gradients",
-    "dequantised layer",
-    "gathered weights",
-    "gradients not yet reduced",
-    "activations",
-    "logits",
-    "optimizer's working memory",
-)
+HELD = ("gradients", "dequantised layer", "gathered weights", "gradients not yet reduced", "activations", "logits")
 SHORT_ROW = 16  # tokens; short, so that the dense mask, which FlexAttention does not need, adds almost nothing
 
 
@@ -220,13 +212,15 @@ class MemoryPlan:
         logits = min(slice_logits, tokens * self.sizes.vocabulary) * (4 + compute)
         layer, head = compute * self.sizes.dequantized, unreduced[0]
         moments = {  # in the order of HELD
-            "the forward pass": (0, layer, both, 0, kept, logits, 0),
-            "the head": (gradients, 0, root, head, kept, logits, 0),
-            "the backward pass": (gradients, layer, gathered, head + unreduced[1], running, 0, 0),
-            "the end of the backward pass": (gradients, 0, root, unreduced[2], 0, 0, 0),
-            "the optimizer step": (share, 0, 0, 0, 0, 0, share * on_cuda),  # updates all parameters at once
+            "the forward pass": (0, layer, both, 0, kept, logits),
+            "the head": (gradients, 0, root, head, kept, logits),
+            "the backward pass": (gradients, layer, gathered, head + unreduced[1], running, 0),
+            "the end of the backward pass": (gradients, 0, root, unreduced[2], 0, 0),
         }
-        return {name: self.resident | dict(zip(HELD, held, strict=True)) for name, held in moments.items()}
+        held = {name: dict(zip(HELD, sizes, strict=True)) for name, sizes in moments.items()}
+        # on CUDA it updates all parameters at once
+        held["the optimizer step"] = {"gradients": share, "optimizer's working memory": share * on_cuda}
+        return {name: self.resident | sizes for name, sizes in held.items()}
 
     def peak(self, tokens: int) -> tuple[str, dict[str, int]]:
         """Return the moment that needs most memory, and the bytes held then."""

@@ -36,9 +36,8 @@ SCALED_BY_BETA = ("reward_margin", "reward_chosen", "reward_rejected")
 class PreferenceOptimization(PreferenceScoring):
     """The stage for DPO and its variants; with `RewardGapStatistics`, `PairFilter` and `BetaScheduler` it is β-DPO.
 
-    One step (method §1): measure the reward gap of every pair of the global batch; let the callbacks choose β and
-    the pairs to keep; back-propagate the loss of the kept pairs; update. The module knows these callbacks only by
-    their method `on_reward_gaps`; without them it is plain DPO at β0.
+    One step (method §1): measure the reward gap of every pair of the global batch; let the callbacks with a method
+    `on_reward_gaps` choose β and the pairs to keep; back-propagate the loss of the kept pairs; update.
 
     Args:
         name: folder or Hub id of the SFT model, which is the start of the policy and the reference.
@@ -47,8 +46,7 @@ class PreferenceOptimization(PreferenceScoring):
         loss: per-pair loss of the log-probabilities and β.
         reference: `frozen` keeps the reference as a second model or, with `lora` and without `reference_name`,
             uses the policy without its adapters; `cached` scores every pair once before training and keeps the
-            log-probabilities on disk for all runs from the same model, so that training needs memory and time only
-            for the policy.
+            log-probabilities on disk for all runs from the same model.
         sft_weight: weight of the term −log π(y_w|x)/|y_w| added to the loss.
         max_nonfinite_share: the run stops at a step in which more than this share of pairs has no finite gap;
             up to this share, such pairs are left out, counted and named in the log.

@@ -61,10 +61,9 @@ def load_model(
 ) -> Any:
     """Return a float32 `transformers` causal language model; a `quantized` one is on `device`.
 
-    With `architecture` the weights are random, drawn from the global generator (Lightning seeds it). If `attention`
-    is None, transformers chooses. A named model of more than `meta_above` parameters has its parameters on the meta
-    device, and `read_weights` must fill them. The attribute `base_dtype` is the dtype in its configuration, or
-    None. Raises UserError if the model cannot be found or read.
+    With `architecture` the weights are random, from the global generator. If `attention` is None, transformers
+    chooses. A named model of more than `meta_above` parameters is on the meta device, until `read_weights`. The
+    attribute `base_dtype` is the dtype in its configuration, or None. Raises UserError if it cannot be read.
     """
     config = load_config(name, architecture, trust_remote_code)
     base_dtype = config.dtype

@@ -27,23 +27,19 @@ NARROWEST_SLICE = 512  # below this a matrix product is mostly overhead
 class ResponseScorer(nn.Module):
     """The root module that DDP and FSDP2 wrap; it computes log π(y|x) of every response of a micro-batch.
 
-    Backbone and head run in one `forward`, so a sharded head is gathered for its use. The head processes only the
-    positions that predict response tokens, one slice of the vocabulary at a time (`head_logps`). Raises UserError
-    unless transformers' `model` has a linear layer as head and a backbone separate from it.
+    Backbone and head run in one `forward`, so a sharded head is gathered for its use. Raises UserError unless the
+    `model` has a linear layer as head and a backbone separate from it.
     """
 
     def __init__(self, model: Any):
         super().__init__()
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
-            raise UserError(
-                f"model.name: its output head is a {type(head).__name__}, and only a linear layer is supported: "
-                "choose another model, or keep adapters off the head."
-            )
+            cure = "only a linear layer is supported: choose another model, or keep adapters off the head"
+            raise UserError(f"model.name: its output head is a {type(head).__name__}, and {cure}.")
         if model.base_model is model:
-            raise UserError(
-                f"model.name: a {model.config.model_type} has no backbone without the head: choose another."
-            )
+            kind = model.config.model_type
+            raise UserError(f"model.name: a {kind} has no backbone without the head: choose another.")
         self.model = model
         self.some_dropped = False  # whether pairs may be dropped between a forward pass and its backward pass
         # the one in use, by its name in transformers, and the fallback and baseline of the start-up check

@@ -37,9 +37,8 @@ SUMMED = "replicated_with_grad_allreduce"  # whole weights applied only to this 
 class ShardedStrategy(ModelParallelStrategy):
     """An FSDP2 strategy that shards weights, gradients, optimizer state and the frozen reference over the ranks.
 
-    The device mesh follows from the number of ranks. Weights, reduced gradients and optimizer state are always
-    float32; use `trainer.precision: 32-true`. Checkpoints are folders to which every rank writes its part
-    (torch.distributed.checkpoint).
+    Weights, reduced gradients and optimizer state are float32; use `trainer.precision: 32-true`. Checkpoints are
+    folders to which every rank writes its part (torch.distributed.checkpoint).
 
     Args:
         replicas: copies of the model. 1 is FSDP2 over all ranks; `nodes` or a larger number is HSDP: each copy is
@@ -50,12 +49,10 @@ class ShardedStrategy(ModelParallelStrategy):
             the backward pass; false saves communication but needs memory for the whole gathered model.
         prefetch_blocks: number of blocks gathered ahead of the running one; 0 leaves the choice to FSDP2.
         offload_reference: keep the shards of the reference in the host's memory and copy them for each use.
-        accumulate_whole_gradients: exchange gradients only on the last micro-batch of a step; until then every
-            rank holds the float32 gradient of the whole model. Replicas always exchange theirs only on the last
-            micro-batch.
-        meta_init_above: no rank ever holds the whole of a model with more parameters: each rank reads its shards
-            from the safetensors files. DoRA, PiSSA and OLoRA start from the base's weights: with them, every rank
-            loads the whole model first.
+        accumulate_whole_gradients: exchange gradients only on the last micro-batch of a step, as replicas always
+            do; until then every rank holds the float32 gradient of the whole model.
+        meta_init_above: ranks read only their shards of a model with more parameters from the safetensors files,
+            but the whole model with DoRA, PiSSA and OLoRA, which start from the base's weights.
         tensor_parallel_size: number of neighbouring ranks that split every layer of a block, by the model's plan
             in transformers, and work on the same pairs. Each has the whole embeddings and head.
         process_group_backend: backend of torch.distributed; None is NCCL on CUDA and gloo on CPUs.
