@@ -19,7 +19,6 @@ from app.method.batch import OptimizerBatch, PackedRows
 from app.method.ranges import PositiveFloat, checked
 from lightning_modules.attention import OURS
 from lightning_modules.flops import parameter_count
-from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.layout_check import StartCheck
 from lightning_modules.lora import Lora, add_lora, save_adapters_alone
 from lightning_modules.measuring import Ranks
@@ -31,6 +30,7 @@ from lightning_modules.pretrained import (
     stop_at,
     store_linear_weights,
 )
+from lightning_modules.private import keep_freed_memory
 from lightning_modules.recorded_training import RecordedTraining
 from lightning_modules.refused_models import check_tokens, refuse_beyond
 from lightning_modules.scorer import ResponseScorer

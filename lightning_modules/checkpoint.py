@@ -69,7 +69,7 @@ def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the contents of a file, or of a folder of shards but for its tensors. Raises UserError, too."""
+    """Return the contents of a file, or of a folder of shards but for its tensors, or raise UserError."""
     if not path.is_dir():
         return read_checkpoint(path)
     if (last := path / "checkpoints" / "last.ckpt").exists():

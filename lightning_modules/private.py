@@ -1,4 +1,4 @@
-"""Every private or undocumented part of other packages that this package uses.
+"""Every private or undocumented part of other packages, and of glibc, that this package uses.
 
 They may change in any release. The default tests passed with torch 2.13.0, transformers 5.23.0, lightning 2.6.6 and
 bitsandbytes 0.50.2, and `tests/test_cuda_runs.py::test_trains_as_on_the_cpu` with torch 2.11.0 and transformers
@@ -7,6 +7,8 @@ bitsandbytes 0.50.2, and `tests/test_cuda_runs.py::test_trains_as_on_the_cpu` wi
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +21,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations.tensor_parallel import apply_tensor_parallelism, replace_layer_number_by_wildcard
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST = -1, -3, 2**31 - 1  # malloc.h
 
 
 def compile_modules(modules: Iterable[nn.Module], compiled: bool) -> None:
@@ -80,3 +84,16 @@ def load_state_of_loader(trainer: Any) -> None:
     states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
     if states:
         loop._combined_loader._load_state_dicts(states)
+
+
+def keep_freed_memory() -> bool:
+    """Make the allocator keep freed memory for later tensors, and return whether it accepted the setting.
+
+    By default glibc returns blocks above 32 MB to the system, which clears and maps the same pages again at every
+    step (docs/benchmarks.md). The user's own settings stay, and another C library is left alone.
+    """
+    own = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys()
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
+    if own or mallopt is None:
+        return False
+    return all(mallopt(option, LARGEST) == 1 for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))

@@ -192,7 +192,7 @@ def _score(measurer: PairMeasurer, cache: ReferenceCache, loaders: Batches) -> N
 
 
 def _largest_error(measurer: PairMeasurer, cache: ReferenceCache, loaders: Batches) -> float:
-    """Score pairs again and return the largest difference in nats per token: 0 if both are not finite, else ∞."""
+    """Score pairs again; return the largest difference in nats per token, infinite if one alone is not finite."""
     apart = [torch.zeros(1, dtype=torch.float64)]
     for keys, logps, tokens in _scored(measurer, chain.from_iterable(loaders)):
         stored = cache.logps(keys)

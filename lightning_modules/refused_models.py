@@ -79,7 +79,10 @@ def refuse_missing(name: str, found: dict[str, Any]) -> None:
 
 
 def refuse_beyond(model: Any, longest: int, largest_id: int, tokenizer: str, length: str) -> None:
-    """Raise UserError if ids or rows exceed the embedding tables; warn if rows are longer than trained."""
+    """Raise UserError if ids or rows exceed the model's tables; warn if rows are longer than trained.
+
+    `tokenizer` and `length` are the options to blame.
+    """
     known = model.get_input_embeddings().num_embeddings
     if largest_id >= known:
         cure = "take the tokenizer of this model, or a larger model.architecture.vocab_size"

@@ -59,9 +59,6 @@ class ShardedStrategy(ModelParallelStrategy):
         timeout: the run ends if a rank does not join a collective within this time.
     """
 
-    _sharding_mesh: DeviceMesh
-    _tensor_mesh: DeviceMesh
-
     def __init__(
         self,
         replicas: PositiveInt | Literal["nodes"] = 1,

@@ -12,7 +12,7 @@ PAGES = 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")
 PROGRAM = """
 import resource
 import torch
-from lightning_modules.host_memory import keep_freed_memory
+from lightning_modules.private import keep_freed_memory
 print(keep_freed_memory())
 torch.ones(2**24)  # 64 MB
 faults = []
