@@ -82,9 +82,7 @@ class RecordedTraining(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         lora = checkpoint.get("lora") or {}
         if lora.get("identity") is not None and (self.lora is None or lora["identity"] != self.base_identity):
-            cure = (
-                f"give model.lora as in the run's config.yaml, and that very model by model.name (now {self.name})"
-            )
+            cure = f"give model.lora as its config.yaml has it, and that very model by model.name (now {self.name})"
             raise UserError(f"--ckpt_path: the checkpoint holds adapters of {lora['base']}: {cure}.")
         fits = self.trainer.state.fn == TrainerFn.FITTING and self.data is not None
         # an endless loader's epochs have as many batches of any size
