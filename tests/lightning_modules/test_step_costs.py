@@ -51,6 +51,7 @@ def test_pairs_per_second_counts_what_lies_between_steps(tiny_llama: str, tmp_pa
 def test_validation_is_not_time_of_a_step(tmp_path: Path) -> None:
     training, trainer = RecordedTraining(), quiet_trainer(tmp_path)
     training.trainer = trainer
+    training.policy = torch.nn.Linear(1, 1)  # type: ignore[assignment]
     training.on_train_start()
     training.on_validation_start()
     time.sleep(0.2)
