@@ -65,7 +65,7 @@ def versions(*packages: str) -> dict[str, str | None]:
 def processor() -> str:
     """Return the name of this machine's processor."""
     found = re.search(r"^model name\s*: *(.+?) *$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return found[1] if found else platform.processor()
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def save(entry: dict[str, Any], name: str, path: Path) -> None:

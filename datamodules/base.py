@@ -79,7 +79,7 @@ class PairDataModule(LightningDataModule):
         self.gap_mixture = gap_mixture
         self.reward_model = reward_model
         self.select, self.order = select, order
-        self.notes: list[str] = []  # what these two did to the training pairs
+        self.notes: dict[Split, list[str]] = {}  # what left out or ordered the pairs of a split
         self._tables: dict[Split, tuple[PairTable, np.ndarray]] = {}
         self._prepared: dict[Split, tuple[PairTable, np.ndarray] | None] = {}
         self.used_by: LightningModule | None = None  # the stage, where there is no trainer
@@ -109,12 +109,14 @@ class PairDataModule(LightningDataModule):
             return None
         trained_on = split == "train" and self.need_rejected
         table = self.open_streams(streams, trained_on)
+        notes = self.notes[split] = []
         rows = rows_with_reward(table, self.rows_of(table, split))
         if split == "train":
-            rows, self.notes = ranked(table, rows, self.select, self.order)
+            rows, told = ranked(table, rows, self.select, self.order)
+            notes += told
             if not self.need_rejected:
                 unused = (name for name in ("gap_mixture", "reward_model") if getattr(self, name))
-                self.notes += [f"data.{name} has no effect on supervised fine-tuning" for name in unused]
+                notes += [f"data.{name} has no effect on supervised fine-tuning" for name in unused]
         if self.gap_mixture is None or not self.need_rejected or split not in ("train", "predict"):
             return table, rows
         samples = [replaced_stream(stream, self.gap_mixture.samples) for stream in streams]
@@ -163,7 +165,7 @@ class PairDataModule(LightningDataModule):
                 continue
             self._tables[split] = opened
             table, rows = opened
-            for line in describe(table, rows) + (self.notes if split == "train" else []):
+            for line in describe(table, rows) + self.notes[split]:
                 rank_zero_info(f"{split}: {line}")
             if split == "train":
                 rank_zero_info("\n".join(["the first pair as it is trained:", *self.shown(table, int(rows[0]))]))

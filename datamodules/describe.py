@@ -62,9 +62,12 @@ def _of_parts(parts: Sequence[Part], counts: Sequence[int]) -> list[str]:
 
 
 def _of_part(part: Part, count: int) -> str:
-    some = f"{count} of {part.pairs} pairs (data.validation_share, data.select or weights leave out the others)"
-    whole = f"{count} pairs" if count == part.pairs - part.unscored else some
-    told = [whole, f"{part.report.counts['rows']} rows read", *part.report.lines()]
+    whole = count == part.pairs - part.unscored
+    told = [
+        f"{count} pairs" if whole else f"{count} of {part.pairs} pairs",
+        f"{part.report.counts['rows']} rows read",
+        *part.report.lines(),
+    ]
     if any("truncated" in reason for reason in part.report.counts):
         told.append("data.max_length and data.max_prompt_length set the limits")
     if part.unscored:
@@ -77,18 +80,19 @@ def remarks(table: PairTable, rows: np.ndarray, max_length: int, trained: bool) 
     found = [(logging.WARNING, cut_responses(table, max_length)), (logging.WARNING, unknown_text(table))]
     if trained:
         names = table.label_names
-        twice, contradicted = repeats(table, rows)
+        twice, contradicted, spaced = repeats(table, rows)
         found += [
             (logging.INFO, f"columns kept as labels: {', '.join(names)}" if names else ""),
             (logging.INFO, twice),
             (logging.INFO, against_scores(table, rows)),
             (logging.WARNING, contradicted),
+            (logging.WARNING, spaced),
         ]
     return [(level, said) for level, said in found if said]
 
 
-def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str]:
-    """Return a message on repeated pairs and one on contradicting pairs, each empty if there are none."""
+def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str, str]:
+    """Return messages on pairs that are repeated, contradict others, or differ in outer spaces alone, if any."""
     keys = pd.DataFrame({name: table.keys(name, rows) for name in ("prompt", "chosen", "rejected")})
     pairs, swapped = (
         hash_pandas_object(keys[["prompt", *sides]], index=False)
@@ -96,13 +100,16 @@ def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str]:
     )
     again = np.flatnonzero(pairs.duplicated())
     # answers that differ in outer spaces alone have one key
-    against = np.flatnonzero((keys.chosen != keys.rejected) & swapped.isin(pairs))
+    equal = (keys.chosen == keys.rejected).to_numpy()
+    against = np.flatnonzero(~equal & swapped.isin(pairs))
     twice = f"{_pairs(len(again), 'repeat')} an earlier one (first: {_named(table, rows[again])})"
     contradiction = (
         f"{_pairs(len(against), 'contradict')} another one: the same prompt, chosen and rejected swapped "
         f"(first: {_named(table, rows[against])}); all stay, take out those that are wrong"
     )
-    return twice if len(again) else "", contradiction if len(against) else ""
+    spaced = f"{_pairs(equal.sum(), 'have', 'has')} responses that differ in outer spaces alone"
+    spaced += f" (first: {_named(table, rows[equal])}): they teach nothing else, so take them out"
+    return twice if len(again) else "", contradiction if len(against) else "", spaced if equal.any() else ""
 
 
 def against_scores(table: PairTable, rows: np.ndarray) -> str:

@@ -161,13 +161,16 @@ class PreferenceData(PairDataModule):
         if self.held_out and split in ("train", "validation"):
             sides = split_by_prompt(table.keys("prompt"), self.validation_share)
             rows = sides[split == "validation"]
+            self.notes[split].append(f"data.validation_share: {len(sides[1])} of {len(table)} pairs are held out")
         if split == "predict" or not self.mixed:
             return rows
         weights = {source.label: source.weight for source in self.sources if source.weight is not None}
         names = [part.source for part in table.parts]
         if not weights.keys() >= set(names):  # every source gives all its pairs
             return rows
-        return drawn_rows(table.part_of(rows), rows, [weights[name] for name in names], names)
+        drawn = drawn_rows(table.part_of(rows), rows, [weights[name] for name in names], names)
+        self.notes[split].append(f"data.path: the weights leave out {len(rows) - len(drawn)} of {len(rows)} pairs")
+        return drawn
 
 
 def check_sources(sources: Sequence[Source]) -> None:

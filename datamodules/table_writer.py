@@ -81,7 +81,8 @@ def build_table(
     The next call for the same folder resumes the work of a killed process after its last finished part. Raises
     UserError if no pair remains, FileExistsError if the folder exists and is not empty.
     """
-    parts = Parts(folder.with_suffix(".parts"), stream.description())
+    described = stream.description()
+    parts = Parts(folder.with_suffix(".parts"), described)
     try:
         report = _tokenise_parts(stream, tokenizer, settings, parts)
         kinds: defaultdict[str, set[str]] = defaultdict(set)
@@ -98,6 +99,8 @@ def build_table(
             if not written:
                 told = "; ".join(report.lines())
                 raise UserError(f"No pair is left after tokenisation ({told}): check the data settings.")
+            if stream.description() != described:
+                raise UserError(f"{stream.name} has changed while it was read: wait until it is complete.")
             report.counts["pairs"] = written
             meta.update(report=report.counts, examples=report.examples, label_kinds=by_name(kinds))
 

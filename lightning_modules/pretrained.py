@@ -40,7 +40,9 @@ def load_config(name: str | None, architecture: dict[str, Any] | None, trust_rem
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     else:
         with refused("model.architecture (a model_type that transformers knows, such as llama, and its settings)"):
-            config = AutoConfig.for_model(**({"model_type": ""} | (architecture or {})))
+            if not (architecture or {}).get("model_type"):
+                raise UserError("model_type is missing or empty")
+            config = AutoConfig.for_model(**(architecture or {}))
     refuse_config(config, name or "model.architecture")
     for field, value in config.to_dict().items():
         if "drop" in field and isinstance(value, float) and value > 0:

@@ -127,7 +127,7 @@ def settled_seed(seed: bool | int | None, *, resumes: bool = False, nodes: int =
         if nodes > 1 or (os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1") != "1":
             raise UserError("seed_everything: processes started apart cannot agree on a seed; give a number.")
         given = str(secrets.randbelow(LARGEST_SEED + 1))
-        log.info("seed_everything: picked %s, which config.yaml in the log folder records", given)
+        log.info("seed_everything: picked %s, which a log folder records", given)
     elif not given.isdecimal() or int(given) > LARGEST_SEED:
         name = "PL_GLOBAL_SEED" if picks else "seed_everything"
         raise UserError(f"{name} must lie between 0 and {LARGEST_SEED}, not {given}.")

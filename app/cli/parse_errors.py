@@ -48,8 +48,10 @@ def sentence(message: str, command: str, known: list[str]) -> str:
     """Return a jsonargparse error `message` of a `command` as one sentence; `known` are options to suggest."""
     listed = f"See `beta-dpo {command} --help`."
     if missing := re.match(r"the following arguments are required: (.*)", message):
-        names = missing[1].replace(f"{command}.", "")
+        names = re.sub(rf"\b(fit|{command})\.", "", missing[1])  # `show` and `plan` take the options of `fit`
         return f"{names}: missing, and required ({message.replace(missing[1], names)}). {listed}"
+    if bare := re.match(r"argument (--\S+): expected one argument", message):
+        return f"{bare[1]} needs a value after it, such as true or a number. {listed}"
     if unknown := re.match(r"[Uu]nrecogni[sz]ed arguments: (.*)", message):
         word = unknown[1].split()[0].split("=")[0]
         name = word.strip("-")

@@ -55,7 +55,7 @@ def lines(data: PairDataModule, count: int) -> Iterator[str]:
     opened = data.open_table("train")
     assert opened is not None  # every source has training pairs
     table, rows = opened
-    yield from (f"train: {line}" for line in (*describe(table, rows), *data.notes))
+    yield from (f"train: {line}" for line in (*describe(table, rows), *data.notes["train"]))
     for _, said in remarks(table, rows, data.tokenisation.max_length, trained=True):
         yield f"train: {said}"
     ends = [str(data.tokenizer.decode([end])) for end in data.stop_ids]

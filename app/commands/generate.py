@@ -97,6 +97,8 @@ def generate(
     replaced = refuse_place("out", out, (ENDINGS[format],), prompts)
     if not temperatures or len(set(temperatures)) < len(temperatures):
         raise UserError("temperature must be a number from 0, or a list of different ones.")
+    if any(0 < one < 1e-6 for one in temperatures):
+        raise UserError("temperature: below 1e-6 logits overflow; give 0, which takes the most likely token.")
     if samples > 1 and 0 in temperatures:
         raise UserError("samples: at temperature 0 they would all be equal; give a higher one.")
     if endpoint.url is not None and (reference is not None or max_prompt_length != PROMPT_LENGTH):

@@ -44,6 +44,8 @@ def report(runs: list[str], baseline: str | None = None, out: str | None = None)
         )
     files = {run.name: str(run.folder / SAMPLES) for run in read if (run.folder / SAMPLES).exists()}
     if baseline is not None:
+        if absent := [run.name for run in read if run.name not in files]:
+            print(f"{', '.join(absent)}: no {SAMPLES} in the folder, so nothing is compared with {baseline}")
         for run in read:
             if run.name in files:
                 rows, rivals = aligned(files[run.name], baseline)

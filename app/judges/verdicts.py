@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any, TextIO
 
 from app.core.errors import UserError
-from app.core.files import naming
+from app.core.files import naming, refuse_place
 from app.core.locks import locked
 
 BEGIN = b'{"key": '  # of every line
@@ -38,6 +38,7 @@ class VerdictFile(dict[str, dict[str, Any]]):
     @contextmanager
     def opened(cls, path: str) -> Iterator[VerdictFile]:
         """Yield the file at `path`, created if missing. Raises UserError if it is damaged or in use."""
+        refuse_place("verdicts", path, (".jsonl",))
         with locked(Path(f"{path}.lock"), f"The file of verdicts {path}", "name another file", waits=False):
             verdicts = cls(Path(path))
             with open(path, "a", encoding="utf-8") as verdicts._file:

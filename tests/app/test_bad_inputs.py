@@ -358,7 +358,8 @@ OF_A_RUN["data"] = [
 ]
 SFT = "--model SupervisedFineTuning --model.name null --model.architecture"
 OF_A_RUN["new models"] = [
-    (f"{SFT} '{{hidden_size: 8}}'", "model.architecture (a model_type that transformers knows, such as llama"),
+    (f"{SFT} '{{hidden_size: 8}}'", "such as llama, and its settings): model_type is missing or empty"),
+    (f"{SFT} '{{model_type: \"\"}}'", "such as llama, and its settings): model_type is missing or empty"),
     (f"{SFT} '{{model_type: nonesuch}}'", "model.architecture"),
     (
         f"{SFT} '{{model_type: llama, hidden_size: x}}'",

@@ -234,6 +234,8 @@ def test_several_samples_of_a_prompt(tiny_llama: str, tmp_path: Path) -> None:
     assert [row["sample"] for row in rows] == [0, 1, 2, 3] * 6
     assert [row["prompt_id"] for row in rows[:12]] == [row["prompt_id"] for row in rows[::4][:3] for _ in range(4)]
     assert len({row["response"] for row in rows}) > 12
+    with pytest.raises(UserError, match="below 1e-6 logits overflow; give 0"):
+        generate("model", "out.jsonl", temperature=1e-320)
     with pytest.raises(UserError, match="at temperature 0 they would all be equal"):
         generate(tiny_llama, str(tmp_path / "b.jsonl"), samples=2, temperature=[0, 1])
 

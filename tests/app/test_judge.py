@@ -138,6 +138,11 @@ def test_instructions_without_their_places_are_refused(text: str, tmp_path: Path
         read_instructions(str(tmp_path / "mine.txt"))
 
 
+def test_a_device_is_no_file_of_verdicts() -> None:  # it would be read without an end
+    with pytest.raises(UserError, match=r"verdicts must end in \.jsonl"), VerdictFile.opened("/dev/full"):
+        pass
+
+
 def test_verdicts_stay_when_the_file_is_opened_again(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "verdicts.jsonl"
     with VerdictFile.opened(str(path)) as verdicts:

@@ -186,6 +186,8 @@ def test_an_extra_that_is_not_installed(run_config: Path, told: Callable[..., st
         (["judge", "none.jsonl", "none.jsonl"], "none.jsonl cannot be read: No such file"),
         (["judge", ".", "."], ". cannot be read: Is a directory"),
         (["judge", "a file", "a file"], "a file:1 is not a sample"),
+        (["audit", "none", "--swap"], "--swap needs a value after it, such as true"),
+        (["show"], "data, model: missing, and required"),
         (["report"], "the following arguments are required: runs"),
         (["report", "none"], "There is no folder none: give the log folder"),
         (["audit"], "the following arguments are required: run"),

@@ -42,12 +42,13 @@ def opened(folder: Path, *texts: str, sources: int = 1) -> tuple[PairTable, np.n
 def test_repeats_and_contradictions_are_counted_within_and_across_files(tmp_path: Path, sources: int) -> None:
     texts = ("p a b", "p a b", "q a b", "p b a", "r a c", "r a c")
     table, rows = opened(tmp_path, *texts, sources=sources)
-    twice, contradicted = repeats(table, rows)
+    twice, contradicted, spaced = repeats(table, rows)
+    assert not spaced
     assert twice.startswith("2 pairs repeat an earlier one")
     assert contradicted.startswith("3 pairs contradict another one")
     assert len(rows) == 6  # nothing is taken out
     assert repeats(*opened(tmp_path, "p a b", "p a b"))[0] == "1 pair repeats an earlier one (first: 0.jsonl:2)"
-    assert repeats(*opened(tmp_path, "p a b", "q b a", "p a c")) == ("", "")
+    assert repeats(*opened(tmp_path, "p a b", "q b a", "p a c")) == ("", "", "")
 
 
 def test_scores_against_the_label_are_counted(tmp_path: Path) -> None:
@@ -64,13 +65,15 @@ def test_scores_against_the_label_are_counted(tmp_path: Path) -> None:
     assert not against_scores(*opened(tmp_path, "p a b"))
 
 
-def test_answers_that_differ_in_outer_spaces_do_not_contradict_themselves(tmp_path: Path) -> None:
+def test_answers_that_differ_in_outer_spaces_alone_are_told(tmp_path: Path) -> None:
     (tmp_path / "0.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "a\n"}))
     data = PreferenceData(str(tmp_path / "0.jsonl"))
     data.tokenizer = byte_tokenizer()
     found = data.open_table("train")
     assert found is not None
-    assert repeats(*found) == ("", "")
+    *others, spaced = repeats(*found)
+    assert others == ["", ""]  # they do not contradict themselves
+    assert spaced.startswith("1 pair has responses that differ in outer spaces alone (first: 0.jsonl:1)")
 
 
 def test_validation_prompts_that_are_trained_on_are_named(tmp_path: Path) -> None:

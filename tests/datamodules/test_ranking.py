@@ -43,7 +43,7 @@ def served(folder: Path, scores: Sequence[object] = SCORES, **settings: Any) -> 
     """The places of the training pairs, in the order of the rows, and the lines for the log."""
     opened = data(folder, scores, **settings)
     table, rows = table_of(opened)
-    return [int(id.partition(":")[2]) - 1 for id in table.pair_ids(rows)], opened.notes
+    return [int(id.partition(":")[2]) - 1 for id in table.pair_ids(rows)], opened.notes["train"]
 
 
 def test_the_first_share_is_kept_and_ties_keep_the_order_of_the_data(tmp_path: Path) -> None:

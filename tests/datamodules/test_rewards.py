@@ -187,4 +187,4 @@ def test_fine_tuning_says_that_it_needs_no_rewards() -> None:
     data = controlled(10, reward_model=RewardScoring("nowhere"))
     data.used_by = SimpleNamespace(responses=("chosen",))  # type: ignore[assignment]
     table_of(data)
-    assert data.notes == ["data.reward_model has no effect on supervised fine-tuning"]
+    assert data.notes["train"] == ["data.reward_model has no effect on supervised fine-tuning"]

@@ -82,6 +82,5 @@ def test_show_says_what_leaves_pairs_out(tiny_llama: str, tmp_path: Path) -> Non
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_config(tmp_path, tiny_llama, path="a.jsonl", validation_share=0.2)
     done = command(tmp_path, "show", "--config", "config.yaml", BETA_DPO_CACHE=str(tmp_path / "cache"))
-    assert (
-        "train: 8 of 10 pairs (data.validation_share, data.select or weights leave out the others)" in done.stdout
-    )
+    assert "train: 8 of 10 pairs; 10 rows read;" in done.stdout
+    assert "train: data.validation_share: 2 of 10 pairs are held out\n" in done.stdout

@@ -35,6 +35,7 @@ from datamodules.describe import unknown_text
 from datamodules.preference_data import split_by_prompt
 from datamodules.records import Message, PreferencePair
 from datamodules.sources.pairs import OnBadRow, PairStream, read_pairs
+from datamodules.sources.rows import RowReport
 from datamodules.sources.source import RowFormat, Source
 from datamodules.table import PairTable
 from datamodules.table_writer import build_table, cached_table, open_table
@@ -188,6 +189,21 @@ def test_nothing_left_is_refused_and_leaves_nothing_behind(tmp_path: Path, cache
     path = write(tmp_path / "p.jsonl", [{"prompt": "q", "chosen": "</s>", "rejected": "b"}])
     with pytest.raises(UserError, match=r"No pair is left after tokenisation \(1 dropped: [^{]+\)"):
         load_table(path, byte_tokenizer(), SETTINGS)
+    assert [entry.suffix for entry in cache.iterdir()] == [".lock"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, cache: Path) -> None:
+    path = write(tmp_path / "p.jsonl", ROWS)
+    stream = read_pairs(str(path))
+    rows = stream.read
+
+    def growing(report: RowReport) -> Iterator[PreferencePair]:
+        yield from rows(report)
+        Path(path).write_text(Path(path).read_text() + "\n")
+
+    stream.read = growing
+    with pytest.raises(UserError, match=r"p\.jsonl has changed while it was read"):
+        cached_table(stream, byte_tokenizer(), SETTINGS)
     assert [entry.suffix for entry in cache.iterdir()] == [".lock"]
 
 

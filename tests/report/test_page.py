@@ -208,13 +208,16 @@ def test_curves_without_a_common_step_have_no_response() -> None:
     assert response([run]) == []
 
 
-def test_wanted_samples_that_are_missing(two_runs: Path, tmp_path: Path) -> None:
+def test_wanted_samples_that_are_missing(
+    two_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, sft = str(tmp_path / "page.html"), tmp_path / "sft.jsonl"
     with pytest.raises(UserError, match=r"there is no file .*sft\.jsonl"):
         report([str(two_runs / "b/version_0")], baseline=str(sft), out=out)
     sft.write_text("")
     report([str(two_runs / "b/version_0")], baseline=str(sft), out=out)
     assert "has no samples.jsonl in its folder" in Page(tmp_path / "page.html").text
+    assert "no samples.jsonl in the folder, so nothing is compared with" in capsys.readouterr().out
 
 
 def test_a_run_without_gaps(tmp_path: Path) -> None:
