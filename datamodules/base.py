@@ -25,8 +25,8 @@ from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
 from datamodules.loader import Exchange, OptimizerBatchLoader
 from datamodules.ranking import Ranking, Selection, ranked
 from datamodules.rewards import RewardScoring, reward_scores, rows_with_reward, with_rewards
+from datamodules.sources.messages import is_transcript_prompt
 from datamodules.sources.pairs import PairStream
-from datamodules.sources.prompts import is_transcript_prompt
 from datamodules.table import PairTable, joined
 from datamodules.table_writer import cached_table
 from datamodules.tokenisation import Tokenisation
@@ -110,10 +110,13 @@ class PairDataModule(LightningDataModule):
         trained_on = split == "train" and self.need_rejected
         table = self.open_streams(streams, trained_on)
         notes = self.notes[split] = []
-        rows = rows_with_reward(table, self.rows_of(table, split))
+        rows = self.rows_of(table, split)
+        if self.reward_model is not None and trained_on:
+            rows = rows_with_reward(table, rows)
         if split == "train":
-            rows, told = ranked(table, rows, self.select, self.order)
-            notes += told
+            if self.select is not None or self.order is not None:
+                rows, told = ranked(table, rows, self.select, self.order)
+                notes += told
             if not self.need_rejected:
                 unused = (name for name in ("gap_mixture", "reward_model") if getattr(self, name))
                 notes += [f"data.{name} has no effect on supervised fine-tuning" for name in unused]

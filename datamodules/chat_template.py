@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from app.core.errors import UserError, first_line
 from datamodules.records import Dropped, Message, PreferencePair, Prompt
-from datamodules.sources.prompts import prompt_messages
+from datamodules.sources.messages import prompt_messages
 
 # the date of a template's `strftime_now`, fixed so that prompts and cache keys stay the same; from Llama 3.1
 TEMPLATE_DATE = datetime(2024, 7, 26)

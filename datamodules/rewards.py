@@ -24,8 +24,8 @@ from app.core.errors import UserError, first_line
 from app.core.files import Parts, atomic_file, folder_hash
 from app.method.ranges import PositiveInt, checked
 from datamodules.records import PreferencePair, Prompt
+from datamodules.sources.messages import prompt_messages
 from datamodules.sources.pairs import PairStream
-from datamodules.sources.prompts import prompt_messages
 from datamodules.table import PairTable
 from datamodules.table_writer import progress_bar, read_rows, record_batch, write_rows
 
@@ -125,9 +125,7 @@ def with_rewards(table: PairTable, rewards: pa.Table) -> PairTable:
 
 
 def rows_with_reward(table: PairTable, rows: np.ndarray) -> np.ndarray:
-    """Return those `rows` that have rewards, or all if none was to be scored. Raises UserError if none remains."""
-    if COLUMNS[0] not in table.columns.column_names:
-        return rows
+    """Return those `rows` that have rewards. Raises UserError if none remains."""
     kept = rows[table.columns.column(COLUMNS[0]).is_valid().to_numpy()[rows]]
     if len(rows) and not len(kept):
         raise UserError(

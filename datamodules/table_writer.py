@@ -26,8 +26,8 @@ from app.core.cache import DamagedEntry, cached, fingerprint
 from app.core.errors import UserError
 from app.core.files import Parts, atomic_file, atomic_folder, file_hash
 from datamodules.records import PreferencePair
+from datamodules.sources.messages import answer_keys, near_key, prompt_key
 from datamodules.sources.pairs import PairStream
-from datamodules.sources.prompts import answer_keys, near_key, prompt_key
 from datamodules.sources.rows import RowReport
 from datamodules.table import SCHEMA, PairTable, Part, label_kind
 from datamodules.tokenisation import Tokenisation, tokenise_pairs

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from app.core.errors import UserError
 from datamodules.chat_template import ESSENTIAL, ChatTemplate, Rendering, Talk, conversation, spelled_tokens
 from datamodules.records import Dropped, Message, PreferencePair, Side, TokenisedPair
-from datamodules.sources.prompts import is_transcript_prompt, transcript, transcript_turns
+from datamodules.sources.messages import is_transcript_prompt, transcript, transcript_turns
 from datamodules.truncation import PromptTruncation, shorten
 
 PLAIN_BESIDE_TEMPLATE = "prompts as plain text (data.chat_template: true puts them into the chat template)"

@@ -19,7 +19,7 @@ from app.judges import Answer
 from app.judges.server import Client, SamplingServer, first_choice
 from datamodules.packing import pack
 from datamodules.records import PreferencePair, TokenisedPair
-from datamodules.sources.prompts import prompt_messages
+from datamodules.sources.messages import prompt_messages
 from datamodules.tokenisation import Tokenisation, tokenise_prompts
 from datamodules.tokenizer import read_tokenizer, stop_ids
 from lightning_modules.pretrained import load_model, model_identity

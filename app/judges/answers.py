@@ -10,8 +10,8 @@ from app.core.errors import UserError
 from app.core.samples import read_samples
 from app.judges import Answer
 from datamodules.records import Prompt, read_prompt
+from datamodules.sources.messages import is_transcript_prompt, prompt_messages
 from datamodules.sources.pairs import read_pairs
-from datamodules.sources.prompts import is_transcript_prompt, prompt_messages
 
 
 def aligned(ours: str, theirs: str) -> tuple[list[Answer], list[Answer]]:

@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from app.core.errors import UserError
-from datamodules.sources.prompts import ASSISTANT, HUMAN
+from datamodules.sources.messages import ASSISTANT, HUMAN
 
 
 def _words(listed: str) -> tuple[str, ...]:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from app.method.ranges import is_finite
-from datamodules.sources.messages import spoken
-from datamodules.sources.prompts import question_prompt
+from datamodules.sources.messages import question_prompt, spoken
 from datamodules.sources.rows import BadRow, LeftOut, decoded, has_value, missing, text, typed, wrong_type
 
 PreferredBy = Literal["better", "safer"]

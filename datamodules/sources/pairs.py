@@ -11,8 +11,7 @@ from typing import Any, Literal
 from app.core.errors import UserError
 from datamodules.records import Message, PreferencePair, Prompt
 from datamodules.sources.conversions import refuse_unusable, rename, without
-from datamodules.sources.messages import TEMPLATE_FIELDS, spoken, template_fields, with_system
-from datamodules.sources.prompts import split_transcript
+from datamodules.sources.messages import TEMPLATE_FIELDS, split_transcript, spoken, template_fields, with_system
 from datamodules.sources.registry import FORMATS, PROMPTS, Format, Row
 from datamodules.sources.rows import BadRow, LeftOut, RowReport, has_value, kind, missing, text, typed
 from datamodules.sources.source import OF_FORMATS, Source, close

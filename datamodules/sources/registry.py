@@ -8,8 +8,7 @@ from functools import cached_property
 
 from datamodules.sources import conversions as to
 from datamodules.sources.conversions import Convert, Row
-from datamodules.sources.messages import spoken
-from datamodules.sources.prompts import ASSISTANT
+from datamodules.sources.messages import ASSISTANT, spoken
 from datamodules.sources.rows import has_value
 
 _SIDES = ("chosen", "rejected")

@@ -22,7 +22,7 @@ from app.commands.export import export
 from app.commands.export_files import generation_config, spell_for_others
 from app.core.errors import UserError
 from datamodules.controlled_task import build_tokenizer, preference_pairs
-from datamodules.sources.prompts import prompt_messages
+from datamodules.sources.messages import prompt_messages
 from lightning_modules.pretrained import load_model
 from lightning_modules.sharded_loading import read_weights, weight_files
 

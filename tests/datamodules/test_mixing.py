@@ -15,7 +15,7 @@ from tiny_tokenizers import TEMPLATE, byte_tokenizer
 from app.core.errors import UserError
 from datamodules.preference_data import PreferenceData, drawn_rows
 from datamodules.records import Message
-from datamodules.sources.prompts import prompt_key
+from datamodules.sources.messages import prompt_key
 from datamodules.sources.source import Source
 
 Paths = list[str | Source]

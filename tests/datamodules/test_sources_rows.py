@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from app.core.errors import UserError
 from datamodules.records import Message, PreferencePair, Prompt
+from datamodules.sources.messages import prompt_messages
 from datamodules.sources.pairs import read_pairs, read_row
-from datamodules.sources.prompts import prompt_messages
 from datamodules.sources.rows import BadRow
 from datamodules.sources.source import Source
 
