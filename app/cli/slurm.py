@@ -51,6 +51,8 @@ def check_processes(trainer: Trainer) -> None:
         cure = "start all of them by torchrun or srun, or unset RANK, LOCAL_RANK and SLURM_PROCID"
         raise UserError(f"The environment makes this process rank {rank} of {trainer.world_size} ranks: {cure}.")
     environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, LightningEnvironment) and devices > 8 * (cores := os.cpu_count() or 1):
+        raise UserError(f"trainer.devices is {devices}, but this machine has {cores} processor cores: lower it.")
     if isinstance(environment, LightningEnvironment) and nodes > 1 and not NODE_RANKS & set(os.environ):
         raise UserError(f"trainer.num_nodes={nodes}: put srun or torchrun before the command, which starts all.")
     if isinstance(environment, TorchElasticEnvironment):

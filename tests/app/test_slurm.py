@@ -100,6 +100,11 @@ def test_a_rank_without_a_place_does_not_train_in_silence(monkeypatch: pytest.Mo
         check_processes(quiet_trainer(tmp_path))
 
 
+def test_thousands_of_processes_are_not_started(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"trainer\.devices is 9999, but this machine has \d+ processor cores"):
+        check_processes(quiet_trainer(tmp_path, devices=9999))
+
+
 def test_nodes_that_nothing_starts_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, num_nodes=2)
     with pytest.raises(UserError, match="put srun or torchrun"):
