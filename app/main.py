@@ -46,9 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"beta-dpo: There is no command {command!r}: {hint}see `beta-dpo --help`.", file=sys.stderr)
             sys.exit(2)
         elif wrong:
-            cure = "where a whole number belongs: correct or unset it"
-            told = f"The environment variable {wrong[0]} is {os.environ[wrong[0]]!r}, {cure}"
-            print(f"beta-dpo: {told}.", file=sys.stderr)
+            told = f"{wrong[0]} is {os.environ[wrong[0]]!r}, where a whole number belongs: correct or unset it"
+            print(f"beta-dpo: The environment variable {told}.", file=sys.stderr)
             sys.exit(2)
         else:
             if "torch" not in sys.modules and all(os.environ.get(rank, "0") == "0" for rank in RANKS):

@@ -106,7 +106,7 @@ class LanguageModelTraining(RecordedTraining):
         super().setup(stage)
         self.ranks = Ranks(self.trainer)
         if stage == "fit":
-            try_rates(self.make_optimizer, self.make_lr_scheduler, check_steps(self.trainer))
+            try_rates(self, check_steps(self.trainer))
 
     def configure_model(self) -> None:
         if hasattr(self, "policy"):  # Lightning calls this hook again when fit follows validate

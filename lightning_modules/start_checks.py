@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -159,23 +159,20 @@ def try_optimizer(trainer: Any, module: Any) -> None:
         schedule.step()
 
 
-def try_rates(
-    make_optimizer: OptimizerCallable, make_lr_scheduler: LRSchedulerCallable | None, steps: float
-) -> None:
+def try_rates(module: Any, steps: float) -> None:
     """Raise UserError for a schedule that fails within a run of so many `steps`; warn of an end at the rate 0."""
     if steps > MOST_TRIED:
         return
-    optimizer, last = make_optimizer([nn.Parameter(torch.zeros(4, 4))]), 0
+    optimizer, last = module.make_optimizer([nn.Parameter(torch.zeros(4, 4))]), 0
     with trial("model.lr_scheduler", "or one for as many steps as the run takes"):
-        schedule = make_lr_scheduler(optimizer) if make_lr_scheduler else None
+        schedule = module.make_lr_scheduler(optimizer) if module.make_lr_scheduler else None
         for step in range(1, int(steps) + 1):
             last = step if any(group["lr"] for group in optimizer.param_groups) else last
             if schedule:
                 schedule.step()
     if last < steps:
         kind = f"model.lr_scheduler: {type(schedule).__name__}" if schedule else "model.optimizer: its lr"
-        said = f"gives the rate 0 from step {last + 1} to the last, {steps}: these change no weight"
-        rank_zero_warn(f"{kind} {said}.")
+        rank_zero_warn(f"{kind} gives the rate 0 from step {last + 1} to {steps}, the last: no weight changes.")
 
 
 def try_state(make_optimizer: OptimizerCallable, restored: torch.optim.Optimizer) -> None:

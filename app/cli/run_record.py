@@ -156,10 +156,8 @@ class RunRecord(SaveConfigCallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not (self.already_saved or trainer.fast_dev_run):  # type: ignore[attr-defined]
-            ended = (
-                f"is of step {trainer.global_step}, where trainer.max_steps, max_epochs or max_time ends the run"
-            )
-            rank_zero_info(f"--ckpt_path: nothing was left to train: the checkpoint {ended}.")
+            at = f"step {trainer.global_step}, where trainer.max_steps, max_epochs or max_time ends the run"
+            rank_zero_info(f"--ckpt_path: nothing was left to train: the checkpoint is of {at}.")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Append the command to `commands.txt`; called on rank 0 after config.yaml is written."""

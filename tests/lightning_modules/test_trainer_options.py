@@ -141,10 +141,10 @@ def test_mixed_precision_trains(tiny_llama: str, tmp_path: Path) -> None:
 
 def test_a_rate_of_zero_to_the_end_is_told(tiny_llama: str, tmp_path: Path) -> None:
     for settings, said in (
-        ({"lr": 0.0}, "model.optimizer: its lr gives the rate 0 from step 1 to the last, 3"),
+        ({"lr": 0.0}, "model.optimizer: its lr gives the rate 0 from step 1 to 3, the last"),
         (
             {"lr_scheduler": lambda of: WarmupCosine(of, 1, 2)},
-            "WarmupCosine gives the rate 0 from step 3 to the last, 3",
+            "WarmupCosine gives the rate 0 from step 3 to 3, the last",
         ),
     ):
         with pytest.warns(UserWarning, match=said):
