@@ -51,9 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(2)
         else:
             if "torch" not in sys.modules and all(os.environ.get(rank, "0") == "0" for rank in RANKS):
-                print(
-                    f"beta-dpo {command}: loading PyTorch, Lightning and transformers", file=sys.stderr, flush=True
-                )
+                told = f"beta-dpo {command}: loading PyTorch, Lightning and transformers"
+                print(told, file=sys.stderr, flush=True)
             from app.cli.dispatch import run
 
             run(command, words)

@@ -62,12 +62,8 @@ def _of_parts(parts: Sequence[Part], counts: Sequence[int]) -> list[str]:
 
 
 def _of_part(part: Part, count: int) -> str:
-    whole = count == part.pairs - part.unscored
-    told = [
-        f"{count} pairs" if whole else f"{count} of {part.pairs} pairs",
-        f"{part.report.counts['rows']} rows read",
-        *part.report.lines(),
-    ]
+    of_all = "" if count == part.pairs - part.unscored else f" of {part.pairs}"
+    told = [f"{count}{of_all} pairs", f"{part.report.counts['rows']} rows read", *part.report.lines()]
     if any("truncated" in reason for reason in part.report.counts):
         told.append("data.max_length and data.max_prompt_length set the limits")
     if part.unscored:
@@ -127,9 +123,8 @@ def against_scores(table: PairTable, rows: np.ndarray) -> str:
                     below.append(row)
         if below:
             first = _named(table, np.array(below))
-            told.append(
-                f"{_pairs(len(below), 'have', 'has')} a {name} below the {other} (first: {first}); all stay"
-            )
+            have = _pairs(len(below), "have", "has")
+            told.append(f"{have} a {name} below the {other} (first: {first}); all stay")
     return "; ".join(told)
 
 
@@ -147,9 +142,8 @@ def shared_prompts(trained: tuple[PairTable, np.ndarray], held_out: tuple[PairTa
     told = []
     for found, which in ((same, "that is trained on"), (near & ~same, f"like one that is trained on, {ALIKE}")):
         if found.any():
-            told.append(
-                f"{found.sum()} of {len(rows)} pairs have a prompt {which} (first: {_named(table, rows[found])})"
-            )
+            first = _named(table, rows[found])
+            told.append(f"{found.sum()} of {len(rows)} pairs have a prompt {which} (first: {first})")
     if not told:
         return ""
     return "; ".join(told) + ": they tell little of new prompts; data.validation_share holds out whole prompts"

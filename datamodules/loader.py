@@ -74,9 +74,7 @@ class PreferenceBatch:
         Raises UserError if rejected responses are asked for and missing.
         """
         if "rejected" in responses and any(pair.rejected is None for pair in self.share):
-            raise UserError(
-                "This data holds demonstrations only, but preference optimisation needs rejected responses."
-            )
+            raise UserError("The data holds demonstrations only; preference optimisation needs rejected responses.")
         if pairs is None:
             packing = Packing(tuple(responses), layout, balanced_row)
             ahead, self.ahead = self.ahead, None

@@ -146,9 +146,7 @@ class RewardModel:
     def __init__(self, name: str, batch_size: int = 32, device: str | None = None, max_length: int | None = None):
         self.name = name
         if Path(name, "adapter_config.json").is_file():
-            raise UserError(
-                f"{name} holds adapters: merge them into their model by peft's merge_and_unload, and give that."
-            )
+            raise UserError(f"{name} holds adapters: merge them into their model by peft's merge_and_unload.")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(

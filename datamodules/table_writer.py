@@ -81,8 +81,7 @@ def build_table(
     The next call for the same folder resumes the work of a killed process after its last finished part. Raises
     UserError if no pair remains, FileExistsError if the folder exists and is not empty.
     """
-    described = stream.description()
-    parts = Parts(folder.with_suffix(".parts"), described)
+    parts = Parts(folder.with_suffix(".parts"), described := stream.description())
     try:
         report = _tokenise_parts(stream, tokenizer, settings, parts)
         kinds: defaultdict[str, set[str]] = defaultdict(set)

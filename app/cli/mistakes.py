@@ -109,6 +109,8 @@ def checked_command(function: F) -> F:
                 refuse(name, hints()[name], value)
             except ValueError as error:
                 raise UserError(f"{error}.") from None
+            if value == "" or value == [""]:
+                raise UserError(f"{name} is empty: give a value.")
             if not _fits(hints()[name], value):
                 wanted = parameters.parameters[name].annotation
                 raise UserError(f"{name} must be {wanted}, not {value!r:.60}.")

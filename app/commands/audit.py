@@ -128,9 +128,8 @@ def suspects_by(label: str, histories: pd.DataFrame, listed: pd.DataFrame) -> Ta
     """Return the share of likely mislabelled pairs for each value of a label, the highest first."""
     title = f"likely mislabelled pairs by {label}, share of its pairs [95 % interval]"
     table = Table(label, "pairs", "listed", "share", title=title)
-    shares = (
-        histories.pair_id.isin(listed.pair_id).groupby(histories[label], sort=False).agg(["size", "sum", "mean"])
-    )
+    by_value = histories.pair_id.isin(listed.pair_id).groupby(histories[label], sort=False)
+    shares = by_value.agg(["size", "sum", "mean"])
     for value, size, found, share in shares.sort_values("mean", ascending=False, kind="stable").itertuples():
         table.add_row(str(value), str(size), str(found), str(wilson(share, size)))
     return table

@@ -107,9 +107,8 @@ def write_model(
         convert(weights, torch.float32)
         rounded = sequence_logps(model)
         apart = (logps - rounded).abs()
-        notes.append(
-            f"rounding moves log-probabilities by {apart.mean():.2g} nats per token, at most {apart.max():.2g}"
-        )
+        moved = f"{apart.mean():.2g} nats per token, at most {apart.max():.2g}"
+        notes.append(f"rounding moves log-probabilities by {moved}")
         logps = rounded
         convert(weights, getattr(torch, dtype))  # exact, because the weights are already rounded
     if adapter:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -27,11 +26,12 @@ _NOTES = ("is_local", "local_files_only", "backend", "_from_model_config", "_com
 
 def spell_for_others(folder: Path) -> None:
     """Rewrite the JSON files in `folder` so that transformers 4.57, transformers 5 and vLLM read the same model."""
-    for name, respelt in _FILES.items():
-        if (folder / name).is_file():
-            fields = json.loads((folder / name).read_text(encoding="utf-8"))
-            kept = {key: value for key, value in respelt(fields).items() if key not in _NOTES}
-            (folder / name).write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    own = {"config.json": _config, "tokenizer_config.json": _tokenizer_config}
+    for file in map(folder.joinpath, (*own, "generation_config.json")):
+        if file.is_file():
+            fields = own.get(file.name, dict)(json.loads(file.read_text(encoding="utf-8")))
+            kept = {key: value for key, value in fields.items() if key not in _NOTES}
+            file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_chat_template(folder: Path, state: dict[str, Any]) -> list[str]:
@@ -111,10 +111,9 @@ def _config(fields: Fields) -> Fields:
 
 
 def _rope(rope: Fields, config: Fields) -> Fields:
-    rest = dict(rope)
-    older = {"rope_theta": rest.pop("rope_theta")}
-    share = rest.pop("partial_rotary_factor", None)
-    if share is not None:
+    rest, older = dict(rope), {"rope_theta": rope["rope_theta"]}
+    del rest["rope_theta"]
+    if (share := rest.pop("partial_rotary_factor", None)) is not None:
         older["partial_rotary_factor"] = share
     if config["model_type"] == "gpt_neox":
         older |= {"rotary_emb_base": older["rope_theta"], "rotary_pct": share}
@@ -137,10 +136,3 @@ def _cell(value: Any) -> str:
     """Return a value as text in a Markdown table, a nested one in one line of YAML."""
     text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6)
     return str(text).removesuffix("...\n").strip().replace("\n", " ").replace("|", "\\|")
-
-
-_FILES: dict[str, Callable[[Fields], Fields]] = {
-    "config.json": _config,
-    "tokenizer_config.json": _tokenizer_config,
-    "generation_config.json": lambda fields: fields,
-}

@@ -107,30 +107,27 @@ def generate(
     if format == "jsonl":
         items = read_prompts(prompts, split, subset, count, seed, columns or [])
     elif samples > 1 or len(temperatures) > 1 or columns:
-        raise UserError(
-            f"format: {format} takes one answer to a question: no samples, columns or list of temperatures."
-        )
+        wrong = "no samples, columns or list of temperatures"
+        raise UserError(f"format: {format} takes one answer to a question: {wrong}.")
     else:
         items = read_questions(format, prompts, split, subset, count)
     sampling = {"top_p": top_p, "max_new_tokens": max_new_tokens}
-    settings = Tokenisation(
-        max_prompt_length + max_new_tokens,
-        max_prompt_length,
-        chat_template=chat_template,
-        chat_template_kwargs=chat_template_kwargs or {},
-    )
+    lengths, kwargs = (max_prompt_length + max_new_tokens, max_prompt_length), chat_template_kwargs or {}
+    settings = Tokenisation(*lengths, chat_template=chat_template, chat_template_kwargs=kwargs)
     sampler: Sampler
     if endpoint.url is None:
         sampler = LocalSampler(model, reference, settings, seed, sampling)
     else:
         sampler = ServedSampler(model, endpoint, settings, seed, sampling)
-    job = {
-        "prompts": sampler.read(items, prompts),
-        **{"columns": columns, "seed": seed, "temperature": temperatures, "samples": samples, "format": format},
-        **sampling,
-        "batch_size": batch_size,
-        **sampler.job,
+    own: dict[str, Any] = {
+        "columns": columns,
+        "seed": seed,
+        "temperature": temperatures,
+        "samples": samples,
+        "format": format,
     }
+    own |= {"prompts": sampler.read(items, prompts), "batch_size": batch_size}
+    job = own | sampling | sampler.job
     with locked(place / ".lock", out, ELSEWHERE, waits=False):
         parts, first = Parts(place, job), 0
         while items:
@@ -203,10 +200,8 @@ def write_out(out: str, format: Form, name: str, parts: Parts, told: str, limit:
     print(f"{finished.total()} samples of {told}; {finished[True]} are finished")
     if gaps:
         error = f" ± {stdev(gaps) / len(gaps) ** 0.5:.2g} (standard error)" if len(gaps) > 1 else ""
-        print(
-            f"mean of logp − reference_logp: {fmean(gaps):.3g}{error} nats a sample, at temperature 1 and top_p 1 "
-            "the KL"
-        )
+        mean = f"{fmean(gaps):.3g}{error} nats a sample"
+        print(f"mean of logp − reference_logp: {mean}, at temperature 1 and top_p 1 the KL")
     if finished[False]:
         print(f"{finished[False]} of them are cut at max_new_tokens = {limit}")
     for reason, count in refused.items():

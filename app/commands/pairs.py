@@ -78,9 +78,8 @@ def pairs(
                 written, flipped = written + 1, flipped + pair["flipped"]
         told = "".join(f"; left out: {count} {reason}" for reason, count in left_out.items())
         if not written:
-            raise UserError(
-                f"{samples} makes no pair: {len(groups)} prompts{told}. Draw more --samples, or longer ones."
-            )
+            told += ". Draw more --samples, or longer ones"
+            raise UserError(f"{samples} makes no pair: {len(groups)} prompts{told}.")
     print(f"{written} pairs of {len(groups)} prompts: {out}{replaced}; {flipped} are flipped{told}")
 
 

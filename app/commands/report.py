@@ -39,9 +39,7 @@ def report(runs: list[str], baseline: str | None = None, out: str | None = None)
         raise UserError("runs: the same folder is given twice.")
     read = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
     if out.endswith(".png") and read[0].audit is None:
-        raise UserError(
-            f"{runs[0]} has no audit/*.parquet (callbacks.PairAudit) to draw: write a page, --out x.html."
-        )
+        raise UserError(f"{runs[0]} has no audit/*.parquet (PairAudit) to draw: write a page, --out x.html.")
     files = {run.name: str(run.folder / SAMPLES) for run in read if (run.folder / SAMPLES).exists()}
     if baseline is not None:
         if absent := [run.name for run in read if run.name not in files]:

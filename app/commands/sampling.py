@@ -142,9 +142,7 @@ class ServedSampler:
         """Return a hash of the prompts' ids and texts. Raises UserError for one that the server cannot be asked."""
         for item in items:
             if item.tools or item.template_kwargs:
-                raise UserError(
-                    f"{prompts}: tools and template options of {item.pair_id} need a model in this process."
-                )
+                raise UserError(f"{prompts}: tools and template options of {item.pair_id} need a local model.")
             if not self.chat and isinstance(item.prompt, str):
                 continue
             try:

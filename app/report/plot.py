@@ -107,11 +107,8 @@ def lines(parts: Sequence[Line], x: Any, y: Any, key: Literal["top", "right"] = 
     faint = [on for part, on in filtered if part.faint is not None]
     layers += [on.mark_line(opacity=0.4, strokeWidth=1, clip=True).encode(y="faint:Q") for on in faint]
     layers += [on.mark_line(strokeWidth=part.width, clip=True).encode(dash) for part, on in filtered if part.width]
-    layers += [
-        on.mark_point(filled=True, size=45, opacity=0.8, tooltip=True).encode(shape)
-        for part, on in filtered
-        if part.dots
-    ]
+    dots = [on.encode(shape) for part, on in filtered if part.dots]
+    layers += [on.mark_point(filled=True, size=45, opacity=0.8, tooltip=True) for on in dots]
     return alt.layer(*layers)
 
 

@@ -58,6 +58,8 @@ class Source:
 
     def check(self) -> None:
         """Raise UserError for settings that do not go together, and for unknown names."""
+        if not self.path:
+            raise UserError("data.path is empty: give a file, folder or Hub id.")
         if self.format not in ("auto", *NAMES):
             raise UserError(
                 f"data.format: there is no {self.format!r}{close(self.format, NAMES)}; "

@@ -186,6 +186,8 @@ def test_an_extra_that_is_not_installed(run_config: Path, told: Callable[..., st
         (["judge", "none.jsonl", "none.jsonl"], "none.jsonl cannot be read: No such file"),
         (["judge", ".", "."], ". cannot be read: Is a directory"),
         (["judge", "a file", "a file"], "a file:1 is not a sample"),
+        (["audit", ""], "run is empty: give a value"),
+        (["generate", "MODEL", "out.jsonl", "--prompts", ""], "prompts is empty: give a value"),
         (["audit", "none", "--swap"], "--swap needs a value after it, such as true"),
         (["show"], "data, model: missing, and required"),
         (["report"], "the following arguments are required: runs"),
