@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -129,6 +130,9 @@ class _IndexUnpickler(pickle.Unpickler):
 def _load(checkpoint: Path, file: Path, keys: set[str], mmap: bool = True) -> dict[str, Any]:
     """Return the contents of a `file` of `checkpoint`, which must have the `keys`."""
     with _refusing(checkpoint):
+        with ZipFile(file) as parts:
+            if damaged := parts.testzip():  # torch compares no checksums
+                raise ValueError(f"{damaged} does not match its checksum")
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     if not isinstance(state, dict) or not keys <= state.keys():
         raise UserError(f"{checkpoint} was not written by beta-dpo: it holds no {' or no '.join(sorted(keys))}.")

@@ -32,13 +32,9 @@ EXPECTED = (
 )
 VALUE = re.compile(r"\.?(?:Got value|Given value|Expected a dot import path string): ?(.*?)(?:\. Got value.*)?$")
 # one alternative of a union in a message: a class without the given option
-WITHOUT_THE_OPTION = re.compile(
-    r"^    - Problem with given class_path '.+':\n +Option '.+' is not accepted\n", re.MULTILINE
-)
+WITHOUT_THE_OPTION = re.compile(r"(?m)^    - Problem with given class_path '.+':\n +Option '.+' is not accepted\n")
 # faults that jsonargparse says well
-UNTOUCHED = re.compile(
-    "has no attribute|No module named|^(File does not exist|Path is not|Problems parsing|Unable to load)"
-)
+UNTOUCHED = re.compile("has no attribute|No module named|^(File does not|Path is not|Problems parsing|Unable to)")
 BASES = {"optimizer": torch.optim.Optimizer, "lr_scheduler": torch.optim.lr_scheduler.LRScheduler}
 STAGES = ("lightning_modules", "datamodules", "callbacks")
 OWN_PACKAGES = ("app", *STAGES, "torch.optim")

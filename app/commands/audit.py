@@ -62,6 +62,8 @@ def audit(
     replaced = refuse_place("out", out, (".jsonl", ".csv"), *read)
     clean_replaced = "" if clean is None else refuse_place("clean", clean, (".jsonl",), *read)
     print(how_often_seen(histories))
+    if unseen := len(pairs.rows) - len(histories):
+        print(f"Never seen, so nothing is said of them: {unseen} of {len(pairs.rows)} pairs.")
     signals = available(histories)
     if by not in ("best", "gaps", *signals):
         raise UserError(f"by: the run has no usable signal {by!r}; it has {', '.join(signals) or 'none'}.")

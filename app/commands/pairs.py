@@ -71,8 +71,7 @@ def pairs(
             for pair in pairs_of(group, ranks, reuse, left_out):
                 pair["flipped"] = bool(random.random() < flip_rate)
                 if pair["flipped"]:
-                    for side in ("", "_reward"):
-                        one, other = f"chosen{side}", f"rejected{side}"
+                    for one, other in (("chosen", "rejected"), ("chosen_reward", "rejected_reward")):
                         pair[one], pair[other] = pair[other], pair[one]
                 file.write(json.dumps(pair, ensure_ascii=False) + "\n")
                 written, flipped = written + 1, flipped + pair["flipped"]

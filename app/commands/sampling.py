@@ -166,9 +166,8 @@ class ServedSampler:
             own = hashed([[self.seed, item.pair_id, copy, batch.temperature, len(item.prompt)]])
             options = {**self.options, "temperature": batch.temperature, "seed": int(own[:7], 16)}
             if turns := self._turns.get(item.pair_id):
-                reply = client.chat.completions.create(
-                    messages=turns, max_completion_tokens=self.max_tokens, **options
-                )
+                options["max_completion_tokens"] = self.max_tokens
+                reply = client.chat.completions.create(messages=turns, **options)
             else:
                 reply = client.completions.create(prompt=item.prompt, max_tokens=self.max_tokens, **options)
             found[place] = served(reply)

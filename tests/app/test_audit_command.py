@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -174,6 +175,13 @@ def test_pairs_of_a_file_as_csv(
     assert set(listed.rejected) == {"the tiger"}
     assert listed.pair_id.str.startswith("pairs.jsonl:").all()
     assert len(listed) <= 6
+
+    shutil.copytree(RUN, "part")
+    for file in Path("part", "audit").glob("*.parquet"):
+        rows = pd.read_parquet(file)
+        rows[rows.pair_id != "pairs.jsonl:2"].to_parquet(file)
+    main(["audit", "part"])
+    assert "Never seen, so nothing is said of them: 1 of 12 pairs." in capfd.readouterr().out
 
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs[1:]))  # line 1 is what line 2 was
     assert f"The training pairs are not those of {RUN} any more" in refused(["audit", RUN], capfd)

@@ -21,7 +21,7 @@ from tiny_runs import save_tiny_model
 from app.core.errors import UserError
 from app.main import main
 from datamodules.controlled_task import build_tokenizer
-from lightning_modules.checkpoint import check_checkpoint, read_for_export
+from lightning_modules.checkpoint import check_checkpoint, read_checkpoint, read_for_export
 from lightning_modules.pretrained import load_model
 
 RUN = Path("runs") / "run"
@@ -110,6 +110,17 @@ def test_bad_checkpoints_are_refused(
     assert len(said.splitlines()) == 1
     assert not mark.exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_flipped_bit_of_the_weights_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+    torch.save({"model_config": {}, "loops": {}, "state_dict": {"weight": torch.full((64,), 1.5)}}, file)
+    assert read_checkpoint(file)["loops"] == {}
+    whole = bytearray(file.read_bytes())
+    whole[whole.index(torch.full((64,), 1.5).numpy().tobytes()) + 3] ^= 64
+    file.write_bytes(whole)
+    with pytest.raises(UserError, match=r"last\.ckpt is damaged or not a checkpoint"):
+        read_checkpoint(file)
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "validate"])
