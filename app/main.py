@@ -60,11 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:  # while the libraries are loaded
         print("beta-dpo: stopped by Ctrl-C.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError as error:
+    except OSError as error:  # of the standard output: `run` answers for all other files
         # Python flushes again at its end, into the pipe that nobody reads
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"beta-dpo: stopped, because nobody reads its output any more ({error})", file=sys.stderr)
-        sys.exit(128 + signal.SIGPIPE)
+        unread = isinstance(error, BrokenPipeError)
+        why = "nobody reads its output any more" if unread else "its output cannot be written"
+        print(f"beta-dpo: stopped, because {why} ({error})", file=sys.stderr)
+        sys.exit(128 + signal.SIGPIPE if unread else 2)
 
 
 def overview() -> str:

@@ -397,6 +397,14 @@ def test_a_reader_that_has_enough_ends_the_command() -> None:
     ]
 
 
+def test_a_full_standard_output_is_said() -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        command = [sys.executable, "-m", "app.main", "--help"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    told = "beta-dpo: stopped, because its output cannot be written ([Errno 28] No space left on device)\n"
+    assert (ended.returncode, ended.stderr) == (2, told)
+
+
 def test_a_part_of_the_reference_cache_on_a_full_disk(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
