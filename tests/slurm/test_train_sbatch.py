@@ -166,10 +166,10 @@ def test_what_lightning_would_misread_is_refused(cluster: Cluster, tiny_llama: s
     command = "beta-dpo fit --config config.yaml"
     cases = {
         ("--job-name=interactive", "--ntasks-per-node=1"): {
-            f"srun {command}": "gives all tasks of a SLURM job 'interactive' rank 0",
+            f"srun {command}": "gives all 2 tasks of a job 'interactive' rank 0",
         },
         ("--ntasks=2",): {
-            command: "Not started by srun, this process would wait for ever",
+            command: "The SLURM job has 2 tasks, but srun did not start this process: put srun before",
             f"srun {command}": "--ntasks=2 does not tell SLURM where the tasks run",
         },
     }
