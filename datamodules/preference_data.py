@@ -227,6 +227,6 @@ def split_by_prompt(prompt_keys: np.ndarray, share: float) -> tuple[np.ndarray, 
     held_out = held_out_prompt[prompt_of_pair]
     if len(prompt_keys) and held_out.all():
         raise UserError(
-            f"A held-out share of {share} takes all {len(keys)} prompts: give more data, or less of it."
+            f"data.validation_share: {share} takes all {len(keys)} prompts: lower it, or give more data."
         )
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)

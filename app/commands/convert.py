@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,8 +48,10 @@ def find_gguf(name: str) -> Path:
         if not Path(name).is_file():
             raise UserError(f"There is no file {name}.")
         return Path(name)
-    # without importing the package, which may need other packages
-    spec = find_spec(name) if all(map(str.isidentifier, name.split("."))) else None
+    spec = None
+    if all(map(str.isidentifier, name.split("."))):
+        with suppress(ModuleNotFoundError):  # of a parent package, the only one that this imports
+            spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"{name} is neither a .gguf file nor an installed package: install it first.")
     found = [path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.gguf")]

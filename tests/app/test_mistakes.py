@@ -198,6 +198,7 @@ def test_an_extra_that_is_not_installed(run_config: Path, told: Callable[..., st
         (["generate", "MODEL", "a file", "--prompts", "a file"], "out must end in .jsonl"),
         (["convert", "none.GGUF", "out"], "There is no file none.GGUF"),
         (["convert", "./x", "out"], "./x is neither a .gguf file nor an installed package"),
+        (["convert", "no_such.package", "out"], "no_such.package is neither a .gguf file nor an installed package"),
         (["convert", "no_such_package", "out"], "no_such_package is neither a .gguf file nor an installed package"),
         (["frobnicate"], "There is no command 'frobnicate': see `beta-dpo --help`"),
         (["fti"], "There is no command 'fti': did you mean fit?"),
