@@ -248,9 +248,8 @@ def _rows(path: Path) -> Rows:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged gzip ({error}): its rows cannot be trusted; fetch it again.") from error
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror or error}): check the path that you gave."
-        ) from error
+        why = error.strerror or error
+        raise UserError(f"{path} cannot be read ({why}): check the path that you gave.") from error
 
 
 def _binary_rows(path: Path) -> Rows:
@@ -282,12 +281,20 @@ def arrow_rows(batches: Iterable[pa.RecordBatch]) -> Rows:
 
 
 def _values(batch: pa.RecordBatch) -> list[object]:
+    for column in batch.columns:  # damaged offsets would end the process, invalid UTF-8 not
+        column.view(_as_bytes(column.type)).validate(full=True)
     try:
-        batch.validate(full=True)  # damaged offsets would end the process
         return list(batch.to_pylist())
-    except pa.ArrowInvalid as error:
-        if "UTF8" not in str(error):
-            raise
+    except UnicodeDecodeError:
         if len(batch) == 1:
             return [BadRow("invalid UTF-8")]
         return [value for index in range(len(batch)) for value in _values(batch.slice(index, 1))]
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    """Return the type with texts as bytes, in lists and structs too: Arrow validates the texts of all rows."""
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_as_bytes(field.type)) for field in kind])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return (pa.list_ if pa.types.is_list(kind) else pa.large_list)(_as_bytes(kind.value_type))
+    return {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(kind, kind)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from app.core.errors import UserError
 from datamodules.records import Message, PreferencePair, Prompt
+from datamodules.sources.files import arrow_rows
 from datamodules.sources.messages import prompt_messages
 from datamodules.sources.pairs import read_pairs, read_row
 from datamodules.sources.rows import BadRow
@@ -236,6 +237,14 @@ def test_damaged_gzip_is_refused(tmp_path: Path) -> None:
     path.write_bytes(packed[:-8] + bytes(4) + packed[-4:])
     with pytest.raises(UserError, match="damaged gzip"):
         list(read_pairs(str(path), on_bad_row="skip"))
+
+
+def test_invalid_utf8_within_a_list_costs_its_own_row_alone() -> None:
+    texts = pa.StringArray.from_buffers(3, pa.array([0, 1, 2, 3], pa.int32()).buffers()[1], pa.py_buffer(b"b\xffb"))
+    turns = pa.ListArray.from_arrays([0, 1, 2, 3], pa.StructArray.from_arrays([texts], ["content"]))
+    first, second, third = (row for _, row in arrow_rows([pa.record_batch({"chosen": turns})]))
+    assert first == third == {"chosen": [{"content": "b"}]}
+    assert isinstance(second, BadRow)
 
 
 def test_parquet_rows_keep_their_labels_and_numbers(tmp_path: Path) -> None:
