@@ -8,6 +8,7 @@ import shutil
 import signal
 import stat
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -59,13 +60,15 @@ class SignalWatch:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        hint = " Press Ctrl-C again to stop at once." if number == signal.SIGINT else ""
-        for stream in (1, 2) if number == signal.SIGHUP else ():  # printing to a closed terminal would end the run
-            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        # not by print or logging, which may hold their locks when the signal arrives
-        os.write(2, f"\n{signal.Signals(number).name}: the step is finished and saved first.{hint}\n".encode())
         self.received = number
+        hint = " Press Ctrl-C again to stop at once." if number == signal.SIGINT else ""
+        for stream in (1, 2):
+            with suppress(OSError):  # a stream may be closed
+                if number == signal.SIGHUP and stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)  # printing to a closed terminal fails
+        # not by print or logging, which may hold their locks when the signal arrives
+        with suppress(OSError):
+            os.write(2, f"\n{signal.Signals(number).name}: the step is finished and saved first.{hint}\n".encode())
 
 
 @checked

@@ -148,7 +148,7 @@ class RunRecord(SaveConfigCallback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if trainer.should_stop:  # of which Lightning says nothing
-            rank_zero_info(f"the run ends after step {trainer.global_step}, because a callback stops it")
+            rank_zero_info(f"the run ends after step {trainer.global_step}: a callback or max_time stops it")
         audited = any(isinstance(one, PairAudit) for one in trainer.callbacks)  # type: ignore[attr-defined]
         folder = shlex.quote(str(self.folder))
         following = f"next: beta-dpo report {folder}; beta-dpo audit {folder}"

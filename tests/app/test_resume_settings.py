@@ -74,7 +74,11 @@ def test_a_run_that_a_callback_stops_says_so(monkeypatch: pytest.MonkeyPatch) ->
     for stops in (False, True):
         trainer: Any = SimpleNamespace(should_stop=stops, **settings)
         record.on_train_end(trainer, trainer)
-    assert told == ["log folder: run", "the run ends after step 8, because a callback stops it", "log folder: run"]
+    assert told == [
+        "log folder: run",
+        "the run ends after step 8: a callback or max_time stops it",
+        "log folder: run",
+    ]
 
 
 def test_another_reference_under_the_same_name_is_refused(stopped: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,14 @@ def test_a_closed_terminal_is_no_business_of_a_run_under_nohup() -> None:
     finally:
         watch.stop()
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_is_noted_where_the_outputs_are_closed() -> None:
+    code = (
+        "import os, signal; from callbacks.run_checkpoint import SignalWatch; watch = SignalWatch(); "
+        "watch.start(); os.close(1); os.close(2); signal.raise_signal(signal.SIGHUP); os._exit(watch.received or 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == signal.SIGHUP.value
 
 
 def test_the_folder_of_another_run_is_left_alone(tiny_llama: str, tmp_path: Path) -> None:
