@@ -24,17 +24,17 @@ TRAINER_COMMANDS = {
 
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # torchrun's, Slurm's and Lightning's
 # variables whose numbers libraries read, some while they are imported
-NUMBERS = "WORLD_SIZE LOCAL_WORLD_SIZE NODE_RANK GROUP_RANK MASTER_PORT OMP_NUM_THREADS SLURM_NTASKS SLURM_JOB_ID "
-NUMBERS += "SLURM_STEP_NUM_TASKS SLURM_LOCALID SLURM_NODEID"
+NUMBERS = (
+    *(*RANKS, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_PORT", "OMP_NUM_THREADS"),
+    *("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Exits with status 2 and one sentence if the user made a mistake."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     command = words[0]
-    wrong = [
-        name for name in (*RANKS, *NUMBERS.split()) if not os.environ.get(name, "0").replace(",", "").isdecimal()
-    ]
+    wrong = [name for name in NUMBERS if not os.environ.get(name, "0").replace(",", "").isdecimal()]
     try:
         if command in ("-h", "--help"):
             print(overview())

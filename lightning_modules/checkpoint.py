@@ -55,8 +55,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
 def unwritable(path: Any) -> UserError:
     """Return the error for a checkpoint that cannot be written."""
     before = (last := Path(path).with_name("last.ckpt")).exists()
-    start = f"from {last.resolve().name}" if before else "from the beginning, for there is no earlier checkpoint"
-    cure = f"free space; the same command with --ckpt_path last goes on {start}"
+    then = f"resumes from {last.resolve().name}" if before else "starts again, for there is no earlier checkpoint"
+    cure = f"free space; the same command with --ckpt_path last {then}"
     return UserError(f"{path} could not be written, probably because the disk is full: {cure}.")
 
 

@@ -183,11 +183,8 @@ class MemoryPlan:
         share = WEIGHT * trained.all // self.shards
         gradients = share + (WEIGHT * trained.all if self.kind == "ddp" else 0)  # DDP adds its buckets
         root = blocks = 0  # gathered weights
-        unreduced = (
-            WEIGHT * trained.head,
-            0,
-            0,
-        )  # gradients of the head, a block and the root before their reduction
+        # gradients of the head, a block and the root before their reduction
+        unreduced = WEIGHT * trained.head, 0, 0
         if strategy is not None:
             gradients += WEIGHT * trained.all * strategy.accumulate_whole_gradients
             root, block = compute * weights.root, compute * weights.block
@@ -204,9 +201,8 @@ class MemoryPlan:
         # the peak is at the start of the backward pass or, with checkpoints, while a block is recomputed
         blocks_kept = made.blocks * made.block_input + made.largest_block if self.checkpointed else made.all_blocks
         kept = int((made.outside + made.block_input + blocks_kept) * tokens) + masks
-        running = kept + int(
-            made.largest_block * tokens / 2
-        )  # with the gradients of the running block's activations
+        # with the gradients of the running block's activations
+        running = kept + int(made.largest_block * tokens / 2)
         # the head's slice of logits and its gradient, all tokens being of responses
         slice_logits = max(SLICE_LOGITS[self.device], NARROWEST_SLICE * tokens)
         logits = min(slice_logits, tokens * self.sizes.vocabulary) * (4 + compute)

@@ -266,10 +266,10 @@ def test_a_disk_that_fills_while_shards_are_written(run_config: Path) -> None:
 
 def test_a_full_disk_says_where_the_run_goes_on_from(tmp_path: Path) -> None:
     path = tmp_path / "step=4.ckpt"
-    assert str(unwritable(path)).endswith("goes on from the beginning, for there is no earlier checkpoint.")
+    assert str(unwritable(path)).endswith("starts again, for there is no earlier checkpoint.")
     (tmp_path / "step=2.ckpt").touch()
     move_link(tmp_path / "last.ckpt", tmp_path / "step=2.ckpt")
-    assert str(unwritable(path)).endswith("--ckpt_path last goes on from step=2.ckpt.")
+    assert str(unwritable(path)).endswith("--ckpt_path last resumes from step=2.ckpt.")
 
 
 def test_samples_that_do_not_fit_the_disk(
