@@ -17,8 +17,8 @@ from app.commands import quickstart
 from app.commands.audit import LABEL
 from app.commands.suspects import SIGNALS, available, hits, pair_histories
 from app.core.intervals import wilson
-from app.report.run import read_audit
 from benchmarks.tables import markdown
+from callbacks.pair_audit import read_audit
 
 SHARES = (0.01, 0.05, 0.1)
 HEAD = [f"first {share:.0%}: precision, recall" for share in SHARES]

@@ -19,9 +19,9 @@ import torch
 
 from app.method.moments import RunningMoments
 from app.method.selection import gaussian_log_weights, gumbel_top_k, number_kept, selection_noise
-from app.report.run import read_audit
 from benchmarks.tables import markdown
 from callbacks import BetaScheduler
+from callbacks.pair_audit import read_audit
 
 STEPS, PAIRS, KEEP_RATIO = 478, 128, 0.8  # configs/ultrafeedback_instruct.yaml
 SCHEDULES = {

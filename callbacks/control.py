@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import pyarrow.parquet as pq
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -16,6 +15,7 @@ from app.method.ranges import Seed, checked
 from app.method.selection import gumbel_top_k, selection_noise
 from app.method.step import StepDecision
 from callbacks.base import Decider
+from callbacks.pair_audit import read_audit
 
 Controlled = Literal[
     "random_filter", "shuffled_beta", "static_beta", "shuffled_margin", "shuffled_confidence", "shuffled_weights"
@@ -104,10 +104,10 @@ def shuffled(values: Tensor, kept: Tensor, noise: Tensor) -> Tensor:
 def mean_beta(run: Path) -> float:
     """Return the mean β of the pairs that a run trained on, from its audit. Raises UserError if there is none."""
     try:
-        audit = pq.read_table(run / "audit", columns=["beta", "kept"])
-    except OSError as error:
-        raise UserError(f"control.run: {run} holds no audit/*.parquet: give the log folder of the arm.") from error
-    kept = audit.filter(audit["kept"])["beta"].to_numpy()
+        audit = read_audit(run)
+    except UserError as error:
+        raise UserError(f"control.run: {error}") from error
+    kept = audit.beta[audit.kept.astype(bool)].to_numpy(float)
     if not len(kept):
         raise UserError(f"control.run: the audit of {run} holds no pair that was trained on.")
     return float(kept.mean())

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from app.core.errors import UserError, refused
 from app.core.files import atomic_file
 from app.core.log_folder import log_folder, refuse_another_run
 from app.method.ranges import PositiveInt, checked
@@ -112,10 +114,35 @@ def audit_rows(decision: StepDecision) -> pa.Table:
 
 def forget_steps_from(file: Path, step: int) -> None:
     """Drop the rows of `step` and later, which a run resumed from an earlier checkpoint repeats."""
-    table = pq.read_table(file)
+    with refused(f"{file} cannot be read, so the run cannot resume it: remove it"):
+        table = pq.read_table(file)
     earlier = table.filter(pa.compute.less(table["step"], step))
     if not earlier.num_rows:
         file.unlink()
     elif earlier.num_rows < table.num_rows:
         with atomic_file(file) as temporary:
             pq.write_table(earlier, temporary)
+
+
+def read_audit(folder: Path) -> pd.DataFrame:
+    """Return all rows of `PairAudit`, one per pair and step. Raises UserError if there are none."""
+    files = sorted((folder / "audit").glob("*.parquet"))
+    if not files:
+        raise UserError(
+            f"{folder} holds no audit/*.parquet: give the log folder of a run that had PairAudit.{inside(folder)}"
+        )
+    with refused(f"{folder}/audit cannot be read"):
+        rows = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+    lacks = [name for name in AUDIT_COLUMNS[:8] if name != "log_weight" and name not in rows]
+    if lacks or not len(rows):
+        what = f"no column {lacks[0]}" if lacks else "no row"
+        raise UserError(f"{folder}/audit has {what}: it is not what PairAudit writes, so remove it.")
+    return rows
+
+
+def inside(folder: Path) -> str:
+    """Return ` Did you mean …?` with the newest run in the folder, or an empty text. UserError for no folder."""
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}: give the log folder of a run, which `fit` names at its end.")
+    found = sorted(folder.glob("version_*"), key=lambda path: path.stat().st_mtime)
+    return f" Did you mean {found[-1]}?" if found else ""

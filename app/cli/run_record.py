@@ -144,8 +144,12 @@ class RunRecord(SaveConfigCallback):
             continue_curves(trainer, resumes=self.config["ckpt_path"] is not None)
             rank_zero_info(f"log folder: {self.folder}")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not self.already_saved:
+            at = f"step {trainer.global_step}, where trainer.max_steps, max_epochs or max_time ends the run"
+            rank_zero_info(f"--ckpt_path: nothing was left to train: the checkpoint is of {at}.")
             return
         if trainer.should_stop:  # of which Lightning says nothing
             rank_zero_info(f"the run ends after step {trainer.global_step}: a callback or max_time stops it")
@@ -153,11 +157,6 @@ class RunRecord(SaveConfigCallback):
         folder = shlex.quote(str(self.folder))
         following = f"next: beta-dpo report {folder}; beta-dpo audit {folder}"
         rank_zero_info(following if audited and loss_of(pl_module) else f"log folder: {self.folder}")
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not (self.already_saved or trainer.fast_dev_run):  # type: ignore[attr-defined]
-            at = f"step {trainer.global_step}, where trainer.max_steps, max_epochs or max_time ends the run"
-            rank_zero_info(f"--ckpt_path: nothing was left to train: the checkpoint is of {at}.")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Append the command to `commands.txt`; called on rank 0 after config.yaml is written."""

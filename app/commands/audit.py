@@ -19,7 +19,8 @@ from app.core.errors import UserError
 from app.core.files import atomic_file, refuse_place
 from app.core.intervals import span, wilson
 from app.method.ranges import PositiveInt
-from app.report.run import PairTexts, grouping_labels, read_audit
+from app.report.run import PairTexts, grouping_labels
+from callbacks.pair_audit import read_audit
 from datamodules.records import PreferencePair
 
 LABEL = "flipped"

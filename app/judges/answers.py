@@ -42,14 +42,20 @@ def aligned(ours: str, theirs: str) -> tuple[list[Answer], list[Answer]]:
 
 
 def sampled_answers(path: str) -> list[Answer]:
-    """Return the rows of a sample file. UserError for none, for a bad one, and for two prompts with one id."""
+    """Return the rows of a sample file. UserError for none, a bad or repeated one, and two prompts with one id."""
     rows = [row | {"prompt": read_prompt(row["prompt"])} for _, row in read_samples(path)]
     if not rows:
         raise UserError(f"{path} holds no answer.")
     prompts: dict[str, Prompt] = {}
+    seen: set[tuple[Any, ...]] = set()
     for row in rows:
         if prompts.setdefault(row["prompt_id"], row["prompt"]) != row["prompt"]:
             raise UserError(f"{path}: the prompt_id {row['prompt_id']!r} has two prompts: give each its own.")
+        own = (row["prompt_id"], row.get("temperature"), row.get("sample", row["response"]))
+        if own in seen:
+            cure = "remove one, or number the samples of a prompt by `sample`"
+            raise UserError(f"{path} gives a sample of the prompt {row['prompt_id']!r} twice: {cure}.")
+        seen.add(own)
     return rows
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from jsonargparse import ArgumentParser
@@ -24,7 +23,7 @@ from app.cli.run_record import COMMANDS_FILE
 from app.core.errors import UserError, first_line
 from app.core.intervals import Estimate
 from app.core.log_folder import whole_lines
-from callbacks.pair_audit import AUDIT_COLUMNS, DATA
+from callbacks.pair_audit import AUDIT_COLUMNS, DATA, inside, read_audit
 from callbacks.slots import arguments, entries
 from datamodules.base import PairDataModule
 from datamodules.records import TokenisedPair
@@ -150,32 +149,6 @@ def curves_of_audit(audit: pd.DataFrame) -> dict[str, pd.Series]:
         "train/reward_accuracy": by_step.right.mean(),
     }
     return {tag: column.astype(float) for tag, column in found.items() if column.notna().any()}
-
-
-def read_audit(folder: Path) -> pd.DataFrame:
-    """Return all rows of `PairAudit`, one per pair and step. Raises UserError if there are none."""
-    files = sorted((folder / "audit").glob("*.parquet"))
-    if not files:
-        raise UserError(
-            f"{folder} holds no audit/*.parquet: give the log folder of a run that had PairAudit.{inside(folder)}"
-        )
-    try:
-        rows = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{folder}/audit cannot be read: {first_line(error)}") from error
-    lacks = [name for name in AUDIT_COLUMNS[:8] if name != "log_weight" and name not in rows]
-    if lacks or not len(rows):
-        what = f"no column {lacks[0]}" if lacks else "no row"
-        raise UserError(f"{folder}/audit has {what}: it is not what PairAudit writes, so remove it.")
-    return rows
-
-
-def inside(folder: Path) -> str:
-    """Return ` Did you mean …?` with the newest run in the folder, or an empty text. UserError for no folder."""
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}: give the log folder of a run, which `fit` names at its end.")
-    found = sorted(folder.glob("version_*"), key=lambda path: path.stat().st_mtime)
-    return f" Did you mean {found[-1]}?" if found else ""
 
 
 def grouping_labels(audit: pd.DataFrame) -> list[str]:

@@ -369,6 +369,11 @@ def test_samples_of_other_programs(tmp_path: Path) -> None:
     twice = write(tmp_path / "b.jsonl", [rows[0], rows[0] | {"prompt": "other"}])
     with pytest.raises(UserError, match="the prompt_id '7' has two prompts"):
         sampled_answers(twice)
+    more = [rows[0], rows[0] | {"response": "s"}]
+    assert len(sampled_answers(write(tmp_path / "c.jsonl", more))) == 2
+    for repeated in ([*more, rows[0]], [more[0] | {"sample": 1}, more[1] | {"sample": 1}]):
+        with pytest.raises(UserError, match="gives a sample of the prompt '7' twice"):
+            sampled_answers(write(tmp_path / "c.jsonl", repeated))
 
 
 def test_a_file_that_is_no_file_of_verdicts_keeps_its_bytes(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(f"log folder: {RUN}") == 1
     assert f"first checkpoint: {RUN}/checkpoints/step=2.ckpt, 0.4 MB; the newest is kept" in done.stderr
-    assert f"next: beta-dpo report {RUN}; beta-dpo audit {RUN}\n" in done.stderr
+    assert done.stderr.endswith(f"\nnext: beta-dpo report {RUN}; beta-dpo audit {RUN}\n")
     return folder
 
 
@@ -70,10 +70,10 @@ def test_a_run_that_a_callback_stops_says_so(monkeypatch: pytest.MonkeyPatch) ->
     told: list[str] = []
     monkeypatch.setattr("app.cli.run_record.rank_zero_info", told.append)
     record, settings = RunRecord.__new__(RunRecord), {"fast_dev_run": False, "callbacks": [], "global_step": 8}
-    record.folder = Path("run")
+    record.folder, record.already_saved = Path("run"), True
     for stops in (False, True):
         trainer: Any = SimpleNamespace(should_stop=stops, **settings)
-        record.on_train_end(trainer, trainer)
+        record.on_fit_end(trainer, trainer)
     assert told == [
         "log folder: run",
         "the run ends after step 8: a callback or max_time stops it",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -236,5 +237,13 @@ def test_a_static_beta_at_the_mean_of_the_arm(tiny_llama: str, tmp_path: Path) -
     control = Control("static_beta", str(tmp_path))
     _, static, _ = run(tmp_path / "static", tiny_llama, *in_order({**parts, "control": control}))
     assert {beta for decision in static for beta in decision.beta.tolist()} == {mean_beta(tmp_path)}
-    with pytest.raises(UserError, match=r"holds no audit/\*.parquet"):
+    with pytest.raises(UserError, match=r"control.run: There is no folder"):
         mean_beta(tmp_path / "nowhere")
+    for file in (tmp_path / "audit").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"control.run: .*audit cannot be read: "):
+        mean_beta(tmp_path)
+    shutil.rmtree(tmp_path / "audit")
+    (tmp_path / "audit").mkdir()
+    with pytest.raises(UserError, match=r"control.run: .* holds no audit/\*.parquet"):
+        mean_beta(tmp_path)

@@ -24,8 +24,9 @@ from app.report.curves import MOST_POINTS, drift, response, smoothed, thinned
 from app.report.groups import density, dropped, rows_panel
 from app.report.page import differences, missing, numbers_of, spec_of
 from app.report.plot import Line, axis, lines
-from app.report.run import read_audit, read_curves, read_run
+from app.report.run import read_curves, read_run
 from callbacks import PairAudit, TextProgress
+from callbacks.pair_audit import read_audit
 
 CONFIG = "model: {init_args: {beta0: 0.1}}\ntrainer: {callbacks: [{class_path: callbacks.%s}]}\n"
 COMMANDS = "beta-dpo fit --config a.yaml\nbeta-dpo test --config a.yaml\nbeta-dpo fit --ckpt_path last\n"
