@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from app.method.moments import RunningMoments
-from app.method.selection import gaussian_log_weights, gumbel_top_k, number_kept, selection_noise
+from app.method.dynamic_beta import RunningMoments, gaussian_log_weights, gumbel_top_k, number_kept, selection_noise
 from benchmarks.tables import markdown
 from callbacks import BetaScheduler
 from callbacks.pair_audit import read_audit

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.setting import BETA, LEARNING_RATE, MAX_LENGTH, SPLIT_BATCHES, Setting, decoded, pairs_of
 from callbacks import BetaScheduler, PairFilter, RewardGapStatistics
 from datamodules import PreferenceData
-from datamodules.loader import OptimizerBatchLoader
+from datamodules.batches import OptimizerBatchLoader
 from lightning_modules import PreferenceOptimization
 
 SPLIT_TOKENS = 1536  # the smallest budget for any pair with max_length 512

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from datamodules.records import TokenisedPair
 from datamodules.sources.pairs import read_pairs
-from datamodules.table_writer import cached_table
+from datamodules.table import cached_table
 from datamodules.tokenisation import Tokenisation
-from lightning_modules.flops import step_operations
+from lightning_modules.measuring import step_operations
 
 BETA = 0.1
 LEARNING_RATE = 1e-6

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from app.core.errors import UserError
-from app.method.moments import Moments
+from app.method.dynamic_beta import Moments
 from app.method.pair_loss import PairLoss
 from app.method.ranges import is_finite
 from app.method.step import StepDecision

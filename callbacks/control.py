@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from app.core.errors import UserError
+from app.method.dynamic_beta import gumbel_top_k, selection_noise
 from app.method.ranges import Seed, checked
-from app.method.selection import gumbel_top_k, selection_noise
 from app.method.step import StepDecision
 from callbacks.base import Decider
 from callbacks.pair_audit import read_audit

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from app.core.errors import StepRefused, UserError
 from app.method.batch import OptimizerBatch
 from app.method.ranges import AtLeastTwo, checked
-from callbacks.schedules import BoundedBeta
+from callbacks.dynamic_beta import BoundedBeta
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from app.method import weights
+from app.method.dynamic_beta import effective_sample_size
 from app.method.pair_loss import PairLoss
 from app.method.ranges import (
     FactorFromOne,
@@ -23,7 +24,6 @@ from app.method.ranges import (
     checked,
 )
 from app.method.reference_flips import ReferenceFlips, fitted, label_weights
-from app.method.selection import effective_sample_size
 from app.method.step import StepDecision
 from callbacks.base import Decider, label_column, score_gap
 

@@ -20,17 +20,15 @@ from transformers import PreTrainedTokenizerBase
 
 from app.core.errors import UserError
 from app.method.ranges import PositiveInt, Seed, checked
+from datamodules.batches import Exchange, OptimizerBatchLoader
 from datamodules.describe import describe, pairs_seen, remarks, shared_prompts, shown
 from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
-from datamodules.loader import Exchange, OptimizerBatchLoader
 from datamodules.ranking import Ranking, Selection, ranked
 from datamodules.rewards import RewardScoring, reward_scores, rows_with_reward, with_rewards
 from datamodules.sources.messages import is_transcript_prompt
 from datamodules.sources.pairs import PairStream
-from datamodules.table import PairTable, joined
-from datamodules.table_writer import cached_table
-from datamodules.tokenisation import Tokenisation
-from datamodules.tokenizer import stop_ids, tokenizer_files
+from datamodules.table import PairTable, cached_table, joined
+from datamodules.tokenisation import Tokenisation, stop_ids, tokenizer_files
 
 log = logging.getLogger(__name__)
 

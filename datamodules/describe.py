@@ -15,8 +15,7 @@ from pandas.util import hash_pandas_object
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.gap_mixture import GapMixedTable
-from datamodules.table import PairTable, Part
-from datamodules.table_writer import UNKNOWN
+from datamodules.table import UNKNOWN, PairTable, Part
 
 ALIKE = "but for case, spaces or punctuation"
 _SCORES = ("score", "rating", "reward")  # in the names of labels that grade a response

@@ -17,10 +17,9 @@ from app.core.errors import UserError
 from app.core.files import file_hash
 from app.core.samples import read_samples
 from app.method.ranges import Seed, Share, checked
-from datamodules.records import PreferencePair, read_prompt
+from datamodules.records import PreferencePair, RowReport, read_prompt
 from datamodules.sources.messages import prompt_key
 from datamodules.sources.pairs import PairStream
-from datamodules.sources.rows import RowReport
 from datamodules.table import PairTable, joined
 
 

@@ -16,13 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from app.core.errors import UserError
 from app.method.ranges import FactorFromOne, PositiveInt, ShareBelowOne, checked
 from datamodules.base import PairDataModule, Split
-from datamodules.sources.conversions import PreferredBy
 from datamodules.sources.files import LocalFiles
+from datamodules.sources.formats import PreferredBy
 from datamodules.sources.pairs import OnBadRow, PairStream, read_pairs
 from datamodules.sources.source import RowFormat, Source
 from datamodules.table import PairTable
-from datamodules.tokenisation import Tokenisation
-from datamodules.tokenizer import read_tokenizer
+from datamodules.tokenisation import Tokenisation, read_tokenizer
 
 
 @checked

@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from app.core.errors import UserError, first_line
+from app.method.dynamic_beta import number_kept
 from app.method.ranges import PositiveShare, checked
-from app.method.selection import number_kept
 from datamodules.table import PairTable
 
 

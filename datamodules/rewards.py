@@ -26,8 +26,7 @@ from app.method.ranges import PositiveInt, checked
 from datamodules.records import PreferencePair, Prompt
 from datamodules.sources.messages import prompt_messages
 from datamodules.sources.pairs import PairStream
-from datamodules.table import PairTable
-from datamodules.table_writer import progress_bar, read_rows, record_batch, write_rows
+from datamodules.table import PairTable, progress_bar, read_rows, record_batch, write_rows
 
 log = logging.getLogger(__name__)
 

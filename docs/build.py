@@ -21,15 +21,20 @@ import lightning_modules
 from app.commands import COMMANDS, function_of
 from app.commands.suspects import hits, pair_histories
 from app.method import losses
-from app.method.beta import FLOOR, batch_beta
-from app.method.moments import RunningMoments
-from app.method.selection import gaussian_log_weights, gumbel_top_k, selection_noise
+from app.method.dynamic_beta import (
+    FLOOR,
+    RunningMoments,
+    batch_beta,
+    gaussian_log_weights,
+    gumbel_top_k,
+    selection_noise,
+)
 from app.report.curves import band, beta
 from app.report.plot import DASHES, Line, axis, lines, png, rule, side_by_side, sized_to
 from app.report.run import read_run
 from callbacks.health import CONDITIONS
 from callbacks.slots import SLOTS
-from datamodules.sources.registry import FORMATS
+from datamodules.sources.formats import FORMATS
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parent / "runs" / "quickstart" / "beta_dpo"

@@ -13,11 +13,16 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import DPOTrainer
 
-from app.method.beta import batch_beta
-from app.method.logps import PairLogps
+from app.method.dynamic_beta import (
+    RunningMoments,
+    batch_beta,
+    gaussian_log_weights,
+    gumbel_top_k,
+    number_kept,
+    selection_noise,
+)
 from app.method.losses import SigmoidLoss
-from app.method.moments import RunningMoments
-from app.method.selection import gaussian_log_weights, gumbel_top_k, number_kept, selection_noise
+from app.method.pair_loss import PairLogps
 
 
 class RewardGapMoments(TrainerCallback, ExportableState):

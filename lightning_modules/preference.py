@@ -14,14 +14,12 @@ from torch import Tensor
 
 from app.core.errors import StepRefused, UserError
 from app.method.batch import OptimizerBatch, PackedRows, on_device
-from app.method.logps import PairLogps
+from app.method.dynamic_beta import MINIMUM_STD, rounding_std
 from app.method.losses import SigmoidLoss
-from app.method.moments import MINIMUM_STD, rounding_std
-from app.method.pair_loss import PairLoss, pair_metrics
+from app.method.pair_loss import PairLogps, PairLoss, pair_metrics
 from app.method.ranges import NonNegativeFloat, PositiveFloat, ShareBelowOne, checked
 from app.method.step import StepDecision
-from lightning_modules.flops import peak_operations, step_operations
-from lightning_modules.measuring import perturbed_gaps, reference_kl
+from lightning_modules.measuring import peak_operations, perturbed_gaps, reference_kl, step_operations
 from lightning_modules.preference_scoring import PreferenceScoring, ReferenceKind
 from lightning_modules.scorer import response_logps
 from lightning_modules.sharding import keeps_gradients

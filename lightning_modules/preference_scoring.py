@@ -14,10 +14,9 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 from app.core.errors import UserError
 from app.method.batch import OptimizerBatch
 from app.method.pair_loss import PairLoss, pair_metrics
-from lightning_modules.base import LanguageModelTraining
+from lightning_modules.base import LanguageModelTraining, warn_of_nonfinite
 from lightning_modules.layout_check import CHECKED_PAIRS
 from lightning_modules.measuring import SIDES, PairMeasurer
-from lightning_modules.recorded_training import warn_of_nonfinite
 from lightning_modules.reference_cache import filled_reference_cache
 from lightning_modules.refused_models import check_tokens
 from lightning_modules.scorer import ResponseScorer

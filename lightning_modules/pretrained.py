@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 
 from app.core.errors import UserError, refused
 from app.core.files import folder_hash
-from lightning_modules.flops import parameter_count
+from lightning_modules.measuring import parameter_count
 from lightning_modules.private import hub_commit, keep_packing
 from lightning_modules.refused_models import refuse_config, refuse_missing, refuse_path
 from lightning_modules.sharded_loading import embedding_tables, refuse_values

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from app.method.batch import OptimizerBatch
 from app.method.ranges import PositiveFloat, checked
-from lightning_modules.base import LanguageModelTraining
-from lightning_modules.recorded_training import warn_of_nonfinite
+from lightning_modules.base import LanguageModelTraining, warn_of_nonfinite
 from lightning_modules.scorer import response_logps
 
 

@@ -25,6 +25,7 @@ from tiny_runs import Recorder, controlled, preference, quiet_trainer, weights
 from transformers import AutoModelForCausalLM
 
 from app.core.errors import UserError
+from app.method.dynamic_beta import number_kept
 from app.method.losses import (
     AlphaDPOLoss,
     HingeLoss,
@@ -37,7 +38,6 @@ from app.method.losses import (
     SPPOHardLoss,
 )
 from app.method.pair_loss import PairLoss
-from app.method.selection import number_kept
 from app.method.step import StepDecision
 from callbacks import (
     AMaPOMargin,

@@ -39,9 +39,8 @@ import callbacks as cb
 from app.commands.sampling import generator_state, restore_generator, sample, score
 from app.core.errors import StepRefused
 from app.method import losses
-from app.method.logps import PairLogps
 from app.method.losses import KTOPairLoss, SimPOLoss
-from app.method.pair_loss import PairLoss
+from app.method.pair_loss import PairLogps, PairLoss
 from datamodules.controlled_task import build_tokenizer
 from datamodules.rewards import RewardModel
 from lightning_modules import SupervisedFineTuning

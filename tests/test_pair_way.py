@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("app", "lightning_modules", "datamodules", "callbacks")
 # they serve the whole project and do not look at pairs: files, locks, the cache; the ranges of options
 SERVING = ("app/core/", "app/method/ranges.py")
-MOST = 37
+MOST = 25
 
 
 @contextmanager
@@ -69,5 +69,5 @@ def test_a_pair_crosses_few_files(tmp_path: Path, tiny_llama: str, monkeypatch: 
     quiet_trainer(tmp_path, [SecondStep(found), *beta_dpo()]).fit(preference(tiny_llama), data)
 
     print(f"files on the way of a pair {len(found)}, target 25: {', '.join(sorted(found))}")
-    assert {"datamodules/packing.py", "lightning_modules/preference.py", "app/method/selection.py"} <= found
+    assert {"datamodules/batches.py", "lightning_modules/preference.py", "app/method/dynamic_beta.py"} <= found
     assert len(found) <= MOST

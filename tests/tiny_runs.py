@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from app.method.logps import PairLogps
 from app.method.losses import SigmoidLoss
+from app.method.pair_loss import PairLogps
 from app.method.step import StepDecision
 from callbacks import BetaScheduler, PairFilter, RewardGapStatistics
 from datamodules import ControlledTask

@@ -18,8 +18,8 @@ from app.core.files import CONFIGS
 from app.method.ranges import PositiveFloat, PositiveInt
 from lightning_modules.attention import dense_mask_bytes
 from lightning_modules.base import LanguageModelTraining
-from lightning_modules.flops import parameter_count
 from lightning_modules.lora import add_lora
+from lightning_modules.measuring import parameter_count
 from lightning_modules.memory import WEIGHT, MemoryPlan, Sizes, activations
 from lightning_modules.pretrained import bare_model, load_config, store_linear_weights
 from lightning_modules.sharding import ShardedStrategy, keep_local_part

@@ -17,10 +17,10 @@ from app.commands.export_files import generation_config, model_card, spell_for_o
 from app.core.errors import UserError
 from app.core.files import atomic_folder
 from app.method.ranges import PositiveFloat
-from datamodules.tokenizer import FILE_TEXT
+from datamodules.tokenisation import FILE_TEXT
 from lightning_modules.checkpoint import read_for_export
-from lightning_modules.flops import parameter_count
 from lightning_modules.lora import MOVING, Lora
+from lightning_modules.measuring import parameter_count
 from lightning_modules.pretrained import bare_model, load_model, model_identity, quantization
 
 POLICY_PREFIX = "policy.model."

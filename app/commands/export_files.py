@@ -14,8 +14,7 @@ from jinja2 import Environment, PackageLoader
 from transformers import AutoTokenizer, GenerationConfig
 
 from callbacks.slots import arguments, entries
-from datamodules.tokenisation import Tokenisation
-from datamodules.tokenizer import stop_ids
+from datamodules.tokenisation import Tokenisation, stop_ids
 
 Fields = dict[str, Any]
 # the trainer settings that affect the training; the others concern places and logging

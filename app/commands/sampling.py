@@ -17,11 +17,10 @@ from transformers import GenerationConfig
 from app.core.errors import UserError
 from app.judges import Answer
 from app.judges.server import Client, SamplingServer, first_choice
-from datamodules.packing import pack
+from datamodules.batches import pack
 from datamodules.records import PreferencePair, TokenisedPair
 from datamodules.sources.messages import prompt_messages
-from datamodules.tokenisation import Tokenisation, tokenise_prompts
-from datamodules.tokenizer import read_tokenizer, stop_ids
+from datamodules.tokenisation import Tokenisation, read_tokenizer, stop_ids, tokenise_prompts
 from lightning_modules.pretrained import load_model, model_identity
 from lightning_modules.refused_models import check_tokens, refuse_beyond
 from lightning_modules.scorer import ResponseScorer

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from app.method.moments import RunningMoments
+from app.method.dynamic_beta import RunningMoments
 from app.method.reference_flips import fitted
 from app.report.run import grouping_labels
 

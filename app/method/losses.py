@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from app.method.logps import PairLogps
-from app.method.pair_loss import LogitLoss, PairLoss
+from app.method.pair_loss import LogitLoss, PairLogps, PairLoss
 from app.method.ranges import FiniteFloat, NonNegativeFloat, ShareBelowHalf, checked
 
 

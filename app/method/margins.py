@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from app.method.moments import MINIMUM_STD, Moments
+from app.method.dynamic_beta import MINIMUM_STD, Moments
 
 ROUNDS = 500  # of the search for a root, enough for halving alone
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from app.method.logps import PairLogps
-from app.method.moments import MINIMUM_STD, Moments
-from app.method.pair_loss import PairLoss
+from app.method.dynamic_beta import MINIMUM_STD, Moments
+from app.method.pair_loss import PairLogps, PairLoss
 
 
 @dataclass

@@ -13,8 +13,8 @@ import pandas as pd
 
 from app.core.intervals import Estimate, bootstrap_mean, digits, share_over, span
 from app.report.run import Run
+from callbacks.dynamic_beta import BetaScheduler, EpsilonBeta
 from callbacks.health import BEST_SPEED, BY_NAME, CONDITIONS, Window
-from callbacks.schedules import BetaScheduler, EpsilonBeta
 
 Level = Literal["act", "watch", "good"]  # something to change, something to know, something that went well
 # what answers do to those of another model, and advice on a win rate over the SFT model

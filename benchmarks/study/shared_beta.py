@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from app.method.beta import batch_beta
-from app.method.moments import Moments
+from app.method.dynamic_beta import Moments, batch_beta
 from callbacks import BetaScheduler
 
 

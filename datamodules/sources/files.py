@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from app.core.cache import fingerprint
 from app.core.errors import UserError, first_line
 from app.core.files import file_hash, refuse_pointers
-from datamodules.sources.rows import BadRow, Cell
+from datamodules.records import BadRow, Cell
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datamodules.records import Message, PreferencePair, Prompt
-from datamodules.sources.rows import BadRow, decoded, kind, text, wrong_type
+from datamodules.records import BadRow, Message, PreferencePair, Prompt, decoded, kind, text, wrong_type
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"

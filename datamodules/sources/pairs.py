@@ -9,11 +9,21 @@ from itertools import chain
 from typing import Any, Literal
 
 from app.core.errors import UserError
-from datamodules.records import Message, PreferencePair, Prompt
-from datamodules.sources.conversions import refuse_unusable, rename, without
+from datamodules.records import (
+    BadRow,
+    LeftOut,
+    Message,
+    PreferencePair,
+    Prompt,
+    RowReport,
+    has_value,
+    kind,
+    missing,
+    text,
+    typed,
+)
+from datamodules.sources.formats import FORMATS, PROMPTS, Format, Row, refuse_unusable, rename, without
 from datamodules.sources.messages import TEMPLATE_FIELDS, split_transcript, spoken, template_fields, with_system
-from datamodules.sources.registry import FORMATS, PROMPTS, Format, Row
-from datamodules.sources.rows import BadRow, LeftOut, RowReport, has_value, kind, missing, text, typed
 from datamodules.sources.source import OF_FORMATS, Source, close
 
 OnBadRow = Literal["error", "skip"]
@@ -227,7 +237,7 @@ def _format_of(row: Row, named: str, need_rejected: bool, prompts_only: bool) ->
             raise BadRow("two answers", f"rejected has a value, and {named} is a format of single answers")
     complete = (one for one in formats if not one.lacking(row))
     # the columns exist but are empty: reading the row names the empty one
-    present = (one for one in formats if one.has_columns(row))
+    present = (one for one in formats if not any(row.keys().isdisjoint(name.split("|")) for name in one.fields))
     for one in chain(complete, present):
         if named != "auto" or one.applies(row):
             return one

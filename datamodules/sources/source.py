@@ -14,10 +14,9 @@ from typing import Any
 
 from app.core.errors import UserError
 from app.method.ranges import FactorFromOne, PositiveFloat, checked
-from datamodules.sources.conversions import PreferredBy
 from datamodules.sources.files import ROWS_PER_BATCH, LocalFiles, arrow_rows, readable
+from datamodules.sources.formats import FIELDS, NAMES, PreferredBy
 from datamodules.sources.messages import TEMPLATE_FIELDS
-from datamodules.sources.registry import FIELDS, NAMES
 
 log = logging.getLogger(__name__)
 

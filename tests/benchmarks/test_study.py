@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from app.method.moments import Moments
+from app.method.dynamic_beta import Moments
 from benchmarks.study.page import DOCS, documents, linked
 from benchmarks.study.plan import (
     JUDGED,

@@ -13,8 +13,8 @@ from lightning.pytorch import Callback
 from tiny_runs import Recorder, controlled, decision_on, preference, quiet_trainer, same_bits, weights
 
 from app.core.errors import UserError
+from app.method.dynamic_beta import Moments
 from app.method.losses import IPOLoss, KTOPairLoss, SigmoidLoss, SimPOLoss
-from app.method.moments import Moments
 from app.method.step import StepDecision
 from callbacks import (
     BetaScheduler,

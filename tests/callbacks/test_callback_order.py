@@ -10,9 +10,9 @@ from lightning.pytorch import Callback
 from tiny_runs import Recorder, controlled, preference, quiet_trainer
 
 from app.core.errors import UserError
+from app.method.dynamic_beta import selection_noise
 from app.method.losses import IPOLoss, SigmoidLoss, SPPOHardLoss
 from app.method.pair_loss import PairLoss
-from app.method.selection import selection_noise
 from callbacks import BetaScheduler, PairFilter, RewardGapStatistics
 
 

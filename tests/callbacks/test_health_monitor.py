@@ -13,7 +13,7 @@ import torch
 from tiny_runs import beta_dpo, controlled, preference, quiet_trainer, same_bits, weights
 
 from app.core.errors import StepRefused, UserError
-from app.method.selection import effective_sample_size
+from app.method.dynamic_beta import effective_sample_size
 from callbacks import BetaScheduler, HealthMonitor, PairFilter, RewardGapStatistics, RunCheckpoint
 from callbacks.health import BY_NAME, CONDITIONS, SPEED, Window, chosen_falls
 

@@ -14,9 +14,9 @@ from tiny_runs import Recorder, beta_dpo, controlled, preference, quiet_trainer,
 from tiny_tokenizers import byte_tokenizer, texts
 
 from app.core.errors import UserError
+from datamodules.batches import OptimizerBatchLoader, PreferenceBatch
 from datamodules.controlled_task import preference_pairs
 from datamodules.gap_mixture import GapMixedTable, GapMixture
-from datamodules.loader import OptimizerBatchLoader, PreferenceBatch
 from datamodules.preference_data import PreferenceData
 
 PAIRS, BATCH = 200, 8

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from app.core.errors import UserError
 from app.method.batch import PackedRows
-from datamodules.loader import OptimizerBatchLoader, PreferenceBatch, balanced_shares
-from datamodules.packing import pack
+from datamodules.batches import OptimizerBatchLoader, PreferenceBatch, balanced_shares, pack
 from datamodules.table import PairTable
 
 PAIRS, BATCH = 23, 5
@@ -110,7 +109,7 @@ def test_the_next_batch_is_made_and_packed_while_one_is_in_use(
         packed_by.append(threading.current_thread().name)
         return pack(*arguments)
 
-    monkeypatch.setattr("datamodules.loader.pack", noting)
+    monkeypatch.setattr("datamodules.batches.pack", noting)
     source = loader(table)
     states = []
     for batch in source:

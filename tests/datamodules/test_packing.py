@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.method.batch import Layout, PackedRows
-from datamodules.packing import best_fit, pack, plan_rows, plan_separate
+from datamodules.batches import best_fit, pack, plan_rows, plan_separate
 from datamodules.records import TokenisedPair
 
 SIDES = ("chosen", "rejected")

@@ -11,7 +11,7 @@ from chat_families import FAMILIES
 from command_runs import command, write_config
 
 from app.core.errors import UserError
-from datamodules.tokenizer import read_tokenizer
+from datamodules.tokenisation import read_tokenizer
 
 
 def test_show_prints_the_pairs_as_trained_and_what_was_cut_and_dropped(tmp_path: Path) -> None:

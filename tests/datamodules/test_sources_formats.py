@@ -19,12 +19,11 @@ from jsonargparse import ArgumentParser
 from app.cli.options import set_up_parsing
 from app.core.errors import UserError
 from datamodules.preference_data import PreferenceData
-from datamodules.records import Message, PreferencePair
+from datamodules.records import BadRow, Cell, Message, PreferencePair
 from datamodules.sources import files
 from datamodules.sources.files import LocalFiles
+from datamodules.sources.formats import FORMATS, Format
 from datamodules.sources.pairs import read_pairs, read_row
-from datamodules.sources.registry import FORMATS, Format
-from datamodules.sources.rows import BadRow, Cell
 from datamodules.sources.source import Source
 
 TURN, YES, NO = (

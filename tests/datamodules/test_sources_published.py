@@ -14,10 +14,10 @@ from tiny_tokenizers import byte_tokenizer
 
 from app.core.errors import UserError
 from datamodules.preference_data import PreferenceData
+from datamodules.records import BadRow, LeftOut
 from datamodules.sources.pairs import read_pairs, read_row
-from datamodules.sources.rows import BadRow, LeftOut
 from datamodules.sources.source import RowFormat, Source
-from datamodules.table_writer import cached_table
+from datamodules.table import cached_table
 from datamodules.tokenisation import Tokenisation
 
 

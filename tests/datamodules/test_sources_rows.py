@@ -14,11 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import UserError
-from datamodules.records import Message, PreferencePair, Prompt
+from datamodules.records import BadRow, Message, PreferencePair, Prompt
 from datamodules.sources.files import arrow_rows
 from datamodules.sources.messages import prompt_messages
 from datamodules.sources.pairs import read_pairs, read_row
-from datamodules.sources.rows import BadRow
 from datamodules.sources.source import Source
 
 TALK = "\n\nHuman: hi\n\nAssistant:"

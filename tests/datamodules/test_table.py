@@ -29,16 +29,14 @@ from tiny_tokenizers import TEMPLATE, byte_tokenizer, tokenise_pair
 
 from app.core.cache import DamagedEntry, cache_root
 from app.core.errors import UserError
-from datamodules import table_writer
+from datamodules import table as table_module
 from datamodules.controlled_task import build_tokenizer
 from datamodules.describe import unknown_text
 from datamodules.preference_data import split_by_prompt
-from datamodules.records import Message, PreferencePair
+from datamodules.records import Message, PreferencePair, RowReport
 from datamodules.sources.pairs import OnBadRow, PairStream, read_pairs
-from datamodules.sources.rows import RowReport
 from datamodules.sources.source import RowFormat, Source
-from datamodules.table import PairTable
-from datamodules.table_writer import build_table, cached_table, open_table
+from datamodules.table import PairTable, build_table, cached_table, open_table
 from datamodules.tokenisation import Tokenisation, tokenise_pairs
 from datamodules.truncation import LAST_TURN, OLD_TURNS
 
@@ -66,12 +64,12 @@ def load_table(
 
 
 def test_several_processes_write_what_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_writer, "_PAIRS_PER_BATCH", 16)
+    monkeypatch.setattr(table_module, "_PAIRS_PER_BATCH", 16)
     tokenizer = byte_tokenizer()
     longer = [*pairs(500), PreferencePair("long", "the cat", " yes" * 20, " no" * 20)]  # is cut
     for folder, cores, before in (("one", 1, 99), ("several", 3, 2)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
-        monkeypatch.setattr(table_writer, "_BEFORE_PROCESSES", before)
+        monkeypatch.setattr(table_module, "_BEFORE_PROCESSES", before)
         built(iter(longer), tokenizer, SETTINGS, tmp_path / folder)
     # a worker of a Pool may have no processes of its own
     worker = get_context("fork").Process(
@@ -80,7 +78,7 @@ def test_several_processes_write_what_one_writes(tmp_path: Path, monkeypatch: py
     worker.start()
     worker.join()
     assert worker.exitcode == 0
-    for folder, name in product(("several", "worker"), table_writer.FILES):
+    for folder, name in product(("several", "worker"), table_module.FILES):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / folder / name).read_bytes()
     stream = iter([*pairs(100), PreferencePair("chat", (Message("user", "Hi"),), "a", "b")])
     with pytest.raises(UserError, match="chat messages, and no chat template"):  # from another process
@@ -249,8 +247,8 @@ def read_only(*_: object) -> None:
 def test_a_killed_process_leaves_finished_parts_and_the_next_one_resumes_behind_them(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(table_writer, "_PAIRS_PER_BATCH", 16)
-    monkeypatch.setattr(table_writer, "_BATCHES_PER_PART", 4)
+    monkeypatch.setattr(table_module, "_PAIRS_PER_BATCH", 16)
+    monkeypatch.setattr(table_module, "_BATCHES_PER_PART", 4)
     count = 6000
     rows: list[dict[str, object]] = [
         {"prompt": f"q{index}", "chosen": "a</s>b" if index % 50 == 7 else " yes" * 9, "rejected": "", "n": index}
@@ -279,7 +277,7 @@ def test_a_killed_process_leaves_finished_parts_and_the_next_one_resumes_behind_
     os.close(alive)
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    monkeypatch.setattr(table_writer, "tokenise_pairs", watched := Mock(wraps=tokenise_pairs))
+    monkeypatch.setattr(table_module, "tokenise_pairs", watched := Mock(wraps=tokenise_pairs))
     with caplog.at_level(logging.INFO):
         resumed = load()
     assert f"p.jsonl: resumes tokenising at row {done + 1} of {count}" in caplog.text
@@ -289,7 +287,7 @@ def test_a_killed_process_leaves_finished_parts_and_the_next_one_resumes_behind_
 
     monkeypatch.setenv("BETA_DPO_CACHE", str(tmp_path / "undisturbed"))
     assert len(load()) == len(resumed)
-    for name in table_writer.FILES:
+    for name in table_module.FILES:
         whole = tmp_path / "undisturbed" / "tables" / folder.stem / name
         assert whole.read_bytes() == (folder.with_suffix("") / name).read_bytes()
 
@@ -297,7 +295,7 @@ def test_a_killed_process_leaves_finished_parts_and_the_next_one_resumes_behind_
 def test_parts_of_refused_data_and_of_work_left_for_a_week_are_removed(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table_writer, "_BATCHES_PER_PART", 1)
+    monkeypatch.setattr(table_module, "_BATCHES_PER_PART", 1)
     good = write(tmp_path / "good.jsonl", ROWS)
     with pytest.raises(UserError, match=r"bad\.jsonl:2501"):
         load_table(write(tmp_path / "bad.jsonl", [*ROWS * 500, {}]), byte_tokenizer(), SETTINGS)

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 
 from app.method.batch import PackedRows  # noqa: E402
 from callbacks import PairAudit  # noqa: E402
-from datamodules.packing import pack  # noqa: E402
+from datamodules.batches import pack  # noqa: E402
 from lightning_modules import ShardedStrategy  # noqa: E402
 from lightning_modules.pretrained import load_model  # noqa: E402
 from lightning_modules.scorer import ResponseScorer  # noqa: E402

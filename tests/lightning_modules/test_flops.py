@@ -11,8 +11,8 @@ from test_packed_forward import SIDES, random_pairs
 from tiny_runs import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from datamodules.packing import pack
-from lightning_modules.flops import forward_operations, peak_operations, step_operations
+from datamodules.batches import pack
+from lightning_modules.measuring import forward_operations, peak_operations, step_operations
 from lightning_modules.scorer import ResponseScorer
 
 

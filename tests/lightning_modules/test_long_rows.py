@@ -14,7 +14,7 @@ from tiny_runs import FAMILIES, plain_logps, preference, quiet_trainer, save_tin
 
 from app.core.errors import UserError
 from datamodules import PreferenceData
-from datamodules.loader import short, stretched_pair
+from datamodules.batches import short, stretched_pair
 from datamodules.records import TokenisedPair
 from lightning_modules.scorer import response_logps
 

@@ -13,7 +13,7 @@ from tiny_runs import VOCABULARY, plain_logps, tiny_model
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from app.method.batch import Layout, PackedRows
-from datamodules.packing import pack
+from datamodules.batches import pack
 from datamodules.records import TokenisedPair
 from lightning_modules import scorer as scoring
 from lightning_modules.attention import dense_mask, one_row

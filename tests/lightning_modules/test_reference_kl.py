@@ -11,8 +11,8 @@ from lightning.pytorch import Callback
 from tiny_runs import controlled, preference, quiet_trainer, weights
 from transformers import AutoModelForCausalLM
 
-from app.method.logps import token_kl
 from app.method.losses import SimPOLoss
+from app.method.pair_loss import token_kl
 
 
 class Measured(Callback):

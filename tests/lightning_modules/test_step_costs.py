@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from tiny_runs import controlled, preference, quiet_trainer
 from torch.nn.utils import clip_grad_norm_
 
-from lightning_modules.recorded_training import RecordedTraining
+from lightning_modules.base import RecordedTraining
 from lightning_modules.sharding import clip_gradients
 
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 from golden import golden_numbers
 
-from app.method.logps import PairLogps
 from app.method.losses import AlphaDPOLoss, IPOLoss, RobustLoss, SigmoidLoss, SimPOLoss
 from app.method.margins import amapo_margins, gamma_po_margins
-from app.method.pair_loss import PairLoss
+from app.method.pair_loss import PairLogps, PairLoss
 from app.method.weights import (
     dr_dpo_loss,
     dr_dpo_weights,

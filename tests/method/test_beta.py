@@ -10,10 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.method.beta import batch_beta, instance_beta
+from app.method.dynamic_beta import Moments, batch_beta, instance_beta
 from app.method.margins import standardised_margin
-from app.method.moments import Moments
-from callbacks.schedules import BetaScheduler, BoundedBeta
+from callbacks.dynamic_beta import BetaScheduler, BoundedBeta
 
 AFTER = Moments(mean=0.9875, std=1.9430690)
 GAPS = torch.tensor([2.0, -1.5, 1.0, 2.0], dtype=torch.float64)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from app.method.beta import epsilon_beta, epsilon_steps, next_epsilon_beta, perturbed_logits
+from app.method.dynamic_beta import epsilon_beta, epsilon_steps, next_epsilon_beta, perturbed_logits
 
 
 def test_only_strictly_monotone_gaps_make_a_step() -> None:

@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from app.method.beta import batch_beta
-from app.method.logps import PairLogps
+from app.method.dynamic_beta import Moments, RunningMoments, batch_beta
 from app.method.losses import (
     HingeLoss,
     IPOLoss,
@@ -21,8 +20,7 @@ from app.method.losses import (
     SimPOLoss,
     SPPOHardLoss,
 )
-from app.method.moments import Moments, RunningMoments
-from app.method.pair_loss import LogitLoss, PairLoss
+from app.method.pair_loss import LogitLoss, PairLogps, PairLoss
 
 
 def with_gap(gap: torch.Tensor) -> PairLogps:

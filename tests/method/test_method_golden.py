@@ -9,12 +9,19 @@ import pytest
 import torch
 from golden import golden_numbers
 
-from app.method.beta import batch_beta, epsilon_beta, next_epsilon_beta
-from app.method.logps import PairLogps
+from app.method.dynamic_beta import (
+    Moments,
+    RunningMoments,
+    batch_beta,
+    epsilon_beta,
+    gaussian_log_weights,
+    gumbel_top_k,
+    next_epsilon_beta,
+    number_kept,
+    selection_noise,
+)
 from app.method.losses import HingeLoss, IPOLoss, LengthNormalisedIPOLoss, RobustLoss, SigmoidLoss, SimPOLoss
-from app.method.moments import Moments, RunningMoments
-from app.method.pair_loss import PairLoss
-from app.method.selection import gaussian_log_weights, gumbel_top_k, number_kept, selection_noise
+from app.method.pair_loss import PairLogps, PairLoss
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.method.moments import Moments, RunningMoments
+from app.method.dynamic_beta import Moments, RunningMoments
 
 BATCH = torch.tensor([2.0, -1.5, 1.0, 2.0], dtype=torch.float64)  # mean 0.875
 # Deviations 1.125, −2.375, 0.125, 1.125: squares sum to 8.1875.

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.method.moments import Moments, RunningMoments
-from app.method.selection import (
+from app.method.dynamic_beta import (
+    Moments,
+    RunningMoments,
     effective_sample_size,
     gaussian_log_weights,
     gumbel_top_k,

@@ -10,10 +10,15 @@ import pytest
 import torch
 from tiny_runs import decision_on, gaps_only
 
-from app.method.beta import batch_beta
+from app.method.dynamic_beta import (
+    RunningMoments,
+    batch_beta,
+    gaussian_log_weights,
+    gumbel_top_k,
+    number_kept,
+    selection_noise,
+)
 from app.method.losses import IPOLoss, SigmoidLoss
-from app.method.moments import RunningMoments
-from app.method.selection import gaussian_log_weights, gumbel_top_k, number_kept, selection_noise
 from app.method.step import StepDecision
 
 
