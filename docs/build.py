@@ -32,8 +32,8 @@ from app.method.dynamic_beta import (
 from app.report.curves import band, beta
 from app.report.plot import DASHES, Line, axis, lines, png, rule, side_by_side, sized_to
 from app.report.run import read_run
+from callbacks import SLOTS
 from callbacks.health import CONDITIONS
-from callbacks.slots import SLOTS
 from datamodules.sources.formats import FORMATS
 
 HERE = Path(__file__).parent

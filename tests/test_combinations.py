@@ -40,6 +40,7 @@ from app.method.losses import (
 from app.method.pair_loss import PairLoss
 from app.method.step import StepDecision
 from callbacks import (
+    BY_NAME,
     AMaPOMargin,
     AnnotatorReliability,
     BetaScheduler,
@@ -54,9 +55,10 @@ from callbacks import (
     RewardGapStatistics,
     ScoreWeights,
     StandardisedMargin,
+    in_order,
+    slot_of,
 )
 from callbacks.control import CONTROLS
-from callbacks.slots import BY_NAME, in_order, slot_of
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "choosing.md"

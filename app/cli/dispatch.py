@@ -25,8 +25,8 @@ from app.cli.parse_errors import sentence
 from app.cli.trainer import OwnOptions, be_quiet, run_trainer_command
 from app.commands import COMMANDS, function_of
 from app.core.errors import UserError
+from callbacks import SLOTS
 from callbacks.run_checkpoint import Interrupted
-from callbacks.slots import SLOTS
 from datamodules import ControlledTask, PreferenceData
 from lightning_modules import PreferenceOptimization, SupervisedFineTuning
 

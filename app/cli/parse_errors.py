@@ -13,7 +13,7 @@ import torch
 
 from app.cli.options import options_of, suggestion
 from app.core.files import shipped_names
-from callbacks.slots import BY_NAME
+from callbacks import BY_NAME
 
 # line of a message → what it expects, in words; the first row that matches counts
 EXPECTED = (

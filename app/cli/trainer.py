@@ -30,8 +30,7 @@ from app.cli.slurm import check_processes, slurm_environment
 from app.core.errors import UserError
 from app.core.files import shipped
 from app.core.log_folder import claimed_log_folder
-from callbacks import TextProgress
-from callbacks.slots import BY_NAME, SLOTS, in_order, refuse_listed
+from callbacks import BY_NAME, SLOTS, TextProgress, in_order, refuse_listed
 from lightning_modules.checkpoint import SafeCheckpointIO
 from lightning_modules.start_checks import refuse_strategy
 

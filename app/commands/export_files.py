@@ -13,7 +13,7 @@ import yaml
 from jinja2 import Environment, PackageLoader
 from transformers import AutoTokenizer, GenerationConfig
 
-from callbacks.slots import arguments, entries
+from callbacks import arguments, entries
 from datamodules.tokenisation import Tokenisation, stop_ids
 
 Fields = dict[str, Any]

@@ -18,7 +18,7 @@ class StepDecision:
     """The measurements and decisions for the G pairs of a global batch, between the gaps and the loss.
 
     It starts as plain DPO: every eligible pair is kept and β = β0. Callbacks change `discrepancy`, `moments`,
-    `log_weights`, `kept`, `beta`, `margin`, `confidence` and `loss_weight`, in the order of `callbacks.slots`; the
+    `log_weights`, `kept`, `beta`, `margin`, `confidence` and `loss_weight`, in the order of `callbacks.SLOTS`; the
     gaps stay as measured. Every rank makes the same changes to the same numbers. All tensors are on the CPU,
     outside any graph. Raises ValueError if ids, gaps and labels differ in number.
 

@@ -23,8 +23,8 @@ from app.cli.run_record import COMMANDS_FILE
 from app.core.errors import UserError, first_line
 from app.core.intervals import Estimate
 from app.core.log_folder import whole_lines
+from callbacks import arguments, entries
 from callbacks.pair_audit import AUDIT_COLUMNS, DATA, inside, read_audit
-from callbacks.slots import arguments, entries
 from datamodules.base import PairDataModule
 from datamodules.records import TokenisedPair
 from datamodules.table import PairTable

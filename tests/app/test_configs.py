@@ -13,7 +13,7 @@ from command_runs import environment, refusal, write_config
 
 from app.commands import COMMANDS
 from app.main import TRAINER_COMMANDS, main, overview
-from callbacks.slots import entries
+from callbacks import entries
 
 ROOT = Path(__file__).parents[2]
 COMPLETE = sorted((ROOT / "configs").glob("*.yaml"))

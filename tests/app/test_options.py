@@ -22,7 +22,7 @@ from app.cli.trainer import BetaDPOCLI, lightning_options
 from app.commands import COMMANDS, function_of
 from app.core.errors import UserError
 from app.main import main
-from callbacks.slots import SLOTS
+from callbacks import SLOTS
 from datamodules import ControlledTask, PreferenceData
 from lightning_modules import PreferenceOptimization, ShardedStrategy, SupervisedFineTuning
 

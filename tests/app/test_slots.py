@@ -18,8 +18,18 @@ from app.cli.run_record import compared
 from app.cli.trainer import shipped_configs, slots_as_wholes
 from app.core.errors import UserError
 from app.core.files import CONFIGS
-from callbacks import BetaScheduler, PairAudit, PairFilter, RewardGapStatistics, RunCheckpoint
-from callbacks.slots import SLOTS, entries, in_order, refuse_listed, slot_of
+from callbacks import (
+    SLOTS,
+    BetaScheduler,
+    PairAudit,
+    PairFilter,
+    RewardGapStatistics,
+    RunCheckpoint,
+    entries,
+    in_order,
+    refuse_listed,
+    slot_of,
+)
 
 TOP = sorted(path for path in (ROOT / "configs").glob("*.yaml") if "_sft" not in path.stem)
 

@@ -19,6 +19,7 @@ from app.method.losses import IPOLoss, RobustLoss, SigmoidLoss, SimPOLoss
 from app.method.pair_loss import PairLoss
 from app.method.step import StepDecision
 from callbacks import (
+    BY_NAME,
     AMaPOMargin,
     AnnotatorReliability,
     BetaScheduler,
@@ -30,9 +31,10 @@ from callbacks import (
     ReferenceWeights,
     RewardGapStatistics,
     ScoreWeights,
+    in_order,
+    slot_of,
 )
 from callbacks.control import CONTROLS, mean_beta
-from callbacks.slots import BY_NAME, in_order, slot_of
 
 
 def measured(*gaps: float, loss: PairLoss | None = None, **labels: Sequence[object]) -> StepDecision:
