@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -137,7 +138,13 @@ def read_audit(folder: Path) -> pd.DataFrame:
     if lacks or not len(rows):
         what = f"no column {lacks[0]}" if lacks else "no row"
         raise UserError(f"{folder}/audit has {what}: it is not what PairAudit writes, so remove it.")
-    return rows
+    wrong = [name for name, kind in (("step", "i"), ("gap", "f"), ("kept", "b")) if rows[name].dtype.kind != kind]
+    if wrong or not rows.pair_id.map(type).eq(str).all():
+        name = wrong[0] if wrong else "pair_id"
+        raise UserError(f"{folder}/audit has other values in {name} than PairAudit writes, so remove it.")
+    if rows.duplicated(["step", "pair_id"]).any():
+        raise UserError(f"{folder}/audit has a pair twice in one step, as copies of a file give: remove the copy.")
+    return rows.assign(gap=rows.gap.where(np.isfinite(rows.gap)))  # an infinite gap ranks no pair
 
 
 def inside(folder: Path) -> str:

@@ -168,8 +168,12 @@ def read_config(folder: Path) -> tuple[Mapping[str, Any], str]:
         config = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not YAML: {yaml_fault(error)}.") from error
-    parts = map(config.get, ("trainer", "model", "data")) if isinstance(config, Mapping) else (config,)
-    if not all(isinstance(part or {}, Mapping) for part in parts):
+    try:
+        parts = [*map(config.get, ("trainer", "model", "data")), *entries(config)] if config is not None else []
+        read = all(isinstance(part or {}, Mapping) and isinstance(arguments(part), Mapping) for part in parts)
+    except AttributeError:  # a part is a list or a number
+        read = False
+    if not read:
         raise UserError(f"{file} is not the record of `beta-dpo fit`: remove it, or give another folder.")
     return config or {}, text
 

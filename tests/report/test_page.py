@@ -255,20 +255,31 @@ def test_what_cannot_be_a_report(two_runs: Path, tmp_path: Path) -> None:
     (broken / "config.yaml").write_bytes(b"a: caf\xe9")
     with pytest.raises(UserError, match=r"config\.yaml is not YAML"):
         report([str(broken)], out=str(tmp_path / "x.html"))
-    (broken / "config.yaml").write_text("trainer: 5")
-    with pytest.raises(UserError, match="is not the record of `beta-dpo fit`"):
-        report([str(broken)], out=str(tmp_path / "x.html"))
+    for config in ("trainer: 5", "filter: 3", "- 1", "schedule: {init_args: [1]}", "data: {init_args: [1]}"):
+        (broken / "config.yaml").write_text(config)
+        with pytest.raises(UserError, match="is not the record of `beta-dpo fit`"):
+            report([str(broken)], out=str(tmp_path / "x.html"))
     with pytest.raises(UserError, match=r"Did you mean .*/a/version_0\?"):
         report([str(two_runs / "a")], out=str(tmp_path / "x.html"))
     for name, audit, said in (
         ("no rows", audit_of().iloc[:0], "no row"),
         ("no gap", audit_of().drop(columns="gap"), "no column gap"),
+        ("gap as text", audit_of().astype({"gap": str}), "other values in gap"),
+        ("null", audit_of().assign(kept=None), "other values in kept"),
+        ("lost step", audit_of().assign(step=np.nan), "other values in step"),
+        ("number", audit_of().assign(pair_id=lambda rows: rows.pair_id.where(rows.step > 1)), "values in pair_id"),
+        ("copy", pd.concat([audit_of(), audit_of()]), "a pair twice in one step"),
     ):
-        with pytest.raises(UserError, match=f"audit has {said}: it is not what PairAudit writes"):
+        with pytest.raises(UserError, match=f"audit has .*{said}.*remove"):
             read_run(write_run(tmp_path / name, audit, {}), name)
     with pytest.raises(UserError, match=r"metrics\.csv is not what CSVLogger writes"):
         read_run(write_run(tmp_path / "text", None, {}, metrics_csv="step,beta/used\n0,0.1\n1,x\n"), "text")
     assert not list(tmp_path.glob("x.*"))
+    infinite = audit_of().assign(gap=lambda rows: rows.gap.where(rows.step > 1, np.inf))  # counts as no pair
+    assert np.isfinite(
+        read_run(write_run(tmp_path / "infinite", infinite, {}), "").curves["gap/mean"].iloc[1:]
+    ).all()
+    assert 1 not in read_run(tmp_path / "infinite", "").curves["train/reward_accuracy"].dropna().index
 
 
 @pytest.mark.parametrize("at", ["cut", "spoilt"])
