@@ -22,6 +22,8 @@ TEMPLATE_DATE = datetime(2024, 7, 26)
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 ESSENTIAL = ("tools", "tool_calls", THOUGHTS[0])  # a conversation without these is a different one
 CONTROL_TOKENS = "{} whose text spells special tokens, which the tokenizer reads as such"
+REWRITTEN = "turns whose text the chat template changes"
+INDENTED = "answers that begin with white space, which is left out"
 REPEATED = "answers that begin with their prompt, and are trained with it"
 _SHORT = 10  # characters that an answer may share with its prompt by chance
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
@@ -121,7 +123,7 @@ class ChatTemplate:
         """Return the prompt text: the turns and the assistant's header.
 
         If the template ignores `add_generation_prompt`, the header comes from a rendering with an answer. Raises
-        Dropped when the template fails or leaves out a system or user turn.
+        Dropped when the template fails or leaves out a turn, or the last line of an earlier answer.
         """
         asked = self.render(talk, generation_prompt=True)
         if asked == self.render(talk):
@@ -129,7 +131,9 @@ class ChatTemplate:
             if not before.startswith(asked) or before.removeprefix(asked).strip():
                 asked = before
         for turn in talk.turns:
-            if turn.role in ("system", "user") and not _holds(asked, turn.content):
+            # templates leave out what an earlier answer thought
+            text = turn.content.strip().rpartition("\n")[2] if turn.role == "assistant" else turn.content
+            if not _holds(asked, text):
                 raise Dropped(f"the chat template leaves out the {turn.role} turn")
         return asked
 
@@ -144,26 +148,30 @@ class ChatTemplate:
 
     def _split(self, talk: Talk, answer: Message, frame: Frame, prompt: str) -> Rendering:
         content = answer.content.lstrip()
+        notes: tuple[str, ...] = (INDENTED,) if len(answer.content) - len(content) > 1 else ()
         # without end-of-turn or EOS text at its end, because the template writes its own
         ends = [frame.closing.strip(), str(self.tokenizer.eos_token)]
         while end := next((end for end in ends if end and content.rstrip().endswith(end)), None):
             content = content.rstrip().removesuffix(end)
         answer = Message(**{**answer, "content": content})
         full = self.render(talk.answered(answer))
-        notes: tuple[str, ...] = ()
+        if any(turn.content.strip() not in full for turn in (*talk.turns, answer)):
+            notes += (REWRITTEN,)
         if not full.startswith(prompt):
             bare = _shared(self.render(talk), prompt)
             shared = self._whole_tokens(prompt, len(_shared(full, prompt)))
             if shared < self._whole_tokens(prompt, len(bare)):
                 raise Dropped("the chat template changes the prompt once it is answered")
-            notes = (f"the generation prompt ends in {prompt[shared:]!r}, which the template takes back",)
+            notes += (f"the generation prompt ends in {prompt[shared:]!r}, which the template takes back",)
             prompt = prompt[:shared]
         rest = full[len(prompt) :]
         calls = [call.get("function", call)["name"] for call in answer.get("tool_calls") or []]
         thought = answer.get(THOUGHTS[0])
         parts = [("text", answer.content), (THOUGHTS[0], thought), *(("tool_calls", call) for call in calls)]
         for name, text in parts:
-            if text and not _holds(rest, str(text)):
+            # the generation prompt may have begun the answer, as with "<think>"
+            said = rest if _holds(rest, str(text or "")) else full[len(_shared(full, self.render(talk))) :]
+            if not _holds(said, str(text or "")):
                 raise Dropped(f"the chat template leaves out the answer's {name}")
         if frame.ending and rest.endswith(frame.ending):
             return Rendering(prompt, rest.removesuffix(frame.ending), frame.closing, frame.stop is None, notes)
@@ -251,5 +259,6 @@ def _shared(one: str, other: str) -> str:
 
 
 def _holds(rendered: str, text: str) -> bool:
-    """Return whether the rendering contains a text, ignoring white space."""
-    return text in rendered or "".join(text.split()) in "".join(rendered.split())
+    """Return whether the rendering contains a text, ignoring white space, or its spelling in JSON."""
+    spelt = json.dumps(text, ensure_ascii=False)[1:-1]  # of what a tool returned
+    return text in rendered or spelt in rendered or "".join(text.split()) in "".join(rendered.split())

@@ -35,7 +35,7 @@ from datamodules.tokenisation import Tokenisation, tokenise_pairs, tokenizer_fin
 
 log = logging.getLogger(__name__)
 
-TABLE_VERSION = 11  # raise if a change of reading, tokenising or the schema changes the content of tables
+TABLE_VERSION = 12  # raise if a change of reading, tokenising or the schema changes the content of tables
 FILES = ("pairs.arrow", "table.json")  # the rows; their checksum and what else is known of them
 UNKNOWN = "text that the tokenizer does not know"
 _FOUND = b"found"  # the metadata of a batch in a part: what became of its pairs
@@ -79,7 +79,8 @@ class PairTable:
 
     def __init__(self, columns: pa.Table, kinds: Mapping[str, Sequence[str]], parts: Sequence[Part]) -> None:
         self.columns = columns
-        self.kinds = kinds
+        # a column without a value is no label
+        self.kinds = {name: found for name, found in kinds.items() if set(found) != {"NoneType"}}
         self.parts = parts
         self._sides = [columns.column(side) for side in TokenisedPair._fields]
 

@@ -170,7 +170,8 @@ class _Tokeniser:
         prompt = sides[0].prompt
         anchor = template.anchor(prompt) if template else prompt[-1:]  # SentencePiece writes a space before a text
         texts = [prompt, *(anchor + side.trained for side in sides), anchor]
-        return _Rendered(pair, template, sides, texts, (*sides[0].notes, *notes))
+        found = dict.fromkeys(note for side in sides for note in side.notes)
+        return _Rendered(pair, template, sides, texts, (*found, *notes))
 
     def encoded(self, rendered: Sequence[_Rendered]) -> Iterator[list[list[int]]]:
         """Yield the tokens of each pair's texts; chats and plain text are two calls of the tokenizer."""

@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from app.method.ranges import is_finite
 from datamodules.records import BadRow, LeftOut, decoded, has_value, missing, text, typed, wrong_type
-from datamodules.sources.messages import ASSISTANT, question_prompt, spoken
+from datamodules.sources.messages import ASSISTANT, question_prompt, refuse_media, spoken
 
 PreferredBy = Literal["better", "safer"]
 Row = Mapping[str, object]
 Convert = Callable[[Row, Any], Row]  # the second argument is the `Source`
 _SIDES = ("chosen", "rejected")
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_VERDICTS = ("0", "1", "0.0", "1.0", "true", "false", "desirable", "undesirable", "chosen", "rejected")
+_VERDICTS = "0 1 -1 0.0 1.0 -1.0 true false desirable undesirable chosen rejected good bad"
+_VERDICT = ("kto_tag", "kto_label", "desirable", "is_desirable")  # columns that hold nothing else
 _ANSWERS = ("completion", "output", "response", "messages", "conversations")
 
 
@@ -116,7 +116,6 @@ def question(own: Convert) -> Convert:
 
 _KTO = "an answer with {}, as for KTO; two answers to one prompt make a pair, chosen and rejected"
 _OTHER_TASKS = {  # fields → reason and detail
-    ("kto_tag",): ("unpaired preference", _KTO.format("kto_tag")),
     ("completions", "labels"): ("stepwise supervision", "labels of single steps; write chosen and rejected"),
     ("input_ids",): ("tokens, not text", "input_ids; give the text"),
     ("prompt", "answers"): ("ranked answers", "answers; write the two that you mean as chosen and rejected"),
@@ -125,13 +124,14 @@ _OTHER_TASKS = {  # fields → reason and detail
 
 def refuse_unusable(row: Row) -> None:
     """Raise BadRow for a row of a known form that is for another task or holds more than text."""
-    for name in _MEDIA:
-        if has_value(row, name) and row[name] not in ("", []):
-            raise BadRow("more than text", f"a field {name}; only text is trained on")
+    refuse_media(row)
     if has_value(row, "chosen"):
         return
-    if has_value(row, *_ANSWERS) and str(row.get("label")).strip().lower() in _VERDICTS:
+    if has_value(row, *_ANSWERS) and str(row.get("label")).strip().lower() in _VERDICTS.split():
         raise BadRow("unpaired preference", _KTO.format("label"))
+    for name in _VERDICT:
+        if has_value(row, name):
+            raise BadRow("unpaired preference", _KTO.format(name))
     for fields, reason in _OTHER_TASKS.items():
         if all(has_value(row, name) for name in fields):
             raise BadRow(*reason)

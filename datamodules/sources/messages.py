@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datamodules.records import BadRow, Message, PreferencePair, Prompt, decoded, kind, text, wrong_type
+from datamodules.records import BadRow, Message, PreferencePair, Prompt, decoded, has_value, kind, text, wrong_type
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
@@ -25,6 +25,7 @@ _SPELLINGS = {
     "tool": ("tool", "observation", "function", "ipython"),
 }
 ROLES = {spelling: role for role, spellings in _SPELLINGS.items() for spelling in spellings}
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _AN_OBJECT = re.compile(r"""\s*\[?\s*\{\s*['"]""")
 _A_KEY = re.compile(r"""(['"])(role|content|from|value)\1\s*:""")
 _QUOTED = re.compile(r"""['"](\w+)['"]""")
@@ -52,6 +53,7 @@ def _message(value: object, name: str) -> Message:
     given = _without_null(value) if isinstance(value, Mapping) else {}
     if "role" not in given and "from" in given:
         given = _without_null({"role": given.pop("from"), "content": given.pop("value", None), **given})
+    refuse_media(given, f" in {name}")
     if isinstance(given.get("content"), list):
         given["content"] = _joined(given["content"], name)
     kept = message_fields(given)
@@ -67,6 +69,13 @@ def _message(value: object, name: str) -> Message:
         calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
         return Message(role, "", tool_calls=message_fields({"tool_calls": calls})["tool_calls"])
     return Message(**kept | {"role": role, "content": content})
+
+
+def refuse_media(fields: Mapping[str, object], where: str = "") -> None:
+    """Raise BadRow for a row or message that holds more than text."""
+    for name in _MEDIA:
+        if has_value(fields, name) and fields[name] not in ("", []):
+            raise BadRow("more than text", f"a field {name}{where}; only text is trained on")
 
 
 def _joined(parts: list[Any], name: str) -> str:

@@ -175,7 +175,7 @@ def _pair(row: Row, default_id: str, format: str) -> PreferencePair:
     if format != "text" and (not turns or not turns[-1].content.strip()):
         raise BadRow("empty prompt")
     if format != "text" and turns[-1].role not in ("user", "tool"):
-        raise BadRow("turns out of order", f"the prompt ends with a {turns[-1].role} message")
+        raise BadRow("turns out of order", f"the prompt ends with a message of role {turns[-1].role}")
     if any(turn.role == "system" for turn in turns[1:]):
         raise BadRow("turns out of order", "a system message is not the first one")
     answers = [Message("assistant", answer) if isinstance(answer, str) else answer for _, answer in found]

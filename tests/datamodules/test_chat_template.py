@@ -10,7 +10,7 @@ from chat_families import CHATML, FAMILIES, GEMMA, QWEN3, TALK, Family
 from tiny_tokenizers import byte_tokenizer, texts, tokenise_pair
 
 from app.core.errors import UserError
-from datamodules.chat_template import CONTROL_TOKENS
+from datamodules.chat_template import CONTROL_TOKENS, INDENTED, REWRITTEN
 from datamodules.records import Message, PreferencePair, Prompt
 from datamodules.tokenisation import PLAIN_BESIDE_TEMPLATE, Tokenisation, stop_ids, tokenise_prompts
 from datamodules.truncation import LAST_TURN, OLD_TURNS
@@ -114,6 +114,11 @@ def test_the_options_of_a_row_come_before_those_of_the_data_set() -> None:
             "the chat template leaves out the system turn",
         ),
         (
+            CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"),
+            {"prompt": (*TALK, Message("assistant", "I look."), Message("tool", "x-y"))},
+            "the chat template leaves out the tool turn",
+        ),
+        (
             "{% if messages[-1].role == 'assistant' %}{{ 'answered' }}{% endif %}" + CHATML,
             {},
             "the chat template changes the prompt once it is answered",
@@ -132,6 +137,29 @@ def test_what_the_template_cannot_render_whole_is_dropped(
 ) -> None:
     tokenizer = replace(FAMILIES["qwen3"], template=template).tokenizer()
     assert tokenise_pair(replace(PAIR, **changes), tokenizer, Tokenisation()) == (None, [reason])
+
+
+def test_what_the_template_changes_of_a_turn_is_counted() -> None:
+    tokenizer = FAMILIES["chatml_on_a_base_tokenizer"].tokenizer()
+    code = replace(PAIR, chosen="    return 1", rejected=" return 2")
+    assert tokenise_pair(code, tokenizer, Tokenisation())[1] == [INDENTED]
+    tokenizer.chat_template = CHATML.replace("m['content']", "m['content'].replace('  ', ' ')")
+    assert tokenise_pair(PAIR, tokenizer, Tokenisation())[1] == []
+    assert tokenise_pair(replace(PAIR, rejected="a  b"), tokenizer, Tokenisation())[1] == [REWRITTEN]
+    # as Llama 3.1 writes the return of a tool
+    tokenizer.chat_template = CHATML.replace(
+        "m['content']", "(m.content|tojson if m.role == 'tool' else m.content)"
+    )
+    told = (*TALK, Message("assistant", "I look."), Message("tool", '{"temp": "3 °C"}\nrain'))
+    assert tokenise_pair(replace(PAIR, prompt=told), tokenizer, Tokenisation())[1] == [REWRITTEN]
+
+
+def test_a_thought_that_the_generation_prompt_begins_is_trained() -> None:
+    tokenizer = FAMILIES["reasoning_only"].tokenizer()
+    pair = replace(PAIR, chosen="<think>\nhm\n</think>\n\nCanberra.", rejected="<think>\nho\n</think>\n\nSydney.")
+    found, notes = tokenise_pair(pair, tokenizer, Tokenisation())
+    prompt, chosen, _ = texts(found, tokenizer)
+    assert (prompt[-8:], chosen, notes) == ("<think>\n", "hm\n</think>\n\nCanberra.<|im_end|>", [])
 
 
 def test_what_the_template_does_not_use_of_a_message_is_named() -> None:

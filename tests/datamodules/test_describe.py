@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from tiny_runs import table_of
 from tiny_tokenizers import byte_tokenizer
 
-from datamodules.describe import against_scores, cut_responses, pairs_seen, repeats, shared_prompts
+from datamodules.describe import against_scores, cut_responses, describe, pairs_seen, repeats, shared_prompts
 from datamodules.preference_data import PreferenceData
 from datamodules.table import PairTable
 
@@ -63,6 +63,17 @@ def test_scores_against_the_label_are_counted(tmp_path: Path) -> None:
     said = against_scores(*table_of(data))
     assert said == "2 pairs have a score_chosen below the score_rejected (first: 0.jsonl:1, 0.jsonl:5); all stay"
     assert not against_scores(*opened(tmp_path, "p a b"))
+
+
+def test_a_column_without_a_value_is_no_label(tmp_path: Path) -> None:
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "mark": None}
+    rows = [pair | {"votes": [1], "note": None}, pair | {"votes": None, "note": "x"}]
+    (tmp_path / "0.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = PreferenceData(str(tmp_path / "0.jsonl"))
+    data.tokenizer = byte_tokenizer()
+    table, found = table_of(data)
+    assert table.labels(found) == {"note": [None, "x"]}
+    assert "1 field ignored: votes" in describe(table, found)[0]
 
 
 def test_answers_that_differ_in_outer_spaces_alone_are_told(tmp_path: Path) -> None:
