@@ -29,13 +29,13 @@ ARMS: dict[str, tuple[str, ...]] = {"beta_dpo": (), "dpo_re_po": ("--config", "m
 def train(folder: Path, seed: int) -> None:
     """Train the arms of one seed into `folder`."""
     # the quickstart as it was when docs/monitoring.md was written
-    words = ["--model.beta0", "0.1", "--model.optimizer.init_args.lr", "2.2e-5"]
+    words = ["--config", "quickstart", "--model.beta0", "0.1", "--model.optimizer.init_args.lr", "2.2e-5"]
     words += ["--data.pairs", "14080", "--data.broken_share", "0.25", "--model.name", str(folder / "sft-model")]
     if not (folder / "sft-model").exists():
-        quickstart.train("quickstart_sft", "sft", folder / "sft-model", [], seed, folder)
+        quickstart.train("sft", seed, folder, "--config", "quickstart_sft")
     for arm, more in ARMS.items():
         if not (folder / arm).exists():
-            quickstart.fit("quickstart", arm, [*words, *more, "--dashboard", "null"], seed, folder)
+            quickstart.train(arm, seed, folder, *words, *more, "--dashboard", "null")
 
 
 def area(scores: np.ndarray, wrong: np.ndarray) -> float:

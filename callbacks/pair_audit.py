@@ -151,5 +151,5 @@ def inside(folder: Path) -> str:
     """Return ` Did you mean …?` with the newest run in the folder, or an empty text. UserError for no folder."""
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}: give the log folder of a run, which `fit` names at its end.")
-    found = sorted(folder.glob("version_*"), key=lambda path: path.stat().st_mtime)
-    return f" Did you mean {found[-1]}?" if found else ""
+    found = sorted(folder.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    return f" Did you mean {found[-1].parent}?" if found else ""

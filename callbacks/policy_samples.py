@@ -9,13 +9,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
 from transformers import GenerationConfig
 
 from app.core.errors import UserError
 from app.core.files import atomic_file
 from app.core.log_folder import log_folder
-from app.core.samples import sample_line
+from app.core.samples import as_sample, sample, sample_line
 from app.method.ranges import PositiveInt, Seed, checked
 
 
@@ -68,27 +67,16 @@ class PolicySamples(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        answers = self.sample(pl_module, tokenizer.eos_token_id)
+        answers = self.sample(pl_module, tokenizer)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # which leaves no file
             return
         with atomic_file(folder / f"step-{trainer.global_step:08d}.jsonl") as temporary:
-            lines = [
-                sample_line(
-                    str(number),
-                    tokenizer.decode(prompt),
-                    tokenizer.decode(answer[:-1] if finished else answer, skip_special_tokens=True),
-                    finished,
-                    tokens=len(answer),
-                    prompt_ids=list(map(int, prompt)),
-                    response_ids=answer.tolist(),
-                )
-                for number, (prompt, (answer, finished)) in enumerate(zip(self._prompts, answers, strict=True))
-            ]
+            asked = enumerate(zip(self._prompts, answers, strict=True))
+            lines = [sample_line(str(number), tokenizer.decode(prompt), **own) for number, (prompt, own) in asked]
             temporary.write_text("".join(lines), encoding="utf-8")
 
-    @torch.no_grad()
-    def sample(self, pl_module: LightningModule, pad: int) -> list[tuple[Tensor, bool]]:
-        """Return one answer [n] to each prompt, sampled at temperature 1, and whether it is finished.
+    def sample(self, pl_module: LightningModule, tokenizer: Any) -> list[dict[str, Any]]:
+        """Return an answer to each prompt, sampled at temperature 1, with the fields of `as_sample`.
 
         An answer ends at the stop tokens of the policy's generation config: end-of-turn or end-of-text.
         """
@@ -96,28 +84,17 @@ class PolicySamples(Callback):
         model, training, own = policy.model, policy.training, policy.model.generation_config
         stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
         policy.eval()  # in train mode, gradient checkpointing switches the key-value cache off
-        answers = []
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         precision = pl_module.trainer.precision_plugin.forward_context()  # Lightning's steps alone run in it
+        sampling = {"do_sample": True, "top_k": 0, "max_new_tokens": self.max_new_tokens}
         try:
             # the forward pass of the training step takes packed rows only
             with policy.as_loaded(), torch.random.fork_rng(devices), precision:
                 torch.manual_seed(self.seed)
                 model.generation_config = GenerationConfig()  # its own has a temperature, a nucleus or penalties
-                for prompt in self._prompts:
-                    ids = torch.as_tensor(prompt, device=pl_module.device)[None]
-                    output = model.generate(
-                        input_ids=ids,
-                        attention_mask=torch.ones_like(ids),
-                        do_sample=True,
-                        top_k=0,
-                        max_new_tokens=self.max_new_tokens,
-                        eos_token_id=stops,
-                        pad_token_id=pad,
-                    )
-                    answer = output[0, ids.shape[1] :].cpu()
-                    answers.append((answer, int(answer[-1]) in stops))
+                answers = [sample(model, [prompt], stops, sampling)[0] for prompt in self._prompts]
         finally:
             model.generation_config = own
             policy.train(training)
-        return answers
+        asked = zip(self._prompts, answers, strict=True)
+        return [as_sample(tokenizer, prompt, answer, stops) for prompt, answer in asked]

@@ -73,8 +73,9 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
     """Return the contents of a file, or of a folder of shards but for its tensors, or raise UserError."""
     if not path.is_dir():
         return read_checkpoint(path)
-    if (last := path / "checkpoints" / "last.ckpt").exists():
-        raise UserError(f"{path} is the log folder of a run: give its checkpoint, such as {last}.")
+    for place, kind in ((path / "checkpoints", "log folder"), (path, "folder of the checkpoints")):
+        if (last := place / "last.ckpt").exists():
+            raise UserError(f"{path} is the {kind} of a run: give its checkpoint, such as {last}.")
     state = _load(path, path / "meta.pt", {"model_config"})  # Lightning's file beside the shards
     with _refusing(path):
         _check_shards(path)

@@ -36,8 +36,9 @@ from tiny_runs import (
 )
 
 import callbacks as cb
-from app.commands.sampling import generator_state, restore_generator, sample, score
+from app.commands.sampling import generator_state, restore_generator, score
 from app.core.errors import StepRefused
+from app.core.samples import sample
 from app.method import losses
 from app.method.losses import KTOPairLoss, SimPOLoss
 from app.method.pair_loss import PairLogps, PairLoss

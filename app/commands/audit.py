@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
 from rich.table import Table
 
 from app.cli.mistakes import checked_command
+from app.commands.judge import print_table
 from app.commands.suspects import SIGNALS, available, hits, pair_histories
 from app.core.errors import UserError
 from app.core.files import atomic_file, refuse_place
@@ -96,7 +96,7 @@ def audit(
             why = "the mean gap never rose above 0, so nothing had been learned yet"
         print(f"No pair looks mislabelled: {why}.")
     for label in grouping_labels(rows):
-        Console().print(suspects_by(f"label_{label}" if f"label_{label}" in histories else label, histories, worst))
+        print_table(suspects_by(f"label_{label}" if f"label_{label}" in histories else label, histories, worst))
     if LABEL in rows:
         labels = rows.groupby("pair_id")[LABEL].first()[histories.pair_id]
         known = labels.isin([True, False]).to_numpy()  # 1 and 0 too
@@ -106,7 +106,7 @@ def audit(
         if wrong.any():
             extra = np.array(pairs.extra_tokens_of_rejected(histories.pair_id[known].tolist()))
             scores = {f"audit by {name}": histories[SIGNALS[name]].to_numpy(float)[known] for name in signals}
-            Console().print(comparison(scores, extra, wrong, min(count, len(wrong))))
+            print_table(comparison(scores, extra, wrong, min(count, len(wrong))))
     if clean is not None:
         write_clean(clean, pairs, set(worst.pair_id), swap, clean_replaced)
 

@@ -34,15 +34,19 @@ def read_questions(
     Raises UserError with file and line for a row that is none.
     """
     name, field = QUESTIONS[form]
-    items = []
+    items, seen = [], list[Any]()
     for place, value in islice(Source(path, split=split, subset=subset).open().rows(), count):
         row: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {}
         turns = row.get(field) if form == "mt_bench" else [row.get(field)]
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
             raise UserError(f"{place} is no question of {form}: {field} must hold text.")
-        if name and row.get(name) is None:
+        own = row.get(name)
+        if name and own is None:
             raise UserError(f"{place} is no question of {form}: it has no {name}.")
-        labels = {"question": row.get(name), "turns": turns}
+        if name and own in seen:
+            raise UserError(f"{place} repeats the {name} {own!r}: give each question its own.")
+        seen.append(own)
+        labels = {"question": own, "turns": turns}
         items.append(PreferencePair(place, (Message("user", turns[0]),), "", None, labels))
     if not items:
         raise UserError(f"{path} holds no question.")

@@ -54,7 +54,7 @@ def export(
         raise UserError(f"{out} exists already: choose another folder, or remove it first.")
     state = read_for_export(Path(checkpoint))
     lora = state.get("lora") or {}
-    if base is not None and policy_weights(state, adapters=False):
+    if base is not None and policy_weights(state)[0]:
         raise UserError(f"--base: {checkpoint} holds the whole model: leave it out.")
     if adapter and lora.get("base") is None:
         raise UserError(f"--adapter: {checkpoint} was not trained with model.lora on a model with a name.")
@@ -140,14 +140,13 @@ def write_model(
     return [*notes, "checked: the exported model gives the same outputs"]
 
 
-def policy_weights(state: dict[str, Any], adapters: bool) -> dict[str, Tensor]:
-    """Return the weights of the policy's adapters, or its others, under their names in transformers."""
-    weights = {
-        name.removeprefix(POLICY_PREFIX): weight
-        for name, weight in state["state_dict"].items()
-        if name.startswith(POLICY_PREFIX)
-    }
-    return {name: weight for name, weight in weights.items() if (".lora_" in name) == adapters}
+def policy_weights(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the weights of the policy and those of its adapters, each under their names in transformers."""
+    found: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    for name, weight in state["state_dict"].items():
+        if name.startswith(POLICY_PREFIX):
+            found[".lora_" in name][name.removeprefix(POLICY_PREFIX)] = weight
+    return found
 
 
 def plain_model(state: dict[str, Any], base: str | None) -> Any:
@@ -156,7 +155,7 @@ def plain_model(state: dict[str, Any], base: str | None) -> Any:
     A checkpoint of adapters alone does not hold it: it is read from `base`, or from where the run found it. Raises
     UserError if it is not there, or another model.
     """
-    if weights := policy_weights(state, adapters=False):
+    if weights := policy_weights(state)[0]:
         settings = json.loads(state["model_config"])
         model = bare_model(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=torch.float32)
         weights = {name.replace("base_layer.", ""): weight.float() for name, weight in weights.items()}
@@ -185,7 +184,7 @@ def policy_model(state: dict[str, Any], base: str | None) -> Any:
     # its start is of no account, because all of its weights are loaded
     lora = replace(Lora(**settings), init_lora_weights=True)
     model = get_peft_model(model, lora.peft_config(state["lora"]["base"]))
-    weights = {f"base_model.model.{name}": part for name, part in policy_weights(state, adapters=True).items()}
+    weights = {f"base_model.model.{name}": part for name, part in policy_weights(state)[1].items()}
     if model.load_state_dict(weights, strict=False, assign=True).unexpected_keys:
         raise UserError("The checkpoint holds other adapters than its settings describe.")
     return model

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from app.cli.mistakes import checked_command
 from app.commands.benchmarks import ENDINGS, Form, answer_file, further_turns, read_questions
-from app.commands.sampling import Batch, LocalSampler, Sampler, ServedSampler
+from app.commands.sampling import Batch, LocalSampler, Sampler, ServedSampler, generator_state, restore_generator
 from app.core.errors import UserError
 from app.core.files import Parts, atomic_file, refuse_place
 from app.core.locks import locked
@@ -95,39 +95,50 @@ def generate(
             pass
     temperatures = [float(one) for one in (temperature if isinstance(temperature, list) else [temperature])]
     replaced = refuse_place("out", out, (ENDINGS[format],), prompts)
-    if not temperatures or len(set(temperatures)) < len(temperatures):
-        raise UserError("temperature must be a number from 0, or a list of different ones.")
-    if any(0 < one < 1e-6 for one in temperatures):
-        raise UserError("temperature: below 1e-6 logits overflow; give 0, which takes the most likely token.")
-    if samples > 1 and 0 in temperatures:
-        raise UserError("samples: at temperature 0 they would all be equal; give a higher one.")
-    if endpoint.url is not None and (reference is not None or max_prompt_length != PROMPT_LENGTH):
-        option = "max_prompt_length" if reference is None else "reference"
-        raise UserError(f"{option} needs the model in this process: leave it out, or endpoint.url.")
+    served, controlled = endpoint.url is not None, format == "jsonl" and prompts == "controlled"
+    for told, wrong in {
+        "temperature must be a number from 0, or a list of different ones.": (
+            len(set(temperatures)) < max(len(temperatures), 1)
+        ),
+        "temperature: below 1e-6 logits overflow; give 0, which takes the most likely token.": (
+            any(0 < one < 1e-6 for one in temperatures)
+        ),
+        "samples: at temperature 0 they would all be equal; give a higher one.": samples > 1 and 0 in temperatures,
+        "reference needs the model in this process: leave it out, or endpoint.url.": served and reference,
+        "max_prompt_length needs the model in this process: leave it out, or endpoint.url.": (
+            served and max_prompt_length != PROMPT_LENGTH
+        ),
+        "endpoint: its settings are for a server: give endpoint.url.": not served and endpoint != HERE,
+        "name: a file of samples has none; it is for the file of a benchmark (format).": name and format == "jsonl",
+        f"format: {format} takes one answer to a question: no samples, columns or list of temperatures.": (
+            format != "jsonl" and (samples > 1 or len(temperatures) > 1 or columns)
+        ),
+        "prompts: the controlled task has no split, subset or columns; leave them out.": (
+            controlled and (split != "train" or subset or columns)
+        ),
+        "count: the controlled task makes any number of prompts; give one.": controlled and count is None,
+    }.items():
+        if wrong:
+            raise UserError(told)
     if format == "jsonl":
         items = read_prompts(prompts, split, subset, count, seed, columns or [])
-    elif samples > 1 or len(temperatures) > 1 or columns:
-        wrong = "no samples, columns or list of temperatures"
-        raise UserError(f"format: {format} takes one answer to a question: {wrong}.")
     else:
         items = read_questions(format, prompts, split, subset, count)
     sampling = {"top_p": top_p, "max_new_tokens": max_new_tokens}
     lengths, kwargs = (max_prompt_length + max_new_tokens, max_prompt_length), chat_template_kwargs or {}
-    settings = Tokenisation(*lengths, chat_template=chat_template, chat_template_kwargs=kwargs)
-    sampler: Sampler
-    if endpoint.url is None:
-        sampler = LocalSampler(model, reference, settings, seed, sampling)
-    else:
-        sampler = ServedSampler(model, endpoint, settings, seed, sampling)
-    own: dict[str, Any] = {
+    own = Tokenisation(*lengths, chat_template=chat_template, chat_template_kwargs=kwargs), seed, sampling
+    sampler = ServedSampler(model, endpoint, *own) if served else LocalSampler(model, reference, *own)
+    job: dict[str, Any] = {
         "columns": columns,
         "seed": seed,
         "temperature": temperatures,
         "samples": samples,
         "format": format,
+        "prompts": sampler.read(items, prompts),
+        "batch_size": batch_size,
+        **sampling,
+        **sampler.job,
     }
-    own |= {"prompts": sampler.read(items, prompts), "batch_size": batch_size}
-    job = own | sampling | sampler.job
     with locked(place / ".lock", out, ELSEWHERE, waits=False):
         parts, first = Parts(place, job), 0
         while items:
@@ -156,7 +167,7 @@ def sample_parts(batches: Sequence[Batch], parts: Parts, sampler: Sampler) -> No
     done = [batch for batch in batches if parts.path(batch.number).exists()]
     if done:
         print(f"{parts.folder}: continuing after {len(done)} of {len(batches)} batches")
-        sampler.restore(part_of(parts, done[-1].number)["generator"])
+        restore_generator(part_of(parts, done[-1].number)["generator"], sampler.device)
     with tqdm(desc="sampling", unit=" samples", total=sum(len(b.items) for b in batches), disable=None) as progress:
         progress.update(sum(len(batch.items) for batch in done))
         for batch in batches[len(done) :]:
@@ -167,7 +178,7 @@ def sample_parts(batches: Sequence[Batch], parts: Parts, sampler: Sampler) -> No
                 else:
                     more = {"temperature": batch.temperature, "sample": copy, **answer, **item.labels}
                     lines.append(sample_line(item.pair_id, item.prompt, **more))
-            part = {"lines": lines, "refused": refused, "generator": sampler.state}
+            part = {"lines": lines, "refused": refused, "generator": generator_state(sampler.device)}
             with atomic_file(parts.path(batch.number)) as temporary:
                 temporary.write_text(json.dumps(part), encoding="utf-8")
             progress.update(len(batch.items))
@@ -215,14 +226,8 @@ def read_prompts(
     if taken := [name for name in columns if name in SAMPLE_FIELDS]:
         raise UserError(f"columns: {taken[0]} is a field of every sample; rename that column of {prompts}.")
     if prompts == "controlled":
-        if columns:
-            raise UserError("columns: the prompts of the controlled task have none; leave it out.")
-        if count is None:
-            raise UserError("count: the controlled task makes any number of prompts; give one.")
-        return [
-            PreferencePair(f"held-out-{seed}-{number:06d}", text, "", None)
-            for number, text in enumerate(controlled_prompts(count, seed))
-        ]
+        texts = enumerate(controlled_prompts(count or 0, seed))
+        return [PreferencePair(f"held-out-{seed}-{number:06d}", text, "", None) for number, text in texts]
     reader = read_pairs(prompts, split=split, subset=subset, on_bad_row="skip", prompts_only=True)
     items = []
     for pair in islice(reader, count):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
@@ -70,10 +71,14 @@ def judge(
     table = Table(*columns, title=f"{over}: mean [95 % interval]")
     for row in rows:
         table.add_row(*(row.get(name, "") for name in columns))
-    # a file has no width limit, and a table cut to 80 columns is hard to read
-    Console(width=None if os.isatty(1) else 240).print(table)
+    print_table(table)
     for note in notes:
         print(note)
+
+
+def print_table(table: Table) -> None:
+    """Print a table; in a file it may be wide, because one cut to 80 columns is hard to read."""
+    Console(width=None if os.isatty(1) else 240).print(table)
 
 
 def by_temperature(rows: list[Answer], rivals: list[Answer]) -> Iterator[tuple[list[Answer], list[Answer]]]:
@@ -127,11 +132,8 @@ def mean_by_prompt(rows: Sequence[Answer], scores: np.ndarray, share: bool = Fal
 
     A `share` that is 0 or 1 in every prompt has Wilson's interval, because resampling equal values gives no width.
     """
-    prompts: dict[str, list[float]] = {}
-    for row, score in zip(rows, scores, strict=True):
-        if not np.isnan(score):
-            prompts.setdefault(row["prompt_id"], []).append(score)
-    means = np.array([np.mean(of_prompt) for of_prompt in prompts.values()])
+    by_prompt = pd.Series(scores).groupby([row["prompt_id"] for row in rows], sort=False)
+    means = by_prompt.mean().dropna().to_numpy(float)
     if share and len(means) and means.mean() in (0.0, 1.0):
         return wilson(float(means.mean()), len(means))
     return bootstrap_mean(means)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -38,63 +36,50 @@ def quickstart(seed: Seed = 1, out: str = "runs/quickstart") -> None:
         folder.rename(aside)
         number = len(list(folder.parent.glob(f"{folder.name}-before-*")))
         print(f"the earlier {folder} is now {aside}, one of {number} that you may delete: rm -r {folder}-before-*")
-    start, rival = folder / "sft-model", folder / "sft-samples.jsonl"
-    train("quickstart_sft", "sft", start, [], seed, folder)
-    command("generate", str(start), str(rival), "--seed", str(seed), *LENGTH)
-    print(f"plain DPO, for comparison, runs on the other core: {folder / 'dpo.log'}", flush=True)
-    with ThreadPoolExecutor(len(ARMS)) as workers, ending_commands():
-        list(workers.map(lambda arm: train_arm(arm, start, seed, folder), ARMS))
-    runs, page = [str(folder / arm) for arm in ARMS], str(folder / "report.html")
-    command("report", *runs, "--baseline", str(rival), "--out", page)
+    with ThreadPoolExecutor(len(ARMS)) as workers:
+        try:
+            all_stages(seed, folder, workers)
+        except BaseException:  # also of a signal: no command may go on without this one
+            for child in RUNNING:
+                child.terminate()
+            for child in RUNNING:
+                child.wait()
+            raise
     print(f"curves of β, gaps and rewards: tensorboard --logdir {folder}   (then open http://localhost:6006)")
 
 
-def train_arm(arm: str, start: Path, seed: int, folder: Path) -> None:
-    """Train one file of configs/method from the SFT model and sample from the result."""
-    log = None if arm == ARMS[0] else folder / f"{arm}.log"
-    model = folder / f"{arm}-model"
-    words = ["--config", f"method/{arm}", "--model.name", str(start)]
-    train("quickstart", arm, model, words, seed, folder, log)
-    samples = str(folder / arm / "samples.jsonl")
-    command("generate", str(model), samples, "--reference", str(start), "--seed", str(seed), *LENGTH, log=log)
+def all_stages(seed: int, folder: Path, workers: ThreadPoolExecutor) -> None:
+    """Train and sample the SFT model, then both arms beside each other, and compare them in a page."""
+    start, rival = train("sft", seed, folder, "--config", "quickstart_sft"), str(folder / "sft-samples.jsonl")
+    command("generate", start, rival, "--seed", str(seed), *LENGTH)
+    print(f"plain DPO, for comparison, runs on the other core: {folder / 'dpo.log'}", flush=True)
+
+    def train_arm(arm: str) -> None:
+        log = None if arm == ARMS[0] else folder / f"{arm}.log"
+        words = ("--config", "quickstart", "--config", f"method/{arm}", "--model.name", start)
+        model, samples = train(arm, seed, folder, *words, log=log), str(folder / arm / "samples.jsonl")
+        command("generate", model, samples, "--reference", start, "--seed", str(seed), *LENGTH, log=log)
+
+    list(workers.map(train_arm, ARMS))
+    runs, page = [str(folder / arm) for arm in ARMS], str(folder / "report.html")
+    command("report", *runs, "--baseline", rival, "--out", page)
 
 
-def train(
-    config: str, name: str, model: Path, words: list[str], seed: int, folder: Path, log: Path | None = None
-) -> None:
-    """Run `fit` into `folder/name` and export its last checkpoint to the folder `model`."""
-    fit(config, name, words, seed, folder, log)
-    command("export", str(folder / name / "checkpoints" / "last.ckpt"), str(model), log=log)
-
-
-def fit(config: str, name: str, words: list[str], seed: int, folder: Path, log: Path | None = None) -> None:
-    logger = f"{{save_dir: {folder}, name: {name}, version: ''}}"
-    words = [*words, "--trainer.logger.init_args", logger, "--seed_everything", str(seed)]
-    command("fit", "--config", config, *words, log=log)
-
-
-@contextmanager
-def ending_commands() -> Iterator[None]:
-    """If the block fails or is interrupted, send SIGTERM to all commands and wait until they have ended."""
-    try:
-        yield
-    except BaseException:
-        for child in RUNNING:
-            child.terminate()
-        for child in RUNNING:
-            child.wait()
-        raise
+def train(name: str, seed: int, folder: Path, *words: str, log: Path | None = None) -> str:
+    """Run `fit` into `folder/name`, export its last checkpoint to `folder/name-model`, and return that."""
+    logger, model = f"{{save_dir: {folder}, name: {name}, version: ''}}", str(folder / f"{name}-model")
+    command("fit", *words, "--trainer.logger.init_args", logger, "--seed_everything", str(seed), log=log)
+    command("export", str(folder / name / "checkpoints" / "last.ckpt"), model, log=log)
+    return model
 
 
 def command(*words: str, log: Path | None = None) -> None:
     """Run one `beta-dpo` command on one core. Raises UserError if it fails."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    with open(log or os.devnull, "a", encoding="utf-8") as file, ending_commands():
+    with open(log or os.devnull, "a", encoding="utf-8") as file:
         target = None if log is None else file
-        child = subprocess.Popen(
-            [sys.executable, "-m", "app.main", *words], env=environment, stdout=target, stderr=target
-        )
-        RUNNING.append(child)
+        line = [sys.executable, "-m", "app.main", *words]
+        RUNNING.append(child := subprocess.Popen(line, env=environment, stdout=target, stderr=target))
         status = child.wait()
     if status:
         told = "its message is above" if log is None else f"its message ends {log}"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from app.cli.mistakes import checked_command
-from app.commands.judge import aligned, short_names, summary, win_rate
+from app.commands.judge import aligned, print_table, short_names, summary, win_rate
 from app.core.errors import UserError
 from app.core.files import atomic_file, refuse_place
 from app.report.page import by_row, figure, numbers_of, page
@@ -56,7 +55,7 @@ def report(runs: list[str], baseline: str | None = None, out: str | None = None)
     table = Table("", *(run.name for run in read), title="mean [95 % interval]")
     for name, cells in by_row([numbers_of(run) for run in read]):
         table.add_row(name, *cells)
-    Console().print(table)
+    print_table(table)
     with atomic_file(out) as temporary:
         if out.endswith(".html"):
             temporary.write_text(page(read, sampled=baseline is not None), encoding="utf-8")

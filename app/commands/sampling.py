@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from app.core.errors import UserError
+from app.core.samples import as_sample, sample
 from app.judges import Answer
 from app.judges.server import Client, SamplingServer, first_choice
 from datamodules.batches import pack
@@ -41,8 +41,13 @@ class LocalSampler:
         self, model: str, reference: str | None, settings: Tokenisation, seed: int, sampling: dict[str, Any]
     ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        names = [model] if reference is None else [model, reference]
-        self.models = [(name, load_model(name).eval().to(self.device)) for name in names]
+        self.models: list[tuple[str, Any]] = []
+        for option, name in {"model": model, "reference": reference}.items():
+            if name is not None:
+                try:
+                    self.models.append((name, load_model(name).eval().to(self.device)))
+                except UserError as error:
+                    raise UserError(str(error).replace("model.name", option, 1)) from error
         self.model = self.models[0][1]
         self.tokenizer = read_tokenizer(model, "model")
         if reference is not None:
@@ -91,26 +96,9 @@ class LocalSampler:
         logps = zip(*(score(model, prompts, responses) for _, model in self.models), strict=True)
         found: list[Answer | str] = []
         for prompt, response, of_models in zip(prompts, responses, logps, strict=True):
-            finished = int(response[-1]) in self.stops
-            text = self.tokenizer.decode(response[:-1] if finished else response, skip_special_tokens=True)
-            found.append(
-                {
-                    "response": str(text),
-                    "finished": finished,
-                    "tokens": len(response),
-                    "prompt_ids": prompt.tolist(),
-                    "response_ids": response.tolist(),
-                    **dict(zip(("logp", "reference_logp"), of_models, strict=False)),
-                }
-            )
+            scores = dict(zip(("logp", "reference_logp"), of_models, strict=False))
+            found.append(as_sample(self.tokenizer, prompt, response, self.stops) | scores)
         return found
-
-    @property
-    def state(self) -> str:
-        return generator_state(self.device)
-
-    def restore(self, state: str) -> None:
-        restore_generator(state, self.device)
 
 
 class ServedSampler:
@@ -120,7 +108,7 @@ class ServedSampler:
     sent whole; the chat template and the end tokens are the server's.
     """
 
-    state = ""
+    device = None  # the server's
 
     def __init__(
         self, model: str, settings: SamplingServer, template: Tokenisation, seed: int, sampling: dict[str, Any]
@@ -149,9 +137,6 @@ class ServedSampler:
             except ValueError as error:
                 raise UserError(f"{prompts}: {item.pair_id} is no dialogue ({error}): take it out.") from error
         return hashed([[item.pair_id, item.prompt] for item in items])
-
-    def restore(self, state: str) -> None:
-        """Do nothing: a seed depends on its sample alone."""
 
     def answers(self, batch: Batch) -> list[Answer | str]:
         """Return the samples of a batch, or the reasons why the server refused to give one.
@@ -200,26 +185,6 @@ def hashed(rows: list[Any]) -> str:
 
 
 @torch.no_grad()
-def sample(
-    model: Any, prompts: Sequence[np.ndarray], stops: Sequence[int], sampling: dict[str, Any]
-) -> list[np.ndarray]:
-    """Return one response per prompt, up to and including the first of the ids `stops`."""
-    # generation continues the right end, so padding is on the left
-    ids = pad_sequence([torch.from_numpy(prompt) for prompt in prompts], True, stops[0], "left")
-    mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], True, 0, "left")
-    output = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        eos_token_id=list(stops),
-        pad_token_id=stops[0],
-        **sampling,
-    )
-    responses = output[:, ids.shape[1] :].cpu().numpy()
-    ends = [np.flatnonzero(np.isin(row, stops)) for row in responses]
-    return [row[: end[0] + 1] if len(end) else row for row, end in zip(responses, ends, strict=True)]
-
-
-@torch.no_grad()
 def score(model: Any, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> list[float]:
     """Return log π(y|x) of every response, EOS included, at temperature 1."""
     scorer = ResponseScorer(model)
@@ -231,13 +196,16 @@ def score(model: Any, prompts: Sequence[np.ndarray], responses: Sequence[np.ndar
     return logps.tolist()
 
 
-def generator_state(device: torch.device) -> str:
-    """Return as text the state of the random generator that sampling on `device` uses."""
+def generator_state(device: torch.device | None) -> str:
+    """Return as text the state of the random generator that sampling on `device` uses; empty without a device."""
+    if device is None:
+        return ""
     source: Any = torch.cuda if device.type == "cuda" else torch
     return base64.b64encode(source.get_rng_state().numpy().tobytes()).decode()
 
 
-def restore_generator(state: str, device: torch.device) -> None:
+def restore_generator(state: str, device: torch.device | None) -> None:
     """Set the random generator of `device` to `state`, as `generator_state` returned it."""
-    source: Any = torch.cuda if device.type == "cuda" else torch
-    source.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8))
+    if device is not None:
+        source: Any = torch.cuda if device.type == "cuda" else torch
+        source.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8))

@@ -1,10 +1,14 @@
-"""The format of the sample files that `beta-dpo generate` and `PolicySamples` write: one JSON object per line."""
+"""Samples of a model as `beta-dpo generate` and `PolicySamples` draw and write them: one JSON object per line."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from app.core.errors import UserError
 from app.method.ranges import is_finite
@@ -13,6 +17,34 @@ SAMPLE_FIELDS = (
     *("prompt_id", "prompt", "response", "finished", "temperature", "sample"),
     *("tokens", "prompt_ids", "response_ids", "logp", "reference_logp"),
 )
+
+
+@torch.no_grad()
+def sample(
+    model: Any, prompts: Sequence[np.ndarray], stops: Sequence[int], sampling: dict[str, Any]
+) -> list[np.ndarray]:
+    """Return one response per prompt, up to and including the first of the ids `stops`."""
+    # generation continues the right end, so padding is on the left
+    ids = pad_sequence([torch.from_numpy(prompt) for prompt in prompts], True, stops[0], "left")
+    mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], True, 0, "left")
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        eos_token_id=list(stops),
+        pad_token_id=stops[0],
+        **sampling,
+    )
+    responses = output[:, ids.shape[1] :].cpu().numpy()
+    ends = [np.flatnonzero(np.isin(row, stops)) for row in responses]
+    return [row[: end[0] + 1] if len(end) else row for row, end in zip(responses, ends, strict=True)]
+
+
+def as_sample(tokenizer: Any, prompt: np.ndarray, response: np.ndarray, stops: Sequence[int]) -> dict[str, Any]:
+    """Return the fields of a sample that follow from its tokens; it is finished if it ends with one of `stops`."""
+    finished = int(response[-1]) in stops
+    text = tokenizer.decode(response[:-1] if finished else response, skip_special_tokens=True)
+    ids = {"prompt_ids": prompt.tolist(), "response_ids": response.tolist()}
+    return {"response": str(text), "finished": finished, "tokens": len(response), **ids}
 
 
 def sample_line(prompt_id: str, prompt: Any, response: str, finished: bool, **more: Any) -> str:

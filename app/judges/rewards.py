@@ -121,6 +121,8 @@ def chosen_judge(
     by: str, model: str | None, reward: str | None, args: dict[str, Any] | None, verdicts: str, endpoint: Endpoint
 ) -> Iterator[Judge]:
     """Yield the judge for the options of `judge` and `pairs`. Raises UserError if they do not fit together."""
+    if by != "endpoint" and endpoint != HOW_TO_ASK:
+        raise UserError("endpoint: its settings are for --by endpoint; add that, or leave them out.")
     if reward is not None:
         if by != "true_reward" or model is not None:
             raise UserError("reward: it takes the place of --by and --model; leave them out.")

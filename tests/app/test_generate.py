@@ -23,6 +23,7 @@ from app.core.errors import UserError
 from app.core.files import Parts
 from app.core.locks import locked
 from app.core.samples import read_samples
+from app.judges.server import SamplingServer
 from datamodules.controlled_task import preference_pairs
 
 OPTIONS = ["--count", "40", "--batch_size", "4", "--temperature", "[0.7, 1.0]", "--top_p", "0.9"]
@@ -240,6 +241,14 @@ def test_several_samples_of_a_prompt(tiny_llama: str, tmp_path: Path) -> None:
         generate(tiny_llama, str(tmp_path / "b.jsonl"), samples=2, temperature=[0, 1])
 
 
+@pytest.mark.parametrize(
+    "unused", [{"split": "test"}, {"subset": "a"}, {"name": "mine"}, {"endpoint": SamplingServer(parallel=2)}]
+)
+def test_options_without_a_use_are_refused(unused: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"task has no split|a file of samples has none|are for a server"):
+        generate("model", "out.jsonl", **unused)
+
+
 TALK = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 QUESTIONS: dict[Form, dict[str, Any]] = {
     "alpaca_eval": {"instruction": "the cat", "output": "theirs", "dataset": "koala"},
@@ -297,3 +306,6 @@ def test_what_is_no_question_of_a_benchmark_is_refused(tiny_llama: str, chat_mod
     for model, form, samples, told in refused:
         with pytest.raises(UserError, match=told):
             generate(model, out, prompts=str(questions), count=None, format=form, samples=samples)
+    questions.write_text(2 * (json.dumps(QUESTIONS["arena_hard"]) + "\n"))
+    with pytest.raises(UserError, match=r"question\.jsonl:2 repeats the uid 'u7'"):
+        generate(chat_model, out, prompts=str(questions), count=None, format="arena_hard")

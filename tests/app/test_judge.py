@@ -265,6 +265,7 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ([file], {"by": "endpoint", "model": "m"}, "at least two"),
         ([file, file], {"by": "endpoint"}, "--model"),
         ([file, file], {"model": "m"}, "does not go with the true reward"),
+        ([file, file], {"endpoint": Endpoint(parallel=2)}, "endpoint: its settings are for --by endpoint"),
         ([other, other], {}, "controlled task"),
         ([write(tmp_path / "empty.jsonl", []), file], {}, "no answer"),
     ]

@@ -220,6 +220,8 @@ def test_the_folder_of_a_run_leads_to_its_checkpoint(tmp_path: Path) -> None:
     last.touch()
     with pytest.raises(UserError, match=f"is the log folder of a run: give its checkpoint, such as {last}"):
         read_for_export(tmp_path)
+    with pytest.raises(UserError, match=f"is the folder of the checkpoints of a run: .* such as {last}"):
+        read_for_export(last.parent)
 
 
 # --- tables, models, paths -----------------------------------------------------------------------------------

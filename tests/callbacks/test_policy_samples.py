@@ -52,7 +52,7 @@ def test_a_failure_leaves_the_policy_as_it_was(
     own = module.policy.model.generation_config
     monkeypatch.setattr(module.policy.model, "generate", None)
     with pytest.raises(TypeError):
-        samples.sample(module, 0)
+        samples.sample(module, None)
     assert module.policy.training
     assert module.policy.model.generation_config is own
 
