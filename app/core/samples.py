@@ -77,12 +77,12 @@ def read_samples(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _sample(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip())
         if b"\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()  # half of a character cannot be written
         wrong = _wrong_field(row) if isinstance(row, dict) else "it is no object"
     except ValueError as error:
-        wrong = f"bad JSON, {error}"
+        wrong = f"bad JSON, {error}".replace("line 1 ", "")
     if wrong:
         raise UserError(f"{where} is not a sample as `beta-dpo generate` writes it ({wrong}): correct the line.")
     return dict(row)

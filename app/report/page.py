@@ -108,10 +108,10 @@ def numbers_of(run: Run) -> dict[str, str]:
     column["pairs kept a step"] = kept_a_step(run.audit)
     late = run.audit.gap[run.audit.step > run.audit.step.max() / 2]
     column["reward accuracy of training pairs, second half"] = f"{((1 + np.sign(late)) / 2).mean():.3f}"
-    for flipped, name in ((True, "flipped"), (False, "not flipped")):
+    for flipped, name in ((True, "flipped"), (False, "other")):
         rows = run.audit[run.audit.flipped == flipped] if "flipped" in run.audit else run.audit.iloc[:0]
         if len(rows):
-            column[f"share of pairs {name} dropped"] = str(share_over(rows.pair_id.to_numpy(), ~rows.kept))
+            column[f"{name} pairs dropped"] = str(share_over(rows.pair_id.to_numpy(), ~rows.kept))
     return column
 
 

@@ -165,11 +165,11 @@ def text_lines(file: IO[bytes], path: Path) -> Iterator[str]:
 
 def _json_value(line: bytes | str) -> object:
     try:
-        return json.loads(line if isinstance(line, str) else line.decode(), object_pairs_hook=_object)
+        return json.loads((line if isinstance(line, str) else line.decode()).rstrip(), object_pairs_hook=_object)
     except UnicodeDecodeError:
         return BadRow("invalid UTF-8")
     except (ValueError, RecursionError) as error:  # a number that is too long raises another ValueError
-        return BadRow("bad JSON", first_line(error))
+        return BadRow("bad JSON", first_line(error).replace("line 1 ", ""))
 
 
 def _object(fields: list[tuple[str, object]]) -> dict[str, object] | BadRow:
