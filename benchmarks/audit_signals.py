@@ -14,8 +14,7 @@ import numpy as np
 from scipy import stats
 
 from app.commands import quickstart
-from app.commands.audit import LABEL
-from app.commands.suspects import SIGNALS, available, hits, pair_histories
+from app.commands.audit import LABEL, SIGNALS, available, hits, pair_histories
 from app.core.intervals import wilson
 from benchmarks.tables import markdown
 from callbacks.pair_audit import read_audit

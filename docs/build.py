@@ -19,7 +19,7 @@ import torch
 import datamodules
 import lightning_modules
 from app.commands import COMMANDS, function_of
-from app.commands.suspects import hits, pair_histories
+from app.commands.audit import hits, pair_histories
 from app.method import losses
 from app.method.dynamic_beta import (
     FLOOR,
@@ -29,7 +29,7 @@ from app.method.dynamic_beta import (
     gumbel_top_k,
     selection_noise,
 )
-from app.report.curves import band, beta
+from app.report.charts import band, beta
 from app.report.plot import DASHES, Line, axis, lines, png, rule, side_by_side, sized_to
 from app.report.run import read_run
 from callbacks import SLOTS

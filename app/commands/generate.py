@@ -20,7 +20,7 @@ from app.core.errors import UserError
 from app.core.files import Parts, atomic_file, refuse_place
 from app.core.locks import locked
 from app.core.samples import SAMPLE_FIELDS, sample_line
-from app.judges.server import SamplingServer
+from app.judges.endpoint import SamplingServer
 from app.method.ranges import NonNegativeFloat, PositiveInt, PositiveShare, Seed
 from datamodules.controlled_task import prompts as controlled_prompts
 from datamodules.records import PreferencePair

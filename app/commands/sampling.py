@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from app.core.errors import UserError
 from app.core.samples import as_sample, sample
 from app.judges import Answer
-from app.judges.server import Client, SamplingServer, first_choice
+from app.judges.endpoint import Client, SamplingServer, first_choice
 from datamodules.batches import pack
 from datamodules.records import PreferencePair, TokenisedPair
 from datamodules.sources.messages import prompt_messages

@@ -16,9 +16,20 @@ from markupsafe import Markup
 from app.cli.run_record import flattened
 from app.core.intervals import digits, share_over, span
 from app.report import plot
-from app.report.curves import accuracy, band, beta, drift, response
+from app.report.charts import (
+    FILTER,
+    TRAINING,
+    accuracy,
+    band,
+    beta,
+    densities,
+    drift,
+    dropped,
+    quality,
+    response,
+    speed,
+)
 from app.report.findings import findings
-from app.report.groups import FILTER, TRAINING, densities, dropped, quality, speed
 from app.report.plot import Panel
 from app.report.run import SAMPLES, Run
 

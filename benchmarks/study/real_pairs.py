@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 from jsonargparse import auto_cli
 
-from app.commands.audit import LABEL, as_row
-from app.commands.suspects import hits, pair_histories
+from app.commands.audit import LABEL, as_row, hits, pair_histories
 from app.core.files import atomic_file
 from datamodules.records import PreferencePair
 from datamodules.sources.pairs import read_pairs

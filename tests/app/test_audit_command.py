@@ -17,8 +17,7 @@ import pytest
 import yaml
 from command_runs import environment, write_config
 
-from app.commands.audit import as_row, write_clean
-from app.commands.suspects import available, pair_histories
+from app.commands.audit import as_row, available, pair_histories, write_clean
 from app.core.errors import UserError
 from app.main import main
 from app.report.run import PairTexts

@@ -23,7 +23,7 @@ from app.core.errors import UserError
 from app.core.files import Parts
 from app.core.locks import locked
 from app.core.samples import read_samples
-from app.judges.server import SamplingServer
+from app.judges.endpoint import SamplingServer
 from datamodules.controlled_task import preference_pairs
 
 OPTIONS = ["--count", "40", "--batch_size", "4", "--temperature", "[0.7, 1.0]", "--top_p", "0.9"]

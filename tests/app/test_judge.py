@@ -21,9 +21,8 @@ from app.core.errors import UserError
 from app.core.intervals import length_controlled, wilson
 from app.core.samples import read_samples
 from app.judges.answers import aligned, dialogue_text, rival_answers, sampled_answers
-from app.judges.endpoint import Endpoint, EndpointJudge, parse_verdict, read_instructions
+from app.judges.endpoint import Client, Endpoint, EndpointJudge, first_choice, parse_verdict, read_instructions
 from app.judges.rewards import LearnedReward, OwnReward
-from app.judges.server import Client, first_choice
 from app.judges.verdicts import VerdictFile, verdict_key
 from datamodules.controlled_task import preference_pairs
 from datamodules.records import Message

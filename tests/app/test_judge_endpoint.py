@@ -20,8 +20,7 @@ from served_judge import INSTRUCTIONS, REPLIES, WORDS, Relay, score, served, tra
 from app.commands.generate import generate
 from app.core.errors import UserError
 from app.core.samples import read_samples
-from app.judges.endpoint import Endpoint, EndpointJudge
-from app.judges.server import SamplingServer
+from app.judges.endpoint import Endpoint, EndpointJudge, SamplingServer
 from app.judges.verdicts import VerdictFile
 
 KEY = "sk-of-a-user-5f1c"

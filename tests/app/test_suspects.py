@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from app.commands.suspects import available, hits, pair_histories
+from app.commands.audit import available, hits, pair_histories
 
 
 def audit_of(*steps: dict[str, float], kept: bool = True) -> pd.DataFrame:

@@ -31,7 +31,7 @@ from tiny_runs import controlled, preference, quiet_trainer  # noqa: E402
 from app.commands.export import export  # noqa: E402
 from app.commands.generate import generate  # noqa: E402
 from app.core.samples import read_samples  # noqa: E402
-from app.judges.server import SamplingServer  # noqa: E402
+from app.judges.endpoint import SamplingServer  # noqa: E402
 from datamodules.controlled_task import build_tokenizer, preference_pairs  # noqa: E402
 from datamodules.sources.messages import prompt_messages  # noqa: E402
 from lightning_modules.lora import Lora  # noqa: E402

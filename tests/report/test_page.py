@@ -20,8 +20,7 @@ from tiny_runs import beta_dpo, controlled, preference, quiet_trainer
 from app.commands.report import report
 from app.core.errors import UserError
 from app.core.intervals import digits, wilson
-from app.report.curves import MOST_POINTS, drift, response, smoothed, thinned
-from app.report.groups import density, dropped, rows_panel
+from app.report.charts import MOST_POINTS, density, drift, dropped, response, rows_panel, smoothed, thinned
 from app.report.page import differences, missing, numbers_of, spec_of
 from app.report.plot import Line, axis, lines
 from app.report.run import read_curves, read_run
