@@ -107,7 +107,7 @@ def mean_beta(run: Path) -> float:
         audit = read_audit(run)
     except UserError as error:
         raise UserError(f"control.run: {error}") from error
-    kept = audit.beta[audit.kept.astype(bool)].to_numpy(float)
+    kept = audit.beta[audit.kept].to_numpy(float)
     if not len(kept):
         raise UserError(f"control.run: the audit of {run} holds no pair that was trained on.")
     return float(kept.mean())

@@ -70,7 +70,9 @@ class LocalSampler:
 
         Raises UserError if a prompt cannot be tokenised, or is beyond what a model takes.
         """
-        found = tokenise_prompts(items, self.tokenizer, self.settings)
+        tokens = tokenise_prompts(items, self.tokenizer, self.settings)
+        # `generate` has the options of the data that notes name, without the prefix
+        found = [(ids, [note.replace("data.", "") for note in notes]) for ids, notes in tokens]
         if lost := Counter(notes[0] for ids, notes in found if ids is None):
             reasons = "; ".join(f"{count}: {reason}" for reason, count in lost.items())
             raise UserError(f"{lost.total()} prompts of {prompts} cannot be tokenised ({reasons}): take them out.")

@@ -172,8 +172,7 @@ def gaps(audit: pd.DataFrame, first: float, last: float, only: str | None) -> np
     part = audit[audit.step.between(low + first * (high - low), low + last * (high - low), inclusive="left")]
     if only is not None:
         part = part[part[only].eq(True)] if only in part else part.iloc[:0]
-    values = part.gap.to_numpy(float)
-    return values[np.isfinite(values)]
+    return part.gap.dropna().to_numpy(float)
 
 
 def densities(runs: Sequence[Run], groups: Groups) -> list[Panel]:

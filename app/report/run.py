@@ -69,7 +69,7 @@ class Run:
     def filters(self) -> bool:
         """Return whether the audit has pairs left out that could have been trained on: those with a finite gap."""
         audit = self.audit
-        return audit is not None and bool((np.isfinite(audit.gap.to_numpy(float)) & ~audit.kept.astype(bool)).any())
+        return audit is not None and bool((audit.gap.notna() & ~audit.kept).any())
 
 
 def read_run(folder: Path, name: str) -> Run:
