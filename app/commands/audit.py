@@ -26,6 +26,7 @@ from callbacks.pair_audit import read_audit
 from datamodules.records import PreferencePair
 
 LABEL = "flipped"
+LAST = "reference_margin"  # of our own columns; those after it are labels of the data
 FAR = 2.0  # from M0 in σ, on average over the steps of a pair: of normal gaps, one in twenty is farther
 # the column of the score by the name of the signal, the best first as measured (docs/monitoring.md)
 SIGNALS = {
@@ -104,8 +105,8 @@ def audit(
         elif rows.groupby("step").gap.mean().max() <= 0:
             why = "the mean gap never rose above 0, so nothing had been learned yet"
         print(f"No pair looks mislabelled: {why}.")
-    for label in grouping_labels(rows):
-        print_table(suspects_by(f"label_{label}" if f"label_{label}" in histories else label, histories, worst))
+    for label in histories.columns[histories.columns.get_loc(LAST) + 1 :]:
+        print_table(suspects_by(label, histories, worst))
     if LABEL in rows:
         labels = rows.groupby("pair_id")[LABEL].first()[histories.pair_id]
         known = labels.isin([True, False]).to_numpy()  # 1 and 0 too
@@ -140,7 +141,8 @@ def suspects_by(label: str, histories: pd.DataFrame, listed: pd.DataFrame) -> Ta
     """Return the share of likely mislabelled pairs for each value of a label, the highest first."""
     title = f"likely mislabelled pairs by {label}, share of its pairs [95 % interval]"
     table = Table(label, "pairs", "listed", "share", title=title)
-    by_value = histories.pair_id.isin(listed.pair_id).groupby(histories[label], sort=False)
+    values = histories[label].astype(object).where(histories[label].notna(), "no value")
+    by_value = histories.pair_id.isin(listed.pair_id).groupby(values, sort=False)
     shares = by_value.agg(["size", "sum", "mean"])
     for value, size, found, share in shares.sort_values("mean", ascending=False, kind="stable").itertuples():
         table.add_row(str(value), str(size), str(found), str(wilson(share, size)))
@@ -154,9 +156,9 @@ def write_clean(file: str, pairs: PairTexts, worst: set[str], swap: bool, replac
     """
     if any(source.weight is not None for source in getattr(pairs.data, "sources", ())):
         raise UserError("clean: data.path gives its sources weights, which one file cannot hold: take them out.")
-    written, found = 0, set()
+    written, found, streams = 0, set[str](), pairs.data.streams("train") or ()
     with atomic_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
-        for stream in pairs.data.streams("train") or ():
+        for stream in streams:
             for own in stream:
                 pair = replace(own, pair_id=f"{stream.name}/{own.pair_id}") if pairs.data.mixed else own
                 wrong = pair.pair_id in worst
@@ -171,6 +173,9 @@ def write_clean(file: str, pairs: PairTexts, worst: set[str], swap: bool, replac
             )
     changed = f"{len(worst)} with their responses exchanged" if swap else f"without {len(worst)}"
     print(f"{written} pairs of the training data, {changed}: {file}{replaced}")
+    for stream in streams:
+        if lost := stream.report.lines():
+            print(f"{file} lacks, of {stream.name}: {'; '.join(lost)}")
 
 
 def as_row(pair: PreferencePair, swapped: bool) -> dict[str, Any]:
@@ -274,15 +279,19 @@ def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
         "wrong_by_posterior": ("label_confidence", lambda confidence: 1.0 - confidence.mean()),
         "wrong_by_reference": ("reference_margin", "first"),
         "dropped_share": ("dropped", "mean"),
+        LAST: ("reference_margin", "first"),
     }
     # not of `seen`, whose columns may have their names
     labels = audit.groupby("pair_id")[grouping_labels(audit)].first()
-    labels = labels.rename(columns={name: f"label_{name}" for name in columns})
+    own = {name: name for name in labels}
+    for name in own:
+        while own[name] in {*columns, "listed_as", *(other for label, other in own.items() if label != name)}:
+            own[name] = f"label_{own[name]}"
+    labels = labels.rename(columns=own)
     histories = seen.groupby("pair_id", sort=False).agg(**columns).join(labels)
-    margins = torch.tensor(histories.wrong_by_reference.to_numpy(float))
+    margins = torch.tensor(histories.reference_margin.to_numpy(float))
     fit = fitted(margins[torch.isfinite(margins)], None, 500)
     histories["wrong_by_reference"] = np.nan if fit is None else fit.probability(margins).numpy()
-    histories["reference_margin"] = margins.numpy()
     return histories.reset_index().fillna({"outlier": 0.0})
 
 

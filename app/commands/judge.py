@@ -77,8 +77,11 @@ def judge(
 
 
 def print_table(table: Table) -> None:
-    """Print a table; in a file it may be wide, because one cut to 80 columns is hard to read."""
-    Console(width=None if os.isatty(1) else 240).print(table)
+    """Print a table; in a file it may be wide, because one cut to 80 columns is hard to read.
+
+    Its texts are the user's: "[b]" in one is no markup, and ":x:" no picture.
+    """
+    Console(markup=False, emoji=False, width=None if os.isatty(1) else 240).print(table)
 
 
 def by_temperature(rows: list[Answer], rivals: list[Answer]) -> Iterator[tuple[list[Answer], list[Answer]]]:

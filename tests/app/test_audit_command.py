@@ -17,7 +17,8 @@ import pytest
 import yaml
 from command_runs import environment, write_config
 
-from app.commands.audit import as_row, available, pair_histories, write_clean
+from app.commands.audit import as_row, available, pair_histories, suspects_by, write_clean
+from app.commands.judge import print_table
 from app.core.errors import UserError
 from app.main import main
 from app.report.run import PairTexts
@@ -116,6 +117,14 @@ def test_flipped_pairs_are_listed_with_the_texts_that_were_trained_on(
     assert Path(RUN, "suspects.jsonl").read_text(encoding="utf-8").count("\n") == len(rows)
 
 
+def test_values_of_a_label_are_written_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = [f"p{i}" for i in range(6)]
+    histories = pd.DataFrame({"pair_id": pairs, "by": ["[b]Ann", "[/b]", None] * 2})
+    print_table(suspects_by("by", histories, histories[:2]))
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"{re.escape(value)} +│ 2 ", shown) for value in ("[b]Ann", "[/b]", "no value"))
+
+
 def test_the_clean_data_of_several_files_names_its_pairs_by_them(tmp_path: Path) -> None:
     files = []
     for name in ("a", "b"):
@@ -129,6 +138,18 @@ def test_the_clean_data_of_several_files_names_its_pairs_by_them(tmp_path: Path)
     texts.data.sources = [replace(source, weight=1.0) for source in texts.data.sources]
     with pytest.raises(UserError, match="which one file cannot hold"):
         write_clean(str(tmp_path / "other.jsonl"), texts, set(), False, "")
+
+
+def test_what_the_clean_data_lacks_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[dict[str, object]] = [
+        {"prompt": "a?", "chosen": "b", "rejected": "c", "votes": [1]},
+        {"prompt": "d"},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    texts: Any = SimpleNamespace(data=PreferenceData(str(tmp_path / "a.jsonl"), on_bad_row="skip"))
+    write_clean(str(tmp_path / "clean.jsonl"), texts, set(), False, "")
+    lacks = "clean.jsonl lacks, of a.jsonl: 1 field ignored: votes; 1 skipped: missing field (first: a.jsonl:2)"
+    assert lacks in capsys.readouterr().out
 
 
 def test_gaps_that_speak_for_every_label_leave_no_suspect() -> None:

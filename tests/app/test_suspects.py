@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from app.commands.audit import available, hits, pair_histories
+from app.commands.audit import LAST, available, hits, pair_histories
 
 
 def audit_of(*steps: dict[str, float], kept: bool = True) -> pd.DataFrame:
@@ -31,11 +31,16 @@ def test_labels_that_group_the_pairs_are_carried_along() -> None:
     audit = audit_of(gaps, gaps)
     audit["annotator"] = [f"a{int(id) % 2}" for id in audit.pair_id]
     audit["comment"] = audit.pair_id  # another for every pair: no group
-    audit["outlier"] = audit["distance"] = audit.annotator  # a column of the result, one of the working
+    for name in ("outlier", "listed_as", "label_outlier", "distance"):  # of the result, and one of the working
+        audit[name] = audit.annotator
     found = pair_histories(audit)
     assert found.distance.tolist() == found.annotator.tolist()
     assert found.annotator.tolist() == ["a0", "a1"] * 10
     assert found.label_outlier.tolist() == found.annotator.tolist()
+    later = ["label_label_outlier", "label_listed_as", "label_outlier", "distance"]
+    assert sorted(found.columns[found.columns.get_loc(LAST) + 1 :]) == sorted(["annotator", *later])
+    later = {"annotator", "label_label_outlier", "label_listed_as", "label_outlier", "distance"}
+    assert {*found.columns[found.columns.get_loc(LAST) + 1 :]} == later
     assert "comment" not in found
 
 
