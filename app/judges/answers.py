@@ -79,10 +79,10 @@ def holds_samples(path: str) -> bool:
         return False
     with open(path, "rb") as file:
         try:
-            first = json.loads(file.readline())
+            first = json.loads(next(filter(bytes.strip, file), b""))
         except ValueError:
             return True  # `read_samples` then raises the error that names the line
-    return isinstance(first, dict) and "chosen" not in first
+    return isinstance(first, dict) and "response" in first and "chosen" not in first
 
 
 def dialogue_text(prompt: Prompt) -> str:

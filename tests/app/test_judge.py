@@ -71,7 +71,11 @@ def test_the_chosen_responses_of_pairs_can_be_the_rivals(tmp_path: Path) -> None
     plain = write(tmp_path / "pairs.jsonl", pairs)
     packed = tmp_path / "pairs.jsonl.gz"
     packed.write_bytes(gzip.compress(Path(plain).read_bytes()))
-    for path in (plain, str(packed)):
+    own = {"prompt": "instruction", "chosen": "chosen_response", "rejected": "rejected_response"}
+    other = tmp_path / "argilla.jsonl"
+    rows = [{own.get(name, name): value for name, value in pair.items()} for pair in pairs]
+    other.write_text("\n" + "\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    for path in (plain, str(packed), str(other)):
         _, rivals = aligned(ours, path)
         assert [rival["response"] for rival in rivals] == [pair.chosen for pair in PAIRS[:4]]
     with pytest.raises(UserError, match="different prompts"):

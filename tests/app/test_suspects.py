@@ -37,10 +37,8 @@ def test_labels_that_group_the_pairs_are_carried_along() -> None:
     assert found.distance.tolist() == found.annotator.tolist()
     assert found.annotator.tolist() == ["a0", "a1"] * 10
     assert found.label_outlier.tolist() == found.annotator.tolist()
-    later = ["label_label_outlier", "label_listed_as", "label_outlier", "distance"]
-    assert sorted(found.columns[found.columns.get_loc(LAST) + 1 :]) == sorted(["annotator", *later])
-    later = {"annotator", "label_label_outlier", "label_listed_as", "label_outlier", "distance"}
-    assert {*found.columns[found.columns.get_loc(LAST) + 1 :]} == later
+    named = {"annotator", "label_label_outlier", "label_listed_as", "label_outlier", "distance"}
+    assert {*found.columns[found.columns.get_loc(LAST) + 1 :]} == named
     assert "comment" not in found
 
 
