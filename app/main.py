@@ -7,11 +7,11 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 
 from app.commands import COMMANDS
+from app.core.errors import leave, suggestion
 
 TRAINER_COMMANDS = {
     "fit": "Train SFT or preference optimisation, as the configuration says.",
@@ -26,47 +26,48 @@ RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # torchrun's, Slurm's and Lightn
 # variables whose numbers libraries read, some while they are imported
 NUMBERS = (
     *(*RANKS, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_PORT", "OMP_NUM_THREADS"),
-    *("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID"),
+    *("PL_GLOBAL_SEED", "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID"),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Exits with status 2 and one sentence if the user made a mistake."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    command = words[0]
-    wrong = [name for name in NUMBERS if not os.environ.get(name, "0").replace(",", "").isdecimal()]
     try:
-        if command in ("-h", "--help"):
-            print(overview())
-        elif command == "--version":
-            print(f"beta-dpo {version('beta-dpo')}")
-        elif command not in (*TRAINER_COMMANDS, *COMMANDS):
-            near = get_close_matches(command.lower(), [*TRAINER_COMMANDS, *COMMANDS], 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            print(f"beta-dpo: There is no command {command!r}: {hint}see `beta-dpo --help`.", file=sys.stderr)
-            sys.exit(2)
-        elif wrong:
-            told = f"{wrong[0]} is {os.environ[wrong[0]]!r}, where a whole number belongs: correct or unset it"
-            print(f"beta-dpo: The environment variable {told}.", file=sys.stderr)
-            sys.exit(2)
-        else:
-            if "torch" not in sys.modules and all(os.environ.get(rank, "0") == "0" for rank in RANKS):
-                told = f"beta-dpo {command}: loading PyTorch, Lightning and transformers"
-                print(told, file=sys.stderr, flush=True)
-            from app.cli.dispatch import run
-
-            run(command, words)
+        answer(words)
         sys.stdout.flush()
     except KeyboardInterrupt:  # while the libraries are loaded
-        print("beta-dpo: stopped by Ctrl-C.", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        leave("stopped by Ctrl-C.", 128 + signal.SIGINT)
     except OSError as error:  # of the standard output: `run` answers for all other files
         # Python flushes again at its end, into the pipe that nobody reads
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        unread = isinstance(error, BrokenPipeError)
-        why = "nobody reads its output any more" if unread else "its output cannot be written"
-        print(f"beta-dpo: stopped, because {why} ({error})", file=sys.stderr)
-        sys.exit(128 + signal.SIGPIPE if unread else 2)
+        if isinstance(error, BrokenPipeError):
+            leave(f"stopped, because nobody reads its output any more ({error})", 128 + signal.SIGPIPE)
+        leave(f"stopped, because its output cannot be written ({error})")
+
+
+def answer(words: list[str]) -> None:
+    """Run the command that the first of `words` names, after a check of the environment."""
+    command = words[0]
+    if command in ("-h", "--help"):
+        print(overview())
+    elif command == "--version":
+        print(f"beta-dpo {version('beta-dpo')}")
+    elif command not in (known := [*TRAINER_COMMANDS, *COMMANDS]):
+        leave(f"There is no command {command!r}.{suggestion(command.lower(), known)} See `beta-dpo --help`.")
+    else:
+        for name in NUMBERS:
+            value = os.environ.get(name, "")
+            if not value.strip():
+                os.environ.pop(name, None)  # an empty variable is an unset one, which not every library knows
+            elif not value.replace(",", "").isdecimal():
+                told = f"{name} is {value!r}, where a whole number belongs: correct or unset it"
+                leave(f"The environment variable {told}.")
+        if "torch" not in sys.modules and all(os.environ.get(rank, "0") == "0" for rank in RANKS):
+            print(f"beta-dpo {command}: loading PyTorch, Lightning and transformers", file=sys.stderr, flush=True)
+        from app.cli.dispatch import run
+
+        run(command, words)
 
 
 def overview() -> str:

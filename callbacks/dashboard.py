@@ -12,11 +12,9 @@ import pyarrow as pa
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-from tensorboard.plugins.hparams import api_pb2, metadata
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard import summary as torch_summary
+from torch.utils.tensorboard.summary import hparams
 
 from app.core.log_folder import log_folder
 from app.method.ranges import NonNegativeInt, PositiveInt, checked
@@ -211,8 +209,7 @@ SETTINGS = {
     "seed": "seed_everything",
 }
 TEXTS = {"loss", "filter", "level of β", "gap scale", "optimizer", "model", "data"}
-SHOWN = {"α", "ρ", "β0", "learning rate", "loss"}  # the tab shows five columns by default
-# the tab takes the last logged value of a run and shows the first five metrics by default
+# the tab takes the last logged value of a run; by default it shows the first five settings and metrics
 METRICS = (
     "val/reward_accuracy",
     "val/policy_accuracy",
@@ -244,21 +241,7 @@ def summaries(settings: Mapping[str, Value]) -> tuple[Summary, ...]:
 
     The tab takes its columns from one run only, so every run names all settings, even those that it lacks.
     """
-    columns = api_pb2.Experiment(
-        hparam_infos=[
-            # the tab puts the settings marked as different between runs first
-            api_pb2.HParamInfo(
-                name=title,
-                type=api_pb2.DATA_TYPE_STRING if title in TEXTS else api_pb2.DATA_TYPE_FLOAT64,
-                differs=title in SHOWN,
-            )
-            for title in SETTINGS
-        ],
-        metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in METRICS],
-    )
-    content = HParamsPluginData(experiment=columns, version=metadata.PLUGIN_DATA_VERSION).SerializeToString()
-    described = SummaryMetadata(
-        plugin_data=SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=content)
-    )
-    _, start, end = torch_summary.hparams(dict(settings), {})
-    return Summary(value=[Summary.Value(tag=metadata.EXPERIMENT_TAG, metadata=described)]), start, end
+    every = {title: "" if title in TEXTS else 0.0 for title in SETTINGS}
+    columns, _, _ = hparams(every, dict.fromkeys(METRICS, 0.0))
+    _, start, end = hparams(dict(settings), {})
+    return columns, start, end

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed import gather_object
 
 from app.core.errors import UserError
 from app.core.files import atomic_file, refuse_place
@@ -64,19 +65,15 @@ class ScoreWriter(Callback):
         self._tables.append(table)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        part = self.path.with_suffix(f".rank{trainer.global_rank}.part")
-        with atomic_file(part) as temporary:
-            pq.write_table(self._joined(self._tables), temporary)
-        self._tables = []
-        trainer.strategy.barrier("scores")
+        own = self._joined(self._tables)
+        self._tables, of_ranks = [], [own] * trainer.world_size
+        if trainer.world_size > 1:
+            gather_object(own, of_ranks if trainer.is_global_zero else None)
         if trainer.is_global_zero:
-            parts = [self.path.with_suffix(f".rank{rank}.part") for rank in range(trainer.world_size)]
             sampling = trainer.distributed_sampler_kwargs
             alike = 1 if sampling is None else trainer.world_size // sampling["num_replicas"]
             with atomic_file(self.path) as temporary:  # ranks of one tensor-parallel group have the same pairs
-                pq.write_table(self._joined([pq.read_table(one) for one in parts[::alike]]), temporary)
-            for one in parts:
-                one.unlink()
+                pq.write_table(self._joined(of_ranks[::alike]), temporary)
             scored, loader = pq.read_metadata(self.path).num_rows, cast(Any, trainer.predict_dataloaders)
             total = len(loader.indices) if hasattr(loader, "indices") else scored
             of_all = f" of {total} (trainer.limit_predict_batches)" if scored < total else ""

@@ -62,6 +62,13 @@ def refuse_strategy(strategy: str | Strategy) -> None:
         raise UserError(f"trainer.strategy: {name} is not one that the stages train with: {cure}.")
 
 
+def refuse_precision(precision: Any) -> None:
+    """Raise UserError for a precision that the stages do not support, as asked for or as settled."""
+    if str(precision) not in ("None", "32", "32-true", "64", "64-true", "bf16", "bf16-mixed"):
+        cure = "use 32-true, 64-true or bf16-mixed, or ShardedStrategy, which computes in bfloat16"
+        raise UserError(f"trainer.precision {precision} loses log-probabilities (overflow, rounding): {cure}.")
+
+
 def check_start(trainer: Any) -> None:
     """Raise UserError for settings that cannot work, before data and model are loaded."""
     strategy, precision, module = trainer.strategy, str(trainer.precision), trainer.lightning_module
@@ -77,9 +84,7 @@ def check_start(trainer: Any) -> None:
         raise UserError(f"model: {kind} does not {stage}: take `validate`, or model PreferenceOptimization.")
     if stage != "fit" and not getattr(trainer, f"limit_{stage}_batches"):
         raise UserError(f"trainer.limit_{stage}_batches is 0, which leaves out every pair: raise it.")
-    if precision not in ("32-true", "64-true", "bf16-mixed"):
-        cure = "use 32-true, 64-true or bf16-mixed, or ShardedStrategy, which computes in bfloat16"
-        raise UserError(f"trainer.precision {precision} loses log-probabilities (overflow, rounding): {cure}.")
+    refuse_precision(precision)
     if sharded and precision != "32-true":
         raise UserError(f"trainer.precision {precision}: set 32-true with ShardedStrategy; see its compute_dtype.")
     if module.lora is not None and getattr(strategy, "tensor_parallel_size", 1) > 1:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import textwrap
 import threading
-import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from inspect import signature
 from itertools import takewhile
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser, auto_cli
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from app.cli import planning, showing
@@ -24,7 +24,7 @@ from app.cli.options import options_of
 from app.cli.parse_errors import sentence
 from app.cli.trainer import OwnOptions, be_quiet, run_trainer_command
 from app.commands import COMMANDS, function_of
-from app.core.errors import UserError
+from app.core.errors import UserError, leave
 from callbacks import SLOTS
 from callbacks.run_checkpoint import Interrupted
 from datamodules import ControlledTask, PreferenceData
@@ -58,6 +58,7 @@ def run(command: str, arguments: list[str]) -> None:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, _end)
     try:
+        tell_repeats(arguments)
         if command in COMMANDS:
             run_small_command(command, function_of(command), arguments[1:])
             return
@@ -67,29 +68,27 @@ def run(command: str, arguments: list[str]) -> None:
             print("\n".join(brief_help(command, options)))
             sys.exit()
         answer(arguments)
-    except UserError as error:
-        _leave(str(error))
     except ArgumentError as error:
         said = next((str(cause) for cause in causes(error) if isinstance(cause, UserError)), None)
         known = list(signature(function_of(command)).parameters) if command in COMMANDS else trainer_options()
-        _leave(said or sentence(str(error), command, known))
+        leave(said or sentence(str(error), command, known))
     except Interrupted as stop:
-        _leave(f"{stop}: the same command with --ckpt_path last resumes from there.", stop.exit_status)
+        leave(f"{stop}: the same command with --ckpt_path last resumes from there.", stop.exit_status)
     except SIGTERMException as end:
         number = end.args[0] if end.args else signal.SIGTERM  # Lightning gives none
-        _leave(f"stopped by {signal.Signals(number).name}. {advice}", 128 + number)
+        leave(f"stopped by {signal.Signals(number).name}. {advice}", 128 + number)
     except (KeyboardInterrupt, SystemExit) as end:
         # Lightning exits with status 1 on Ctrl-C
         if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
             raise
-        _leave(f"stopped by Ctrl-C. {advice}", 130)
+        leave(f"stopped by Ctrl-C. {advice}", 130)
     except Exception as error:
         if any(sign in str(error) for sign in RANK_LOST):
-            _leave(f"another rank has ended, or does not answer: its own messages tell more. {RESUME}", 1)
+            leave(f"another rank has ended, or does not answer: its own messages tell more. {RESUME}", 1)
         told = plain_sentence(error)
         if told is None:
             raise
-        _leave(told)
+        leave(told)
 
 
 def _tell_of_thread(ended: threading.ExceptHookArgs) -> None:
@@ -99,6 +98,14 @@ def _tell_of_thread(ended: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(ended)
     else:
         print(f"WARNING: {told}", file=sys.stderr)
+
+
+def tell_repeats(words: list[str]) -> None:
+    """Say which options `words` give more than once, because only their last value counts."""
+    names = Counter(word.split("=")[0].replace(".init_args", "") for word in words if word.startswith("--"))
+    for name, times in names.items():
+        if times > 1 and name != "--config" and not name.endswith("+"):
+            rank_zero_info(f"{name} is given {times} times: the last value counts")
 
 
 def run_small_command(command: str, function: Callable[..., None], words: list[str]) -> None:
@@ -116,13 +123,6 @@ def run_small_command(command: str, function: Callable[..., None], words: list[s
 def _end(number: int, _: object) -> NoReturn:
     """End the command by an exception, so that it removes what it has half written."""
     raise SIGTERMException(number)
-
-
-def _leave(sentence: str, status: int = 2) -> NoReturn:
-    if status == 2 and os.environ.get("BETA_DPO_TRACEBACK"):
-        traceback.print_exc()
-    print(f"beta-dpo: {sentence}", file=sys.stderr)
-    sys.exit(status)
 
 
 def brief_help(command: str, own: OwnOptions) -> Iterator[str]:

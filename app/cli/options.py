@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Iterator
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -20,12 +19,13 @@ from app.method.ranges import LARGEST_SEED, FromMinusOne, NonNegativeInt, Number
 log = logging.getLogger(__name__)
 # options of Lightning's Trainer that it accepts at any value but later ignores or fails on
 TRAINER_RANGES: dict[str, Any] = {
-    **dict.fromkeys(("log_every_n_steps", "check_val_every_n_epoch"), PositiveInt),
-    **dict.fromkeys(("min_epochs", "min_steps"), NonNegativeInt),
-    **dict.fromkeys(("max_steps", "max_epochs", "num_sanity_val_steps"), FromMinusOne),
-    "val_check_interval": PositiveFloat,
+    **dict.fromkeys(("trainer.log_every_n_steps", "trainer.check_val_every_n_epoch"), PositiveInt),
+    **dict.fromkeys(("trainer.min_epochs", "trainer.min_steps"), NonNegativeInt),
+    **dict.fromkeys(("trainer.max_steps", "trainer.max_epochs", "trainer.num_sanity_val_steps"), FromMinusOne),
+    "trainer.val_check_interval": PositiveFloat,
 }
 MAY_BE_INFINITE = ("meta_init_above",)
+OF_AN_OBJECT = ("class_path", "init_args", "dict_kwargs")
 LARGEST = 1e15  # limit for numbers, ours or Lightning's
 refusals: list[Exception] = []  # of `built`: jsonargparse keeps only the text of errors from members of a union
 
@@ -85,28 +85,45 @@ def reason(error: BaseException) -> str:
 
 def check_numbers(config: Namespace) -> None:
     """Raise UserError for a number that is NaN, infinite, absurdly large or outside of `TRAINER_RANGES`."""
-    for key, value in numbers(config.as_dict()):
-        name = key.removeprefix("trainer.")
-        if key != name and name in TRAINER_RANGES:
-            try:
-                TRAINER_RANGES[name](value)
-            except ValueError as error:
-                raise UserError(f"{key} {error}.") from None
-        wrong = not abs(value) <= LARGEST  # NaN too
-        if wrong and not (value > 0 and key.endswith(MAY_BE_INFINITE)):
-            raise UserError(f"{key} is {value}: give a finite number, no larger than {LARGEST:g}.")
+    for key, leaf in flattened(config.as_dict()).items():
+        for value in leaf if isinstance(leaf, (list, tuple)) else [leaf]:
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                continue
+            if key in TRAINER_RANGES:
+                try:
+                    TRAINER_RANGES[key](value)
+                except ValueError as error:
+                    raise UserError(f"{key} {error}.") from None
+            wrong = not abs(value) <= LARGEST  # NaN too
+            if wrong and not (value > 0 and key.endswith(MAY_BE_INFINITE)):
+                raise UserError(f"{key} is {value}: give a finite number, no larger than {LARGEST:g}.")
 
 
-def numbers(config: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Yield every number in a configuration with the name of its option, such as `trainer.callbacks[2].alpha`."""
-    if isinstance(config, (int, float)) and not isinstance(config, bool):
-        yield key, config
-    elif isinstance(config, list):
-        for number, value in enumerate(config):
-            yield from numbers(value, f"{key}[{number}]")
-    elif isinstance(config, dict):
-        for name, value in config.items():
-            yield from numbers(value, key if name == "init_args" else f"{key}.{name}".removeprefix("."))
+def flattened(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the leaves of a configuration by name: `model.optimizer.lr`, `trainer.callbacks.EarlyStopping.mode`, …
+
+    The class of an object, without its module, is the value of the object's name, and its name within a list.
+    """
+    return {name.removeprefix("."): value for name, value in _leaves("", config) if name}
+
+
+def _leaves(name: str, node: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, list) and node and all(map(_class_of, node)):
+        found = [_class_of(one) for one in node]
+        node = {kind + "'" * found[:place].count(kind): node[place] for place, kind in enumerate(found)}
+    elif kind := _class_of(node):
+        yield name, kind
+        inner = (node, node.get("init_args") or {}, node.get("dict_kwargs") or {})
+        node = {key: value for part in inner for key, value in part.items() if key not in OF_AN_OBJECT}
+    elif not isinstance(node, Mapping) or not node:
+        yield name, node
+        return
+    for key, value in node.items():
+        yield from _leaves(f"{name}.{key}", value)
+
+
+def _class_of(node: Any) -> str:
+    return str(node["class_path"]).rpartition(".")[2] if isinstance(node, Mapping) and "class_path" in node else ""
 
 
 def settled_seed(seed: bool | int | None, *, resumes: bool = False, nodes: int = 1) -> int:
@@ -142,17 +159,6 @@ def options_of(kind: type) -> dict[str, Any]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, fail_untyped=False)
     return dict(parser.get_defaults().as_dict())
-
-
-def suggestion(word: str, known: list[str], dashes: str = "") -> str:
-    """Return ` Did you mean …?` with the nearest known word, or an empty text.
-
-    A name that holds the whole word, as trainer.num_nodes holds nodes, is nearer than one of similar letters.
-    """
-    near = [one for one in known if (last := one.rpartition(".")[2]) == word or word in last.split("_")]
-    near = near or get_close_matches(word, known, 1, 0.6)
-    near = near or [one for one in known if one.startswith(word) or word.startswith(one)]
-    return f" Did you mean {dashes}{near[0]}?" if near else ""
 
 
 set_up_parsing()  # at import, so that every reader of a configuration checks the ranges of numbers

@@ -11,7 +11,8 @@ from pkgutil import resolve_name
 
 import torch
 
-from app.cli.options import options_of, suggestion
+from app.cli.options import options_of
+from app.core.errors import suggestion
 from app.core.files import shipped_names
 from callbacks import BY_NAME
 

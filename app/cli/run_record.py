@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from app.cli.options import flattened
 from app.core.errors import UserError
 from app.core.files import atomic_file, folder_hash, naming, refuse_place
 from app.core.log_folder import continue_curves, log_folder
@@ -25,6 +26,7 @@ from datamodules.base import PairDataModule
 from lightning_modules.checkpoint import check_checkpoint
 
 COMMANDS_FILE = "commands.txt"
+RECORD = "config.yaml"  # of a training; an evaluation writes config-COMMAND.yaml
 UNSET = "none"  # also for null
 START = "give the old value, or start a run of its own from the checkpoint's model (`beta-dpo export`)"
 # patterns of keys, as `flattened` names them, whose change cannot be applied to a checkpoint; for a key in no table
@@ -45,13 +47,12 @@ KEPT = {
     "filter.seed": "the draws stay those of the checkpoint",
     **dict.fromkeys(("confidence.column", "confidence.initial"), "annotators of the checkpoint keep their rates"),
 }
-OF_AN_OBJECT = ("class_path", "init_args", "dict_kwargs")
 IGNORED = ("ckpt_path", "scores*", "config")
-# what is compared by the hash of its content → pattern of its keys, and the fault
+# what is compared by the hash of its content → patterns of its keys, and the fault
 CONTENTS = {
-    "model": ("model.name", "another model than the run started from"),
-    "reference": ("model.reference_name", "another reference than the run had"),
-    "data": ("data*", "other training pairs"),
+    "model": (["model.name"], "another model than the run started from"),
+    "reference": (["model.reference_name"], "another reference than the run had"),
+    "data": (["data*", "seed_everything"], "other training pairs"),
 }
 
 
@@ -75,6 +76,15 @@ class RunRecord(SaveConfigCallback):
         self._resumed = checkpoint
         if fitting and "config" in checkpoint:
             self._differences = compared(yaml.safe_load(checkpoint["config"]), yaml.safe_load(self.text))
+
+    def refuse_moved(self, folder: Path) -> None:
+        """Raise UserError if the run in the log folder `folder` has its checkpoints in another place than now."""
+        if (file := folder / RECORD).is_file():
+            recorded = yaml.safe_load(file.read_text(encoding="utf-8"))
+            for key, (old, new) in differences(recorded, yaml.safe_load(self.text)).items():
+                if key.endswith(".dirpath") or (key == "checkpoint" and new == UNSET):
+                    cure = f"give the {key} of {file}, or the path of a checkpoint instead of last"
+                    raise UserError(f"--ckpt_path last: {key} is {new}, but the run had {old}: {cure}.")
 
     @cached_property
     def text(self) -> str:
@@ -111,6 +121,8 @@ class RunRecord(SaveConfigCallback):
         if self._differences:
             lines = ["--ckpt_path: other settings than in the run of the checkpoint; those of now apply:"]
             for key, (old, new) in self._differences.items():
+                if any(key.startswith(f"{whole}.") for whole in self._differences):
+                    continue  # an option of an object whose class is another
                 kept = f" ({KEPT[key]})" if key in KEPT and old != UNSET else ""
                 lines.append(f"  {key}: {old} → {new}{kept}")
             rank_zero_info("\n".join(lines))
@@ -119,10 +131,10 @@ class RunRecord(SaveConfigCallback):
         for kind, before in (self._resumed.get("content") or {}).items():
             if before is None or self.content.get(kind) in (before, None):
                 continue
-            pattern, what = CONTENTS[kind]
+            patterns, what = CONTENTS[kind]
             changes = {key: f"{key} was {old} and is {new}" for key, (old, new) in self._differences.items()}
-            because = ", ".join(told for key, told in changes.items() if matches(key, [pattern]))
-            because = because or f"the files that {pattern.rstrip('*')} names have changed"
+            because = ", ".join(told for key, told in changes.items() if matches(key, patterns))
+            because = because or f"the files that {patterns[0].rstrip('*')} names have changed"
             raise UserError(f"--ckpt_path: the current settings give {what} ({because}): {START}.")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -184,13 +196,18 @@ def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str
     """
     if asked is None:
         return None
+    if not asked:
+        raise UserError("--ckpt_path is empty: give the path of a checkpoint, `last`, or leave it out.")
     path = Path(asked)
+    records = [one for one in trainer.callbacks if isinstance(one, RunRecord)]  # type: ignore[attr-defined]
     if asked == "last":
+        for record in records:
+            record.refuse_moved(log_folder(trainer))
         kept = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
         last = [Path(path) for one in kept for path in one._find_last_checkpoints(trainer)]
         found = [path for path in last if path.exists()]  # not a link without its target
         if not found and not fitting:
-            raise UserError("--ckpt_path last: the log folder holds no checkpoint; give the path of one.")
+            raise UserError(f"--ckpt_path last: {log_folder(trainer)} holds no checkpoint; give the path of one.")
         if not found:
             rank_zero_info("--ckpt_path last: there is no checkpoint yet, so the run starts from the beginning.")
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -205,45 +222,24 @@ def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str
     if fitting and -1 != (most := trainer.max_epochs or -1) < (epoch := checkpoint["epoch"]):
         cure = f"raise trainer.max_epochs, which is {most}"
         raise UserError(f"--ckpt_path: the checkpoint is of epoch {epoch}: {cure}.")
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, RunRecord):
-            callback.compare({k: checkpoint[k] for k in ("config", "content") if k in checkpoint}, fitting)
+    for record in records:
+        record.compare({k: checkpoint[k] for k in ("config", "content") if k in checkpoint}, fitting)
+    if asked == "last":
+        rank_zero_info(f"--ckpt_path last: {path}, saved after step {checkpoint['global_step']}")
     return str(path)
 
 
 def continue_newest_version(trainer: Trainer) -> None:
-    """Make loggers that number their folders continue in the newest one instead of a new one."""
+    """Make loggers that number their folders continue in the newest one of a training, if there is one."""
     for logger in trainer.loggers:
         # Lightning's loggers with numbered folders have `_version`, which is None until `version` is read
-        if getattr(logger, "_version", "") is None and isinstance(logger.version, int):
-            logger._version = max(logger.version - 1, 0)  # type: ignore[attr-defined]
-
-
-def flattened(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the leaves of a configuration by name: `model.optimizer.lr`, `trainer.callbacks.EarlyStopping.mode`, …
-
-    The class of an object, without its module, is the value of the object's name, and its name within a list.
-    """
-    return {name.removeprefix("."): value for name, value in _leaves("", config) if name}
-
-
-def _leaves(name: str, node: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, list) and node and all(map(_class_of, node)):
-        found = [_class_of(one) for one in node]
-        node = {kind + "'" * found[:place].count(kind): node[place] for place, kind in enumerate(found)}
-    elif kind := _class_of(node):
-        yield name, kind
-        inner = (node, node.get("init_args") or {}, node.get("dict_kwargs") or {})
-        node = {key: value for part in inner for key, value in part.items() if key not in OF_AN_OBJECT}
-    elif not isinstance(node, Mapping) or not node:
-        yield name, node
-        return
-    for key, value in node.items():
-        yield from _leaves(f"{name}.{key}", value)
-
-
-def _class_of(node: Any) -> str:
-    return str(node["class_path"]).rpartition(".")[2] if isinstance(node, Mapping) and "class_path" in node else ""
+        if getattr(logger, "_version", "") is None and isinstance(new := logger.version, int):
+            for logger._version in range(new - 1, -1, -1):  # type: ignore[attr-defined]
+                folder = Path(str(logger.log_dir))
+                if folder.exists() and ((folder / RECORD).exists() or not any(folder.glob("config-*.yaml"))):
+                    break
+            else:
+                logger._version = new  # type: ignore[attr-defined]
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -25,14 +25,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from app.cli.mistakes import refusing
 from app.cli.options import check_numbers, reason, settled_seed, yaml_fault
-from app.cli.run_record import RunRecord, continue_newest_version, settle_checkpoint
+from app.cli.run_record import RECORD, RunRecord, continue_newest_version, settle_checkpoint
 from app.cli.slurm import check_processes, slurm_environment
 from app.core.errors import UserError
 from app.core.files import shipped
 from app.core.log_folder import claimed_log_folder
 from callbacks import BY_NAME, SLOTS, TextProgress, in_order, refuse_listed
 from lightning_modules.checkpoint import SafeCheckpointIO
-from lightning_modules.start_checks import refuse_strategy
+from lightning_modules.start_checks import refuse_precision, refuse_strategy
 
 # options of the Trainer that switch a slot, and the kind of callback in it
 ENABLED = {"enable_checkpointing": ("checkpoint", Checkpoint), "enable_progress_bar": ("progress", ProgressBar)}
@@ -92,6 +92,7 @@ class BetaDPOCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self._get(self.config_init, "trainer")
         refuse_strategy(options.get("strategy"))  # before Lightning starts processes
+        refuse_precision(options.get("precision"))  # before Lightning replaces 16-mixed on a CPU
         if options.get("barebones"):
             raise UserError("trainer.barebones has no place here: it forbids logs and checkpoints; take it out.")
         plugins = as_list(options.get("plugins"))
@@ -192,8 +193,8 @@ def slots_as_wholes(arguments: list[str]) -> list[str]:
                 given = get_loader("yaml")(Path(word).read_text(encoding="utf-8") if is_file else word)
             except (OSError, ValueError, yaml.YAMLError) as error:
                 raise UserError(f"{word} cannot be read as YAML: {yaml_fault(error)}.") from error
-            if is_file and not isinstance(given, dict):
-                raise UserError(f"{word} holds no options: write a line `name: value` for each.")
+            if (is_file or not word) and not isinstance(given, dict):
+                raise UserError(f"--config {word!r} holds no options: write a line `name: value` for each.")
             slots = [name for name in BY_NAME if isinstance(given, dict) and given.get(name) is not None]
             found += [json.dumps(dict.fromkeys(slots)), "--config"] if slots else []
         found.append(word)
@@ -204,7 +205,7 @@ def lightning_options(arguments: list[str]) -> dict[str, Any]:
     """Return the settings of LightningCLI to parse `arguments`, the first of which is the subcommand."""
     command, arguments = arguments[0], shipped_configs(arguments)
     # one file name per command, so that `test` does not overwrite the record of the training
-    record = "config.yaml" if command == "fit" else f"config-{command}.yaml"
+    record = RECORD if command == "fit" else f"config-{command}.yaml"
     return {
         "subclass_mode_model": True,
         "subclass_mode_data": True,

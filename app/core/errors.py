@@ -1,8 +1,13 @@
-"""The exceptions for a user's mistake, and the reason that any other gives."""
+"""The exceptions for a user's mistake, the reason that any other gives, and how the command ends with either."""
 
+import os
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from textwrap import shorten
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -17,6 +22,25 @@ class StepRefused(UserError):
 
     Every rank raises it, so that all ranks can still write a checkpoint together.
     """
+
+
+def leave(sentence: str, status: int = 2) -> NoReturn:
+    """End the command with `sentence`; BETA_DPO_TRACEBACK=1 shows the traceback of a mistake, status 2."""
+    if status == 2 and os.environ.get("BETA_DPO_TRACEBACK"):
+        traceback.print_exc()
+    print(f"beta-dpo: {sentence}", file=sys.stderr)
+    sys.exit(status)
+
+
+def suggestion(word: str, known: list[str], dashes: str = "") -> str:
+    """Return ` Did you mean …?` with the nearest known word, or an empty text.
+
+    A name that holds the whole word, as trainer.num_nodes holds nodes, is nearer than one of similar letters.
+    """
+    near = [one for one in known if (last := one.rpartition(".")[2]) == word or word in last.split("_")]
+    near = near or get_close_matches(word, known, 1, 0.6)
+    near = near or [one for one in known if one.startswith(word) or word.startswith(one)]
+    return f" Did you mean {dashes}{near[0]}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

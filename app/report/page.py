@@ -13,7 +13,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from app.cli.run_record import flattened
+from app.cli.options import flattened
 from app.core.intervals import digits, share_over, span
 from app.report import plot
 from app.report.charts import (

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -13,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tiny_runs import controlled, preference, quiet_trainer
 
+from app.cli.run_record import continue_newest_version
 from app.core import locks
 from app.core.errors import UserError
 from app.core.locks import Lock, locked
@@ -86,6 +90,25 @@ def test_a_start_that_the_first_step_refuses_leaves_no_folder(tiny_llama: str, t
     assert refused.returncode == 2
     assert "PairFilter needs the running reward-gap statistics" in refused.stderr
     assert not (tmp_path / RUN).exists()
+
+
+@pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
+def test_last_is_that_of_the_newest_training(kind: type[Logger], tmp_path: Path) -> None:
+    def continued() -> str:
+        logger: Any = kind(tmp_path)  # type: ignore[call-arg]
+        continue_newest_version(SimpleNamespace(loggers=[logger]))  # type: ignore[arg-type]
+        return Path(logger.log_dir).name
+
+    places = [tmp_path / "lightning_logs" / f"version_{version}" for version in range(3)]
+    assert continued() == "version_0"
+    for place, record in zip(places, ("config.yaml", "config-validate.yaml", "metrics.csv"), strict=True):
+        place.mkdir(parents=True)
+        (place / record).touch()
+    assert continued() == "version_2"  # a training that was killed before its first step
+    shutil.rmtree(places[2])
+    assert continued() == "version_0"
+    shutil.rmtree(places[0])
+    assert continued() == "version_2"  # none but an evaluation
 
 
 def test_the_table_of_curves_is_continued(tmp_path: Path) -> None:

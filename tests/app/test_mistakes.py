@@ -20,11 +20,11 @@ import pytest
 import torch
 from command_runs import command, refusal, write_config
 
-from app.cli.dispatch import AGAIN, RESUME, _tell_of_thread
+from app.cli.dispatch import AGAIN, RESUME, _tell_of_thread, tell_repeats
 from app.cli.mistakes import plain_sentence
 from app.core.errors import UserError
 from app.core.files import Parts, atomic_file, atomic_folder
-from app.main import main
+from app.main import NUMBERS, main
 from callbacks.run_checkpoint import move_link
 from lightning_modules.checkpoint import check_checkpoint, unwritable
 from lightning_modules.reference_cache import ReferenceCache
@@ -58,6 +58,7 @@ def run_config(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("--trainer.max_steps=many", "trainer.max_steps"),
         ("--trainer.limit_train_batches=1.5", "trainer: You have passed invalid value 1.5 for limit_train_batches"),
         ("--trainer.precision=8", "trainer.precision"),
+        ("--trainer.precision=16-mixed", "trainer.precision 16-mixed loses log-probabilities"),
         ("--trainer.callbacks+=callbacks.Nope", "module 'callbacks' has no attribute 'Nope'"),
         (
             "--trainer.callbacks+=nowhere.Nope",
@@ -85,6 +86,9 @@ def run_config(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("--audit=false", "for example --audit PairAudit; there are PairAudit, or null. See"),
         ("--model.loss.gamma=0.1", "for example --model.loss AlphaDPOLoss; there are"),
         ("--ckpt_path=none.ckpt", "--ckpt_path: there is no checkpoint none.ckpt"),
+        ("--ckpt_path=", "--ckpt_path is empty: give the path of a checkpoint"),
+        ("--checkpoint.dirpath=", "checkpoint.dirpath is empty: name a folder"),
+        ("--config=", "--config '' holds no options"),
         ("--trainer.callbacks+=lightning.pytorch.callbacks.Timer", "cannot be written to config.yaml: give its"),
         ("--trainer.logger=false", "config.yaml is read by this command, which would replace it"),
         ("--trainer.logger=false", "log folder (trainer.logger, or trainer.default_root_dir): "),
@@ -106,8 +110,8 @@ def test_wrong_fields_of_a_run(option: str, sentence: str, run_config: Path, tol
             "b.yaml cannot be read as YAML: line 2, column 1: trainer is given twice.",
         ),
         ("model:\n  init_args:\n    beta0: 1\n    beta0: 2", "line 4, column 5: beta0 is given twice."),
-        ("- a", "b.yaml holds no options"),
-        ("", "b.yaml holds no options"),
+        ("- a", "b.yaml' holds no options"),
+        ("", "b.yaml' holds no options"),
         ("trainer: {max_step: 3}", "There is no option trainer.max_step. Did you mean trainer.max_steps?"),
         ("trainr: {max_steps: 3}", "There is no option trainr.max_steps. Did you mean trainer.max_steps?"),
     ],
@@ -117,7 +121,7 @@ def test_wrong_configuration_files(text: str, sentence: str, run_config: Path, t
     assert sentence in told("fit", "--config", "config.yaml", "--config", "b.yaml")
 
 
-@pytest.mark.parametrize(("name", "value"), [("LOCAL_RANK", "x"), ("SLURM_NTASKS", "two"), ("OMP_NUM_THREADS", "")])
+@pytest.mark.parametrize(("name", "value"), [("LOCAL_RANK", "x"), ("SLURM_NTASKS", "two"), ("MASTER_PORT", "-")])
 def test_variables_that_are_no_numbers(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]
 ) -> None:
@@ -125,6 +129,21 @@ def test_variables_that_are_no_numbers(
     assert told("report", "runs") == (
         f"The environment variable {name} is {value!r}, where a whole number belongs: correct or unset it."
     )
+
+
+def test_an_empty_variable_is_an_unset_one(monkeypatch: pytest.MonkeyPatch, told: Callable[..., str]) -> None:
+    for name in NUMBERS:
+        monkeypatch.setenv(name, "")
+    assert told("report", "none").startswith("There is no folder none")
+    assert not set(NUMBERS) & set(os.environ)
+
+
+def test_an_option_that_is_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("app.cli.dispatch.rank_zero_info", said.append)
+    words = "--config a --config b --filter.by head --x+=1 --x+=2 --filter.init_args.by=tail"
+    tell_repeats(words.split())
+    assert said == ["--filter.by is given 2 times: the last value counts"]
 
 
 def test_an_overlay_before_the_configuration_that_it_changes(run_config: Path, told: Callable[..., str]) -> None:
@@ -200,8 +219,8 @@ def test_an_extra_that_is_not_installed(run_config: Path, told: Callable[..., st
         (["convert", "./x", "out"], "./x is neither a .gguf file nor an installed package"),
         (["convert", "no_such.package", "out"], "no_such.package is neither a .gguf file nor an installed package"),
         (["convert", "no_such_package", "out"], "no_such_package is neither a .gguf file nor an installed package"),
-        (["frobnicate"], "There is no command 'frobnicate': see `beta-dpo --help`"),
-        (["fti"], "There is no command 'fti': did you mean fit?"),
+        (["frobnicate"], "There is no command 'frobnicate'. See `beta-dpo --help`."),
+        (["fti"], "There is no command 'fti'. Did you mean fit? See"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

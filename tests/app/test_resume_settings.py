@@ -158,6 +158,20 @@ def test_another_control_is_refused() -> None:
         compared(before, now)
 
 
+def test_checkpoints_in_another_place_are_found_or_asked_for(stopped: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder, symlinks=True)
+    refused = fit(folder, "", "--checkpoint.dirpath", "elsewhere")
+    assert "checkpoint.dirpath is elsewhere, but the run had none" in refused.stderr
+    assert refused.returncode == 2
+    refused = fit(folder, "", "--checkpoint", "null")
+    assert "checkpoint is none, but the run had RunCheckpoint" in refused.stderr
+    done = fit(folder, "", "--trainer.max_steps", "6", "--schedule", "EpsilonBeta")
+    assert f"--ckpt_path last: {folder / RUN}/checkpoints/last.ckpt, saved after step 4" in done.stderr
+    assert "  schedule: BetaScheduler → EpsilonBeta\n" in done.stderr
+    assert "schedule.epsilon" not in done.stderr  # an option of the new class
+
+
 def test_fast_dev_run_leaves_nothing(tiny_llama: str, tmp_path: Path) -> None:
     write_config(tmp_path, tiny_llama)
     samples = ("--samples", "PolicySamples", "--samples.max_new_tokens", "2")
