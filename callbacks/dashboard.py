@@ -16,7 +16,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from app.core.log_folder import log_folder
+from app.core.log_folder import flattened, log_folder
 from app.method.ranges import NonNegativeInt, PositiveInt, checked
 from app.method.step import StepDecision
 from callbacks.pair_audit import AUDIT_COLUMNS, audit_rows
@@ -185,25 +185,25 @@ def tensorboard_writer(trainer: Trainer) -> SummaryWriter | None:
 
 Value = str | float | bool
 
-# title in the tab → key in the run's config.yaml; `*` for init_args
+# title in the tab → key in the run's configuration
 SETTINGS = {
-    "α": "schedule.*.alpha",
-    "ρ": "filter.*.keep_ratio",
-    "β0": "model.*.beta0",
-    "learning rate": "model.*.optimizer.*.lr",
-    "loss": "model.*.loss.class_path",
-    "filter": "filter.*.by",
-    "level of β": "schedule.*.level",
-    "momentum": "statistics.*.momentum",
-    "gap scale": "statistics.*.gap_scale",
-    "ε": "schedule.*.epsilon",
-    "α of the margin": "margin.*.alpha",
-    "sft weight": "model.*.sft_weight",
-    "optimizer": "model.*.optimizer.class_path",
-    "max grad norm": "model.*.max_grad_norm",
-    "model": "model.*.name",
-    "data": "data.*.path",
-    "batch size": "data.*.batch_size",
+    "α": "schedule.alpha",
+    "ρ": "filter.keep_ratio",
+    "β0": "model.beta0",
+    "learning rate": "model.optimizer.lr",
+    "loss": "model.loss",
+    "filter": "filter.by",
+    "level of β": "schedule.level",
+    "momentum": "statistics.momentum",
+    "gap scale": "statistics.gap_scale",
+    "ε": "schedule.epsilon",
+    "α of the margin": "margin.alpha",
+    "sft weight": "model.sft_weight",
+    "optimizer": "model.optimizer",
+    "max grad norm": "model.max_grad_norm",
+    "model": "model.name",
+    "data": "data.path",
+    "batch size": "data.batch_size",
     "steps": "trainer.max_steps",
     "epochs": "trainer.max_epochs",
     "seed": "seed_everything",
@@ -226,14 +226,9 @@ METRICS = (
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Value]:
     """Return the `SETTINGS` that the configuration of a run (config.yaml as read) has a value for."""
-    found: dict[str, Value] = {"loss": "SigmoidLoss"}  # the model's default
-    for title, path in SETTINGS.items():
-        value: Any = config
-        for part in path.replace("*", "init_args").split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if isinstance(value, (str, int, float)):
-            found[title] = str(value).rsplit(".", 1)[-1] if path.endswith("class_path") else value
-    return found
+    given = {"model.loss": "SigmoidLoss"} | {k: one for k, one in flattened(config).items() if one is not None}
+    found = {title: given.get(key) for title, key in SETTINGS.items()}
+    return {title: value for title, value in found.items() if isinstance(value, (str, int, float))}
 
 
 def summaries(settings: Mapping[str, Value]) -> tuple[Summary, ...]:

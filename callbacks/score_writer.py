@@ -15,17 +15,11 @@ from app.core.errors import UserError
 from app.core.files import atomic_file, refuse_place
 from app.core.intervals import wilson
 
-LOGP_COLUMNS = (
-    "policy_chosen_logp",
-    "policy_rejected_logp",
-    "reference_chosen_logp",
-    "reference_rejected_logp",
-    "gap",
-)
+LOGPS = ("policy_chosen_logp", "policy_rejected_logp", "reference_chosen_logp", "reference_rejected_logp")
 SCHEMA = pa.schema(
-    [("pair_id", pa.string())]
-    + [(name, pa.float64()) for name in LOGP_COLUMNS]
-    + [("chosen_tokens", pa.int64()), ("rejected_tokens", pa.int64())]
+    {"pair_id": pa.string()}
+    | dict.fromkeys((*LOGPS, "gap"), pa.float64())
+    | dict.fromkeys(("chosen_tokens", "rejected_tokens"), pa.int64())
 )
 
 

@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 
 from app.core.cache import cache_root, fingerprint, lock_of
 from app.core.errors import UserError
-from app.core.files import atomic_file
-from app.core.locks import Lock
+from app.core.files import Lock, atomic_file
 from app.method.batch import OptimizerBatch
 from lightning_modules.layout_check import CHECKED_PAIRS, TOLERANCE
 from lightning_modules.measuring import PairMeasurer, Ranks

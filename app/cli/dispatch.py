@@ -19,9 +19,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from app.cli import planning, showing
-from app.cli.mistakes import causes, plain_sentence
+from app.cli.mistakes import causes, plain_sentence, sentence
 from app.cli.options import options_of
-from app.cli.parse_errors import sentence
 from app.cli.trainer import OwnOptions, be_quiet, run_trainer_command
 from app.commands import COMMANDS, function_of
 from app.core.errors import UserError, leave

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -14,6 +13,7 @@ from jsonargparse.typing import register_type
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from app.core.errors import UserError, first_line
+from app.core.log_folder import flattened
 from app.method.ranges import LARGEST_SEED, FromMinusOne, NonNegativeInt, Number, PositiveFloat, PositiveInt
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,6 @@ TRAINER_RANGES: dict[str, Any] = {
     "trainer.val_check_interval": PositiveFloat,
 }
 MAY_BE_INFINITE = ("meta_init_above",)
-OF_AN_OBJECT = ("class_path", "init_args", "dict_kwargs")
 LARGEST = 1e15  # limit for numbers, ours or Lightning's
 refusals: list[Exception] = []  # of `built`: jsonargparse keeps only the text of errors from members of a union
 
@@ -97,33 +96,6 @@ def check_numbers(config: Namespace) -> None:
             wrong = not abs(value) <= LARGEST  # NaN too
             if wrong and not (value > 0 and key.endswith(MAY_BE_INFINITE)):
                 raise UserError(f"{key} is {value}: give a finite number, no larger than {LARGEST:g}.")
-
-
-def flattened(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the leaves of a configuration by name: `model.optimizer.lr`, `trainer.callbacks.EarlyStopping.mode`, …
-
-    The class of an object, without its module, is the value of the object's name, and its name within a list.
-    """
-    return {name.removeprefix("."): value for name, value in _leaves("", config) if name}
-
-
-def _leaves(name: str, node: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, list) and node and all(map(_class_of, node)):
-        found = [_class_of(one) for one in node]
-        node = {kind + "'" * found[:place].count(kind): node[place] for place, kind in enumerate(found)}
-    elif kind := _class_of(node):
-        yield name, kind
-        inner = (node, node.get("init_args") or {}, node.get("dict_kwargs") or {})
-        node = {key: value for part in inner for key, value in part.items() if key not in OF_AN_OBJECT}
-    elif not isinstance(node, Mapping) or not node:
-        yield name, node
-        return
-    for key, value in node.items():
-        yield from _leaves(f"{name}.{key}", value)
-
-
-def _class_of(node: Any) -> str:
-    return str(node["class_path"]).rpartition(".")[2] if isinstance(node, Mapping) and "class_path" in node else ""
 
 
 def settled_seed(seed: bool | int | None, *, resumes: bool = False, nodes: int = 1) -> int:

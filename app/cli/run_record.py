@@ -16,10 +16,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from app.cli.options import flattened
 from app.core.errors import UserError
 from app.core.files import atomic_file, folder_hash, naming, refuse_place
-from app.core.log_folder import continue_curves, log_folder
+from app.core.log_folder import continue_curves, flattened, log_folder
 from callbacks import PairAudit
 from callbacks.base import loss_of
 from datamodules.base import PairDataModule

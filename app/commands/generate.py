@@ -17,8 +17,7 @@ from app.cli.mistakes import checked_command
 from app.commands.benchmarks import ENDINGS, Form, answer_file, further_turns, read_questions
 from app.commands.sampling import Batch, LocalSampler, Sampler, ServedSampler, generator_state, restore_generator
 from app.core.errors import UserError
-from app.core.files import Parts, atomic_file, refuse_place
-from app.core.locks import locked
+from app.core.files import Parts, atomic_file, locked, refuse_place
 from app.core.samples import SAMPLE_FIELDS, sample_line
 from app.judges.endpoint import SamplingServer
 from app.method.ranges import NonNegativeFloat, PositiveInt, PositiveShare, Seed

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from app.core.locks import locked
+from app.core.files import locked
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

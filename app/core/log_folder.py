@@ -1,13 +1,14 @@
-"""The log folder of a run: its path, its lock, and the curves in it, which a resumed run continues."""
+"""The log folder of a run: its path, its lock, its configuration by keys, its curves, which a resume continues."""
 
 from __future__ import annotations
 
 import csv
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -16,11 +17,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from app.core.errors import UserError
-from app.core.files import atomic_file
-from app.core.locks import locked
+from app.core.files import atomic_file, locked
 
 log = logging.getLogger(__name__)
 
+OF_AN_OBJECT = ("class_path", "init_args", "dict_kwargs")
 LOCK = ".beta-dpo.lock"
 ELSEWHERE = "choose another log folder (trainer.logger)"
 # files that loggers write before the first step
@@ -103,6 +104,33 @@ def continue_curves(trainer: Trainer, resumes: bool) -> None:
             # after this event TensorBoard and its reader ignore steps from here on in earlier files
             start = Event(session_log=SessionLog(status=SessionLog.START))
             logger.experiment.file_writer.add_event(start, step)
+
+
+def flattened(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the leaves of a configuration by name: `model.optimizer.lr`, `trainer.callbacks.EarlyStopping.mode`, …
+
+    The class of an object, without its module, is the value of the object's name, and its name within a list.
+    """
+    return {name.removeprefix("."): value for name, value in _leaves("", config) if name}
+
+
+def _leaves(name: str, node: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, list) and node and all(map(_class_of, node)):
+        found = [_class_of(one) for one in node]
+        node = {kind + "'" * found[:place].count(kind): node[place] for place, kind in enumerate(found)}
+    elif kind := _class_of(node):
+        yield name, kind
+        inner = (node, node.get("init_args") or {}, node.get("dict_kwargs") or {})
+        node = {key: value for part in inner for key, value in part.items() if key not in OF_AN_OBJECT}
+    elif not isinstance(node, Mapping) or not node:
+        yield name, node
+        return
+    for key, value in node.items():
+        yield from _leaves(f"{name}.{key}", value)
+
+
+def _class_of(node: Any) -> str:
+    return str(node["class_path"]).rpartition(".")[2] if isinstance(node, Mapping) and "class_path" in node else ""
 
 
 def whole_lines(file: Path) -> str:

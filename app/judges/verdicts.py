@@ -12,8 +12,7 @@ from threading import Lock
 from typing import Any, TextIO
 
 from app.core.errors import UserError
-from app.core.files import naming, refuse_place
-from app.core.locks import locked
+from app.core.files import locked, naming, refuse_place
 
 BEGIN = b'{"key": '  # of every line
 

@@ -13,8 +13,8 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from app.cli.options import flattened
 from app.core.intervals import digits, share_over, span
+from app.core.log_folder import flattened
 from app.report import plot
 from app.report.charts import (
     FILTER,

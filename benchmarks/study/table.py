@@ -13,9 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from app.core.files import atomic_file
+from app.core.files import atomic_file, locked
 from app.core.intervals import Estimate
-from app.core.locks import locked
 from benchmarks.study import real_pairs
 from benchmarks.study.plan import JUDGED, QUESTIONS, TASKS, TUNING, TUNING_SEEDS, Run, tuning
 from benchmarks.tables import ROOT, processor

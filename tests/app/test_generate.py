@@ -20,8 +20,7 @@ from app.commands.benchmarks import Form
 from app.commands.export import export
 from app.commands.generate import generate
 from app.core.errors import UserError
-from app.core.files import Parts
-from app.core.locks import locked
+from app.core.files import Parts, locked
 from app.core.samples import read_samples
 from app.judges.endpoint import SamplingServer
 from datamodules.controlled_task import preference_pairs

@@ -17,9 +17,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tiny_runs import controlled, preference, quiet_trainer
 
 from app.cli.run_record import continue_newest_version
-from app.core import locks
+from app.core import files as locks
 from app.core.errors import UserError
-from app.core.locks import Lock, locked
+from app.core.files import Lock, locked
 from app.core.log_folder import ContinuedTable, claimed_log_folder, continue_curves, log_folder
 from app.report.run import read_csv, read_curves
 from callbacks import RunCheckpoint

@@ -16,8 +16,8 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from app.cli.dispatch import trainer_options
+from app.cli.mistakes import sentence
 from app.cli.options import check_numbers, options_of
-from app.cli.parse_errors import sentence
 from app.cli.trainer import BetaDPOCLI, lightning_options
 from app.commands import COMMANDS, function_of
 from app.core.errors import UserError

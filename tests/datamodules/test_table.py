@@ -234,7 +234,7 @@ def test_a_complete_entry_is_read_where_nothing_can_be_written(
 ) -> None:
     path = write(tmp_path / "p.jsonl", ROWS)
     load_table(path, byte_tokenizer(), SETTINGS)
-    monkeypatch.setattr("app.core.locks.has_kernel_locks", read_only)
+    monkeypatch.setattr("app.core.files.has_kernel_locks", read_only)
     assert len(load_table(path, byte_tokenizer(), SETTINGS)) == 5
     with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\): set BETA_DPO_CACHE"):
         load_table(path, byte_tokenizer(bos=False), SETTINGS)
