@@ -141,7 +141,7 @@ def attentions(model: Any, device: torch.device, dtype: torch.dtype) -> list[str
         return []
     if device.type != "cuda":
         return [PAIRWISE]
-    if lack := lacking(model.config, dtype):
+    if lack := lacking(model.config.get_text_config(), dtype):
         log.info("attention %s is not tried: %s", VARLEN, lack)
     return [name for name in OURS if name != VARLEN or lack is None]
 

@@ -25,6 +25,7 @@ from lightning_modules.layout_check import StartCheck
 from lightning_modules.lora import Lora, add_lora, save_adapters_alone
 from lightning_modules.measuring import Ranks, numbers, parameter_count
 from lightning_modules.pretrained import (
+    freeze_unread,
     load_model,
     model_identity,
     quantization,
@@ -283,6 +284,7 @@ class LanguageModelTraining(RecordedTraining):
             for weight in model.parameters():
                 if weight.requires_grad or lora.moves_base:  # A is random, and its replicas must be equal
                     weight.data = strategy.broadcast(weight.data.cpu()).to(weight.device)
+        freeze_unread(model)
         scorer = ResponseScorer(model)
         if self.attention in OURS:
             scorer.use_attention(self.attention)

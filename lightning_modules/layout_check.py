@@ -115,7 +115,7 @@ class StartCheck:
             return f"model.layout: {finding}; set it to auto or separate."
         if self.attention != "auto":
             return f"model.attention: {finding}; set it to auto."
-        rope = getattr(self.policy.model.config, "rope_parameters", None) or {}
+        rope = getattr(self.policy.text_config, "rope_parameters", None) or {}
         known = rope.get("original_max_position_embeddings", "the length the model was first trained on")
         why = f"as with rotary positions scaled by the longest row (rope_type {rope.get('rope_type')})"
         cure = f"lower data.max_length to {known}, or take a model without such scaling"
@@ -176,8 +176,15 @@ class StartCheck:
             expected = self._scores(rows, whole_logits=True).cpu()
             apart = Sample(batch, pairs, expected).apart(self._scores(rows))
         if float(self.ranks.reduce(apart, "max")) > TOLERANCE[self.dtype]:
-            head = f"the output head of {self.policy.model.name_or_path or 'this architecture'} is not supported"
-            raise UserError(f"model.name: {head}: its log-probabilities differ from those of transformers.")
+            name = self.policy.model.name_or_path or "this architecture"
+            said = f"the output head of {name} is not supported"
+            said += ": its log-probabilities differ from those of transformers"
+            again = Sample(batch, pairs, expected).apart(self._scores(rows, whole_logits=True))
+            if float(self.ranks.reduce(again, "max")) > TOLERANCE[self.dtype]:
+                said = (
+                    f"{name} draws random numbers in training, so that policy and reference differ: choose another"
+                )
+            raise UserError(f"model.name: {said}.")
         # a pair that is not finite tests nothing, and would make its packed row NaN; one side may be finite
         finite = expected.isfinite().all(dim=1)
         return Sample(batch, [pair for pair in pairs if finite[pair]], expected.masked_fill(~finite[:, None], 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -76,6 +77,10 @@ class Lora:
         if self.init_lora_weights not in (True, "gaussian") and not self.moves_base:
             said = f"{self.init_lora_weights!r} is none of true, gaussian, pissa, pissa_niter_N and olora"
             raise UserError(f"model.lora.init_lora_weights: {said}: others need data, or another base.")
+        if zero := [name for name, alpha in (self.alpha_pattern or {}).items() if not 0 < alpha < math.inf]:
+            raise UserError(
+                f"model.lora.alpha_pattern: {zero[0]} needs a finite number above 0, else nothing is learned."
+            )
         patterns = {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
         fixed = {"lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
         return LoraConfig(**asdict(self) | patterns | fixed)
@@ -115,7 +120,9 @@ def adapted(model: Any) -> Counter[str]:
 def fused_experts(model: Any) -> list[str]:
     """Return the last two parts of the names of weights that hold all experts of a mixture and have no adapter."""
     # the names of weights with adapters hold base_layer; convolutions have three dimensions, too
-    left = [name for name, weight in model.named_parameters() if weight.ndim == 3 and "conv" not in name]
+    left = [
+        name for name, weight in model.get_decoder().named_parameters() if weight.ndim == 3 and "conv" not in name
+    ]
     return sorted({".".join(name.split(".")[-2:]) for name in left if ".base_layer." not in name})
 
 

@@ -42,6 +42,7 @@ def activations(config: Any, dtype: torch.dtype, autocast: bool, split: int = 1)
     Weights have `dtype` in the forward pass; with `autocast`, products are in bfloat16. Attention is assumed to
     store no scores (FlexAttention, SDPA). Raises UserError for a model that cannot run so.
     """
+    config = config.get_text_config()  # text alone is trained on
     with refused(f"plan: a model of type {config.model_type} cannot be measured without weights"):
         few, many = (_kept(config, dtype, autocast, split, rows) for rows in (1, 9))
     # the difference of two sizes cancels everything that does not grow with the number of tokens

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
@@ -25,11 +26,20 @@ from lightning_modules.sharded_loading import embedding_tables, refuse_values
 
 log = logging.getLogger(__name__)
 
+# what transformers accepts and cannot be trained: float16 overflows, integers round, other storage is for sharding
+QUANTIZATION: dict[str, tuple[Any, ...]] = {
+    "bnb_4bit_quant_type": ("fp4", "nf4"),
+    "bnb_4bit_compute_dtype": ("float32", "bfloat16"),
+    "bnb_4bit_quant_storage": ("uint8",),
+    "llm_int8_has_fp16_weight": (False,),
+}
+
 
 def load_config(name: str | None, architecture: dict[str, Any] | None, trust_remote_code: bool) -> Any:
     """Return the Hugging Face configuration of one of `name` and `architecture`, or raise UserError.
 
-    Dropout is off: the policy would differ from the reference, and the two passes of a step from each other.
+    Dropout and the jitter of experts are off: the policy would differ from the reference, and the two passes of a
+    step from each other.
     """
     if (name is None) == (architecture is None):
         raise UserError("Give either model.name (a folder or Hub id) or model.architecture (of a random model).")
@@ -44,10 +54,11 @@ def load_config(name: str | None, architecture: dict[str, Any] | None, trust_rem
                 raise UserError("model_type is missing or empty")
             config = AutoConfig.for_model(**(architecture or {}))
     refuse_config(config, name or "model.architecture")
-    for field, value in config.to_dict().items():
-        if "drop" in field and isinstance(value, float) and value > 0:
-            log.info("dropout is off during preference training: %s %s → 0", field, value)
-            setattr(config, field, 0.0)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for field, value in vars(part).items() if part is not None else ():
+            if ("drop" in field or "jitter" in field) and isinstance(value, float) and value > 0:
+                log.info("dropout is off during preference training: %s %s → 0", field, value)
+                setattr(part, field, 0.0)
     return config
 
 
@@ -109,6 +120,21 @@ def load_model(
     return model
 
 
+def freeze_unread(model: Any) -> None:
+    """Freeze the weights that no text reaches, such as a vision tower: DDP would wait for their gradients."""
+    if model.config.get_text_config() is model.config:
+        return
+    parts = model.get_decoder(), model.get_output_embeddings()
+    read = {id(weight) for part in parts if part is not None for weight in part.parameters()}
+    others = [weight for weight in model.parameters() if id(weight) not in read]
+    for weight in others:
+        weight.requires_grad_(False)
+    if others:
+        rank_zero_info(
+            f"model.name: {sum(map(torch.numel, others)):,} parameters, which no text reaches, stay as they are"
+        )
+
+
 def model_identity(name: str, config: Any) -> str | list[str | None]:
     """Return what tells a model, loaded with `config`, from others: its folder's hash, or its Hub id and commit."""
     return folder_hash(name) if Path(name).is_dir() else [name, hub_commit(config)]
@@ -125,6 +151,10 @@ def quantization(settings: dict[str, Any] | None, dtype: torch.dtype) -> BitsAnd
     if unknown or not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         wrong = f"no {', '.join(unknown)} in" if unknown else "neither load_in_4bit nor load_in_8bit is true in"
         raise UserError(f"model.quantize: {wrong} the settings of BitsAndBytesConfig: {', '.join(sorted(known))}.")
+    for name, fitting in QUANTIZATION.items():
+        if settings.get(name) not in (None, *fitting):
+            said = f"must be {' or '.join(map(str, fitting))}, not {settings[name]!r}"
+            raise UserError(f"model.quantize.{name} {said}.")
     with refused("model.quantize"):
         return BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype, **settings})
 

@@ -87,7 +87,10 @@ def refuse_beyond(model: Any, longest: int, largest_id: int, tokenizer: str, len
     if largest_id >= known:
         cure = "take the tokenizer of this model, or a larger model.architecture.vocab_size"
         raise UserError(f"{tokenizer}: its token {largest_id} is beyond the {known} that the model embeds: {cure}.")
-    table, trained = learned_positions(model), getattr(model.config, "max_position_embeddings", None)
+    table, trained = (
+        learned_positions(model),
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+    )
     said = f"the longest prompt with its response has {longest} tokens, and this {model.config.model_type}"
     if table is not None and longest > table:
         raise UserError(f"{length}: {said} has no more than {table} positions: lower it to {table}.")
@@ -99,7 +102,8 @@ def learned_positions(model: Any) -> int | None:
     """Return the number of positions in a model's table of positions, or None if it has no table."""
     if model.config.model_type == "mpt":  # its attention biases have this length
         return int(model.config.max_seq_len)
-    named, tensors = re.compile(TABLES), (*model.named_parameters(), *model.named_buffers())
+    decoder = model.get_decoder()  # a vision tower has positions of its own
+    named, tensors = re.compile(TABLES), (*decoder.named_parameters(), *decoder.named_buffers())
     tables = [len(table) for name, table in tensors if named.search(name)]
     # OPT's table has two extra rows
     return int(min(*tables, getattr(model.config, "max_position_embeddings", math.inf))) if tables else None

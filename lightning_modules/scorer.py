@@ -34,8 +34,10 @@ class ResponseScorer(nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            cure = "only a linear layer is supported: choose another model, or keep adapters off the head"
+        if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+            cure = (
+                "only a linear layer is supported: choose another model, or keep adapters and quantize off the head"
+            )
             raise UserError(f"model.name: its output head is a {type(head).__name__}, and {cure}.")
         if model.base_model is model:
             kind = model.config.model_type
@@ -46,7 +48,8 @@ class ResponseScorer(nn.Module):
         self.attention = self.own_attention = attention_of(model.config)
         self.layout: Layout | None = None  # of the rows, known after the start-up check
         self.compiled = False  # the layers
-        self.logit_rule = LogitRule.of(model.config)
+        self.text_config = model.config.get_text_config()  # of the decoder, also in a model of images and text
+        self.logit_rule = LogitRule.of(self.text_config)
 
     def use_attention(self, name: str) -> None:
         if name != self.attention:  # families with a single implementation warn when it is set
@@ -77,7 +80,7 @@ class ResponseScorer(nn.Module):
         at T = 6·d. On a CPU, attention with a dense mask runs at about a third of the speed of a matrix product,
         hence 2·d; the same on CUDA, not measured. This project's attentions skip what a mask would hide.
         """
-        return math.inf if self.attention in OURS else 2.0 * self.model.config.hidden_size
+        return math.inf if self.attention in OURS else 2.0 * self.text_config.hidden_size
 
     def pack(
         self, batch: OptimizerBatch, responses: Sequence[str], pairs: Sequence[int] | None = None
@@ -92,7 +95,7 @@ class ResponseScorer(nn.Module):
         With `whole_logits`, for comparison, the model's own head runs on every position, which is slow and needs
         much memory. With `hidden_only` return the outputs [N, width] that predict the response tokens.
         """
-        inputs = {**model_inputs(rows, self.attention, self.model.config), "use_cache": False}
+        inputs = {**model_inputs(rows, self.attention, self.text_config), "use_cache": False}
         if whole_logits:
             logits = self.model(**inputs).logits.flatten(0, 1)[rows.predict_index]
             return response_sums(token_logps(logits, rows.target_ids), rows)

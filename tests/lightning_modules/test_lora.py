@@ -285,3 +285,9 @@ def test_what_cannot_work_is_refused(tiny_llama: str, tmp_path: Path) -> None:
     plain.fit(preference(tiny_llama), controlled(10))
     with pytest.raises(UserError, match="--adapter"):
         export(str(tmp_path / "last.ckpt"), str(tmp_path / "out"), adapter=True)
+
+
+def test_a_scale_of_zero_is_refused(tiny_llama: str, tmp_path: Path) -> None:
+    module = preference(tiny_llama, lora=Lora(r=4, alpha_pattern={"q_proj": 0.0}))
+    with pytest.raises(UserError, match="alpha_pattern: q_proj needs a finite number above 0"):
+        quiet_trainer(tmp_path).fit(module, controlled(10))

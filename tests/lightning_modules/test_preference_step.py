@@ -51,6 +51,7 @@ def run(
         ("gpt2", {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}),
         ("llama", {"attention_dropout": 0.1}),
         ("opt", {"layerdrop": 0.9}),
+        ("llama", {"model_type": "mixtral", "num_local_experts": 2, "router_jitter_noise": 0.3}),
     ],
 )
 def test_step_zero_is_exact_whatever_the_dropout(

@@ -77,7 +77,15 @@ def test_adapters_are_trained_resumed_and_exported(
     [
         ({"load_in_2bit": True}, {}, "no load_in_2bit in the settings of BitsAndBytesConfig: "),
         ({"bnb_4bit_quant_type": "nf4"}, {}, "neither load_in_4bit nor load_in_8bit is true"),
-        (NF4 | {"bnb_4bit_compute_dtype": "complex"}, {}, r"model\.quantize: "),
+        (
+            NF4 | {"bnb_4bit_compute_dtype": "complex"},
+            {},
+            r"model\.quantize\.bnb_4bit_compute_dtype must be float32 or",
+        ),
+        (NF4 | {"bnb_4bit_compute_dtype": "float16"}, {}, "must be float32 or bfloat16, not 'float16'"),
+        (NF4 | {"bnb_4bit_quant_type": "nf3"}, {}, r"bnb_4bit_quant_type must be fp4 or nf4, not 'nf3'"),
+        (NF4 | {"bnb_4bit_quant_storage": "bfloat16"}, {}, "bnb_4bit_quant_storage must be uint8"),
+        (NF4 | {"llm_int8_skip_modules": ["q_proj"]}, {}, "keep adapters and quantize off the head"),
         (NF4, {"precision": "64-true"}, "does not go with trainer.precision 64-true"),
         (INT8, {"precision": "32-true"}, "in 8 bits computes in 16: set trainer.precision bf16-mixed"),
     ],
