@@ -229,11 +229,12 @@ def main() -> None:
     (HERE / "figures").mkdir(exist_ok=True)
     for name, draw in FIGURES.items():
         (HERE / "figures" / f"{name}.png").write_bytes(png(draw()))
-    if QUICKSTART.exists():
+    config = QUICKSTART / "config.yaml"
+    if config.exists() and "\nseed_everything: 101\n" in config.read_text(encoding="utf-8"):
         for name, draw_run in {"quickstart": draw_quickstart, "shared": draw_shared}.items():
             (HERE / "figures" / f"{name}.png").write_bytes(png(draw_run(QUICKSTART)))
     else:
-        print(f"quickstart.png and shared.png are left as they are: {QUICKSTART} is missing (make quickstart)")
+        print("quickstart.png and shared.png are left as they are: they are drawn of `make quickstart SEED=101`")
     reference = HERE.parent / "build" / "api.md"
     reference.parent.mkdir(exist_ok=True)
     reference.write_text(api(), encoding="utf-8")
