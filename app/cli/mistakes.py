@@ -294,7 +294,8 @@ def unmet(field: str, expected: list[str], subtypes: str, value: str) -> str:
     classes = subclasses(base) if slot is None else {kind.__name__: kind for kind in slot.kinds}
     option = re.match(r"NestedArg\(key='(\w+)'|\{'(\w+)'", value)  # without the class that it belongs to
     name = (option[1] or option[2]) if option else value.lower().strip("'\"")
-    wrong = f"{name} is an option of a class" if option else f"{value!r} names no class of {base.__name__}"
+    of = base.__name__ if slot is None else "this slot"
+    wrong = f"{name} is an option of a class" if option else f"{value!r} names no class of {of}"
     if not classes:
         return f"{wrong}: give the path of one"
     if option:

@@ -21,7 +21,7 @@ from app.core.intervals import Estimate, bootstrap_mean, length_controlled, wils
 from app.judges import Answer, Judge
 from app.judges.answers import aligned, sampled_answers
 from app.judges.endpoint import Endpoint
-from app.judges.rewards import HOW_TO_ASK, TrueReward, chosen_judge
+from app.judges.rewards import HOW_TO_ASK, VERDICTS, TrueReward, chosen_judge
 
 By = Literal["true_reward", "reward_model", "endpoint"]
 OF_A_REPORT = "`report` has no other, leave --baseline out"
@@ -34,7 +34,7 @@ def judge(
     model: str | None = None,
     reward: str | None = None,
     reward_args: dict[str, Any] | None = None,
-    verdicts: str = "runs/verdicts.jsonl",
+    verdicts: str = VERDICTS,
     endpoint: Endpoint = HOW_TO_ASK,
 ) -> None:
     """Print how often each file of ANSWERS beats the last one, its reward and KL, with 95 % bootstrap intervals.
@@ -125,8 +125,9 @@ def figures(rows: Sequence[Answer], judge: Judge) -> dict[str, Estimate]:
     finished = np.array([row.get("finished", True) for row in rows])
     if not finished.all():
         found["finished"] = finished
-    if all("reference_logp" in row for row in rows):
-        found["KL"] = np.array([row["logp"] - row["reference_logp"] for row in rows])
+    known = [row["logp"] - row["reference_logp"] if "reference_logp" in row else np.nan for row in rows]
+    if number := int(np.isfinite(known).sum()):
+        found["KL" if number == len(rows) else f"KL ({number} of {len(rows)})"] = np.array(known)
     return {name: mean_by_prompt(rows, values, values.dtype == bool) for name, values in found.items()}
 
 

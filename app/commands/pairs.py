@@ -15,7 +15,7 @@ from app.core.files import atomic_file, refuse_place
 from app.core.samples import SAMPLE_FIELDS
 from app.judges import Answer
 from app.judges.answers import sampled_answers
-from app.judges.rewards import HOW_TO_ASK, chosen_judge
+from app.judges.rewards import HOW_TO_ASK, VERDICTS, chosen_judge
 from app.method.ranges import Seed, Share
 
 Ranks = Literal["best_worst", "adjacent"]
@@ -33,7 +33,7 @@ def pairs(
     reuse: bool = False,
     flip_rate: Share = 0.0,
     seed: Seed = 0,
-    verdicts: str = "runs/verdicts.jsonl",
+    verdicts: str = VERDICTS,
 ) -> None:
     """Rank the SAMPLES of each prompt by their reward and write preference pairs to OUT, which `data.path` takes.
 

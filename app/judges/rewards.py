@@ -22,6 +22,7 @@ from datamodules.controlled_task import grade
 from datamodules.rewards import RewardModel
 
 HOW_TO_ASK = Endpoint()
+VERDICTS = "runs/verdicts.jsonl"
 LARGEST = sys.float_info.max
 NAME_ANOTHER = (
     "name another by --by reward_model --model FOLDER, --by endpoint --model NAME (`judge` alone), or --reward NAME"
@@ -123,6 +124,8 @@ def chosen_judge(
     """Yield the judge for the options of `judge` and `pairs`. Raises UserError if they do not fit together."""
     if by != "endpoint" and endpoint != HOW_TO_ASK:
         raise UserError("endpoint: its settings are for --by endpoint; add that, or leave them out.")
+    if by == "true_reward" and verdicts != VERDICTS:
+        raise UserError("verdicts: the true reward keeps none; leave it out, or name another judge by --by.")
     if reward is not None:
         if by != "true_reward" or model is not None:
             raise UserError("reward: it takes the place of --by and --model; leave them out.")

@@ -92,7 +92,7 @@ def lines(parts: Sequence[Line], x: Any, y: Any, key: Literal["top", "right"] = 
 
     colour = by_name(alt.Color, [f"var(--{part.colour})" for part in parts])
     dash = by_name(alt.StrokeDash, [list(part.dash if part.width else SOLID) for part in parts])
-    shape = by_name(alt.Shape, ["circle" if part.dots else "stroke" for part in parts])
+    shape = by_name(alt.Shape, ["stroke" if part.width else "circle" for part in parts])
     base = alt.Chart(alt.Data(values=rows)).encode(x, y, colour)
     filtered = [
         (part, base.transform_filter(alt.FieldEqualPredicate(field="name", equal=part.name)))
@@ -107,7 +107,7 @@ def lines(parts: Sequence[Line], x: Any, y: Any, key: Literal["top", "right"] = 
     faint = [on for part, on in filtered if part.faint is not None]
     layers += [on.mark_line(opacity=0.4, strokeWidth=1, clip=True).encode(y="faint:Q") for on in faint]
     layers += [on.mark_line(strokeWidth=part.width, clip=True).encode(dash) for part, on in filtered if part.width]
-    dots = [on.encode(shape) for part, on in filtered if part.dots]
+    dots = [on if part.width else on.encode(shape) for part, on in filtered if part.dots]
     layers += [on.mark_point(filled=True, size=45, opacity=0.8, tooltip=True) for on in dots]
     return alt.layer(*layers)
 

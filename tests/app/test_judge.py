@@ -220,6 +220,7 @@ def test_the_table_has_a_row_for_each_file_and_temperature(
         tmp_path / "good" / "samples.jsonl", samples("chosen", temperature=0.5, logp=-1.0, reference_logp=-2.0)
     )
     both = samples("rejected", temperature=0.0) + samples("chosen", temperature=1.0)
+    both[0] |= {"logp": -1.0, "reference_logp": -3.0}
     mixed = write(tmp_path / "mixed" / "samples.jsonl", both)
     rival = write(tmp_path / "sft-samples.jsonl", samples("rejected", temperature=1.0))
     judge([good, mixed, rival])
@@ -232,7 +233,9 @@ def test_the_table_has_a_row_for_each_file_and_temperature(
         ["mixed", "1", won, "6/0/0"],
         ["sft-samples (rival)", "", "", ""],
     ]
-    assert cells[0][-1] == "1.000 [1.000, 1.000]"  # KL
+    assert cells[0][-2] == "1.000 [1.000, 1.000]"  # KL
+    assert "KL (1 of 6)" in shown
+    assert cells[1][-1].startswith("2.000")
     words = np.mean([len(pair.chosen.split()) for pair in PAIRS])
     assert f"{words:.3g}" in cells[0]
 
@@ -269,6 +272,7 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ([file, file], {"by": "endpoint"}, "--model"),
         ([file, file], {"model": "m"}, "does not go with the true reward"),
         ([file, file], {"endpoint": Endpoint(parallel=2)}, "endpoint: its settings are for --by endpoint"),
+        ([file, file], {"verdicts": "v.jsonl"}, "verdicts: the true reward keeps none"),
         ([other, other], {}, "controlled task"),
         ([write(tmp_path / "empty.jsonl", []), file], {}, "no answer"),
     ]

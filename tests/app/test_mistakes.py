@@ -68,7 +68,7 @@ def run_config(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             "--schedule=callbacks.BetaSchedular",
             "no attribute 'BetaSchedular'. Did you mean callbacks.BetaScheduler? See `beta-dpo fit --help`.",
         ),
-        ("--schedule=EpsilnBeta", "names no class of BetaScheduler: name one, for example --schedule EpsilonBeta;"),
+        ("--schedule=EpsilnBeta", "names no class of this slot: name one, for example --schedule EpsilonBeta;"),
         ("--config=own_pair", "own_pair'. Did you mean own_pairs? See"),
         ("--config=configs/method/dppo.yaml", "dppo.yaml'. Did you mean method/dpo? See"),
         ("--model.class_path=lightning_modules.Nope", "has no attribute 'Nope'"),

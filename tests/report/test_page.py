@@ -192,6 +192,8 @@ def test_the_key_has_dots_for_dots() -> None:
     layers = lines(curves, axis(alt.X, "step"), axis(alt.Y, "share")).to_dict()["layer"]
     (shape,) = [found for layer in layers if (found := layer["encoding"].get("shape"))]
     assert shape["scale"]["range"] == ["stroke", "circle"]
+    marked = [Line(name, [1, 2], [1, 2], dots=True) for name in "ab"]  # lines with dots are lines in the key
+    assert "shape" not in str(lines(marked, axis(alt.X, "step"), axis(alt.Y, "share")).to_dict())
 
 
 def test_a_label_called_policy_is_a_label() -> None:
