@@ -112,6 +112,8 @@ def numbers_of(run: Run) -> dict[str, str]:
     if (beta := run.curves.get("beta/used")) is not None:
         values = (beta.iloc[0], beta.min(), beta.max(), beta.iloc[-1])
         column["β: first, lowest, highest, last"] = ", ".join(map(digits, values))
+    elif (loss := run.curves.get("train/loss")) is not None:  # of supervised fine-tuning
+        column["training loss: first, last"] = ", ".join(map(digits, (loss.iloc[0], loss.iloc[-1])))
     if (mean := run.last("gap/running_mean")) is not None and (std := run.last("gap/running_std")) is not None:
         column["running mean M0 and σ at the end"] = f"{digits(mean)}, {digits(std)}"
     if run.audit is None:

@@ -204,6 +204,10 @@ def test_a_label_called_policy_is_a_label() -> None:
     assert "w0" in own.said
 
 
+def test_a_run_of_sft_has_its_loss() -> None:
+    assert numbers_of(run_with(train__loss=[3.0, 2.0, 1.5])) == {"training loss: first, last": "3, 1.5"}
+
+
 def test_curves_without_a_common_step_have_no_response() -> None:
     run = run_with(beta__used=[0.1], gap__mean=[0.2])
     run.curves["gap/mean"].index = [7]
