@@ -13,6 +13,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -208,8 +209,9 @@ SETTINGS = {
     "epochs": "trainer.max_epochs",
     "seed": "seed_everything",
 }
+SHOWN = {"α", "ρ", "β0", "learning rate", "loss"}  # the tab shows five settings by default
 TEXTS = {"loss", "filter", "level of β", "gap scale", "optimizer", "model", "data"}
-# the tab takes the last logged value of a run; by default it shows the first five settings and metrics
+# the tab takes the last logged value of a run; by default it shows the first five metrics
 METRICS = (
     "val/reward_accuracy",
     "val/policy_accuracy",
@@ -238,5 +240,10 @@ def summaries(settings: Mapping[str, Value]) -> tuple[Summary, ...]:
     """
     every = {title: "" if title in TEXTS else 0.0 for title in SETTINGS}
     columns, _, _ = hparams(every, dict.fromkeys(METRICS, 0.0))
+    (value,) = columns.value
+    content = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+    for info in content.experiment.hparam_infos:
+        info.differs = info.name in SHOWN  # the tab puts settings that differ first
+    value.metadata.plugin_data.content = content.SerializeToString()
     _, start, end = hparams(dict(settings), {})
     return columns, start, end
