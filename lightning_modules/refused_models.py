@@ -87,10 +87,8 @@ def refuse_beyond(model: Any, longest: int, largest_id: int, tokenizer: str, len
     if largest_id >= known:
         cure = "take the tokenizer of this model, or a larger model.architecture.vocab_size"
         raise UserError(f"{tokenizer}: its token {largest_id} is beyond the {known} that the model embeds: {cure}.")
-    table, trained = (
-        learned_positions(model),
-        getattr(model.config.get_text_config(), "max_position_embeddings", None),
-    )
+    table = learned_positions(model)
+    trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     said = f"the longest prompt with its response has {longest} tokens, and this {model.config.model_type}"
     if table is not None and longest > table:
         raise UserError(f"{length}: {said} has no more than {table} positions: lower it to {table}.")

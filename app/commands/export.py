@@ -243,10 +243,9 @@ def convert(weights: list[nn.Parameter], dtype: torch.dtype) -> None:
 
 def random_tokens(model: Any) -> Tensor:
     """Return random ids [2, 48], equal for models of one vocabulary; fewer if the model takes fewer positions."""
-    length = min(48, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 48)
-    return torch.randint(
-        model.config.get_text_config().vocab_size, (2, length), generator=torch.Generator().manual_seed(0)
-    )
+    config = model.config.get_text_config()
+    length = min(48, getattr(config, "max_position_embeddings", None) or 48)
+    return torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
