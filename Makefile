@@ -144,7 +144,7 @@ size: install
 	@for each in $(SOURCE) tests; do printf '%-18s%7d lines\n' $$each $$(find $$each -name '*.py' -exec cat {} + | wc -l); done
 	@printf 'source            %7d lines, target 12000\n' $$(find $(SOURCE) -name '*.py' -exec cat {} + | wc -l)
 	@printf 'YAML files        %7d, target 35\npages of docs     %7d, target 13\n' $$(find configs -name '*.yaml' | wc -l) $$(find docs -name '*.md' | wc -l)
-	@$(BIN)/python -m pytest --quiet --capture=no -p no:xdist tests/test_architecture.py tests/test_pair_way.py -k "imports or crosses"
+	@$(BIN)/python -m pytest --quiet -rP --show-capture=stdout -p no:warnings -p no:xdist tests/test_architecture.py tests/test_pair_way.py -k "imports or crosses"
 
 # a process for each of two cores; a file's tests stay together, because they share runs
 PYTEST := -n 2 --dist loadfile --durations 15

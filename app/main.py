@@ -6,12 +6,14 @@ import ast
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 from app.commands import COMMANDS
-from app.core.errors import leave, suggestion
+from app.core.errors import RESUME, leave, suggestion
 
 TRAINER_COMMANDS = {
     "fit": "Train SFT or preference optimisation, as the configuration says.",
@@ -22,6 +24,8 @@ TRAINER_COMMANDS = {
     "plan": "Print the memory of a `fit` per device, and the largest micro-batch that fits.",
 }
 
+AFRESH = "The same command starts from the beginning and keeps what was made beside it."
+AGAIN = "Give the same command again; what it says it keeps is not done twice."
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # torchrun's, Slurm's and Lightning's
 # variables whose numbers libraries read, some while they are imported
 NUMBERS = (
@@ -30,14 +34,29 @@ NUMBERS = (
 )
 
 
+class Ended(SystemExit):
+    """The exception by which a signal, its argument, ends the command, which removes what it has half written."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Exits with status 2 and one sentence if the user made a mistake."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    advice = {"fit": RESUME, "quickstart": AFRESH}.get(words[0], AGAIN)
+    if threading.current_thread() is threading.main_thread():  # which alone handles signals
+        # while a run trains, `RunCheckpoint` handles them
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, _end)
     try:
         answer(words)
         sys.stdout.flush()
-    except KeyboardInterrupt:  # while the libraries are loaded
-        leave("stopped by Ctrl-C.", 128 + signal.SIGINT)
+    except (KeyboardInterrupt, SystemExit) as end:
+        # Lightning exits with status 1 on Ctrl-C
+        if type(end) is SystemExit and not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        number = end.args[0] if isinstance(end, Ended) else signal.SIGINT
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        leave(f"stopped by {name}. {advice}", 128 + number)
     except OSError as error:  # of the standard output: `run` answers for all other files
         # Python flushes again at its end, into the pipe that nobody reads
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,6 +87,10 @@ def answer(words: list[str]) -> None:
         from app.cli.dispatch import run
 
         run(command, words)
+
+
+def _end(number: int, _: object) -> NoReturn:
+    raise Ended(number)
 
 
 def overview() -> str:

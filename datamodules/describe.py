@@ -179,6 +179,7 @@ def pairs_seen(pairs: int, batch_size: int, trainer: Trainer) -> tuple[str, bool
     steps = min(trainer.max_steps if trainer.max_steps != -1 else math.inf, epochs * per_epoch)
     seen = int(min(pairs, steps * batch_size))
     option = "trainer.limit_train_batches" if per_epoch < batches else "trainer.max_steps or trainer.max_epochs"
+    option = "trainer.fast_dev_run" if trainer.fast_dev_run else option  # type: ignore[attr-defined]
     told = "no limit of steps" if steps == math.inf else f"{steps} steps of {min(batch_size, pairs)}"
     words = f"{seen} of {pairs} pairs will be seen"
     if seen == pairs and steps < math.inf:  # a limited epoch continues where the previous one ended

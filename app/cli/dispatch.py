@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import textwrap
 import threading
@@ -11,27 +10,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from inspect import signature
 from itertools import takewhile
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, auto_cli
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from app.cli import planning, showing
 from app.cli.mistakes import causes, plain_sentence, sentence
 from app.cli.options import options_of
 from app.cli.trainer import OwnOptions, be_quiet, run_trainer_command
 from app.commands import COMMANDS, function_of
-from app.core.errors import UserError, leave
+from app.core.errors import RESUME, UserError, leave
 from callbacks import SLOTS
 from callbacks.run_checkpoint import Interrupted
 from datamodules import ControlledTask, PreferenceData
 from lightning_modules import PreferenceOptimization, SupervisedFineTuning
 
-RESUME = "With --ckpt_path last, the command resumes from the last checkpoint in its log folder, if there is one."
-AFRESH = "The same command starts from the beginning and keeps what was made beside it."
-AGAIN = "Give the same command again; what it says it keeps is not done twice."
 PARTS = {"model": (PreferenceOptimization, SupervisedFineTuning), "data": (PreferenceData, ControlledTask)}
 # gloo's messages on the remaining ranks when one is lost
 RANK_LOST = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer")
@@ -51,11 +46,6 @@ def run(command: str, arguments: list[str]) -> None:
     """Run `command`, the first of `arguments`. Exits with status 2 and one sentence if the user made a mistake."""
     be_quiet()
     threading.excepthook = _tell_of_thread
-    advice = {"fit": RESUME, "quickstart": AFRESH}.get(command, AGAIN)
-    if threading.current_thread() is threading.main_thread():  # which alone handles signals
-        for number in (signal.SIGTERM, signal.SIGHUP):  # while a run trains, `RunCheckpoint` handles them
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                signal.signal(number, _end)
     try:
         tell_repeats(arguments)
         if command in COMMANDS:
@@ -73,14 +63,6 @@ def run(command: str, arguments: list[str]) -> None:
         leave(said or sentence(str(error), command, known))
     except Interrupted as stop:
         leave(f"{stop}: the same command with --ckpt_path last resumes from there.", stop.exit_status)
-    except SIGTERMException as end:
-        number = end.args[0] if end.args else signal.SIGTERM  # Lightning gives none
-        leave(f"stopped by {signal.Signals(number).name}. {advice}", 128 + number)
-    except (KeyboardInterrupt, SystemExit) as end:
-        # Lightning exits with status 1 on Ctrl-C
-        if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
-            raise
-        leave(f"stopped by Ctrl-C. {advice}", 130)
     except Exception as error:
         if any(sign in str(error) for sign in RANK_LOST):
             leave(f"another rank has ended, or does not answer: its own messages tell more. {RESUME}", 1)
@@ -117,11 +99,6 @@ def run_small_command(command: str, function: Callable[..., None], words: list[s
     if first.annotation == "list[str]" and named:
         words = [json.dumps(named), *words[len(named) :]]
     auto_cli(function, args=words, exit_on_error=False, prog=f"beta-dpo {command}", parser_class=WordsParser)
-
-
-def _end(number: int, _: object) -> NoReturn:
-    """End the command by an exception, so that it removes what it has half written."""
-    raise SIGTERMException(number)
 
 
 def brief_help(command: str, own: OwnOptions) -> Iterator[str]:

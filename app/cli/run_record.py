@@ -208,7 +208,9 @@ def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str
         if not found and not fitting:
             raise UserError(f"--ckpt_path last: {log_folder(trainer)} holds no checkpoint; give the path of one.")
         if not found:
-            rank_zero_info("--ckpt_path last: there is no checkpoint yet, so the run starts from the beginning.")
+            dry = trainer.fast_dev_run  # type: ignore[attr-defined]
+            why = "trainer.fast_dev_run has no log folder" if dry else "there is no checkpoint yet"
+            rank_zero_info(f"--ckpt_path last: {why}, so the run starts from the beginning.")
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, PairAudit):
                     callback.replaces_steps = True

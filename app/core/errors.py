@@ -9,6 +9,8 @@ from difflib import get_close_matches
 from textwrap import shorten
 from typing import NoReturn
 
+RESUME = "With --ckpt_path last, the command resumes from the last checkpoint in its log folder, if there is one."
+
 
 class UserError(Exception):
     """A mistake that the user can correct; its text is one sentence with the file, line or field and the cure.

@@ -106,9 +106,10 @@ class Sentiment:
         return float(expit(sum(known) / max(len(known), 1) ** 0.5 + self.bias))
 
 
-def features(text: str) -> set[str]:
+def features(text: str) -> dict[str, None]:
+    """Return the words and pairs of words of a text, each once, in an order that every process shares."""
     words = re.findall(r"[a-z0-9']+|[!?]", text)
-    return {*words, *map(" ".join, itertools.pairwise(words))}
+    return dict.fromkeys((*words, *map(" ".join, itertools.pairwise(words))))
 
 
 def praise(prompts: Sequence[Any], responses: Sequence[str], path: str) -> list[float]:

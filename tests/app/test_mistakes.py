@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,11 +21,11 @@ import pytest
 import torch
 from command_runs import command, refusal, write_config
 
-from app.cli.dispatch import AGAIN, RESUME, _tell_of_thread, tell_repeats
+from app.cli.dispatch import _tell_of_thread, tell_repeats
 from app.cli.mistakes import plain_sentence
-from app.core.errors import UserError
+from app.core.errors import RESUME, UserError
 from app.core.files import Parts, atomic_file, atomic_folder
-from app.main import NUMBERS, main
+from app.main import AGAIN, NUMBERS, main
 from callbacks.run_checkpoint import move_link
 from lightning_modules.checkpoint import check_checkpoint, unwritable
 from lightning_modules.reference_cache import ReferenceCache
@@ -402,6 +403,18 @@ def test_sigterm_leaves_nothing_half_written(
     assert stop.value.code == 143
     assert capsys.readouterr().err == f"beta-dpo: stopped by SIGTERM. {advice}\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "said"), [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGUSR1"), ("SIGINT", "Ctrl-C")])
+def test_a_signal_while_the_libraries_load(name: str, said: str) -> None:
+    line, number = [sys.executable, "-m", "app.main", "fit"], signal.Signals[name]
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # which a `&` ignores
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as started:
+        assert started.stderr is not None
+        assert "loading PyTorch" in started.stderr.readline()
+        started.send_signal(number)
+        assert started.stderr.read() == f"beta-dpo: stopped by {said}. {RESUME}\n"
+    assert started.returncode == 128 + number
 
 
 def test_a_reader_that_has_enough_ends_the_command() -> None:

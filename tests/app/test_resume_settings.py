@@ -176,8 +176,10 @@ def test_fast_dev_run_leaves_nothing(tiny_llama: str, tmp_path: Path) -> None:
     write_config(tmp_path, tiny_llama)
     samples = ("--samples", "PolicySamples", "--samples.max_new_tokens", "2")
     for _ in range(2):
-        done = command(tmp_path, "fit", "--config", "config.yaml", "--trainer.fast_dev_run", "true", *samples)
+        done = fit(tmp_path, "", "--trainer.fast_dev_run", "true", *samples)
         assert done.returncode == 0, done.stderr
+        assert "--ckpt_path last: trainer.fast_dev_run has no log folder" in done.stderr
+        assert "trainer.fast_dev_run decides" in done.stderr
     assert [path.name for path in tmp_path.iterdir() if path.name != ".cache"] == ["config.yaml"]
 
 
