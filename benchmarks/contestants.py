@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.parity_method import response_logps
 from benchmarks.setting import BETA, LEARNING_RATE, MAX_LENGTH, SPLIT_BATCHES, Setting, decoded, pairs_of
 from callbacks import BetaScheduler, PairFilter, RewardGapStatistics
 from datamodules import PreferenceData
-from datamodules.batches import OptimizerBatchLoader
+from datamodules.ranking import Ranking
 from lightning_modules import PreferenceOptimization
 
 SPLIT_TOKENS = 1536  # the smallest budget for any pair with max_length 512
@@ -64,16 +64,6 @@ def now(setting: Setting) -> float:
     return time.perf_counter()
 
 
-class FileOrder(PreferenceData):
-    """A data module that serves training pairs in the order of the file."""
-
-    def train_dataloader(self) -> OptimizerBatchLoader | list:
-        loader = super().train_dataloader()
-        assert isinstance(loader, OptimizerBatchLoader)
-        loader.shuffle = False
-        return loader
-
-
 def train_ours(
     setting: Setting,
     beta_dpo: bool = False,
@@ -111,8 +101,9 @@ def train_ours(
         attention=attention,
         compile_layers=compiled,
     )
-    data = FileOrder(
+    data = PreferenceData(
         setting.data,
+        order=Ranking("place", first="smallest"),
         batch_size=setting.batch_size,
         micro_batch_tokens=setting.micro_batch_tokens,
         max_length=MAX_LENGTH,
@@ -132,31 +123,14 @@ def train_plain(setting: Setting) -> dict[str, Any]:
     reference.eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
-    def logps(model: Any, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        def padded(parts: list[torch.Tensor]) -> torch.Tensor:
-            return pad_sequence(parts, batch_first=True).to(setting.device)
-
-        ids = padded([torch.cat(row) for row in rows])
-        mask = padded([torch.ones(len(p) + len(r), dtype=torch.int64) for p, r in rows])
-        wanted = padded([torch.arange(len(p) + len(r)) >= len(p) for p, r in rows])[:, 1:]
-        hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
-        tokens = [
-            -F.cross_entropy(model.lm_head(chunk).float(), target, reduction="none")
-            for chunk, target in zip(hidden[wanted].split(1024), ids[:, 1:][wanted].split(1024), strict=True)
-        ]
-        owner = wanted.nonzero()[:, 0]
-        return torch.zeros(len(rows), device=setting.device).index_add(0, owner, torch.cat(tokens))
-
     for step in range(setting.steps + 1):
         batch = pairs[step * setting.batch_size :][: setting.batch_size]
-        rows = [(p.prompt, p.chosen) for p in batch] + [(p.prompt, p.rejected) for p in batch]
-        tensors = [(torch.from_numpy(prompt), torch.from_numpy(response)) for prompt, response in rows]
+        rows = [(pair.prompt, getattr(pair, side)) for side in ("chosen", "rejected") for pair in batch]
         with torch.autocast(setting.device, torch.bfloat16, enabled=setting.device == "cuda"):
             with torch.no_grad():
-                fixed = logps(reference, tensors)
-            ratio = logps(policy, tensors) - fixed
-        gap = ratio[: len(batch)] - ratio[len(batch) :]
-        (-F.logsigmoid(BETA * gap)).mean().backward()
+                fixed = response_logps(reference, rows)
+            chosen, rejected = (response_logps(policy, rows) - fixed).chunk(2)
+        (-F.logsigmoid(BETA * (chosen - rejected))).mean().backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -7,13 +7,16 @@ code with `app.method`, so agreement is evidence. The result is NaN where the re
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.parity_runs import ALPHA, BETA0, KEEP_RATIO, LEARNING_RATE, MAX_GRAD_NORM, Bench, Run, token_ids
@@ -107,8 +110,7 @@ def step_differences(run: Run) -> dict[str, float]:
 def replay(bench: Bench, run: Run) -> tuple[list[Floats], dict[str, Tensor]]:
     """Train again in plain PyTorch with the kept pairs and β of every step; return gaps per step and parameters.
 
-    The replay uses Transformers' own forward pass with one padded row per response, log_softmax and AdamW, and no
-    code of the package.
+    The replay uses transformers' own forward pass and torch's AdamW, and no code of the package.
     """
     policy, reference = (AutoModelForCausalLM.from_pretrained(bench.model, dtype=torch.float32) for _ in range(2))
     tokenizer = AutoTokenizer.from_pretrained(bench.model)
@@ -130,17 +132,26 @@ def replay(bench: Bench, run: Run) -> tuple[list[Floats], dict[str, Tensor]]:
     return measured, {name: value.detach() for name, value in policy.named_parameters()}
 
 
-def response_logps(model: torch.nn.Module, texts: list[tuple[list[int], list[int]]]) -> Tensor:
-    """Return the summed log-probabilities [n] float64 of the responses in n (prompt, response) token lists."""
-    rows = [torch.tensor(prompt + response) for prompt, response in texts]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    logps = torch.log_softmax(model(input_ids=ids, attention_mask=mask).logits[:, :-1], dim=-1)
-    taken = logps.gather(-1, ids[:, 1:, None]).squeeze(-1).double()
-    position = torch.arange(1, ids.shape[1])
-    first = torch.tensor([len(prompt) for prompt, _ in texts])[:, None]
-    last = torch.tensor([len(row) for row in rows])[:, None]
-    return (taken * ((position >= first) & (position < last))).sum(-1)
+def response_logps(model: Any, rows: Sequence[tuple[Any, Any]]) -> Tensor:
+    """Return the summed log-probabilities [n] float64 of the responses of n rows of tokens (prompt, response).
+
+    One padded row per response, and logits of its own positions only.
+    """
+
+    def padded(parts: list[Tensor]) -> Tensor:
+        return pad_sequence(parts, batch_first=True).to(model.device)
+
+    sizes = [(len(prompt), len(prompt) + len(response)) for prompt, response in rows]
+    ids = padded([torch.from_numpy(np.concatenate((prompt, response))) for prompt, response in rows])
+    mask = padded([torch.ones(end, dtype=torch.int64) for _, end in sizes])
+    wanted = padded([torch.arange(end) >= begin for begin, end in sizes])[:, 1:]
+    hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
+    tokens = [
+        -F.cross_entropy(model.lm_head(some).float(), targets, reduction="none").double()
+        for some, targets in zip(hidden[wanted].split(1024), ids[:, 1:][wanted].split(1024), strict=True)
+    ]
+    total = torch.zeros(len(rows), dtype=torch.float64, device=model.device)
+    return total.index_add(0, wanted.nonzero()[:, 0], torch.cat(tokens))
 
 
 def differences(authors: Run, default: Run) -> list[list[str]]:

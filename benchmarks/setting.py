@@ -63,7 +63,7 @@ def prepare(setting: Setting, folder: str) -> Setting:
         tokenizer = AutoTokenizer.from_pretrained(setting.tokenizer)
         rows = first_pairs(setting, tokenizer)
     path = Path(folder) / "pairs.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    path.write_text("".join(json.dumps(row | {"place": place}) + "\n" for place, row in enumerate(rows)))
     sizes = {"hidden_size": setting.hidden, "num_hidden_layers": setting.layers, "tie_word_embeddings": True}
     vocabulary = max(len(tokenizer), setting.vocabulary)
     save_llama(folder, tokenizer, vocab_size=vocabulary, num_attention_heads=setting.hidden // 64, **sizes)

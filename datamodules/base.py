@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from abc import abstractmethod
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from app.core.errors import UserError
 from app.method.ranges import PositiveInt, Seed, checked
 from datamodules.batches import Exchange, OptimizerBatchLoader
-from datamodules.describe import describe, pairs_seen, remarks, shared_prompts, shown
+from datamodules.describe import describe, pairs_seen, remarks, shared_prompts
 from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
 from datamodules.ranking import Ranking, Selection, ranked
 from datamodules.rewards import RewardScoring, reward_scores, rows_with_reward, with_rewards
@@ -146,8 +147,18 @@ class PairDataModule(LightningDataModule):
         return "rejected" in getattr(self.module, "responses", SIDES)
 
     def shown(self, table: PairTable, row: int) -> list[str]:
-        """Return a pair as the stage trains on it, in readable lines."""
-        return shown(table, row, self.tokenizer, self.stop_ids, getattr(self.module, "responses", SIDES))
+        """Return a pair as the stage trains on it, in lines with quoted texts, which show line breaks and ends."""
+        (pair_id,) = table.pair_ids([row])
+        lines, sides = [f"pair {pair_id}"], ("prompt", *getattr(self.module, "responses", SIDES))
+        for side, ids in table[row]._asdict().items():
+            if ids is None or side not in sides:
+                continue
+            text, last = (json.dumps(self.tokenizer.decode(some), ensure_ascii=False) for some in (ids, ids[-1:]))
+            lines.append(f"  {side:<9}{len(ids):>5} tokens  {text}")
+            if side != "prompt":
+                ended = int(ids[-1]) in self.stop_ids
+                lines[-1] += f"  trained up to {last}" + ("" if ended else ": it has no end, for it was cut")
+        return lines
 
     def prepare_data(self) -> None:
         # once per node, so that one rank tokenises and the others open the cache; its `setup` reads nothing again

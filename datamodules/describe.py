@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from lightning.pytorch import Trainer
 from pandas.util import hash_pandas_object
-from transformers import PreTrainedTokenizerBase
 
 from datamodules.gap_mixture import GapMixedTable
 from datamodules.table import UNKNOWN, PairTable, Part
 
 ALIKE = "but for case, spaces or punctuation"
 _SCORES = ("score", "rating", "reward")  # in the names of labels that grade a response
-_PAIRS_AT_ONCE = 65536
-
-
-def shown(
-    table: PairTable, row: int, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], trained: Sequence[str]
-) -> list[str]:
-    """Return a pair as it is trained, in readable lines: the prompt, and the sides in `trained`.
-
-    Texts are quoted, so that special tokens and line breaks are visible. A response that ends with none of the ids
-    `stops` is reported as cut.
-    """
-    (pair_id,) = table.pair_ids([row])
-    lines = [f"pair {pair_id}"]
-    for side, ids in table[row]._asdict().items():
-        if ids is None or side not in ("prompt", *trained):
-            continue
-        lines.append(f"  {side:<9}{len(ids):>5} tokens  {_quoted(tokenizer.decode(ids))}")
-        if side != "prompt":
-            last = _quoted(tokenizer.decode(ids[-1:]))
-            ended = int(ids[-1]) in stops
-            lines[-1] += f"  trained up to {last}" + ("" if ended else ": it has no end, for it was cut")
-    return lines
 
 
 def describe(table: PairTable, rows: np.ndarray) -> list[str]:
@@ -109,21 +84,16 @@ def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str, str]:
 
 def against_scores(table: PairTable, rows: np.ndarray) -> str:
     """Return a message on pairs whose rejected response has the higher score in the data, else an empty text."""
-    names = [name for name in table.label_names if "chosen" in name and any(word in name for word in _SCORES)]
     told = []
-    for name in names:
+    for name in table.label_names:
         other = name.replace("chosen", "rejected")
-        below: list[int] = []
-        for part in np.array_split(rows, len(rows) // _PAIRS_AT_ONCE + 1) if other in table.label_names else ():
-            labels = table.labels(part)
-            found = zip(part.tolist(), labels[name], labels[other], strict=True)
-            for row, high, low in found:
-                if isinstance(high, int | float) and isinstance(low, int | float) and high < low:
-                    below.append(row)
-        if below:
-            first = _named(table, np.array(below))
-            have = _pairs(len(below), "have", "has")
-            told.append(f"{have} a {name} below the {other} (first: {first}); all stay")
+        if other == name or other not in table.label_names or not any(word in name for word in _SCORES):
+            continue
+        scores = table.values(rows, name, other)
+        below = [all(isinstance(each, int | float) for each in both) and both[0] < both[1] for both in scores]
+        if any(below):
+            have = _pairs(sum(below), "have", "has")
+            told.append(f"{have} a {name} below the {other} (first: {_named(table, rows[below])}); all stay")
     return "; ".join(told)
 
 
@@ -150,10 +120,10 @@ def shared_prompts(trained: tuple[PairTable, np.ndarray], held_out: tuple[PairTa
 
 def cut_responses(table: PairTable, max_length: int) -> str:
     """Return a message if more than 5 % of the responses are cut, else an empty text."""
-    counts = sum((part.report.counts for part in table.parts), Counter())
+    counts = table.report.counts
     cut = counts["chosen truncated"] + counts["rejected truncated"]
-    own = sum(part.pairs for part in table.parts)  # without the replaced pairs of a gap mixture
-    responses = int((table.side_lengths[1:, :own] > 0).sum())
+    # without the replaced pairs of a gap mixture, which come last
+    responses = int((table.side_lengths[1:, : counts["pairs"]] > 0).sum())
     if cut <= 0.05 * responses:
         return ""
     return (
@@ -164,8 +134,8 @@ def cut_responses(table: PairTable, max_length: int) -> str:
 
 def unknown_text(table: PairTable) -> str:
     """Return a message if more than 5 % of the pairs have text unknown to the tokenizer, else an empty text."""
-    unknown = sum(count for part in table.parts for why, count in part.report.counts.items() if UNKNOWN in why)
-    share = unknown / max(sum(part.pairs for part in table.parts), 1)
+    counts = table.report.counts
+    share = sum(count for why, count in counts.items() if UNKNOWN in why) / max(counts["pairs"], 1)
     cure = "each unknown word is one and the same token: take a model of this language and alphabet"
     return f"{share:.0%} of the pairs hold {UNKNOWN}; {cure}" if share > 0.05 else ""
 
@@ -193,7 +163,3 @@ def pairs_seen(pairs: int, batch_size: int, trainer: Trainer) -> tuple[str, bool
 
 def _named(table: PairTable, rows: np.ndarray) -> str:
     return ", ".join(table.pair_ids(rows[:3]))
-
-
-def _quoted(text: str | list[str]) -> str:
-    return json.dumps(text, ensure_ascii=False)

@@ -110,7 +110,8 @@ class GapMixedTable(PairTable):
     def __init__(self, own: PairTable, replaced: PairTable, mixture: GapMixture, rows: np.ndarray) -> None:
         marked = [table.with_labels(replaced=pa.repeat(table is replaced, len(table))) for table in (own, replaced)]
         both = joined(marked)
-        super().__init__(both.columns, both.kinds, own.parts)
+        super().__init__(both.columns, own.parts)
+        self.kinds = both.kinds
         self.samples = replaced.parts
         self.mixture = mixture
         ids = replaced.columns.column("pair_id").combine_chunks()
@@ -118,8 +119,7 @@ class GapMixedTable(PairTable):
         partner = np.where(places < 0, np.arange(len(own)), len(own) + places.astype(np.int64))  # [N]
         drawn = np.ones(len(own), dtype=bool)
         if mixture.unit == "pair":
-            for some in np.array_split(rows, len(rows) // 4096 + 1):  # not all ids in memory at once
-                drawn[some] = [mixture.draws_pair(id) for id in own.pair_ids(some)]
+            drawn[rows] = [mixture.draws_pair(id) for id in own.pair_ids(rows)]
         missing = rows[drawn[rows] & (places[rows] < 0)] if mixture.share else rows[:0]
         if len(missing) and mixture.on_missing == "error":
             raise UserError(

@@ -56,8 +56,7 @@ class Ranking:
         if self.scores is not None:
             values = self._of_file(self.scores, name, table, rows)
         elif name in table.label_names:
-            parts = np.array_split(rows, len(rows) // 65536 + 1)  # not all labels in memory at once
-            values = [value for part in parts for value in table.labels(part)[name]]
+            values = [value for (value,) in table.values(rows, name)]
         elif name == "random":
             digests = (hashlib.blake2b(id.encode(), digest_size=6).digest() for id in table.pair_ids(rows))
             values = [int.from_bytes(digest) / 2**48 for digest in digests]

@@ -120,7 +120,7 @@ def with_rewards(table: PairTable, rewards: pa.Table) -> PairTable:
         raise ValueError(f"{places.null_count} pairs were not scored")
     found = table.with_labels(**{name: rewards.column(name).take(places) for name in COLUMNS})
     unscored = found.columns.column(COLUMNS[0]).null_count
-    return PairTable(found.columns, found.kinds, [part._replace(unscored=unscored) for part in found.parts])
+    return PairTable(found.columns, [part._replace(unscored=unscored) for part in found.parts])
 
 
 def rows_with_reward(table: PairTable, rows: np.ndarray) -> np.ndarray:

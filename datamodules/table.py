@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -73,15 +73,18 @@ class PairTable:
     """A read-only table of N tokenised pairs.
 
     `columns` has those of `SCHEMA`; every further column is a label, and a label of the data with its name becomes
-    `<name>_in_data`. `kinds`: the types of the values of each label of the data. `parts`: the sources of the pairs,
-    in their order.
+    `<name>_in_data`. `parts` are the sources of the pairs in their order, `report` is on all of them, and `kinds`
+    are the types of the values of each label of the data.
     """
 
-    def __init__(self, columns: pa.Table, kinds: Mapping[str, Sequence[str]], parts: Sequence[Part]) -> None:
+    def __init__(self, columns: pa.Table, parts: Sequence[Part]) -> None:
         self.columns = columns
-        # a column without a value is no label
-        self.kinds = {name: found for name, found in kinds.items() if set(found) != {"NoneType"}}
         self.parts = parts
+        self.report = RowReport()
+        for part in parts:
+            self.report.extend(part.report)
+        # a column without a value is no label
+        self.kinds = {name: found for name, found in self.report.kinds.items() if found != ["NoneType"]}
         self._sides = [columns.column(side) for side in TokenisedPair._fields]
 
     def __len__(self) -> int:
@@ -159,28 +162,30 @@ class PairTable:
         columns += [self.taken(name, indices) for name in self.columns.column_names[len(SCHEMA) :]]
         return dict(zip(self.label_names, columns, strict=True))
 
+    def values(self, indices: np.ndarray, *names: str) -> Iterator[tuple[Any, ...]]:
+        """Yield these labels' values for each of the pairs; the labels of all pairs are never in memory at once."""
+        for part in np.array_split(indices, len(indices) // 65536 + 1):
+            labels = self.labels(part)
+            yield from zip(*(labels[name] for name in names), strict=True)
+
     def with_labels(self, **labels: pa.Array | pa.ChunkedArray) -> PairTable:
         """Return the table with further labels, each with a value [N] for every pair."""
         columns = self.columns
         for name, values in labels.items():
             columns = columns.append_column(name, values)
-        return PairTable(columns, self.kinds, self.parts)
+        return PairTable(columns, self.parts)
 
     def named(self, source: str) -> PairTable:
         """Return the table as one source of a mixture: the label `source` names it, and so do the pairs' ids."""
         ids = pc.binary_join_element_wise(f"{source}/", self.columns.column("pair_id"), "")
         columns = self.columns.set_column(0, "pair_id", ids).append_column("source", pa.repeat(source, len(self)))
-        return PairTable(columns, self.kinds, [part._replace(source=source) for part in self.parts])
+        return PairTable(columns, [part._replace(source=source) for part in self.parts])
 
 
 def joined(tables: Sequence[PairTable]) -> PairTable:
     """Return the pairs of several tables with the same columns as one table."""
-    kinds: dict[str, list[str]] = {}
-    for table in tables:
-        for name, found in table.kinds.items():
-            kinds[name] = sorted({*kinds.get(name, ()), *found})
     parts = [part for table in tables for part in table.parts]
-    return PairTable(pa.concat_tables([table.columns for table in tables]), kinds, parts)
+    return PairTable(pa.concat_tables([table.columns for table in tables]), parts)
 
 
 def label_kind(value: object) -> str:
@@ -212,8 +217,8 @@ def open_table(folder: Path) -> PairTable:
     """Return the table in `folder`, mapped into memory. Raises DamagedEntry."""
     columns, meta = read_rows(folder, FILES, SCHEMA)
     try:
-        report = RowReport(Counter(meta["report"]), meta["examples"])
-        return PairTable(columns, meta["label_kinds"], [Part(len(columns), report)])
+        report = RowReport(Counter(meta["report"]), meta["examples"], meta["label_kinds"])
+        return PairTable(columns, [Part(len(columns), report)])
     except KeyError as error:
         raise DamagedEntry(f"{folder} lacks {error}") from error
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -28,11 +27,13 @@ from datamodules.chat_template import (
 )
 from datamodules.records import Dropped, Message, PreferencePair, Side, TokenisedPair
 from datamodules.sources.messages import is_transcript_prompt, transcript, transcript_turns
-from datamodules.truncation import PromptTruncation, shorten
 
+OLD_TURNS = "prompt truncated: old turns dropped"
+LAST_TURN = "prompt truncated: within the last turn"
 PLAIN_BESIDE_TEMPLATE = "prompts as plain text (data.chat_template: true puts them into the chat template)"
 FILE_TEXT = ("utf-8", "surrogateescape")  # a vocabulary of SentencePiece is not text
 _SIDES: tuple[Side, Side] = ("chosen", "rejected")
+PromptTruncation = Literal["keep_end", "keep_start"]
 T = TypeVar("T")
 
 
@@ -40,11 +41,11 @@ T = TypeVar("T")
 class Tokenisation:
     """The settings of tokenisation; lengths are in tokens and include special tokens.
 
-    If the prompt and the longer response exceed `max_length`, the prompt is cut to `max_prompt_length` (see
-    `shorten`; `prompt_truncation` says which end of a text stays). If that is not enough, each response is cut to
-    the remaining length. `chat_template`: "auto" uses the tokenizer's template for chat messages and leaves text as
-    it is; true uses it for text too. `chat_template_kwargs` are options of the template; a row's own options take
-    precedence.
+    If the prompt and the longer response exceed `max_length`, the prompt is cut to `max_prompt_length`: whole old
+    turns first, then text within one turn at the end that `prompt_truncation` does not keep, never a header. If
+    that is not enough, each response is cut to the remaining length. `chat_template`: "auto" uses the tokenizer's
+    template for chat messages and leaves text as it is; true uses it for text too. A row's own options of the
+    template take precedence over `chat_template_kwargs`.
     """
 
     max_length: int = 512
@@ -62,21 +63,19 @@ class Tokenisation:
 
 
 class _Rendered(NamedTuple):
-    """A pair as text, with or without a chat template."""
+    """A pair as text, with or without a chat template; both sides have the same prompt."""
 
     pair: PreferencePair
     template: ChatTemplate | None
     sides: list[Rendering]
-    texts: list[str]  # what is tokenised: the prompt, the anchor with each response, and the anchor alone
     notes: tuple[str, ...]
 
 
 def tokenise_pairs(
     pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, settings: Tokenisation
 ) -> list[tuple[TokenisedPair | None, list[str]]]:
-    """Tokenise pairs together, since the tokenizer spreads the texts of one call over the cores.
+    """Return for each pair its tokens and notes ("prompt truncated", …), or None and the reason why it is dropped.
 
-    Return for each pair its tokens and notes ("prompt truncated", …), or None and the reason why it was dropped.
     With a chat template, prompt and response are parts of the template's own rendering, and a response ends with
     the end-of-turn token. A plain prompt starts with the tokenizer's own special tokens (BOS at most once), and a
     plain response ends with one EOS. A response that was cut, here or when it was sampled, has no end token,
@@ -84,9 +83,7 @@ def tokenise_pairs(
     template that is needed.
     """
     found = _Tokeniser(tokenizer, settings)
-    rendered = [_kept(found.rendered, pair) for pair in pairs]
-    ids = found.encoded([one for one in rendered if isinstance(one, _Rendered)])
-    return [_kept(found.truncated, one, next(ids)) if isinstance(one, _Rendered) else one for one in rendered]
+    return [_kept(found.pair, pair) for pair in pairs]
 
 
 def tokenise_prompts(
@@ -100,10 +97,10 @@ def tokenise_prompts(
     return [_kept(found.prompt, pair) for pair in pairs]
 
 
-def _kept(make: Callable[..., T], *arguments: Any) -> T | tuple[None, list[str]]:
-    """Return what is made, or None and the reason why the pair is dropped."""
+def _kept(make: Callable[[PreferencePair], T], pair: PreferencePair) -> T | tuple[None, list[str]]:
+    """Return what is made of a pair, or None and the reason why it is dropped."""
     try:
-        return make(*arguments)
+        return make(pair)
     except Dropped as dropped:
         return None, [str(dropped)]
 
@@ -125,7 +122,6 @@ class _Tokeniser:
         self.template = ChatTemplate(tokenizer, settings.chat_template_kwargs) if named else None
         if settings.chat_template_kwargs and self.template is None:
             raise UserError("data.chat_template_kwargs is given, but no chat template is used: leave it out.")
-        self.cut = (settings.max_prompt_length, settings.prompt_truncation, tokenizer)  # how `shorten` does it
         self.spelled = spelled_tokens(tokenizer)
         mask = tokenizer("a", return_special_tokens_mask=True)
         self.leading = mask["input_ids"][: mask["special_tokens_mask"].index(0)]  # what precedes a plain prompt
@@ -167,20 +163,8 @@ class _Tokeniser:
             sides = [Rendering(str(pair.prompt), answer.content, "", True) for answer in answers]
         if not pair.rejected_ends:
             sides[1:] = [side._replace(closing="", eos=False) for side in sides[1:]]
-        prompt = sides[0].prompt
-        anchor = template.anchor(prompt) if template else prompt[-1:]  # SentencePiece writes a space before a text
-        texts = [prompt, *(anchor + side.trained for side in sides), anchor]
         found = dict.fromkeys(note for side in sides for note in side.notes)
-        return _Rendered(pair, template, sides, texts, (*found, *notes))
-
-    def encoded(self, rendered: Sequence[_Rendered]) -> Iterator[list[list[int]]]:
-        """Yield the tokens of each pair's texts; chats and plain text are two calls of the tokenizer."""
-        texts: dict[bool, list[str]] = {True: [], False: []}
-        for one in rendered:
-            texts[one.template is not None] += one.texts
-        ids = {chat: iter(self.encode(some, chat)) for chat, some in texts.items() if some}
-        for one in rendered:
-            yield list(islice(ids[one.template is not None], len(one.texts)))
+        return _Rendered(pair, template, sides, (*found, *notes))
 
     def encode(self, texts: list[str], chat: bool) -> list[list[int]]:
         options = {"split_special_tokens": False} if chat else {}
@@ -189,9 +173,13 @@ class _Tokeniser:
         )
         return list(encoded["input_ids"])
 
-    def tokens(self, one: _Rendered, ids: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-        """Return the tokens of the prompt and of each response before truncation, given those of the texts."""
-        prompt, *joined, anchor = ids
+    def tokens(self, one: _Rendered) -> tuple[list[int], list[list[int]]]:
+        """Return the tokens of the prompt and of each response before truncation."""
+        text, chat = one.sides[0].prompt, one.template is not None
+        # SentencePiece writes a space before a text, so a response is read after the end of its prompt
+        anchor = one.template.anchor(text) if one.template else text[-1:]
+        texts = [text, *(anchor + side.trained for side in one.sides), anchor]
+        prompt, *joined, before = self.encode(texts, chat)
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         special, named = {bos, eos}, "BOS or EOS"
         if one.template:
@@ -201,10 +189,10 @@ class _Tokeniser:
             prompt = self._plain_prompt(prompt) if one.pair.prompt else [eos if bos is None else bos]
         responses = []
         for name, side, found in zip(_SIDES, one.sides, joined, strict=False):
-            response = found[len(anchor) :]
-            if found[: len(anchor)] != anchor:  # a token would span prompt and response
-                (response,) = self.encode([side.trained], one.template is not None)
-            if not one.template:
+            response = found[len(before) :]
+            if found[: len(before)] != before:  # a token would span prompt and response
+                (response,) = self.encode([side.trained], chat)
+            if not chat:
                 response = self._without_eos(response)
             response += [eos] * side.eos
             inner = response[:-1] if side.closing or side.eos else response
@@ -215,10 +203,10 @@ class _Tokeniser:
             responses.append(response)
         return prompt, responses
 
-    def truncated(self, one: _Rendered, ids: list[list[int]]) -> tuple[TokenisedPair, list[str]]:
-        """Return a pair cut to the maximum lengths, first the prompt, then the responses, and notes."""
-        pair, limit = one.pair, self.settings.max_length
-        prompt, responses = self.tokens(one, ids)
+    def pair(self, pair: PreferencePair) -> tuple[TokenisedPair, list[str]]:
+        """Return the tokens of a pair, its prompt and then its responses cut to the maximum lengths, and notes."""
+        one, limit = self.rendered(pair), self.settings.max_length
+        prompt, responses = self.tokens(one)
         if responses[0] in responses[1:]:
             raise Dropped("identical after tokenisation")
         cut: list[str] = []
@@ -227,7 +215,7 @@ class _Tokeniser:
             if one.template:
                 talk, cut = self._short_chat(one.template, conversation(pair))
                 one = self.rendered(pair, talk)
-                prompt, responses = self.tokens(one, next(self.encoded([one])))
+                prompt, responses = self.tokens(one)
             else:
                 prompt, cut = self._short_plain(str(pair.prompt), prompt)
         room = limit - len(prompt)
@@ -276,14 +264,13 @@ class _Tokeniser:
         def encode(turns: Sequence[Message]) -> list[int]:
             return self._chat_prompt(template, talk._replace(turns=turns))
 
-        turns, cut = shorten(talk.turns, encode, *self.cut)
+        turns, cut = self._shorten(talk.turns, encode)
         return talk._replace(turns=turns), cut
 
     def _short_plain(self, text: str, ids: list[int]) -> tuple[list[int], list[str]]:
         """Return at most `max_prompt_length` of the tokens `ids` of a plain prompt, and notes on what was cut.
 
-        An HH dialogue loses whole old turns first. Other text is cut at the end that `prompt_truncation` does not
-        name; "keep_end" also keeps the leading special tokens.
+        Text that is no dialogue is cut at one end; "keep_end" also keeps the leading special tokens.
         """
         limit = self.settings.max_prompt_length
         if is_transcript_prompt(text):
@@ -291,7 +278,7 @@ class _Tokeniser:
             def encode(turns: Sequence[Message]) -> list[int]:
                 return self._plain_prompt(*self.encode([transcript(turns)], False))
 
-            turns, cut = shorten(transcript_turns(text), encode, *self.cut)
+            turns, cut = self._shorten(transcript_turns(text), encode)
             return encode(turns), cut
         if self.settings.prompt_truncation == "keep_start":
             return ids[:limit], ["prompt truncated"]
@@ -300,6 +287,38 @@ class _Tokeniser:
         while head and tail and tail[0] == head[-1]:  # the text itself may spell the BOS
             del tail[0]
         return head + tail, ["prompt truncated"]
+
+    def _shorten(
+        self, turns: Sequence[Message], encode: Callable[[Sequence[Message]], list[int]]
+    ) -> tuple[list[Message], list[str]]:
+        """Return the turns, cut until `encode` gives at most `max_prompt_length` tokens, and notes on the cuts.
+
+        The oldest turns are dropped first, so that a user turn comes first; the system turn stays. If that is not
+        enough, the longest remaining user or tool text is cut. Raises Dropped when not one token of it fits.
+        """
+        limit, keeps_end = self.settings.max_prompt_length, self.settings.prompt_truncation == "keep_end"
+        system = list(turns[:1]) if turns[0].role == "system" else []
+        rest = list(turns[len(system) :])
+        for start in [index for index, turn in enumerate(rest) if turn.role == "user"] or [0]:
+            kept, notes = system + rest[start:], [OLD_TURNS] * bool(start)
+            excess = len(encode(kept)) - limit
+            if excess <= 0:
+                return kept, notes
+        places = [place for place in range(len(system), len(kept)) if kept[place].role in ("user", "tool")]
+        place = max(places or [len(kept) - 1], key=lambda index: len(kept[index].content))
+        (ids,) = self.encode([kept[place].content], False)
+        room = len(ids) - excess
+        while room >= 1:
+            some = ids[-room:] if keeps_end else ids[:room]
+            piece = str(self.tokenizer.decode(some, clean_up_tokenization_spaces=False))
+            # the cut may fall within a character of several tokens
+            piece = piece.lstrip("\ufffd") if keeps_end else piece.rstrip("\ufffd")
+            shorter = [*kept[:place], Message(**{**kept[place], "content": piece}), *kept[place + 1 :]]
+            excess = len(encode(shorter)) - limit
+            if excess <= 0 and piece.strip():
+                return shorter, [*notes, LAST_TURN]
+            room -= max(excess, 1)
+        raise Dropped("headers and system turn exceed data.max_prompt_length")
 
 
 def read_tokenizer(name: str, option: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

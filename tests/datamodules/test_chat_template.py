@@ -12,8 +12,14 @@ from tiny_tokenizers import byte_tokenizer, texts, tokenise_pair
 from app.core.errors import UserError
 from datamodules.chat_template import CONTROL_TOKENS, INDENTED, REWRITTEN
 from datamodules.records import Message, PreferencePair, Prompt
-from datamodules.tokenisation import PLAIN_BESIDE_TEMPLATE, Tokenisation, stop_ids, tokenise_prompts
-from datamodules.truncation import LAST_TURN, OLD_TURNS
+from datamodules.tokenisation import (
+    LAST_TURN,
+    OLD_TURNS,
+    PLAIN_BESIDE_TEMPLATE,
+    Tokenisation,
+    stop_ids,
+    tokenise_prompts,
+)
 
 PAIR = PreferencePair("p", TALK, "Canberra.", "Sydney.")
 

@@ -37,8 +37,7 @@ from datamodules.records import Message, PreferencePair, RowReport
 from datamodules.sources.pairs import OnBadRow, PairStream, read_pairs
 from datamodules.sources.source import RowFormat, Source
 from datamodules.table import PairTable, build_table, cached_table, open_table
-from datamodules.tokenisation import Tokenisation, tokenise_pairs
-from datamodules.truncation import LAST_TURN, OLD_TURNS
+from datamodules.tokenisation import LAST_TURN, OLD_TURNS, Tokenisation, tokenise_pairs
 
 DATA = Path(os.environ.get("BETA_DPO_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 SETTINGS = Tokenisation(max_length=24, max_prompt_length=12)

@@ -15,8 +15,14 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, 
 from app.core.errors import UserError
 from datamodules.chat_template import CONTROL_TOKENS, REPEATED
 from datamodules.records import Message, PreferencePair, TokenisedPair
-from datamodules.tokenisation import FILE_TEXT, Tokenisation, tokenise_pairs, tokenizer_files, tokenizer_fingerprint
-from datamodules.truncation import PromptTruncation
+from datamodules.tokenisation import (
+    FILE_TEXT,
+    PromptTruncation,
+    Tokenisation,
+    tokenise_pairs,
+    tokenizer_files,
+    tokenizer_fingerprint,
+)
 
 PAIR = PreferencePair("p", "the cat", " sat on", " mat")
 PLAIN, CHAT = Tokenisation(), Tokenisation(chat_template=True)
