@@ -1,6 +1,6 @@
 """Every schedule, margin, confidence and weight × filter × loss, for three steps.
 
-The tables are a section of docs/choosing.md, "Which parts go together".
+The table is in a section of docs/choosing.md, "Which parts go together".
 
 The default suite trains a covering part and holds it against the committed table; the slow test trains all and
 compares the whole text. `UPDATE_COMBINATIONS=1 python -m pytest tests/test_combinations.py -m slow` writes it.
@@ -63,14 +63,6 @@ from callbacks.control import CONTROLS
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "choosing.md"
 BEGIN, END = "<!-- combinations -->\n", "<!-- end of combinations -->\n"
-CONTROLS_FOLLOW = """
-### Which controls apply
-
-Whether [`--control Control --control.by …`](#controls) changes what the method, with a Gaussian filter, decides in
-three steps. "no": the slot is empty, or the decision is the same for all pairs of a step.
-
-"""
-
 # by the names of the table: what the slots and model.loss are given
 REWARDS: dict[str, list[Any]] = {"implicit": [], "explicit": [ExplicitRewardGap]}
 SCHEDULES: dict[str, tuple[Any, dict[str, Any]] | None] = {
@@ -274,22 +266,28 @@ def expected_beta(parts: Combination, m: Any, kept: Any, mean: float, std: float
     return np.broadcast_to(beta, m.shape)
 
 
-def table(outcomes: dict[Combination, str]) -> str:
-    """Return the table of losses and schedules, with the reasons for refusal below it."""
-    cells = {
-        (loss, schedule): {outcomes[Combination(loss, name, schedule)] for name in FILTERS}
-        for loss, schedule in itertools.product(LOSSES, SCHEDULES)
-    }
-    assert all(len(found) == 1 for found in cells.values()), "a filter matters: give every filter a row"
-    reasons = list(
-        dict.fromkeys(for_any_loss(text, loss) for (loss, _), (text,) in cells.items() if text != "runs")
-    )
-    lines = ["| loss | " + " | ".join(SCHEDULES) + " |", "|---|" + "---|" * len(SCHEDULES)]
-    for loss in LOSSES:
-        told = [next(iter(cells[loss, schedule])) for schedule in SCHEDULES]
-        shown = [text if text == "runs" else f"no ({reasons.index(for_any_loss(text, loss)) + 1})" for text in told]
-        lines.append(f"| {loss} | " + " | ".join(shown) + " |")
+def table(outcomes: dict[Combination, str], applying: dict[str, list[str]]) -> str:
+    """Return the losses, a row per method with the losses that it refuses and its controls, and the reasons."""
+    reasons: list[str] = []
+    header = "| method | refused losses | controls that apply |"
+    lines = [f"Losses: {', '.join(LOSSES)}.", "", header, "|---|---|---|"]
+    for schedule in SCHEDULES:
+        refused: dict[str, list[str]] = {}  # reason → losses
+        for loss in LOSSES:
+            found = {outcomes[Combination(loss, name, schedule)] for name in FILTERS}
+            assert len(found) == 1, "a filter matters: give every filter a row"
+            if (text := for_any_loss(found.pop(), loss)) != "runs":
+                refused.setdefault(text, []).append(loss)
+        reasons += [reason for reason in refused if reason not in reasons]
+        cells = [f"{named(losses)} ({reasons.index(reason) + 1})" for reason, losses in refused.items()]
+        lines.append(f"| {schedule} | {'; '.join(cells) or 'none'} | {', '.join(applying[schedule])} |")
     return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)), ""])
+
+
+def named(losses: list[str]) -> str:
+    """Return the losses as the table names them, those that are missing where they are fewer."""
+    others = [loss for loss in LOSSES if loss not in losses]
+    return f"all but {', '.join(others)}" if len(others) < len(losses) else ", ".join(losses)
 
 
 def for_any_loss(reason: str, loss: str) -> str:
@@ -297,13 +295,12 @@ def for_any_loss(reason: str, loss: str) -> str:
     return reason.replace(f": {type(LOSSES[loss][0]).__name__} has", ": LOSS has")
 
 
-def controls(folder: Path, model: str) -> str:
-    """The table of the controls: which of them changes what each method with a filter decides."""
-    lines = ["| method | " + " | ".join(CONTROLS) + " |", "|---|" + "---|" * len(CONTROLS)]
-    for name, part in SCHEDULES.items():
-        cells = ["yes" if controlled_by(by, name, part, folder / name, model) else "no" for by in CONTROLS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def controls(folder: Path, model: str) -> dict[str, list[str]]:
+    """Return the controls that change what each method with a filter decides."""
+    return {
+        name: [by for by in CONTROLS if controlled_by(by, name, part, folder / name, model)]
+        for name, part in SCHEDULES.items()
+    }
 
 
 def controlled_by(by: Any, name: str, part: Any, folder: Path, model: str) -> bool:
@@ -330,24 +327,23 @@ def controlled_by(by: Any, name: str, part: Any, folder: Path, model: str) -> bo
     return control.changed_steps > 0
 
 
-def committed() -> dict[Combination, str]:
-    """Return the outcomes that the committed table gives: they are the same for every filter."""
-    text = written().partition(CONTROLS_FOLLOW)[0]
-    reasons = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+def committed() -> tuple[dict[Combination, str], dict[str, list[str]]]:
+    """Return the outcomes that the committed table gives, the same for every filter, and the controls by method."""
+    reasons = dict(re.findall(r"^(\d+)\. (.*)$", written(), re.MULTILINE))
+    losses = re.findall(r"\w+", re.findall(r"^Losses: (.*)\.$", written(), re.MULTILINE)[0])
+    rows = re.findall(r"^\| (\w+) \| (.+) \| (.+) \|$", written(), re.MULTILINE)[1:]
     found = {}
-    for loss, *cells in rows[2:]:
-        for name, (schedule, cell) in itertools.product(FILTERS, zip(rows[0][1:], cells, strict=True)):
-            number = re.fullmatch(r"no \((\d+)\)", cell)
-            reason = (
-                reasons[number[1]].replace("LOSS has", f"{type(LOSSES[loss][0]).__name__} has") if number else cell
-            )
-            found[Combination(loss, name, schedule)] = reason
-    return found
+    for loss, name, (schedule, cells, _) in itertools.product(losses, FILTERS, rows):
+        found[Combination(loss, name, schedule)] = "runs"
+        for cell, number in re.findall(r"(\w[\w, ]*) \((\d+)\)", cells):
+            if (loss in re.findall(r"\w+", cell)) != cell.startswith("all but "):
+                told = reasons[number].replace("LOSS has", f"{type(LOSSES[loss][0]).__name__} has")
+                found[Combination(loss, name, schedule)] = told
+    return found, {schedule: cell.split(", ") for schedule, _, cell in rows}
 
 
 def written() -> str:
-    """Return the tables of the page."""
+    """Return the table of the page."""
     return PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
 
 
@@ -361,8 +357,9 @@ def test_the_table_lists_everything() -> None:
     assert {type(loss) for loss, _ in LOSSES.values()} == found
     kinds = {kind for slot in ("schedule", "margin", "confidence", "weights") for kind in BY_NAME[slot].kinds}
     assert {part[0] for part in SCHEDULES.values() if part} == kinds
-    assert list(committed()) == EVERY, "update docs/choosing.md with UPDATE_COMBINATIONS=1: see docs/extending.md"
-    assert table(committed()) == written().partition(CONTROLS_FOLLOW)[0]
+    found, applying = committed()
+    assert list(found) == EVERY, "update docs/choosing.md with UPDATE_COMBINATIONS=1: see docs/extending.md"
+    assert table(found, applying) == written()
 
 
 # a logit, a square with a target, and no reference; the slow test below trains every loss
@@ -371,7 +368,7 @@ SLOW = [pytest.param(loss, marks=pytest.mark.slow) for loss in ("ipo", "simpo")]
 
 @pytest.mark.parametrize("loss", ["sigmoid", *SLOW])
 def test_every_schedule_under_a_loss_of_each_kind(loss: str, tiny_llama: str, tmp_path: Path) -> None:
-    told = committed()
+    told, _ = committed()
     for parts in covering():
         if parts.loss == loss:
             assert outcome(tmp_path / parts.schedule, tiny_llama, parts) == told[parts], parts
@@ -391,7 +388,7 @@ def test_every_combination(tiny_llama: str, tmp_path: Path) -> None:
     outcomes = {}
     for number, parts in enumerate(EVERY):
         outcomes[parts] = outcome(tmp_path / str(number), tiny_llama, parts)
-    text = table(outcomes) + CONTROLS_FOLLOW + controls(tmp_path / "controls", tiny_llama)
+    text = table(outcomes, controls(tmp_path / "controls", tiny_llama))
     if os.environ.get("UPDATE_COMBINATIONS"):
         PAGE.write_text(PAGE.read_text(encoding="utf-8").replace(written(), text), encoding="utf-8")
     assert written() == text

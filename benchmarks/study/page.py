@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from benchmarks.tables import ROOT
 
 DOCS = ROOT / "docs"
 COLOURS = {"better": "good", "worse": "act", "equal within the margin": "link", "undecided": "quiet"}
+MEANS = {"reward": 2, "kl": 2, "malformed": 3, "dropped_flipped": 2, "dropped_clean": 2}  # digits, by measure
+COUNTS = ("collapsed", "runs", "collapsed_in_tuning", "runs_in_tuning")
 Answers = Sequence[tuple[Question, Sequence[Result]]]
 
 
@@ -40,7 +42,8 @@ def documents(table: pd.DataFrame) -> dict[str, str]:
     rows = Rows(table)
     answers = list(answered(rows))
     figures = {f"study/{question.name}.svg": svg(forest(results)) for question, results in answers}
-    return {"study.md": study(answers, rows, table), "../README.md": readme, **figures}
+    tables = {"study/settings.csv": settings(answers, rows), "../README.md": readme}
+    return {"study.md": study(answers, table), **tables, **figures}
 
 
 def answered(rows: Rows) -> Iterator[tuple[Question, Sequence[Result]]]:
@@ -70,7 +73,7 @@ def quickstart(table: pd.DataFrame) -> str:
     return rendered("quickstart.md", ours=ours, theirs=theirs, runs=runs)
 
 
-def study(answers: Answers, rows: Rows, table: pd.DataFrame) -> str:
+def study(answers: Answers, table: pd.DataFrame) -> str:
     """Return the text of docs/study.md."""
     results = [result for _, results in answers for result in results]
     by_label: dict[str, dict[str, Result]] = {}  # label → task → result
@@ -99,14 +102,22 @@ def study(answers: Answers, rows: Rows, table: pd.DataFrame) -> str:
         about_people=PEOPLE,
         differences=differences,
         decided="; ".join([*decided, f"{len(told) - len(decided)} of {len(told)} comparisons undecided."]),
-        people=people,
+        people=people.set_index(["data", "arm", "flip_rate"]).sort_index(),
         planned_people=len(ON_PEOPLE),
-        settings=[
-            # of every setting: the run, its rows, and those of tuning
-            (run, rows.of[run], rows.of.get(replace(run, phase=TUNING), rows.none))
-            for run in sorted({run for result in results for run in result.runs})
-        ],
     )
+
+
+def settings(answers: Answers, rows: Rows) -> str:
+    """Return docs/study/settings.csv: of every setting that is compared, means over its rows, and its collapses."""
+    table = []
+    for run in sorted({run for _, results in answers for result in results for run in result.runs}):
+        judged, tuned = rows.of[run], rows.of.get(replace(run, phase=TUNING), rows.none)
+        counts = (judged.collapsed.sum(), len(judged), tuned.collapsed.sum(), len(tuned))
+        table.append({**asdict(run), **judged[list(MEANS)].mean(), **dict(zip(COUNTS, counts, strict=True))})
+    columns = [*(name for name in KEY if name not in ("phase", "seed")), *MEANS, *COUNTS]
+    frame = pd.DataFrame(table, columns=columns).round(MEANS)
+    frame["dropped_flipped"] = frame.dropped_flipped.where(frame.flip_rate > 0)  # else there is no such pair
+    return frame.to_csv(index=False)
 
 
 def verdicts(
@@ -157,9 +168,9 @@ def over_seeds(values: pd.Series, sign: str = "") -> str:
     return f"{values.iloc[0]:.3g}" if values.nunique() == 1 else Difference.of(values).text(sign)
 
 
-def told_verdict(found: Difference) -> str:
+def told_verdict(found: Difference, text: str = "") -> str:
     word = found.verdict.split()[0]
-    return f"{word if word == 'undecided' else f'**{word}**'} {found.text()}"
+    return f"{word if word == 'undecided' else f'**{word}**'} {text or found.text()}"
 
 
 def linked(title: str) -> str:

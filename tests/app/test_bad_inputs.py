@@ -1,6 +1,6 @@
 """Bad inputs of every kind, each by the command itself: status 2, one sentence that names it, no traceback.
 
-docs/reliability.md lists the kinds with their numbers; the first test here compares.
+docs/reliability.md lists the kinds; the first test here compares.
 """
 
 from __future__ import annotations
@@ -389,12 +389,11 @@ def folder(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_the_table_in_the_docs() -> None:
-    counts = {kind: len(cases) for kind, cases in OF_A_RUN.items()} | {"model folders": len(OF_A_MODEL)}
-    assert sum(counts.values()) >= 150
+def test_the_page_names_the_kinds() -> None:
+    kinds = {**OF_A_RUN, "model folders": OF_A_MODEL}
+    assert sum(map(len, kinds.values())) > 150
     page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
-    for kind, count in counts.items():
-        assert f"| {kind} | {count} |" in page, (kind, count)
+    assert [kind for kind in kinds if kind not in page.replace("\n", " ").partition("bad inputs:")[2]] == []
 
 
 def some_of_each(place: int) -> list[pytest.MarkDecorator]:
