@@ -72,11 +72,8 @@ def train_ours(
     attention: Any = "auto",
     split: bool = False,
 ) -> dict[str, Any]:
-    """Measure `PreferenceOptimization` in a Lightning Trainer, as a user runs it.
-
-    `split` makes the batch larger, in several micro-batches.
-    """
-    if split:
+    """Measure `PreferenceOptimization` in a Lightning Trainer, as a user runs it."""
+    if split:  # a larger batch in several micro-batches
         larger = SPLIT_BATCHES * setting.batch_size
         setting = replace(setting, micro_batch_tokens=SPLIT_TOKENS, batch_size=larger)
     clock = Clock(setting)
@@ -182,14 +179,11 @@ def train_trl(setting: Setting) -> dict[str, Any]:
 
 
 def matrix_products(setting: Setting) -> dict[str, Any]:
-    """Measure this machine's matrix products in the model's shapes, in operations per second.
-
-    Returns the faster of two: the feed-forward network on one batch's tokens, and the head on a slice of the
-    vocabulary.
-    """
+    """Measure this machine's matrix products in the model's shapes, in operations per second, the faster of two."""
     dtype = torch.bfloat16 if setting.device == "cuda" else torch.float32
     tokens = 215 * setting.batch_size
     rates = []
+    # the feed-forward network on one batch's tokens, and the head on a slice of the vocabulary
     for rows, inner, columns in ((tokens, setting.hidden, 4 * setting.hidden), (tokens // 2, setting.hidden, 8192)):
         left = torch.randn(rows, inner, dtype=dtype, device=setting.device)
         right = torch.randn(columns, inner, dtype=dtype, device=setting.device)

@@ -65,10 +65,7 @@ def dpo_loss(kept_gaps: Floats, beta: float) -> float:
 
 
 def micro_batch_betas(statistics: AuthorsStatistics, gaps: Floats, size: int, rng: np.random.Generator) -> Floats:
-    """Return the β of every micro-batch of `size` pairs if each in turn selects its own pairs and its own β.
-
-    NaN if the released code would stop because it has no selection probabilities.
-    """
+    """Return β of micro-batches of `size` pairs that select their own; NaN where the released code would stop."""
     betas = np.full(len(gaps) // size, np.nan)
     for number, part in enumerate(np.split(gaps, len(betas))):
         statistics.update(part)
@@ -108,10 +105,7 @@ def step_differences(run: Run) -> dict[str, float]:
 
 
 def replay(bench: Bench, run: Run) -> tuple[list[Floats], dict[str, Tensor]]:
-    """Train again in plain PyTorch with the kept pairs and β of every step; return gaps per step and parameters.
-
-    The replay uses transformers' own forward pass and torch's AdamW, and no code of the package.
-    """
+    """Train again with the kept pairs and β of every step, without the package; return gaps and parameters."""
     policy, reference = (AutoModelForCausalLM.from_pretrained(bench.model, dtype=torch.float32) for _ in range(2))
     tokenizer = AutoTokenizer.from_pretrained(bench.model)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
@@ -155,10 +149,7 @@ def response_logps(model: Any, rows: Sequence[tuple[Any, Any]]) -> Tensor:
 
 
 def differences(authors: Run, default: Run) -> list[list[str]]:
-    """Return rows of step, setting, gap, M0, σ, β and kept pairs, for both presets and the released code.
-
-    The released code gets four micro-batches per batch, so its β is a range.
-    """
+    """Return rows of step, setting, gap, M0, σ, β (a range over micro-batches) and kept pairs."""
     statistics, rng, rows = AuthorsStatistics(), np.random.default_rng(0), []
     for number, (theirs, ours) in enumerate(zip(authors.steps, default.steps, strict=True), start=1):
         betas = micro_batch_betas(statistics, theirs.gaps, BATCH_SIZE // 4, rng)

@@ -50,10 +50,7 @@ class RecordingDPOTrainer(DPOTrainer):
 
 
 def compare(bench: Bench) -> Iterator[tuple[str, Run, list[float], dict[str, Tensor]]]:
-    """Train every case with both; yield its name, this project's run, and TRL's losses per step and parameters.
-
-    Raises AssertionError if TRL tokenises differently.
-    """
+    """Train every case with both; yield its name, this project's run, and TRL's losses per step and parameters."""
     disable_progress_bars()
     for number, case in enumerate(CASES):
         loss = f"--model.loss=app.method.losses.{case.ours[0]}"

@@ -24,7 +24,7 @@ from app.method.ranges import PositiveInt, Seed, checked
 from datamodules.batches import Exchange, OptimizerBatchLoader
 from datamodules.describe import describe, pairs_seen, remarks, shared_prompts
 from datamodules.gap_mixture import GapMixedTable, GapMixture, replaced_stream
-from datamodules.ranking import Ranking, Selection, ranked
+from datamodules.ranking import Ranking, Selection
 from datamodules.rewards import RewardScoring, reward_scores, rows_with_reward, with_rewards
 from datamodules.sources.messages import is_transcript_prompt
 from datamodules.sources.pairs import PairStream
@@ -113,9 +113,9 @@ class PairDataModule(LightningDataModule):
         if self.reward_model is not None and trained_on:
             rows = rows_with_reward(table, rows)
         if split == "train":
-            if self.select is not None or self.order is not None:
-                rows, told = ranked(table, rows, self.select, self.order)
-                notes += told
+            for ranking in filter(None, (self.select, self.order)):
+                rows, note = ranking.apply(table, rows)
+                notes.append(note)
             if not self.need_rejected:
                 unused = (name for name in ("gap_mixture", "reward_model") if getattr(self, name))
                 notes += [f"data.{name} has no effect on supervised fine-tuning" for name in unused]
@@ -248,9 +248,9 @@ class PairDataModule(LightningDataModule):
     def batches_of(
         self, wanted: Callable[[np.ndarray], np.ndarray], most: int | None = None
     ) -> list[OptimizerBatchLoader]:
-        """Return loaders, in file order, of the stage's pairs whose keys [n] are `wanted` [n] bool, each pair once.
+        """Return loaders, in file order, of at most `most` pairs of the stage whose keys [n] are `wanted` [n] bool.
 
-        They have at most `most` pairs; None means no limit. Every rank forms the same batches and gets its share.
+        Each pair comes once. Every rank forms the same batches and gets its share.
         """
         loaders: list[OptimizerBatchLoader] = []
         seen = np.zeros(0, np.int64)

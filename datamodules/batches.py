@@ -19,13 +19,11 @@ from datamodules.table import PairTable
 
 # (rows of a batch, epoch, number of the batch in the epoch) → the rows that replace them
 Exchange = Callable[[np.ndarray, int, int], np.ndarray]
+Packing = tuple[tuple[str, ...], Layout, float]  # the settings of `OptimizerBatch.micro_batches`
 
 
 def balanced_shares(tokens: Sequence[int], world_size: int) -> list[list[int]]:
-    """Return the positions of a global batch per rank; the longest pair goes first to the least loaded rank.
-
-    Every rank computes the same result from the same lengths, so ranks need not communicate.
-    """
+    """Return the positions of a global batch per rank: the longest first, each to the least loaded rank."""
     shares: list[list[int]] = [[] for _ in range(world_size)]
     loads = [(0, rank) for rank in range(world_size)]
     for position in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
@@ -35,20 +33,9 @@ def balanced_shares(tokens: Sequence[int], world_size: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-class Packing(NamedTuple):
-    """The settings by which all pairs of a share are packed (see `OptimizerBatch.micro_batches`)."""
-
-    responses: tuple[str, ...]
-    layout: Layout
-    balanced_row: float
-
-
 @dataclass(eq=False)
 class PreferenceBatch:
-    """A rank's share of one optimizer batch (see `app.method.batch.OptimizerBatch`).
-
-    It is not a container of tensors, so that nothing moves to the device before it is packed.
-    """
+    """An `OptimizerBatch`, and no container of tensors: nothing moves to the device before it is packed."""
 
     share: Sequence[TokenisedPair]
     positions: torch.Tensor
@@ -68,14 +55,11 @@ class PreferenceBatch:
     def micro_batches(
         self, responses: Sequence[str], layout: Layout, balanced_row: float, pairs: Sequence[int] | None = None
     ) -> list[PackedRows]:
-        """Return `pairs` of the share (all if None) packed under the token budget.
-
-        Raises UserError if rejected responses are asked for and missing.
-        """
+        """Return `pairs` of the share (all if None), packed. Raises UserError for missing rejected responses."""
         if "rejected" in responses and any(pair.rejected is None for pair in self.share):
             raise UserError("The data holds demonstrations only; preference optimisation needs rejected responses.")
         if pairs is None:
-            packing = Packing(tuple(responses), layout, balanced_row)
+            packing = (tuple(responses), layout, balanced_row)
             ahead, self.ahead = self.ahead, None
             if ahead is not None and packing == self.packing:
                 return ahead
@@ -83,10 +67,7 @@ class PreferenceBatch:
         return pack(self.share, list(pairs), responses, layout, self.micro_batch_tokens, balanced_row)
 
     def stretched(self, pairs: Sequence[int]) -> PreferenceBatch:
-        """Return a batch with a pair of the run's largest size and a short one, made of the tokens of `pairs`.
-
-        Without any, the tokens of the whole share are taken.
-        """
+        """Return a pair of the run's largest size and a short one, made of the tokens of `pairs` (all if empty)."""
         share = [self.share[pair] for pair in pairs] or self.share
         made = [stretched_pair(share, *sizes) for sizes in (self.longest, short(*self.longest)) if share]
         return PreferenceBatch(
@@ -101,13 +82,10 @@ def short(tokens: int, row: int) -> tuple[int, int]:
 
 
 def stretched_pair(share: Sequence[TokenisedPair], tokens: int, row: int) -> TokenisedPair:
-    """Return a pair of `tokens` tokens, `row` of them in prompt and chosen response, that repeats those of `share`.
-
-    The rejected response begins as far from its prompt as these sizes allow.
-    """
+    """Return a pair that repeats the tokens of `share`: `tokens` in all, `row` in prompt and chosen response."""
     source = np.concatenate([part for pair in share for part in pair if part is not None])
     rejected = tokens - row
-    prompt = max(1, min(row // 2, row - rejected))
+    prompt = max(1, min(row // 2, row - rejected))  # so that the rejected response begins far from it
     sides = np.split(np.resize(source, tokens), [prompt, row])
     return TokenisedPair(sides[0], sides[1], sides[2] if rejected else None)
 
@@ -117,10 +95,8 @@ class OptimizerBatchLoader:
     """A loader that yields a `PreferenceBatch` per optimizer step and resumes exactly where it stopped.
 
     The order is a permutation keyed by (seed, epoch), the same on any number of ranks, or with `keep_order` that of
-    `indices` in every epoch. The last batch of an epoch may be smaller; no pair is dropped. Lightning stores
-    `state_dict()` with every checkpoint.
-
-    With `endless`, one iterator takes pass after pass, because Lightning ends an epoch that it limits by itself.
+    `indices` in every epoch. The last batch of an epoch may be smaller; no pair is dropped. With `endless`, one
+    iterator takes pass after pass, because Lightning ends an epoch that it limits by itself.
 
     While a batch is in use, a thread makes the next one and packs it with the settings of the last. A batch depends
     only on its place in the order, and only batches that were yielded count as served.

@@ -103,7 +103,7 @@ class ChatTemplate:
         return str(rendered)
 
     def frame(self, talk: Talk) -> Frame:
-        """Return what the template writes after the answer; cached for all conversations.
+        """Return what the template writes after an answer.
 
         The end-of-turn token is the first added token, or a special one directly after it.
         """
@@ -227,10 +227,7 @@ def conversation(pair: PreferencePair) -> Talk:
 
 
 def spelled_tokens(tokenizer: PreTrainedTokenizerBase) -> Callable[[Prompt, Sequence[Message]], tuple[str, ...]]:
-    """Return a function of a prompt and answers that notes which spell special tokens, which they are read as.
-
-    At the end of an answer they are in their place.
-    """
+    """Return a function that notes prompts and answers (but at their ends) in which special tokens are spelt."""
     others = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     spelt = "|".join(map(re.escape, {*tokenizer.all_special_tokens, *others}))
     special, before_end = re.compile(spelt), re.compile(rf"(?:{spelt})(?!(?:\s|{spelt})*\Z)")

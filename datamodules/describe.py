@@ -68,18 +68,16 @@ def repeats(table: PairTable, rows: np.ndarray) -> tuple[str, str, str]:
         hash_pandas_object(keys[["prompt", *sides]], index=False)
         for sides in (("chosen", "rejected"), ("rejected", "chosen"))
     )
-    again = np.flatnonzero(pairs.duplicated())
     # answers that differ in outer spaces alone have one key
     equal = (keys.chosen == keys.rejected).to_numpy()
-    against = np.flatnonzero(~equal & swapped.isin(pairs))
-    twice = f"{_pairs(len(again), 'repeat')} an earlier one (first: {_named(table, rows[again])})"
-    contradiction = (
-        f"{_pairs(len(against), 'contradict')} another one: the same prompt, chosen and rejected swapped "
-        f"(first: {_named(table, rows[against])}); all stay, take out those that are wrong"
+    against = ~equal & swapped.isin(pairs).to_numpy()
+    other = "another one: the same prompt, chosen and rejected swapped"
+    spaces = "responses that differ in outer spaces alone"
+    return (
+        _told(table, rows[pairs.duplicated().to_numpy()], "repeat", "an earlier one"),
+        _told(table, rows[against], "contradict", other, "; all stay, take out those that are wrong"),
+        _told(table, rows[equal], "have", spaces, ": they teach nothing else, so take them out"),
     )
-    spaced = f"{_pairs(equal.sum(), 'have', 'has')} responses that differ in outer spaces alone"
-    spaced += f" (first: {_named(table, rows[equal])}): they teach nothing else, so take them out"
-    return twice if len(again) else "", contradiction if len(against) else "", spaced if equal.any() else ""
 
 
 def against_scores(table: PairTable, rows: np.ndarray) -> str:
@@ -91,14 +89,15 @@ def against_scores(table: PairTable, rows: np.ndarray) -> str:
             continue
         scores = table.values(rows, name, other)
         below = [all(isinstance(each, int | float) for each in both) and both[0] < both[1] for both in scores]
-        if any(below):
-            have = _pairs(sum(below), "have", "has")
-            told.append(f"{have} a {name} below the {other} (first: {_named(table, rows[below])}); all stay")
-    return "; ".join(told)
+        told.append(_told(table, rows[below], "have", f"a {name} below the {other}", "; all stay"))
+    return "; ".join(filter(None, told))
 
 
-def _pairs(count: int, verb: str, of_one: str = "") -> str:
-    return f"1 pair {of_one or f'{verb}s'}" if count == 1 else f"{count} pairs {verb}"
+def _told(table: PairTable, rows: np.ndarray, verb: str, what: str, end: str = "") -> str:
+    """Return a message on these pairs with the ids of the first, or an empty text without any."""
+    of_one = "has" if verb == "have" else f"{verb}s"
+    pairs = f"1 pair {of_one}" if len(rows) == 1 else f"{len(rows)} pairs {verb}"
+    return f"{pairs} {what} (first: {_named(table, rows)}){end}" if len(rows) else ""
 
 
 def shared_prompts(trained: tuple[PairTable, np.ndarray], held_out: tuple[PairTable, np.ndarray]) -> str:

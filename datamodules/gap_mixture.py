@@ -115,8 +115,7 @@ class GapMixedTable(PairTable):
         self.samples = replaced.parts
         self.mixture = mixture
         ids = replaced.columns.column("pair_id").combine_chunks()
-        places = pc.index_in(own.columns.column("pair_id"), value_set=ids).fill_null(-1).to_numpy()
-        partner = np.where(places < 0, np.arange(len(own)), len(own) + places.astype(np.int64))  # [N]
+        places = pc.index_in(own.columns.column("pair_id"), value_set=ids).fill_null(-1).to_numpy().astype(np.int64)
         drawn = np.ones(len(own), dtype=bool)
         if mixture.unit == "pair":
             drawn[rows] = [mixture.draws_pair(id) for id in own.pair_ids(rows)]
@@ -128,7 +127,7 @@ class GapMixedTable(PairTable):
                 "set data.gap_mixture.on_missing: keep."
             )
         # [N], the row that replaces each row; the row itself if nothing does
-        self._partner = np.where(drawn, partner, np.arange(len(own)))
+        self._partner = np.where(drawn & (places >= 0), len(own) + places, np.arange(len(own)))
         told = f"in a share {mixture.share:g} of the batches, all"
         if mixture.unit == "pair":
             told = f"{int((self._partner[rows] != rows).sum())} of {len(rows)}"

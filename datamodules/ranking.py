@@ -37,11 +37,13 @@ class Ranking:
 
     option: ClassVar[str] = "order"
 
-    def apply(self, table: PairTable, rows: np.ndarray, count: int) -> tuple[np.ndarray, str]:
-        """Return the first `count` of `rows` of the table by this score, and which those are, in words.
+    def apply(self, table: PairTable, rows: np.ndarray) -> tuple[np.ndarray, str]:
+        """Return the training pairs `rows` in this order, and a line for the log."""
+        rows, note = self.first_of(table, rows, len(rows))
+        return rows, f"{note}, first to last, in every epoch"
 
-        Raises UserError unless every row has a finite number in the column.
-        """
+    def first_of(self, table: PairTable, rows: np.ndarray, count: int) -> tuple[np.ndarray, str]:
+        """Return the first `count` of `rows` by the score, and which those are. UserError unless all are finite."""
         scores = self._column(self.by, table, rows)
         if self.minus is not None:
             scores = scores - self._column(self.minus, table, rows)
@@ -111,17 +113,7 @@ class Selection(Ranking):
     option: ClassVar[str] = "select"
     share: PositiveShare = 0.5
 
-
-def ranked(
-    table: PairTable, rows: np.ndarray, select: Selection | None, order: Ranking | None
-) -> tuple[np.ndarray, list[str]]:
-    """Return the selected of the training pairs `rows`, in the order asked for, and lines for the log."""
-    notes = []
-    if select is not None:
-        chosen, note = select.apply(table, rows, number_kept(len(rows), select.share))
-        notes.append(f"{note}; {len(rows) - len(chosen)} left out")
-        rows = rows[np.isin(rows, chosen)]
-    if order is not None:
-        rows, note = order.apply(table, rows, len(rows))
-        notes.append(f"{note}, first to last, in every epoch")
-    return rows, notes
+    def apply(self, table: PairTable, rows: np.ndarray) -> tuple[np.ndarray, str]:
+        """Return the selected of the training pairs `rows`, in their order, and a line for the log."""
+        chosen, note = self.first_of(table, rows, number_kept(len(rows), self.share))
+        return rows[np.isin(rows, chosen)], f"{note}; {len(rows) - len(chosen)} left out"

@@ -40,10 +40,7 @@ Side = Literal["chosen", "rejected"]
 
 
 def read_prompt(value: Any) -> Prompt:
-    """Return a prompt from its JSON: text, or messages as objects (in older files lists of role and content).
-
-    Raises KeyError, TypeError or ValueError for anything else.
-    """
+    """Return a prompt from its JSON: text, or messages as objects (in older files lists of role and content)."""
     if isinstance(value, str):
         return value
     return tuple(Message(**turn) if isinstance(turn, dict) else Message(*turn) for turn in value)

@@ -111,10 +111,7 @@ def _rewards(model: RewardModel, pairs: Sequence[PreferencePair]) -> list[Reward
 
 
 def with_rewards(table: PairTable, rewards: pa.Table) -> PairTable:
-    """Return the table of one source with the labels `chosen_reward` and `rejected_reward`, null without a score.
-
-    `rewards` has the columns `pair_id` and these two for every pair of the table, in any order.
-    """
+    """Return the table of one source with the rewards of `reward_scores`, in any order, as labels."""
     places = pc.index_in(table.columns.column("pair_id"), value_set=rewards.column("pair_id").combine_chunks())
     if places.null_count:
         raise ValueError(f"{places.null_count} pairs were not scored")
@@ -168,10 +165,7 @@ class RewardModel:
         self.truncated = 0
 
     def rewards(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Iterator[float]:
-        """Yield the reward of each response to its prompt, in order, as soon as its batch is done.
-
-        Raises UserError for a reward that is not finite.
-        """
+        """Yield the reward of each response as soon as its batch is done. Raises UserError unless it is finite."""
         texts = zip(prompts, responses, strict=True)
         while batch := list(islice(texts, self.batch_size)):
             encoded = [self._encode(prompt, response) for prompt, response in batch]

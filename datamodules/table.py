@@ -204,10 +204,7 @@ class Tokenised(NamedTuple):
 
 
 def cached_table(stream: PairStream, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation) -> PairTable:
-    """Return the table of `stream` from the cache; build it first if it is missing or damaged.
-
-    Raises UserError if the cache folder cannot be written or no pair remains.
-    """
+    """Return the table of `stream` from the cache; build it first if it is missing or damaged. Raises UserError."""
     described = [TABLE_VERSION, stream.description(), tokenizer_fingerprint(tokenizer), asdict(settings)]
     build = partial(build_table, stream, tokenizer, settings)
     return cached("tables", fingerprint(described), open_table, build)
@@ -226,10 +223,9 @@ def open_table(folder: Path) -> PairTable:
 def build_table(
     stream: PairStream, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation, folder: Path
 ) -> None:
-    """Tokenise the pairs of `stream` into the new `folder`; the table's report includes that of the stream.
+    """Tokenise the pairs of `stream` into the new `folder`; resume what a killed process began there.
 
-    The next call for the same folder resumes the work of a killed process after its last finished part. Raises
-    UserError if no pair remains, FileExistsError if the folder exists and is not empty.
+    The table's report includes that of the stream. Raises UserError if no pair remains.
     """
     parts = Parts(folder.with_suffix(".parts"), described := stream.description())
     try:
@@ -369,11 +365,9 @@ def _tokenised_here(pairs: list[PreferencePair]) -> Tokenised:
     return tokenised(pairs, *_begin.tools)  # type: ignore[attr-defined]
 
 
-def record_batch(rows: Sequence[Sequence[object]], schema: pa.Schema) -> pa.RecordBatch:
+def record_batch(rows: Iterable[Sequence[object]], schema: pa.Schema) -> pa.RecordBatch:
     """Return rows as a batch of columns."""
-    columns = list(zip(*rows, strict=True)) or [()] * len(schema)
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-    return pa.record_batch(arrays, schema=schema)
+    return pa.RecordBatch.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema)
 
 
 def write_rows(

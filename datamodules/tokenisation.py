@@ -89,10 +89,7 @@ def tokenise_pairs(
 def tokenise_prompts(
     pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, settings: Tokenisation
 ) -> list[tuple[np.ndarray | None, list[str]]]:
-    """Tokenise prompts alone, for sampling: as in training, but always at most `max_prompt_length` tokens each.
-
-    Return for each prompt its tokens and notes, or None and why training would drop it. Raises UserError.
-    """
+    """Return the same for prompts alone, for sampling: always at most `max_prompt_length` tokens each."""
     found = _Tokeniser(tokenizer, settings)
     return [_kept(found.prompt, pair) for pair in pairs]
 
@@ -106,10 +103,7 @@ def _kept(make: Callable[[PreferencePair], T], pair: PreferencePair) -> T | tupl
 
 
 class _Tokeniser:
-    """A tokenizer with its settings; its methods raise Dropped for a pair that cannot be trained on.
-
-    Raises UserError if they do not fit together.
-    """
+    """A tokenizer with its settings; its methods raise Dropped for a pair that cannot be trained on."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Tokenisation) -> None:
         self.tokenizer = tokenizer
@@ -136,10 +130,7 @@ class _Tokeniser:
         return self.template
 
     def notes(self, pair: PreferencePair, talk: Talk | None, answers: Sequence[Message] = ()) -> tuple[str, ...]:
-        """Return notes on how tokens differ from their pair; `talk` is None for plain text.
-
-        Raises Dropped if the tokens lack what is essential.
-        """
+        """Return how the tokens differ from their pair, or raise Dropped; `talk` is None for plain text."""
         control = self.spelled(pair.prompt, answers)
         if talk is not None and self.template is not None:
             return (*control, *self.template.unused(talk, *answers))

@@ -158,9 +158,6 @@ def people_differences(table: pd.DataFrame) -> dict[str, dict[str, Difference]]:
     }
 
 
-# --- words of the templates ----------------------------------------------------------------------------------
-
-
 def over_seeds(values: pd.Series, sign: str = "") -> str:
     """Return the mean of `values`, one per seed, with Student's t interval at 95 %; without it if all are equal."""
     if values.isna().any():
@@ -177,9 +174,6 @@ def linked(title: str) -> str:
     """Return a link to the section of that title."""
     kept = "".join(letter for letter in title.lower() if letter.isalnum() or letter in " -_")
     return f"[{title}](#{kept.replace(' ', '-')})"
-
-
-# --- charts ----------------------------------------------------------------------------------------------------
 
 
 def forest(results: Sequence[Result]) -> Any:

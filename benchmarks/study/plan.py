@@ -125,14 +125,8 @@ def tuning(run: Run) -> list[Run]:
     return [Run(*place, base, rate) for base in PLAN["bases"].get(run.loss, task.bases) for rate in task.rates]
 
 
-# --- the questions -------------------------------------------------------------------------------------------
-
-
 class Question(NamedTuple):
-    """A claim, where it comes from, and what is compared: by label two runs, or two differences of two runs.
-
-    The runs have no seed yet, and no settings but those that tuning does not choose.
-    """
+    """A claim and what is compared: by label two runs, or two differences of two; seeds and settings come later."""
 
     name: str  # file name of its figure
     title: str
@@ -169,8 +163,6 @@ def question(name: str, title: str, source: str, seeds: int, blocks: Sequence[Ma
 
 
 QUESTIONS = [question(**each) for each in PLAN["questions"]]  # they share the level of the verdicts
-
-# --- runs whose settings are not tuned -----------------------------------------------------------------------
 
 # reward against KL on reviews, on one seed: static β, β-DPO and its control
 PILOT = [

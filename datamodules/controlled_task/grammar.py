@@ -41,8 +41,6 @@ OPENERS = (*POLITE_OPENERS, *PLAIN_OPENERS, *RUDE_OPENERS)
 # optional filler words without meaning; only they vary the length of a well-formed response
 ADVERBS = _words("clearly indeed surely really still truly plainly simply")
 CLOSINGS = _words("today now here always again lately overall anyway")
-
-
 # all words that follow a single space; the two role tags are separate tokens
 _FRAME = _words("my has , and . can you tell me its ? the")
 WORDS = (*_FRAME, *ANIMALS, *ATTRIBUTES, *chain(*VALUES.values()), *OPENERS, *ADVERBS, *CLOSINGS)
@@ -190,10 +188,7 @@ def grade(prompt: str, response: str) -> Grade:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer with all words of the task: 116 tokens; pad 0, bos 1, eos 2, unk 3.
-
-    It adds no special tokens to a text; `tokenise_pairs` adds EOS to a response.
-    """
+    """Return the tokenizer of all words: 116 tokens; pad 0, bos 1, eos 2, unk 3. It adds no special tokens."""
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
     tokens = (*special.values(), HUMAN, ASSISTANT, *(f" {word}" for word in WORDS))
     vocabulary = {token: index for index, token in enumerate(tokens)}

@@ -52,10 +52,7 @@ def prompts(count: int, seed: int, *, split: Split = "held_out") -> list[str]:
 
 
 def demonstrations(count: int, seed: int, *, split: Split = "train") -> list[PreferencePair]:
-    """Return well-formed responses of mixed quality for supervised fine-tuning; `rejected` is None.
-
-    Labels: `kind` (a value of `Kind`, drawn as in `MIXED_QUALITY`) and `chosen_reward`.
-    """
+    """Return well-formed responses of `MIXED_QUALITY`, without rejected ones; labels `kind`, `chosen_reward`."""
     rng = random.Random(f"demonstrations-{split}-{seed}")
     items = []
     for index in range(count):
@@ -140,10 +137,7 @@ def draw_question(rng: random.Random, split: Split) -> Question:
 
 
 def draw_answer(question: Question, kind: Kind, rng: random.Random, *, content: Kind | None = None) -> Answer:
-    """Draw a random well-formed response of the given kind (any but malformed).
-
-    `content` is the kind of a rude response after its opener; by default any other kind, equally often.
-    """
+    """Draw a well-formed response of a kind; a rude one has `content` after its opener, by default of any kind."""
     openers = POLITE_OPENERS if rng.random() < 0.5 else PLAIN_OPENERS
     if kind is Kind.RUDE:
         openers, kind = RUDE_OPENERS, content or rng.choice(LADDER[1:])

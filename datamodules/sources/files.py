@@ -51,10 +51,7 @@ def txt_rows(file: IO[bytes], path: Path) -> Rows:
 
 
 def json_rows(file: IO[bytes], path: Path) -> Rows:
-    """Return (number from 1, value) of each element of an array, or of each line of a file with an object per line.
-
-    Raises UserError for a broken array, because the rows after the fault cannot be separated.
-    """
+    """Return (number from 1, value) of the elements of an array (UserError if it is broken), or of the lines."""
     text = "".join(text_lines(file, path))
     if len(text) > _LARGE:
         log.warning("%s takes about four times its size of memory: .jsonl, an object per line, takes none", path)
@@ -145,10 +142,7 @@ def _refuse_same_names(names: list[str], path: Path) -> None:
 
 
 def text_lines(file: IO[bytes], path: Path) -> Iterator[str]:
-    """Yield the lines, with their ends, of a text in UTF-8, or in UTF-16 if it begins with that byte order mark.
-
-    Raises UserError with the line of invalid text.
-    """
+    """Yield the lines, with their ends, of a text in UTF-8, or UTF-16 with its mark. UserError names a bad line."""
     number = 1
     try:
         start = file.peek(2)  # type: ignore[attr-defined]  # files of gzip and of the disk are buffered

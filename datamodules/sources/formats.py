@@ -21,10 +21,7 @@ _ANSWERS = ("completion", "output", "response", "messages", "conversations")
 
 
 def rename(row: Row, own_names: Mapping[str, str]) -> Row:
-    """Return the row with the columns `own_names` (theirs → ours) under our names.
-
-    A further column that has our name and a value becomes `<name>_in_data`.
-    """
+    """Return the row with the columns `own_names` (theirs → ours) under our names, which others get `_in_data`."""
     own = set(own_names.values())
     rest = {
         f"{name}_in_data" if name in own else name: value
@@ -51,23 +48,17 @@ def without(row: Row, *names: str) -> dict[str, object]:
 
 
 def conversation(row: Row, source: Any) -> Row:
-    """Return the fields of a row with one answer or two whose `messages` or `conversations` hold the dialogue.
-
-    If the sides are whole conversations themselves, as in UltraFeedback, the row stays as it is.
-    """
+    """Return the fields of a row with the dialogue, or with the prompt, in `messages` or `conversations`."""
     name = first_of(row, "messages|conversations")
     if not has_value(row, *_SIDES):
         return rename(row, {name: "response"})
     chosen = spoken(row["chosen"], "chosen")
-    whole = not isinstance(chosen, str) and chosen[0].role != "assistant"
+    whole = not isinstance(chosen, str) and chosen[0].role != "assistant"  # as in UltraFeedback
     return row if whole else rename(row, {name: "prompt"})
 
 
 def alpaca(row: Row, source: Any) -> Row:
-    """Return the fields of a row whose prompt is `instruction` and `input` after the turns of `history`.
-
-    `output` may be a list of two answers with the better one first, as in older files. Raises BadRow.
-    """
+    """Return the fields of a row whose prompt is `instruction` and `input` after the turns of `history`."""
     instruction = first_of(row, "instruction|INSTRUCTION")
     prompt = text(row[instruction], instruction)
     if has_value(row, "input") and text(row["input"], "input").strip():
@@ -78,7 +69,7 @@ def alpaca(row: Row, source: Any) -> Row:
         answer = first_of(row, "output|response|RESPONSE")
         sides = row[answer]
         fields = without(fields, answer)
-        if isinstance(sides, list) and len(sides) == 2:
+        if isinstance(sides, list) and len(sides) == 2:  # as in older files, the better one first
             fields["chosen"], fields["rejected"] = sides
         else:
             fields["response"] = sides
@@ -161,9 +152,8 @@ def spaced(value: object, name: str) -> str:
 def tldr_pair(row: Row, source: Any) -> Row:
     """Return the fields of a row of `openai/summarize_from_feedback`, `comparisons`: two summaries of one post.
 
-    `summaries[choice].text` is chosen. The prompt has the form that the authors gave their models (arXiv
-    2009.01325). Labels: those below, the fields of `extra` (`confidence`) and the other columns. Raises LeftOut for
-    a news article (a part of the validation split), BadRow for a malformed row.
+    The prompt has the form that the authors gave their models (arXiv 2009.01325). Raises LeftOut for a news article
+    (a part of the validation split).
     """
     summaries, best = row["summaries"], zero_or_one(row, "choice")
     if not isinstance(summaries, list) or len(summaries) != 2:
@@ -195,10 +185,8 @@ def tldr_pair(row: Row, source: Any) -> Row:
 def shp_pair(row: Row, source: Any) -> Row:
     """Return the fields of a row of `stanfordnlp/SHP`: a Reddit post and two comments, preferred by their scores.
 
-    `labels` is 1 if comment A is preferred, 0 for B. The prompt is the post as a Human turn of an HH transcript.
-    Labels: all other columns; those of one comment (`score_A`, …) are renamed to its side (`score_chosen`, …).
-    Raises LeftOut if `score_ratio`, the preferred comment's score over the other's, is less than the source's
-    `min_score_ratio`, and BadRow for a malformed row or scores that contradict `labels`.
+    `labels` is 1 if comment A is preferred, 0 for B. The columns of a comment (`score_A`, …) get the name of its
+    side (`score_chosen`, …). Raises LeftOut if the preferred comment has too small a multiple of the other's score.
     """
     chosen, rejected = "AB" if zero_or_one(row, "labels") == 1 else "BA"
     if number(row, f"score_{chosen}") < number(row, f"score_{rejected}"):
@@ -218,9 +206,7 @@ def shp_pair(row: Row, source: Any) -> Row:
 def pku_saferlhf_pair(row: Row, source: Any) -> Row:
     """Return the fields of a row of `PKU-Alignment/PKU-SafeRLHF`: two responses, one better and one safer.
 
-    `source.preferred_by` selects the id of the chosen response. The prompt is the question as a Human turn of an HH
-    transcript. Labels: `better_is_chosen`, `safer_is_chosen` and all other columns; those of one response are
-    renamed to its side (`is_response_0_safe` to `is_chosen_safe`, …). Raises BadRow.
+    The columns of a response are renamed to its side (`is_response_0_safe` to `is_chosen_safe`, …).
     """
     ids = {name: zero_or_one(row, f"{name}_response_id") for name in ("better", "safer")}
     best = ids[source.preferred_by]
@@ -238,9 +224,7 @@ def pku_saferlhf_pair(row: Row, source: Any) -> Row:
 def ultrafeedback_pair(row: Row, source: Any) -> Row:
     """Return the fields of a row of `HuggingFaceH4/ultrafeedback_binarized`: two conversations with scores.
 
-    `chosen` and `rejected` are messages that repeat the prompt; so does `messages`, which is left out. Pairs with
-    equal scores stay, because they are part of the published data. Raises BadRow, also if the rejected response has
-    the higher score.
+    `messages` repeats the chosen one. Pairs with equal scores stay, because they are part of the published data.
     """
     for side in _SIDES:
         if not isinstance(row[side], list):

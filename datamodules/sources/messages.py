@@ -31,9 +31,6 @@ _A_KEY = re.compile(r"""(['"])(role|content|from|value)\1\s*:""")
 _QUOTED = re.compile(r"""['"](\w+)['"]""")
 
 
-# --- messages ---------------------------------------------------------------------------------------------
-
-
 def spoken(value: object, name: str) -> str | tuple[Message, ...]:
     """Return the text or the messages (a list, one, or JSON in text) of the field `name`. Raises BadRow."""
     if isinstance(value, str):
@@ -124,10 +121,7 @@ def template_fields(row: Mapping[str, object]) -> dict[str, Any]:
 
 
 def with_system(prompt: Prompt, system: object) -> Prompt:
-    """Return the prompt with the text of a column `system` as its first message; empty or null changes nothing.
-
-    Raises BadRow if the prompt has another system message, or if its HH turns do not alternate.
-    """
+    """Return the prompt with the text of a column `system`, if any, as its first message. Raises BadRow."""
     if system is None or (isinstance(system, str) and not system.strip()):
         return prompt
     first = Message("system", text(system, "system"))
@@ -143,10 +137,7 @@ def with_system(prompt: Prompt, system: object) -> Prompt:
 
 
 def message_fields(message: Mapping[str, object]) -> dict[str, Any]:
-    """Return the fields of a message that are not null; with tool calls, missing content becomes empty.
-
-    Arguments of a tool call in JSON text become an object, as templates expect. Raises BadRow.
-    """
+    """Return the fields of a message that are not null, in the form that chat templates expect. Raises BadRow."""
     fields: dict[str, Any] = _without_null(message)
     for name in ("thinking", "reasoning"):  # older names, which transformers accepts
         if isinstance(fields.get(name), str):
@@ -177,9 +168,6 @@ def _without_null(value: object) -> Any:
     if isinstance(value, Mapping):
         return {str(name): _without_null(field) for name, field in value.items() if field is not None}
     return [_without_null(item) for item in value] if isinstance(value, list) else value
-
-
-# --- HH transcripts: turns "\n\nHuman: …" and "\n\nAssistant: …" in one text ---------------------------------
 
 
 def split_transcript(transcript: str, name: str) -> tuple[str, str]:
@@ -221,10 +209,7 @@ def transcript(turns: Sequence[Message]) -> str:
 
 
 def prompt_messages(prompt: Prompt) -> tuple[Message, ...]:
-    """Return any prompt as messages: its own, the turns of an HH prompt, or a single user turn.
-
-    Raises ValueError unless the turns of an HH prompt alternate, with a Human turn first and last.
-    """
+    """Return a prompt as messages: its own, HH turns (ValueError unless they alternate), or a single user turn."""
     if not isinstance(prompt, str):
         return prompt
     if not is_transcript_prompt(prompt):

@@ -60,12 +60,11 @@ def read_pairs(
     prompts_only: bool = False,
     **options: Any,
 ) -> PairStream:
-    """Return the pairs of a source, in order, named by its label. Raises UserError if the source does not exist.
+    """Return the pairs of a source (given, or by its `path` and other fields), in order, named by its label.
 
-    The source is given, or its `path` and, as `options`, its other fields. A pair's id is its field `pair_id` (text
-    or integer, unique) or `<file or dataset>:<line or row number>`. `on_bad_row`: "error" raises at the first bad
-    row, "skip" leaves it out and counts it in the stream's `report`. Reading raises UserError for a source without
-    a usable row and, in both modes, for a file that is damaged as a whole. For the other arguments see `read_row`.
+    A pair's id is its field `pair_id` (text or integer, unique) or `<file or dataset>:<line or row number>`.
+    `on_bad_row`: "error" raises UserError at the first bad row, "skip" leaves it out and counts it in the stream's
+    `report`. A source that is absent, damaged as a whole, or without a usable row is a UserError in both modes.
     """
     source = Source(path, **options) if isinstance(path, str) else path
     opened = source.open()
