@@ -192,7 +192,9 @@ class ChatTemplate:
             lost.remove(THOUGHTS[0])
         if lost:
             raise Dropped(f"the chat template has no place for {lost[0]}")
-        return tuple(f"field not used by the chat template: {name}" for name in unused if name not in ESSENTIAL)
+        return tuple(
+            f"with a field unused by the chat template: {name}" for name in unused if name not in ESSENTIAL
+        )
 
     def anchor(self, prompt: str) -> str:
         """Return a prompt from its last special or added token: only this part affects a response's tokens."""

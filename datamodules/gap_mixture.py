@@ -17,7 +17,7 @@ from app.core.errors import UserError
 from app.core.files import file_hash
 from app.core.samples import read_samples
 from app.method.ranges import Seed, Share, checked
-from datamodules.records import PreferencePair, RowReport, read_prompt
+from datamodules.records import PreferencePair, RowReport, blank, read_prompt
 from datamodules.sources.messages import prompt_key
 from datamodules.sources.pairs import PairStream
 from datamodules.table import PairTable, joined
@@ -82,7 +82,7 @@ def replaced_stream(stream: PairStream, path: str) -> PairStream:
                 file.seek(next(turn))
                 sample = json.loads(file.readline())
                 response = sample["response"]
-                if not response.strip():
+                if blank(response):
                     report.note("skipped: the sample is empty", pair.pair_id)
                 elif response.strip() == pair.chosen.strip():
                     report.note("skipped: the sample is the chosen response", pair.pair_id)

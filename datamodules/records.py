@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
+from unicodedata import category
 
 import numpy as np
 
@@ -172,6 +173,11 @@ def decoded(value: str, name: str) -> object:
 def missing(value: object) -> bool:
     """Return whether a value is missing: null, or NaN, which means null in tables."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def blank(text: str) -> bool:
+    """Return whether a text shows nothing: it holds spaces, control and format characters (U+200B, …) alone."""
+    return all(sign.isspace() or category(sign) in ("Cc", "Cf") for sign in text)
 
 
 def has_value(row: Mapping[str, object], *names: str) -> bool:

@@ -35,7 +35,7 @@ from datamodules.tokenisation import Tokenisation, tokenise_pairs, tokenizer_fin
 
 log = logging.getLogger(__name__)
 
-TABLE_VERSION = 12  # raise if a change of reading, tokenising or the schema changes the content of tables
+TABLE_VERSION = 13  # raise if a change of reading, tokenising or the schema changes the content of tables
 FILES = ("pairs.arrow", "table.json")  # the rows; their checksum and what else is known of them
 UNKNOWN = "text that the tokenizer does not know"
 _FOUND = b"found"  # the metadata of a batch in a part: what became of its pairs

@@ -26,6 +26,11 @@ from lightning_modules.sharded_loading import embedding_tables, refuse_values
 
 log = logging.getLogger(__name__)
 
+# a word in an error of transformers or torch, which advise to run whatever code the files hold → the reason to give
+REASONS = {
+    "trust_remote_code": "it brings code of its own, which is run only with model.trust_remote_code: true.",
+    "weights_only": "a .bin file is damaged, or holds more than weights: fetch it again, or take safetensors",
+}
 # what transformers accepts and cannot be trained: float16 overflows, integers round, other storage is for sharding
 QUANTIZATION: dict[str, tuple[Any, ...]] = {
     "bnb_4bit_quant_type": ("fp4", "nf4"),
@@ -46,7 +51,7 @@ def load_config(name: str | None, architecture: dict[str, Any] | None, trust_rem
     if name is not None:
         refuse_path(name)
         cure = "give a folder that holds config.json and weights, or a Hub id that this machine can reach"
-        with refused(f"model.name: no model at {name!r} ({cure})"):
+        with refused(f"model.name: no model at {name!r} ({cure})", REASONS):
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     else:
         with refused("model.architecture (a model_type that transformers knows, such as llama, and its settings)"):
@@ -96,7 +101,7 @@ def load_model(
             options |= {"quantization_config": quantized, "device_map": {"": device}}
             # it says at every product that 8 bits are multiplied in float16
             logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        with refused(f"model.name: cannot load {name!r}"):
+        with refused(f"model.name: cannot load {name!r}", REASONS):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )

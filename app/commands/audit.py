@@ -82,7 +82,10 @@ def audit(
     if signal in signals:
         better = [name for name in list(SIGNALS)[: list(SIGNALS).index(signal)] if name not in signals]
         without = f"; the run has no usable {' or '.join(better)}" if better else ""
-        print(f"Ranked by {signal}: {signals[signal]}{without}.")
+        right = histories.reference_margin.dropna() > 0
+        doubt = f" Its reference prefers the labelled response in {right.mean():.0%} of the pairs, as chance may."
+        doubt = doubt if "reference" in better and len(right) else ""
+        print(f"Ranked by {signal}: {signals[signal]}{without}.{doubt}")
     worst, outliers = suspects(histories, SIGNALS[signal], count), suspects(histories, "outlier", count)
     listed = pd.concat({"mislabelled": worst, "outlier": outliers}, names=["listed_as"]).reset_index("listed_as")
     texts = pd.DataFrame(map(pairs.texts, listed.pair_id), index=listed.index)

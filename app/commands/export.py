@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from app.cli.mistakes import checked_command
 from app.commands.export_files import generation_config, model_card, spell_for_others, write_chat_template
-from app.core.errors import UserError
+from app.core.errors import UserError, renamed
 from app.core.files import atomic_folder
 from app.method.ranges import PositiveFloat
 from datamodules.tokenisation import FILE_TEXT
@@ -164,10 +164,8 @@ def plain_model(state: dict[str, Any], base: str | None) -> Any:
         return model
     place = base or state["lora"]["base"]
     quantized = quantization(state.get("quantize"), torch.float32)
-    try:
+    with renamed({"model.name": "--base: the adapters need their model"}):
         model = load_model(place, quantized=quantized)
-    except UserError as error:
-        raise UserError(f"--base: the adapters belong to the model {place}. {error}") from error
     if model_identity(place, model.config) != state["lora"]["identity"]:
         raise UserError(f"--base: {place} is another model than the adapters belong to, or its files have changed.")
     return model if quantized is None else model.dequantize()

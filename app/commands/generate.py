@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from app.cli.mistakes import checked_command
 from app.commands.benchmarks import ENDINGS, Form, answer_file, further_turns, read_questions
 from app.commands.sampling import Batch, LocalSampler, Sampler, ServedSampler, generator_state, restore_generator
-from app.core.errors import UserError
+from app.core.errors import UserError, renamed
 from app.core.files import Parts, atomic_file, locked, refuse_place
 from app.core.samples import SAMPLE_FIELDS, sample_line
 from app.judges.endpoint import SamplingServer
@@ -29,9 +29,13 @@ from datamodules.tokenisation import Tokenisation
 HERE = SamplingServer()
 PROMPT_LENGTH = 256
 ELSEWHERE = "name another file by out"
+# options of the data in errors → ours
+OWN_NAMES = {f"data.{name}": name for name in ("split", "subset", "max_prompt_length", "chat_template")}
+OWN_NAMES |= {"data.path": "prompts", "data.tokenizer": "the model's tokenizer"}
 
 
 @checked_command
+@renamed(OWN_NAMES)
 def generate(
     model: str,
     out: str,

@@ -19,7 +19,7 @@ from app.cli.mistakes import checked_command
 from app.core.errors import UserError
 from app.core.intervals import Estimate, bootstrap_mean, length_controlled, wilson
 from app.judges import Answer, Judge
-from app.judges.answers import aligned, sampled_answers
+from app.judges.answers import aligned, rival_answers, sampled_answers
 from app.judges.endpoint import Endpoint
 from app.judges.rewards import HOW_TO_ASK, VERDICTS, TrueReward, chosen_judge
 
@@ -55,7 +55,8 @@ def judge(
     """
     if not answers or (len(answers) == 1 and by == "endpoint"):
         raise UserError("answers: give at least two files, the last of which is the rival of the others.")
-    compared = [aligned(path, answers[-1]) for path in answers[:-1]]
+    rivals = rival_answers(answers[-1]) if answers[1:] else None
+    compared = [aligned(path, answers[-1], rivals) for path in answers[:-1]]
     last = compared[0][1] if compared else sampled_answers(answers[-1])
     names = short_names([Path(path).with_suffix("") for path in answers])
     with chosen_judge(by, model, reward, reward_args, verdicts, endpoint) as judge:

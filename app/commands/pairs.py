@@ -17,6 +17,9 @@ from app.judges import Answer
 from app.judges.answers import sampled_answers
 from app.judges.rewards import HOW_TO_ASK, VERDICTS, chosen_judge
 from app.method.ranges import Seed, Share
+from datamodules.records import BadRow, Message, blank
+from datamodules.sources.pairs import read_row
+from datamodules.sources.source import Source
 
 Ranks = Literal["best_worst", "adjacent"]
 
@@ -38,7 +41,7 @@ def pairs(
     """Rank the SAMPLES of each prompt by their reward and write preference pairs to OUT, which `data.path` takes.
 
     A prompt with a sample that is cut or empty, or with too few samples, makes no pair; neither do two samples of
-    equal text or reward. Each is counted.
+    equal text or reward, nor two that `data.path` would not read as they are. Each is counted.
 
     Args:
         samples: file of `beta-dpo generate --samples N`.
@@ -96,7 +99,7 @@ def pairs_of(
     group: Sequence[tuple[float, Answer]], ranks: Ranks | list[list[int]], reuse: bool, left_out: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     """Yield the pairs of one prompt from its samples with rewards, best first, and count in `left_out` why not."""
-    if not all(row["finished"] and row["response"].strip() for _, row in group):
+    if not all(row["finished"] and not blank(row["response"]) for _, row in group):
         left_out["prompts with a sample that is cut or empty"] += 1
         return
     wanted: Sequence[Sequence[int]] = [[1, -1]]
@@ -117,11 +120,23 @@ def pairs_of(
             left_out["pairs of equal text or reward"] += 1
             continue
         shared = [name for name in chosen if name not in SAMPLE_FIELDS and chosen[name] == rejected.get(name)]
-        yield {name: chosen[name] for name in shared} | {
+        said = [row["response"] for row in (chosen, rejected)]
+        chat = not isinstance(chosen["prompt"], str)
+        sides = [[Message("assistant", text)] if chat else text for text in said]  # in a message JSON stays text
+        pair = {name: chosen[name] for name in shared} | {
             "pair_id": f"{chosen['prompt_id']}/{best + 1}-{worst + 1}",
-            "prompt": chosen["prompt"],
-            "chosen": chosen["response"],
-            "rejected": rejected["response"],
+            "prompt": list(chosen["prompt"]) if chat else chosen["prompt"],
+            "chosen": sides[0],
+            "rejected": sides[1],
             "chosen_reward": high,
             "rejected_reward": low,
         }
+        try:
+            read, _ = read_row(pair, "", Source("pairs"), need_rejected=True)
+            why = "" if [read.chosen, read.rejected] == said else "text that is messages in JSON"
+        except BadRow as bad:
+            why = bad.reason
+        if why:
+            left_out[f"pairs that data.path would not read as they are ({why})"] += 1
+        else:
+            yield pair

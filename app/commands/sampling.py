@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from app.core.errors import UserError
+from app.core.errors import UserError, renamed
 from app.core.samples import as_sample, sample
 from app.judges import Answer
 from app.judges.endpoint import Client, SamplingServer, first_choice
@@ -44,10 +44,8 @@ class LocalSampler:
         self.models: list[tuple[str, Any]] = []
         for option, name in {"model": model, "reference": reference}.items():
             if name is not None:
-                try:
+                with renamed({"model.name": option}):
                     self.models.append((name, load_model(name).eval().to(self.device)))
-                except UserError as error:
-                    raise UserError(str(error).replace("model.name", option, 1)) from error
         self.model = self.models[0][1]
         self.tokenizer = read_tokenizer(model, "model")
         if reference is not None:

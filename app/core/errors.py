@@ -3,10 +3,11 @@
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from textwrap import shorten
+from types import MappingProxyType
 from typing import NoReturn
 
 RESUME = "With --ckpt_path last, the command resumes from the last checkpoint in its log folder, if there is one."
@@ -51,18 +52,29 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def refused(what: str) -> Iterator[None]:
-    """Raise UserError with the reason for any exception in the block, because damaged files may raise anything."""
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Raise the block's UserError with other names of options (ours → those of the command that the user runs)."""
+    try:
+        yield
+    except UserError as error:
+        said = str(error)
+        for ours, theirs in names.items():
+            said = said.replace(ours, theirs)
+        raise UserError(said) from error
+
+
+@contextmanager
+def refused(what: str, known: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+    """Raise UserError with the reason for any exception in the block, because damaged files may raise anything.
+
+    `known`: a word in the text of an exception → the reason to give for it.
+    """
     try:
         yield
     except Exception as error:
         text = str(error)
         lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
         said = shorten(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), 300)
-        if "trust_remote_code" in text:
-            said = "it brings code of its own, which is run only with model.trust_remote_code: true."
-        elif "weights_only" in text:  # torch advises to run whatever code the file holds
-            said = "a .bin file is damaged, or holds more than weights: fetch it again, or take safetensors"
-        elif " " not in said:
-            said = f"{type(error).__name__} {said}"
+        said = said if " " in said else f"{type(error).__name__} {said}"
+        said = next((reason for word, reason in known.items() if word in text), said)
         raise UserError(f"{what}: {said}") from error

@@ -161,7 +161,7 @@ def _json_value(line: bytes | str) -> object:
     try:
         return json.loads((line if isinstance(line, str) else line.decode()).rstrip(), object_pairs_hook=_object)
     except UnicodeDecodeError:
-        return BadRow("invalid UTF-8")
+        return BadRow("invalid UTF-8", "save the file in UTF-8")
     except (ValueError, RecursionError) as error:  # a number that is too long raises another ValueError
         return BadRow("bad JSON", first_line(error).replace("line 1 ", ""))
 

@@ -273,10 +273,10 @@ class Format:
             lacking = [name for name in lacking if name not in _SIDES or name not in row]
         return lacking
 
-    def nearness(self, row: Row) -> tuple[int, int]:
-        """Return what is largest for the format that is nearest to a row: most fields held, then fewest lacking."""
+    def nearness(self, row: Row) -> int:
+        """Return what is largest for the format that is nearest to a row: the fields held less those lacking."""
         held = len(self.fields) - (lacking := len(self.lacking(row)))
-        return held, -lacking if held else 0
+        return held - lacking if held else -99
 
 
 _TURN = {"role": "user", "content": "2 + 2?"}

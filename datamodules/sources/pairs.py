@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -16,6 +17,7 @@ from datamodules.records import (
     PreferencePair,
     Prompt,
     RowReport,
+    blank,
     has_value,
     kind,
     missing,
@@ -98,7 +100,7 @@ def read_pairs(
                 first_bad = first_bad or f"{location}: {bad}"
                 continue
             seen.add(pair.pair_id)
-            report.counts.update(["pairs", *(f"field ignored: {name}" for name in ignored)])
+            report.counts.update(["pairs", *(f"with no use for {name}" for name in ignored)])
             yield pair
         if not report.counts["rows"]:
             raise UserError(f"{opened.name} holds no row: check data.path.")
@@ -171,7 +173,7 @@ def _pair(row: Row, default_id: str, format: str) -> PreferencePair:
         raise BadRow("no shared prompt")
     prompt = with_system(found[0][0], row.get("system"))
     turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    if format != "text" and (not turns or not turns[-1].content.strip()):
+    if format != "text" and (not turns or blank(turns[-1].content)):
         raise BadRow("empty prompt")
     if format != "text" and turns[-1].role not in ("user", "tool"):
         raise BadRow("turns out of order", f"the prompt ends with a message of role {turns[-1].role}")
@@ -179,7 +181,7 @@ def _pair(row: Row, default_id: str, format: str) -> PreferencePair:
         raise BadRow("turns out of order", "a system message is not the first one")
     answers = [Message("assistant", answer) if isinstance(answer, str) else answer for _, answer in found]
     for answer, side in zip(answers, sides, strict=True):
-        if not answer.content.strip() and not answer.get("tool_calls"):
+        if blank(answer.content) and not answer.get("tool_calls"):
             raise BadRow(f"empty {side}")
     if answers[0] in answers[1:]:
         raise BadRow("chosen equals rejected")
@@ -244,7 +246,9 @@ def _format_of(row: Row, named: str, need_rejected: bool, prompts_only: bool) ->
     one = max(asked or formats, key=lambda one: one.nearness(row))
     lacking = [name.partition("|")[0] for name in one.lacking(row)]
     known = f"the nearest format is {one.name}: {', '.join(one.fields).replace('|', ' or ')}"
-    yours = [f"{name}: {(get_close_matches(name, map(str, row), n=1) or ['YOURS'])[0]}" for name in lacking]
+    near = {name: (get_close_matches(name, map(str, row), n=1) or ["YOURS"])[0] for name in lacking}
+    alike = Counter(near.values())
+    yours = [f"{name}: {found if alike[found] == 1 else 'YOURS'}" for name, found in near.items()]
     cure = "" if prompts_only else f"; data.columns: {{{', '.join(yours)}}} says what yours are called"
     raise BadRow("missing field", f"{', '.join(lacking)}; {known}; {_found(row)}{cure}")
 

@@ -86,7 +86,9 @@ def test_flipped_pairs_are_listed_with_the_texts_that_were_trained_on(
             str(pair.rejected).strip(),
         )
     # the random reference knows nothing
-    assert "Ranked by gaps: the mean gap rose above 0; the run has no usable reference." in shown
+    assert (
+        "Ranked by gaps: the mean gap rose above 0; the run has no usable reference. Its reference prefers" in shown
+    )
     for kind in ("mislabelled", "outlier"):
         scores = [row[kind] for row in rows if row["listed_as"] == kind]
         assert scores == sorted(scores, reverse=True)
@@ -148,7 +150,7 @@ def test_what_the_clean_data_lacks_is_said(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     texts: Any = SimpleNamespace(data=PreferenceData(str(tmp_path / "a.jsonl"), on_bad_row="skip"))
     write_clean(str(tmp_path / "clean.jsonl"), texts, set(), False, "")
-    lacks = "clean.jsonl lacks, of a.jsonl: 1 field ignored: votes; 1 skipped: missing field (first: a.jsonl:2)"
+    lacks = "clean.jsonl lacks, of a.jsonl: 1 with no use for votes; 1 skipped: missing field (first: a.jsonl:2)"
     assert lacks in capsys.readouterr().out
 
 

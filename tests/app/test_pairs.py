@@ -87,6 +87,29 @@ def test_a_prompt_with_fewer_samples_does_not_stop_the_others(
     assert f"{out} (replaces the one that was there)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_sample_that_is_messages_in_json_stays_text_or_is_counted(
+    chat: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [json.dumps({"role": "assistant", "content": said}) for said in ("a", "b")]
+
+    def asked(start: str) -> object:
+        return [{"role": "user", "content": f"{start}?"}] if chat else f"{start}?"
+
+    rows = [
+        {"prompt_id": start, "prompt": asked(start), "response": start + text}
+        for start in ("", "Say: ")
+        for text in texts
+    ]
+    samples, out = tmp_path / "samples.jsonl", tmp_path / "pairs.jsonl"
+    samples.write_text("".join(json.dumps(row | {"good": n}) + "\n" for n, row in enumerate(rows)))
+    pairs(str(samples), str(out), reward="good")
+    read = [pair.chosen for pair in read_pairs(str(out), need_rejected=True)]
+    assert read == [*[texts[1]] * chat, f"Say: {texts[1]}"]
+    told = "left out: 1 pairs that data.path would not read as they are (text that is messages in JSON)"
+    assert (told in capsys.readouterr().out) != chat
+
+
 def test_the_samples_are_not_replaced_and_own_columns_are_not_the_pairs(tmp_path: Path) -> None:
     samples = sample_file(tmp_path, chosen_reward=-1)
     before = Path(samples).read_text()

@@ -171,7 +171,7 @@ def test_a_thought_that_the_generation_prompt_begins_is_trained() -> None:
 def test_what_the_template_does_not_use_of_a_message_is_named() -> None:
     tokenizer = FAMILIES["chatml_on_a_base_tokenizer"].tokenizer()
     pair = replace(PAIR, prompt=(Message("user", "Hi", weight=1.0),), template_kwargs={"speed": 2})
-    named = [f"field not used by the chat template: {name}" for name in ("weight", "speed")]
+    named = [f"with a field unused by the chat template: {name}" for name in ("weight", "speed")]
     assert tokenise_pair(pair, tokenizer, Tokenisation())[1] == named
     assert tokenise_prompts([pair], tokenizer, Tokenisation())[0][1] == named
 

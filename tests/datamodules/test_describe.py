@@ -73,7 +73,7 @@ def test_a_column_without_a_value_is_no_label(tmp_path: Path) -> None:
     data.tokenizer = byte_tokenizer()
     table, found = table_of(data)
     assert table.labels(found) == {"note": [None, "x"]}
-    assert "1 field ignored: votes" in describe(table, found)[0]
+    assert "1 with no use for votes" in describe(table, found)[0]
 
 
 def test_answers_that_differ_in_outer_spaces_alone_are_told(tmp_path: Path) -> None:

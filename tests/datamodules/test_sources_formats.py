@@ -122,6 +122,14 @@ def test_a_function_call_is_a_tool_call() -> None:
             {"frage": "hi", "gut": "a"},
             r"nearest format is pairs: prompt, chosen, rejected; columns found: frage, gut",
         ),
+        (
+            {"prompt": "hi", "response_1": "a", "response_2": "b", "preference_strength": 1},  # HelpSteer2
+            "nearest format is pairs",
+        ),
+        (
+            {"prompt": "hi", "response_1": "a", "response_0": "b", "better_response": 1},
+            "better_response_id, safer_response_id.*{better_response_id: YOURS, safer_response_id: YOURS}",
+        ),
         ({"messages": [TURN], "chosen": None, "rejected": NO}, "empty chosen .no value"),
         ({"prompt": "hi", "generation": None}, "empty response .no value"),
         ({"question": "hi", "response": None}, "empty response .no value"),

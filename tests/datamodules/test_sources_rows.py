@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import UserError
-from datamodules.records import BadRow, Message, PreferencePair, Prompt
+from datamodules.records import BadRow, Message, PreferencePair, Prompt, blank
 from datamodules.sources.files import arrow_rows
 from datamodules.sources.messages import prompt_messages
 from datamodules.sources.pairs import read_pairs, read_row
@@ -139,6 +139,9 @@ def test_demonstrations_have_no_rejected_and_are_refused_on_demand(row: dict[str
         ({"prompt": [{"role": "user", "content": ""}], "chosen": "a", "rejected": "b"}, "empty prompt"),
         ({"prompt": "hi", "chosen": " ", "rejected": "b"}, "empty chosen"),
         ({"prompt": "hi", "chosen": "a", "rejected": "\u3000"}, "empty rejected"),
+        ({"prompt": "hi", "chosen": "\u200b", "rejected": "b"}, "empty chosen"),
+        ({"prompt": "hi", "chosen": [says("a")], "rejected": [says(" \ufeff\u00ad\0")]}, "empty rejected"),
+        ({"prompt": "\u2060", "chosen": "a", "rejected": "b"}, "empty prompt"),
         ({"prompt": "hi", "response": ""}, "empty response"),
         ({"prompt": "hi", "chosen": [], "rejected": []}, "empty chosen"),
         ({"prompt": "hi", "chosen": "a", "rejected": "a"}, "chosen equals rejected"),
@@ -304,7 +307,7 @@ def test_paths_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(
-    lambda value: value.strip()
+    lambda value: not blank(value)
 )
 label = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | text
 

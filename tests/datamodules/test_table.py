@@ -173,7 +173,7 @@ def test_the_report_adds_up_and_says_where(tmp_path: Path) -> None:
         "skipped: empty chosen": 1,
         "dropped: BOS or EOS within chosen": 1,
         "prompt truncated": 1,
-        "field ignored: votes": 1,
+        "with no use for votes": 1,
     }
     assert part.report.examples == {
         "skipped: empty chosen": ["p.jsonl:6"],
