@@ -105,7 +105,7 @@ OURS = {VARLEN: attend_varlen, FLEX: attend_flex, PAIRWISE: attend_pairwise}
 
 @torch.compiler.disable  # compiled layers call it uncompiled; FlexAttention is compiled separately
 def implementation(
-    name: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    name: str, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
     """Return the output [1, T, heads, d] and no weights. Raises ValueError for options that the attention lacks."""
     if options.get("pair_runs") is None:
@@ -116,7 +116,7 @@ def implementation(
     if name != PAIRWISE:  # rotary positions leave queries and keys in float32
         query, key, value = (states.to(compute_dtype(value)) for states in (query, key, value))
     chosen = Options(options.get("sliding_window"), options.get("scaling"), options.get("softcap"))
-    return OURS[name](query, key, value, options["pair_runs"], chosen).transpose(1, 2), None
+    return OURS[name](query, key, value, options["pair_runs"], chosen).transpose(1, 2).contiguous(), None
 
 
 for name in OURS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from app.method.batch import Layout, OptimizerBatch, PackedRows
 from lightning_modules.attention import VARLEN, attentions
 from lightning_modules.flex import FLEX
 from lightning_modules.measuring import Ranks
-from lightning_modules.scorer import ResponseScorer, response_logps, response_tokens
+from lightning_modules.scorer import LogitRule, ResponseScorer, response_logps, response_tokens
 from lightning_modules.sharding import clip_gradients, gradient_sync
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,13 @@ class Sample(NamedTuple):
         """Return the largest difference of `scores` from those expected, where these are finite."""
         apart = (scores.detach().cpu() - self.expected).abs().nan_to_num(nan=math.inf)
         return apart.masked_fill(~self.expected.isfinite(), 0).max()
+
+
+def with_other_ends(rows: PackedRows) -> PackedRows:
+    """Return `rows` with another last token of each response, after which a causal model predicts nothing."""
+    ends = rows.predict_index[rows.response_tokens.cumsum(0) - 1] + 1
+    ids = rows.input_ids.flatten().index_copy(0, ends, rows.input_ids.flatten()[ends - 1])
+    return replace(rows, input_ids=ids.view_as(rows.input_ids), _remembered={})
 
 
 @dataclass(frozen=True)
@@ -172,22 +179,28 @@ class StartCheck:
         """Return a few pairs, scored in plain rows by the model's head. Raises UserError if ours differs."""
         pairs = list(range(min(CHECKED_PAIRS, len(batch.positions))))
         rows = self.ranks.match(batch.micro_batches(self.responses, "separate", math.inf, pairs))
+        kind = self.policy.model.config.model_type
         with self.policy.as_loaded(), torch.no_grad():
             expected = self._scores(rows, whole_logits=True).cpu()
-            apart = Sample(batch, pairs, expected).apart(self._scores(rows))
-        if float(self.ranks.reduce(apart, "max")) > TOLERANCE[self.dtype]:
-            name = self.policy.model.name_or_path or "this architecture"
-            said = f"the output head of {name} is not supported"
-            said += ": its log-probabilities differ from those of transformers"
-            again = Sample(batch, pairs, expected).apart(self._scores(rows, whole_logits=True))
-            if float(self.ranks.reduce(again, "max")) > TOLERANCE[self.dtype]:
-                said = (
-                    f"{name} draws random numbers in training, so that policy and reference differ: choose another"
-                )
-            raise UserError(f"model.name: {said}.")
+            sample = Sample(batch, pairs, expected)
+            if self._differ(sample, self._scores(list(map(with_other_ends, rows)), whole_logits=True)):
+                cure = "whose tokens attend to later ones: take a causal model (decoder only)"
+                raise UserError(f"model.name: {self.policy.model.name_or_path} is a {kind}, {cure}.")
+            for rule in LogitRule.candidates(self.policy.text_config):
+                for scorer in self.scorers:
+                    scorer.logit_rule = rule
+                if not self._differ(sample, self._scores(rows)):
+                    break
+            else:
+                said = "its log-probabilities differ from those of transformers: choose another"
+                raise UserError(f"model.name: the output head of a {kind} is not supported, {said}.")
         # a pair that is not finite tests nothing, and would make its packed row NaN; one side may be finite
         finite = expected.isfinite().all(dim=1)
         return Sample(batch, [pair for pair in pairs if finite[pair]], expected.masked_fill(~finite[:, None], 0))
+
+    def _differ(self, sample: Sample, scores: Tensor) -> bool:
+        """Return whether `scores` differ on any rank from those of `sample`, more than rounding explains."""
+        return float(self.ranks.reduce(sample.apart(scores), "max")) > TOLERANCE[self.dtype]
 
     def _alone_sample(self, batch: OptimizerBatch) -> Sample:
         """Return the pairs of the batch, every response scored in a micro-batch of its own, free of other rows."""

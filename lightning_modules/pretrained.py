@@ -43,8 +43,7 @@ QUANTIZATION: dict[str, tuple[Any, ...]] = {
 def load_config(name: str | None, architecture: dict[str, Any] | None, trust_remote_code: bool) -> Any:
     """Return the Hugging Face configuration of one of `name` and `architecture`, or raise UserError.
 
-    Dropout and the jitter of experts are off: the policy would differ from the reference, and the two passes of a
-    step from each other.
+    Dropout is off: the policy would differ from the reference, and the two passes of a step from each other.
     """
     if (name is None) == (architecture is None):
         raise UserError("Give either model.name (a folder or Hub id) or model.architecture (of a random model).")
@@ -61,7 +60,7 @@ def load_config(name: str | None, architecture: dict[str, Any] | None, trust_rem
     refuse_config(config, name or "model.architecture")
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         for field, value in vars(part).items() if part is not None else ():
-            if ("drop" in field or "jitter" in field) and isinstance(value, float) and value > 0:
+            if "drop" in field and isinstance(value, float) and value > 0:
                 log.info("dropout is off during preference training: %s %s → 0", field, value)
                 setattr(part, field, 0.0)
     return config
@@ -110,7 +109,8 @@ def load_model(
         refuse_values(name, model)
         head, text = model.get_output_embeddings(), model.config.get_text_config()
         apart = head is not None and head.weight is not model.get_input_embeddings().weight
-        if apart and text.tie_word_embeddings:  # the files hold both, and so must those of the exported model
+        # the files hold both, and so must those of the exported model
+        if apart and getattr(text, "tie_word_embeddings", False):
             log.warning("model.name: the head in %r is not its embeddings, which its configuration ties", name)
             text.tie_word_embeddings = model.config.tie_word_embeddings = False
     if quantized is not None:

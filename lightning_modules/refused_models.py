@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoTokenizer
+from transformers import AutoTokenizer
 
 from app.core.errors import UserError
 from app.core.files import refuse_absent, refuse_pointers
@@ -59,8 +59,7 @@ def refuse_config(config: Any, name: str) -> None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         cure = "which cannot be trained: take the model that they were made from"
         raise UserError(f"model.name: {name} holds quantised weights ({method}), {cure}.")
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if encoder or getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False):
         cure = "whose tokens attend to later ones: take a causal model (decoder only)"
         raise UserError(f"model.name: {name} is a {config.model_type}, {cure}.")
 

@@ -49,7 +49,15 @@ class ResponseScorer(nn.Module):
         self.layout: Layout | None = None  # of the rows, known after the start-up check
         self.compiled = False  # the layers
         self.text_config = model.config.get_text_config()  # of the decoder, also in a model of images and text
-        self.logit_rule = LogitRule.of(self.text_config)
+        self.logit_rule = LogitRule.candidates(self.text_config)[0]  # the start-up check may take another
+
+    def train(self, mode: bool = True) -> ResponseScorer:
+        """Set the mode of all modules but experts with jitter, for which the two passes of a step would differ."""
+        super().train(mode)
+        for module in self.modules():
+            if any("jitter" in name and value for name, value in vars(module).items()):
+                nn.Module.eval(module)
+        return self
 
     def use_attention(self, name: str) -> None:
         if name != self.attention:  # families with a single implementation warn when it is set
@@ -153,17 +161,23 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class LogitRule(NamedTuple):
-    """The scale and soft cap that some model families apply to logits; the start-up check detects other rules."""
+    """The scale and soft cap that some model families apply to logits."""
 
     scale: float = 1.0
     cap: float | None = None  # logits become cap·tanh(logits/cap)
 
     @classmethod
-    def of(cls, config: Any) -> LogitRule:
-        """Return the rule of a Hugging Face configuration."""
-        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-        divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
-        return cls(scale / divisor, getattr(config, "final_logit_softcapping", None))  # Gemma 2
+    def candidates(cls, config: Any) -> list[LogitRule]:
+        """Return the rules that a Hugging Face configuration may mean, the likeliest first."""
+
+        def setting(*names: str) -> Any:
+            return next((value for name in names if (value := getattr(config, name, None))), None)
+
+        scale = setting("logit_scale", "lm_head_multiplier") or 1.0  # Cohere, Falcon H1
+        cap = setting("final_logit_softcapping", "logits_soft_cap")  # Gemma 2, RecurrentGemma
+        scaling = setting("logits_scaling") or 1.0
+        # Granite; Gemma 3 with images, which ignores its cap; HyperCLOVA X
+        return [cls(scale / scaling, cap), cls(scale / scaling), cls(scale * scaling, cap)]
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

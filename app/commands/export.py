@@ -156,7 +156,7 @@ def plain_model(state: dict[str, Any], base: str | None) -> Any:
     UserError if it is not there, or another model.
     """
     if weights := policy_weights(state)[0]:
-        settings = json.loads(state["model_config"])
+        settings = json.loads(state["model_config"], object_hook=number)
         model = bare_model(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=torch.float32)
         weights = {name.replace("base_layer.", ""): weight.float() for name, weight in weights.items()}
         model.load_state_dict(weights, assign=True)
@@ -169,6 +169,11 @@ def plain_model(state: dict[str, Any], base: str | None) -> Any:
     if model_identity(place, model.config) != state["lora"]["identity"]:
         raise UserError(f"--base: {place} is another model than the adapters belong to, or its files have changed.")
     return model if quantized is None else model.dequantize()
+
+
+def number(fields: dict[str, Any]) -> Any:
+    """Return the infinity or NaN that transformers writes as such `fields` of JSON; others unchanged."""
+    return float(fields["__float__"]) if "__float__" in fields else fields
 
 
 def policy_model(state: dict[str, Any], base: str | None) -> Any:

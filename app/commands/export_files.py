@@ -104,7 +104,7 @@ def _config(fields: Fields) -> Fields:
         fields |= {"torch_dtype": fields["dtype"]}
     rope = fields.get("rope_parameters") or {}
     full, sliding = rope.get("full_attention"), rope.get("sliding_attention")
-    if full and sliding:  # Gemma 3
+    if full and sliding and fields["model_type"].startswith("gemma3"):
         return fields | _rope(full, fields) | {"rope_local_base_freq": sliding["rope_theta"]}
     return fields | _rope(rope, fields) if "rope_theta" in rope else fields
 

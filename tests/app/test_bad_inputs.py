@@ -238,7 +238,7 @@ OF_A_MODEL: dict[str, tuple[Callable[[Path], object], str]] = {
     },
     **{
         f"a {family}": (described(model_type=family), f"is a {family}, whose tokens attend to later ones")
-        for family in ("bert", "roberta", "t5", "bart", "whisper")
+        for family in ("t5", "bart", "whisper")
     },
     "a clip": (described(model_type="clip"), "model.name: cannot load"),
     "an unknown family": (described(model_type="nonesuch"), "model type `nonesuch`"),

@@ -26,6 +26,16 @@ from datamodules.sources.messages import prompt_messages
 from lightning_modules.pretrained import load_model
 from lightning_modules.sharded_loading import read_weights, weight_files
 
+MAMBA2 = {"model_type": "mamba2", "num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8}
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+
 
 def trained(folder: Path, name: str) -> tuple[Any, Any, str]:
     """A module, its data and the checkpoint after two steps."""
@@ -44,6 +54,8 @@ def trained(folder: Path, name: str) -> tuple[Any, Any, str]:
         ("gpt2", {"resid_pdrop": 0.1}),
         ("gemma2", {}),
         ("mistral_window", {}),
+        ("llama", MAMBA2),  # its configuration has an infinite number
+        ("llama", GEMMA4),  # its rotary bases by kind of layer have no older spelling
     ],
 )
 def test_round_trip(family: str, settings: dict[str, Any], tmp_path: Path) -> None:

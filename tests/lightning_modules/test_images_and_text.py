@@ -26,7 +26,8 @@ VISION = {
     "patch_size": 14,
 }
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "gemma3": ({"attention_dropout": 0.3}, {"mm_tokens_per_image": 4}),
+    # transformers ignores its cap on logits
+    "gemma3": ({"attention_dropout": 0.3, "final_logit_softcapping": 3.0}, {"mm_tokens_per_image": 4}),
     "gemma4": (
         {
             "global_head_dim": 8,
