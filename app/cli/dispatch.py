@@ -29,7 +29,7 @@ from lightning_modules import PreferenceOptimization, SupervisedFineTuning
 
 PARTS = {"model": (PreferenceOptimization, SupervisedFineTuning), "data": (PreferenceData, ControlledTask)}
 # gloo's messages on the remaining ranks when one is lost
-RANK_LOST = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer")
+RANK_LOST = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Failed to recv")
 
 
 class WordsParser(ArgumentParser):

@@ -18,29 +18,22 @@ IGNORED_NAMES = ("bash", "interactive")  # job names for which Lightning ignores
 NODE_RANKS = {"NODE_RANK", "GROUP_RANK"}
 
 
-def slurm_environment() -> SLURMEnvironment | None:
-    """Return Lightning's SLURM environment without requeueing; None if Lightning does not read SLURM's variables.
-
-    Lightning requeues inside a signal handler, while each rank may be at a different point of the step. Here
-    `RunCheckpoint` saves and the batch script requeues. Raises UserError if Lightning would misread the variables.
-    """
+def check_slurm() -> None:
+    """Raise UserError if Lightning would misread SLURM's variables."""
     if TorchElasticEnvironment.detect() or "SLURM_JOB_ID" not in os.environ:
-        return None
+        return
     by_srun = "SLURM_STEP_ID" in os.environ
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS" if by_srun else "SLURM_NTASKS", "1"))
     name = os.environ.get("SLURM_JOB_NAME")
     if name in IGNORED_NAMES:
         if by_srun and tasks > 1:
             raise UserError(f"Lightning gives all {tasks} tasks of a job {name!r} rank 0: use another --job-name.")
-        return None
+        return
     if not by_srun and tasks > 1:
         cure = "put srun before the command, or this process waits for the others for ever"
         raise UserError(f"The SLURM job has {tasks} tasks, but srun did not start this process: {cure}.")
-    if "SLURM_NTASKS" not in os.environ:
-        return None
-    if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+    if "SLURM_NTASKS" in os.environ and tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
         raise UserError(f"--ntasks={tasks} does not tell SLURM where the tasks run: use --ntasks-per-node.")
-    return SLURMEnvironment(auto_requeue=False)
 
 
 def check_processes(trainer: Trainer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from argparse import ArgumentParser
@@ -19,14 +20,13 @@ from jsonargparse import get_loader
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import CheckpointIO
 from transformers.utils.logging import disable_progress_bar
 
 from app.cli.mistakes import refusing
 from app.cli.options import check_numbers, reason, settled_seed, yaml_fault
 from app.cli.run_record import RECORD, RunRecord, continue_newest_version, settle_checkpoint
-from app.cli.slurm import check_processes, slurm_environment
+from app.cli.slurm import check_processes, check_slurm
 from app.core.errors import UserError
 from app.core.files import shipped
 from app.core.log_folder import claimed_log_folder
@@ -81,7 +81,12 @@ class BetaDPOCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         with refusing("Setting up the run", unless=self.trainer_has_begun), ExitStack() as self._claims:
-            super()._run_subcommand(subcommand)
+            try:
+                super()._run_subcommand(subcommand)
+            except SystemExit:  # a signal's, which a scheduler may send to the first rank alone
+                if self.trainer.strategy.launcher is not None:
+                    self.trainer.strategy.launcher.kill(signal.SIGTERM)
+                raise
 
     def trainer_has_begun(self) -> bool:
         """Return whether a batch has been taken; a later error is no mistake in the configuration."""
@@ -98,9 +103,7 @@ class BetaDPOCLI(LightningCLI):
         plugins = as_list(options.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(SafeCheckpointIO())
-        environment = slurm_environment()
-        if environment is not None and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
-            plugins.append(environment)
+        check_slurm()
         callbacks = self.callbacks(options)
         # if a slot is empty, Lightning would add its own callback
         for option, (_, kind) in ENABLED.items():
@@ -117,6 +120,8 @@ class BetaDPOCLI(LightningCLI):
                 raise UserError(f"trainer.accelerator: {found}: {cure}.") from error
             raise UserError(f"trainer: {reason(error)} See `beta-dpo {self.subcommand} --help`.") from error
         check_processes(trainer)
+        # its handlers of signals call collectives and requeue, while each rank may be at a different point
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer
 
     def callbacks(self, trainer: Any) -> list[Callback]:

@@ -17,6 +17,8 @@ import torch
 from command_runs import ROOT, STEPS, assert_same_run, audit_of, command, environment, fit, write_config
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from app.core.errors import RESUME
+
 RUN = Path("runs") / "run"
 
 
@@ -70,6 +72,14 @@ def test_a_signal_costs_no_step(name: str, status: int, whole: Path, tiny_llama:
         "last.ckpt",
         f"step={STEPS}.ckpt",
     ]
+
+
+def test_a_run_without_checkpoints_ends_at_once(tiny_llama: str, tmp_path: Path) -> None:
+    write_config(tmp_path, tiny_llama)
+    stopped = fit(tmp_path, "signal SIGTERM@3", "--checkpoint", "null")
+    assert stopped.returncode == 143, stopped.stderr
+    assert stopped.stderr.splitlines()[-1] == f"beta-dpo: stopped by SIGTERM. {RESUME}"
+    assert "Received SIGTERM" not in stopped.stderr  # by Lightning's handler, which waits for other ranks
 
 
 # in mid-epoch, and in the first step of an epoch; neither number is a multiple of every_n_steps

@@ -9,7 +9,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from tiny_runs import quiet_trainer
 
-from app.cli.slurm import check_processes, slurm_environment
+from app.cli.slurm import check_processes, check_slurm
 from app.core.errors import UserError
 
 # as Slurm 22.05 sets them: in a batch script of two tasks on two nodes, and in each task that srun starts there
@@ -33,24 +33,22 @@ def use(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], *without: st
             monkeypatch.setenv(name, value)
 
 
-def test_tasks_of_srun_are_ranks_and_lightning_requeues_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_of_srun_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, STEP)
-    environment = slurm_environment()
-    assert isinstance(environment, SLURMEnvironment)
-    assert not environment.auto_requeue
-    assert environment.world_size() == 2
+    check_slurm()
+    assert SLURMEnvironment.detect()
 
 
 def test_what_is_no_business_of_slurm_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert slurm_environment() is None
+    check_slurm()
     # one process in an allocation; torchrun within a step
     use(monkeypatch, BATCH | {"SLURM_JOB_NAME": "interactive"})
-    assert slurm_environment() is None
+    check_slurm()
     use(monkeypatch, STEP | {"SLURM_JOB_NAME": "bash"} | ONE)
-    assert slurm_environment() is None
+    check_slurm()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     use(monkeypatch, STEP)
-    assert slurm_environment() is None
+    check_slurm()
 
 
 @pytest.mark.parametrize(
@@ -67,7 +65,7 @@ def test_tasks_that_lightning_would_misread_are_refused(
 ) -> None:
     use(monkeypatch, variables, *without)
     with pytest.raises(UserError, match=cure):
-        slurm_environment()
+        check_slurm()
 
 
 @pytest.mark.parametrize(("layout", "fits"), [("1", True), ("1(x2)", False), ("2", False), ("2,1", False)])
