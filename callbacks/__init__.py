@@ -81,28 +81,22 @@ def slot_of(kind: type) -> Slot | None:
 
 
 def in_order(filled: Mapping[str, Callback | None], own: Sequence[Callback] = ()) -> list[Callback]:
-    """Return the callbacks of a Trainer: those that decide, then the user's `own`, then those that only observe.
-
-    Raises UserError for a class of this project in a slot other than its own, and for one that decides nothing in a
-    slot that decides.
-    """
+    """Return the callbacks that decide, the user's `own`, and those that observe. Raises UserError."""
     for name, callback in filled.items():
         right = slot_of(type(callback))
         if right is not None and right.name != name:
             raise UserError(f"{name}: {type(callback).__name__} belongs in the slot {right.name!r}.")
         if callback is not None and BY_NAME[name] in DECIDING and not hasattr(callback, "on_reward_gaps"):
-            raise UserError(
-                f"{name}: {type(callback).__name__} has no method on_reward_gaps, so it would decide nothing."
-            )
+            lacks = "has no method on_reward_gaps, so it would decide nothing"
+            raise UserError(f"{name}: {type(callback).__name__} {lacks}.")
     control = filled.get("control")
     order = [slot.name for slot in DECIDING]
     if isinstance(control, Control):
-        controlled = [name for name in CONTROLS[control.by][1] if filled.get(name) is not None]
+        slots = CONTROLS[control.by][1]
+        controlled = [name for name in slots if filled.get(name) is not None]
         if not controlled:
-            slots = " or ".join(CONTROLS[control.by][1])
-            raise UserError(
-                f"control: {control.by} has nothing to control: fill the slot {slots}, or --control null."
-            )
+            cure = f"fill the slot {' or '.join(slots)}, or --control null"
+            raise UserError(f"control: {control.by} has nothing to control: {cure}.")
         order.insert(order.index(controlled[-1]) + 1, order.pop())
     deciding = [one for name in order if (one := filled.get(name)) is not None]
     observing = [one for slot in OBSERVING if (one := filled.get(slot.name)) is not None]
@@ -112,20 +106,15 @@ def in_order(filled: Mapping[str, Callback | None], own: Sequence[Callback] = ()
 def refuse_listed(kinds: Sequence[type]) -> None:
     """Raise UserError for a class of this project among the `kinds` that trainer.callbacks lists."""
     for kind in kinds:
-        slot = slot_of(kind)
-        if slot is not None:
-            raise UserError(
-                f"trainer.callbacks is for callbacks of your own: give {kind.__name__} to the slot {slot.name!r}, "
-                f"`{slot.name}: {{option: value}}` at the top of the configuration or --{slot.name}.OPTION VALUE "
-                "on the command line (configurations of version 0.1 listed it here)."
-            )
+        if slot := slot_of(kind):
+            name = slot.name
+            cure = f"`{name}: {{option: value}}` at the top of the configuration, or --{name}.OPTION VALUE"
+            told = f"give {kind.__name__} to the slot {name!r} ({cure})"
+            raise UserError(f"trainer.callbacks is for callbacks of your own: {told}.")
 
 
 def entries(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the callbacks of a recorded configuration, as `class_path` and `init_args`, in their order.
-
-    It also reads the lists of version 0.1.
-    """
+    """Yield the callbacks of a recorded configuration, also of version 0.1, as `class_path` and `init_args`."""
     own = (config.get("trainer") or {}).get("callbacks") or []
     yield from (entry for slot in DECIDING if (entry := config.get(slot.name)))
     yield from own if isinstance(own, list) else [own]

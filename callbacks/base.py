@@ -51,36 +51,28 @@ def loss_of(pl_module: LightningModule) -> PairLoss | None:
 def moments_for(asker: Callback, decision: StepDecision) -> Moments:
     """Return M0 and σ of the step; raise UserError if no statistics ran before the callback `asker`."""
     if decision.moments is None:
-        raise UserError(
-            f"{type(asker).__name__} needs the running reward-gap statistics: fill the slot `statistics` "
-            "(`--statistics RewardGapStatistics`; in Python, put it earlier among the Trainer's callbacks)"
-        )
+        cure = "fill the slot `statistics` (`--statistics RewardGapStatistics`; in Python, an earlier callback)"
+        raise UserError(f"{type(asker).__name__} needs the running reward-gap statistics: {cure}.")
     return decision.moments
 
 
 def label_column(decision: StepDecision, column: str, asker: Callback, cure: str) -> Sequence[object]:
     """Return a label column, [G], to the callback `asker`; raise UserError with the `cure` if the data has none."""
     if column not in decision.labels:
-        carried = ", ".join(decision.labels) or "none"
-        who = type(asker).__name__
-        raise UserError(f"{who}: the data has no column {column!r}; it has these: {carried}. {cure}.")
+        missing = f"the data has no column {column!r}; it has these: {', '.join(decision.labels) or 'none'}"
+        raise UserError(f"{type(asker).__name__}: {missing}. {cure}.")
     return decision.labels[column]
 
 
 def score_gap(decision: StepDecision, chosen: str, rejected: str, asker: Callback, slot: str) -> Tensor:
-    """Return the column `chosen` minus the column `rejected`, [G] float64, to the callback `asker` of a `slot`.
-
-    Raises UserError if a column is missing or does not hold finite numbers alone.
-    """
+    """Return column `chosen` minus `rejected`, [G] float64, to `asker` in the `slot`. Raises UserError."""
     columns = []
     for name in (chosen, rejected):
         cure = f"Add it to the data, or name another by --{slot}.chosen and --{slot}.rejected"
         values: Any = label_column(decision, name, asker, cure)
         for pair_id, value in zip(decision.pair_ids, values, strict=True):
             if not is_finite(value):
-                raise UserError(
-                    f"{type(asker).__name__}: column {name!r} of pair {pair_id} holds {value!r} where a finite "
-                    "number is needed: correct the data or leave that pair out."
-                )
+                wrong = f"column {name!r} of pair {pair_id} holds {value!r}, which is no finite number"
+                raise UserError(f"{type(asker).__name__}: {wrong}: correct the data or leave that pair out.")
         columns.append(torch.tensor([float(value) for value in values], dtype=torch.float64))
     return columns[0] - columns[1]

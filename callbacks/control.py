@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from app.core.errors import UserError
+from app.core.errors import UserError, refused
 from app.method.dynamic_beta import gumbel_top_k, selection_noise
 from app.method.ranges import Seed, checked
 from app.method.step import StepDecision
@@ -57,9 +57,8 @@ class Control(Decider):
 
     def __post_init__(self) -> None:
         if (self.by == "static_beta") != (self.run is not None):
-            raise UserError(
-                "Control: give run, the log folder of a finished run of the arm, with static_beta, and only then."
-            )
+            cure = "give run, the log folder of a finished run of the arm, with static_beta, and only then"
+            raise UserError(f"Control: {cure}.")
         self.static_beta: float | None = None
         self.changed_steps = 0
 
@@ -103,10 +102,8 @@ def shuffled(values: Tensor, kept: Tensor, noise: Tensor) -> Tensor:
 
 def mean_beta(run: Path) -> float:
     """Return the mean β of the pairs that a run trained on, from its audit. Raises UserError if there is none."""
-    try:
+    with refused("control.run"):
         audit = read_audit(run)
-    except UserError as error:
-        raise UserError(f"control.run: {error}") from error
     kept = audit.beta[audit.kept].to_numpy(float)
     if not len(kept):
         raise UserError(f"control.run: the audit of {run} holds no pair that was trained on.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -24,6 +24,7 @@ from callbacks.pair_audit import AUDIT_COLUMNS, audit_rows
 
 LONGEST_TEXT = 240  # characters of a response that are shown
 MARKUP = {ord(mark): f"&#{ord(mark)};" for mark in "&\\`*_[]<>|#"}
+KL = ("train/kl_chosen", "train/kl_rejected")
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,14 @@ _FILE = files("callbacks").joinpath("charts.yaml").read_text(encoding="utf-8")
 CHARTS = {name: tuple(Chart(**chart) for chart in charts) for name, charts in yaml.safe_load(_FILE).items()}
 
 
-def charts_with(tags: Collection[str]) -> dict[str, list[Chart]]:
-    """Return the categories and charts that have at least one of the curves `tags`.
-
-    A chart never loses single curves: TensorBoard draws a chart twice if it differs between runs.
-    """
-    found = {name: [chart for chart in charts if set(chart.tags) & set(tags)] for name, charts in CHARTS.items()}
+def charts_with(tags: set[str]) -> dict[str, list[Chart]]:
+    """Return by category the charts that have at least one of the curves `tags`."""
+    # with all of their curves: TensorBoard draws a chart twice if it differs between runs
+    found = {name: [chart for chart in charts if tags.intersection(chart.tags)] for name, charts in CHARTS.items()}
     return {name: charts for name, charts in found.items() if charts}
 
 
-def lay_out(writer: SummaryWriter, tags: Collection[str], step: int) -> None:
+def lay_out(writer: SummaryWriter, tags: set[str], step: int) -> None:
     """Write the charts that have a curve among `tags`, and a Markdown table that explains each category."""
     found = charts_with(tags)
     writer.add_custom_scalars({name: {one.title: one.layout for one in charts} for name, charts in found.items()})
@@ -73,11 +72,10 @@ def as_markdown(pairs: Sequence[Mapping[str, Any]], texts: Mapping[str, Mapping[
     lines = ["| pair | prompt | chosen | rejected |", "|---|---|---|---|"]
     for pair in pairs:
         labels = [f"{name}: {pair[name]}" for name in pair if name not in AUDIT_COLUMNS and pair[name] is not None]
-        fate = "kept" if pair["kept"] else "dropped"
         text = texts.get(pair["pair_id"], {})
         sides = [shown(text.get(side, "–")) for side in ("prompt", "chosen", "rejected")]
-        about = shown("; ".join([pair["pair_id"], *labels]))
-        told = f"**h = {pair['gap']:.3f}**, {fate} at step {pair['step']}; {about}"
+        fate = f"{'kept' if pair['kept'] else 'dropped'} at step {pair['step']}"
+        told = f"**h = {pair['gap']:.3f}**, {fate}; {shown('; '.join([pair['pair_id'], *labels]))}"
         lines.append(f"| {' | '.join([told, *sides])} |")
     return "\n".join(lines)
 
@@ -115,32 +113,28 @@ class BetaDashboard(Callback):
     def __post_init__(self) -> None:
         self._extreme: dict[str, pa.Table] = {}  # rows of the audit since the last list, the most extreme first
         self._decision: StepDecision | None = None
-        self._kl: dict[str, float] = {}  # the curves of the step, if it is due
         self._laid_out = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._laid_out = False
 
     def on_step_decided(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
-        self._decision, self._kl = decision, {}  # drawn at the end of the step
+        self._decision = decision  # drawn at the end of the step
         due = self.kl_every_n_steps and (decision.step - 1) % self.kl_every_n_steps == 0
         # here, because all ranks measure together, and before the policy's update, as for every other curve
         if due and decision.measure_kl and trainer.loggers:
-            chosen, rejected = decision.measure_kl()[:, decision.eligible].mean(dim=1).tolist()
-            self._kl = {"train/kl_chosen": chosen, "train/kl_rejected": rejected}
+            means = decision.measure_kl()[:, decision.eligible].mean(dim=1).tolist()
+            for logger in trainer.loggers:  # `self.log` would repeat a measurement at every step up to the next one
+                logger.log_metrics(dict(zip(KL, means, strict=True)), step=decision.step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         decision, self._decision = self._decision, None
-        if decision is None:
-            return
-        for logger in trainer.loggers if self._kl else ():
-            # not by `self.log`, which would repeat a measurement at every step up to the next one
-            logger.log_metrics(self._kl, step=decision.step)
         writer = tensorboard_writer(trainer)
-        if writer is None:
+        if decision is None or writer is None:
             return
         if not self._laid_out:  # only after the first step are the curves of this run known
-            lay_out(writer, {*trainer.callback_metrics, *self._kl}, decision.step)
+            measured = KL if self.kl_every_n_steps and decision.measure_kl else ()
+            lay_out(writer, {*trainer.callback_metrics, *measured}, decision.step)
             self._laid_out = True
         if (decision.step - 1) % self.histogram_every_n_steps == 0:
             for name, chosen in (("kept", decision.kept), ("dropped", decision.eligible & ~decision.kept)):
@@ -176,17 +170,15 @@ class BetaDashboard(Callback):
 
 def tensorboard_writer(trainer: Trainer) -> SummaryWriter | None:
     """Return the writer of the first TensorBoard logger on rank 0; None elsewhere or without such a logger."""
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            return logger.experiment
-    return None
+    writers = (logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
+    return next(writers, None) if trainer.is_global_zero else None
 
 
 # --- the HParams tab, which compares the settings and final figures of the runs of a sweep ------------------
 
 Value = str | float | bool
 
-# title in the tab → key in the run's configuration
+# title in the tab → key in the run's configuration; the tab shows the first five by default
 SETTINGS = {
     "α": "schedule.alpha",
     "ρ": "filter.keep_ratio",
@@ -209,7 +201,6 @@ SETTINGS = {
     "epochs": "trainer.max_epochs",
     "seed": "seed_everything",
 }
-SHOWN = {"α", "ρ", "β0", "learning rate", "loss"}  # the tab shows five settings by default
 TEXTS = {"loss", "filter", "level of β", "gap scale", "optimizer", "model", "data"}
 # the tab takes the last logged value of a run; by default it shows the first five metrics
 METRICS = (
@@ -229,21 +220,18 @@ METRICS = (
 def settings_of(config: Mapping[str, Any]) -> dict[str, Value]:
     """Return the `SETTINGS` that the configuration of a run (config.yaml as read) has a value for."""
     given = {"model.loss": "SigmoidLoss"} | {k: one for k, one in flattened(config).items() if one is not None}
-    found = {title: given.get(key) for title, key in SETTINGS.items()}
-    return {title: value for title, value in found.items() if isinstance(value, (str, int, float))}
+    return {title: given[key] for title, key in SETTINGS.items() if isinstance(given.get(key), (str, int, float))}
 
 
 def summaries(settings: Mapping[str, Value]) -> tuple[Summary, ...]:
-    """Return the summaries that a finished run writes to its event file to appear in the HParams tab.
-
-    The tab takes its columns from one run only, so every run names all settings, even those that it lacks.
-    """
+    """Return the summaries that a finished run writes to its event file to appear in the HParams tab."""
+    # the tab takes its columns from one run only, so every run names all settings, even those that it lacks
     every = {title: "" if title in TEXTS else 0.0 for title in SETTINGS}
     columns, _, _ = hparams(every, dict.fromkeys(METRICS, 0.0))
     (value,) = columns.value
     content = HParamsPluginData.FromString(value.metadata.plugin_data.content)
     for info in content.experiment.hparam_infos:
-        info.differs = info.name in SHOWN  # the tab puts settings that differ first
+        info.differs = info.name in list(SETTINGS)[:5]  # the tab puts settings that differ first
     value.metadata.plugin_data.content = content.SerializeToString()
     _, start, end = hparams(dict(settings), {})
     return columns, start, end

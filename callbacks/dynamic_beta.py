@@ -10,23 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from app.core.errors import UserError
-from app.method.dynamic_beta import (
-    FLOOR,
-    MINIMUM_STD,
-    Moments,
-    RunningMoments,
-    batch_beta,
-    effective_sample_size,
-    epsilon_beta,
-    epsilon_steps,
-    gaussian_log_weights,
-    gumbel_top_k,
-    instance_beta,
-    keep_by_gradient_scale,
-    next_epsilon_beta,
-    number_kept,
-    selection_noise,
-)
+from app.method import dynamic_beta as method
+from app.method.dynamic_beta import FLOOR, MINIMUM_STD, Moments, RunningMoments
 from app.method.pair_loss import PairLoss
 from app.method.ranges import FactorFromOne, FiniteFloat, PositiveShare, ProperShare, Seed, ShareBelowOne, checked
 from app.method.step import StepDecision
@@ -50,10 +35,7 @@ class ExplicitRewardGap(Decider):
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         if decision.moments is not None:
-            raise UserError(
-                "ExplicitRewardGap runs after the statistics, which hold the policy's own gap now: put it before "
-                "RewardGapStatistics among the Trainer's callbacks."
-            )
+            raise UserError("ExplicitRewardGap sets M too late: put it before RewardGapStatistics in the Trainer.")
         decision.minimum_std = MINIMUM_STD  # rewards do not have the rounding error of h
         decision.discrepancy = score_gap(decision, self.chosen, self.rejected, self, "reward")
         pl_module.log("gap/explicit_mean", decision.discrepancy[decision.eligible].mean())
@@ -136,19 +118,19 @@ class PairFilter(Decider):
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         assert self.seed is not None
         eligible = decision.eligible
-        k = number_kept(int(eligible.sum()), self.keep_ratio)
-        noise = selection_noise(self.seed, decision.step - 1, len(eligible))  # the draws count from 0
+        k = method.number_kept(int(eligible.sum()), self.keep_ratio)
+        noise = method.selection_noise(self.seed, decision.step - 1, len(eligible))  # the draws count from 0
         if self.by in ("head", "tail", "both"):
-            decision.kept = keep_by_gradient_scale(decision.gaps, k, self.by, noise)
+            decision.kept = method.keep_by_gradient_scale(decision.gaps, k, self.by, noise)
             return
         if self.by == "gaussian":
-            log_weights = gaussian_log_weights(decision.discrepancy, moments_for(self, decision))
+            log_weights = method.gaussian_log_weights(decision.discrepancy, moments_for(self, decision))
         else:
             log_weights = torch.zeros_like(decision.gaps)
         decision.log_weights = log_weights.masked_fill(~eligible, float("-inf"))
-        decision.kept = gumbel_top_k(decision.log_weights, k, noise) & eligible
+        decision.kept = method.gumbel_top_k(decision.log_weights, k, noise) & eligible
         if self.by == "gaussian":
-            size = effective_sample_size(decision.log_weights[eligible])
+            size = method.effective_sample_size(decision.log_weights[eligible])
             pl_module.log("filter/effective_sample_size", size)
 
 
@@ -233,8 +215,8 @@ class BetaScheduler(BoundedBeta):
         if self.z_normalised:
             discrepancy, moments = moments.z_scores(discrepancy), Moments(0.0, 1.0)
         if self.level == "instance":
-            return instance_beta(beta0, self.alpha, discrepancy, moments)
-        return batch_beta(beta0, self.alpha, discrepancy[kept], moments).expand(discrepancy.shape).clone()
+            return method.instance_beta(beta0, self.alpha, discrepancy, moments)
+        return method.batch_beta(beta0, self.alpha, discrepancy[kept], moments).expand(discrepancy.shape).clone()
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         needless = self.m0 is not None and not self.z_normalised
@@ -276,25 +258,21 @@ class EpsilonBeta(BoundedBeta):
         self.beta: float | None = None  # β of the next step; None before the first, which uses β0
 
     def refusal(self, loss: PairLoss) -> str:
-        if loss.needs_reference:
-            return ""
-        cure = "choose another model.loss or --schedule null"
-        return f"has no reference whose logits perturb those of the policy: {cure}"
+        lacks = "has no reference whose logits perturb those of the policy"
+        return "" if loss.needs_reference else f"{lacks}: choose another model.loss or --schedule null"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if getattr(pl_module, "reference", "frozen") == "cached":
-            raise UserError(
-                "EpsilonBeta perturbs the reference's logits, and model.reference: cached keeps no model that has "
-                "any: set it to frozen."
-            )
+            lacks = "model.reference: cached keeps no model"
+            raise UserError(f"EpsilonBeta perturbs the reference's logits, and {lacks}: set it to frozen.")
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         assert decision.measure_perturbed is not None
-        steps = epsilon_steps(*decision.measure_perturbed((-self.epsilon, 0.0, self.epsilon)))
+        steps = method.epsilon_steps(*decision.measure_perturbed((-self.epsilon, 0.0, self.epsilon)))
         current = decision.beta0 if self.beta is None else self.beta
-        wanted = epsilon_beta(current, self.epsilon, steps)
+        wanted = method.epsilon_beta(current, self.epsilon, steps)
         decision.beta = self.clamp(pl_module, decision, wanted)
-        following = wanted.new_tensor(next_epsilon_beta(current, self.epsilon, steps[decision.eligible]))
+        following = wanted.new_tensor(method.next_epsilon_beta(current, self.epsilon, steps[decision.eligible]))
         self.beta = float(following.clamp(*self.bounds(decision.beta0)))
         pl_module.log("beta/mean_step", steps[decision.eligible].double().mean())

@@ -1,7 +1,4 @@
-"""The table of health conditions, from which the monitor, the report's findings and docs/monitoring.md come.
-
-Thresholds are rules of thumb.
-"""
+"""The table of health conditions, rules of thumb, of the monitor, the report's findings and docs/monitoring.md."""
 
 from __future__ import annotations
 

@@ -42,17 +42,13 @@ class PolicySamples(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            raise UserError(
-                "PolicySamples cannot sample from a sharded policy: set --samples null, and use "
-                "`beta-dpo generate` on an exported checkpoint."
-            )
+            cure = "set --samples null, and use `beta-dpo generate` on an exported checkpoint"
+            raise UserError(f"PolicySamples cannot sample from a sharded policy: {cure}.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not sum(trainer.num_val_batches):
-            raise UserError(
-                "PolicySamples answers validation prompts, and this run has none: give data.validation_path or "
-                "data.validation_share (and trainer.limit_val_batches), or set --samples null."
-            )
+            cure = "give data.validation_path or data.validation_share, or set --samples null"
+            raise UserError(f"PolicySamples answers validation prompts, and this run has none: {cure}.")
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: object
@@ -76,10 +72,7 @@ class PolicySamples(Callback):
             temporary.write_text("".join(lines), encoding="utf-8")
 
     def sample(self, pl_module: LightningModule, tokenizer: Any) -> list[dict[str, Any]]:
-        """Return an answer to each prompt, sampled at temperature 1, with the fields of `as_sample`.
-
-        An answer ends at the stop tokens of the policy's generation config: end-of-turn or end-of-text.
-        """
+        """Return an answer to each prompt at temperature 1, up to a stop id of the policy's generation config."""
         policy: Any = pl_module.policy
         model, training, own = policy.model, policy.training, policy.model.generation_config
         stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]

@@ -181,10 +181,7 @@ class RunCheckpoint(ModelCheckpoint):
     on_validation_start = on_train_batch_start  # type: ignore[assignment]
 
     def stopped(self, trainer: Trainer) -> bool:
-        """Agree with the other ranks on the signal that any of them received, and return whether there is one.
-
-        All ranks report the same signal, because batch scripts decide by the exit status. SIGTERM outranks SIGUSR1.
-        """
+        """Return whether any rank received a signal; all agree on the largest, because scripts read the status."""
         self._stopped_by = largest(trainer, self._signals.received or 0) or None
         return self._stopped_by is not None
 

@@ -81,10 +81,7 @@ class ScoreWriter(Callback):
 
 
 def accuracies(scores: pa.Table, by: str) -> list[str]:
-    """Return the lines of a table: accuracy with its 95 % Wilson interval for each value of `by`, and over all.
-
-    A pair without a finite gap is in no share and is counted.
-    """
+    """Return the lines of a table: accuracy [95 % Wilson interval] for each value of `by`, and over all."""
     every = scores.to_pandas()
     finite = every[np.isfinite(every.gap)]
     right = (1 + np.sign(finite.gap)) / 2

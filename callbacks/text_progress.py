@@ -48,10 +48,8 @@ class TextProgress(ProgressBar):
 
 
 def total_steps(trainer: Trainer) -> int | None:
-    """Return the number of the last step; None if the run has no limit.
-
-    `estimated_stepping_batches` is not used, because it makes a resumed loader lose its position.
-    """
+    """Return the number of the last step; None if the run has no limit."""
+    # not `estimated_stepping_batches`, which makes a resumed loader lose its position
     ends = [trainer.max_steps] if trainer.max_steps >= 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0 and trainer.num_training_batches != float("inf"):
         ends.append(int(trainer.num_training_batches) * trainer.max_epochs)

@@ -177,10 +177,9 @@ class AnnotatorReliability(Decider):
         self.reliability: dict[str, float] = {}
 
     def refusal(self, loss: PairLoss) -> str:
-        if loss.has_swapped_form:
-            return ""
         cure = "choose SigmoidLoss without label_smoothing, IPOLoss, SimPOLoss or HingeLoss, or --confidence null"
-        return f"has no swapped form that is the loss of the opposite label: {cure}"
+        lacks = "has no swapped form that is the loss of the opposite label"
+        return "" if loss.has_swapped_form else f"{lacks}: {cure}"
 
     def on_reward_gaps(self, trainer: Trainer, pl_module: LightningModule, decision: StepDecision) -> None:
         annotators, good = self.annotators(decision), decision.eligible

@@ -90,12 +90,10 @@ def tell_repeats(words: list[str]) -> None:
 
 
 def run_small_command(command: str, function: Callable[..., None], words: list[str]) -> None:
-    """Call the function of a small command with `words`, of which a first parameter that is a list takes several.
-
-    jsonargparse takes one value per parameter, so the leading words of `report RUN RUN --out …` become a JSON list.
-    """
+    """Call the function of a small command; of `words`, a first parameter that is a list takes the leading ones."""
     first = next(iter(signature(function).parameters.values()))
     named = list(takewhile(lambda word: not word.startswith("-"), words))
+    # jsonargparse takes one value per parameter, so the leading words of `report RUN RUN …` become a JSON list
     if first.annotation == "list[str]" and named:
         words = [json.dumps(named), *words[len(named) :]]
     auto_cli(function, args=words, exit_on_error=False, prog=f"beta-dpo {command}", parser_class=WordsParser)

@@ -70,11 +70,7 @@ def plain_sentence(error: BaseException) -> str | None:
 
 @contextmanager
 def refusing(doing: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Turn any exception in the block, as a mistake in the configuration, into a UserError.
-
-    Exceptions with a `plain_sentence` pass unchanged, and so does any while `unless()` is true.
-    `BETA_DPO_TRACEBACK=1` shows where an exception came from.
-    """
+    """Turn an exception in the block into a UserError, unless it has a `plain_sentence` or `unless()` is true."""
     options.refusals.clear()
     try:
         yield

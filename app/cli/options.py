@@ -99,16 +99,11 @@ def check_numbers(config: Namespace) -> None:
 
 
 def settled_seed(seed: bool | int | None, *, resumes: bool = False, nodes: int = 1) -> int:
-    """Return the seed for `seed_everything`: the given number, or a picked one for null and true.
-
-    `resumes` says that the run resumes from a checkpoint, if there is one. A rank that Lightning starts finds the
-    seed of rank 0 in PL_GLOBAL_SEED. Raises UserError for false, for a number out of range, and if a picked seed
-    would differ between processes or after a restart.
-    """
+    """Return the number that `seed_everything` gives, or a picked one for null and true. Raises UserError."""
     if seed is False:
         raise UserError("seed_everything: every run has a seed; give a number, or null to have one picked.")
     picks = seed is None or seed is True
-    given = os.environ.get("PL_GLOBAL_SEED") if picks else str(seed)
+    given = os.environ.get("PL_GLOBAL_SEED") if picks else str(seed)  # where Lightning's ranks find that of rank 0
     if given is None:
         if resumes:
             raise UserError("--ckpt_path needs the seed of the run: give the --seed_everything of its config.yaml.")

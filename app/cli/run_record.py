@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from app.core.errors import UserError
+from app.core.errors import UserError, refused
 from app.core.files import atomic_file, folder_hash, naming, refuse_place
 from app.core.log_folder import continue_curves, flattened, log_folder
 from callbacks import PairAudit
@@ -188,11 +188,7 @@ def models_of(module: LightningModule) -> dict[str, str | None]:
 
 
 def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str | None:
-    """Return the checkpoint to load for `--ckpt_path`, or None to start a new run.
-
-    `last` is the newest checkpoint in the log folder; without one, `fitting` starts a new run. Raises UserError if
-    the checkpoint is missing, damaged, foreign or cannot be resumed with these settings.
-    """
+    """Return the checkpoint for `--ckpt_path` (`last`: the newest in the log folder); None starts a new run."""
     if asked is None:
         return None
     if not asked:
@@ -216,10 +212,8 @@ def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str
                     callback.replaces_steps = True
             return None
         path = max(found, key=os.path.getmtime)
-    try:
+    with refused("--ckpt_path"):
         checkpoint = check_checkpoint(path)
-    except UserError as error:
-        raise UserError(f"--ckpt_path: {error}") from error
     if fitting and -1 != (most := trainer.max_epochs or -1) < (epoch := checkpoint["epoch"]):
         cure = f"raise trainer.max_epochs, which is {most}"
         raise UserError(f"--ckpt_path: the checkpoint is of epoch {epoch}: {cure}.")

@@ -9,7 +9,7 @@ import numpy as np
 from huggingface_hub import snapshot_download
 
 from app.cli.trainer import OwnOptions, PartsCLI
-from app.core.errors import UserError, first_line
+from app.core.errors import refused
 from app.method.ranges import NonNegativeInt
 from datamodules.base import SPLITS, PairDataModule
 from datamodules.describe import describe, remarks
@@ -39,11 +39,8 @@ def prepare(data: PairDataModule, model: str | None) -> Iterator[str]:
             yield f"prepared: {len(opened[1])} {split} pairs"
     if model is None or Path(model).is_dir():
         return
-    try:
+    with refused(f"model.name: {model!r} cannot be fetched"):  # network, access, name
         folder = snapshot_download(model, allow_patterns=list(FILES), ignore_patterns=["*/*"])
-    except Exception as error:  # network, access, name: the Hub's errors have no common class
-        reason = first_line(error)
-        raise UserError(f"model.name: {model!r} cannot be fetched ({type(error).__name__}: {reason}).") from error
     yield f"prepared: {model} in {folder}"
 
 

@@ -1,8 +1,4 @@
-"""Checks of SLURM's and torchrun's variables, which refuse a job that Lightning would misread.
-
-Two tasks that each assume rank 0, or a task that waits without end for another, cost hours on a cluster. The checks
-find such cases before a process waits for another.
-"""
+"""Checks of SLURM's and torchrun's variables, before a process trains alone or waits for another without end."""
 
 from __future__ import annotations
 

@@ -171,10 +171,7 @@ def as_list(given: Any) -> list[Any]:
 
 
 def shipped_configs(arguments: list[str]) -> list[str]:
-    """Return `arguments` with each configuration as `--config FILE`, the FILE of a shipped one by its path.
-
-    They follow the command, in their order, so that an option counts wherever it is written.
-    """
+    """Return `arguments` with every configuration as `--config PATH` right after the command."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", nargs="?", action="append", default=[])
     given, options = parser.parse_known_args(arguments[1:])
@@ -185,11 +182,7 @@ def shipped_configs(arguments: list[str]) -> list[str]:
 
 
 def slots_as_wholes(arguments: list[str]) -> list[str]:
-    """Return `arguments` of `shipped_configs` so that a slot in a later file replaces the whole slot.
-
-    jsonargparse would merge the options of both, so the slot is emptied before such a file. An option on the
-    command line still changes one part. Raises UserError for a file that cannot be read or holds no mapping.
-    """
+    """Return `arguments` of `shipped_configs` so that a slot in a later file replaces the whole slot."""
     found: list[str] = []
     for before, word in zip(["", *arguments], arguments, strict=False):
         if before == "--config":
@@ -200,6 +193,7 @@ def slots_as_wholes(arguments: list[str]) -> list[str]:
                 raise UserError(f"{word} cannot be read as YAML: {yaml_fault(error)}.") from error
             if (is_file or not word) and not isinstance(given, dict):
                 raise UserError(f"--config {word!r} holds no options: write a line `name: value` for each.")
+            # jsonargparse would merge the options of both, so the slots are emptied before such a file
             slots = [name for name in BY_NAME if isinstance(given, dict) and given.get(name) is not None]
             found += [json.dumps(dict.fromkeys(slots)), "--config"] if slots else []
         found.append(word)

@@ -97,10 +97,8 @@ def audit(
             found.to_json(temporary, orient="records", lines=True, force_ascii=False)
     print(f"{len(worst)} likely mislabelled pairs and {len(outliers)} outliers: {out}{replaced}")
     if signal == "reference" and len(worst):
-        print(
-            f"The reference takes about {worst.wrong_by_reference.sum():.0f} of these {len(worst)} to be really "
-            "mislabelled; a smaller --count lists the likeliest alone."
-        )
+        really = f"about {worst.wrong_by_reference.sum():.0f} of these {len(worst)} to be really mislabelled"
+        print(f"The reference takes {really}; a smaller --count lists the likeliest alone.")
     if not len(worst):
         why = "once the mean gap was above 0, every pair's gaps spoke for its label"
         if signal == "reference":
@@ -145,18 +143,14 @@ def suspects_by(label: str, histories: pd.DataFrame, listed: pd.DataFrame) -> Ta
     title = f"likely mislabelled pairs by {label}, share of its pairs [95 % interval]"
     table = Table(label, "pairs", "listed", "share", title=title)
     values = histories[label].astype(object).where(histories[label].notna(), "no value")
-    by_value = histories.pair_id.isin(listed.pair_id).groupby(values, sort=False)
-    shares = by_value.agg(["size", "sum", "mean"])
+    shares = histories.pair_id.isin(listed.pair_id).groupby(values, sort=False).agg(["size", "sum", "mean"])
     for value, size, found, share in shares.sort_values("mean", ascending=False, kind="stable").itertuples():
         table.add_row(str(value), str(size), str(found), str(wilson(share, size)))
     return table
 
 
 def write_clean(file: str, pairs: PairTexts, worst: set[str], swap: bool, replaced: str) -> None:
-    """Write the training data to `file` as JSON lines, without the pairs `worst` or with them swapped.
-
-    Raises UserError if sources have weights, or a pair is not in them, as a replaced one of a gap mixture.
-    """
+    """Write the training data to `file` as JSON lines, without the pairs `worst` or with them swapped."""
     if any(source.weight is not None for source in getattr(pairs.data, "sources", ())):
         raise UserError("clean: data.path gives its sources weights, which one file cannot hold: take them out.")
     written, found, streams = 0, set[str](), pairs.data.streams("train") or ()
@@ -170,10 +164,8 @@ def write_clean(file: str, pairs: PairTexts, worst: set[str], swap: bool, replac
                     lines.write(json.dumps(as_row(pair, wrong), ensure_ascii=False) + "\n")
                     written += 1
         if found != worst:
-            raise UserError(
-                f"clean: {len(worst - found)} of the listed pairs are not in the sources, as those of a gap "
-                "mixture: audit a run without data.gap_mixture."
-            )
+            absent = f"{len(worst - found)} of the listed pairs are not in the sources, as those of a gap mixture"
+            raise UserError(f"clean: {absent}: audit a run without data.gap_mixture.")
     changed = f"{len(worst)} with their responses exchanged" if swap else f"without {len(worst)}"
     print(f"{written} pairs of the training data, {changed}: {file}{replaced}")
     for stream in streams:
@@ -182,10 +174,7 @@ def write_clean(file: str, pairs: PairTexts, worst: set[str], swap: bool, replac
 
 
 def as_row(pair: PreferencePair, swapped: bool) -> dict[str, Any]:
-    """Return a pair as a row that `data.path` reads; answers are messages only where they have more than text.
-
-    If it is swapped, so are the labels of its sides (`chosen_reward`, `score_rejected`) and the mark `flipped`.
-    """
+    """Return a pair as a row for `data.path`; `swapped` exchanges answers, the labels of sides, and `flipped`."""
     more = bool(pair.chosen_fields or pair.rejected_fields)
     answers = [[pair.answer(side)] if more else getattr(pair, side) for side in ("chosen", "rejected")]
     labels = pair.labels
@@ -207,12 +196,7 @@ def as_row(pair: PreferencePair, swapped: bool) -> dict[str, Any]:
 
 
 def comparison(scores: dict[str, np.ndarray], extra_tokens: np.ndarray, wrong: np.ndarray, count: int) -> Table:
-    """Return a table of precision and recall of every signal for lists of several lengths.
-
-    The lengths, ascending, are `count` pairs, 1, 5 and 10 % of all, and as many as have wrong labels. The length
-    baseline ranks by |y_l| − |y_w| in the better of its two directions, which a user could not know. The expected
-    precision of a random list is the share of wrong labels.
-    """
+    """Return a table of precision and recall of every signal, of the length and of chance, by length of list."""
     total = int(wrong.sum())
     title = f"finding the {total} flipped of {len(wrong)} pairs in the first n of each list [95 % interval]"
     table = Table("first n", "list", "precision", "recall", title=title)
@@ -221,6 +205,7 @@ def comparison(scores: dict[str, np.ndarray], extra_tokens: np.ndarray, wrong: n
     for name, size in {"--count": count, **shares, "as many as flipped": total}.items():
         why.setdefault(size, []).append(name)
     for size, names in sorted(why.items()):
+        # the better of its two directions, which a user could not know
         by_length = max((hits(sign * extra_tokens, wrong, size) for sign in (1, -1)), key=np.mean)
         lists = {name: hits(np.nan_to_num(score, nan=-np.inf), wrong, size) for name, score in scores.items()}
         first = f"{size}: {', '.join(names)}"  # beside the first row of its group
@@ -235,24 +220,19 @@ def comparison(scores: dict[str, np.ndarray], extra_tokens: np.ndarray, wrong: n
 def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
     """Return one row per pair, in order of first appearance, from an audit with one row per pair and step.
 
-    Columns: `times_seen`, `times_dropped` (seen and not trained on), `first_step`, `last_step`, `first_gap`,
-    `last_gap` in nats, and scores that are higher for more suspicious pairs:
+    Gaps are in nats; a pair is dropped in a step that does not train on it. The scores, higher for more suspicious
+    pairs, are:
 
-    * `mislabelled`: Σ −2·max(M0, 0)·h/σ² over the pair's steps, in nats. If the gaps of correctly labelled pairs
-      are normal with mean M0 and deviation σ, those of swapped pairs have mean −M0, and this is the log-likelihood
-      ratio of the two. A step has weight zero while M0 ≤ 0: such a policy has not learned the labels yet.
-    * `outlier`: the mean of |h − M0|/σ over the pair's steps, large for an extreme gap of either sign; 0 if no step
-      of the pair counts.
+    * `mislabelled`: Σ −2·max(M0, 0)·h/σ², in nats. If the gaps of correctly labelled pairs are normal with mean M0
+      and deviation σ, those of swapped pairs have mean −M0, and this is the log-likelihood ratio of the two. A
+      policy with M0 ≤ 0 has not learned the labels yet, so that step has no weight.
+    * `outlier`: the mean of |h − M0|/σ; 0 if no step of the pair counts.
+    * `wrong_by_posterior`: 1 − the mean confidence of RE-PO in the label; NaN without RE-PO.
+    * `wrong_by_reference`: the probability of a flipped label by `app.method.reference_flips`, or NaN.
 
-    * `wrong_by_posterior`: 1 − the mean confidence that RE-PO had in the label; NaN without RE-PO.
-    * `wrong_by_reference`: the probability that the label is flipped, fitted to the reference's margins
-      (`app.method.reference_flips`); NaN without a reference.
-    * `dropped_share`: `times_dropped` over `times_seen`.
-
-    M0 and σ are running moments of the gaps themselves, so that all arms, plain DPO too, are scored in the same
-    way. A step without a finite gap, or before σ is known, counts as seen but adds to neither score. Labels of the
-    data that group its pairs (an annotator, a language) are the last columns, with the prefix `label_` if the name
-    is taken.
+    M0 and σ are running moments of the gaps themselves, so that all arms, plain DPO too, are scored alike. A step
+    without a finite gap or a known σ counts as seen alone. The last columns are the labels of the data that group
+    its pairs (an annotator, a language), with the prefix `label_` if the name is taken.
     """
     seen = audit.sort_values("step", kind="stable")
     for name in ("reference_margin", "label_confidence"):  # audits of version 0.1 lack them
@@ -265,7 +245,6 @@ def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
     mean, std = (seen.step.map({step: both[place] for step, both in moments.items()}) for place in (0, 1))
     known = gap.where(np.isfinite(gap) & (std > 1e-6))
     seen = seen.assign(
-        # a policy with a negative mean gap has not learned the labels yet and cannot tell which are wrong
         evidence=-2 * mean.clip(lower=0) * known / std**2,
         distance=(known - mean).abs() / std,
         dropped=~seen.kept.astype(bool),
@@ -299,14 +278,10 @@ def pair_histories(audit: pd.DataFrame) -> pd.DataFrame:
 
 
 def available(histories: pd.DataFrame) -> dict[str, str]:
-    """Return why each signal that can rank these pairs can do so, the best signal first.
-
-    The reference counts only if it prefers the labelled response more often than chance would, by three standard
-    errors: one that knows nothing of these pairs cannot tell which labels are wrong.
-    """
-    found = {}
-    margins = histories.reference_margin.dropna()
+    """Return why each signal that can rank these pairs can do so, the best signal first."""
+    found, margins = {}, histories.reference_margin.dropna()
     agreement = float((margins > 0).mean())  # NaN without a margin
+    # by three standard errors, for one that knows nothing of these pairs cannot tell which labels are wrong
     if agreement - 0.5 > 3 * 0.5 / max(len(margins), 1) ** 0.5:
         found["reference"] = f"the reference prefers the labelled response in {agreement:.0%} of the pairs"
     if (histories.mislabelled != 0).any():  # below 0 for a pair whose gaps speak for its label
@@ -319,10 +294,7 @@ def available(histories: pd.DataFrame) -> dict[str, str]:
 
 
 def hits(scores: np.ndarray, wrong: np.ndarray, listed: int) -> np.ndarray:
-    """Return [listed] bool: whether each pair with one of the highest `scores` [n] is `wrong` [n], highest first.
-
-    Ties keep the order of the pairs. Raises ValueError unless `listed` lies in [1, n].
-    """
+    """Return [listed] bool: whether the pairs of the highest `scores` [n] are `wrong` [n]; ties keep the order."""
     if not 1 <= listed <= len(scores):
         raise ValueError(f"cannot list {listed} of {len(scores)} pairs")
     return wrong[np.argsort(-np.asarray(scores, float), kind="stable")[:listed]]

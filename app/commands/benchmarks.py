@@ -29,10 +29,7 @@ QUESTIONS = {
 def read_questions(
     form: Form, path: str, split: str, subset: str | None, count: int | None
 ) -> list[PreferencePair]:
-    """Return the first `count` questions of a benchmark as chats, with labels `question` and `turns`.
-
-    Raises UserError with file and line for a row that is none.
-    """
+    """Return the first `count` questions of a benchmark as chats, with the labels `question` and `turns`."""
     name, field = QUESTIONS[form]
     items, seen = [], list[Any]()
     for place, value in islice(Source(path, split=split, subset=subset).open().rows(), count):
@@ -67,10 +64,8 @@ def further_turns(items: Sequence[PreferencePair], rows: Iterable[Mapping[str, A
 
 
 def answer_file(form: Form, name: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the text of the file of answers for a benchmark; `rows` hold a sample of each turn, in order.
-
-    `tstamp` of Arena-Hard and MT-bench is left out, so that the same command writes the same bytes.
-    """
+    """Return the text of a benchmark's file of answers; `rows` hold a sample of each turn, in order."""
+    # without `tstamp` of the two others, so that the same command writes the same bytes
     if form == "alpaca_eval":
         found = [{"instruction": row["turns"][0], "output": row["response"], "generator": name} for row in rows]
         return json.dumps(found, ensure_ascii=False, indent=1) + "\n"

@@ -61,10 +61,8 @@ def export(
     if adapter and temperature != 1.0:
         raise UserError("temperature changes the model's own weights, which --adapter does not write.")
     if adapter and re.fullmatch(MOVING, str(lora["init_lora_weights"])):
-        raise UserError(
-            "--adapter: model.lora.init_lora_weights changed the base's weights, so the adapters fit no other copy "
-            "of it: leave --adapter out, which merges them."
-        )
+        moved = "model.lora.init_lora_weights changed the base's weights, so the adapters fit no other copy of it"
+        raise UserError(f"--adapter: {moved}: leave --adapter out, which merges them.")
     # the data module put the tokenizer there, under its class name; a path could lead outside the folder
     parts = (part for part in state.values() if isinstance(part, dict))
     tokenizer: dict[str, str] = next((part["tokenizer_files"] for part in parts if "tokenizer_files" in part), {})
@@ -87,10 +85,7 @@ def export(
 def write_model(
     folder: Path, state: dict[str, Any], adapter: bool, base: str | None, dtype: str, temperature: float
 ) -> list[str]:
-    """Write weights and configuration, read them back, and return notes for the user.
-
-    Raises UserError if the model read back does not compute what the policy computes.
-    """
+    """Write weights and configuration, read them back as a check, and return notes for the user."""
     model = policy_model(state, base)
     notes = []
     if temperature != 1.0:
@@ -133,10 +128,8 @@ def write_model(
         exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     most = float((logps - sequence_logps(exported)).abs().max())
     if not most <= TOLERANCE:
-        raise UserError(
-            "The export, read again, does not compute what the policy does: log-probabilities differ by up to "
-            f"{most:.3g} nats per token, so it was removed. Please report the model's family."
-        )
+        wrong = f"does not compute what the policy does (up to {most:.3g} nats per token apart)"
+        raise UserError(f"The export, read again, {wrong} and was removed: please report the model's family.")
     return [*notes, "checked: the exported model gives the same outputs"]
 
 
@@ -150,11 +143,7 @@ def policy_weights(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def plain_model(state: dict[str, Any], base: str | None) -> Any:
-    """Return the policy of a checkpoint without its adapters, in float32.
-
-    A checkpoint of adapters alone does not hold it: it is read from `base`, or from where the run found it. Raises
-    UserError if it is not there, or another model.
-    """
+    """Return the policy without adapters, in float32; from `base` if the checkpoint has adapters alone."""
     if weights := policy_weights(state)[0]:
         settings = json.loads(state["model_config"], object_hook=number)
         model = bare_model(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=torch.float32)
@@ -194,12 +183,10 @@ def policy_model(state: dict[str, Any], base: str | None) -> Any:
 
 
 def merge(model: Any) -> tuple[Any, bool]:
-    """Return the plain model with adapters merged into its weights, and whether its head had to be untied.
-
-    In training, adapters on the embeddings do not change a head that shares the weights; merging would change it.
-    """
+    """Return the plain model with adapters merged into its weights, and whether its head had to be untied."""
     base = model.get_base_model()
     head = base.get_output_embeddings()
+    # in training, adapters on the embeddings do not change a head that shares the weights; merging would
     untied = hasattr(base.get_input_embeddings(), "base_layer") and base.config.tie_word_embeddings
     if untied:
         head.weight = nn.Parameter(head.weight.detach().clone())
@@ -209,13 +196,10 @@ def merge(model: Any) -> tuple[Any, bool]:
 
 @torch.no_grad()
 def divide_logits(model: Any, temperature: float) -> None:
-    """Divide the logits of a model by `temperature`, in the last norm. Raises UserError if that cannot be exact.
-
-    The norm is the last module outside the layers with one weight per hidden unit; a Gemma's norm multiplies by
-    1 + weight. Logits of random tokens, before and after, decide whether the division is right.
-    """
+    """Divide the logits of a model by `temperature`, in the last norm. Raises UserError if that cannot be exact."""
     ids = random_tokens(model)
     wanted = model.eval()(input_ids=ids).logits / temperature
+    # the last norm has one weight per hidden unit, outside the layers
     outside = [part for name, part in model.named_modules() if not any(map(str.isdigit, name.split(".")))]
     norms = [part for part in outside if getattr(getattr(part, "weight", None), "ndim", None) == 1]
     if norms and not getattr(model.config.get_text_config(), "final_logit_softcapping", None):
@@ -224,15 +208,13 @@ def divide_logits(model: Any, temperature: float) -> None:
             if getattr(part, "bias", None) is not None:
                 part.bias /= temperature
         before = weight.clone()
-        for shift in (0.0, 1.0):
+        for shift in (0.0, 1.0):  # a Gemma's norm multiplies by 1 + weight
             weight.copy_((before + shift) / temperature - shift)
             apart = (model(input_ids=ids).logits - wanted).abs().max() / wanted.abs().max()
             if apart < 1e-4:
                 return
-    raise UserError(
-        f"temperature: the logits of a {model.config.model_type} are not a multiple of its last norm: export it "
-        "without, and sample with --temperature."
-    )
+    why = f"the logits of a {model.config.model_type} are not a multiple of its last norm"
+    raise UserError(f"temperature: {why}: export it without, and sample with --temperature.")
 
 
 def convert(weights: list[nn.Parameter], dtype: torch.dtype) -> None:

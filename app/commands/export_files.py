@@ -34,17 +34,14 @@ def spell_for_others(folder: Path) -> None:
 
 
 def write_chat_template(folder: Path, state: dict[str, Any]) -> list[str]:
-    """Write a chat template if training used plain dialogue; return notes for the user.
-
-    It renders a dialogue as training on HH-style text tokenises it, and writes the leading special tokens itself,
-    because the text of a chat template is tokenised without them.
-    """
+    """Write a chat template if training used plain dialogue; return notes for the user."""
     if not any(isinstance(part, dict) and part.get("plain_dialogue") for part in state.values()):
         return []
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     dialogue = files("app.commands").joinpath("assets", "plain_dialogue.jinja").read_text(encoding="utf-8")
     ids = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    # the leading special tokens are part of it, because the text of a chat template is tokenised without them
     leading = "".join(tokenizer.convert_ids_to_tokens(ids[: ids.index(plain[0])]))
     template = (f"{{{{- {json.dumps(leading)} }}}}\n" if leading else "") + dialogue.rstrip("\n")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -53,10 +50,7 @@ def write_chat_template(folder: Path, state: dict[str, Any]) -> list[str]:
 
 
 def generation_config(settings: dict[str, Any], tokenizer: Any) -> GenerationConfig:
-    """Return the start model's generation config with the tokenizer's special tokens and stop ids, EOS first.
-
-    The stop ids are EOS, the end-of-turn of the chat template and those of the start model.
-    """
+    """Return the start model's generation config with the tokenizer's special tokens and all stop ids."""
     ends = stop_ids(tokenizer, Tokenisation(), settings.get("eos_token_id"))
     ends.sort(key=lambda token: token != tokenizer.eos_token_id)
     tokens = {

@@ -78,10 +78,8 @@ def judge(
 
 
 def print_table(table: Table) -> None:
-    """Print a table; in a file it may be wide, because one cut to 80 columns is hard to read.
-
-    Its texts are the user's: "[b]" in one is no markup, and ":x:" no picture.
-    """
+    """Print a table; in a file it may be wide, because one cut to 80 columns is hard to read."""
+    # the texts are the user's: "[b]" in one is no markup, and ":x:" no picture
     Console(markup=False, emoji=False, width=None if os.isatty(1) else 240).print(table)
 
 
@@ -133,26 +131,21 @@ def figures(rows: Sequence[Answer], judge: Judge) -> dict[str, Estimate]:
 
 
 def mean_by_prompt(rows: Sequence[Answer], scores: np.ndarray, share: bool = False) -> Estimate:
-    """Return the mean of the scores that are not NaN; the bootstrap resamples prompts with all their answers.
-
-    A `share` that is 0 or 1 in every prompt has Wilson's interval, because resampling equal values gives no width.
-    """
+    """Return the mean of the scores that are not NaN; the bootstrap resamples prompts with all their answers."""
     by_prompt = pd.Series(scores).groupby([row["prompt_id"] for row in rows], sort=False)
     means = by_prompt.mean().dropna().to_numpy(float)
-    if share and len(means) and means.mean() in (0.0, 1.0):
+    if share and len(means) and means.mean() in (0.0, 1.0):  # equal values, resampled, give no width
         return wilson(float(means.mean()), len(means))
     return bootstrap_mean(means)
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of the paths that tell them apart, such as `dpo` for `runs/dpo/version_0`.
-
-    Last parts that several paths share, and Lightning's numbers of runs, are left out if the rest suffices.
-    """
+    """Return the shortest ends of the paths that tell them apart, such as `dpo` for `runs/dpo/version_0`."""
     found: list[tuple[str, ...]] = []
     rest = [path.resolve().parts for path in paths]
     while rest != found and len(set(rest)) >= len(set(found)):
         found = rest
+        # without last parts that several share and Lightning's numbers of runs, if the rest suffices
         times = Counter(parts[-1] for parts in set(found))
         rest = [p[:-1] if times[p[-1]] > 1 or re.fullmatch(r"version_\d+", p[-1]) else p for p in found]
     tries = (["/".join(parts[-length:]) for parts in found] for length in count(1))

@@ -64,10 +64,7 @@ class LocalSampler:
         torch.manual_seed(seed)
 
     def read(self, items: Sequence[PreferencePair], prompts: str) -> str:
-        """Tokenise the prompts, print what was cut, and return a hash of their ids and tokens.
-
-        Raises UserError if a prompt cannot be tokenised, or is beyond what a model takes.
-        """
+        """Tokenise the prompts, print what was cut, and return a hash of them. Raises UserError."""
         tokens = tokenise_prompts(items, self.tokenizer, self.settings)
         # `generate` has the options of the data that notes name, without the prefix
         found = [(ids, [note.replace("data.", "") for note in notes]) for ids, notes in tokens]
@@ -102,11 +99,7 @@ class LocalSampler:
 
 
 class ServedSampler:
-    """A sampler that asks a server: chats by its chat completions, plain text by its completions.
-
-    Every sample has a seed of its own, so that a resumed run asks what an uninterrupted one would. Prompts are
-    sent whole; the chat template and the end tokens are the server's.
-    """
+    """A sampler that asks a server: chats by its chat completions, plain text by its completions."""
 
     device = None  # the server's
 
@@ -139,14 +132,12 @@ class ServedSampler:
         return hashed([[item.pair_id, item.prompt] for item in items])
 
     def answers(self, batch: Batch) -> list[Answer | str]:
-        """Return the samples of a batch, or the reasons why the server refused to give one.
-
-        Raises UserError when the server fails.
-        """
+        """Return the samples of a batch, or the reasons why the server refused to give one."""
         found: dict[int, Answer | str] = {}
 
         def ask(client: Any, place: int) -> None:
             item, copy = batch.items[place]
+            # a seed of its own, so that a resumed run asks what an uninterrupted one would
             own = hashed([[self.seed, item.pair_id, copy, batch.temperature, len(item.prompt)]])
             options = {**self.options, "temperature": batch.temperature, "seed": int(own[:7], 16)}
             if turns := self._turns.get(item.pair_id):

@@ -36,11 +36,7 @@ class DamagedEntry(Exception):
 
 
 def cached(kind: Kind, key: str, read: Callable[[Path], T], build: Callable[[Path], None]) -> T:
-    """Return what `read` finds in the folder of an entry, which `build` makes if it is missing or damaged.
-
-    Other processes that want the entry wait meanwhile. Raises UserError if it is missing and the cache
-    folder cannot be written.
-    """
+    """Return what `read` finds in the folder of an entry; a missing or damaged one is made by `build`, once."""
     folder = cache_root(kind) / key
     with suppress(DamagedEntry):  # an entry appears when it is complete, so a cache may be read-only
         if folder.exists():

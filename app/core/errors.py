@@ -14,17 +14,11 @@ RESUME = "With --ckpt_path last, the command resumes from the last checkpoint in
 
 
 class UserError(Exception):
-    """A mistake that the user can correct; its text is one sentence with the file, line or field and the cure.
-
-    The `beta-dpo` command prints the text without a traceback and exits with status 2.
-    """
+    """A mistake that the user can correct; its text is one sentence with the file, line or field and the cure."""
 
 
 class StepRefused(UserError):
-    """The exception for a step that was refused before it changed weights, optimizer or callbacks.
-
-    Every rank raises it, so that all ranks can still write a checkpoint together.
-    """
+    """A step refused before it changed weights, optimizer or callbacks, on every rank, so that all can save."""
 
 
 def leave(sentence: str, status: int = 2) -> NoReturn:
@@ -36,10 +30,8 @@ def leave(sentence: str, status: int = 2) -> NoReturn:
 
 
 def suggestion(word: str, known: list[str], dashes: str = "") -> str:
-    """Return ` Did you mean …?` with the nearest known word, or an empty text.
-
-    A name that holds the whole word, as trainer.num_nodes holds nodes, is nearer than one of similar letters.
-    """
+    """Return ` Did you mean …?` with the nearest known word, or an empty text."""
+    # trainer.num_nodes, which holds the whole word `nodes`, is nearer than a name of similar letters
     near = [one for one in known if (last := one.rpartition(".")[2]) == word or word in last.split("_")]
     near = near or get_close_matches(word, known, 1, 0.6)
     near = near or [one for one in known if one.startswith(word) or word.startswith(one)]
@@ -71,6 +63,8 @@ def refused(what: str, known: Mapping[str, str] = MappingProxyType({})) -> Itera
     """
     try:
         yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
     except Exception as error:
         text = str(error)
         lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]

@@ -41,11 +41,7 @@ def shipped_names() -> list[str]:
 
 
 def refuse_place(option: str, out: str, endings: tuple[str, ...], *read: str | None) -> str:
-    """Return a remark for the user if a file at `out` will be replaced, else an empty text.
-
-    Raises UserError unless `out` ends in one of `endings`, can be written, and is neither a folder nor one of the
-    files `read`.
-    """
+    """Return a remark if `out` will be replaced. Raises UserError if it cannot be written or is among `read`."""
     if not out.endswith(endings):
         raise UserError(f"{option} must end in {' or '.join(endings)}, not {out!r}.")
     if os.path.isdir(out):
@@ -96,10 +92,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; rename it to `path` when the block ends without error.
-
-    Raises FileExistsError if `path` exists already and is not an empty folder.
-    """
+    """Yield a temporary folder beside `path`; rename it to `path`, which must not exist, unless the block fails."""
     target = Path(path)
     with naming(target) as hidden:
         temporary = Path(tempfile.mkdtemp(**hidden))
@@ -118,10 +111,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def naming(target: Path) -> Iterator[dict[str, Any]]:
-    """Yield how `tempfile` names a part beside `target`, and make an error of the disk name `target` itself.
-
-    Libraries in Rust, such as safetensors, raise no OSError: their error becomes one.
-    """
+    """Yield how `tempfile` names a part beside `target`, and make an error of the disk name `target` itself."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield {"prefix": f".{target.name}.", "suffix": ".part", "dir": target.parent}
@@ -129,7 +119,7 @@ def naming(target: Path) -> Iterator[dict[str, Any]]:
         if error.errno is not None and f"/.{target.name}." in f"/{error.filename or f'.{target.name}.'}":
             error.filename = str(target)
         raise
-    except Exception as error:
+    except Exception as error:  # libraries in Rust, such as safetensors, raise no OSError
         if hidden := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(hidden[1]), os.strerror(int(hidden[1])), str(target)) from error
         raise

@@ -94,11 +94,8 @@ def _fit(x: np.ndarray, scores: np.ndarray, weights: np.ndarray, start: np.ndarr
 
 
 def share_over(groups: np.ndarray, hits: np.ndarray) -> Estimate:
-    """Return the share of `hits` [n] bool with a 95 % Wilson interval that counts the distinct `groups` [n].
-
-    A pair that occurs in several epochs counts as one item. If its hits differ between epochs, the interval is too
-    wide rather than too narrow. Raises ValueError if there is no item.
-    """
+    """Return the share of `hits` [n] bool with a 95 % Wilson interval that counts the distinct `groups` [n]."""
+    # a pair of several epochs is one item; if its hits differ, the interval is too wide rather than too narrow
     return wilson(float(np.mean(hits)) if len(hits) else 0.0, len(np.unique(groups)))
 
 

@@ -31,14 +31,11 @@ NOT_IN_IDS = "/\\:;,#?'"  # Weights & Biases refuses these in a run id, and they
 
 
 def log_folder(trainer: Trainer) -> Path:
-    """Return the run's own folder; every rank must call it, because rank 0 broadcasts it.
-
-    Lightning's `log_dir` is this folder only with TensorBoard and CSV. With other loggers, such as Weights &
-    Biases, several runs share `log_dir`; this function returns the folder in which `ModelCheckpoint` saves.
-    """
+    """Return the run's own folder; every rank must call it, because rank 0 broadcasts it."""
     logger = trainer.logger
     if logger is None or isinstance(logger, WITH_FOLDERS):
         return Path(trainer.log_dir or trainer.default_root_dir)
+    # runs with another logger, such as Weights & Biases, share `log_dir`; ModelCheckpoint saves in this folder
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     own = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
     return Path(trainer.strategy.broadcast(own))
@@ -53,11 +50,7 @@ def refuse_another_run(trainer: Trainer, taken: bool, what: str) -> None:
 
 @contextmanager
 def claimed_log_folder(trainer: Trainer) -> Iterator[None]:
-    """Lock the log folder against other runs for the block, and keep what earlier starts logged in it.
-
-    A start that ends before the first step leaves no folder. Raises UserError if another process uses the folder,
-    or if a run id cannot name one.
-    """
+    """Lock the log folder for the block, and keep what earlier starts logged in it. Raises UserError."""
     if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
         yield
         return
@@ -78,6 +71,7 @@ def claimed_log_folder(trainer: Trainer) -> Iterator[None]:
                     logger._experiment = ContinuedTable(logger.log_dir)
             yield
         finally:
+            # a start that ends before the first step leaves no folder
             files = [path for path in folder.rglob("*") if path.is_file()] if created else []
             if created and all(any(path.match(pattern) for pattern in LEFTOVERS) for path in files):
                 shutil.rmtree(folder)
@@ -87,10 +81,7 @@ def claimed_log_folder(trainer: Trainer) -> Iterator[None]:
 
 
 def continue_curves(trainer: Trainer, resumes: bool) -> None:
-    """Make the loggers continue at the step that training resumes from; drop later steps of an earlier attempt.
-
-    Every rank must call it at the start of training. Raises UserError if the curves are those of another run.
-    """
+    """Make the loggers continue at the step that training resumes from; every rank must call it."""
     step = trainer.global_step + 1
     writers = [getattr(logger, "_experiment", None) for logger in trainer.loggers]
     tables = [writer for writer in writers if isinstance(writer, ContinuedTable)]
@@ -107,10 +98,7 @@ def continue_curves(trainer: Trainer, resumes: bool) -> None:
 
 
 def flattened(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the leaves of a configuration by name: `model.optimizer.lr`, `trainer.callbacks.EarlyStopping.mode`, …
-
-    The class of an object, without its module, is the value of the object's name, and its name within a list.
-    """
+    """Return the leaves of a configuration by name, as `model.optimizer.lr`; an object's own value is its class."""
     return {name.removeprefix("."): value for name, value in _leaves("", config) if name}
 
 

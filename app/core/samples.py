@@ -48,21 +48,13 @@ def as_sample(tokenizer: Any, prompt: np.ndarray, response: np.ndarray, stops: S
 
 
 def sample_line(prompt_id: str, prompt: Any, response: str, finished: bool, **more: Any) -> str:
-    """Return the JSON line of one sample; the prompt is text, or messages as objects with `role` and `content`.
-
-    A response that is not `finished` was cut: it has no end-of-turn. `prompt_ids` and `response_ids` are the tokens
-    that the model read and wrote, the end-of-turn included; text read back may have others.
-    """
+    """Return the JSON line of a sample: a prompt, as text or messages, a response, and whether it has its end."""
     row = {"prompt_id": prompt_id, "prompt": prompt, "response": response, **more, "finished": finished}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def read_samples(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (byte offset of the line, row) for every sample.
-
-    A line needs `prompt` and `response`. `prompt_id` defaults to the line number, and `finished` to True. Raises
-    UserError if the file cannot be read, or with the line number if a line is neither blank nor a sample.
-    """
+    """Yield (byte offset, row) of every sample; `prompt_id` defaults to the line number, `finished` to True."""
     place = 0
     try:
         with open(path, "rb") as file:

@@ -61,10 +61,7 @@ def sampled_answers(path: str) -> list[Answer]:
 
 
 def rival_answers(path: str) -> list[Answer]:
-    """Return the samples at `path`, or the chosen responses of the preference pairs there (a file or Hub id).
-
-    Rows of pairs that cannot be read are left out, and their number is printed.
-    """
+    """Return the samples at `path`, or the chosen responses of the preference pairs there (a file or Hub id)."""
     if holds_samples(path):
         return sampled_answers(path)
     reader = read_pairs(path, on_bad_row="skip")

@@ -110,10 +110,7 @@ class Client:
     def ask_all(
         self, questions: Sequence[Q], ask: Callable[[Any, Q], None], kept: Callable[[], str]
     ) -> dict[Q, str]:
-        """Call `ask(client, question)` in threads for all questions; return those refused, with the reason of each.
-
-        Raises UserError when the server fails; `kept()` says what the next run need not ask.
-        """
+        """Call `ask(client, question)` in threads; return the refused questions with reasons. Raises UserError."""
         refused: dict[Q, str] = {}
         try:
             import openai

@@ -74,11 +74,7 @@ class LearnedReward(Judge):
 
 
 class OwnReward(Judge):
-    """A judge that uses the user's own reward: a column of the samples, or a function of prompts and responses.
-
-    `name` is a column if it has no dot, else the path of a function `(prompts, responses) → rewards`, or of a class
-    that `settings` make such a function. Raises UserError if that cannot be imported or built.
-    """
+    """A judge by the user's own reward: a column of the samples, or the path of a function or a class."""
 
     def __init__(self, name: str, settings: dict[str, Any] | None = None) -> None:
         self.name = name

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, TextIO
 
-from app.core.errors import UserError
+from app.core.errors import UserError, refused
 from app.core.files import locked, naming, refuse_place
 
 BEGIN = b'{"key": '  # of every line
@@ -57,11 +57,9 @@ class VerdictFile(dict[str, dict[str, Any]]):
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]  # a kill may cut the last line; its question is asked again
         for number, line in enumerate(whole.splitlines(), 1):
-            try:
+            with refused(f"{self.path}:{number} is not a verdict, correct or remove the line"):
                 fields = json.loads(line, parse_constant=int)  # which refuses NaN and Infinity
                 self[fields.pop("key")] = fields
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise UserError(f"{self.path}:{number} is not a verdict: correct or remove the line.") from error
         if begun := content[len(whole) :]:
             if begun[: len(BEGIN)] != BEGIN[: len(begun)]:  # a whole file without a line break, but for the kill
                 raise UserError(f"{self.path}: the last line is not a verdict: name another file, or remove it.")

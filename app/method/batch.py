@@ -20,10 +20,7 @@ def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 class PairRun(NamedTuple):
-    """The token counts of one pair in a row, laid out as `[prompt | first response | second response]`.
-
-    Padding is a run with one response and no prompt.
-    """
+    """The token counts of one pair in a row, `[prompt | first | second response]`; padding is one response."""
 
     prompt: int
     responses: tuple[int, ...]
@@ -47,15 +44,12 @@ class Memory:
 
 
 class Piece(NamedTuple):
-    """Queries next to each other in a row: a prompt with its first response, or another response.
-
-    Their keys are the `shared` tokens of the prompt, if it is in another piece, and the tokens of the piece itself.
-    """
+    """Queries next to each other in a row: a prompt with its first response, or another response."""
 
     start: int
     tokens: int
     prompt: int  # where the prompt begins
-    shared: int
+    shared: int  # tokens of the prompt that are keys as well, if it is in another piece
 
 
 @dataclass

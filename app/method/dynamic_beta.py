@@ -38,15 +38,11 @@ def rounding_std(compute_dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Moments:
-    """The M0 and σ that one step uses, in the units of the discrepancy M.
-
-    `std` is None until the first batch with at least two pairs, because one pair has no spread. A σ below
-    `minimum_std` is treated as rounding.
-    """
+    """The M0 and σ that one step uses, in the units of the discrepancy M."""
 
     mean: float
-    std: float | None
-    minimum_std: float = MINIMUM_STD
+    std: float | None  # None before the first batch with two pairs, because one has no spread
+    minimum_std: float = MINIMUM_STD  # a smaller σ is rounding
 
     @property
     def spread(self) -> float | None:
@@ -54,11 +50,7 @@ class Moments:
         return None if self.std is None or self.std < self.minimum_std else self.std
 
     def z_scores(self, discrepancy: Tensor) -> Tensor:
-        """Return (M_i − M0)/σ, float64 and detached, in the shape of `discrepancy`; NaN where M_i is NaN.
-
-        Without a `spread` all scores are zero. This is normal at the first step: the policy equals the reference,
-        so every gap is 0 and σ is 0.
-        """
+        """Return (M_i − M0)/σ, float64, detached; NaN where M_i is, and zeros without a `spread`, as at first."""
         discrepancy = discrepancy.detach().to(torch.float64)
         if self.spread is None:
             return torch.zeros_like(discrepancy).masked_fill(torch.isnan(discrepancy), math.nan)
@@ -91,13 +83,10 @@ class RunningMoments:
     std_updates: int = 0
 
     def update(self, values: Tensor) -> Moments:
-        """Add the discrepancies `values` [n] of a global batch and return the moments to use for that batch.
-
-        Without values nothing changes; one value changes M0 and not σ. Raises ValueError for a value that is not
-        finite, because a NaN would never leave the averages.
-        """
+        """Add the M [n] of a global batch and return its moments; one value changes M0 alone."""
         values = values.detach().to("cpu", torch.float64).reshape(-1)
         if not bool(torch.isfinite(values).all()):
+            # a NaN would never leave the averages
             raise ValueError("running moments need finite discrepancies: leave out the pairs that are not")
         if values.numel() >= 1:
             self.mean = self.momentum * self.mean + (1.0 - self.momentum) * float(values.mean())
@@ -130,31 +119,20 @@ class RunningMoments:
 
 
 def gaussian_log_weights(discrepancy: Tensor, moments: Moments) -> Tensor:
-    """Return the log of the unnormalised selection weights, −(M_i − M0)²/2σ² [G] float64, for M [G].
-
-    All are zero (every pair equally likely) without a `Moments.spread`, as at the first step. A discrepancy that is
-    not finite gets −inf.
-    """
+    """Return log weights −(M_i − M0)²/2σ² [G] float64: 0 without a spread, −inf where M_i is not finite."""
     log_weights = -0.5 * moments.z_scores(discrepancy) ** 2
     return log_weights.masked_fill(~torch.isfinite(discrepancy), -math.inf)
 
 
 def number_kept(n: int, keep_ratio: float) -> int:
-    """Return k = clamp(⌊n·ρ + 1e-9⌋, 1, n), the number of `n` pairs that ρ = `keep_ratio` keeps; 0 for n = 0.
-
-    The 1e-9 prevents the loss of a pair to rounding, as in 100·0.29. Raises ValueError unless 0 < ρ ≤ 1.
-    """
+    """Return k = clamp(⌊n·ρ + 1e-9⌋, 1, n), the number of `n` pairs that ρ = `keep_ratio` keeps; 0 for n = 0."""
     if not 0.0 < keep_ratio <= 1.0:
         raise ValueError(f"keep_ratio is the fraction of pairs kept and must lie in (0, 1], got {keep_ratio}")
-    return min(max(math.floor(n * keep_ratio + 1e-9), 1), n)
+    return min(max(math.floor(n * keep_ratio + 1e-9), 1), n)  # 1e-9: 100·0.29 would lose a pair to rounding
 
 
 def selection_noise(seed: int, step: int, count: int) -> Tensor:
-    """Return uniform noise in the open interval (0, 1), [count] float64; value i is for pair i of the global batch.
-
-    The noise is a function of (seed, step) alone, so it is equal on every rank and after a resume. The global
-    generators are neither read nor advanced.
-    """
+    """Return uniform noise in (0, 1), [count] float64, from (seed, step) alone: equal on all ranks and resumes."""
     # The seed is hashed because generators seeded with neighbouring integers may start alike.
     digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
@@ -211,10 +189,7 @@ def keep_by_gradient_scale(gaps: Tensor, k: int, drop: Literal["head", "tail", "
 
 
 def effective_sample_size(log_weights: Tensor) -> float:
-    """Return (Σp)²/Σp², the number of equally weighted pairs that exp(`log_weights` [G]) corresponds to.
-
-    It is G when all weights are equal, near 1 when one pair dominates, and 0 when no log weight is finite.
-    """
+    """Return (Σp)²/Σp² of p = exp(`log_weights` [G]): G if all are equal, near 1 if one dominates."""
     finite = log_weights[torch.isfinite(log_weights)].to(torch.float64)
     if finite.numel() == 0:
         return 0.0
@@ -222,39 +197,26 @@ def effective_sample_size(log_weights: Tensor) -> float:
 
 
 def batch_beta(beta0: float, alpha: float, kept_discrepancy: Tensor, moments: Moments) -> Tensor:
-    """Return one β for the step, β0·(1 + α·(mean_{i∈K} M_i − M0)): 0-d float64, not clamped.
-
-    `kept_discrepancy` [k] holds M of the pairs that the filter keeps. β is β0 when no pair is kept, and bitwise
-    equal to β0 for α = 0.
-    """
+    """Return β0·(1 + α·(mean of the kept pairs' M [k] − M0)), 0-d float64, not clamped; β0 if no pair is kept."""
     kept = kept_discrepancy.detach().to(torch.float64)
     deviation = kept.mean() - moments.mean if kept.numel() else kept.new_zeros(())
     return beta0 * (1.0 + alpha * deviation)
 
 
 def instance_beta(beta0: float, alpha: float, discrepancy: Tensor, moments: Moments) -> Tensor:
-    """Return a β for every pair, β0·(1 + α·(M_i − M0)): [G] float64, not clamped.
-
-    This is the paper's instance-level variant. A NaN discrepancy gives a NaN β for that pair only.
-    """
+    """Return a β for every pair, β0·(1 + α·(M_i − M0)), the paper's variant: [G] float64, not clamped."""
     return beta0 * (1.0 + alpha * (discrepancy.detach().to(torch.float64) - moments.mean))
 
 
 def perturbed_logits(policy_logits: Tensor, reference_logits: Tensor, epsilon: float) -> Tensor:
-    """Return (1 + ε)·logits_θ − ε·logits_ref, both [..., V]; a negative `epsilon` gives the other direction.
-
-    Normalised log-probs may replace the logits: the softmax of the result is the same. The form computed is
-    logits_θ + ε·(logits_θ − logits_ref), which is bitwise logits_θ where the two are equal.
-    """
+    """Return (1 + ε)·logits_θ − ε·logits_ref [..., V], from logits or log-probabilities."""
+    # in this form bitwise logits_θ where the two are equal
     return policy_logits + epsilon * (policy_logits - reference_logits)
 
 
 def epsilon_steps(gap_minus: Tensor, gap_zero: Tensor, gap_plus: Tensor) -> Tensor:
-    """Return [B] int64: +1 where the gap rises strictly from −ε over 0 to +ε, −1 where it falls strictly, else 0.
-
-    Each gap [B] is the log-probability of the chosen minus that of the rejected response; those of the reference
-    would add the same constant to all three. NaN gives 0.
-    """
+    """Return [B] int64: +1 where the gap rises strictly from −ε over 0 to +ε, −1 where it falls, else 0."""
+    # the reference's log-probabilities would add one constant to all three; NaN gives 0
     rises = (gap_minus < gap_zero) & (gap_zero < gap_plus)
     falls = (gap_minus > gap_zero) & (gap_zero > gap_plus)
     return rises.to(torch.int64) - falls.to(torch.int64)

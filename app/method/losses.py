@@ -122,20 +122,14 @@ class IPOLoss(PairLoss):
 
 
 class LengthNormalisedIPOLoss(IPOLoss):
-    """IPO on averages per token, (h̄ − 1/2β)², which is TRL's `ipo` loss.
-
-    h̄ is the chosen minus the rejected log-ratio per token. It is also the discrepancy, to which the target applies.
-    """
+    """IPO on averages per token, (h̄ − 1/2β)², TRL's `ipo`; the discrepancy is h̄, of log-ratios per token."""
 
     def discrepancy(self, logps: PairLogps) -> Tensor:
         return logps.normalised_reward_gap
 
 
 class SPPOHardLoss(PairLoss):
-    """SPPO with hard labels, (r_w − 1/2β)² + (r_l + 1/2β)² (arXiv 2405.00675, eq. 4.7 with P = 1 and 0).
-
-    r is a response's log-ratio to the reference. As in IPO, β sets a target, here one for each response.
-    """
+    """SPPO with hard labels, (r_w − 1/2β)² + (r_l + 1/2β)² of log-ratios r (arXiv 2405.00675, eq. 4.7)."""
 
     beta_floor = 0.25
 

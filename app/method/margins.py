@@ -14,11 +14,7 @@ ROUNDS = 500  # of the search for a root, enough for halving alone
 
 
 def standardised_margin(gamma: float, alpha: float, discrepancy: Tensor, moments: Moments) -> Tensor:
-    """Return γ + α·(M_i − M0)/σ, the margin of pair i: [G] float64, detached.
-
-    It is a variant of α-DPO's margin (arXiv 2410.10148; as published: `AlphaDPOLoss`) with running moments. Every
-    margin is γ while σ is unknown or too small (`Moments.spread`).
-    """
+    """Return γ + α·(M_i − M0)/σ [G] float64, detached; γ without a `Moments.spread`."""
     return gamma + alpha * moments.z_scores(discrepancy)
 
 
@@ -64,11 +60,7 @@ def amapo_margins(gaps: Tensor, beta: Tensor) -> Tensor:
 
 
 def _increasing_root(function: Callable[[Tensor], tuple[Tensor, Tensor]], low: Tensor, high: Tensor) -> Tensor:
-    """Return where `function`, (value, slope) of increasing functions, is 0 between `low` and `high`, elementwise.
-
-    Newton's steps where they stay in the bracket; every eighth step halves the bracket, so that it ends in any
-    case.
-    """
+    """Return where `function`, (value, slope) of increasing functions, is 0 between `low` and `high`."""
     x = (low + high) / 2
     for number in range(ROUNDS):
         value, slope = function(x)
@@ -77,5 +69,6 @@ def _increasing_root(function: Callable[[Tensor], tuple[Tensor, Tensor]], low: T
         inside = (newton >= low) & (newton <= high)
         if bool(((newton - x).abs() <= 1e-12 * (1.0 + x.abs())).all()):
             return newton
+        # every eighth step halves the bracket, so that the search ends in any case
         x = torch.where(inside, newton, (low + high) / 2) if (number + 1) % 8 else (low + high) / 2
     return x

@@ -1,7 +1,4 @@
-"""Log-probabilities of pairs, and the base of the losses: functions of them, β and perhaps a margin.
-
-A loss knows no rank, no filter and no schedule.
-"""
+"""Log-probabilities of pairs, and the base of the losses, which know no rank, filter or schedule."""
 
 from __future__ import annotations
 
@@ -127,10 +124,7 @@ class PairLoss(ABC):
         return logps.reward_gap
 
     def gaps(self, logps: PairLogps) -> Tensor:
-        """Return the discrepancy [B], NaN for pairs of which any log-probability is not finite.
-
-        A loss may read more log-probabilities than its discrepancy does, as `AlphaDPOLoss` those of the reference.
-        """
+        """Return the discrepancy [B], NaN for pairs of which any log-probability is not finite."""
         return self.discrepancy(logps).where(logps.finite, torch.nan)
 
     @property
@@ -153,10 +147,7 @@ class PairLoss(ABC):
     def __call__(
         self, logps: PairLogps, beta: Tensor, margin: Tensor | None = None, confidence: Tensor | None = None
     ) -> Tensor:
-        """Return the loss of every pair [B] for `beta`, `margin` and `confidence`, each [B] or 0-d, all detached.
-
-        Raises ValueError for a margin or a confidence that the loss does not take, and for a loss of another shape.
-        """
+        """Return the loss of every pair [B] for `beta`, `margin` and `confidence`, each [B] or 0-d, detached."""
         if margin is not None and not self.takes_margin:
             raise ValueError(f"{self} has no logit β·h to subtract a margin from")
         if confidence is not None and not self.has_swapped_form:

@@ -34,10 +34,7 @@ class ReferenceFlips:
 
 
 def fitted(margins: Tensor, start: ReferenceFlips | None, rounds: int = 50) -> ReferenceFlips | None:
-    """Fit ε and κ by `rounds` of EM on `margins` [n], from `start`, or from ε = .15 and κ = 1/mean |r|.
-
-    Returns `start` if there are no margins or their mean size is below SILENT: they then have no information.
-    """
+    """Fit ε and κ by EM on `margins` [n] from `start` (else ε = .15, κ = 1/mean |r|); SILENT ones leave `start`."""
     margins = margins.detach().to(torch.float64)
     size = float(margins.abs().mean()) if margins.numel() else 0.0
     if size < SILENT:
@@ -56,10 +53,8 @@ def fitted(margins: Tensor, start: ReferenceFlips | None, rounds: int = 50) -> R
 
 
 def label_weights(probability: Tensor, kept: Tensor) -> Tensor:
-    """Return max(0, 1 − 2p) [G] for `probability` p [G], divided by its mean over the pairs `kept` [G] bool.
-
-    Divided, so that the weight of a step stays that of its pairs. All ones when every kept pair has p ≥ ½.
-    """
+    """Return max(0, 1 − 2p) [G] over its mean in the pairs `kept` [G] bool; all ones if every kept p is ≥ ½."""
     weights = (1.0 - 2.0 * probability).clamp(min=0.0).nan_to_num(0.0)
     mean = weights[kept].mean() if bool(kept.any()) else weights.new_zeros(())
+    # divided, so that the weight of a step stays that of its pairs
     return weights / mean if mean > 0 else torch.ones_like(weights)

@@ -1,7 +1,4 @@
-"""Weights on the losses of a step's pairs, and RE-PO's confidence in their labels; constants to the gradient.
-
-Sums and means run over the kept pairs of the global batch.
-"""
+"""Weights on the losses of a step's kept pairs, and RE-PO's confidence in labels; constants to the gradient."""
 
 from __future__ import annotations
 
@@ -58,30 +55,19 @@ def madpo_weights(score_gap: Tensor, largest: float, smallest: float, slope: flo
 
 
 def quality_weights(score_gap: Tensor, slope: float) -> Tensor:
-    """Return σ(η·(S_w − S_l)) [n] for `score_gap` S_w − S_l [n] and `slope` η: pairs far apart count more.
-
-    This is the quality weight of Omni-DPO, now Uni-DPO (arXiv 2506.10054; `compute_w_qual` in pspdada/Uni-DPO).
-    """
+    """Return σ(η·(S_w − S_l)) [n], η = `slope`, of Omni-DPO (arXiv 2506.10054; `compute_w_qual` of Uni-DPO)."""
     return torch.sigmoid(slope * score_gap.to(torch.float64))
 
 
 def label_confidence(label_logits: Tensor, reliability: Tensor) -> Tensor:
-    """Return RE-PO's w = ηp/(ηp + (1 − η)(1 − p)) [n], the posterior of a right label (arXiv 2509.24159, eq. 4).
-
-    `label_logits` [n] are log p/(1 − p) (`PairLoss.label_logit`), `reliability` η [n] is that of the pair's
-    annotator, in (0, 1). NaN where the logit is NaN.
-    """
+    """Return RE-PO's w = ηp/(ηp + (1 − η)(1 − p)) [n], for log p/(1 − p) and η (arXiv 2509.24159, eq. 4)."""
     return torch.sigmoid(label_logits.detach() + torch.logit(reliability))
 
 
 def updated_reliability(
     reliability: Mapping[str, float], annotators: Sequence[str], confidence: Tensor, momentum: float
 ) -> dict[str, float]:
-    """Return η ← (1 − a)·η + a·mean w of the annotators in the batch, a = `momentum`; other annotators keep theirs.
-
-    `annotators` and `confidence` w belong to the same n pairs; `reliability` names all of them. η stays inside
-    [LEAST, 1 − LEAST].
-    """
+    """Return η ← (1 − a)·η + a·mean w of the batch's annotators, a = `momentum`, in [LEAST, 1 − LEAST]."""
     updated, places = dict(reliability), defaultdict(list)
     for place, name in enumerate(annotators):
         places[name].append(place)

@@ -131,10 +131,7 @@ def bounds(runs: Sequence[Run]) -> list[tuple[float, str]]:
 
 
 def band(run: Run, number: int) -> list[Panel]:
-    """Return one run's panel of batch means against M0 ± σ, in the units of M; none without a gap.
-
-    M may be measured in multiples of β0 or come from a reward model.
-    """
+    """Return one run's panel of batch means against M0 ± σ, in the units of M; none without a gap."""
     batch = run.curves.get("band/batch_mean", run.curves.get("gap/mean"))
     if batch is None:
         return []
@@ -176,10 +173,7 @@ def gaps(audit: pd.DataFrame, first: float, last: float, only: str | None) -> np
 
 
 def densities(runs: Sequence[Run], groups: Groups) -> list[Panel]:
-    """Return a panel for each run with an audit: the densities of its `groups` of gaps, all on the same axes.
-
-    The y axis ends a little above the highest peak of the groups after the first: early gaps form a peak around 0.
-    """
+    """Return a panel for each run with an audit: the densities of its `groups` of gaps, all on the same axes."""
     found = {}  # run → group → its gaps, of which a density needs two that differ
     for one in runs:
         each = {} if one.audit is None else {name: gaps(one.audit, *group) for name, group in groups.items()}
@@ -196,6 +190,7 @@ def densities(runs: Sequence[Run], groups: Groups) -> list[Panel]:
         for run, spread in found.items()
     }
     peaks = [(line.name, float(np.max(line.y))) for some in lines.values() for line in some]
+    # a little above the highest peak of the groups after the first, because early gaps form a peak around 0
     top = 1.3 * max([peak for name, peak in peaks if name != next(iter(groups))] or [peak for _, peak in peaks])
     x = axis(alt.X, "gap h, nats", domain=[low, high], nice=False)
     y = axis(alt.Y, "density, 1/nat", domain=[0, top])

@@ -1,8 +1,4 @@
-"""The findings of a report: sentences about a run, each with its evidence and advice.
-
-What can be wrong with a run is tested by the health monitor's conditions (`callbacks.health`) on its records. The
-checks here compare what only a finished run has.
-"""
+"""The findings of a report: sentences with evidence and advice, by health conditions and what a whole run shows."""
 
 from __future__ import annotations
 
@@ -127,10 +123,7 @@ def dropped_pairs(run: Run) -> Iterator[Finding]:
 
 
 def displacement(run: Run) -> Iterator[Finding]:
-    """Yield a finding if the chosen log-ratio rises, or falls by less than the rejected one (displacement).
-
-    A larger fall is a health condition.
-    """
+    """Yield a finding if the chosen log-ratio rises, or falls by less than the rejected one (more: a condition)."""
     chosen, rejected = (run.part(f"train/log_ratio_{side}", 0.75, 1) for side in ("chosen", "rejected"))
     if len(chosen) < 2 or not len(rejected):
         return

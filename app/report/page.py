@@ -15,20 +15,7 @@ from markupsafe import Markup
 
 from app.core.intervals import digits, share_over, span
 from app.core.log_folder import flattened
-from app.report import plot
-from app.report.charts import (
-    FILTER,
-    TRAINING,
-    accuracy,
-    band,
-    beta,
-    densities,
-    drift,
-    dropped,
-    quality,
-    response,
-    speed,
-)
+from app.report import charts, plot
 from app.report.findings import findings
 from app.report.plot import Panel
 from app.report.run import SAMPLES, Run
@@ -60,16 +47,16 @@ def page(runs: Sequence[Run], sampled: bool) -> str:
 def all_panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
     """Return the panels of every chart that a run can fill, by the chart's anchor on the page."""
     panels = {
-        "quality": quality(runs),
-        "beta": beta(runs),
-        "response": response(runs),
-        "band": [panel for number, run in enumerate(runs) for panel in band(run, number)],
-        "density": densities(runs, TRAINING),
-        "kept": densities([run for run in runs if run.filters], FILTER),
-        "accuracy": accuracy(runs),
-        "filter": [panel for number, run in enumerate(runs) for panel in dropped(run, number)],
-        "drift": drift(runs),
-        "speed": [*speed(runs, "pairs per second"), *speed(runs, "tokens per second")],
+        "quality": charts.quality(runs),
+        "beta": charts.beta(runs),
+        "response": charts.response(runs),
+        "band": [panel for number, run in enumerate(runs) for panel in charts.band(run, number)],
+        "density": charts.densities(runs, charts.TRAINING),
+        "kept": charts.densities([run for run in runs if run.filters], charts.FILTER),
+        "accuracy": charts.accuracy(runs),
+        "filter": [panel for number, run in enumerate(runs) for panel in charts.dropped(run, number)],
+        "drift": charts.drift(runs),
+        "speed": [*charts.speed(runs, "pairs per second"), *charts.speed(runs, "tokens per second")],
     }
     return {anchor: some for anchor, some in panels.items() if some}
 
@@ -87,10 +74,10 @@ def spec_of(panel: Panel) -> dict[str, Any]:
 def figure(run: Run) -> bytes:
     """Return the PNG of a run with an audit: β, the gap and its running band, gaps kept and dropped, accuracy."""
     panels = {
-        "β follows the gap of the kept pairs": beta([run]),
-        "reward gap": band(run, 0),
-        "gaps in the second half": densities([run], FILTER) if run.filters else [],
-        "reward accuracy": accuracy([run]),
+        "β follows the gap of the kept pairs": charts.beta([run]),
+        "reward gap": charts.band(run, 0),
+        "gaps in the second half": charts.densities([run], charts.FILTER) if run.filters else [],
+        "reward accuracy": charts.accuracy([run]),
     }
     drawn = {title: panel.picture for title, some in panels.items() for panel in some}
     return plot.png(plot.side_by_side(list(drawn.values()), list(drawn)))

@@ -1,7 +1,4 @@
-"""Curves, intervals and colours with Altair: the same chart becomes part of the page, a PNG or an SVG.
-
-Colours are CSS variables of the page (page.css), which have a value in its light and in its dark scheme.
-"""
+"""Curves, intervals and colours with Altair, for page, PNG and SVG. Colours are CSS variables (page.css)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tensorboard.util import tb_logging
 
 from app.cli.options import yaml_fault
 from app.cli.run_record import COMMANDS_FILE
-from app.core.errors import UserError, first_line
+from app.core.errors import UserError, refused
 from app.core.intervals import Estimate
 from app.core.log_folder import whole_lines
 from callbacks import arguments, entries
@@ -77,10 +77,8 @@ def read_run(folder: Path, name: str) -> Run:
     curves = read_curves(folder)
     audit = read_audit(folder) if any((folder / "audit").glob("*.parquet")) else None
     if not curves and audit is None:
-        raise UserError(
-            f"{folder} is not the log folder of a run: it holds neither TensorBoard events, metrics.csv nor "
-            f"audit/*.parquet (callbacks.PairAudit).{inside(folder)}"
-        )
+        lacks = "it holds neither TensorBoard events, metrics.csv nor audit/*.parquet (callbacks.PairAudit)"
+        raise UserError(f"{folder} is not the log folder of a run: {lacks}.{inside(folder)}")
     if audit is not None:
         # the audit has every step at full precision, but its accuracy is that of the loss's own gap
         own = curves_of_audit(audit)
@@ -93,10 +91,7 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def read_curves(folder: Path) -> dict[str, pd.Series]:
-    """Return all scalars in the TensorBoard events of a folder, else in the metrics.csv of Lightning's CSVLogger.
-
-    If a step was logged twice, its last value counts. The log names a file whose rest is damaged and left out.
-    """
+    """Return all scalars of a folder's TensorBoard events, else of its metrics.csv; a step's last value counts."""
     if not any(folder.glob("events.out.tfevents.*")):
         return read_csv(folder / "metrics.csv")
     accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -126,12 +121,10 @@ def read_csv(file: Path) -> dict[str, pd.Series]:
     """Return the columns with "/" in their name; none without the file. Raises UserError for another format."""
     if not file.is_file():
         return {}
-    try:
+    with refused(f"{file} is not what CSVLogger writes"):
         table = pd.read_csv(io.StringIO(whole_lines(file))).groupby("step").last()
         curves = {tag: table[tag].dropna().astype(float) for tag in table.columns if "/" in tag}
         return {tag: curve for tag, curve in curves.items() if len(curve)}
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{file} is not what CSVLogger writes: {first_line(error)}.") from error
 
 
 def curves_of_audit(audit: pd.DataFrame) -> dict[str, pd.Series]:
@@ -196,20 +189,16 @@ class PairTexts:
         self.table: PairTable = opened[0]
         audits = (pq.read_schema(file).metadata or {} for file in sorted((folder / "audit").glob("*.parquet"))[:1])
         if any(audit.get(DATA) not in (None, b"", self.table.content(opened[1]).encode()) for audit in audits):
-            raise UserError(
-                f"The training pairs are not those of {folder} any more, whose pair ids would name others: restore "
-                "data and tokenizer, or call the command where a relative data.path leads to them."
-            )
+            cure = "restore data and tokenizer, or call the command where a relative data.path leads to them"
+            raise UserError(f"The training pairs are not those of {folder} any more: {cure}.")
         rows = self.table.reachable(opened[1])
         self.rows = dict(zip(self.table.pair_ids(rows), rows.tolist(), strict=True))
 
     def pair(self, pair_id: str) -> TokenisedPair:
         """Return a pair as tokens. Raises UserError if the data does not have it (any more)."""
         if pair_id not in self.rows:
-            raise UserError(
-                f"The run's data has no pair {pair_id}: it has changed since the run, or a relative data.path "
-                "is relative to another folder."
-            )
+            why = "it has changed since the run, or a relative data.path starts at another folder"
+            raise UserError(f"The run's data has no pair {pair_id}: {why}.")
         return self.table[self.rows[pair_id]]
 
     def texts(self, pair_id: str) -> dict[str, str]:
