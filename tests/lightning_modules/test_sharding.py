@@ -28,6 +28,7 @@ from tiny_runs import (
     weights,
 )
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
@@ -144,11 +145,19 @@ def test_shards_are_exported_to_the_bit(variant: str, two_ranks: Path, tmp_path:
     assert "Not recorded" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_shard_that_is_cut_or_lost_is_not_exported(two_ranks: Path, tmp_path: Path) -> None:
+def test_a_shard_that_is_flipped_cut_or_lost_is_not_exported(two_ranks: Path, tmp_path: Path) -> None:
     shards = tmp_path / "run.ckpt"
     shutil.copytree(two_ranks / "meta" / "run.ckpt", shards)
-    one = sorted(shards.glob("*.distcp"))[0]
-    one.write_bytes(one.read_bytes()[:20_000])
+    places = FileSystemReader(shards).read_metadata().storage_data.values()
+    largest = max(places, key=lambda place: place.length)
+    one = shards / largest.relative_path
+    whole = one.read_bytes()
+    flipped = bytearray(whole)
+    flipped[largest.offset + largest.length // 2] ^= 64
+    one.write_bytes(flipped)
+    with pytest.raises(UserError, match="is damaged"):
+        export(str(shards), str(tmp_path / "out"))
+    one.write_bytes(whole[:20_000])
     with pytest.raises(UserError, match="is damaged"):
         export(str(shards), str(tmp_path / "out"))
     one.unlink()
