@@ -29,7 +29,7 @@ from app.method.dynamic_beta import (
     gumbel_top_k,
     selection_noise,
 )
-from app.report.charts import band, beta
+from app.report.charts import band, curves
 from app.report.plot import DASHES, Line, axis, lines, png, rule, side_by_side, sized_to
 from app.report.run import read_run
 from callbacks import SLOTS
@@ -126,13 +126,14 @@ def draw_quickstart(folder: Path) -> Any:
     listed = np.arange(1, len(hit) + 1)
     suspects = Line("", listed[19:], (hit.cumsum() / listed)[19:], "run4")
     found = lines(
-        [suspects], axis(alt.X, "first n suspects"), axis(alt.Y, "share truly mislabelled", domain=[0, 1])
+        [suspects], axis(alt.X, "most suspicious pairs"), axis(alt.Y, "share with a flipped label", domain=[0, 1])
     )
-    panels = [band(run, 0)[0].picture, beta([run])[0].picture, found + rule(float(wrong.mean()), "all pairs")]
+    swings = curves([run], {"beta/used": ""}, "β used", rules=[(run.curves["beta/base"].iloc[-1], "β0")])
+    panels = [band(run, 0)[0].picture, swings[0].picture, found + rule(float(wrong.mean()), "all pairs")]
     titles = (
-        "1  each step measures the reward gaps",
-        "2  β follows the gap of the pairs kept",
-        "3  the audit names the mislabelled pairs",
+        "1  each step measures the reward gaps,",
+        "2  sets β by the gaps of the pairs kept;",
+        "3  the audit lists mislabelled pairs first",
     )
     return side_by_side(panels, titles, columns=3, width=320)
 

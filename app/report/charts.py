@@ -278,7 +278,7 @@ def dropped(run: Run, number: int) -> list[Panel]:
             name = name if len(name) <= 20 else f"{name[:19]}…"  # fits beside the numbers of its row
             rows.append((f"{name}, {count:,} pairs", number, share_over(of.pair_id.to_numpy(), ~of.kept)))
         only = f", {MOST_VALUES} most frequent of {len(pairs)} values" if len(pairs) > MOST_VALUES else ""
-        title = f"{run.name}: dropped by {label}{only}"
+        title = f"{run.name}: share dropped, by {label}{only}"
         everyone = (float((~audit.kept).mean()), "all pairs")
         panels += rows_panel(title, rows, "share dropped", everyone, domainMin=0)
     return panels

@@ -184,7 +184,7 @@ def test_values_left_out_of_a_label_are_counted() -> None:
     audit = audit_of()
     audit["annotator"] = [f"w{number % 12}" for number in range(len(audit))]
     (title,) = [panel.title for panel in dropped(run_with("run", audit), 0) if "annotator" in panel.title]
-    assert title == "run: dropped by annotator, 8 most frequent of 12 values"
+    assert title == "run: share dropped, by annotator, 8 most frequent of 12 values"
 
 
 def test_the_key_has_dots_for_dots() -> None:
@@ -200,7 +200,10 @@ def test_a_label_called_policy_is_a_label() -> None:
     audit = audit_of()
     audit["policy"] = [f"w{number % 2}" for number in range(len(audit))]
     own, ranking = dropped(run_with("run", audit), 0)[-2:]
-    assert (own.title, ranking.title) == ("run: dropped by policy", "run: dropped by the policy's own ranking")
+    assert (own.title, ranking.title) == (
+        "run: share dropped, by policy",
+        "run: share dropped, by the policy's own ranking",
+    )
     assert "w0" in own.said
 
 
