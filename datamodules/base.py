@@ -33,7 +33,6 @@ from datamodules.tokenisation import Tokenisation, stop_ids, tokenizer_files
 
 log = logging.getLogger(__name__)
 
-SIDES = ("chosen", "rejected")
 Split = Literal["train", "validation", "test", "predict"]
 # the splits that each Lightning stage reads
 SPLITS: dict[str, tuple[Split, ...]] = {
@@ -128,7 +127,7 @@ class PairDataModule(LightningDataModule):
     def open_streams(self, streams: Sequence[PairStream], trained_on: bool) -> PairTable:
         """Return the pairs of all streams, with rewards if `trained_on` and a reward model is set."""
         tables = []
-        for stream in streams:
+        for stream in streams if self.need_rejected else [stream.demonstrations() for stream in streams]:
             table = cached_table(stream, self.tokenizer, self.tokenisation)
             if self.reward_model is not None and trained_on:
                 device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
@@ -144,14 +143,14 @@ class PairDataModule(LightningDataModule):
     @property
     def need_rejected(self) -> bool:
         """Return whether the stage trains on both sides of a pair, so that a single response is a bad row."""
-        return "rejected" in getattr(self.module, "responses", SIDES)
+        return "rejected" in getattr(self.module, "responses", ("rejected",))
 
     def shown(self, table: PairTable, row: int) -> list[str]:
         """Return a pair as the stage trains on it, in lines with quoted texts, which show line breaks and ends."""
         (pair_id,) = table.pair_ids([row])
-        lines, sides = [f"pair {pair_id}"], ("prompt", *getattr(self.module, "responses", SIDES))
+        lines = [f"pair {pair_id}"]
         for side, ids in table[row]._asdict().items():
-            if ids is None or side not in sides:
+            if ids is None:
                 continue
             text, last = (json.dumps(self.tokenizer.decode(some), ensure_ascii=False) for some in (ids, ids[-1:]))
             lines.append(f"  {side:<9}{len(ids):>5} tokens  {text}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import chain
 from typing import Any, Literal
@@ -52,6 +52,15 @@ class PairStream(Iterable[PreferencePair]):
     def __iter__(self) -> Iterator[PreferencePair]:
         self.report = RowReport()
         return iter(self.read(self.report))
+
+    def demonstrations(self) -> PairStream:
+        """Return the chosen responses alone, so that no rejected one shortens a prompt or drops a pair."""
+        read = self.read
+        return replace(
+            self,
+            description=lambda: {"demonstrations": self.description()},
+            read=lambda report: (replace(pair, rejected=None, rejected_fields={}) for pair in read(report)),
+        )
 
 
 def read_pairs(

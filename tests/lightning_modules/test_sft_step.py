@@ -74,6 +74,22 @@ def test_equals_the_textbook(
     assert trainer.callback_metrics["val/loss"].item() == pytest.approx(mean, rel=1e-5)
 
 
+def test_rejected_responses_shorten_no_prompt_and_drop_no_pair(tiny_llama: str, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "tell me " * 15, "chosen": "the fox", "rejected": "the owl " * 20},
+        {"prompt": "tell me", "chosen": "the fox " * 30, "rejected": "the fox " * 31},  # equal once they are cut
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = PreferenceData(str(tmp_path / "pairs.jsonl"), max_length=50, max_prompt_length=20)
+    data.tokenizer, lengths = build_tokenizer(), []
+    for module in (None, sft(tiny_llama)):
+        data.used_by = module
+        opened = data.open_table("train")
+        assert opened is not None
+        lengths.append(opened[0].side_lengths.T.tolist())
+    assert lengths == [[[20, 3, 30]], [[31, 3, 0], [2, 48, 0]]]
+
+
 def test_a_new_model_is_drawn_from_the_global_seed(tmp_path: Path) -> None:
     drawn = []
     for seed in (1, 1, 2):
