@@ -37,11 +37,10 @@ OWN_DRAW = 2**32  # added to the seed, so that a control does not draw what the 
 class Control(Decider):
     """A control of any arm: what remains of the arm's effect does not come from which pairs it treats how.
 
-    `random_filter` keeps as many pairs as the filter, drawn with equal probability. `shuffled_beta`,
-    `shuffled_margin`, `shuffled_confidence` and `shuffled_weights` exchange these among the kept pairs of the
-    step, so that their distribution stays. `static_beta` sets every β to the mean β of the pairs that a finished
-    `run` of the arm trained on. Draws depend only on seed, step and position, as in `PairFilter`. Slot: `control`;
-    it runs right after the slot that it controls, so that later slots see its decision.
+    `random_filter` keeps as many pairs as the filter, drawn with equal probability. `shuffled_…` exchanges values
+    among the kept pairs of the step, so that their distribution stays. `static_beta` sets every β to the mean β of
+    the pairs that a finished `run` of the arm trained on. Draws depend only on seed, step and position. Slot:
+    `control`; it runs right after the slot that it controls.
 
     Args:
         by: the control.

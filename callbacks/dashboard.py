@@ -93,14 +93,12 @@ def shown(text: str) -> str:
 class BetaDashboard(Callback):
     """A callback that arranges the logged scalars in charts and adds histograms, extreme pairs and the KL.
 
-    TensorBoard shows the charts in its "custom scalars" tab. Its "text" tab explains them and says what to do when
-    they look wrong. Its "HParams" tab has the settings and final figures of runs with a config.yaml. The KL to the
-    reference goes to every logger, as `train/kl_chosen` and `train/kl_rejected`.
+    TensorBoard shows the charts in its "custom scalars" tab, explains them in its "text" tab, and has the settings
+    and final figures of runs with a config.yaml in its "HParams" tab. Every logger gets the KL to the reference.
 
     Args:
         histogram_every_n_steps: steps between histograms of `gap/kept` and `gap/dropped`.
-        kl_every_n_steps: steps between measurements of the KL; each costs one more forward pass of policy and
-            reference; 0 measures none.
+        kl_every_n_steps: steps between measurements of the KL, each another forward pass of both models; 0: none.
         pairs_every_n_steps: steps between lists of the pairs with the most extreme gaps.
         pairs: number of pairs in such a list at either end.
     """

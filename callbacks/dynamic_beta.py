@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from app.core.errors import UserError
+from app.core.errors import UserError, refused
 from app.method import dynamic_beta as method
 from app.method.dynamic_beta import FLOOR, MINIMUM_STD, Moments, RunningMoments
 from app.method.pair_loss import PairLoss
@@ -84,10 +84,8 @@ class RewardGapStatistics(Decider):
         return self.running.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        try:
+        with refused("RewardGapStatistics cannot continue this checkpoint"):
             self.running.load_state_dict(state_dict)
-        except ValueError as error:
-            raise UserError(f"RewardGapStatistics cannot continue this checkpoint: {error}.") from error
 
 
 Criterion = Literal["gaussian", "random", "head", "tail", "both"]
@@ -98,8 +96,7 @@ Criterion = Literal["gaussian", "random", "head", "tail", "both"]
 class PairFilter(Decider):
     """A filter that keeps the share ρ of the pairs, drawn without replacement ∝ exp(−(M − M0)²/2σ²) (paper §4.2).
 
-    The draw depends only on (seed, step, position in the global batch), so it is the same on every rank, for any
-    number of ranks and after a resume. Slot: `filter`; null keeps every pair.
+    The draw depends only on seed, step and position in the global batch. Slot: `filter`; null keeps every pair.
 
     Args:
         keep_ratio: ρ, the share of pairs to keep.
@@ -191,8 +188,8 @@ class BetaScheduler(BoundedBeta):
         level: `batch`, one β from the mean M of the kept pairs, or `instance`, a β from every pair's own M.
         m0: a constant M0; none takes the running mean.
         z_normalised: measure M − M0 in running standard deviations, so that α does not depend on the scale of M.
-        weight_matched: use this arm as a control: β stays β0 and the loss is multiplied by β/β0 instead. An
-            effect that remains comes from the size of the update, not from the shape of the loss.
+        weight_matched: a control: β stays β0 and the loss is multiplied by β/β0 instead. An effect that remains
+            comes from the size of the update, not from the shape of the loss.
     """
 
     alpha: FiniteFloat = 0.6
@@ -242,8 +239,7 @@ class EpsilonBeta(BoundedBeta):
 
     Args:
         epsilon: ε, in (0, 1).
-        floor: smallest β as a multiple of β0, also for the β of the next step; none takes the loss's default, as
-            in `BetaScheduler`. The share of kept pairs that meet a bound is logged as `beta/clamped`.
+        floor: smallest β as a multiple of β0, also in the next step; none takes the default of `BetaScheduler`.
         ceiling: largest β as a multiple of β0; none for no ceiling.
     """
 

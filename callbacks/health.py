@@ -163,15 +163,13 @@ LOGGED = {name for condition in CONDITIONS for name in condition.needs if "/" in
 class HealthMonitor(Callback):
     """A callback that tests the last steps for the conditions; it only reads logged values.
 
-    A condition starts when it holds on the last `window` steps (for some conditions, from the second step on) and
-    ends when it has not held for `window` steps. A condition whose values are not logged is not tested (an SFT run
-    has no β). The order among the callbacks does not matter.
+    A condition starts when it holds on the last `window` steps (for some, from the second step on) and ends when it
+    has not held for `window` steps. One whose values are not logged is not tested (an SFT run has no β).
 
     Args:
         window: number of steps that a condition is tested on.
-        stop_on: names of conditions that stop the run, with a checkpoint of the last step if `checkpoint` is on;
-            the run ends with exit status 2 and an error that names the condition. A resumed run tests it on its own
-            steps alone.
+        stop_on: names of conditions that stop the run with exit status 2 and, if `checkpoint` is on, a checkpoint
+            of the last step. A resumed run tests them on its own steps alone.
     """
 
     def __init__(self, window: AtLeastTwo = 20, stop_on: Sequence[str] = ()):

@@ -17,7 +17,7 @@ from callbacks.base import Decider, moments_for
 
 
 class PairMargin(Decider):
-    """A callback that sets a margin per pair, without gradient; start-up refuses a loss without a logit β·h."""
+    """A callback that sets a margin per pair, without gradient, for a loss with the logit β·h."""
 
     def refusal(self, loss: PairLoss) -> str:
         cure = "choose another model.loss (sigmoid, cDPO, robust, hinge or SimPO) or --margin null"
@@ -39,10 +39,8 @@ class PairMargin(Decider):
 class StandardisedMargin(PairMargin):
     """A margin γ + α·(M − M0)/σ: it grows with the distance of a pair's gap above the running mean.
 
-    This is not α-DPO, whose logit has no reference and whose margin is multiplied by β
-    (`app.method.losses.AlphaDPOLoss`); it uses the running statistics of β-DPO and works on any logit. The loss
-    must have the logit β·h (sigmoid, cDPO, robust, hinge, SimPO). β does not change, so any schedule may be used
-    as well. Slot: `margin`, with the slot `statistics`.
+    For losses with the logit β·h (sigmoid, cDPO, robust, hinge, SimPO). It is not α-DPO (`AlphaDPOLoss`), whose
+    logit has no reference and whose margin is multiplied by β. Slot: `margin`, with the slot `statistics`.
 
     Args:
         alpha: α, the margin per standard deviation of M; 0 gives every pair the margin γ.

@@ -33,8 +33,7 @@ class PairAudit(Callback):
     Columns: step (from 1), pair_id, gap, log_weight, kept, beta, running_mean, running_std, reference_margin (how
     strongly the reference prefers the chosen response, nats per token), margin, label_confidence (the probability
     of a right label, of RE-PO), loss_weight, then the label columns of the data; a label with one of these names
-    gets the prefix `label_`. A column that the arm does not have is empty. The order among the callbacks does not
-    matter, because it records the final decision of the step.
+    gets the prefix `label_`. A column that the arm does not have is empty.
 
     Args:
         every_n_steps: steps per file; a file is written under a temporary name and renamed.

@@ -23,9 +23,8 @@ from app.method.ranges import PositiveInt, Seed, checked
 class PolicySamples(Callback):
     """A callback that writes answers to the first validation prompts to `<log dir>/samples/step-*.jsonl`.
 
-    Rank 0 samples from its copy of the policy, one prompt at a time, while the other ranks wait. Sharded policies
-    (FSDP2) have no whole copy and are refused: use `beta-dpo generate` on an exported checkpoint. Sampling changes
-    neither the weights nor the random state of training.
+    Rank 0 samples from its copy of the policy, which a sharded one is not, one prompt at a time, while the other
+    ranks wait. Sampling changes neither the weights nor the random state of training.
 
     Args:
         prompts: number of prompts.

@@ -77,10 +77,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     It writes the new checkpoint, then moves the link `last.ckpt` to it in one rename. It deletes the old one only
     when the next step or the run has ended without error, because only then are the new weights known to be good.
-    At SIGTERM, SIGUSR1, SIGHUP or Ctrl-C it finishes and saves the step, and `Interrupted` ends the run. It always
-    saves the last step of the run. If a step is refused before it changes anything (`StepRefused`), it saves the
-    step before. If a step fails in any other way it saves nothing: the statistics could be one batch ahead of the
-    weights, or the weights half updated.
+    At SIGTERM, SIGUSR1, SIGHUP or Ctrl-C it finishes and saves the step, and `Interrupted` ends the run. It saves
+    the last step, and the one before a `StepRefused`. If a step fails otherwise it saves nothing: the statistics
+    could be one batch ahead of the weights, or the weights half updated.
 
     Args:
         every_n_steps: optimizer steps between checkpoints; none saves only at the end.

@@ -82,9 +82,8 @@ class ScoreWeights(WeightedPairs):
     """Weights by the difference of two scores that the data carries, one for each response.
 
     `madpo` (arXiv 2510.05342): σ(c·r)/σ(r) with a factor c that falls with |r|, so that pairs with close scores
-    count more. `quality` (Omni-DPO, arXiv 2506.10054): σ(η·(S_w − S_l)), so that pairs with distant scores count
-    more; the other weight of Omni-DPO has a gradient and its likelihood term a threshold of its own, so neither is
-    here. Slot: `weights`.
+    count more. `quality`, the first weight of Omni-DPO (arXiv 2506.10054): σ(η·(S_w − S_l)), so that pairs with
+    distant scores count more. Slot: `weights`.
 
     Args:
         by: `madpo` or `quality`.
@@ -116,9 +115,8 @@ class ScoreWeights(WeightedPairs):
 class ReferenceWeights(Decider):
     """A callback that multiplies every pair's loss by max(0, 1 − 2p), p being the probability of a flipped label.
 
-    p is computed from the reference's log-probabilities of the two responses. The share of flipped labels is
-    estimated from those of recent steps (`app.method.reference_flips`). Needs a loss with a reference. This is not
-    in the paper: docs/method.md derives it, docs/study.md reports its effect.
+    p and the share of flipped labels are estimated from the reference's log-probabilities in recent steps
+    (`app.method.reference_flips`). Needs a loss with a reference. Not in the paper: see docs/method.md.
 
     Args:
         window: number of steps whose margins the estimate uses.

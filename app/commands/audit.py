@@ -48,16 +48,14 @@ def audit(
 ) -> None:
     """List the likely mislabelled pairs and the outliers of RUN, and write them with their texts to OUT.
 
-    If the data has a column `flipped`, the command prints precision and recall of every signal and of two
-    baselines: the length difference of the two responses, and a random list.
+    If the data has a column `flipped`, it prints precision and recall of every signal, of lengths and of chance.
 
     Args:
         run: log folder of a run with `PairAudit`.
         out: the .jsonl or .csv file to write, suspects.jsonl in RUN by default; it appears only when complete.
         count: number of pairs to list of each kind, at most; the most suspicious come first.
-        by: the signal that ranks likely mislabelled pairs; `best` takes the first that the run has of the
-            reference's own margin, the gaps, RE-PO's posterior, and how often the filter dropped the pair, which is
-            the order of their precision on the controlled task.
+        by: the signal that ranks likely mislabelled pairs: the reference's own margin, the gaps, RE-PO's posterior,
+            how often the filter dropped the pair; `best` takes the first, the most precise, that the run has.
         clean: a .jsonl file for the training data, as its source has it, without the listed mislabelled pairs.
         swap: keep these pairs in the clean data, with their responses exchanged.
     """
@@ -72,7 +70,10 @@ def audit(
     read = [str(path) for path in pairs.data.files("train")] if hasattr(pairs.data, "files") else []
     replaced = refuse_place("out", out, (".jsonl", ".csv"), *read)
     clean_replaced = "" if clean is None else refuse_place("clean", clean, (".jsonl",), *read)
-    print(how_often_seen(histories))
+    seen = histories.times_seen
+    once = "; one look at a pair is weak evidence, above all early in the run" if seen.max() == 1 else ""
+    share = histories.times_dropped.sum() / seen.sum()
+    print(f"{len(histories)} pairs, each seen {span(seen)} time(s), dropped {share:.1%} of the times{once}.")
     if unseen := len(pairs.rows) - len(histories):
         print(f"Never seen, so nothing is said of them: {unseen} of {len(pairs.rows)} pairs.")
     signals = available(histories)
@@ -120,14 +121,6 @@ def audit(
             print_table(comparison(scores, extra, wrong, min(count, len(wrong))))
     if clean is not None:
         write_clean(clean, pairs, set(worst.pair_id), swap, clean_replaced)
-
-
-def how_often_seen(histories: pd.DataFrame) -> str:
-    """Return one line on how often the pairs were seen and dropped, which is the evidence for the scores."""
-    seen = histories.times_seen
-    once = "; one look at a pair is weak evidence, above all early in the run" if seen.max() == 1 else ""
-    share = histories.times_dropped.sum() / seen.sum()
-    return f"{len(histories)} pairs, each seen {span(seen)} time(s), dropped {share:.1%} of the times{once}."
 
 
 def suspects(histories: pd.DataFrame, score: str, count: int) -> pd.DataFrame:

@@ -41,12 +41,10 @@ def export(
 
     Args:
         checkpoint: a file, or a folder of shards, written by `beta-dpo fit`.
-        out: the folder to create; it appears only when it is complete and the model read back agrees with the
-            policy.
+        out: the folder to create; it appears only when the model, read back, agrees with the policy.
         adapter: for a run with model.lora, write only the adapter, for `peft`; else it is merged into the weights.
         base: where the model that the adapters belong to is now, if it is no longer at model.name of the run.
-        dtype: type of the weights; float32 gives the trained weights exactly, auto the type of the model that
-            training started from.
+        dtype: type of the weights; float32 is exact, auto is the type of the model that training started from.
         temperature: divide the logits by it, by the weights of the last norm: the model then samples at 1 as the
             policy does at this temperature, and training from it has the exact log-probabilities.
     """

@@ -64,8 +64,7 @@ def generate(
     the folder OUT.parts until OUT is complete.
 
     Args:
-        model: folder or Hub id of the model to sample from; CUDA is used if available. With endpoint.url, the
-            model's name at the server.
+        model: folder or Hub id of the model, sampled on CUDA if available; with endpoint.url, its name there.
         out: the file to write, .jsonl (for alpaca_eval .json); it appears only when complete.
         prompts: `controlled` for held-out prompts of the controlled task, or a file, dataset folder or Hub id of
             preference pairs, demonstrations or prompts alone (`prompt`, `instruction`, `question` or `messages`).
@@ -76,14 +75,11 @@ def generate(
         seed: seed of the sampling and of the controlled task's prompts.
         temperature: 0 takes the most likely token each time; a list samples at each temperature.
         top_p: probability mass of nucleus sampling.
-        max_new_tokens: length limit of a response, with the token that ends it. A response ends at EOS, at the
-            chat template's end-of-turn and at the stop ids of the model's generation config; then `finished` is
-            true. A response that is cut has no end token.
-        max_prompt_length: length limit of a prompt; a longer one is cut and counted, whole old turns first, even
-            where training leaves it whole, because prompt and responses fit data.max_length together.
+        max_new_tokens: length limit of a response, with the token that ends it: EOS, the chat template's
+            end-of-turn or a stop id of the model's generation config. A response without one is not `finished`.
+        max_prompt_length: length limit of a prompt; a longer one is cut, whole old turns first, and counted.
         batch_size: responses per generation call.
-        chat_template: `auto` puts chat messages into the tokenizer's chat template and leaves text as it is; true
-            puts text there too.
+        chat_template: `auto` puts chat messages into the tokenizer's chat template; true puts text there too.
         chat_template_kwargs: options of the template, as data.chat_template_kwargs.
         reference: a model that scores the samples too; the mean of logp − reference_logp is the KL.
         columns: further columns of the prompts, with numbers or text, to copy into OUT.

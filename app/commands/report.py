@@ -24,8 +24,7 @@ def report(runs: list[str], baseline: str | None = None, out: str | None = None)
     Args:
         runs: log folders of runs; the figure shows the first, which needs `PairAudit`.
         baseline: samples of the SFT model; the samples of a run are read from samples.jsonl in its folder.
-        out: the .html or .png file to write; none writes report.png in the folder of the first run. The file
-            appears only when complete, and the command says if it replaces one.
+        out: the .html or .png file to write, which appears only when complete; none is report.png in the first run.
     """
     if not runs:
         raise UserError("runs: give the log folder of at least one run.")

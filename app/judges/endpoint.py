@@ -40,11 +40,9 @@ class Server:
     Args:
         url: base address of the server, up to /v1; null is OpenAI's for a judge, and no server for `generate`.
         parallel: number of concurrent questions.
-        retries: further attempts when the server is unreachable, busy or failing; the pause doubles from half a
-            second up to eight seconds, or is what the server asks for.
+        retries: further attempts when the server is unreachable, busy or failing, after growing pauses.
         timeout: seconds to wait for a reply.
-        api_key_env: environment variable with the key; null is OPENAI_API_KEY for OpenAI's url, and no key for
-            other urls.
+        api_key_env: environment variable with the key; null is OPENAI_API_KEY for OpenAI's url, else no key.
     """
 
     url: str | None = None

@@ -28,11 +28,8 @@ FLOOR = 0.01
 
 
 def rounding_std(compute_dtype: torch.dtype) -> float:
-    """Return the σ of h, in nats, that rounding in a forward pass in `compute_dtype` can explain.
-
-    In bfloat16, the gaps from two equivalent kernels differed with a σ of .06 over a batch, and the first steps of
-    real runs had a σ of .1 or more. The bound lies between the two.
-    """
+    """Return the σ of h, in nats, that rounding in a forward pass in `compute_dtype` can explain."""
+    # two equivalent bfloat16 kernels differed with a σ of .06 over a batch; first steps of real runs had .1 or more
     return 0.08 if compute_dtype == torch.bfloat16 else MINIMUM_STD
 
 
@@ -63,15 +60,12 @@ class RunningMoments:
     """The exponential moving averages of the batch mean and of the batch standard deviation.
 
     M0 ← m·M0 + (1−m)·mean(M) and σ ← m·σ + (1−m)·std(M), updated *before* the step uses them. As in the paper, σ
-    averages the standard deviations; it is not the root of an averaged variance.
+    averages standard deviations. The averages lag: a batch mean that grows by d per step stays d·m/(1−m) above M0
+    (9·d for m = 0.9), so a steadily growing gap alone raises a batch-level β.
 
-    The averages lag. A batch mean that grows by d per step stays d·m/(1−m) above M0 (9·d for m = 0.9), so a
-    steadily growing gap alone raises a batch-level β.
-
-    `start`: "bias_corrected" divides by 1 − m^t as Adam does; "zero" uses the averages as they grow from zero, like
-    the authors' released code (with m = 0.9, σ is ten times too small at the first step). `ddof` 1 is Bessel's
-    correction, as in that code. `mean`, `std`, `mean_updates` and `std_updates` are the raw state: Python numbers,
-    so that every checkpoint format stores them exactly.
+    `start`: "bias_corrected" divides by 1 − m^t as Adam does; "zero" is the authors' released code (with m = 0.9, σ
+    is ten times too small at the first step), as is `ddof` 1. The other fields are the raw state: Python numbers,
+    which every checkpoint format stores exactly.
     """
 
     momentum: ShareBelowOne = 0.9
@@ -144,11 +138,8 @@ def selection_noise(seed: int, step: int, count: int) -> Tensor:
 def gumbel_top_k(log_weights: Tensor, k: int, uniform: Tensor) -> Tensor:
     """Return a bool mask [G] with `k` True: k pairs drawn without replacement ∝ exp(`log_weights` [G]).
 
-    The k largest of log w_i − log(−log u_i) have the same distribution as k successive draws (Gumbel-top-k,
-    arXiv 1903.06059). A constant added to the log weights changes nothing, and no exponential is computed.
-    `uniform` [G] is noise in (0, 1). A weight of −inf is drawn only when fewer than k finite weights exist.
-
-    Raises ValueError for k outside [0, G], different lengths, a weight of NaN or +inf, or noise outside (0, 1).
+    The k largest of log w_i − log(−log u_i), for noise u in (0, 1), `uniform` [G], have the same distribution as k
+    successive draws (Gumbel-top-k, arXiv 1903.06059). A weight of −inf is drawn only if too few are finite.
     """
     log_weights = log_weights.detach().to(torch.float64)
     if log_weights.shape != uniform.shape:
@@ -169,13 +160,10 @@ def gumbel_top_k(log_weights: Tensor, k: int, uniform: Tensor) -> Tensor:
 def keep_by_gradient_scale(gaps: Tensor, k: int, drop: Literal["head", "tail", "both"], uniform: Tensor) -> Tensor:
     """Return a bool mask [G] with `k` True that drops the pairs with extreme gradient scale σ(−β·h), by gaps h [G].
 
-    The scale falls as h grows, for any β. "head" drops the largest scales, which belong to the smallest gaps.
-    "tail" drops the smallest scales, which belong to the largest gaps. "both" drops half from each end and, of an
-    odd number, one more from the head. The noise `uniform` [G] in (0, 1) orders pairs with equal gaps, such as all
-    pairs of the first step. A gap that is not finite is never kept. Raises ValueError unless k lies between 0 and
-    the number of finite gaps.
+    The scale falls as h grows, for any β: "head" drops the smallest gaps, "tail" the largest, "both" half from each
+    end and, of an odd number, one more from the head. A gap that is not finite is never kept.
     """
-    # sort by noise, then stably by gap, so that the noise orders equal gaps
+    # sort by noise, then stably by gap, so that the noise [G] in (0, 1) orders equal gaps, as all of the first step
     order = uniform.argsort()
     order = order[gaps[order].argsort(stable=True)]
     order = order[torch.isfinite(gaps[order])]

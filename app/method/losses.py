@@ -28,15 +28,13 @@ class SigmoidLoss(LogitLoss):
 
 @checked
 class RobustLoss(LogitLoss):
-    """Robust DPO (arXiv 2403.00409): an unbiased estimate of the DPO loss when labels are swapped at rate ε.
-
-    The loss is ((1 − ε)·−log σ(β·h) − ε·−log σ(−β·h)) / (1 − 2ε). It has no lower bound and can be negative.
-    """
+    """Robust DPO (arXiv 2403.00409), an unbiased estimate of DPO's loss if labels are swapped at rate ε."""
 
     def __init__(self, label_smoothing: ShareBelowHalf = 0.1) -> None:
         self.label_smoothing = label_smoothing
 
     def of_logits(self, logits: Tensor) -> Tensor:
+        # ((1 − ε)·−log σ(β·h) − ε·−log σ(−β·h)) / (1 − 2ε), which has no lower bound and can be negative
         upright, swapped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
         epsilon = self.label_smoothing
         return ((1.0 - epsilon) * upright - epsilon * swapped) / (1.0 - 2.0 * epsilon)
@@ -76,9 +74,8 @@ class SimPOLoss(LogitLoss):
 class AlphaDPOLoss(SimPOLoss):
     """α-DPO as in its authors' code: −log σ(β·(l_w/|y_w| − l_l/|y_l|) − γ − β·α·z) (arXiv 2410.10148).
 
-    z is the per-token gap *with* reference, standardised over the global batch (sample standard deviation), without
-    gradient; the rest of the logit has no reference. The authors' code averages mean and deviation over steps,
-    starting at zero; this class takes them from the batch. configs/loss/alpha_dpo.yaml has the authors' settings.
+    z is the per-token gap *with* reference, standardised over the global batch without gradient, where the authors'
+    code averages mean and deviation over steps from zero. configs/loss/alpha_dpo.yaml has the authors' settings.
     """
 
     needs_reference = True

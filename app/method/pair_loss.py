@@ -94,19 +94,14 @@ def token_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
 class PairLoss(ABC):
     """A loss per pair, computed from the log-probs of B pairs, β and, if the loss supports one, a margin.
 
-    `needs_reference` says whether the loss reads the reference's log-probs. `takes_margin` says whether it has a
-    logit β·h from which a margin can be subtracted. `has_swapped_form` says whether the loss of the pair with its
-    responses exchanged is the loss of the opposite label, which RE-PO needs. `beta_floor` is the default smallest
-    β of a schedule, as a multiple of β0. `with_sft` of w adds the term of RPO, w·−log π(y_w|x)/|y_w| (arXiv
-    2404.19733; `rpo_alpha` in TRL, which averages over the tokens of the batch), which neither β nor a confidence
-    affects. Results keep the dtype of the log-probs and stay finite in float32 for |β·h| up to 1e6 (up to 1e18
-    where the loss is a square).
+    Results keep the dtype of the log-probs and stay finite in float32 for |β·h| up to 1e6 (1e18 for a square).
     """
 
-    needs_reference: bool = True
-    takes_margin: bool = False
+    needs_reference: bool = True  # whether the loss reads the reference's log-probs
+    takes_margin: bool = False  # whether it has a logit β·h from which a margin can be subtracted
+    # whether the loss of the pair with its responses exchanged is that of the opposite label, which RE-PO needs
     has_swapped_form: bool = False
-    beta_floor: float = 0.01
+    beta_floor: float = 0.01  # default smallest β of a schedule, as a multiple of β0
     __sft_weight: float = 0.0  # a private name, because a loss of one's own may have a `sft_weight`
 
     def changed(self, **attributes: Any) -> Self:
@@ -116,7 +111,10 @@ class PairLoss(ABC):
         return other
 
     def with_sft(self, weight: float) -> Self:
-        """Return a copy of the loss with the SFT term of this weight."""
+        """Return a copy with RPO's term w·−log π(y_w|x)/|y_w|, which neither β nor a confidence affects.
+
+        (arXiv 2404.19733; `rpo_alpha` in TRL, which averages over the tokens of the batch.)
+        """
         return self.changed(_PairLoss__sft_weight=weight)
 
     def discrepancy(self, logps: PairLogps) -> Tensor:

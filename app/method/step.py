@@ -17,14 +17,10 @@ from app.method.pair_loss import PairLogps, PairLoss
 class StepDecision:
     """The measurements and decisions for the G pairs of a global batch, between the gaps and the loss.
 
-    It starts as plain DPO: every eligible pair is kept and β = β0. Callbacks change `discrepancy`, `moments`,
-    `log_weights`, `kept`, `beta`, `margin`, `confidence` and `loss_weight`, in the order of `callbacks.SLOTS`; the
-    gaps stay as measured. Every rank makes the same changes to the same numbers. All tensors are on the CPU,
-    outside any graph. Raises ValueError if ids, gaps and labels differ in number.
-
-    A callback gets it by one of two methods of `(trainer, pl_module, decision)`, called once per optimizer step
-    on every rank, in the callbacks' order. `on_reward_gaps` changes it, between the gaps and the loss.
-    `on_step_decided` only reads it, before the weights change, and requires no measuring pass.
+    It starts as plain DPO: every eligible pair is kept and β = β0. Callbacks change all but the measured fields by
+    `on_reward_gaps(trainer, pl_module, decision)`, in the order of `callbacks.SLOTS`, or only read it, before the
+    weights change, by `on_step_decided`, which requires no measuring pass. Every rank makes the same changes to the
+    same numbers. All tensors are on the CPU, outside any graph.
     """
 
     step: int  # the number of this optimizer step, from 1

@@ -17,8 +17,7 @@ LEAST = 1e-12  # of a reliability η and of 1 − η: at 0 or 1 no later pair co
 def dr_dpo_loss(losses: Tensor, temperature: float) -> Tensor:
     """Return Dr. DPO's loss of a batch, −β′·log mean exp(−ℓ/β′), 0-d, for `losses` ℓ [n] and `temperature` β′.
 
-    (arXiv 2407.07880; `trainers.py` in junkangwu/Dr_DPO.) It tends to the mean as β′ grows and to the smallest loss
-    as β′ falls: pairs with a large loss are taken for mislabelled.
+    A large loss is taken for a wrong label (arXiv 2407.07880; `trainers.py` in junkangwu/Dr_DPO).
     """
     return -temperature * (torch.logsumexp(-losses / temperature, dim=0) - math.log(max(losses.numel(), 1)))
 
@@ -31,8 +30,7 @@ def dr_dpo_weights(losses: Tensor, temperature: float) -> Tensor:
 def kldpo_weights(losses: Tensor, temperature: float) -> Tensor:
     """Return min(10, exp((ℓ − mean ℓ)/τ)) [n] for `losses` ℓ [n] and `temperature` τ.
 
-    KLDPO (arXiv 2502.01930; `src/kldpo.py` in TheBlackCat22/distributionally_robust_dpo) prepares for a shift of
-    the preferences: pairs with a large loss are taken for those that matter, the opposite of Dr. DPO's advice.
+    A large loss is what to prepare for (arXiv 2502.01930; TheBlackCat22/distributionally_robust_dpo).
     """
     losses = losses.detach()
     return torch.exp((losses - losses.mean()) / temperature).clamp(max=LARGEST_WEIGHT)
