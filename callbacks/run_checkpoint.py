@@ -90,8 +90,6 @@ class RunCheckpoint(ModelCheckpoint):
     def __init__(
         self, every_n_steps: PositiveInt | None = None, keep_all: bool = False, dirpath: str | None = None
     ) -> None:
-        if dirpath == "":
-            raise UserError("checkpoint.dirpath is empty: name a folder, or null for one in the log folder.")
         super().__init__(
             dirpath=dirpath,
             filename="{step}",

@@ -33,6 +33,7 @@ UNUSABLE: dict[str, tuple[object, str]] = {
     "gradient_clip_val": (None, "has no effect here: set model.max_grad_norm instead"),
     "gradient_clip_algorithm": (None, "has no effect here: model.max_grad_norm clips by the norm; take it out"),
     "overfit_batches": (0.0, "has no effect here: set data.path to a file of as few pairs"),
+    "_model_registry": (None, "has no effect here: checkpoints stay in the log folder; take it out"),
     "reload_dataloaders_every_n_epochs": (0, "would repeat the order of the first epoch: take it out"),
 }
 MOST_TRIED = 100_000  # steps whose learning rates are computed at the start
@@ -42,6 +43,7 @@ UNSUITABLE: dict[type, str] = {
     lightning_callbacks.WeightAveraging: "the stages update the weights by themselves",
     lightning_callbacks.LearningRateFinder: "set the lr of model.optimizer",
     lightning_callbacks.BatchSizeFinder: "`beta-dpo plan` says which data.micro_batch_tokens fits",
+    lightning_callbacks.OnExceptionCheckpoint: "a step that failed half-way cannot be resumed",
     lightning_callbacks.ModelPruning: "a checkpoint of pruned weights cannot be exported",
     lightning_callbacks.BaseFinetuning: "model.lora trains a part of the weights",
 }
@@ -78,7 +80,7 @@ def check_start(trainer: Any) -> None:
         raise UserError(f"trainer.accelerator: {device} is no device with float64, which sums need: set it to cpu.")
     for option, (unused, cure) in UNUSABLE.items():
         if getattr(trainer, option) != unused:
-            raise UserError(f"trainer.{option} {cure}.")
+            raise UserError(f"trainer.{option.lstrip('_')} {cure}.")
     stage, kind = trainer.state.fn.value.replace("validate", "val"), type(module).__name__
     if stage in ("test", "predict") and not is_overridden(f"{stage}_step", module):
         raise UserError(f"model: {kind} does not {stage}: take `validate`, or model PreferenceOptimization.")

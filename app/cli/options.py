@@ -82,10 +82,12 @@ def reason(error: BaseException) -> str:
     return text if text.endswith((".", "!", "`")) else f"{text}."
 
 
-def check_numbers(config: Namespace) -> None:
-    """Raise UserError for a number that is NaN, infinite, absurdly large or outside of `TRAINER_RANGES`."""
+def check_values(config: Namespace) -> None:
+    """Raise UserError for an empty path, and for a number that is NaN, absurd or outside of `TRAINER_RANGES`."""
     for key, leaf in flattened(config.as_dict()).items():
         for value in leaf if isinstance(leaf, (list, tuple)) else [leaf]:
+            if value == "" and key.endswith(("path", "dir")):
+                raise UserError(f"{key} is empty: name a place, or leave it out.")
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 continue
             if key in TRAINER_RANGES:

@@ -191,8 +191,6 @@ def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str
     """Return the checkpoint for `--ckpt_path` (`last`: the newest in the log folder); None starts a new run."""
     if asked is None:
         return None
-    if not asked:
-        raise UserError("--ckpt_path is empty: give the path of a checkpoint, `last`, or leave it out.")
     path = Path(asked)
     records = [one for one in trainer.callbacks if isinstance(one, RunRecord)]  # type: ignore[attr-defined]
     if asked == "last":

@@ -24,7 +24,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from transformers.utils.logging import disable_progress_bar
 
 from app.cli.mistakes import refusing
-from app.cli.options import check_numbers, reason, settled_seed, yaml_fault
+from app.cli.options import check_values, reason, settled_seed, yaml_fault
 from app.cli.run_record import RECORD, RunRecord, continue_newest_version, settle_checkpoint
 from app.cli.slurm import check_processes, check_slurm
 from app.core.errors import UserError
@@ -54,7 +54,7 @@ class BetaDPOCLI(LightningCLI):
         super().parse_arguments(parser, args)
         command = self.config["subcommand"]
         options = self.config[command]
-        check_numbers(options)
+        check_values(options)
         refuse_listed([resolve_name(entry["class_path"]) for entry in as_list(options["trainer"]["callbacks"])])
         resumes, nodes = command == "fit" and options["ckpt_path"] is not None, options["trainer"]["num_nodes"]
         options["seed_everything"] = settled_seed(options["seed_everything"], resumes=resumes, nodes=nodes)
@@ -101,8 +101,9 @@ class BetaDPOCLI(LightningCLI):
         if options.get("barebones"):
             raise UserError("trainer.barebones has no place here: it forbids logs and checkpoints; take it out.")
         plugins = as_list(options.get("plugins"))
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(SafeCheckpointIO())
+        if any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            raise UserError("trainer.plugins: a CheckpointIO has no place here: writes are atomic; take it out.")
+        plugins.append(SafeCheckpointIO())
         check_slurm()
         callbacks = self.callbacks(options)
         # if a slot is empty, Lightning would add its own callback

@@ -67,6 +67,7 @@ OF_A_RUN: dict[str, list[tuple[str, str]]] = {
             "GradientAccumulationScheduler --trainer.callbacks.scheduling '{\"1\": 2}'",
             "EMAWeightAveraging",
             "LearningRateFinder",
+            "OnExceptionCheckpoint --trainer.callbacks.dirpath x",
             "BatchSizeFinder",
             "BackboneFinetuning",
             "ModelPruning --trainer.callbacks.pruning_fn l1_unstructured",
@@ -163,6 +164,8 @@ OF_A_RUN: dict[str, list[tuple[str, str]]] = {
         ("--trainer.plugins=foo", "trainer.plugins: 'foo' names no class"),
         ("--trainer.val_check_interval=1.5", "trainer: You have passed invalid value 1.5 for val_check_interval"),
         ("--trainer.barebones=true", "trainer.barebones has no place here"),
+        ("--trainer.model_registry=me/model", "trainer.model_registry has no effect here"),
+        ("--trainer.plugins=lightning.pytorch.plugins.AsyncCheckpointIO", "a CheckpointIO has no place here"),
     ],
 }
 

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from app.cli.dispatch import trainer_options
 from app.cli.mistakes import sentence
-from app.cli.options import check_numbers, options_of
+from app.cli.options import check_values, options_of
 from app.cli.trainer import BetaDPOCLI, lightning_options
 from app.commands import COMMANDS, function_of
 from app.core.errors import UserError
@@ -75,7 +75,7 @@ def parse(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
     def told(words: list[str]) -> str | None:
         try:
-            check_numbers(parser.parse_args([*base, *words])["fit"])
+            check_values(parser.parse_args([*base, *words])["fit"])
         except ArgumentError as error:
             return sentence(str(error), "fit", trainer_options())
         except UserError as error:
