@@ -4,8 +4,8 @@ python -m benchmarks.beta_range                      # simulated runs of 478 ste
 python -m benchmarks.beta_range --audit RUN [RUN …]  # log folders of runs with PairAudit
 
 In a simulated run the mean gap grows from 0 to σ, the standard deviation of the gaps at the end, and their variance
-grows linearly. Gaps have the tails of Student's t with 5 degrees of freedom. A replay uses the recorded gaps
-unchanged, although another β would have trained another policy: it shows how β would have followed these gaps.
+grows linearly; their tails are those of Student's t with 5 degrees of freedom. A replay shows how β would have
+followed the recorded gaps, although another β would have trained another policy.
 """
 
 from __future__ import annotations

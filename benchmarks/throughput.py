@@ -2,10 +2,9 @@
 
     python -m benchmarks.throughput --data hh_harmless_base_test.jsonl.gz --name hh-33M --out docs/benchmarks.json
 
-Every contestant trains the same random model on the same pairs in the same order with the same optimizer. Each runs
-in a process of its own, so that the peak memory is its own. The contestants take turns. Medians and ratios over the
-turns are printed and, with `--out`, saved for the tables of README and docs (`python -m benchmarks.tables`). All
-figures are measured here; TRL is left out, with a message, if it is not installed.
+Every contestant trains the same random model on the same pairs in the same order with the same optimizer, in a
+process of its own, so that the peak memory is its own. They take turns. Medians and ratios over the turns are
+printed and, with `--out`, saved for the tables of README and docs (`python -m benchmarks.tables`).
 """
 
 from __future__ import annotations

@@ -38,6 +38,14 @@ class Talk(NamedTuple):
     tools: Sequence[Any] | None = None
     options: Mapping[str, Any] = {}
 
+    @classmethod
+    def of(cls, pair: PreferencePair) -> Talk:
+        """Return the prompt of a pair as a conversation. Raises Dropped if HH turns do not alternate."""
+        try:
+            return cls(prompt_messages(pair.prompt), pair.tools, pair.template_kwargs)
+        except ValueError:
+            raise Dropped("HH turns do not alternate, as a chat needs") from None
+
     def answered(self, answer: Message) -> Talk:
         """Return the conversation with one more turn."""
         return self._replace(turns=[*self.turns, answer])
@@ -218,14 +226,6 @@ class ChatTemplate:
         """Return the largest length, at most `length`, that does not cut through a special token of `text`."""
         inside = [token for token in self._tokens.finditer(text) if token.start() < length < token.end()]
         return inside[0].start() if inside else length
-
-
-def conversation(pair: PreferencePair) -> Talk:
-    """Return the prompt of a pair as a conversation. Raises Dropped if HH turns do not alternate."""
-    try:
-        return Talk(prompt_messages(pair.prompt), pair.tools, pair.template_kwargs)
-    except ValueError:
-        raise Dropped("HH turns do not alternate, as a chat needs") from None
 
 
 def spelled_tokens(tokenizer: PreTrainedTokenizerBase) -> Callable[[Prompt, Sequence[Message]], tuple[str, ...]]:

@@ -56,8 +56,7 @@ def replaced_stream(stream: PairStream, path: str) -> PairStream:
     """Return the pairs that have a usable sample in the file `path`, with it as their rejected response.
 
     If a prompt has fewer samples than pairs, they are used again from the first. Labels with "rejected" in their
-    name (`rejected_reward`, `score_rejected`) are no longer true and become None. Reading counts the pairs, and why
-    others have no usable sample. Raises UserError if the file cannot be read, or later if no pair has a sample.
+    name (`rejected_reward`, `score_rejected`) are no longer true and become None.
     """
     try:
         content = file_hash(path)
@@ -103,8 +102,8 @@ def replaced_stream(stream: PairStream, path: str) -> PairStream:
 class GapMixedTable(PairTable):
     """A table of N pairs with their own rejected responses, followed by the replaced copies of those with a sample.
 
-    `parts` and `samples` are the sources of the two; `rows` are trained on. A loader serves rows of the first N;
-    `exchange` puts the replaced rows in their place, batch by batch. Raises UserError if a sample is missing.
+    A loader serves rows of the first N, of which `rows` are trained on; `exchange` puts the replaced rows in their
+    place, batch by batch. Raises UserError if a sample is missing.
     """
 
     def __init__(self, own: PairTable, replaced: PairTable, mixture: GapMixture, rows: np.ndarray) -> None:

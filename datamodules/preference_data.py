@@ -191,8 +191,7 @@ def drawn_rows(
     """Return, sorted, the rows of the largest mixture with these weights that uses no pair twice.
 
     `part_of_row` [rows] is the source number of each row. The source with the fewest pairs for its weight gives all
-    of them. The draw from each other source is seeded by its name alone and is nested: a larger draw contains every
-    smaller one. Raises UserError when a source has so few pairs, or so small a weight, that it would give none.
+    of them; a larger draw from another contains every smaller one. Raises UserError if a source would give none.
     """
     shares = np.array(weights) / sum(weights)
     counts = np.bincount(part_of_row, minlength=len(weights))
@@ -214,9 +213,8 @@ def drawn_rows(
 def split_by_prompt(prompt_keys: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Return (training, held-out) indices of N pairs, both sorted int64, with all pairs of a prompt on one side.
 
-    Whole prompts are drawn at random until the held-out side has at least `share` of the pairs. The draw depends on
-    the prompts alone, so that every run holds out the same pairs. Raises UserError if `share` leaves nothing to
-    train on.
+    Whole prompts are drawn until the held-out side has at least `share` of the pairs, the same in every run. Raises
+    UserError if nothing is left to train on.
     """
     keys, prompt_of_pair, sizes = np.unique(prompt_keys, return_inverse=True, return_counts=True)
     order = np.random.default_rng(0).permutation(len(keys))

@@ -104,7 +104,7 @@ class Ranking:
 @checked
 @dataclass(frozen=True)
 class Selection(Ranking):
-    """The share of the training pairs with the first scores (`data.select`); the others are left out and counted.
+    """The training pairs with the first scores (`data.select`); the others are left out and counted.
 
     Args:
         share: share of the training pairs to keep; at least one pair is kept.

@@ -51,18 +51,17 @@ def read_prompt(value: Any) -> Prompt:
 class PreferencePair:
     """One prompt and its two responses, as text.
 
-    `rejected` is None for a demonstration (supervised fine-tuning). `labels` holds the other scalar columns of the
-    data. `rejected_ends` is False for a sampled response that was cut off by its length limit. `chosen_fields` and
-    `rejected_fields` hold the fields of the answers' messages besides their text (`tool_calls`,
-    `reasoning_content`); `tools` and `template_kwargs` are the row's own inputs to the chat template.
+    `labels` are the other scalar columns of the data, `chosen_fields` and `rejected_fields` the fields of the
+    answers' messages besides their text (`tool_calls`, `reasoning_content`), `tools` and `template_kwargs` the own
+    inputs of the row to the chat template.
     """
 
     pair_id: str
     prompt: Prompt
     chosen: str
-    rejected: str | None
+    rejected: str | None  # None for a demonstration (supervised fine-tuning)
     labels: dict[str, object] = field(default_factory=dict)
-    rejected_ends: bool = True
+    rejected_ends: bool = True  # False for a sample that was cut off by its length limit
     chosen_fields: Mapping[str, Any] = field(default_factory=dict)
     rejected_fields: Mapping[str, Any] = field(default_factory=dict)
     tools: Sequence[Any] | None = None

@@ -67,11 +67,9 @@ class RewardScoring:
 
 
 def reward_scores(stream: PairStream, scoring: RewardScoring, device: torch.device) -> pa.Table:
-    """Return the rewards of all pairs of `stream`: `pair_id, chosen_reward, rejected_reward`, mapped into memory.
+    """Return the rewards of all pairs of `stream`, from the cache if they are there: `pair_id` and `COLUMNS`.
 
-    A pair with a tool call, or a prompt that the model's chat template refuses, has null rewards. If the cache has
-    no entry, or a damaged one, one process scores the pairs while the others wait. Raises UserError for faults of
-    the model or the data.
+    A pair with a tool call, or a prompt that the model's chat template refuses, has null rewards. Raises UserError.
     """
     job = {"version": REWARDS_VERSION, "data": stream.description(), **scoring.fingerprint()}
 
@@ -134,9 +132,8 @@ def rows_with_reward(table: PairTable, rows: np.ndarray) -> np.ndarray:
 class RewardModel:
     """A reward model r(y; x): a sequence classifier with one output, run in float32 without dropout.
 
-    The arguments are those of `RewardScoring`; `device` None uses CUDA if it is available. A model whose tokenizer
-    has no padding token of its own scores one text at a time. Raises UserError when the model cannot be loaded, has
-    several outputs, or has no trained classifier.
+    The arguments are those of `RewardScoring`. Without a padding token of its own it scores one text at a time.
+    Raises UserError when the model cannot be loaded or is no trained classifier with one output.
     """
 
     def __init__(self, name: str, batch_size: int = 32, device: str | None = None, max_length: int | None = None):

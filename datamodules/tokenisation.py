@@ -16,15 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from app.core.errors import UserError, first_line
 from app.core.files import refuse_absent
-from datamodules.chat_template import (
-    ESSENTIAL,
-    TEMPLATE_DATE,
-    ChatTemplate,
-    Rendering,
-    Talk,
-    conversation,
-    spelled_tokens,
-)
+from datamodules.chat_template import ESSENTIAL, TEMPLATE_DATE, ChatTemplate, Rendering, Talk, spelled_tokens
 from datamodules.records import Dropped, Message, PreferencePair, Side, TokenisedPair
 from datamodules.sources.messages import is_transcript_prompt, transcript, transcript_turns
 
@@ -43,9 +35,7 @@ class Tokenisation:
 
     If the prompt and the longer response exceed `max_length`, the prompt is cut to `max_prompt_length`: whole old
     turns first, then text within one turn at the end that `prompt_truncation` does not keep, never a header. If
-    that is not enough, each response is cut to the remaining length. `chat_template`: "auto" uses the tokenizer's
-    template for chat messages and leaves text as it is; true uses it for text too. A row's own options of the
-    template take precedence over `chat_template_kwargs`.
+    that is not enough, each response is cut to the remaining length. The others are as in `PreferenceData`.
     """
 
     max_length: int = 512
@@ -144,7 +134,7 @@ class _Tokeniser:
         """Return the text of a pair; `talk` replaces the prompt of a chat. A response that was cut has no end."""
         answers = [pair.answer(side) for side in _SIDES[: 1 if pair.rejected is None else 2]]
         if template := self.template_of(pair):
-            talk = talk or conversation(pair)
+            talk = talk or Talk.of(pair)
             notes = self.notes(pair, talk, answers)
             sides = template.split(talk, answers)
             if len({side.prompt for side in sides}) > 1:
@@ -174,7 +164,7 @@ class _Tokeniser:
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         special, named = {bos, eos}, "BOS or EOS"
         if one.template:
-            special.add(one.template.frame(conversation(one.pair)).stop)
+            special.add(one.template.frame(Talk.of(one.pair)).stop)
             named = "BOS, EOS or end of turn"
         else:  # plain text without a prompt is learnt whole, after BOS, or EOS where there is none
             prompt = self._plain_prompt(prompt) if one.pair.prompt else [eos if bos is None else bos]
@@ -204,7 +194,7 @@ class _Tokeniser:
         longest = len(prompt) + max(map(len, responses))
         if longest > limit and len(prompt) > self.settings.max_prompt_length:
             if one.template:
-                talk, cut = self._short_chat(one.template, conversation(pair))
+                talk, cut = self._short_chat(one.template, Talk.of(pair))
                 one = self.rendered(pair, talk)
                 prompt, responses = self.tokens(one)
             else:
@@ -222,7 +212,7 @@ class _Tokeniser:
         limit, talk = self.settings.max_prompt_length, None
         cut: list[str] = []
         if template := self.template_of(pair):
-            talk = conversation(pair)
+            talk = Talk.of(pair)
             ids = self._chat_prompt(template, talk)
             if len(ids) > limit:
                 shorter, cut = self._short_chat(template, talk)

@@ -144,7 +144,7 @@ class Kind(Enum):
     BOTH_RIGHT = "both_right"
 
 
-LADDER = (Kind.RUDE, Kind.OFF_TOPIC, Kind.BOTH_WRONG, Kind.ONE_RIGHT, Kind.BOTH_RIGHT)
+LADDER = tuple(Kind)[1:]
 
 
 @dataclass(frozen=True)

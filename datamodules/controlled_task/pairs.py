@@ -1,12 +1,9 @@
 """Prompts, demonstrations and preference pairs of the controlled task, with their exact labels.
 
-Every call draws from generators seeded by its name, split and seed as text, so that the items are the same in every
-process and on every machine, and a shorter list is the beginning of a longer one.
-
-The two filler words that set the length are drawn independently of the rest, so the length of a well-formed
-response says nothing about its kind. An off-topic response also has wrong values, and a rude one has the kind of
-content of the response that it is paired with. Thus nothing in a pair but politeness favours the lower grade, and
-neighbouring grades differ in one fault only, which makes them learnable.
+Generators are seeded by text, so that items are the same on every machine, and a shorter list is the beginning of a
+longer one. The filler words, which set the length, are independent of the rest. An off-topic response also has
+wrong values, and a rude one has the kind of content of the response that it is paired with: nothing in a pair but
+politeness favours the lower grade, and neighbouring grades differ in one fault only, which makes them learnable.
 """
 
 from __future__ import annotations
@@ -15,24 +12,8 @@ import itertools
 import random
 from typing import Literal
 
-from datamodules.controlled_task.grammar import (
-    ADVERBS,
-    ANIMALS,
-    ATTRIBUTES,
-    CLOSINGS,
-    LADDER,
-    PLAIN_OPENERS,
-    POLITE_OPENERS,
-    RUDE_OPENERS,
-    VALUES,
-    WORDS,
-    Answer,
-    Kind,
-    Question,
-    Split,
-    judge,
-    parse_answer,
-)
+from datamodules.controlled_task import grammar
+from datamodules.controlled_task.grammar import ATTRIBUTES, LADDER, VALUES, Answer, Kind, Question, Split
 from datamodules.records import PreferencePair
 
 FILLER_SHARE = 0.5  # of each of the two filler words: lengths 10, 11, 12 occur as 1 : 2 : 1
@@ -59,7 +40,7 @@ def demonstrations(count: int, seed: int, *, split: Split = "train") -> list[Pre
         kind = rng.choices(list(MIXED_QUALITY), weights=list(MIXED_QUALITY.values()))[0]
         question = draw_question(rng, split)
         answer = draw_answer(question, kind, rng)
-        labels: dict[str, object] = {"kind": kind.value, "chosen_reward": judge(question, answer).reward}
+        labels: dict[str, object] = {"kind": kind.value, "chosen_reward": grammar.judge(question, answer).reward}
         pair_id = f"controlled-{split}-demonstration-{seed}-{index:06d}"
         items.append(PreferencePair(pair_id, question.text, answer.text, None, labels))
     return items
@@ -79,15 +60,11 @@ def preference_pairs(
 
     A share `broken_share` of the pairs has a well-formed response and a broken copy of it. The others have two
     grades. `gap` chooses them: `adjacent` takes neighbouring grades, `extreme` grades at least two apart, `mixed` a
-    share `high_gap_share` of the latter and neighbours otherwise, `any` every two grades equally often. A separate
-    generator flips each pair with probability `flip_rate`, so that the texts of a pair do not depend on the rate.
-
-    Labels: `flipped`; `kind`, "graded" or "broken"; `chosen_reward` and `rejected_reward`, the true rewards of the
-    chosen and the rejected text after the flip; `gap_kind`, "high" for grades two or more apart, else "low" (a
-    broken response counts as the lowest grade).
+    share `high_gap_share` of the latter and neighbours otherwise, `any` every two grades equally often. The label
+    `gap_kind` is "high" for grades two or more apart; a broken response counts as the lowest grade.
     """
     rng = random.Random(f"pairs-{gap}-{split}-{seed}")
-    flips = random.Random(f"flips-{gap}-{split}-{seed}")
+    flips = random.Random(f"flips-{gap}-{split}-{seed}")  # its own, so that the texts do not depend on the rate
     every_share = len(_HIGH_GAP) / (len(_LOW_GAP) + len(_HIGH_GAP))
     high_share = {"adjacent": 0.0, "extreme": 1.0, "mixed": high_gap_share, "any": every_share}[gap]
     pairs = []
@@ -97,7 +74,7 @@ def preference_pairs(
         better, worse = _broken(question, rng) if broken else _graded(question, high_share, rng)
         flipped = flips.random() < flip_rate
         texts = (worse, better) if flipped else (better, worse)
-        chosen, rejected = (judge(question, parse_answer(text)) for text in texts)
+        chosen, rejected = (grammar.judge(question, grammar.parse_answer(text)) for text in texts)
         labels: dict[str, object] = {
             "flipped": flipped,
             "kind": "broken" if broken else "graded",
@@ -122,7 +99,7 @@ def _graded(question: Question, high_share: float, rng: random.Random) -> tuple[
         better = draw_answer(question, better_kind, rng)
         worse = draw_answer(question, worse_kind, rng, content=better_kind)
         # if only the worse of two neighbours is polite, they differ by half a point: draw again
-        if judge(question, better).reward - judge(question, worse).reward >= 1:
+        if grammar.judge(question, better).reward - grammar.judge(question, worse).reward >= 1:
             return better.text, worse.text
 
 
@@ -131,16 +108,16 @@ def draw_question(rng: random.Random, split: Split) -> Question:
     while True:
         values = tuple(rng.choice(VALUES[attribute]) for attribute in ATTRIBUTES)
         first, second = rng.sample(ATTRIBUTES, 2)
-        question = Question(rng.choice(ANIMALS), values, (first, second))
+        question = Question(rng.choice(grammar.ANIMALS), values, (first, second))
         if question.split == split:
             return question
 
 
 def draw_answer(question: Question, kind: Kind, rng: random.Random, *, content: Kind | None = None) -> Answer:
     """Draw a well-formed response of a kind; a rude one has `content` after its opener, by default of any kind."""
-    openers = POLITE_OPENERS if rng.random() < 0.5 else PLAIN_OPENERS
+    openers = grammar.POLITE_OPENERS if rng.random() < 0.5 else grammar.PLAIN_OPENERS
     if kind is Kind.RUDE:
-        openers, kind = RUDE_OPENERS, content or rng.choice(LADDER[1:])
+        openers, kind = grammar.RUDE_OPENERS, content or rng.choice(LADDER[1:])
     attributes = list(question.asked)
     if kind is Kind.OFF_TOPIC:
         attributes = [attribute for attribute in ATTRIBUTES if attribute not in question.asked]
@@ -157,8 +134,8 @@ def draw_answer(question: Question, kind: Kind, rng: random.Random, *, content: 
         opener=rng.choice(openers),
         animal=question.animal,
         claims=(claim(attributes[0]), claim(attributes[1])),
-        adverb=rng.choice(ADVERBS) if rng.random() < FILLER_SHARE else None,
-        closing=rng.choice(CLOSINGS) if rng.random() < FILLER_SHARE else None,
+        adverb=rng.choice(grammar.ADVERBS) if rng.random() < FILLER_SHARE else None,
+        closing=rng.choice(grammar.CLOSINGS) if rng.random() < FILLER_SHARE else None,
     )
 
 
@@ -172,7 +149,7 @@ def _damaged(words: list[str], defect: str, rng: random.Random) -> list[str]:
     if defect == "double":
         return words[: place + 1] + words[place:]
     if defect == "replace":
-        return [*words[:place], rng.choice(WORDS), *words[place + 1 :]]
+        return [*words[:place], rng.choice(grammar.WORDS), *words[place + 1 :]]
     if defect == "cut short":
         return words[: rng.randrange(1, len(words))]
     if defect == "repeat attribute":
@@ -191,6 +168,6 @@ def break_answer(answer: Answer, rng: random.Random) -> str:
     defect = rng.choice(_DEFECTS)
     text = answer.text
     # without a filler word or with another value, the text may still be well-formed: draw the place again
-    while parse_answer(text) is not None:
+    while grammar.parse_answer(text) is not None:
         text = " " + " ".join(_damaged(answer.text[1:].split(" "), defect, rng))
     return text

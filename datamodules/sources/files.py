@@ -86,8 +86,7 @@ def csv_rows(file: IO[bytes], path: Path, delimiters: str = ",;\t") -> Rows:
     """Yield (first line of the row, its cells by column name, or a BadRow if they are wrong).
 
     The delimiter that gives the first row, the column names, most cells is taken; Excel may name one in a line
-    before (`sep=;`). Raises UserError for an unclosed quotation mark, after which rows cannot be separated, and for
-    repeated column names.
+    before (`sep=;`). Raises UserError for faults after which rows cannot be separated.
     """
     csv.field_size_limit(sys.maxsize)
     named, text, *ahead = tee(text_lines(file, path), 2 + len(delimiters))

@@ -36,18 +36,13 @@ _OWN_FIELDS = ("pair_id", "prompt", "chosen", "rejected", "response", *TEMPLATE_
 
 @dataclass
 class PairStream(Iterable[PreferencePair]):
-    """A stream of pairs as text, in a fixed order; every iteration starts at the first pair.
-
-    `description` returns the part of the cache key that identifies the pairs, in JSON values: content hash, format,
-    seed of a generator, …. `read` yields the pairs and counts the rows in the report that it is given; `report` is
-    that of the last iteration. `rows` returns the number of rows if that is known before they are read.
-    """
+    """A stream of pairs as text, in a fixed order; every iteration starts at the first pair."""
 
     name: str
-    description: Callable[[], dict[str, object]]
-    read: Callable[[RowReport], Iterable[PreferencePair]]
-    rows: Callable[[], int | None] = lambda: None
-    report: RowReport = field(default_factory=RowReport, init=False)
+    description: Callable[[], dict[str, object]]  # what identifies the pairs in a cache key, in JSON values
+    read: Callable[[RowReport], Iterable[PreferencePair]]  # yields the pairs and counts the rows in the report
+    rows: Callable[[], int | None] = lambda: None  # their number, if it is known before they are read
+    report: RowReport = field(default_factory=RowReport, init=False)  # of the last iteration
 
     def __iter__(self) -> Iterator[PreferencePair]:
         self.report = RowReport()
@@ -122,10 +117,9 @@ def read_pairs(
 def read_row(
     row: object, default_id: str, source: Source, need_rejected: bool = False, prompts_only: bool = False
 ) -> tuple[PreferencePair, list[str]]:
-    """Return the pair of one row in any format, and the columns and options that have no use.
+    """Return the pair of one row, and the columns and options that have no use. Raises BadRow or LeftOut.
 
-    `need_rejected`: a demonstration is a bad row. `prompts_only`: rows without an answer are read too, and answers
-    are ignored. Raises BadRow, or LeftOut if the settings of `source` leave the row out.
+    `need_rejected`: a demonstration is a bad row. `prompts_only`: rows need no answer, and answers are ignored.
     """
     if not isinstance(row, Mapping):
         raise BadRow("not an object with fields", f"found {kind(row)}")
@@ -159,9 +153,8 @@ def read_row(
 def _pair(row: Row, default_id: str, format: str) -> PreferencePair:
     """Return the pair of a row with the names of our fields. Raises BadRow.
 
-    `prompt`, `chosen` and `rejected` are text or chat messages; messages of a side may repeat the prompt. Without
-    `prompt`, the sides are whole conversations or, in `hh`, transcripts. `response`, or `chosen` without
-    `rejected`, is a demonstration.
+    `prompt` and the sides are text or chat messages, which may repeat the prompt. Without `prompt`, the sides are
+    whole conversations or, in `hh`, transcripts. `response`, or `chosen` without `rejected`, is a demonstration.
     """
     both = "rejected" in row
     sides = ("chosen" if both or "chosen" in row else "response", *["rejected"] * both)

@@ -154,10 +154,10 @@ class HubDataset:
 
 
 def folder_source(folder: Path, split: str, subset: str | None) -> HubDataset | LocalFiles:
-    """Return one split of a local folder as a source.
+    """Return one split of a local folder, whose files our own readers read. Raises UserError.
 
     `datasets` loads a folder that `save_to_disk` wrote, one with a data card (a README.md with front matter), a
-    subset, and a folder without a file of a known kind. Our own readers read the files of others. Raises UserError.
+    subset, and a folder without a file of a known kind.
     """
     card = folder / "README.md"
     has_card = card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith("---")
