@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -60,7 +60,6 @@ class PairRuns(Memory):
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        """Return the pieces of the row in order."""
         pieces: list[Piece] = []
         end = 0
         for prompt, responses in self.runs:
@@ -76,10 +75,9 @@ class PairRuns(Memory):
 class PackedRows(Memory):
     """One micro-batch: prompts and their responses in R rows of T tokens.
 
-    In the layout `packed` a pair is one run of tokens `[prompt | chosen | rejected]`, and a row holds several
-    pairs; the position ids of the rejected response restart after the prompt. In the layout `separate` every
-    response has a row of its own, `[prompt | response]`. There are S responses, in the order pair 0 chosen, pair 0
-    rejected, pair 1 chosen, …, with N response tokens in all.
+    In the layout `packed` a row holds several pairs, each a run of tokens `[prompt | chosen | rejected]`; the
+    positions of the rejected response restart after the prompt. In the layout `separate` every response has a row
+    of its own, `[prompt | response]`. The S responses, with N tokens in all, are those of pair 0, pair 1, …
     """
 
     input_ids: Tensor  # [R, T] int64
@@ -104,10 +102,8 @@ class PackedRows(Memory):
 
     def to(self, device: torch.device | str) -> PackedRows:
         """Return the same rows on `device`, with an empty memory."""
-        columns = {each.name: getattr(self, each.name) for each in fields(self)}
-        moved: dict[str, Any] = {
-            name: on_device(column, device) for name, column in columns.items() if isinstance(column, Tensor)
-        }
+        columns = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: on_device(column, device) for name, column in columns.items()}
         return replace(self, **moved, _remembered={})
 
 
@@ -121,28 +117,21 @@ class OptimizerBatch(Protocol):
 
     @property
     def pair_keys(self) -> Tensor:
-        """Return keys [B] int64 of this rank's pairs, computed from their tokens: equal pairs have equal keys."""
+        """Return hashes [B] int64 of the tokens of this rank's pairs."""
         ...
 
     def micro_batches(
-        self,
-        responses: Sequence[str],
-        layout: Layout,
-        balanced_row: float,
-        pairs: Sequence[int] | None = None,
+        self, responses: Sequence[str], layout: Layout, balanced_row: float, pairs: Sequence[int] | None = None
     ) -> list[PackedRows]:
-        """Pack `pairs` (indices into the share; None means all) under the token budget of the DataModule.
+        """Pack the sides `responses` of `pairs` (indices into the share; None: all) under the DataModule's budget.
 
-        `responses` names the sides to pack: ("chosen", "rejected") or ("chosen",). `balanced_row` is the row
-        length at which attention costs as much per token as the rest of the model. Returns an empty list when
-        there is no pair.
+        `balanced_row` is the row length at which attention costs as much per token as the rest of the model.
         """
         ...
 
     def stretched(self, pairs: Sequence[int]) -> OptimizerBatch:
-        """Return two pairs made of the tokens of `pairs`: one as long as any pair of this run, and a short one.
+        """Return a pair as long as any of this run and a short one, made of the tokens of `pairs`, or of the share.
 
-        They expose what depends on positions in a row or on the longest row of a micro-batch. Without `pairs` the
-        tokens of the whole share are taken; a share without pairs gives none.
+        They expose what depends on positions in a row or on the longest row; a share without pairs gives none.
         """
         ...

@@ -21,9 +21,8 @@ from torch import Tensor
 from app.method.ranges import ShareBelowOne, checked
 
 MINIMUM_STD = 1e-6  # below this σ of M, all pairs count as equal
-# The default floor of β, as a multiple of β0: the paper's 1e-3 at its β0 = 0.1. Raw gaps do reach it: with α = 0.6,
-# the mean of 51 gaps with standard deviation 10 takes β there in one batch out of eight. A negative β would train
-# towards the rejected response.
+# The default floor of β, as a multiple of β0: the paper's 1e-3 at its β0 = 0.1. A negative β would train towards
+# the rejected response; with α = 0.6, the mean of 51 gaps of σ = 10 would give one in one batch out of eight.
 FLOOR = 0.01
 
 
@@ -104,7 +103,7 @@ class RunningMoments:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the raw state from `state` exactly. Raises ValueError when its settings differ from these."""
+        """Restore the raw state. Raises ValueError when its settings differ from these."""
         for name in ("momentum", "start", "ddof"):
             if state[name] != getattr(self, name):
                 own = f"these are set to {name}={getattr(self, name)!r}"
@@ -130,7 +129,7 @@ def selection_noise(seed: int, step: int, count: int) -> Tensor:
     # The seed is hashed because generators seeded with neighbouring integers may start alike.
     digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
-    # The midpoints of 2^52 equal cells are never 0 or 1, and each is exact in float64.
+    # the midpoints of 2^52 equal cells are never 0 or 1, and each is exact in float64
     cells = torch.randint(2**52, (count,), generator=generator, dtype=torch.int64)
     return (cells.to(torch.float64) + 0.5) / 2.0**52
 
@@ -146,7 +145,7 @@ def gumbel_top_k(log_weights: Tensor, k: int, uniform: Tensor) -> Tensor:
         raise ValueError(f"{log_weights.numel()} weights need as much noise, got {uniform.numel()}")
     if not 0 <= k <= log_weights.numel():
         raise ValueError(f"cannot keep {k} of {log_weights.numel()} pairs")
-    # topk ranks NaN above every number, so a NaN weight would always be drawn.
+    # topk ranks NaN above every number
     if not bool((log_weights < math.inf).all()):
         raise ValueError("log weights must be finite or −inf")
     if not bool(((uniform > 0) & (uniform < 1)).all()):
@@ -179,9 +178,7 @@ def keep_by_gradient_scale(gaps: Tensor, k: int, drop: Literal["head", "tail", "
 def effective_sample_size(log_weights: Tensor) -> float:
     """Return (Σp)²/Σp² of p = exp(`log_weights` [G]): G if all are equal, near 1 if one dominates."""
     finite = log_weights[torch.isfinite(log_weights)].to(torch.float64)
-    if finite.numel() == 0:
-        return 0.0
-    return float(1.0 / torch.softmax(finite, dim=0).square().sum())
+    return float(1.0 / torch.softmax(finite, dim=0).square().sum()) if finite.numel() else 0.0
 
 
 def batch_beta(beta0: float, alpha: float, kept_discrepancy: Tensor, moments: Moments) -> Tensor:

@@ -53,8 +53,7 @@ class HingeLoss(LogitLoss):
 class SimPOLoss(LogitLoss):
     """SimPO, −log σ(β·(l_w/|y_w| − l_l/|y_l|) − γ) (arXiv 2405.14734, eq. 6); needs no reference.
 
-    A dynamic β scales the length-normalised gap and leaves the margin γ = `gamma` unchanged. The β-DPO paper does
-    not say whether γ follows β; if it did, the target margin would change with every batch.
+    γ = `gamma` does not follow a dynamic β (the β-DPO paper says nothing of it): it is one target for all batches.
     """
 
     needs_reference = False
@@ -98,20 +97,16 @@ class AlphaDPOLoss(SimPOLoss):
             raise ValueError("AlphaDPOLoss needs the whole batch: call for_batch first")
         gap = logps.normalised_reward_gap.detach()
         mean, std = (moment.to(gap) for moment in self._moments)
-        # without a spread, as when policy and reference are still equal, no pair differs from the others
+        # without a spread, as while policy and reference are equal, no pair differs from the others
         z = torch.where(std > 1e-6, (gap - mean) / std.clamp(min=1e-6), 0.0)
         own = beta * self.alpha * z
         return super().per_pair(logps, beta, own if margin is None else own + margin)
 
 
 class IPOLoss(PairLoss):
-    """IPO, (h − 1/2β)² (arXiv 2310.12036, eq. 17), on summed log-probs as in that paper.
+    """IPO, (h − 1/2β)² (arXiv 2310.12036, eq. 17), on summed log-probs as in that paper: β sets the target of h."""
 
-    β sets the target of the gap: a larger β asks for a smaller gap. The floor of β is a quarter of β0, so that the
-    target is at most four times the target at β0. A floor of a hundredth would ask for 500 nats at β0 = 0.1.
-    """
-
-    beta_floor = 0.25
+    beta_floor = 0.25  # at most four times the target at β0; a hundredth would ask for 500 nats at β0 = 0.1
     has_swapped_form = True
 
     def per_pair(self, logps: PairLogps, beta: Tensor, margin: Tensor | None) -> Tensor:
@@ -138,9 +133,9 @@ class SPPOHardLoss(PairLoss):
 class KTOPairLoss(PairLoss):
     """KTO on pairs (arXiv 2402.01306, in the paired form that TRL shipped as `kto_pair`).
 
-    The loss is ½·[1 − σ(β·(r_w − KL_l))] + ½·[1 − σ(β·(KL_w − r_l))], where r is a log-ratio to the reference. KL_w
-    and KL_l are the means of r over the chosen and the rejected responses of the global batch, at least 0, without
-    gradient. They include pairs that a filter drops: they estimate a distance, not the training signal.
+    The loss is ½·[1 − σ(β·(r_w − KL_l))] + ½·[1 − σ(β·(KL_w − r_l))] for log-ratios r to the reference. KL_w, KL_l
+    are the means of r over the chosen and the rejected responses of the global batch, also of pairs that a filter
+    drops, at least 0, without gradient.
     """
 
     _divergences: tuple[Tensor, Tensor] | None = None  # KL_w, KL_l

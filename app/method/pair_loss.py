@@ -67,22 +67,21 @@ class PairLogps:
 
     def select(self, index: Tensor) -> PairLogps:
         """Return the pairs at `index`: int64 positions or a bool mask [B]."""
-        return self._with_each(lambda column: column[index])
+        return self.each(lambda column: column[index])
 
     def detach(self) -> PairLogps:
         """Return the same values without a graph."""
-        return self._with_each(Tensor.detach)
+        return self.each(Tensor.detach)
 
-    def _with_each(self, change: Callable[[Tensor], Tensor]) -> PairLogps:
-        columns: dict[str, Any] = {name: None if c is None else change(c) for name, c in vars(self).items()}
-        return PairLogps(**columns)
+    def each(self, change: Callable[..., Tensor], *others: PairLogps) -> PairLogps:
+        """Return `change` of each column and of those of `others`; a column that is None here stays None."""
+        columns: Any = zip(*(vars(one).values() for one in (self, *others)), strict=True)
+        return PairLogps(*(None if own is None else change(own, *more) for own, *more in columns))
 
     @staticmethod
     def cat(parts: Sequence[PairLogps]) -> PairLogps:
         """Return all pairs of `parts`, which all have a reference or all have none, in order."""
-        columns = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
-        joined: dict[str, Any] = {name: None if c[0] is None else torch.cat(c) for name, c in columns.items()}
-        return PairLogps(**joined)
+        return parts[0].each(lambda *columns: torch.cat(columns), *parts[1:])
 
 
 def token_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
@@ -127,14 +126,14 @@ class PairLoss(ABC):
 
     @property
     def needs_batch(self) -> bool:
-        """Return whether the loss of a pair depends on the whole batch, so that all pairs must be scored first."""
+        """Return whether all pairs of the batch must be scored before the loss of one is known."""
         return type(self).for_batch is not PairLoss.for_batch
 
     def for_batch(self, everyone: PairLogps) -> PairLoss:
         """Return the loss for one optimizer step, given the log-probs of all G pairs of the global batch.
 
-        A loss with a term over the whole batch returns itself `changed` to hold this term, so that results do not
-        depend on how pairs are distributed over ranks and micro-batches. Pairs without a finite gap do not count.
+        A loss with a term over the whole batch returns itself `changed` to hold it, so that ranks and micro-batches
+        make no difference. Pairs without a finite gap do not count.
         """
         return self
 
@@ -150,8 +149,7 @@ class PairLoss(ABC):
             raise ValueError(f"{self} has no logit β·h to subtract a margin from")
         if confidence is not None and not self.has_swapped_form:
             raise ValueError(f"{self} has no swapped form, which a confidence in the label needs")
-        # β arrives as float64 from the CPU and must not turn a float32 loss into a float64 one.
-        like = logps.policy_chosen
+        like = logps.policy_chosen  # β comes in float64 from the CPU and must not change the dtype of the loss
         beta, margin = beta.detach().to(like), None if margin is None else margin.detach().to(like)
         likelihood = logps.policy_chosen / logps.chosen_tokens if self.__sft_weight else None
         if confidence is None:
@@ -196,19 +194,15 @@ class LogitLoss(PairLoss):
 def pair_metrics(logps: PairLogps, loss: PairLoss, beta: Tensor) -> dict[str, Tensor]:
     """Return per-pair metrics [B] under β [B]: rewards, their margin and accuracy, log-probabilities.
 
-    The implicit reward is β·(log π − log π_ref) (DPO eq. 6); without a reference, β·log π/|y| (SimPO eq. 4). A tie
-    counts as half correct, so that an untrained policy scores 0.5 and not 0. A NaN in either response gives NaN in
-    every metric that uses it.
+    The implicit reward is β·(log π − log π_ref) (DPO eq. 6); without a reference, β·log π/|y| (SimPO eq. 4).
     """
     ranked: dict[str, Tensor] = {}
     if loss.needs_reference:
         chosen, rejected = logps.log_ratios
-        # the accuracy of the SFT model itself, before preference training
         assert logps.reference_chosen is not None
         assert logps.reference_rejected is not None
         ranked["reference_accuracy"] = _ranked_right(logps.reference_chosen, logps.reference_rejected)
-        # displacement: how far each response's log-probability has moved from the reference's, in nats
-        ranked["log_ratio_chosen"], ranked["log_ratio_rejected"] = chosen, rejected
+        ranked["log_ratio_chosen"], ranked["log_ratio_rejected"] = chosen, rejected  # displacement, in nats
     else:
         chosen = logps.policy_chosen / logps.chosen_tokens
         rejected = logps.policy_rejected / logps.rejected_tokens
@@ -220,12 +214,12 @@ def pair_metrics(logps: PairLogps, loss: PairLoss, beta: Tensor) -> dict[str, Te
         "reward_rejected": beta * rejected,
         "logp_chosen": logps.policy_chosen,
         "logp_rejected": logps.policy_rejected,
-        # whether the policy alone, without the reference, gives the chosen response the higher probability
         "policy_accuracy": _ranked_right(logps.policy_chosen, logps.policy_rejected),
         **ranked,
     }
 
 
 def _ranked_right(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Return 1 where `chosen` is larger, ½ for a tie, so that an untrained policy has ½, else 0, and NaN of NaN."""
     difference = chosen - rejected
     return ((1 + torch.sign(difference)) / 2).where(~difference.isnan(), torch.nan)  # torch's sign(NaN) is 0

@@ -1,7 +1,6 @@
-"""The ranges of numeric options: every numeric option has one of these types in its signature.
+"""The types of numeric options, for the command line and, in `checked` classes, for Python.
 
-All of them exclude NaN and, except for `UpToInfinity`, infinity and absurdly large values. The command line parses
-options with these types, and `checked` classes refuse the same values when they are built in Python.
+All exclude NaN and, but for `UpToInfinity`, infinity and numbers so large that they are typing errors.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from inspect import signature
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
-LARGEST = {int: 10**12, float: 1e9}  # a larger number is a typing error
+LARGEST = {int: 10**12, float: 1e9}
 LARGEST_SEED = 2**32 - 1  # NumPy's limit
 C = TypeVar("C", bound=type)
 
@@ -52,7 +51,6 @@ class Number(metaclass=_Named):
 
     @classmethod
     def holds(cls, value: Any) -> bool:
-        """Return whether `value` is such a number without conversion."""
         return type(value) is cls.base and cls.within(value)
 
 

@@ -15,7 +15,7 @@ from app.method.pair_loss import PairLogps, PairLoss
 
 @dataclass
 class StepDecision:
-    """The measurements and decisions for the G pairs of a global batch, between the gaps and the loss.
+    """The measurements and decisions for the G pairs of a global batch, on the CPU, outside any graph.
 
     It starts as plain DPO: every eligible pair is kept and β = β0. Callbacks change all but the measured fields by
     `on_reward_gaps(trainer, pl_module, decision)`, in the order of `callbacks.SLOTS`, or only read it, before the
@@ -29,11 +29,9 @@ class StepDecision:
     loss: PairLoss  # of this batch (`PairLoss.for_batch`)
     beta0: float  # base β
     labels: Mapping[str, Sequence[object]] = field(default_factory=dict)  # each [G], columns of the data
-    # the σ of M that rounding can explain, in the units of M; whatever rescales the discrepancy must rescale it too
-    minimum_std: float = MINIMUM_STD
+    minimum_std: float = MINIMUM_STD  # the σ of M that rounding can explain; rescale it with the discrepancy
     gaps: Tensor = field(init=False)  # [G] float64, the loss's discrepancy as measured (h for DPO)
-    # [G] float64, nats per token: how strongly the reference prefers the chosen response; None without a reference
-    reference_margin: Tensor | None = field(init=False)
+    reference_margin: Tensor | None = field(init=False)  # [G] float64 (`PairLogps.reference_margin`)
     discrepancy: Tensor = field(init=False)  # [G] float64, M: what statistics, filter and β use; starts as the gaps
     eligible: Tensor = field(init=False)  # [G] bool; pairs with a finite gap: the others are not kept nor counted
     kept: Tensor = field(init=False)  # [G] bool, K: the pairs trained on; starts as the eligible ones
@@ -44,11 +42,11 @@ class StepDecision:
     confidence: Tensor | None = None
     moments: Moments | None = None  # M0 and σ, updated with this batch
     log_weights: Tensor | None = None  # [G] float64, unnormalised log weights of the selection
-    # Measures log π(y_w|x) − log π(y_l|x) under logits (1+ε)·logits_θ − ε·logits_ref for each ε given: [len(ε), G],
-    # NaN for pairs that are not eligible. Every rank must call it.
+    # Two functions that every rank must call; they give NaN for pairs that are not eligible. The first measures
+    # log π(y_w|x) − log π(y_l|x) under logits (1+ε)·logits_θ − ε·logits_ref for each ε given, [len(ε), G].
     measure_perturbed: Callable[[Sequence[float]], Tensor] | None = None
-    # Measures KL(π‖π_ref) summed over the tokens of the chosen and of the rejected response: [2, G] float64, NaN
-    # for pairs that are not eligible. Every rank must call it. None if no reference model is loaded.
+    # KL(π‖π_ref) summed over the tokens of the chosen and of the rejected response, [2, G] float64; None if no
+    # reference model is loaded
     measure_kl: Callable[[], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -65,7 +63,6 @@ class StepDecision:
 
     @property
     def kept_count(self) -> int:
-        """Return k, the number of pairs trained on."""
         return int(self.kept.sum())
 
     @property
