@@ -1,7 +1,7 @@
 """Attention over packed rows, where a response attends only to its own prompt and itself: inputs and kernels.
 
 With a dense mask the cost of attention is quadratic in the row. Pair by pair it is the sum of the costs of the
-pairs, so all pairs of a micro-batch can be in one row without padding. It needs no mask and no compiler.
+pairs, so all pairs of a micro-batch can be in one row without padding.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ PAIRWISE, VARLEN = "pairwise", "varlen"  # their names in transformers
 
 def piece_mask(runs: PairRuns, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor | None:
     """Return the additive mask [queries, keys] of the last `queries` of `keys` tokens; None if plain causal."""
-    window = None if window is None or keys <= window else window
-    if queries == keys and window is None:
+    seen = keys if window is None else min(window, keys)
+    if queries == keys == seen:
         return None
 
     def make() -> Tensor:
         distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)[None]
-        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+        hidden = (distance < 0) | (distance >= seen)
         return torch.zeros(queries, keys, dtype=like.dtype).masked_fill_(hidden, -torch.inf).to(like.device)
 
-    return runs.remember((PAIRWISE, queries, keys, window, like.dtype), make)
+    return runs.remember((PAIRWISE, queries, keys, seen, like.dtype), make)
 
 
 def attend_pairwise(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
@@ -65,7 +65,7 @@ def attend_pairwise(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, o
 def key_pieces(runs: PairRuns, device: torch.device) -> tuple[Any, ...]:
     """Return indices [K] int64 of the keys of every piece, and the bounds of the pieces for `varlen_attn`.
 
-    These are offsets [pieces + 1] int32 of queries and keys, and the longest of each, as numbers on the host.
+    These are the offsets [pieces + 1] int32 of queries and keys, and the most of each in a piece, on the host.
     """
     pieces = np.array(runs.pieces)
     queries, lengths = pieces[:, 1], pieces[:, 1] + pieces[:, 3]
@@ -76,7 +76,7 @@ def key_pieces(runs: PairRuns, device: torch.device) -> tuple[Any, ...]:
 
 
 def attend_varlen(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, options: Options) -> Tensor:
-    """Return the same by FlashAttention, which aligns queries and keys at their ends, so all the prompt is seen."""
+    """Return the same by FlashAttention, which aligns queries and keys at their ends, so the prompt is seen."""
     keys, *bounds = runs.remember(VARLEN, lambda: key_pieces(runs, query.device))
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [T, heads, d]
     out: Any = varlen_attn(
@@ -98,8 +98,8 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-# This project's implementations, which take the runs of one row and no mask, in the order in which
-# `attention: auto` tries them on CUDA: expected fastest first, not yet measured on a GPU.
+# This project's implementations, which take the runs of one row and no mask. On CUDA `attention: auto` tries them
+# in this order: expected fastest first, not yet measured.
 OURS = {VARLEN: attend_varlen, FLEX: attend_flex, PAIRWISE: attend_pairwise}
 
 
@@ -136,7 +136,7 @@ def lacking(config: Any, dtype: torch.dtype) -> str | None:
 
 
 def attentions(model: Any, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Return the attentions of `OURS` that this model may use on this device, in order of preference."""
+    """Return those of `OURS` that this model may use on this device, in order of preference."""
     if not takes_attentions(model):
         return []
     if device.type != "cuda":
@@ -150,16 +150,15 @@ def attentions(model: Any, device: torch.device, dtype: torch.dtype) -> list[str
 
 
 def model_inputs(rows: PackedRows, attention: str, config: Any) -> dict[str, Any]:
-    """Return a decoder's keyword arguments for `rows`, built once for its layers, policy and reference."""
+    """Return a decoder's keyword arguments for `rows`, built once for policy and reference."""
     if attention in OURS:
-        multiple = BLOCK if attention == FLEX else 1
-        return rows.remember(attention, lambda: one_row(rows, multiple))
+        return rows.remember(attention, lambda: one_row(rows, BLOCK if attention == FLEX else 1))
     mask = masks(rows, attention, config)
     return {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "attention_mask": mask}
 
 
 def one_row(rows: PackedRows, multiple: int) -> dict[str, Any]:
-    """Return tokens and positions as one row with its runs, padded at the end to two or more times `multiple`."""
+    """Return tokens and positions as one row with its runs, padded to two or more times `multiple` tokens."""
     tokens = rows.input_ids.numel()
     padding = max(2, -(-tokens // multiple)) * multiple - tokens
     flat = {name: F.pad(getattr(rows, name).reshape(1, -1), (0, padding)) for name in ("input_ids", "position_ids")}
@@ -168,19 +167,15 @@ def one_row(rows: PackedRows, multiple: int) -> dict[str, Any]:
 
 
 def masks(rows: PackedRows, attention: str, config: Any) -> Tensor | dict[str, Tensor]:
-    """Return the mask of `rows` for an attention of transformers, or one per kind of layer.
-
-    `separate` rows, padded at the right, need only a two-dimensional mask. A four-dimensional one includes the
-    sliding window, which transformers does not apply then. Eager attention adds the mask to the scores.
-    """
-    if rows.layout == "separate":
+    """Return the mask of `rows` for an attention of transformers, or one per kind of layer."""
+    if rows.layout == "separate":  # padded at the right
         return (rows.group >= 0).long()
-    added = attention == "eager"
+    added = attention == "eager"  # to the scores
 
     def mask(window: int | None = None) -> Tensor:
         return rows.remember((dense_mask, added, window), lambda: dense_mask(rows, window, added))
 
-    window = getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None)  # which transformers does not apply to such a mask
     if window is None or not getattr(config, "use_sliding_window", True):
         return mask()
     if getattr(config, "layer_types", None):

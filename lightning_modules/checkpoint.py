@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from app.core.errors import UserError
 from app.core.files import atomic_file
 
-# the classes that the index of a sharded checkpoint may hold, besides torch's dtypes; all others are refused
+# what the index of a sharded checkpoint may hold, besides torch's dtypes and the classes of one module
 _INDEX_MODULE = "torch.distributed.checkpoint.metadata"
 _INDEX_NAMES = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
@@ -35,8 +35,8 @@ _INDEX_NAMES = {
 class SafeCheckpointIO(TorchCheckpointIO):
     """A checkpoint plugin that writes to a temporary file in the same folder, renames it, and reads weights only.
 
-    Lightning's own plugin writes through the system's temporary folder: on another file system it copies, and a
-    kill leaves half a checkpoint under the final name. It also holds the checkpoint twice in memory.
+    Lightning's own copies from the system's temporary folder, so that a kill may leave half a checkpoint, and holds
+    it twice in memory.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -49,7 +49,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Callable | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Return the contents on the CPU, whatever the arguments say. Raises UserError like `read_checkpoint`."""
+        """Return the contents on the CPU, whatever the arguments say."""
         return read_checkpoint(Path(path), mmap=False)
 
 
@@ -84,10 +84,7 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_for_export(path: Path) -> dict[str, Any]:
-    """Return the contents of `path`, a memory-mapped file or a folder of shards but for its optimizers.
-
-    Raises UserError like `check_checkpoint`.
-    """
+    """Return the contents of `path`, a memory-mapped file or a folder of shards but for its optimizers."""
     state = check_checkpoint(path)
     if not path.is_dir():
         return state

@@ -49,14 +49,14 @@ def visible(runs: PairRuns, window: int | None) -> np.ndarray:
 def block_tensors(runs: PairRuns, window: int | None, device: torch.device) -> list[Tensor]:
     """Return the block mask of a row of n whole blocks as int32 tensors, computed on the host without a T×T array.
 
-    They are `BlockMask`'s counts [1, 1, n] and indices [1, 1, n, n] of the key blocks per query block, of those
-    visible in part and as a whole; the same of the query blocks per key block; and the bounds, [T] each.
+    They are `BlockMask`'s counts [1, 1, n] and indices [1, 1, n, n] of the key blocks that a query block sees in
+    part and as a whole, the same of the query blocks per key block, and the bounds [T] of `visible`.
     """
     own, first, end = bounds = visible(runs, window)
     query = np.arange(len(own))
     blocks = len(own) // BLOCK
-    # Visible pairs per query block, as differences between a key block and the next: the keys before a bound fill
-    # whole blocks and the rest of one more, and the whole blocks cancel as the signs do.
+    # Pairs (query, key) that see each other, per query block, as differences between a key block and the next: the
+    # keys before a bound fill whole blocks, which cancel as the signs do, and the rest of one more.
     steps = np.zeros((blocks, blocks + 2), np.int64)
     for bound, sign in ((query + 1, 1), (own, -1), (end, 1), (first, -1)):
         block, rest = np.divmod(bound, BLOCK)
@@ -76,9 +76,8 @@ def block_tensors(runs: PairRuns, window: int | None, device: torch.device) -> l
 def block_mask(tensors: list[Tensor], tokens: int) -> BlockMask:
     own, first, end = tensors[8:]
 
-    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        in_piece = (key >= own[query]) & (key <= query)
-        return in_piece | ((key >= first[query]) & (key < end[query]))
+    def allowed(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return ((k >= own[q]) & (k <= q)) | ((k >= first[q]) & (k < end[q]))
 
     return BlockMask((tokens, tokens), *tensors[:8], BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=allowed)  # type: ignore
 
@@ -98,21 +97,14 @@ def packed_flex(
         assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
-    out: Any = flex_attention(
-        query,
-        key,
-        value,
-        score_mod=None if softcap is None else capped,
-        block_mask=block_mask(blocks, query.shape[2]),
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    mask, grouped = block_mask(blocks, query.shape[2]), query.shape[1] != key.shape[1]
+    score_mod = None if softcap is None else capped
+    out: Any = flex_attention(query, key, value, score_mod, mask, scale=scale, enable_gqa=grouped)
     return out
 
 
 # One graph, which raises past the compiler's limit. `attend_flex` marks the dimensions that follow the row's length
-# as dynamic, so that it serves every length. `dynamic=True` would also make scale and soft cap dynamic, which
-# FlexAttention refuses.
+# as dynamic; `dynamic=True` would also make scale and soft cap dynamic, which FlexAttention refuses.
 compiled_flex: Callable[..., Tensor] = torch.compile(packed_flex, fullgraph=True)
 
 

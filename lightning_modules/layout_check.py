@@ -25,7 +25,7 @@ from lightning_modules.sharding import clip_gradients, gradient_sync
 log = logging.getLogger(__name__)
 inform, warn = rank_zero_only(log.info), rank_zero_only(log.warning)
 
-# Largest mean difference per response token, in nats, that rounding explains. A lost mask changes whole nats.
+# largest mean difference per response token, in nats, that rounding explains; a lost mask changes whole nats
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 CHECKED_PAIRS = 4
 # why these do not train without CUDA: their own errors are long, or come only in the first backward pass
@@ -40,7 +40,7 @@ class Sample(NamedTuple):
     expected: Tensor
 
     def apart(self, scores: Tensor) -> Tensor:
-        """Return the largest difference of `scores` from those expected, where these are finite."""
+        """Return the largest difference of `scores` from those expected that are finite."""
         apart = (scores.detach().cpu() - self.expected).abs().nan_to_num(nan=math.inf)
         return apart.masked_fill(~self.expected.isfinite(), 0).max()
 
@@ -73,8 +73,8 @@ class StartCheck:
         """Choose attention and layers of the models, and return the layout for training.
 
         The check compares a few pairs of the batch, and the longest of the run, which alone reveals models that
-        count positions in a row (a local window) or depend on the longest row (scaled rotary positions). In
-        training, a backward pass is tried on CUDA and for compiled layers. Raises UserError if nothing fits.
+        count positions in a row (a local window) or depend on the longest row (scaled rotary positions). Raises
+        UserError if nothing fits.
         """
         try:
             with torch.inference_mode(False):  # training uses what a validation has settled
@@ -151,20 +151,17 @@ class StartCheck:
                 with torch.set_grad_enabled(backward):
                     scores = self._scores(micro_batches)
                 worst = max(worst, float(sample.apart(scores)))
-                finite = bool(sample.expected.isfinite().all())
-                if backward and not self._has_gradient(scores) and finite:
+                if backward and not self._has_gradient(scores) and sample.expected.isfinite().all():
                     error = "its gradients are not finite"
         except (torch.OutOfMemoryError, UserError):
             raise
         except Exception as refusal:  # for example another mask format, a missing kernel, or the compiler
             error = f"{type(refusal).__name__}: {first_line(refusal)}"
-        found = torch.tensor([bool(error), worst], dtype=torch.float64)
-        failed, worst = self.ranks.reduce(found, "max").tolist()
+        failed, worst = self.ranks.reduce(torch.tensor([bool(error), worst], dtype=torch.float64), "max").tolist()
         if failed:
             return error or "it failed on another rank"
-        if worst > TOLERANCE[self.dtype]:
-            return f"it changes this model's log-probabilities by {worst:.2g} nats per token"
-        return None
+        changes = f"it changes this model's log-probabilities by {worst:.2g} nats per token"
+        return changes if worst > TOLERANCE[self.dtype] else None
 
     def _has_gradient(self, scores: Tensor) -> bool:
         """Back-propagate `scores`, drop the gradients, and return whether they are finite."""

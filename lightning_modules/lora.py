@@ -77,11 +77,11 @@ class Lora:
         if self.init_lora_weights not in (True, "gaussian") and not self.moves_base:
             said = f"{self.init_lora_weights!r} is none of true, gaussian, pissa, pissa_niter_N and olora"
             raise UserError(f"model.lora.init_lora_weights: {said}: others need data, or another base.")
-        if zero := [name for name, alpha in (self.alpha_pattern or {}).items() if not 0 < alpha < math.inf]:
-            raise UserError(
-                f"model.lora.alpha_pattern: {zero[0]} needs a finite number above 0, else nothing is learned."
-            )
-        patterns = {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
+        alphas = self.alpha_pattern or {}
+        patterns = {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": alphas}
+        if zero := [name for name, alpha in alphas.items() if not 0 < alpha < math.inf]:
+            said = f"{zero[0]} needs a finite number above 0, else nothing is learned"
+            raise UserError(f"model.lora.alpha_pattern: {said}.")
         fixed = {"lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
         return LoraConfig(**asdict(self) | patterns | fixed)
 
@@ -119,15 +119,14 @@ def adapted(model: Any) -> Counter[str]:
 
 def fused_experts(model: Any) -> list[str]:
     """Return the last two parts of the names of weights that hold all experts of a mixture and have no adapter."""
-    # the names of weights with adapters hold base_layer; convolutions have three dimensions, too
-    left = [
-        name for name, weight in model.get_decoder().named_parameters() if weight.ndim == 3 and "conv" not in name
-    ]
-    return sorted({".".join(name.split(".")[-2:]) for name in left if ".base_layer." not in name})
+    others = re.compile(r"conv|\.base_layer\.")  # convolutions have three dimensions, too; layers with adapters
+    weights = model.get_decoder().named_parameters()
+    left = [name for name, weight in weights if weight.ndim == 3 and not others.search(name)]
+    return sorted({".".join(name.split(".")[-2:]) for name in left})
 
 
 def save_adapters_alone(module: nn.Module) -> None:
-    """Leave the frozen weights out of the state dict of `module`, which keeps its own when one is loaded."""
+    """Leave the frozen weights out of the state dict of `module`, and keep its own when one is loaded."""
 
     def leave_out(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         trained = {prefix + name for name, weight in module.named_parameters() if weight.requires_grad}
@@ -171,7 +170,7 @@ def refuse_unmatched(model: Any, lora: Lora, experts: list[str]) -> None:
 
 @contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
-    """Disable the adapters within the block, so that outputs equal those before `add_lora` bit for bit."""
+    """Disable the adapters within the block: outputs equal those before `add_lora` bit for bit."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     model.disable_adapters()
     try:

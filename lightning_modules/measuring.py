@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -31,7 +31,7 @@ Comparison = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Ranks:
-    """The processes of a run, as the parts of a stage see them. The trainer's strategy must have set them up."""
+    """The processes of a run, which the trainer's strategy must have set up."""
 
     def __init__(self, trainer: Trainer):
         sampling = trainer.distributed_sampler_kwargs
@@ -52,7 +52,7 @@ class Ranks:
         return self.strategy.reduce(value.to(self.device, copy=True), reduce_op=how).cpu()
 
     def match(self, rows: list[PackedRows]) -> list[PackedRows]:
-        """Return `rows` on this rank's device, with empty ones so that all ranks run as many collective passes."""
+        """Return `rows` on this rank's device, with empty ones so that all ranks have as many."""
         most = int(self.reduce(torch.tensor(len(rows)), "max"))
         return [each.to(self.device) for each in (*rows, *(PackedRows.empty() for _ in range(most - len(rows))))]
 
@@ -70,7 +70,6 @@ class PairMeasurer:
 
     @property
     def scorers(self) -> tuple[ResponseScorer, ...]:
-        """Return the models, the policy first."""
         return (self.policy,) if self.reference in (None, self.policy) else (self.policy, self.reference)
 
     def as_reference(self) -> AbstractContextManager[None]:
@@ -78,14 +77,13 @@ class PairMeasurer:
         return without_adapters(self.policy.model) if self.reference is self.policy else nullcontext()
 
     def rows(self, batch: OptimizerBatch, pairs: Sequence[int] | None = None) -> list[PackedRows]:
-        """Return this rank's rows of `pairs` (indices into its share; None: all), the same number on every rank."""
+        """Return the rows of `pairs` (indices into this rank's share; None: all), as many on every rank."""
         return self.ranks.match(self.policy.pack(batch, SIDES, pairs))
 
     def measure(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> tuple[PairLogps, PairLogps]:
         """Return the log-probabilities [B] of this rank's pairs, and those of all G pairs as `gather` returns them.
 
-        Those of the policy keep their graph, but in packed rows are detached if any rank has a pair that is not
-        finite (see `measured_alone`). Those of the reference have no gradient. The host waits for the device here.
+        Those of the policy keep their graph unless any rank has a pair in packed rows that is not finite.
         """
         logps = self.measure_rows(batch, micro_batches)
         global_logps = self.gather(logps, batch)
@@ -108,16 +106,17 @@ class PairMeasurer:
 
     def gather(self, logps: PairLogps, batch: OptimizerBatch) -> PairLogps:
         """Return `logps` of all G pairs, detached, on the CPU, equal on every rank; one sum of O(G) joins them."""
-        own = {name: column.detach() for name, column in vars(logps).items() if column is not None}
+        own = [column.detach().double() for column in vars(logps).values() if column is not None]
         table = torch.zeros(len(own), len(batch.pair_ids), dtype=torch.float64, device=self.ranks.device)
-        table[:, on_device(batch.positions, self.ranks.device)] = torch.stack([c.double() for c in own.values()])
-        return replace(logps, **dict(zip(own, self.ranks.reduce(table, "sum"), strict=True)))
+        table[:, on_device(batch.positions, self.ranks.device)] = torch.stack(own)
+        columns = iter(self.ranks.reduce(table, "sum"))
+        return logps.each(lambda _: next(columns))
 
     def measured_alone(self, batch: OptimizerBatch, logps: PairLogps) -> PairLogps:
         """Return `logps` [B], detached, with every pair that is not finite scored again in separate rows.
 
         A masked key has the attention weight 0, and 0·NaN is NaN, so one bad pair makes its whole packed row NaN.
-        Separate rows use the model's own attention, which takes their mask. All ranks must call it at once.
+        All ranks must call it at once.
         """
         spoilt = ~logps.finite
         suspects = torch.nonzero(spoilt).flatten().tolist()
@@ -125,9 +124,8 @@ class PairMeasurer:
             for scorer in self.scorers:
                 attention.enter_context(scorer.as_loaded())
             rows = batch.micro_batches(SIDES, "separate", self.policy.balanced_row, suspects)
-            again = vars(self.measure_rows(batch, self.ranks.match(rows)))
-        columns = {name: column for name, column in vars(logps.detach()).items() if column is not None}
-        return replace(logps, **{name: torch.where(spoilt, again[name], c) for name, c in columns.items()})
+            again = self.measure_rows(batch, self.ranks.match(rows))
+        return logps.detach().each(lambda first, alone: torch.where(spoilt, alone, first), again)
 
 
 # --- what needs the logits of policy and reference together: gaps under perturbation (ε-DPO) and the KL ---------
@@ -148,8 +146,8 @@ def perturbed_gaps(
 def reference_kl(measurer: PairMeasurer, batch: OptimizerBatch, eligible: Tensor) -> Tensor:
     """Return KL(π‖π_ref) summed over the tokens of chosen and rejected responses, [2, G] float64 on the CPU.
 
-    The KL at every position is exact, because it compares the full next-token distributions; the prefixes are those
-    of the data (TDPO's sequential KL, arXiv 2404.11999, in the direction of RLHF's penalty).
+    It compares whole next-token distributions at the prefixes of the data (TDPO's sequential KL, arXiv 2404.11999,
+    in the direction of RLHF's penalty).
     """
     return response_table(measurer, batch, eligible, lambda ours, fixed, _: token_kl(ours, fixed)[None], 1)[0].T
 
@@ -160,8 +158,7 @@ def response_table(
 ) -> Tensor:
     """Return `compare` (K = `size`) summed over each response of the global batch, [K, G, 2] float64 on the CPU.
 
-    Pairs that are not `eligible` [G] stay out of the rows and get NaN. It costs a forward pass of both models, at
-    most one chunk of logits [chunk, V] of each in memory, and must be called on every rank at once.
+    Pairs that are not `eligible` [G] get NaN. It costs a forward pass of both models on all ranks at once.
     """
     policy, reference, ranks = measurer.policy, measurer.reference, measurer.ranks
     assert reference is not None
@@ -186,8 +183,8 @@ def response_table(
 
 
 # Dense TFLOP/s of bfloat16 products with float32 sums, by the driver's name of the GPU. Most datasheets print twice
-# as much, with sparsity, as does lightning.fabric.utilities.throughput for H200 and H100 NVL. Compared with public
-# second-hand tables, not datasheets: all agree, GeForce 5090 and 3090 after halving figures for float16 sums.
+# as much, with sparsity, as does lightning.fabric.utilities.throughput for H200 and H100 NVL. Public second-hand
+# tables agree with all, for GeForce 5090 and 3090 after halving figures for float16 sums.
 DENSE_BFLOAT16 = (
     # datasheets DGX B200 (72 PFLOP/s in FP8 on 8 GPUs, sparse; half of it in bfloat16), GB200 NVL72 (360 on 72)
     {"NVIDIA B200": 2250.0, "NVIDIA GB200": 2500.0}
@@ -210,7 +207,6 @@ def numbers(weight: Tensor) -> int:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Return the number of parameters; tied ones count once."""
     return sum(map(numbers, model.parameters()))
 
 

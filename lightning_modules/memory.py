@@ -40,9 +40,9 @@ def activations(config: Any, dtype: torch.dtype, autocast: bool, split: int = 1)
     """Measure the decoder without its head on fake tensors, for one of `split` ranks that share every layer.
 
     Weights have `dtype` in the forward pass; with `autocast`, products are in bfloat16. Attention is assumed to
-    store no scores (FlexAttention, SDPA). Raises UserError for a model that cannot run so.
+    store no scores. Raises UserError for a model that cannot run so.
     """
-    config = config.get_text_config()  # text alone is trained on
+    config = config.get_text_config()
     with refused(f"plan: a model of type {config.model_type} cannot be measured without weights"):
         few, many = (_kept(config, dtype, autocast, split, rows) for rows in (1, 9))
     # the difference of two sizes cancels everything that does not grow with the number of tokens
@@ -52,7 +52,7 @@ def activations(config: Any, dtype: torch.dtype, autocast: bool, split: int = 1)
 
 
 def _kept(config: Any, dtype: torch.dtype, autocast: bool, split: int, rows: int) -> list[int]:
-    """Return the bytes kept outside the blocks, then by each block in order; shared storage counts once."""
+    """Return the bytes kept outside the blocks, then by each block; shared storage counts once."""
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
         keep_local_part(model, split, LOCAL)
@@ -137,9 +137,9 @@ class Sizes:
 
 
 def quantized_size(quantize: Mapping[str, Any] | None) -> float:
-    """Return the bytes of a number: 8 bits, or 4 with a scale in blocks of 64, which may be quantised itself.
+    """Return the bytes of a number: 1, or ½ and a scale per 64 (QLoRA, arXiv 2305.14314, §3).
 
-    The scale is float32 or has 8 bits and one of its own per 256 blocks (QLoRA, arXiv 2305.14314, §3).
+    The scale is float32, or has 8 bits and a float32 scale of its own per 256 blocks.
     """
     if not quantize or not quantize.get("load_in_4bit"):
         return 1.0
@@ -178,7 +178,7 @@ class MemoryPlan:
         return resident
 
     def moments(self, tokens: int) -> dict[str, dict[str, int]]:
-        """Return the bytes held at each candidate for the peak, with micro-batches of `tokens` tokens."""
+        """Return the bytes held at each moment that may be the peak, with micro-batches of `tokens` tokens."""
         weights, trained, made = self.sizes.weights, self.sizes.trained, self.activations
         strategy, compute, on_cuda = self.strategy, self.compute_bytes, self.device == "cuda"
         share = WEIGHT * trained.all // self.shards
@@ -224,6 +224,6 @@ class MemoryPlan:
         return max(self.moments(tokens).items(), key=lambda moment: sum(moment[1].values()))
 
     def largest_budget(self, limit: int) -> int:
-        """Return the largest multiple of 256 tokens whose peak is within `limit` bytes; 0 if none is."""
+        """Return the most tokens, in steps of 256, whose peak is within `limit` bytes; 0 if none."""
         budgets = range(256, 2**40, 256)
         return 256 * bisect_right(budgets, limit, key=lambda tokens: sum(self.peak(tokens)[1].values()))

@@ -1,15 +1,20 @@
-"""The preference optimisation stage, with the two-phase step of β-DPO."""
+"""The preference optimisation stage: the two-phase step of β-DPO, its reference, and evaluation."""
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from app.core.errors import StepRefused, UserError
@@ -19,19 +24,31 @@ from app.method.losses import SigmoidLoss
 from app.method.pair_loss import PairLogps, PairLoss, pair_metrics
 from app.method.ranges import NonNegativeFloat, PositiveFloat, ShareBelowOne, checked
 from app.method.step import StepDecision
-from lightning_modules.measuring import peak_operations, perturbed_gaps, reference_kl, step_operations
-from lightning_modules.preference_scoring import PreferenceScoring, ReferenceKind
-from lightning_modules.scorer import response_logps
+from lightning_modules.base import LanguageModelTraining, warn_of_nonfinite
+from lightning_modules.layout_check import CHECKED_PAIRS
+from lightning_modules.measuring import (
+    SIDES,
+    PairMeasurer,
+    peak_operations,
+    perturbed_gaps,
+    reference_kl,
+    step_operations,
+)
+from lightning_modules.reference_cache import filled_reference_cache
+from lightning_modules.refused_models import check_tokens
+from lightning_modules.scorer import ResponseScorer, response_logps
+from lightning_modules.sharded_loading import few
 from lightning_modules.sharding import keeps_gradients
 
 log = logging.getLogger(__name__)
 
 IN_THE_BAR = ("train/loss", "beta/used", "filter/kept_fraction", "train/reward_accuracy", "train/pairs_per_second")
 SCALED_BY_BETA = ("reward_margin", "reward_chosen", "reward_rejected")
+COUNTED = ("pairs", "nonfinite_pairs")  # of an evaluation: those in its means, and those left out
 
 
 @checked
-class PreferenceOptimization(PreferenceScoring):
+class PreferenceOptimization(LanguageModelTraining):
     """The stage for DPO and its variants; with `RewardGapStatistics`, `PairFilter` and `BetaScheduler` it is β-DPO.
 
     One step (method §1): measure the reward gap of every pair of the global batch; let the callbacks with a method
@@ -52,12 +69,15 @@ class PreferenceOptimization(PreferenceScoring):
     The other arguments are those of `LanguageModelTraining`.
     """
 
+    responses = SIDES
+    measurer: PairMeasurer
+
     def __init__(
         self,
         name: str,
         beta0: PositiveFloat = 0.1,
         loss: PairLoss | None = None,
-        reference: ReferenceKind = "frozen",
+        reference: Literal["frozen", "cached"] = "frozen",
         reference_name: str | None = None,
         sft_weight: NonNegativeFloat = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-7, weight_decay=0.0),
@@ -67,11 +87,11 @@ class PreferenceOptimization(PreferenceScoring):
     ):
         super().__init__(name=name, architecture=None, optimizer=optimizer, max_grad_norm=max_grad_norm, **settings)
         self.beta0 = beta0
-        loss = SigmoidLoss() if loss is None else loss
+        loss = loss or SigmoidLoss()
         if reference_name is not None and not loss.needs_reference:
             raise UserError(f"model.reference_name has no effect with {loss}, which needs none: take it out.")
         self.loss = loss.with_sft(sft_weight)
-        self.reference: ReferenceKind = reference
+        self.reference = reference
         self.reference_name = reference_name
         self.max_nonfinite_share = max_nonfinite_share
         self.nonfinite_pairs = 0
@@ -94,7 +114,7 @@ class PreferenceOptimization(PreferenceScoring):
         if global_logps is not None:
             decision = self.decide(global_logps, batch)
         else:
-            # A single micro-batch keeps its graph for the backward pass; several would need too much memory.
+            # a single micro-batch keeps its graph for the backward pass; several would need too much memory
             self.policy.some_dropped = len(micro_batches) == 1
             with torch.set_grad_enabled(len(micro_batches) == 1):
                 logps, global_logps = self.measurer.measure(batch, micro_batches)
@@ -111,14 +131,14 @@ class PreferenceOptimization(PreferenceScoring):
         return depends or keeps_gradients(self.trainer.strategy)
 
     def hooks(self, name: str) -> list[Any]:
-        """Return the methods `name` of the callbacks that have one, in the Trainer's order (see `StepDecision`)."""
+        """Return the methods `name` of the callbacks (see `StepDecision`), in the Trainer's order."""
         return [getattr(one, name) for one in self.trainer.callbacks if hasattr(one, name)]  # type: ignore[attr-defined]
 
     def backward_all(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> PairLogps | None:
         """Back-propagate the loss at β0 of every pair as it is scored, and return the result of `gather`.
 
-        If a pair is not finite, drop the gradients and return None: the gaps have to be known first. This is
-        checked before the last backward pass, in which DDP exchanges the gradients.
+        If a pair is not finite, drop the gradients and return None, before the last backward pass, in which DDP
+        exchanges them.
         """
         parts: list[PairLogps] = []
         for number, rows in enumerate(micro_batches, 1):
@@ -185,24 +205,22 @@ class PreferenceOptimization(PreferenceScoring):
         bad = [id for id, good in zip(decision.pair_ids, decision.eligible.tolist(), strict=True) if not good]
         if not bad:
             return
-        named = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
         if len(bad) > self.max_nonfinite_share * len(decision.pair_ids):
             cure = "lower the learning rate, use trainer.precision 32-true, or raise model.max_nonfinite_share"
             counts = f"{len(bad)} of {len(decision.pair_ids)} pairs"
-            raise StepRefused(f"{counts} have no finite reward gap at step {decision.step} ({named}): {cure}.")
+            raise StepRefused(f"{counts} have no finite reward gap at step {decision.step} ({few(bad)}): {cure}.")
         self.nonfinite_pairs += len(bad)
-        log.warning("step %d: no finite reward gap, left out: %s", decision.step, named)
+        log.warning("step %d: no finite reward gap, left out: %s", decision.step, few(bad))
 
     # --- what is reported -------------------------------------------------------------------------------
 
     def log_step(self, decision: StepDecision, batch: OptimizerBatch, grad_norm: float) -> Tensor:
         """Log the step of the global batch, on the CPU, with rewards at β0 and at the β used; return the loss."""
-        pairs = torch.nonzero(decision.eligible).flatten()
-        seen = decision.logps.select(pairs)
-        at_base = pair_metrics(seen, self.loss, torch.full_like(decision.beta, self.beta0)[pairs])
-        at_used = pair_metrics(seen, self.loss, decision.beta[pairs])
-        kept = torch.nonzero(decision.kept).flatten()
-        loss = decision.weighted_losses(decision.logps.select(kept), decision.terms(kept)).mean()
+        seen, beta = decision.logps.select(decision.eligible), decision.beta[decision.eligible]
+        at_base = pair_metrics(seen, self.loss, torch.full_like(beta, self.beta0))
+        at_used = pair_metrics(seen, self.loss, beta)
+        kept = decision.logps.select(decision.kept)
+        loss = decision.weighted_losses(kept, decision.terms(decision.kept)).mean()
         responses = int(decision.logps.chosen_tokens.sum() + decision.logps.rejected_tokens.sum())
         reference = None if self.measurer.reference is None else self.measurer.reference.model
         operations = step_operations(self.policy.model, reference, batch.tokens, responses, decision.kept_fraction)
@@ -228,3 +246,97 @@ class PreferenceOptimization(PreferenceScoring):
         for name, figure in figures.items():
             self.log(name, figure, prog_bar=name in IN_THE_BAR)
         return loss
+
+    # --- the reference ----------------------------------------------------------------------------------
+
+    @property
+    def other_reference(self) -> str | None:
+        """Return the model that the reference is loaded from; None if it is the policy at its start."""
+        moved = self.lora is not None and self.lora.moves_base
+        return self.reference_name or (self.name if moved else None)
+
+    @property
+    def families(self) -> list[tuple[ResponseScorer, ...]]:
+        scorers = self.measurer.scorers
+        return [scorers] if self.other_reference is None else [(one,) for one in scorers]
+
+    def load_reference(self, name: str) -> ResponseScorer:
+        """Return the model `name`, frozen and placed. Raises UserError if it cannot be read or has other tokens."""
+        try:
+            scorer = self.build_scorer(name, None)
+            if self.data is not None:
+                check_tokens(name, self.data.tokenizer, self.trust_remote_code)
+            return self.place(scorer.eval().requires_grad_(False), frozen=True)
+        except UserError as error:
+            raise UserError(str(error).replace("model.name", "model.reference_name")) from error
+
+    def keep_reference(self) -> None:
+        self.measurer = PairMeasurer(self.policy, self.ranks)
+        if not self.loss.needs_reference:
+            if self.reference == "cached":
+                rank_zero_info(f"model.reference: cached has no effect with {self.loss}, which needs no reference")
+        elif self.other_reference is not None:
+            self.measurer.reference = self.load_reference(self.other_reference)
+        elif self.reference == "frozen" and self.lora is not None:
+            self.measurer.reference = self.policy  # without its adapters
+        elif self.reference == "frozen":
+            frozen = copy.deepcopy(self.policy).eval().requires_grad_(False)
+            self.measurer.reference = self.place(frozen, frozen=True)
+
+    def configure_model(self) -> None:
+        again = hasattr(self, "policy")
+        super().configure_model()
+        if again or not self.loss.needs_reference or self.reference != "cached":
+            return
+        assert self.name is not None
+        # before a checkpoint is loaded, while the policy's weights are still those of the reference; a reference
+        # that is a model of its own is given up once it has scored the pairs
+        self.to(self.ranks.device)
+        # batches are made on the CPU, but Lightning sets the root device as the default device here
+        with torch.no_grad(), torch.device("cpu"), self.trainer.precision_plugin.forward_context():
+            some = self.data.batches_of(lambda keys: np.ones(len(keys), bool), CHECKED_PAIRS)
+            for batch in chain.from_iterable(some):
+                self.micro_batches(batch)  # settles layout and attention, which are part of the cache key
+            name, measurer = self.other_reference or self.name, PairMeasurer(self.measurer.scorers[-1], self.ranks)
+            cache = filled_reference_cache(name, measurer, self.compute_dtype, self.data.batches_of)
+        self.measurer = PairMeasurer(self.policy, self.ranks, stored=cache.logps)
+
+    # --- evaluation: no filter, β0, nothing of the training state is touched ------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums: defaultdict[str, Any] = defaultdict(float)  # over the pairs, 0-d float64
+
+    def validation_step(self, batch: OptimizerBatch, batch_idx: int) -> None:
+        """Add the pairs of the global batch, which every rank has, to the sums; count those that are not finite."""
+        _, logps = self.measurer.measure(batch, self.micro_batches(batch))
+        beta = torch.full((len(batch.pair_ids),), self.beta0)
+        values = pair_metrics(logps, self.loss, beta)
+        values |= {"loss": self.loss.bound(logps)(logps, beta), "gap_mean": self.loss.gaps(logps)}
+        finite = values["gap_mean"].isfinite()
+        values = {name: column[finite] for name, column in values.items()}
+        values |= dict(zip(COUNTED, (finite, ~finite), strict=True))
+        for name, column in values.items():
+            self._sums[name] += column.to(torch.get_default_dtype()).sum().double()
+
+    def on_validation_epoch_end(self) -> None:
+        stage = self.trainer.state.stage.dataloader_prefix  # type: ignore[union-attr]  # `val` or `test`
+        pairs, left_out = (self._sums[name] for name in COUNTED)
+        warn_of_nonfinite(str(stage), int(left_out), int(pairs))
+        for name, total in self._sums.items():
+            self.log(f"{stage}/{name}", total if name in COUNTED else total / pairs)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: OptimizerBatch, batch_idx: int) -> dict[str, Any]:
+        """Return the columns of `scores.parquet` for this rank's pairs."""
+        logps = self.measurer.measure(batch, self.micro_batches(batch))[1].select(batch.positions)
+        columns: dict[str, Any] = {"pair_id": [batch.pair_ids[p] for p in batch.positions.tolist()]}
+        for name in ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"):
+            column = getattr(logps, name)
+            columns[f"{name}_logp"] = [None] * len(batch.positions) if column is None else column.tolist()
+        columns["gap"] = self.loss.discrepancy(logps).tolist()
+        columns["chosen_tokens"] = logps.chosen_tokens.long().tolist()
+        columns["rejected_tokens"] = logps.rejected_tokens.long().tolist()
+        return columns

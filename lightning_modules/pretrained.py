@@ -43,7 +43,7 @@ QUANTIZATION: dict[str, tuple[Any, ...]] = {
 def load_config(name: str | None, architecture: dict[str, Any] | None, trust_remote_code: bool) -> Any:
     """Return the Hugging Face configuration of one of `name` and `architecture`, or raise UserError.
 
-    Dropout is off: the policy would differ from the reference, and the two passes of a step from each other.
+    Dropout is off: policy and reference would differ, and the two passes of a step.
     """
     if (name is None) == (architecture is None):
         raise UserError("Give either model.name (a folder or Hub id) or model.architecture (of a random model).")
@@ -58,8 +58,8 @@ def load_config(name: str | None, architecture: dict[str, Any] | None, trust_rem
                 raise UserError("model_type is missing or empty")
             config = AutoConfig.for_model(**(architecture or {}))
     refuse_config(config, name or "model.architecture")
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        for field, value in vars(part).items() if part is not None else ():
+    for part in filter(None, (config, *(getattr(config, name, None) for name in config.sub_configs))):
+        for field, value in vars(part).items():
             if "drop" in field and isinstance(value, float) and value > 0:
                 log.info("dropout is off during preference training: %s %s → 0", field, value)
                 setattr(part, field, 0.0)
@@ -100,10 +100,9 @@ def load_model(
             options |= {"quantization_config": quantized, "device_map": {"": device}}
             # it says at every product that 8 bits are multiplied in float16
             logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        options |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
         with refused(f"model.name: cannot load {name!r}", REASONS):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)
         model, found = loaded
         refuse_missing(name, found)
         refuse_values(name, model)
@@ -131,22 +130,18 @@ def freeze_unread(model: Any) -> None:
         return
     parts = model.get_decoder(), model.get_output_embeddings()
     read = {id(weight) for part in parts if part is not None for weight in part.parameters()}
-    others = [weight for weight in model.parameters() if id(weight) not in read]
-    for weight in others:
-        weight.requires_grad_(False)
-    if others:
-        rank_zero_info(
-            f"model.name: {sum(map(torch.numel, others)):,} parameters, which no text reaches, stay as they are"
-        )
+    others = [weight.requires_grad_(False) for weight in model.parameters() if id(weight) not in read]
+    if count := sum(map(torch.numel, others)):
+        rank_zero_info(f"model.name: {count:,} parameters, which no text reaches, stay as they are")
 
 
 def model_identity(name: str, config: Any) -> str | list[str | None]:
-    """Return what tells a model, loaded with `config`, from others: its folder's hash, or its Hub id and commit."""
+    """Return what tells a model from others: its folder's hash, or its Hub id and the commit in its `config`."""
     return folder_hash(name) if Path(name).is_dir() else [name, hub_commit(config)]
 
 
 def quantization(settings: dict[str, Any] | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Return the `BitsAndBytesConfig` of `settings`, products in `dtype`. Raises UserError for unknown ones."""
+    """Return the `BitsAndBytesConfig` of `settings`, with products in `dtype`, or raise UserError."""
     if settings is None:
         return None
     if find_spec("bitsandbytes") is None or find_spec("accelerate") is None:
@@ -169,7 +164,7 @@ def bare_model(config: Any, **options: Any) -> Any:
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.is_meta:
-            return None  # unchanged, so that tied weights stay one parameter
+            return None  # unchanged, so that tied weights stay one
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
     hook = register_module_parameter_registration_hook(to_meta)
@@ -183,7 +178,7 @@ def bare_model(config: Any, **options: Any) -> Any:
 def stand_ins_for_meta(model: nn.Module) -> Iterator[None]:
     """Put zeros without memory in place of the parameters on the meta device within the block.
 
-    `peft` puts adapters on the device of their layer: those added within the block are real.
+    `peft` puts adapters on the device of their layer, which shall be real.
     """
     absent = [weight for weight in model.parameters() if weight.is_meta]
     pairs = [(weight, nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape))) for weight in absent]
@@ -196,17 +191,16 @@ def stand_ins_for_meta(model: nn.Module) -> Iterator[None]:
 
 
 def linear_weights(model: nn.Module) -> list[torch.Tensor]:
-    """Return the weights of linear layers that no embedding shares; autocast rounds these before each use."""
+    """Return the weights of linear layers that no embedding shares, which autocast rounds before each use."""
     embeddings = embedding_tables(model)
     weights = {id(module.weight): module.weight for module in model.modules() if type(module) is nn.Linear}
     return [weight for key, weight in weights.items() if key not in embeddings]
 
 
 def store_linear_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the frozen linear weights of `model` to the autocast `dtype`, in place.
+    """Convert the frozen linear weights of `model` to the autocast `dtype`, in place: outputs stay bit for bit.
 
-    Autocast would round them in every forward pass, so outputs are the same bit for bit. Biases, norms and
-    embeddings, which some families use outside of matrix products, keep their dtype.
+    Biases, norms and embeddings, which some families use outside of matrix products, keep their dtype.
     """
     for weight in linear_weights(model):
         if not weight.requires_grad:

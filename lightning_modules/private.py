@@ -42,7 +42,7 @@ def mark_dynamic(tensor: Tensor, dimensions: list[int]) -> None:
 
 
 def storage_id(tensor: Tensor) -> int:
-    """Return a number that tensors share if they share memory, on fake tensors, too."""
+    """Return a number that tensors, also fake ones, share if they share memory."""
     return tensor.untyped_storage()._cdata
 
 
@@ -57,7 +57,7 @@ def attention_of(config: Any) -> str:
 
 
 def takes_attentions(model: Any) -> bool:
-    """Return whether the model calls its attention through the interface in which implementations register."""
+    """Return whether the model calls its attention through `AttentionInterface`."""
     return bool(model._supports_attention_backend)
 
 
@@ -89,11 +89,13 @@ def load_state_of_loader(trainer: Any) -> None:
 def keep_freed_memory() -> bool:
     """Make the allocator keep freed memory for later tensors, and return whether it accepted the setting.
 
-    By default glibc returns blocks above 32 MB to the system, which clears and maps the same pages again at every
-    step (docs/benchmarks.md). The user's own settings stay, and another C library is left alone.
+    By default glibc returns blocks above 32 MB to the system, which clears and maps the same pages at every step
+    (docs/benchmarks.md). The user's own settings stay.
     """
     own = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
-    if own or mallopt is None:
-        return False
-    return all(mallopt(option, LARGEST) == 1 for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
+    return (
+        mallopt is not None
+        and not own
+        and all(mallopt(option, LARGEST) == 1 for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
+    )

@@ -38,9 +38,8 @@ _WAIT_SECONDS = 5.0  # for the lock, between collectives, so that no collective 
 class ReferenceCache:
     """A store of log π_ref(y_w|x) and log π_ref(y_l|x) by pair, in a folder of atomically written parts.
 
-    The key of a pair is a hash of its tokens (`OptimizerBatch.pair_keys`), so it covers tokenizer, truncation and
-    template, and the same pair in another mixture of data is found. The name of a part is a hash of its content; a
-    part that does not match is skipped with a warning, and its pairs are scored again.
+    The key of a pair is a hash of its tokens, so it covers tokenizer, truncation and template, and the same pair in
+    another mixture of data is found. A part that does not match its name, a hash of its content, is skipped.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,14 +55,11 @@ class ReferenceCache:
 
     def knows(self, keys: np.ndarray) -> np.ndarray:
         """Return which of the pairs `keys` [n] int64 are stored, [n] bool."""
-        place = np.searchsorted(self._rows["key"], keys)
-        return np.append(self._rows["key"], 0)[place] == keys if len(self) else np.zeros(len(keys), bool)
+        return np.isin(keys, self._rows["key"])
 
     def logps(self, keys: np.ndarray) -> Tensor:
-        """Return log-probabilities [n, 2] float64 of the pairs `keys` [n]. Raises UserError if one is missing.
-
-        They were scored when the model was set up, so only a further command of one process can have others.
-        """
+        """Return log-probabilities [n, 2] float64 of the pairs `keys` [n]. Raises UserError if one is missing."""
+        # all were scored when the model was set up, so only a further command of one process can have others
         if unknown := int((~self.knows(keys)).sum()):
             said = f"cached scored the pairs of the command of its set-up, and {unknown} pairs of this one are new"
             raise UserError(f"model.reference: {said}: take a new model for this command, or set it to frozen.")
@@ -71,7 +67,7 @@ class ReferenceCache:
         return torch.from_numpy(np.stack([rows["chosen"], rows["rejected"]], 1))
 
     def add(self, keys: np.ndarray, logps: np.ndarray) -> None:
-        """Write the log-probabilities [n, 2] of the pairs `keys` [n], if any, as a new part; `load` reads it."""
+        """Write log-probabilities [n, 2] of the pairs `keys` [n], if any, as a new part; `load` reads it."""
         if not len(keys):
             return
         rows = np.zeros(len(keys), _ROW)
@@ -96,15 +92,12 @@ def _read_part(path: Path) -> np.ndarray:
 
 
 def reference_fingerprint(name: str, measurer: PairMeasurer, dtype: torch.dtype) -> str:
-    """Return the cache key of a reference: weights, compute dtype and kernel.
-
-    The rounding noise of another kernel (device type, attention, layout, compiled layers) would look like reward
-    gaps; so would that of a sharded bfloat16 model, which does not compute products alone in bfloat16.
-    """
+    """Return the cache key of a reference: weights, compute dtype, and kernel, whose rounding looks like gaps."""
     scorer, ranks = measurer.policy, measurer.ranks
     kernel = [ranks.device.type, scorer.attention, str(scorer.layout)]
     if scorer.compiled:
         kernel.append("compiled")
+    # which computes more than products in bfloat16
     if dtype == torch.bfloat16 and isinstance(ranks.strategy, ShardedStrategy):
         kernel.append(f"sharded, split {ranks.size // ranks.shares}")
     if (quantised := getattr(scorer.model.config, "quantization_config", None)) is not None:
@@ -116,11 +109,11 @@ def reference_fingerprint(name: str, measurer: PairMeasurer, dtype: torch.dtype)
 def filled_reference_cache(
     name: str, measurer: PairMeasurer, dtype: torch.dtype, batches_of: Callable[..., Batches]
 ) -> ReferenceCache:
-    """Return the cache of the model `name` with every pair of the stage; call it before the policy is trained.
+    """Return the cache of the model `name`, the policy of `measurer`, with every pair of the stage.
 
     All ranks score together, while other runs from the same model wait for the lock. A few stored pairs are scored
-    again as a check; if they differ, all pairs are scored again, with a warning. `measurer` has that model and no
-    reference. Raises UserError if the folder cannot be written or differs between ranks.
+    again as a check; if they differ, all are, with a warning. Raises UserError if the folder cannot be written or
+    differs between ranks.
     """
     ranks = measurer.ranks
     own = reference_fingerprint(name, measurer, dtype) if ranks.number == 0 else ""

@@ -96,7 +96,7 @@ def refuse_beyond(model: Any, longest: int, largest_id: int, tokenizer: str, len
 
 
 def learned_positions(model: Any) -> int | None:
-    """Return the number of positions in a model's table of positions, or None if it has no table."""
+    """Return the length of a model's table of positions; None if it has none."""
     if model.config.model_type == "mpt":  # its attention biases have this length
         return int(model.config.max_seq_len)
     decoder = model.get_decoder()  # a vision tower has positions of its own
@@ -114,9 +114,9 @@ def check_tokens(
     option: str = "model.name",
     tokenizer: str = "data.tokenizer",
 ) -> None:
-    """Raise UserError if the tokenizer of the model `name` has other tokens at the numbers of `ours`.
+    """Raise UserError, or warn, if the tokenizer of the model `name` has other tokens at the numbers of `ours`.
 
-    Without `refuse`, only warn, because new names may be meant. `option` and `tokenizer` are the options to blame.
+    `option` and `tokenizer` are the options to blame.
     """
     if ours.name_or_path == name:
         return
@@ -130,5 +130,5 @@ def check_tokens(
     said = f"{option}: {name!r} has other tokens than {tokenizer} ({few(other)}; {len(other)} of {len(ours)})"
     if other and refuse:
         raise UserError(f"{said}: take a model with the same.")
-    if other:
+    if other:  # new names may be meant
         rank_zero_warn(f"{said}, which it was not trained with: check {tokenizer}.")

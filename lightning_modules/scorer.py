@@ -18,8 +18,8 @@ from lightning_modules.attention import OURS, compute_dtype, model_inputs
 from lightning_modules.private import attention_of, compile_modules
 from lightning_modules.sharding import transformer_blocks
 
-# Largest number of logits [N tokens, slice of the vocabulary] in memory at a time. On a CPU a slice should fit the
-# cache; a GPU is faster with few large products.
+# logits [N tokens, slice of the vocabulary] in memory at a time: a slice should fit the cache of a CPU; a GPU is
+# faster with few large products
 SLICE_LOGITS = {"cpu": 2**22, "cuda": 2**26}
 NARROWEST_SLICE = 512  # below this a matrix product is mostly overhead
 
@@ -27,27 +27,26 @@ NARROWEST_SLICE = 512  # below this a matrix product is mostly overhead
 class ResponseScorer(nn.Module):
     """The root module that DDP and FSDP2 wrap; it computes log π(y|x) of every response of a micro-batch.
 
-    Backbone and head run in one `forward`, so a sharded head is gathered for its use. Raises UserError unless the
-    `model` has a linear layer as head and a backbone separate from it.
+    Backbone and head run in one `forward`, so a sharded head is gathered for its use. Raises UserError for a model
+    without a backbone or with another head than a linear layer.
     """
 
     def __init__(self, model: Any):
         super().__init__()
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
-            cure = (
-                "only a linear layer is supported: choose another model, or keep adapters and quantize off the head"
-            )
-            raise UserError(f"model.name: its output head is a {type(head).__name__}, and {cure}.")
+            cure = "choose another model, or keep adapters and quantize off the head"
+            said = f"its output head is a {type(head).__name__}, and only a linear layer is supported"
+            raise UserError(f"model.name: {said}: {cure}.")
         if model.base_model is model:
             kind = model.config.model_type
             raise UserError(f"model.name: a {kind} has no backbone without the head: choose another.")
         self.model = model
         self.some_dropped = False  # whether pairs may be dropped between a forward pass and its backward pass
-        # the one in use, by its name in transformers, and the fallback and baseline of the start-up check
+        # in use, by its name in transformers, and as loaded: the fallback and baseline of the start-up check
         self.attention = self.own_attention = attention_of(model.config)
         self.layout: Layout | None = None  # of the rows, known after the start-up check
-        self.compiled = False  # the layers
+        self.compiled = False  # whether the layers are
         self.text_config = model.config.get_text_config()  # of the decoder, also in a model of images and text
         self.logit_rule = LogitRule.candidates(self.text_config)[0]  # the start-up check may take another
 
@@ -76,7 +75,7 @@ class ResponseScorer(nn.Module):
             self.use_attention(attention)
 
     def compile_layers(self, compiled: bool = True) -> None:
-        """Compile the transformer blocks by `torch.compile`, with one graph for all row lengths, or undo it."""
+        """Compile the transformer blocks, with one graph for all row lengths, or undo it."""
         compile_modules(transformer_blocks(self.model), compiled)
         self.compiled = compiled
 
@@ -84,24 +83,24 @@ class ResponseScorer(nn.Module):
     def balanced_row(self) -> float:
         """Return the row length at which attention costs as much per token as the rest of a layer.
 
-        A layer of width d takes about 24·d² operations per token, and attention over a row of T tokens 4·d·T: equal
-        at T = 6·d. On a CPU, attention with a dense mask runs at about a third of the speed of a matrix product,
-        hence 2·d; the same on CUDA, not measured. This project's attentions skip what a mask would hide.
+        A layer of width d takes about 24·d² operations per token, attention over a row of T tokens 4·d·T: equal at
+        T = 6·d. On a CPU, attention with a dense mask has a third of the speed of a matrix product, hence 2·d; on
+        CUDA it was not measured. This project's attentions skip what a mask would hide.
         """
         return math.inf if self.attention in OURS else 2.0 * self.text_config.hidden_size
 
     def pack(
         self, batch: OptimizerBatch, responses: Sequence[str], pairs: Sequence[int] | None = None
     ) -> list[PackedRows]:
-        """Return rows of `pairs` (indices into the share; None: all), in the layout that this model takes."""
+        """Return the rows of `pairs` (indices into the share; None: all)."""
         assert self.layout is not None, "the start-up check has not run"
         return batch.micro_batches(responses, self.layout, self.balanced_row, pairs)
 
     def forward(self, rows: PackedRows, whole_logits: bool = False, hidden_only: bool = False) -> Tensor:
         """Return summed log-probabilities [S] float64, with EOS and without the prompt (method §1).
 
-        With `whole_logits`, for comparison, the model's own head runs on every position, which is slow and needs
-        much memory. With `hidden_only` return the outputs [N, width] that predict the response tokens.
+        With `whole_logits`, for comparison, the model's own head runs on every position. With `hidden_only` return
+        the outputs [N, width] that predict the response tokens.
         """
         inputs = {**model_inputs(rows, self.attention, self.text_config), "use_cache": False}
         if whole_logits:
@@ -116,7 +115,7 @@ class ResponseScorer(nn.Module):
         return response_sums(per_token, rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits [N, V] of outputs [N, width]. Outside `forward`, FSDP2's root must be gathered."""
+        """Return logits [N, V] of outputs [N, width]; FSDP2's root must be gathered."""
         head = self.model.get_output_embeddings()
         return head_logits(hidden.to(compute_dtype(head.weight)), head.weight, head.bias, self.logit_rule)
 
@@ -188,8 +187,7 @@ def at_least_float32(logits: Tensor) -> Tensor:
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule) -> Tensor:
     """Return logits [N, V] of `hidden` [N, width] in float32 (float64 for float64 inputs), without gradient.
 
-    The product is computed in the dtype of `hidden`, not of autocast: on CUDA a backward pass runs in a thread of
-    its own, which does not know the dtype of autocast.
+    The product is in the dtype of `hidden`: on CUDA, the thread of the backward pass knows no autocast.
     """
     columns = weight.to(hidden.dtype).t()
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
@@ -210,10 +208,9 @@ def head_logps(
     """Return log-probabilities [N] of `targets` [N] in float32 (float64 for float64 weights), with gradient.
 
     The decoder's outputs `hidden` [N, width] predict the targets; the head has `weight` [V, width] and `bias` [V].
-    Both passes hold one slice of logits [N, slice] at a time: the forward pass keeps the log-sum-exp of each slice
-    and the backward pass recomputes the slices. Slices of the vocabulary, unlike slices of the tokens, write every
-    row of the weight's gradient [V, width] once. The backward pass skips tokens without a gradient, for which a
-    GPU's host waits; there it does so only if pairs may be `dropped` after this pass.
+    Both passes hold one slice of logits [N, slice] at a time; the backward pass recomputes them. Slices of the
+    vocabulary, unlike slices of the tokens, write every row of the weight's gradient [V, width] once. The backward
+    pass skips tokens without a gradient, on a GPU, whose host waits for it, only if pairs may be `dropped`.
     """
     most = SLICE_LOGITS.get(hidden.device.type, SLICE_LOGITS["cuda"])
     width = min(len(weight), max(most // max(len(targets), 1), NARROWEST_SLICE))
@@ -225,14 +222,7 @@ class _HeadLogps(torch.autograd.Function):
     """`head_logps` for a rule, the width of a slice, and whether to skip tokens without a gradient (`how`)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        how: tuple[LogitRule, int, bool],
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, how: Any) -> Tensor:
         rule, width, _ = ctx.how = how
         sums: list[Tensor] = []  # log-sum-exp of each slice, [N] each
         chosen = torch.zeros(len(targets), dtype=at_least_float32(hidden[:0]).dtype, device=hidden.device)
@@ -280,9 +270,9 @@ class _HeadLogps(torch.autograd.Function):
 def _slice(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: LogitRule, part: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logits [N, at most width] of a slice of the vocabulary, which the caller may change.
+    """Return the logits [N, slice] of a part of the vocabulary, which the caller may change.
 
-    Also return each target's index in the slice, clamped to it, [N], and whether it lies in the slice, [N].
+    Also return the index of each target in it, clamped to it, [N], and whether the target lies in it, [N].
     """
     logits = head_logits(hidden, weight[part], None if bias is None else bias[part], rule)
     place = targets - part.start

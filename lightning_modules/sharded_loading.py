@@ -29,7 +29,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes in safetensors' spelling
 
 
 def weight_files(name: str) -> dict[str, Path]:
-    """Return the safetensors file that holds each tensor of a folder or Hub id. Raises UserError without any."""
+    """Return the safetensors file of each tensor of a folder or Hub id. Raises UserError without any."""
     folder = Path(name)
     if not folder.is_dir():
         with refused(f"model.name: the weights of {name!r} cannot be fetched from the Hub"):
@@ -64,12 +64,12 @@ def refuse_values(name: str, model: nn.Module) -> None:
 
 
 def embedding_tables(model: nn.Module) -> set[int]:
-    """Return the identities of the weights that embed tokens, or positions."""
+    """Return the identities of the weights that embed tokens or positions."""
     return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
 def refuse_nonfinite(source: str, name: str, values: Tensor, embeds: bool) -> None:
-    """Raise UserError if `values` are not finite; warn if they embed tokens, because nobody may use those."""
+    """Raise UserError if `values` are not finite; warn if they embed tokens, which may be unused."""
     bad = ~values.isfinite()
     if not bad.any():
         return
@@ -87,7 +87,7 @@ def refuse_codes(path: Path, tensor: str, dtype: str) -> None:
 
 
 def read_weights(model: Any, files: dict[str, Path], device: torch.device | str = "cpu") -> None:
-    """Fill the parameters that are on the meta device, sharded or not, in place, with their dtype, on `device`.
+    """Fill the parameters on the meta device, sharded or not, in place, with their dtype, on `device`.
 
     This rank never holds more than its shards and its part of one more tensor. Raises UserError if a tensor is
     missing or has another shape.
@@ -95,8 +95,7 @@ def read_weights(model: Any, files: dict[str, Path], device: torch.device | str 
     whole = model.state_dict(keep_vars=True)
     real = {name for name, weight in model.named_parameters() if not weight.is_meta}
     state = {name.replace("base_layer.", ""): tensor for name, tensor in whole.items() if name not in real}
-    # keyed by the identity of the parameter, so that tied parameters are read once and stay tied
-    sources: dict[int, str] = {}
+    sources: dict[int, str] = {}  # by the identity of the parameter: tied ones are read once and stay tied
     for name, source in _stored_names(model, state, files).items():
         first = sources.setdefault(id(state[name]), source)
         if first != source and not torch.equal(*(safe_open(files[n], "pt").get_tensor(n) for n in (first, source))):
@@ -120,11 +119,9 @@ def _stored_names(model: Any, state: dict[str, Tensor], files: dict[str, Path]) 
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    names = {}
-    for stored in files:
-        name, conversion = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
-        if conversion is None:
-            names[name] = stored
+    given = renamings, converters, model.base_model_prefix, state
+    found = {stored: rename_source_key(stored, *given) for stored in files}
+    names = {name: stored for stored, (name, conversion) in found.items() if conversion is None}
     return {name: names[name] for name in state if name in names}
 
 
@@ -144,6 +141,5 @@ def _read(path: Path, name: str, like: Tensor, device: torch.device | str, embed
         part = stored[tuple(slice(begin, begin + size) for begin, size in zip(start, shape, strict=True))]
         local = part.to(device, like.dtype, copy=True)
     refuse_nonfinite(str(path), name, local, embeds)
-    if isinstance(like, DTensor):
-        local = dtensor_like(local, like)
+    local = dtensor_like(local, like) if isinstance(like, DTensor) else local
     return nn.Parameter(local, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else local

@@ -72,11 +72,8 @@ class ShardedStrategy(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ):
-        super().__init__(
-            tensor_parallel_size=tensor_parallel_size,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-        )
+        processes: dict[str, Any] = {"process_group_backend": process_group_backend, "timeout": timeout}
+        super().__init__(tensor_parallel_size=tensor_parallel_size, **processes)
         self.tensor_parallel_size = tensor_parallel_size
         self.replicas = replicas
         self.requested_dtype = compute_dtype
@@ -92,7 +89,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return getattr(torch, auto if self.requested_dtype == "auto" else self.requested_dtype)
 
     def shards(self, nodes: int, ranks: int) -> int:
-        """Return the shards per copy of the model. Raises UserError if ranks or copies would differ in size."""
+        """Return the shards per copy of the model. Raises UserError for copies of unequal size."""
         replicas, split = nodes if self.replicas == "nodes" else self.replicas, self.tensor_parallel_size
         if ranks % split:
             raise UserError(f"trainer.strategy: tensor_parallel_size {split} does not divide the {ranks} ranks.")
@@ -102,7 +99,6 @@ class ShardedStrategy(ModelParallelStrategy):
         return ranks // split // replicas
 
     def setup_environment(self) -> None:
-        """Set up the processes and their device mesh. Raises UserError like `shards`."""
         ranks, split = self.num_nodes * self.num_processes, self.tensor_parallel_size
         shards = self.shards(self.num_nodes, ranks)
         self._data_parallel_size = ranks // split
@@ -116,28 +112,30 @@ class ShardedStrategy(ModelParallelStrategy):
         self._sharding_mesh, self._tensor_mesh = shared, mesh["tensor_parallel"]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write the shards beside the folder `filepath` and rename: a full disk, a UserError, leaves no part."""
+        """Write the shards beside the folder `filepath`, and rename. Raises UserError if the disk is full."""
         path = Path(self.broadcast(filepath))
         part = path.with_name(f".{path.name}.shards.part")
-        if self.is_global_zero:
-            shutil.rmtree(part, ignore_errors=True)
+        self.remove(part)
         self.barrier("shards of before")
         try:
             super().save_checkpoint(checkpoint, part, storage_options)
         except (OSError, RuntimeError, CheckpointException) as error:  # CheckpointException is no Exception
-            if self.is_global_zero:
-                shutil.rmtree(part, ignore_errors=True)
+            self.remove(part)
             raise unwritable(path) from error
         self.barrier("shards written")
+        self.remove(path)  # a checkpoint of the same step, which was repeated
         if self.is_global_zero:
-            shutil.rmtree(path, ignore_errors=True)  # a checkpoint of the same step, which was repeated
             os.replace(part, path)
         self.barrier("shards in place")
+
+    def remove(self, folder: Path) -> None:
+        if self.is_global_zero:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def place(self, scorer: Any, frozen: bool) -> None:
         """Shard `scorer` in place by FSDP2: a group per transformer block; the rest, tied weights too, in the root.
 
-        Weights left out at loading are read now. Raises UserError if that or tensor parallelism fails.
+        Weights left out at loading are read now.
         """
         for parameter in scorer.parameters():  # not buffers: rotary positions need float32
             if not parameter.requires_grad:
@@ -167,7 +165,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def transformer_blocks(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder's layers, its largest `ModuleList`. Raises UserError if the model has none."""
+    """Return the decoder's layers: the largest `ModuleList`. Raises UserError if there is none."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise UserError("trainer.strategy: this model has no list of layers to shard by; use ddp or one device.")
@@ -175,7 +173,7 @@ def transformer_blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def leave_gathered(scorer: nn.Module) -> None:
-    """Free gathered weights, which `parameters()` would return instead of the shards that an update changes."""
+    """Free gathered weights, which hide the shards that an update changes from `parameters()`."""
     for module in scorer.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -185,8 +183,7 @@ def leave_gathered(scorer: nn.Module) -> None:
 def gradient_sync(strategy: Any, policy: nn.Module, last: bool) -> Iterator[None]:
     """Exchange gradients between ranks or replicas within the block only for the `last` micro-batch.
 
-    FSDP2 reduces those of earlier ones to shards as well, because whole gradients would cost the memory that
-    sharding saves, unless the strategy has `accumulate_whole_gradients`.
+    FSDP2 reduces those of earlier ones to shards as well, unless the strategy has `accumulate_whole_gradients`.
     """
     if isinstance(policy, FSDPModule):
         policy.set_requires_gradient_sync(last or not strategy.accumulate_whole_gradients)
@@ -202,10 +199,8 @@ def keeps_gradients(strategy: Any) -> bool:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Clip the norm of all gradients to `max_norm` and return the norm before; the host waits for the device.
-
-    torch's `clip_grad_norm_` multiplies smaller ones by 1, and refuses the several meshes of tensor parallelism.
-    """
+    """Clip the norm of all gradients to `max_norm` and return the norm before; the host waits for the device."""
+    # torch's `clip_grad_norm_` multiplies smaller ones by 1, and refuses the several meshes of tensor parallelism
     groups: dict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:

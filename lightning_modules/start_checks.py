@@ -146,10 +146,7 @@ def stepped(make_optimizer: OptimizerCallable, weights: list[nn.Parameter]) -> t
 
 
 def try_optimizer(trainer: Any, module: Any) -> None:
-    """Try a step of optimizer and schedule on a matrix and, unless LoRA trains only those, a vector.
-
-    So no list of supported classes is needed. Raises UserError if one fails.
-    """
+    """Try a step of optimizer and schedule on a matrix and, unless LoRA trains only those, a vector."""
     shapes = [(4, 4), (4,)] if module.lora is None or module.lora.use_dora else [(4, 4)]
     weights = [nn.Parameter(torch.zeros(shape, device=trainer.strategy.root_device)) for shape in shapes]
     with trial("model.optimizer", "for example torch.optim.AdamW, and with it model.lr_scheduler WarmupCosine"):
@@ -197,7 +194,7 @@ def try_state(make_optimizer: OptimizerCallable, restored: torch.optim.Optimizer
 
 
 def try_sharded_step(make_optimizer: OptimizerCallable, weights: list[nn.Parameter]) -> None:
-    """Try a step on zeros sharded as the smallest matrix, on all ranks. Raises UserError if the optimizer fails."""
+    """Raise UserError if the optimizer fails on zeros sharded as the smallest matrix; all ranks must call it."""
     sharded = [nn.Parameter(torch.zeros_like(min((one for one in weights if one.ndim == 2), key=torch.numel)))]
     try:
         stepped(make_optimizer, sharded)

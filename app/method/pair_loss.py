@@ -75,8 +75,9 @@ class PairLogps:
 
     def each(self, change: Callable[..., Tensor], *others: PairLogps) -> PairLogps:
         """Return `change` of each column and of those of `others`; a column that is None here stays None."""
-        columns: Any = zip(*(vars(one).values() for one in (self, *others)), strict=True)
-        return PairLogps(*(None if own is None else change(own, *more) for own, *more in columns))
+        columns = zip(*(vars(one).values() for one in (self, *others)), strict=True)
+        changed: Any = (None if own is None else change(own, *more) for own, *more in columns)
+        return PairLogps(*changed)
 
     @staticmethod
     def cat(parts: Sequence[PairLogps]) -> PairLogps:

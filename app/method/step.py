@@ -85,7 +85,7 @@ class StepDecision:
         return ["loss_weight", "beta", *(n for n in ("margin", "confidence") if getattr(self, n) is not None)]
 
     def terms(self, positions: Tensor) -> Tensor:
-        """Return weight, β and, if any, margin and confidence of the pairs at `positions` [B]: [2 to 4, B]."""
+        """Return weight, β and, if any, margin and confidence of pairs, by positions or a mask [B]: [2 to 4, B]."""
         return torch.stack([getattr(self, name) for name in self._term_names])[:, positions]
 
     def weighted_losses(self, logps: PairLogps, terms: Tensor) -> Tensor:

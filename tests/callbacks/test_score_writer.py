@@ -67,7 +67,7 @@ def test_what_was_left_out_is_said(
     tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr("lightning_modules.preference_scoring.rank_zero_info", told.append)
+    monkeypatch.setattr("lightning_modules.preference.rank_zero_info", told.append)
     out = tmp_path / "scores.parquet"
     limited = "scores of 4 of 10 (trainer.limit_predict_batches) pairs"
     for limit, said in ((1, limited), (1.0, "scores of 10 pairs")):

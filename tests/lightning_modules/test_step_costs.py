@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from tiny_runs import controlled, preference, quiet_trainer
 from torch.nn.utils import clip_grad_norm_
 
-from lightning_modules.base import RecordedTraining
+from lightning_modules import SupervisedFineTuning
 from lightning_modules.sharding import clip_gradients
 
 
@@ -49,7 +49,7 @@ def test_pairs_per_second_counts_what_lies_between_steps(tiny_llama: str, tmp_pa
 
 
 def test_validation_is_not_time_of_a_step(tmp_path: Path) -> None:
-    training, trainer = RecordedTraining(), quiet_trainer(tmp_path)
+    training, trainer = SupervisedFineTuning(), quiet_trainer(tmp_path)
     training.trainer = trainer
     training.policy = torch.nn.Linear(1, 1)  # type: ignore[assignment]
     training.on_train_start()
