@@ -50,11 +50,7 @@ DECIDING = (
     Slot("statistics", (RewardGapStatistics,), "running mean M0 and standard deviation σ of M"),
     Slot("filter", (PairFilter,), "which pairs of the batch are trained on; null: all"),
     Slot("schedule", (BetaScheduler, EpsilonBeta), "β of the step or of each pair; null: β0"),
-    Slot(
-        "margin",
-        (StandardisedMargin, GammaPOMargin, AMaPOMargin),
-        "margin subtracted from each pair's logit; null: none",
-    ),
+    Slot("margin", (StandardisedMargin, GammaPOMargin, AMaPOMargin), "margin subtracted from each logit; null: 0"),
     Slot("confidence", (AnnotatorReliability,), "probability that each label is right; null: 1"),
     Slot("weights", (ReferenceWeights, LossWeights, ScoreWeights), "weight of each pair in the loss; null: 1"),
     Slot("control", (Control,), "breaks the link between one decision and its pairs; null: none"),

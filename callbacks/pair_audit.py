@@ -128,19 +128,17 @@ def read_audit(folder: Path) -> pd.DataFrame:
     """Return all rows of `PairAudit`, one per pair and step. Raises UserError if there are none."""
     files = sorted((folder / "audit").glob("*.parquet"))
     if not files:
-        raise UserError(
-            f"{folder} holds no audit/*.parquet: give the log folder of a run that had PairAudit.{inside(folder)}"
-        )
+        cure = "give the log folder of a run that had PairAudit"
+        raise UserError(f"{folder} holds no audit/*.parquet: {cure}.{inside(folder)}")
     with refused(f"{folder}/audit cannot be read"):
         rows = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
-    lacks = [name for name in AUDIT_COLUMNS[:8] if name != "log_weight" and name not in rows]
-    if lacks or not len(rows):
-        what = f"no column {lacks[0]}" if lacks else "no row"
+    lacks = [f"no column {name}" for name in AUDIT_COLUMNS[:8] if name != "log_weight" and name not in rows]
+    lacks += [] if len(rows) else ["no row"]
+    kinds = {"step": "i", "gap": "f", "kept": "b"}
+    lacks += [f"other values in {name}" for name in kinds if not lacks and rows[name].dtype.kind != kinds[name]]
+    if lacks or not rows.pair_id.map(type).eq(str).all():
+        what = lacks[0] if lacks else "other values in pair_id"
         raise UserError(f"{folder}/audit has {what}: it is not what PairAudit writes, so remove it.")
-    wrong = [name for name, kind in (("step", "i"), ("gap", "f"), ("kept", "b")) if rows[name].dtype.kind != kind]
-    if wrong or not rows.pair_id.map(type).eq(str).all():
-        name = wrong[0] if wrong else "pair_id"
-        raise UserError(f"{folder}/audit has other values in {name} than PairAudit writes, so remove it.")
     if rows.duplicated(["step", "pair_id"]).any():
         raise UserError(f"{folder}/audit has a pair twice in one step, as copies of a file give: remove the copy.")
     return rows.assign(gap=rows.gap.where(np.isfinite(rows.gap)))  # an infinite gap ranks no pair

@@ -151,9 +151,8 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signals.stop()
         # Lightning counts an epoch cut short by max_steps as complete: a resume would skip the rest of it
-        self._within_epoch = (
-            self._progress is not None and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        )
+        complete = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        self._within_epoch = self._progress is not None and not complete
         self.save(trainer)
         self._delete_older(trainer)
 

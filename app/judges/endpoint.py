@@ -162,13 +162,12 @@ class EndpointJudge(Judge):
         self.template = read_instructions(settings.instructions)
         self.client = Client(settings)
         self._seen: list[list[float]] = []  # per pair the score of the answer shown first, in both orders
-        self._reasons: set[str] = set()  # of the server, for refused questions
-        self._refused: dict[str, None] = {}  # prompt ids of the pairs with a refused question, in order
+        self._refused: dict[str, str] = {}  # prompt ids of the pairs with a refused question, in order → the reason
 
     def scores(self, ours: Sequence[Answer], theirs: Sequence[Answer]) -> np.ndarray:
         """Return scores [n]. Raises UserError when the server fails, or when no pair has two readable verdicts."""
         asked = [self._both_orders(row, rival) for row, rival in zip(ours, theirs, strict=True)]
-        self._ask({key: text for pair in asked for key, text in pair if key not in self.verdicts})
+        refused = self._ask({key: text for pair in asked for key, text in pair if key not in self.verdicts})
         scores = np.full(len(asked), 0.5)
         for index, pair in enumerate(asked):
             if pair:
@@ -176,13 +175,13 @@ class EndpointJudge(Judge):
                 forth, back = (SCORES.get(said["verdict"], np.nan) if said else np.nan for said in found)
                 self._seen.append([forth, back])
                 scores[index] = (forth + 1.0 - back) / 2
-                if None in found:
-                    self._refused[ours[index]["prompt_id"]] = None
+                for reason in (refused[key] for key, _ in pair if key in refused):
+                    self._refused[ours[index]["prompt_id"]] = reason
         seen = np.array(self._seen)
         if self._seen and np.isnan(seen).any(axis=1).all():
-            refused = f" The endpoint refused: {min(self._reasons)}." if self._reasons else ""
+            why = f" The endpoint refused: {min(self._refused.values())}." if self._refused else ""
             counts = f"{np.isnan(seen).sum()} of {seen.size} replies hold none"
-            raise UserError(f"No pair has a readable verdict of {self.model} in both orders: {counts}.{refused}")
+            raise UserError(f"No pair has a readable verdict of {self.model} in both orders: {counts}.{why}")
         return scores
 
     def describe(self, answers: Sequence[Answer]) -> dict[str, np.ndarray]:
@@ -204,7 +203,7 @@ class EndpointJudge(Judge):
         ]
         if self._refused:
             prompts = ", ".join(list(self._refused)[:NAMED]) + (", …" if len(self._refused) > NAMED else "")
-            reasons = "; ".join(sorted(self._reasons)[:NAMED])
+            reasons = "; ".join(sorted(set(self._refused.values()))[:NAMED])
             notes.append(f"The endpoint refused {len(self._refused)} pairs (prompts {prompts}): {reasons}.")
         return notes
 
@@ -219,10 +218,10 @@ class EndpointJudge(Judge):
         settings = (self.settings.url, self.model, self.settings.temperature, self.settings.max_tokens)
         return [(verdict_key(*settings, text), text) for text in texts]
 
-    def _ask(self, texts: dict[str, str]) -> None:
-        """Ask the questions `texts` (by key) and keep their verdicts; the next run asks again what was refused."""
+    def _ask(self, texts: dict[str, str]) -> dict[str, str]:
+        """Ask the questions `texts` (by key) and keep their verdicts; return the reasons of refused questions."""
         if not texts:
-            return
+            return {}
         options: dict[str, Any] = {"model": self.model, "max_completion_tokens": self.settings.max_tokens}
         if self.settings.temperature is not None:
             options["temperature"] = self.settings.temperature
@@ -235,7 +234,7 @@ class EndpointJudge(Judge):
         def kept() -> str:
             return f"{self.verdicts.path} keeps {len(self.verdicts)} verdicts, and the same command continues."
 
-        self._reasons |= set(self.client.ask_all(list(texts), ask, kept).values())
+        return self.client.ask_all(list(texts), ask, kept)
 
 
 def parse_verdict(reply: str) -> str | None:

@@ -16,14 +16,8 @@ Level = Literal["act", "watch", "good"]  # something to change, something to kno
 # what answers do to those of another model, and advice on a win rate over the SFT model
 WINS: dict[Level, tuple[str, str]] = {
     "good": ("beat", ""),
-    "act": (
-        "lose to",
-        "Look at the samples; a higher model.beta0 or a lower learning rate stays closer to the SFT model.",
-    ),
-    "watch": (
-        "cannot be told from",
-        "The interval holds 50 %: sample more prompts (generate --count), or train longer.",
-    ),
+    "act": ("lose to", "Look at the samples; a higher model.beta0 or a lower rate stays closer to the SFT model."),
+    "watch": ("cannot be told from", "The interval holds 50 %: sample more (generate --count), or train longer."),
 }
 OFTEN = 0.1  # share of the steps from which a condition asks for a change
 WIDE_SWING = 0.5  # mean change of β from step to step, as a share of β0
