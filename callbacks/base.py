@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -56,23 +57,39 @@ def moments_for(asker: Callback, decision: StepDecision) -> Moments:
     return decision.moments
 
 
-def label_column(decision: StepDecision, column: str, asker: Callback, cure: str) -> Sequence[object]:
-    """Return a label column, [G], to the callback `asker`; raise UserError with the `cure` if the data has none."""
-    if column not in decision.labels:
-        missing = f"the data has no column {column!r}; it has these: {', '.join(decision.labels) or 'none'}"
+def label_column(
+    labels: Mapping[str, Sequence[object]], column: str, asker: Callback, cure: str
+) -> Sequence[object]:
+    """Return one of the `labels`, [G], to the callback `asker`; raise UserError with the `cure` if it is none."""
+    if column not in labels:
+        missing = f"the data has no column {column!r}; it has these: {', '.join(labels) or 'none'}"
         raise UserError(f"{type(asker).__name__}: {missing}. {cure}.")
-    return decision.labels[column]
+    return labels[column]
 
 
-def score_gap(decision: StepDecision, chosen: str, rejected: str, asker: Callback, slot: str) -> Tensor:
-    """Return column `chosen` minus `rejected`, [G] float64, to `asker` in the `slot`. Raises UserError."""
-    columns = []
-    for name in (chosen, rejected):
-        cure = f"Add it to the data, or name another by --{slot}.chosen and --{slot}.rejected"
-        values: Any = label_column(decision, name, asker, cure)
-        for pair_id, value in zip(decision.pair_ids, values, strict=True):
-            if not is_finite(value):
-                wrong = f"column {name!r} of pair {pair_id} holds {value!r}, which is no finite number"
-                raise UserError(f"{type(asker).__name__}: {wrong}: correct the data or leave that pair out.")
-        columns.append(torch.tensor([float(value) for value in values], dtype=torch.float64))
-    return columns[0] - columns[1]
+class Scored(Decider):
+    """A decider by two columns of the data, which hold a score of either response."""
+
+    slot: str
+    chosen: str
+    rejected: str
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the scores of all pairs, so that none stops the run in its middle. Raises UserError."""
+        loader: Any = trainer.train_dataloader
+        rows = loader.table.reachable(loader.indices)
+        for part in np.array_split(rows, len(rows) // 65536 + 1):  # not all labels in memory at once
+            self.score_gap(loader.table.pair_ids(part), loader.table.labels(part))
+
+    def score_gap(self, pair_ids: Sequence[str], labels: Mapping[str, Sequence[object]]) -> Tensor:
+        """Return column `chosen` minus `rejected` of these pairs, [G] float64. Raises UserError."""
+        columns = []
+        for name in (self.chosen, self.rejected):
+            cure = f"Add it to the data, or name another by --{self.slot}.chosen and --{self.slot}.rejected"
+            values: Any = label_column(labels, name, self, cure)
+            for pair_id, value in zip(pair_ids, values, strict=True):
+                if not is_finite(value):
+                    wrong = f"column {name!r} of pair {pair_id} holds {value!r}, which is no finite number"
+                    raise UserError(f"{type(self).__name__}: {wrong}: correct the data or leave that pair out.")
+            columns.append(torch.tensor([float(value) for value in values], dtype=torch.float64))
+        return columns[0] - columns[1]

@@ -15,11 +15,11 @@ from app.method.dynamic_beta import FLOOR, MINIMUM_STD, Moments, RunningMoments
 from app.method.pair_loss import PairLoss
 from app.method.ranges import FactorFromOne, FiniteFloat, PositiveShare, ProperShare, Seed, ShareBelowOne, checked
 from app.method.step import StepDecision
-from callbacks.base import Decider, loss_of, moments_for, score_gap
+from callbacks.base import Decider, Scored, loss_of, moments_for
 
 
 @dataclass(eq=False)
-class ExplicitRewardGap(Decider):
+class ExplicitRewardGap(Scored):
     """A callback that sets M = r(y_w; x) − r(y_l; x) instead of the policy's gap (paper §5, explicit reward model).
 
     Statistics, Gaussian filter and dynamic β then use this M. The logits of the loss stay β·h, and the filters by
@@ -30,6 +30,7 @@ class ExplicitRewardGap(Decider):
         rejected: the same for the rejected response.
     """
 
+    slot = "reward"
     chosen: str = "chosen_reward"
     rejected: str = "rejected_reward"
 
@@ -37,7 +38,7 @@ class ExplicitRewardGap(Decider):
         if decision.moments is not None:
             raise UserError("ExplicitRewardGap sets M too late: put it before RewardGapStatistics in the Trainer.")
         decision.minimum_std = MINIMUM_STD  # rewards do not have the rounding error of h
-        decision.discrepancy = score_gap(decision, self.chosen, self.rejected, self, "reward")
+        decision.discrepancy = self.score_gap(decision.pair_ids, decision.labels)
         pl_module.log("gap/explicit_mean", decision.discrepancy[decision.eligible].mean())
 
 

@@ -25,7 +25,7 @@ from app.method.ranges import (
 )
 from app.method.reference_flips import ReferenceFlips, fitted, label_weights
 from app.method.step import StepDecision
-from callbacks.base import Decider, label_column, score_gap
+from callbacks.base import Decider, Scored, label_column
 
 log = logging.getLogger(__name__)
 MOST_CURVES = 20  # annotators that are logged by name
@@ -78,7 +78,7 @@ class LossWeights(WeightedPairs):
 
 @checked
 @dataclass(eq=False)
-class ScoreWeights(WeightedPairs):
+class ScoreWeights(WeightedPairs, Scored):
     """Weights by the difference of two scores that the data carries, one for each response.
 
     `madpo` (arXiv 2510.05342): σ(c·r)/σ(r) with a factor c that falls with |r|, so that pairs with close scores
@@ -95,6 +95,7 @@ class ScoreWeights(WeightedPairs):
         slope: λ of MADPO or η of Omni-DPO, per unit of the difference.
     """
 
+    slot = "weights"
     by: Literal["madpo", "quality"] = "madpo"
     chosen: str = "chosen_reward"
     rejected: str = "rejected_reward"
@@ -104,7 +105,7 @@ class ScoreWeights(WeightedPairs):
     slope: PositiveFloat = 1.0
 
     def weights(self, pl_module: LightningModule, decision: StepDecision) -> Tensor:
-        gap = score_gap(decision, self.chosen, self.rejected, self, "weights")[decision.kept]
+        gap = self.score_gap(decision.pair_ids, decision.labels)[decision.kept]
         if self.by == "quality":
             return weights.quality_weights(gap, self.slope)
         return weights.madpo_weights(gap, self.largest, self.smallest, self.slope, self.threshold)
@@ -201,7 +202,7 @@ class AnnotatorReliability(Decider):
                 carried = ", ".join(decision.labels) or "none"
                 log.info("the data has no column 'annotator' (it has: %s): all pairs have one reliability", carried)
             return ["everyone"] * len(decision.pair_ids)
-        names = label_column(decision, self.column, self, "Name another by --confidence.column")
+        names = label_column(decision.labels, self.column, self, "Name another by --confidence.column")
         if None in names and "unnamed" not in self.reliability:
             empty = f"{names.count(None)} of {len(names)} pairs of step {decision.step}"
             log.warning("%s have no value in the column %r: they share the annotator `unnamed`", empty, self.column)

@@ -147,6 +147,8 @@ class PairDataModule(LightningDataModule):
 
     def shown(self, table: PairTable, row: int) -> list[str]:
         """Return a pair as the stage trains on it, in lines with quoted texts, which show line breaks and ends."""
+        if isinstance(table, GapMixedTable):
+            (row,) = table.exchange(np.array([row]), epoch=0, number=0).tolist()
         (pair_id,) = table.pair_ids([row])
         lines = [f"pair {pair_id}"]
         for side, ids in table[row]._asdict().items():

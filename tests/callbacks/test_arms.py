@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +23,10 @@ from callbacks import (
     PairFilter,
     ReferenceWeights,
     RewardGapStatistics,
+    ScoreWeights,
     StandardisedMargin,
 )
+from datamodules import PreferenceData
 
 
 class Log:
@@ -197,6 +200,18 @@ def test_a_reward_that_is_not_there_is_named() -> None:
         labels: dict[str, list[object]] = {"score": [1, 2.5], "score_rejected": [0.5, wrong]}
         with pytest.raises(UserError, match=r"'score_rejected' of pair pair-1 holds .*finite number"):
             decided(unmeasured(**labels), gap)
+
+
+@pytest.mark.parametrize("kind", [ExplicitRewardGap, ScoreWeights])
+def test_scores_are_checked_before_the_first_step(kind: Any, tiny_llama: str, tmp_path: Path) -> None:
+    pair = {"chosen": "the fox", "rejected": "the owl", "bad": 0}
+    rows = [pair | {"prompt": f"tell me {number}", "good": number or None} for number in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = PreferenceData(str(tmp_path / "pairs.jsonl"), batch_size=2, seed=1)
+    trainer = quiet_trainer(tmp_path, [kind(chosen="good", rejected="bad")], max_steps=1)
+    with pytest.raises(UserError, match=r"'good' of pair pairs\.jsonl:1 holds None"):
+        trainer.fit(preference(tiny_llama), data)
+    assert trainer.global_step == 0
 
 
 def unmeasured(**labels: Sequence[object]) -> StepDecision:

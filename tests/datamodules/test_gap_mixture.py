@@ -179,6 +179,8 @@ def test_validation_pairs_keep_their_responses(pairs: Path) -> None:
     train_table, train = table_of(data)
     assert isinstance(train_table, GapMixedTable)
     assert not set(table.keys("prompt", rows)) & set(train_table.keys("prompt", train_table.exchange(train, 1, 0)))
+    assert '" S' in data.shown(train_table, int(train[0]))[-1]  # as it is trained
+    assert '" no' in data.shown(table, int(rows[0]))[-1]
 
 
 @pytest.mark.parametrize("unit", ["pair", "batch"])
