@@ -106,16 +106,19 @@ class RunRecord(SaveConfigCallback):
                 rank_zero_warn(f"--ckpt_path: {told}: gaps and rewards are not those of the run.")
             return
         file = self.folder / self.config_filename
-        _ = self.text  # so that an option that cannot be recorded is refused at the start
         new = self.config["ckpt_path"] is None and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if new and file.is_file():
             option = "log folder (trainer.logger, or trainer.default_root_dir)"
             refuse_place(option, str(file), (".yaml",), *self.command)
-        if trainer.is_global_zero:
-            data = getattr(trainer, "datamodule", None)
-            tokens = data.content("train") if isinstance(data, PairDataModule) else None
-            self.content = {**models_of(pl_module), "data": tokens}
-        self.content = trainer.strategy.broadcast(self.content)
+        data = getattr(trainer, "datamodule", None)
+        tokens = data.content("train") if isinstance(data, PairDataModule) else None
+        models = models_of(pl_module) if trainer.is_global_zero else {}
+        first, self.content = trainer.strategy.broadcast((self.text, {**models, "data": tokens}))
+        rank = trainer.global_rank
+        for key, (old, new) in differences(yaml.safe_load(first), yaml.safe_load(self.text)).items():
+            raise UserError(f"{key} is {new} on rank {rank}, but {old} on rank 0: start all ranks by one command.")
+        if tokens != self.content["data"]:
+            raise UserError(f"data: rank {rank} has other training pairs than rank 0: give all nodes one file.")
         self._compare_content()
         if self._differences:
             lines = ["--ckpt_path: other settings than in the run of the checkpoint; those of now apply:"]

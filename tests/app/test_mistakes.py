@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from command_runs import command, refusal, write_config
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from app.cli.dispatch import _tell_of_thread, tell_repeats
 from app.cli.mistakes import plain_sentence
@@ -404,6 +406,29 @@ def test_sigterm_leaves_nothing_half_written(
     assert stop.value.code == 143
     assert capsys.readouterr().err == f"beta-dpo: stopped by SIGTERM. {advice}\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("of_rank_0", "said"),
+    [
+        (
+            lambda text, content: (text.replace("lr: 0.003", "lr: 0.3"), content),
+            "model.optimizer.lr is 0.003 on rank",
+        ),
+        (
+            lambda text, content: (text, content | {"data": "x"}),
+            "data: rank 0 has other training pairs than rank 0",
+        ),
+    ],
+)
+def test_a_rank_with_other_settings_or_pairs_is_refused(
+    of_rank_0: Any, said: str, run_config: Path, told: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broadcast(_: object, given: object, src: int = 0) -> object:
+        return of_rank_0(*given) if isinstance(given, tuple) else given
+
+    monkeypatch.setattr(SingleDeviceStrategy, "broadcast", broadcast)
+    assert said in told("fit", "--config", "config.yaml")
 
 
 @pytest.mark.parametrize(("name", "said"), [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGUSR1"), ("SIGINT", "Ctrl-C")])
