@@ -214,7 +214,7 @@ def settle_checkpoint(trainer: Trainer, asked: str | None, fitting: bool) -> str
             return None
         path = max(found, key=os.path.getmtime)
     with refused("--ckpt_path"):
-        checkpoint = check_checkpoint(path)
+        checkpoint = check_checkpoint(path, trainer.global_rank, trainer.world_size)
     if fitting and -1 != (most := trainer.max_epochs or -1) < (epoch := checkpoint["epoch"]):
         cure = f"raise trainer.max_epochs, which is {most}"
         raise UserError(f"--ckpt_path: the checkpoint is of epoch {epoch}: {cure}.")

@@ -58,8 +58,7 @@ def refuse_place(option: str, out: str, endings: tuple[str, ...], *read: str | N
 
 def refuse_absent(option: str, kind: str, name: str) -> None:
     """Raise UserError if `name` has the form of a local path and leads nowhere; the Hub would be asked in vain."""
-    above = name.rpartition("/")[0]
-    local = name.startswith(("models/", "runs/", "/", ".", "~")) or "/" in above or (above and Path(above).is_dir())
+    local = name.startswith(("models/", "runs/", "/", ".", "~")) or name.count("/") > 1
     if local and not Path(name).exists():
         cure = "`make smollm2` makes it" if name == "models/smollm2" else "make it first, or correct the path"
         raise UserError(f"{option}: no {kind} at {name!r}, for there is no such folder: {cure}.")
