@@ -168,8 +168,9 @@ def write_clean(file: str, pairs: PairTexts, worst: set[str], swap: bool, replac
 
 def as_row(pair: PreferencePair, swapped: bool) -> dict[str, Any]:
     """Return a pair as a row for `data.path`; `swapped` exchanges answers, the labels of sides, and `flipped`."""
-    more = bool(pair.chosen_fields or pair.rejected_fields)
-    answers = [[pair.answer(side)] if more else getattr(pair, side) for side in ("chosen", "rejected")]
+    # in a message, an answer that is messages in JSON stays text
+    chat = not isinstance(pair.prompt, str) or bool(pair.chosen_fields or pair.rejected_fields)
+    answers = [[pair.answer(side)] if chat else getattr(pair, side) for side in ("chosen", "rejected")]
     labels = pair.labels
     if swapped:
         answers.reverse()
@@ -178,13 +179,12 @@ def as_row(pair: PreferencePair, swapped: bool) -> dict[str, Any]:
         if (mark := labels.get(LABEL)) in (0, 1):
             labels[LABEL] = int(not mark) if type(mark) is int else not mark
     own = {"tools": pair.tools, "chat_template_kwargs": dict(pair.template_kwargs)}
-    return {
+    return labels | {
         "pair_id": pair.pair_id,
         "prompt": pair.prompt if isinstance(pair.prompt, str) else list(pair.prompt),
         "chosen": answers[0],
         "rejected": answers[1],
         **{name: value for name, value in own.items() if value},
-        **labels,
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from app.cli.mistakes import checked_command
+from app.commands.audit import LABEL, as_row
 from app.core.errors import UserError
 from app.core.files import atomic_file, refuse_place
 from app.core.samples import SAMPLE_FIELDS
@@ -17,7 +18,7 @@ from app.judges import Answer
 from app.judges.answers import sampled_answers
 from app.judges.rewards import HOW_TO_ASK, VERDICTS, chosen_judge
 from app.method.ranges import Seed, Share
-from datamodules.records import BadRow, Message, blank
+from datamodules.records import BadRow, PreferencePair, blank
 from datamodules.sources.pairs import read_row
 from datamodules.sources.source import Source
 
@@ -72,12 +73,9 @@ def pairs(
     with atomic_file(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for group in groups.values():
             for pair in pairs_of(group, ranks, reuse, left_out):
-                pair["flipped"] = bool(random.random() < flip_rate)
-                if pair["flipped"]:
-                    for one, other in (("chosen", "rejected"), ("chosen_reward", "rejected_reward")):
-                        pair[one], pair[other] = pair[other], pair[one]
-                file.write(json.dumps(pair, ensure_ascii=False) + "\n")
-                written, flipped = written + 1, flipped + pair["flipped"]
+                flips = bool(random.random() < flip_rate)
+                file.write(json.dumps(as_row(pair, flips), ensure_ascii=False) + "\n")
+                written, flipped = written + 1, flipped + flips
         told = "".join(f"; left out: {count} {reason}" for reason, count in left_out.items())
         if not written:
             told += ". Draw more --samples, or longer ones"
@@ -97,7 +95,7 @@ def check_ranks(ranks: list[list[int]], reuse: bool) -> None:
 
 def pairs_of(
     group: Sequence[tuple[float, Answer]], ranks: Ranks | list[list[int]], reuse: bool, left_out: Counter[str]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[PreferencePair]:
     """Yield the pairs of one prompt from its samples with rewards, best first, and count in `left_out` why not."""
     if not all(row["finished"] and not blank(row["response"]) for _, row in group):
         left_out["prompts with a sample that is cut or empty"] += 1
@@ -120,20 +118,14 @@ def pairs_of(
             left_out["pairs of equal text or reward"] += 1
             continue
         shared = [name for name in chosen if name not in SAMPLE_FIELDS and chosen[name] == rejected.get(name)]
-        said = [row["response"] for row in (chosen, rejected)]
-        chat = not isinstance(chosen["prompt"], str)
-        sides = [[Message("assistant", text)] if chat else text for text in said]  # in a message JSON stays text
-        pair = {name: chosen[name] for name in shared} | {
-            "pair_id": f"{chosen['prompt_id']}/{best + 1}-{worst + 1}",
-            "prompt": list(chosen["prompt"]) if chat else chosen["prompt"],
-            "chosen": sides[0],
-            "rejected": sides[1],
-            "chosen_reward": high,
-            "rejected_reward": low,
-        }
+        labels = {name: chosen[name] for name in shared}
+        labels |= {"chosen_reward": high, "rejected_reward": low, LABEL: False}
+        name = f"{chosen['prompt_id']}/{best + 1}-{worst + 1}"
+        pair = PreferencePair(name, chosen["prompt"], chosen["response"], rejected["response"], labels)
         try:
-            read, _ = read_row(pair, "", Source("pairs"), need_rejected=True)
-            why = "" if [read.chosen, read.rejected] == said else "text that is messages in JSON"
+            read, _ = read_row(as_row(pair, False), "", Source("pairs"), need_rejected=True)
+            same = (read.chosen, read.rejected) == (pair.chosen, pair.rejected)
+            why = "" if same else "text that is messages in JSON"
         except BadRow as bad:
             why = bad.reason
         if why:

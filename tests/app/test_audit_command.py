@@ -24,7 +24,9 @@ from app.main import main
 from app.report.run import PairTexts
 from datamodules import PreferenceData
 from datamodules.controlled_task import preference_pairs
-from datamodules.records import PreferencePair
+from datamodules.records import Message, PreferencePair
+from datamodules.sources.pairs import read_row
+from datamodules.sources.source import Source
 
 RUN = "runs/csv"
 TESTS = Path(__file__).parents[1]
@@ -178,6 +180,12 @@ def test_a_swapped_pair_has_swapped_scores() -> None:
     assert as_row(pair, swapped=False) == {**own, "chosen": "good", "rejected": "bad", **labels}
     labels = {"chosen_reward": 2, "rejected_reward": 1, "score_rejected": 3, "flipped": False}
     assert as_row(pair, swapped=True) == {**own, "chosen": "bad", "rejected": "good", **labels}
+
+
+def test_an_answer_in_a_dialogue_that_is_messages_in_json_stays_text() -> None:
+    text = json.dumps([{"role": "assistant", "content": "a"}])
+    row = as_row(PreferencePair("1", (Message("user", "q"),), text, "b"), swapped=False)
+    assert read_row(json.loads(json.dumps(row)), "", Source("pairs"), need_rejected=True)[0].chosen == text
 
 
 def test_pairs_of_a_file_as_csv(
