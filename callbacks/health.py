@@ -65,9 +65,9 @@ CONDITIONS = (
         ("beta/used", "beta/base"),
         lambda beta, base: fmean(not b0 / 3 <= b <= b0 * 3 for b, b0 in zip(beta, base, strict=True)) > 0.05,
         "β lay beyond three times β0, or below a third of it, in more than a twentieth of the steps. "
-        "`beta/clamped` may be 0, because a schedule has no ceiling by default. Few pairs move β more than many: "
-        "lower α with the square root of the number of kept pairs.",
-        "β0 was chosen for another strength of the constraint than the one that is trained",
+        "`beta/clamped` may be 0, because a schedule has no ceiling by default. The β of few pairs varies more: "
+        "lower α in proportion to the square root of the number of kept pairs.",
+        "such a β holds the policy to the reference far more or far less than the β0 that was chosen",
         "beta",
         whole_window=False,
     ),
@@ -75,9 +75,9 @@ CONDITIONS = (
         "effective sample size collapsed",
         ("filter/effective_sample_size", "pairs"),
         lambda effective, pairs: sum(effective) < 0.3 * sum(pairs),
-        "the Gaussian weights are worth less than 0.3 of the batch. Normal gaps give √3/2 = 0.87: E[w]²/E[w²] for "
-        "w = exp(−z²/2). Either most pairs lie far from M0, or M0 and σ lag gaps that move fast (their memory is "
-        "about ten steps).",
+        "the effective sample size of the Gaussian weights is below 0.3 of the batch. Normal gaps give √3/2 = "
+        "0.87: E[w]²/E[w²] for w = exp(−z²/2). Either most pairs lie far from M0, or M0 and σ lag gaps that move "
+        "fast (their memory is about ten steps).",
         "outliers stretch the gaps: look at the pairs with the most extreme ones (beta-dpo audit, or "
         "TensorBoard's text tab); if there are none, lower the learning rate",
         "filter",
