@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torchmetrics import MeanMetric, Metric, SumMetric
 
 from app.core.errors import StepRefused, UserError
 from app.method.batch import OptimizerBatch, PackedRows, on_device
@@ -304,10 +304,10 @@ class PreferenceOptimization(LanguageModelTraining):
     # --- evaluation: no filter, β0, nothing of the training state is touched ------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._sums: defaultdict[str, Any] = defaultdict(float)  # over the pairs, 0-d float64
+        self._evaluation: dict[str, Metric] = {}
 
     def validation_step(self, batch: OptimizerBatch, batch_idx: int) -> None:
-        """Add the pairs of the global batch, which every rank has, to the sums; count those that are not finite."""
+        """Add the pairs of the global batch, which every rank has, to the means, and count those without a gap."""
         _, logps = self.measurer.measure(batch, self.micro_batches(batch))
         beta = torch.full((len(batch.pair_ids),), self.beta0)
         values = pair_metrics(logps, self.loss, beta)
@@ -316,14 +316,18 @@ class PreferenceOptimization(LanguageModelTraining):
         values = {name: column[finite] for name, column in values.items()}
         values |= dict(zip(COUNTED, (finite, ~finite), strict=True))
         for name, column in values.items():
-            self._sums[name] += column.to(torch.get_default_dtype()).sum().double()
+            if name not in self._evaluation:
+                kind = SumMetric if name in COUNTED else MeanMetric
+                # not synchronised, because every rank adds all pairs
+                self._evaluation[name] = kind(sync_on_compute=False).set_dtype(torch.float64).cpu()
+            self._evaluation[name].update(column.double())
 
     def on_validation_epoch_end(self) -> None:
         stage = self.trainer.state.stage.dataloader_prefix  # type: ignore[union-attr]  # `val` or `test`
-        pairs, left_out = (self._sums[name] for name in COUNTED)
-        warn_of_nonfinite(str(stage), int(left_out), int(pairs))
-        for name, total in self._sums.items():
-            self.log(f"{stage}/{name}", total if name in COUNTED else total / pairs)
+        figures = {name: metric.compute() for name, metric in self._evaluation.items()}
+        pairs, left_out = (int(figures.get(name, 0)) for name in COUNTED)
+        warn_of_nonfinite(str(stage), left_out, pairs)
+        self.log_dict({f"{stage}/{name}": value for name, value in figures.items()})
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

@@ -348,7 +348,8 @@ def written() -> str:
 
 
 def test_the_table_lists_everything() -> None:
-    every, found = [PairLoss], set()
+    every: list[type[PairLoss]] = PairLoss.__subclasses__()
+    found = set()
     while every:
         kind = every.pop()
         every += kind.__subclasses__()
@@ -357,9 +358,9 @@ def test_the_table_lists_everything() -> None:
     assert {type(loss) for loss, _ in LOSSES.values()} == found
     kinds = {kind for slot in ("schedule", "margin", "confidence", "weights") for kind in BY_NAME[slot].kinds}
     assert {part[0] for part in SCHEDULES.values() if part} == kinds
-    found, applying = committed()
-    assert list(found) == EVERY, "update docs/choosing.md with UPDATE_COMBINATIONS=1: see docs/extending.md"
-    assert table(found, applying) == written()
+    outcomes, applying = committed()
+    assert list(outcomes) == EVERY, "update docs/choosing.md with UPDATE_COMBINATIONS=1: see docs/extending.md"
+    assert table(outcomes, applying) == written()
 
 
 # a logit, a square with a target, and no reference; the slow test below trains every loss
