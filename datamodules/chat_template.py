@@ -229,7 +229,7 @@ class ChatTemplate:
 
 
 def spelled_tokens(tokenizer: PreTrainedTokenizerBase) -> Callable[[Prompt, Sequence[Message]], tuple[str, ...]]:
-    """Return a function that notes prompts and answers (but at their ends) in which special tokens are spelt."""
+    """Return a function that notes special tokens in the text of prompts and answers, except at their end."""
     others = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     spelt = "|".join(map(re.escape, {*tokenizer.all_special_tokens, *others}))
     special, before_end = re.compile(spelt), re.compile(rf"(?:{spelt})(?!(?:\s|{spelt})*\Z)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -21,18 +20,14 @@ _SCORES = ("score", "rating", "reward")  # in the names of labels that grade a r
 def describe(table: PairTable, rows: np.ndarray) -> list[str]:
     """Return one line per source: its number of pairs, and what reading and tokenising left out."""
     counts = np.bincount(table.part_of(rows), minlength=len(table.parts)).tolist()
-    lines = _of_parts(table.parts, counts)
+    lines = [_of_part(part, count) for part, count in zip(table.parts, counts, strict=True)]
+    if table.parts[0].source:
+        sources = [f"{part.source}: {line}" for part, line in zip(table.parts, lines, strict=True)]
+        lines = [f"{len(rows)} pairs of {len(sources)} sources", *sources]
     if isinstance(table, GapMixedTable):
-        samples = _of_parts(table.samples, [part.pairs for part in table.samples])
+        samples = describe(table.samples, np.arange(len(table.samples)))
         lines += [*(f"samples: {line}" for line in samples), table.note]
     return lines
-
-
-def _of_parts(parts: Sequence[Part], counts: Sequence[int]) -> list[str]:
-    if not parts[0].source:
-        return [_of_part(parts[0], counts[0])]
-    sources = [f"{part.source}: {_of_part(part, count)}" for part, count in zip(parts, counts, strict=True)]
-    return [f"{sum(counts)} pairs of {len(sources)} sources", *sources]
 
 
 def _of_part(part: Part, count: int) -> str:

@@ -111,7 +111,7 @@ class GapMixedTable(PairTable):
         both = joined(marked)
         super().__init__(both.columns, own.parts)
         self.kinds = both.kinds
-        self.samples = replaced.parts
+        self.samples = replaced
         self.mixture = mixture
         ids = replaced.columns.column("pair_id").combine_chunks()
         places = pc.index_in(own.columns.column("pair_id"), value_set=ids).fill_null(-1).to_numpy().astype(np.int64)

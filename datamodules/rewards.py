@@ -132,7 +132,7 @@ def rows_with_reward(table: PairTable, rows: np.ndarray) -> np.ndarray:
 class RewardModel:
     """A reward model r(y; x): a sequence classifier with one output, run in float32 without dropout.
 
-    The arguments are those of `RewardScoring`. Without a padding token of its own it scores one text at a time.
+    The arguments are those of `RewardScoring`. If its tokenizer has no padding token, texts are scored one by one.
     Raises UserError when the model cannot be loaded or is no trained classifier with one output.
     """
 

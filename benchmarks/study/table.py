@@ -146,7 +146,7 @@ class Result(NamedTuple):
 
 
 class Rows:
-    """The rows of every run; within a seed only those of one processor are compared, for rounding changes a run."""
+    """The rows of every run. Within a seed only rows of one processor are compared, because rounding differs."""
 
     def __init__(self, table: pd.DataFrame) -> None:
         table = with_measures(table).assign(run=[replace(run, seed=-1) for run in runs_of(table)])

@@ -12,7 +12,7 @@ import itertools
 import random
 from typing import Literal
 
-from datamodules.controlled_task import grammar
+import datamodules.controlled_task.grammar as grammar
 from datamodules.controlled_task.grammar import ATTRIBUTES, LADDER, VALUES, Answer, Kind, Question, Split
 from datamodules.records import PreferencePair
 

@@ -21,7 +21,7 @@ _ANSWERS = ("completion", "output", "response", "messages", "conversations")
 
 
 def rename(row: Row, own_names: Mapping[str, str]) -> Row:
-    """Return the row with the columns `own_names` (theirs → ours) under our names, which others get `_in_data`."""
+    """Return the row with `own_names` (theirs → ours) renamed; a further column of our name gets `_in_data`."""
     own = set(own_names.values())
     rest = {
         f"{name}_in_data" if name in own else name: value

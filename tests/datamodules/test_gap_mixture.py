@@ -149,7 +149,7 @@ def test_missing_samples_stop_the_run_or_are_counted(pairs: Path) -> None:
     assert "4 without a usable sample kept theirs" in table.note
     told = Counter(was for batch in epoch(table, rows) for was in batch.labels["replaced"])
     assert told == {True: PAIRS - 4, False: 4}
-    report = table.samples[0].report.counts
+    report = table.samples.report.counts
     assert report["skipped: no sample for the prompt"] == 4
 
 
@@ -157,7 +157,7 @@ def test_a_sample_that_makes_no_pair_is_not_used(pairs: Path) -> None:
     for response, reason in ((" ", "the sample is empty"), ("yes 0", "the sample is the chosen response")):
         samples = write_samples(pairs.parent, response=response)
         table, _ = opened(pairs, GapMixture(samples, 1.0, on_missing="keep"))
-        assert table.samples[0].report.counts[f"skipped: {reason}"] == 1
+        assert table.samples.report.counts[f"skipped: {reason}"] == 1
 
 
 def test_a_sample_that_was_cut_off_has_no_end(pairs: Path) -> None:
