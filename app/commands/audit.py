@@ -77,15 +77,16 @@ def audit(
     if unseen := len(pairs.rows) - len(histories):
         print(f"Never seen, so nothing is said of them: {unseen} of {len(pairs.rows)} pairs.")
     signals = available(histories)
+    right = histories.reference_margin.dropna() > 0
+    doubt = f" Its reference prefers {right.mean():.0%} of the labelled responses, not clearly more than chance."
+    doubt = "" if "reference" in signals or not len(right) else doubt
     if by not in ("best", "gaps", *signals):
-        raise UserError(f"by: the run has no usable signal {by!r}; it has {', '.join(signals) or 'none'}.")
+        has = f"it has {', '.join(signals) or 'none'}.{doubt if by == 'reference' else ''}"
+        raise UserError(f"by: the run has no usable signal {by!r}; {has}")
     signal = next(iter(signals), "gaps") if by == "best" else by
     if signal in signals:
         better = [name for name in list(SIGNALS)[: list(SIGNALS).index(signal)] if name not in signals]
         without = f"; the run has no usable {' or '.join(better)}" if better else ""
-        right = histories.reference_margin.dropna() > 0
-        doubt = f" Its reference prefers the labelled response in {right.mean():.0%} of the pairs, as chance may."
-        doubt = doubt if "reference" in better and len(right) else ""
         print(f"Ranked by {signal}: {signals[signal]}{without}.{doubt}")
     worst, outliers = suspects(histories, SIGNALS[signal], count), suspects(histories, "outlier", count)
     listed = pd.concat({"mislabelled": worst, "outlier": outliers}, names=["listed_as"]).reset_index("listed_as")
@@ -168,8 +169,7 @@ def write_clean(file: str, pairs: PairTexts, worst: set[str], swap: bool, replac
 
 def as_row(pair: PreferencePair, swapped: bool) -> dict[str, Any]:
     """Return a pair as a row for `data.path`; `swapped` exchanges answers, the labels of sides, and `flipped`."""
-    # in a message, an answer that is messages in JSON stays text
-    chat = not isinstance(pair.prompt, str) or bool(pair.chosen_fields or pair.rejected_fields)
+    chat = not isinstance(pair.prompt, str)  # in a message, an answer that is messages in JSON stays text
     answers = [[pair.answer(side)] if chat else getattr(pair, side) for side in ("chosen", "rejected")]
     labels = pair.labels
     if swapped:
@@ -181,7 +181,7 @@ def as_row(pair: PreferencePair, swapped: bool) -> dict[str, Any]:
     own = {"tools": pair.tools, "chat_template_kwargs": dict(pair.template_kwargs)}
     return labels | {
         "pair_id": pair.pair_id,
-        "prompt": pair.prompt if isinstance(pair.prompt, str) else list(pair.prompt),
+        "prompt": list(pair.prompt) if chat else pair.prompt,
         "chosen": answers[0],
         "rejected": answers[1],
         **{name: value for name, value in own.items() if value},

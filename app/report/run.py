@@ -20,7 +20,7 @@ from tensorboard.util import tb_logging
 
 from app.cli.options import yaml_fault
 from app.cli.run_record import COMMANDS_FILE
-from app.core.errors import UserError, refused
+from app.core.errors import UserError, refused, renamed
 from app.core.intervals import Estimate
 from app.core.log_folder import whole_lines
 from callbacks import arguments, entries
@@ -184,7 +184,9 @@ class PairTexts:
             file = folder / "config.yaml"
             raise UserError(f"{file} is missing or has no model and data: it is not the record of `beta-dpo fit`.")
         self.data = training_data(config)
-        opened = self.data.open_table("train")
+        cure = f"{folder} names it; call the command where the run began"
+        with renamed({"check the path that you gave": cure}):
+            opened = self.data.open_table("train")
         assert opened is not None
         self.table: PairTable = opened[0]
         audits = (pq.read_schema(file).metadata or {} for file in sorted((folder / "audit").glob("*.parquet"))[:1])

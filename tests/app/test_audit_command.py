@@ -180,6 +180,10 @@ def test_a_swapped_pair_has_swapped_scores() -> None:
     assert as_row(pair, swapped=False) == {**own, "chosen": "good", "rejected": "bad", **labels}
     labels = {"chosen_reward": 2, "rejected_reward": 1, "score_rejected": 3, "flipped": False}
     assert as_row(pair, swapped=True) == {**own, "chosen": "bad", "rejected": "good", **labels}
+    asked = (Message("user", "q"),)
+    json_texts = [json.dumps({"role": "assistant", "content": said}) for said in "ab"]
+    chat = PreferencePair("1", asked, *json_texts)
+    assert read_row(as_row(chat, swapped=False), "", Source("x"))[0] == chat  # messages in JSON stay text
 
 
 def test_an_answer_in_a_dialogue_that_is_messages_in_json_stays_text() -> None:
@@ -216,7 +220,8 @@ def test_pairs_of_a_file_as_csv(
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs[1:]))  # line 1 is what line 2 was
     assert f"The training pairs are not those of {RUN} any more" in refused(["audit", RUN], capfd)
     data.unlink()
-    assert "pairs.jsonl" in refused(["audit", RUN, "--count", "3"], capfd)
+    said = f"no file or folder 'pairs.jsonl': {RUN} names it; call the command where the run began."
+    assert said in refused(["audit", RUN, "--count", "3"], capfd)
     config = Path(RUN) / "config.yaml"
     config.write_text("[1, 2]")
     assert "is not the record of `beta-dpo fit`" in refused(["audit", RUN, "--count", "3"], capfd)
