@@ -12,8 +12,24 @@ import itertools
 import random
 from typing import Literal
 
-import datamodules.controlled_task.grammar as grammar
-from datamodules.controlled_task.grammar import ATTRIBUTES, LADDER, VALUES, Answer, Kind, Question, Split
+from datamodules.controlled_task.grammar import (
+    ADVERBS,
+    ANIMALS,
+    ATTRIBUTES,
+    CLOSINGS,
+    LADDER,
+    PLAIN_OPENERS,
+    POLITE_OPENERS,
+    RUDE_OPENERS,
+    VALUES,
+    WORDS,
+    Answer,
+    Kind,
+    Question,
+    Split,
+    judge,
+    parse_answer,
+)
 from datamodules.records import PreferencePair
 
 FILLER_SHARE = 0.5  # of each of the two filler words: lengths 10, 11, 12 occur as 1 : 2 : 1
@@ -40,7 +56,7 @@ def demonstrations(count: int, seed: int, *, split: Split = "train") -> list[Pre
         kind = rng.choices(list(MIXED_QUALITY), weights=list(MIXED_QUALITY.values()))[0]
         question = draw_question(rng, split)
         answer = draw_answer(question, kind, rng)
-        labels: dict[str, object] = {"kind": kind.value, "chosen_reward": grammar.judge(question, answer).reward}
+        labels: dict[str, object] = {"kind": kind.value, "chosen_reward": judge(question, answer).reward}
         pair_id = f"controlled-{split}-demonstration-{seed}-{index:06d}"
         items.append(PreferencePair(pair_id, question.text, answer.text, None, labels))
     return items
@@ -74,7 +90,7 @@ def preference_pairs(
         better, worse = _broken(question, rng) if broken else _graded(question, high_share, rng)
         flipped = flips.random() < flip_rate
         texts = (worse, better) if flipped else (better, worse)
-        chosen, rejected = (grammar.judge(question, grammar.parse_answer(text)) for text in texts)
+        chosen, rejected = (judge(question, parse_answer(text)) for text in texts)
         labels: dict[str, object] = {
             "flipped": flipped,
             "kind": "broken" if broken else "graded",
@@ -99,7 +115,7 @@ def _graded(question: Question, high_share: float, rng: random.Random) -> tuple[
         better = draw_answer(question, better_kind, rng)
         worse = draw_answer(question, worse_kind, rng, content=better_kind)
         # if only the worse of two neighbours is polite, they differ by half a point: draw again
-        if grammar.judge(question, better).reward - grammar.judge(question, worse).reward >= 1:
+        if judge(question, better).reward - judge(question, worse).reward >= 1:
             return better.text, worse.text
 
 
@@ -108,16 +124,16 @@ def draw_question(rng: random.Random, split: Split) -> Question:
     while True:
         values = tuple(rng.choice(VALUES[attribute]) for attribute in ATTRIBUTES)
         first, second = rng.sample(ATTRIBUTES, 2)
-        question = Question(rng.choice(grammar.ANIMALS), values, (first, second))
+        question = Question(rng.choice(ANIMALS), values, (first, second))
         if question.split == split:
             return question
 
 
 def draw_answer(question: Question, kind: Kind, rng: random.Random, *, content: Kind | None = None) -> Answer:
     """Draw a well-formed response of a kind; a rude one has `content` after its opener, by default of any kind."""
-    openers = grammar.POLITE_OPENERS if rng.random() < 0.5 else grammar.PLAIN_OPENERS
+    openers = POLITE_OPENERS if rng.random() < 0.5 else PLAIN_OPENERS
     if kind is Kind.RUDE:
-        openers, kind = grammar.RUDE_OPENERS, content or rng.choice(LADDER[1:])
+        openers, kind = RUDE_OPENERS, content or rng.choice(LADDER[1:])
     attributes = list(question.asked)
     if kind is Kind.OFF_TOPIC:
         attributes = [attribute for attribute in ATTRIBUTES if attribute not in question.asked]
@@ -134,8 +150,8 @@ def draw_answer(question: Question, kind: Kind, rng: random.Random, *, content: 
         opener=rng.choice(openers),
         animal=question.animal,
         claims=(claim(attributes[0]), claim(attributes[1])),
-        adverb=rng.choice(grammar.ADVERBS) if rng.random() < FILLER_SHARE else None,
-        closing=rng.choice(grammar.CLOSINGS) if rng.random() < FILLER_SHARE else None,
+        adverb=rng.choice(ADVERBS) if rng.random() < FILLER_SHARE else None,
+        closing=rng.choice(CLOSINGS) if rng.random() < FILLER_SHARE else None,
     )
 
 
@@ -149,7 +165,7 @@ def _damaged(words: list[str], defect: str, rng: random.Random) -> list[str]:
     if defect == "double":
         return words[: place + 1] + words[place:]
     if defect == "replace":
-        return [*words[:place], rng.choice(grammar.WORDS), *words[place + 1 :]]
+        return [*words[:place], rng.choice(WORDS), *words[place + 1 :]]
     if defect == "cut short":
         return words[: rng.randrange(1, len(words))]
     if defect == "repeat attribute":
@@ -168,6 +184,6 @@ def break_answer(answer: Answer, rng: random.Random) -> str:
     defect = rng.choice(_DEFECTS)
     text = answer.text
     # without a filler word or with another value, the text may still be well-formed: draw the place again
-    while grammar.parse_answer(text) is not None:
+    while parse_answer(text) is not None:
         text = " " + " ".join(_damaged(answer.text[1:].split(" "), defect, rng))
     return text
