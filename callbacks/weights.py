@@ -11,18 +11,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from app.method import weights
+from app.method import ranges, weights
 from app.method.dynamic_beta import effective_sample_size
 from app.method.pair_loss import PairLoss
-from app.method.ranges import (
-    FactorFromOne,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    PositiveShare,
-    ProperShare,
-    checked,
-)
+from app.method.ranges import checked
 from app.method.reference_flips import ReferenceFlips, fitted, label_weights
 from app.method.step import StepDecision
 from callbacks.base import Decider, Scored, label_column
@@ -64,7 +56,7 @@ class LossWeights(WeightedPairs):
     """
 
     by: Literal["dr_dpo", "kldpo"] = "dr_dpo"
-    temperature: PositiveFloat = 1.0
+    temperature: ranges.PositiveFloat = 1.0
 
     def weights(self, pl_module: LightningModule, decision: StepDecision) -> Tensor:
         losses = decision.pair_losses()[decision.kept]
@@ -99,10 +91,10 @@ class ScoreWeights(WeightedPairs, Scored):
     by: Literal["madpo", "quality"] = "madpo"
     chosen: str = "chosen_reward"
     rejected: str = "rejected_reward"
-    largest: FactorFromOne = 2.0
-    smallest: ProperShare = 0.5
-    threshold: NonNegativeFloat = 2.0
-    slope: PositiveFloat = 1.0
+    largest: ranges.FactorFromOne = 2.0
+    smallest: ranges.ProperShare = 0.5
+    threshold: ranges.NonNegativeFloat = 2.0
+    slope: ranges.PositiveFloat = 1.0
 
     def weights(self, pl_module: LightningModule, decision: StepDecision) -> Tensor:
         gap = self.score_gap(decision.pair_ids, decision.labels)[decision.kept]
@@ -123,7 +115,7 @@ class ReferenceWeights(Decider):
         window: number of steps whose margins the estimate uses.
     """
 
-    window: PositiveInt = 16
+    window: ranges.PositiveInt = 16
 
     saved = ("margins", "flips")
 
@@ -167,8 +159,8 @@ class AnnotatorReliability(Decider):
     """
 
     column: str = "annotator"
-    initial: ProperShare = 0.9
-    momentum: PositiveShare = 0.1
+    initial: ranges.ProperShare = 0.9
+    momentum: ranges.PositiveShare = 0.1
 
     saved = ("reliability",)
 
