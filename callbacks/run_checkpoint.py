@@ -177,7 +177,7 @@ class RunCheckpoint(ModelCheckpoint):
     on_validation_start = on_train_batch_start  # type: ignore[assignment]
 
     def stopped(self, trainer: Trainer) -> bool:
-        """Return whether any rank received a signal; all agree on the largest, because scripts read the status."""
+        """Return whether any rank received a signal; all take the largest, because scripts read the exit status."""
         self._stopped_by = largest(trainer, self._signals.received or 0) or None
         return self._stopped_by is not None
 

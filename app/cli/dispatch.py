@@ -90,7 +90,7 @@ def tell_repeats(words: list[str]) -> None:
 
 
 def run_small_command(command: str, function: Callable[..., None], words: list[str]) -> None:
-    """Call the function of a small command; of `words`, a first parameter that is a list takes the leading ones."""
+    """Call the function of a small command with `words`; a first parameter that is a list takes several of them."""
     first = next(iter(signature(function).parameters.values()))
     named = list(takewhile(lambda word: not word.startswith("-"), words))
     # jsonargparse takes one value per parameter, so the leading words of `report RUN RUN …` become a JSON list

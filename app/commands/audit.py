@@ -287,7 +287,7 @@ def available(histories: pd.DataFrame) -> dict[str, str]:
 
 
 def hits(scores: np.ndarray, wrong: np.ndarray, listed: int) -> np.ndarray:
-    """Return [listed] bool: whether the pairs of the highest `scores` [n] are `wrong` [n]; ties keep the order."""
+    """Return [listed] bool: whether each pair of the highest `scores` [n] is `wrong` [n]; ties keep their order."""
     if not 1 <= listed <= len(scores):
         raise ValueError(f"cannot list {listed} of {len(scores)} pairs")
     return wrong[np.argsort(-np.asarray(scores, float), kind="stable")[:listed]]

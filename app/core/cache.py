@@ -36,7 +36,7 @@ class DamagedEntry(Exception):
 
 
 def cached(kind: Kind, key: str, read: Callable[[Path], T], build: Callable[[Path], None]) -> T:
-    """Return what `read` finds in the folder of an entry; a missing or damaged one is made by `build`, once."""
+    """Return what `read` finds in the folder of an entry, which one process builds if it is missing or damaged."""
     folder = cache_root(kind) / key
     with suppress(DamagedEntry):  # an entry appears when it is complete, so a cache may be read-only
         if folder.exists():

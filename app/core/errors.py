@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 class StepRefused(UserError):
-    """A step refused before it changed weights, optimizer or callbacks, on every rank, so that all can save."""
+    """The exception for a step refused, on every rank, before it changed weights, optimizer or callbacks."""
 
 
 def leave(sentence: str, status: int = 2) -> NoReturn:

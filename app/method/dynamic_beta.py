@@ -46,7 +46,7 @@ class Moments:
         return None if self.std is None or self.std < self.minimum_std else self.std
 
     def z_scores(self, discrepancy: Tensor) -> Tensor:
-        """Return (M_i − M0)/σ, float64, detached; NaN where M_i is, and zeros without a `spread`, as at first."""
+        """Return (M_i − M0)/σ, float64, detached: zeros without a `spread`, as in the first step; NaN of NaN."""
         discrepancy = discrepancy.detach().to(torch.float64)
         if self.spread is None:
             return torch.zeros_like(discrepancy).masked_fill(torch.isnan(discrepancy), math.nan)

@@ -34,7 +34,7 @@ class ReferenceFlips:
 
 
 def fitted(margins: Tensor, start: ReferenceFlips | None, rounds: int = 50) -> ReferenceFlips | None:
-    """Fit ε and κ by EM on `margins` [n] from `start` (else ε = .15, κ = 1/mean |r|); SILENT ones leave `start`."""
+    """Fit ε and κ by EM to `margins` [n], from `start` or ε = .15, κ = 1/mean |r|; if they are SILENT, `start`."""
     margins = margins.detach().to(torch.float64)
     size = float(margins.abs().mean()) if margins.numel() else 0.0
     if size < SILENT:

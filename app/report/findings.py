@@ -1,4 +1,4 @@
-"""The findings of a report: sentences with evidence and advice, by health conditions and what a whole run shows."""
+"""The findings of a report: sentences with evidence and advice, from health conditions and the whole run."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def dropped_pairs(run: Run) -> Iterator[Finding]:
 
 
 def displacement(run: Run) -> Iterator[Finding]:
-    """Yield a finding if the chosen log-ratio rises, or falls by less than the rejected one (more: a condition)."""
+    """Yield a finding if the chosen log-ratio rises, or falls by less than the rejected one."""
     chosen, rejected = (run.part(f"train/log_ratio_{side}", 0.75, 1) for side in ("chosen", "rejected"))
     if len(chosen) < 2 or not len(rejected):
         return
