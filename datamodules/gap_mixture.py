@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -66,30 +66,26 @@ def replaced_stream(stream: PairStream, path: str) -> PairStream:
         ) from error
 
     def read(report: RowReport) -> Iterator[PreferencePair]:
-        # byte offsets of the samples of each prompt, by its key: texts stay on disk
-        places: dict[int, list[int]] = {}
-        for place, sample in read_samples(path):
-            places.setdefault(prompt_key(read_prompt(sample["prompt"])), []).append(place)
-        turns = {key: cycle(found) for key, found in places.items()}
-        with open(path, "rb") as file:
-            for pair in stream:
-                report.counts["rows"] += 1
-                turn = turns.get(prompt_key(pair.prompt))
-                if turn is None:
-                    report.note("skipped: no sample for the prompt", pair.pair_id)
-                    continue
-                file.seek(next(turn))
-                sample = json.loads(file.readline())
-                response = sample["response"]
-                if blank(response):
-                    report.note("skipped: the sample is empty", pair.pair_id)
-                elif response.strip() == pair.chosen.strip():
-                    report.note("skipped: the sample is the chosen response", pair.pair_id)
-                else:
-                    report.counts["pairs"] += 1
-                    labels = {name: None if "rejected" in name else value for name, value in pair.labels.items()}
-                    ends = sample.get("finished", True)
-                    yield replace(pair, rejected=response, labels=labels, rejected_ends=ends)
+        samples: defaultdict[int, list[tuple[str, bool]]] = defaultdict(list)  # by the key of the prompt
+        for sample in read_samples(path):
+            found = (sample["response"], sample["finished"])
+            samples[prompt_key(read_prompt(sample["prompt"]))].append(found)
+        turns = {key: cycle(found) for key, found in samples.items()}
+        for pair in stream:
+            report.counts["rows"] += 1
+            key = prompt_key(pair.prompt)
+            if key not in turns:
+                report.note("skipped: no sample for the prompt", pair.pair_id)
+                continue
+            response, ends = next(turns[key])
+            if blank(response):
+                report.note("skipped: the sample is empty", pair.pair_id)
+            elif response.strip() == pair.chosen.strip():
+                report.note("skipped: the sample is the chosen response", pair.pair_id)
+            else:
+                report.counts["pairs"] += 1
+                labels = {name: None if "rejected" in name else value for name, value in pair.labels.items()}
+                yield replace(pair, rejected=response, labels=labels, rejected_ends=ends)
         if not report.counts["pairs"]:
             raise UserError(
                 f"data.gap_mixture: {path} has no usable sample for any training pair ({report.summary()}): run "

@@ -53,16 +53,14 @@ def sample_line(prompt_id: str, prompt: Any, response: str, finished: bool, **mo
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def read_samples(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (byte offset, row) of every sample; `prompt_id` defaults to the line number, `finished` to True."""
-    place = 0
+def read_samples(path: str) -> Iterator[dict[str, Any]]:
+    """Yield the row of every sample; `prompt_id` defaults to the line number, `finished` to True."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     row = {"prompt_id": number, "finished": True, **_sample(line, f"{path}:{number}")}
-                    yield place, row | {"prompt_id": str(row["prompt_id"])}
-                place += len(line)
+                    yield row | {"prompt_id": str(row["prompt_id"])}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; `beta-dpo generate` writes samples.") from error
 

@@ -44,7 +44,7 @@ def aligned(ours: str, theirs: str, read: Sequence[Answer] | None = None) -> tup
 
 def sampled_answers(path: str) -> list[Answer]:
     """Return the rows of a sample file. UserError for none, a bad or repeated one, and two prompts with one id."""
-    rows = [row | {"prompt": read_prompt(row["prompt"])} for _, row in read_samples(path)]
+    rows = [row | {"prompt": read_prompt(row["prompt"])} for row in read_samples(path)]
     if not rows:
         raise UserError(f"{path} holds no answer.")
     prompts: dict[str, Prompt] = {}

@@ -84,12 +84,12 @@ def measured(run: Run) -> dict[str, float]:
     }
     if not task.steps:
         return found | real_pairs.found(audit, Path(f"{run.folder}-pairs", "train.jsonl"))
-    of_sft = rows_of(run.sft / "samples.jsonl")
+    of_sft = list(read_samples(f"{run.sft}/samples.jsonl"))
     sft = score(task, of_sft)
     found |= {"sft_reward": sft["reward"], "sft_malformed": sft["malformed"]}
     for step in run.sampled:
         end = "" if step == task.steps[-1] else f"_{step}"
-        samples = rows_of(run.folder / f"samples-{step}.jsonl")
+        samples = list(read_samples(f"{run.folder}/samples-{step}.jsonl"))
         found |= {f"{name}{end}": value for name, value in score(task, samples).items()}
     return found if task.reward else found | {"win_rate": win_rate(samples, of_sft).mean}
 
@@ -100,10 +100,6 @@ def score(task: Task, samples: list[dict[str, Any]]) -> dict[str, float]:
     told = {name: found.mean for name, found in figures(samples, judge).items()}
     reward, finished = told["reward" if task.reward else "true reward"], told.get("finished", 1.0)
     return {"reward": reward, "malformed": told.get("malformed", 1 - finished), "kl": told.get("KL", 0.0)}
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [row for _, row in read_samples(str(path))]
 
 
 def do(commands: Sequence[str], log: Path) -> None:

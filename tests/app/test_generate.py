@@ -184,7 +184,7 @@ def test_prompts_alone_are_answered_and_their_columns_kept(tiny_llama: str, tmp_
     path, out = tmp_path / "prompts.jsonl", str(tmp_path / "out.jsonl")
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     generate(tiny_llama, out, prompts=str(path), count=None, max_new_tokens=3, columns=["topic"])
-    samples = [row for _, row in read_samples(out)]
+    samples = list(read_samples(out))
     assert [row["prompt"] for row in samples] == ["the cat", "the\ndog", "the cat", "the dog"]
     assert [row["topic"] for row in samples] == ["cats", "dogs", None, "pairs"]
     for columns, told in ((["level"], "has no 'level' to copy; it has topic"), (["logp"], "is a field of every")):

@@ -171,7 +171,7 @@ def test_a_server_samples(model: Path, server: str, tmp_path: Path, capsys: pyte
             generate(str(model), str(out), str(prompts), endpoint=endpoint, **settings | more)
 
         sampled()
-        rows = [row for _, row in read_samples(str(out))]
+        rows = list(read_samples(str(out)))
         assert [row["response"].strip() for row in rows] == [REPLIES[verdict(*pair)] for pair in EVERY[:3]]
         assert all(row["finished"] for row in rows)
         assert [row["prompt"] for row in rows] == texts == relay.asked

@@ -34,7 +34,7 @@ def test_samples_follow_the_policy_and_change_nothing(tiny_llama: str, tmp_path:
     assert [file.name for file in files] == ["step-00000002.jsonl", "step-00000004.jsonl"]  # not the sanity check
     first, second = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
     assert [row["prompt"] for row in first] == [row["prompt"] for row in second]
-    assert [row["prompt_id"] for _, row in read_samples(str(files[0]))] == ["0", "1", "2"]
+    assert [row["prompt_id"] for row in read_samples(str(files[0]))] == ["0", "1", "2"]
     assert all(row["prompt"].endswith("Assistant:") for row in first)
     assert [row["response"] for row in first] != [row["response"] for row in second]
     other = shutil.copytree(tiny_llama, tmp_path / "other")  # its settings are not those of the samples

@@ -234,7 +234,7 @@ def generate_agrees(url: str, folder: Path) -> tuple[str, bool]:
         places = [str(folder / f"{name}-{chat}-{limit}.jsonl") for name in ("here", "there")]
         generate(str(folder / "judge"), places[0], **settings)
         generate("judge", places[1], endpoint=SamplingServer(url=url, token_ids=True), **settings)
-        for (_, here), (_, there) in zip(*map(read_samples, places), strict=True):
+        for here, there in zip(*map(read_samples, places), strict=True):
             names = ("prompt_ids", "response_ids", "tokens", "finished")
             alike = all(here[name] == there.get(name) for name in names)
             same += alike and here["response"].strip() == there["response"].strip()
