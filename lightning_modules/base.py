@@ -163,8 +163,9 @@ class LanguageModelTraining(LightningModule):
             with stand_ins_for_meta(model):
                 add_lora(model, lora)
             for weight in model.parameters():
-                if weight.requires_grad or lora.moves_base:  # A is random, and its replicas must be equal
-                    weight.data = strategy.broadcast(weight.data.cpu()).to(weight.device)
+                if weight.requires_grad or lora.moves_base:
+                    # A is random, and its replicas must be equal; on 4 bits peft makes it in bfloat16
+                    weight.data = strategy.broadcast(weight.data.cpu()).to(weight.device, torch.float32)
         freeze_unread(model)
         scorer = ResponseScorer(model)
         if self.attention in OURS:

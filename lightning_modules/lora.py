@@ -22,6 +22,9 @@ from app.method.ranges import PositiveFloat, PositiveInt, checked
 log = logging.getLogger(__name__)
 
 TO_ADAPT = "they are fused into weights that are no layers: name {} in model.lora.target_parameters"
+# options that name some of the layers → the pattern of a layer's whole name for one of their entries, as in peft
+SOME = dict.fromkeys(("exclude_modules", "rank_pattern", "alpha_pattern"), r"(.*\.)?({})")
+SOME |= {"layers_to_transform": r".*\.{}\..*"}
 MOVING = r"olora|pissa(_niter_[1-9]\d*)?"  # starts for which peft subtracts the adapters from the base's weights
 
 
@@ -149,8 +152,17 @@ def refuse_unmatched(model: Any, lora: Lora, experts: list[str]) -> None:
     rules = {targets: targets} if isinstance(targets, str) else {one: ends + re.escape(one) for one in targets}
     try:
         found = {one: [layers[name] for name in layers if re.fullmatch(rule, name)] for one, rule in rules.items()}
+        for option, inside in SOME.items():
+            given, names = getattr(lora, option) or [], [*layers, *(name for name, _ in model.named_parameters())]
+            for one in [given] if isinstance(given, (str, int)) else given:
+                if not any(re.fullmatch(inside.format(one), name) for name in names):
+                    raise UserError(f"model.lora.{option}: {one} names no layer.")
     except re.error as error:
-        raise UserError(f"model.lora.target_modules: {targets!r} is no pattern: {error}.") from error
+        raise UserError(f"model.lora: {error.pattern!r} is no pattern: {error}.") from error
+    if lora.init_lora_weights == "olora" and any(isinstance(layer, Conv1D) for layer in layers.values()):
+        raise UserError(
+            "model.lora.init_lora_weights: peft has no olora for Conv1D, this model's layers: take pissa."
+        )
     wrong = [one for one, fitting in found.items() if not fitting or head in fitting]
     if targets != "all-linear" and (wrong or not targets):
         known = sorted({name.rpartition(".")[2] for name, layer in layers.items() if layer is not head})

@@ -105,6 +105,9 @@ def load_model(
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)
         model, found = loaded
         refuse_missing(name, found)
+        for one in getattr(quantized, "llm_int8_skip_modules", None) or []:
+            if not any(one in layer for layer, _ in model.named_modules()):
+                raise UserError(f"model.quantize.llm_int8_skip_modules: {one} names no layer.")
         refuse_values(name, model)
         head, text = model.get_output_embeddings(), model.config.get_text_config()
         apart = head is not None and head.weight is not model.get_input_embeddings().weight

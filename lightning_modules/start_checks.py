@@ -108,13 +108,15 @@ def check_start(trainer: Any) -> None:
 
 def check_quantized(quantize: dict[str, Any], lora: Lora | None, sharded: bool, precision: str) -> None:
     """Raise UserError where a quantised base cannot be trained on."""
-    moved, eight = lora is not None and lora.moves_base, quantize.get("load_in_8bit")
+    moved, dora = lora is not None and lora.moves_base, lora is not None and lora.use_dora
+    eight = quantize.get("load_in_8bit")
     wrong = {
         "does not train by itself: add model.lora (configs/model/lora.yaml), whose adapters do": lora is None,
         "does not go with model.lora.init_lora_weights pissa or olora, which change the base: take true": moved,
         "does not go with ShardedStrategy, which cannot shard it: take one device or ddp, or leave it out": sharded,
         "does not go with trainer.precision 64-true: take 32-true or bf16-mixed": precision == "64-true",
         "in 8 bits computes in 16: set trainer.precision bf16-mixed": eight and precision != "bf16-mixed",
+        "in 8 bits does not go with model.lora.use_dora: set it to false, or load_in_4bit": eight and dora,
     }
     for said, applies in wrong.items():
         if applies:

@@ -21,7 +21,7 @@ from lightning_modules.base import LanguageModelTraining
 from lightning_modules.lora import add_lora
 from lightning_modules.measuring import parameter_count
 from lightning_modules.memory import WEIGHT, MemoryPlan, Sizes, activations
-from lightning_modules.pretrained import bare_model, load_config, store_linear_weights
+from lightning_modules.pretrained import bare_model, freeze_unread, load_config, store_linear_weights
 from lightning_modules.sharding import ShardedStrategy, keep_local_part
 from lightning_modules.start_checks import check_quantized, stepped
 
@@ -95,16 +95,17 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
     needs_reference = getattr(getattr(module, "loss", None), "needs_reference", False) and second
     dtype = torch.bfloat16 if half and sharded else torch.float32
     model = bare_model(config, dtype=torch.float32)
-    parameters, adapters = parameter_count(model), 0
+    parameters = parameter_count(model)
     keep_local_part(model, split)
     if module.lora is not None:
         add_lora(model, replace(module.lora, init_lora_weights=True))
-        adapters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-        if sharded:
-            for weight in model.parameters():
-                weight.data = weight.data.to(torch.float32 if weight.requires_grad else dtype)
-        elif autocast and not module.lora.use_dora:
-            store_linear_weights(model, torch.bfloat16)
+    freeze_unread(model)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    if sharded:
+        for weight in model.parameters():
+            weight.data = weight.data.to(torch.float32 if weight.requires_grad else dtype)
+    elif autocast and not (module.lora and module.lora.use_dora):
+        store_linear_weights(model, torch.bfloat16)
     plan = MemoryPlan(
         sizes=Sizes.of(model, module.quantize),
         activations=activations(config, dtype, autocast, split),
@@ -119,8 +120,9 @@ def memory_plan(module: LanguageModelTraining, config: Any, options: Any) -> tup
         dense_mask=0 if module.layout == "separate" else dense_mask_bytes(module.attention, config),
         optimizer_state=optimizer_state(module.make_optimizer),
     )
+    adapters = 0 if module.lora is None else trained
     kept = adapters + (0 if module.adapters_alone else parameters)
-    disk = WEIGHT * (kept + (adapters or parameters) * plan.optimizer_state)
+    disk = WEIGHT * (kept + trained * plan.optimizer_state)
     words = f"{parameters:,} parameters" + (f" and {adapters:,} of adapters" if adapters else "")
     words += f" on {nodes} × {per_node} {'CPU processes' if on_cpu else 'devices'}, {plan.kind}"
     words += f" in {shards} shards" if sharded else ""

@@ -331,6 +331,9 @@ OF_A_RUN["adapters"] = [(f'--model.lora.target_modules="{names}"', said) for nam
 OF_A_RUN["adapters"] += [
     ("--model.lora.r 0", "model.lora.r: must be a whole number from 1"),
     ("--model.lora.lora_alpha nan", "model.lora.lora_alpha: must be"),
+    ("--model.lora.rank_pattern '{q_prj: 8}'", "model.lora.rank_pattern: q_prj names no layer"),
+    ("--model.lora.exclude_modules [vision_tower]", "model.lora.exclude_modules: vision_tower names no layer"),
+    ("--model.lora.layers_to_transform [0,9]", "model.lora.layers_to_transform: 9 names no layer"),
     ("--model.lora.rank 8", "model.lora.rank: Lora has no such option"),
     ("--model.lora.target_parameters [experts.down_proj]", "fused experts are none, and target_modules names lay"),
     (

@@ -275,6 +275,8 @@ def test_what_cannot_work_is_refused(tiny_llama: str, tmp_path: Path) -> None:
         train(tmp_path, tiny_llama, 1, lora=Lora(target_modules=["nowhere"]))
     with pytest.raises(UserError, match=r"model.lora.init_lora_weights: 'eva' is none of true, gaussian, pissa"):
         train(tmp_path, tiny_llama, 1, lora=Lora(init_lora_weights="eva"))
+    with pytest.raises(UserError, match="peft has no olora for Conv1D"):
+        add_lora(tiny_model("gpt2"), Lora(init_lora_weights="olora"))
     with pytest.raises(UserError, match="head"):
         train(tmp_path, tiny_llama, 1, lora=Lora(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="Lora: r must be"):

@@ -87,6 +87,7 @@ def test_adapters_are_trained_resumed_and_exported(
         (NF4 | {"bnb_4bit_quant_storage": "bfloat16"}, {}, "bnb_4bit_quant_storage must be uint8"),
         (NF4 | {"llm_int8_skip_modules": ["q_proj"]}, {}, "keep adapters and quantize off the head"),
         (NF4, {"precision": "64-true"}, "does not go with trainer.precision 64-true"),
+        (NF4 | {"llm_int8_skip_modules": ["lm_head", "q_prj"]}, {}, "llm_int8_skip_modules: q_prj names no layer"),
         (INT8, {"precision": "32-true"}, "in 8 bits computes in 16: set trainer.precision bf16-mixed"),
     ],
 )
@@ -95,6 +96,20 @@ def test_what_cannot_work_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=said):
         run(tmp_path, tiny_llama, 1, quantize, **trainer)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_are_float32_on_bases_that_compute_in_16_bits(
+    use_dora: bool, tiny_llama: str, tmp_path: Path
+) -> None:
+    module = preference(tiny_llama, lora=Lora(r=4, use_dora=use_dora), quantize=NF4)
+    trainer = quiet_trainer(tmp_path, max_steps=1, precision="bf16-mixed")
+    trainer.fit(module, controlled(10))
+    assert {weight.dtype for weight in module.parameters() if weight.requires_grad} == {torch.float32}
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    export(str(tmp_path / "run.ckpt"), str(tmp_path / "out"))  # which compares the model read back
+    with pytest.raises(UserError, match=r"in 8 bits does not go with model\.lora\.use_dora"):
+        trainer.fit(preference(tiny_llama, lora=Lora(use_dora=True), quantize=INT8), controlled(10))
 
 
 def test_a_base_without_adapters_is_refused(tiny_llama: str, tmp_path: Path) -> None:
