@@ -20,8 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from command_runs import command, refusal, write_config
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from app.cli.dispatch import _tell_of_thread, tell_repeats
 from app.cli.mistakes import plain_sentence
@@ -347,6 +350,20 @@ def test_a_thread_that_ends_by_the_disk_tells_so_in_one_sentence(capsys: pytest.
 def test_a_defect_keeps_its_traceback() -> None:
     for defect in (RuntimeError("shapes differ"), ValueError("x"), KeyError("y"), OSError("no errno")):
         assert plain_sentence(defect) is None
+
+
+def test_weights_without_a_gradient_under_ddp_name_the_strategy_that_takes_them() -> None:
+    weights = nn.Linear(2, 2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        module = DistributedDataParallel(weights)
+        weights.forward = lambda one: one @ weights.weight  # type: ignore
+        module(torch.ones(1, 2)).sum().backward()
+        with pytest.raises(RuntimeError) as raised:
+            module(torch.ones(1, 2))
+    finally:
+        dist.destroy_process_group()
+    assert "take ddp_find_unused_parameters_true" in str(plain_sentence(raised.value))
 
 
 def test_the_cause_is_found_behind_what_was_raised_from_it() -> None:
