@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from os.path import commonprefix
@@ -14,18 +14,15 @@ from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from app.core.errors import UserError, first_line
-from datamodules.records import Dropped, Message, PreferencePair, Prompt
+from datamodules.records import Dropped, Message, PreferencePair
 from datamodules.sources.messages import prompt_messages
 
 # the date of a template's `strftime_now`, fixed so that prompts and cache keys stay the same; from Llama 3.1
 TEMPLATE_DATE = datetime(2024, 7, 26)
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 ESSENTIAL = ("tools", "tool_calls", THOUGHTS[0])  # a conversation without these is a different one
-CONTROL_TOKENS = "{} whose text spells special tokens, which the tokenizer reads as such"
 REWRITTEN = "turns whose text the chat template changes"
 INDENTED = "answers that begin with white space, which is left out"
-REPEATED = "answers that begin with their prompt, and are trained with it"
-_SHORT = 10  # characters that an answer may share with its prompt by chance
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template")
 _PROBES = ("Answer", "Reply")  # two answers that differ from the first letter
@@ -226,24 +223,6 @@ class ChatTemplate:
         """Return the largest length, at most `length`, that does not cut through a special token of `text`."""
         inside = [token for token in self._tokens.finditer(text) if token.start() < length < token.end()]
         return inside[0].start() if inside else length
-
-
-def spelled_tokens(tokenizer: PreTrainedTokenizerBase) -> Callable[[Prompt, Sequence[Message]], tuple[str, ...]]:
-    """Return a function that notes special tokens in the text of prompts and answers, except at their end."""
-    others = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    spelt = "|".join(map(re.escape, {*tokenizer.all_special_tokens, *others}))
-    special, before_end = re.compile(spelt), re.compile(rf"(?:{spelt})(?!(?:\s|{spelt})*\Z)")
-
-    def notes(prompt: Prompt, answers: Sequence[Message]) -> tuple[str, ...]:
-        asked = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
-        said = [answer.content for answer in answers]
-        sides = (("prompts", special, asked), ("answers", before_end, said))
-        found = [CONTROL_TOKENS.format(side) for side, pattern, texts in sides if any(map(pattern.search, texts))]
-        start = prompt.strip() if isinstance(prompt, str) else ""
-        repeated = said and len(start) > _SHORT and all(text.lstrip().startswith(start) for text in said)
-        return (*found, REPEATED) if repeated else tuple(found)
-
-    return notes
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -16,14 +17,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from app.core.errors import UserError, first_line
 from app.core.files import refuse_absent
-from datamodules.chat_template import ESSENTIAL, TEMPLATE_DATE, ChatTemplate, Rendering, Talk, spelled_tokens
+from datamodules.chat_template import ESSENTIAL, TEMPLATE_DATE, ChatTemplate, Rendering, Talk
 from datamodules.records import Dropped, Message, PreferencePair, Side, TokenisedPair
 from datamodules.sources.messages import is_transcript_prompt, transcript, transcript_turns
 
 OLD_TURNS = "prompt truncated: old turns dropped"
 LAST_TURN = "prompt truncated: within the last turn"
+CONTROL_TOKENS = "{} whose text spells special tokens, which the tokenizer reads as such"
+REPEATED = "answers that begin with their prompt, and are trained with it"
 PLAIN_BESIDE_TEMPLATE = "prompts as plain text (data.chat_template: true puts them into the chat template)"
 FILE_TEXT = ("utf-8", "surrogateescape")  # a vocabulary of SentencePiece is not text
+_SHORT = 10  # characters that an answer may share with its prompt by chance
 _SIDES: tuple[Side, Side] = ("chosen", "rejected")
 PromptTruncation = Literal["keep_end", "keep_start"]
 T = TypeVar("T")
@@ -106,7 +110,10 @@ class _Tokeniser:
         self.template = ChatTemplate(tokenizer, settings.chat_template_kwargs) if named else None
         if settings.chat_template_kwargs and self.template is None:
             raise UserError("data.chat_template_kwargs is given, but no chat template is used: leave it out.")
-        self.spelled = spelled_tokens(tokenizer)
+        others = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+        spelt = "|".join(map(re.escape, {*tokenizer.all_special_tokens, *others}))
+        # at the end of an answer special tokens are in their place
+        self.special, self.before_end = re.compile(spelt), re.compile(rf"(?:{spelt})(?!(?:\s|{spelt})*\Z)")
         mask = tokenizer("a", return_special_tokens_mask=True)
         self.leading = mask["input_ids"][: mask["special_tokens_mask"].index(0)]  # what precedes a plain prompt
 
@@ -121,14 +128,21 @@ class _Tokeniser:
 
     def notes(self, pair: PreferencePair, talk: Talk | None, answers: Sequence[Message] = ()) -> tuple[str, ...]:
         """Return how the tokens differ from their pair, or raise Dropped; `talk` is None for plain text."""
-        control = self.spelled(pair.prompt, answers)
+        prompt, said = pair.prompt, [answer.content for answer in answers]
+        asked = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
+        sides = (("prompts", self.special, asked), ("answers", self.before_end, said))
+        notes = [CONTROL_TOKENS.format(side) for side, pattern, texts in sides if any(map(pattern.search, texts))]
+        start = prompt.strip() if isinstance(prompt, str) else ""
+        if said and len(start) > _SHORT and all(text.lstrip().startswith(start) for text in said):
+            notes.append(REPEATED)
         if talk is not None and self.template is not None:
-            return (*control, *self.template.unused(talk, *answers))
+            return (*notes, *self.template.unused(talk, *answers))
         given = {"tools": pair.tools, **pair.chosen_fields, **pair.rejected_fields}
         if lost := [name for name in ESSENTIAL if given.get(name)]:
             raise Dropped(f"plain text has no place for {lost[0]}: it needs data.chat_template: true")
-        beside = pair.prompt and self.template is not None and self.settings.chat_template == "auto"
-        return (*control, PLAIN_BESIDE_TEMPLATE) if beside else control
+        if prompt and self.template is not None and self.settings.chat_template == "auto":
+            notes.append(PLAIN_BESIDE_TEMPLATE)
+        return tuple(notes)
 
     def rendered(self, pair: PreferencePair, talk: Talk | None = None) -> _Rendered:
         """Return the text of a pair; `talk` replaces the prompt of a chat. A response that was cut has no end."""

@@ -10,9 +10,10 @@ from chat_families import CHATML, FAMILIES, GEMMA, QWEN3, TALK, Family
 from tiny_tokenizers import byte_tokenizer, texts, tokenise_pair
 
 from app.core.errors import UserError
-from datamodules.chat_template import CONTROL_TOKENS, INDENTED, REWRITTEN
+from datamodules.chat_template import INDENTED, REWRITTEN
 from datamodules.records import Message, PreferencePair, Prompt
 from datamodules.tokenisation import (
+    CONTROL_TOKENS,
     LAST_TURN,
     OLD_TURNS,
     PLAIN_BESIDE_TEMPLATE,

@@ -13,10 +13,11 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from app.core.errors import UserError
-from datamodules.chat_template import CONTROL_TOKENS, REPEATED
 from datamodules.records import Message, PreferencePair, TokenisedPair
 from datamodules.tokenisation import (
+    CONTROL_TOKENS,
     FILE_TEXT,
+    REPEATED,
     PromptTruncation,
     Tokenisation,
     tokenise_pairs,
