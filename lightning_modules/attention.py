@@ -63,10 +63,7 @@ def attend_pairwise(query: Tensor, key: Tensor, value: Tensor, runs: PairRuns, o
 
 
 def key_pieces(runs: PairRuns, device: torch.device) -> tuple[Any, ...]:
-    """Return indices [K] int64 of the keys of every piece, and the bounds of the pieces for `varlen_attn`.
-
-    These are the offsets [pieces + 1] int32 of queries and keys, and the most of each in a piece, on the host.
-    """
+    """Return indices [K] int64 of keys, offsets [pieces + 1] int32 of queries and keys, and the most in a piece."""
     pieces = np.array(runs.pieces)
     queries, lengths = pieces[:, 1], pieces[:, 1] + pieces[:, 3]
     keys = [np.r_[prompt : prompt + shared, start : start + tokens] for start, tokens, prompt, shared in pieces]
@@ -184,13 +181,13 @@ def masks(rows: PackedRows, attention: str, config: Any) -> Tensor | dict[str, T
 
 
 def dense_mask(rows: PackedRows, window: int | None = None, added: bool = False) -> Tensor:
-    """Return a boolean mask [R, 1, T, T], True where the query (second last axis) may attend to the key (last).
+    """Return a mask [R, 1, T, T], True where the query (second last axis) may attend to the key (last).
 
-    Padding attends to padding, so no row of the softmax is empty. `window` counts positions within the pair. A mask
-    to be `added` to the scores is 0 there, else very negative.
+    A mask to be `added` to the scores is 0 there, else very negative.
     """
     width = rows.input_ids.shape[1]
     mask = torch.ones(width, width, dtype=torch.bool, device=rows.group.device).tril()
+    # padding attends to padding, so no row of the softmax is empty
     mask = mask & (rows.group[:, :, None] == rows.group[:, None, :])
     mask &= (rows.part[:, None, :] == 0) | (rows.part[:, :, None] == rows.part[:, None, :])
     if window is not None:

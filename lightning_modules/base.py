@@ -311,10 +311,7 @@ class LanguageModelTraining(LightningModule):
             count_batches_of(checkpoint["loops"]["fit_loop"], self.data.batch_size)
 
     def on_train_start(self) -> None:
-        """Replace the restored settings of optimizer and schedule, such as the lr, by those of this run.
-
-        A new schedule takes the steps that were done: the same settings give the same values bit for bit.
-        """
+        """Replace the restored settings of optimizer and schedule, such as the lr, by those of this run."""
         self._step_ended = time.perf_counter()
         trained = sum(numbers(weight) for weight in self.policy.parameters() if weight.requires_grad)
         rank_zero_info(f"{trained:,} of {parameter_count(self.policy):,} parameters are trained")
@@ -329,7 +326,7 @@ class LanguageModelTraining(LightningModule):
         fresh = self.make_optimizer([parameter for group in groups for parameter in group["params"]])
         try_state(self.make_optimizer, self.trainer.optimizers[0])
         if isinstance(restored, LRScheduler):
-            replayed = self.make_lr_scheduler(fresh)
+            replayed = self.make_lr_scheduler(fresh)  # the same settings give the same values bit for bit
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns that the optimizer took no steps
                 for _ in range(self.trainer.global_step):

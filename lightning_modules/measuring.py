@@ -113,11 +113,8 @@ class PairMeasurer:
         return logps.each(lambda _: next(columns))
 
     def measured_alone(self, batch: OptimizerBatch, logps: PairLogps) -> PairLogps:
-        """Return `logps` [B], detached, with every pair that is not finite scored again in separate rows.
-
-        A masked key has the attention weight 0, and 0·NaN is NaN, so one bad pair makes its whole packed row NaN.
-        All ranks must call it at once.
-        """
+        """Return `logps` [B], detached; all ranks score pairs that are not finite again, in separate rows."""
+        # a masked key has the attention weight 0, and 0·NaN is NaN: one bad pair makes its whole packed row NaN
         spoilt = ~logps.finite
         suspects = torch.nonzero(spoilt).flatten().tolist()
         with torch.no_grad(), ExitStack() as attention:
@@ -144,11 +141,8 @@ def perturbed_gaps(
 
 
 def reference_kl(measurer: PairMeasurer, batch: OptimizerBatch, eligible: Tensor) -> Tensor:
-    """Return KL(π‖π_ref) summed over the tokens of chosen and rejected responses, [2, G] float64 on the CPU.
-
-    It compares whole next-token distributions at the prefixes of the data (TDPO's sequential KL, arXiv 2404.11999,
-    in the direction of RLHF's penalty).
-    """
+    """Return KL(π‖π_ref) summed over the tokens of chosen and rejected responses, [2, G] float64 on the CPU."""
+    # TDPO's sequential KL (arXiv 2404.11999) in the direction of RLHF's penalty
     return response_table(measurer, batch, eligible, lambda ours, fixed, _: token_kl(ours, fixed)[None], 1)[0].T
 
 
@@ -156,10 +150,7 @@ def reference_kl(measurer: PairMeasurer, batch: OptimizerBatch, eligible: Tensor
 def response_table(
     measurer: PairMeasurer, batch: OptimizerBatch, eligible: Tensor, compare: Comparison, size: int
 ) -> Tensor:
-    """Return `compare` (K = `size`) summed over each response of the global batch, [K, G, 2] float64 on the CPU.
-
-    Pairs that are not `eligible` [G] get NaN. It costs a forward pass of both models on all ranks at once.
-    """
+    """Return `compare` (K = `size`) summed over responses, [K, G, 2] float64, CPU; NaN unless `eligible` [G]."""
     policy, reference, ranks = measurer.policy, measurer.reference, measurer.ranks
     assert reference is not None
     here = torch.nonzero(eligible[batch.positions]).flatten().tolist()
@@ -218,10 +209,8 @@ def forward_operations(model: Any, tokens: int, response_tokens: int) -> float:
 
 
 def step_operations(policy: Any, reference: Any, tokens: int, response_tokens: int, kept_fraction: float) -> float:
-    """Return the FLOPs of a step: a forward pass of policy and `reference`, two more of the policy for kept pairs.
-
-    With adapters this is too high, because frozen weights have no gradient.
-    """
+    """Return the FLOPs of a step: a forward pass of policy and `reference`, a backward pass for kept pairs."""
+    # too high with adapters, because frozen weights have no gradient
     fixed = 0.0 if reference is None else forward_operations(reference, tokens, response_tokens)
     return fixed + forward_operations(policy, tokens, response_tokens) * (1 + 2 * kept_fraction)
 

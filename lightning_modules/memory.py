@@ -39,8 +39,7 @@ class Activations:
 def activations(config: Any, dtype: torch.dtype, autocast: bool, split: int = 1) -> Activations:
     """Measure the decoder without its head on fake tensors, for one of `split` ranks that share every layer.
 
-    Weights have `dtype` in the forward pass; with `autocast`, products are in bfloat16. Attention is assumed to
-    store no scores. Raises UserError for a model that cannot run so.
+    Weights have `dtype` in the forward pass; with `autocast`, products are in bfloat16. Attention stores no scores.
     """
     config = config.get_text_config()
     with refused(f"plan: a model of type {config.model_type} cannot be measured without weights"):
@@ -137,12 +136,10 @@ class Sizes:
 
 
 def quantized_size(quantize: Mapping[str, Any] | None) -> float:
-    """Return the bytes of a number: 1, or ½ and a scale per 64 (QLoRA, arXiv 2305.14314, §3).
-
-    The scale is float32, or has 8 bits and a float32 scale of its own per 256 blocks.
-    """
+    """Return the bytes of a number in 8 or 4 bits."""
     if not quantize or not quantize.get("load_in_4bit"):
         return 1.0
+    # a scale per 64 in float32, or in 8 bits with a float32 scale per 256 of these (QLoRA, arXiv 2305.14314, §3)
     return 0.5 + ((1 + 4 / 256) if quantize.get("bnb_4bit_use_double_quant") else 4) / 64
 
 

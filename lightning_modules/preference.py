@@ -135,11 +135,7 @@ class PreferenceOptimization(LanguageModelTraining):
         return [getattr(one, name) for one in self.trainer.callbacks if hasattr(one, name)]  # type: ignore[attr-defined]
 
     def backward_all(self, batch: OptimizerBatch, micro_batches: Sequence[PackedRows]) -> PairLogps | None:
-        """Back-propagate the loss at β0 of every pair as it is scored, and return the result of `gather`.
-
-        If a pair is not finite, drop the gradients and return None, before the last backward pass, in which DDP
-        exchanges them.
-        """
+        """Back-propagate the loss at β0 of pairs as they are scored; undo that, with None, if one is not finite."""
         parts: list[PairLogps] = []
         for number, rows in enumerate(micro_batches, 1):
             part = self.measurer.measure_rows(batch, [rows]).select(rows.pairs)
@@ -149,7 +145,7 @@ class PreferenceOptimization(LanguageModelTraining):
             parts.append(part.detach())
         order = torch.cat([rows.pairs for rows in micro_batches]).argsort()
         global_logps = self.measurer.gather(PairLogps.cat(parts).select(order), batch)
-        if not global_logps.finite.all():
+        if not global_logps.finite.all():  # known before the last backward pass, in which DDP exchanges gradients
             self.policy.zero_grad()
             return None
         self.backward_share(losses, len(batch.pair_ids), last=True)

@@ -41,10 +41,7 @@ QUANTIZATION: dict[str, tuple[Any, ...]] = {
 
 
 def load_config(name: str | None, architecture: dict[str, Any] | None, trust_remote_code: bool) -> Any:
-    """Return the Hugging Face configuration of one of `name` and `architecture`, or raise UserError.
-
-    Dropout is off: policy and reference would differ, and the two passes of a step.
-    """
+    """Return the Hugging Face configuration of one of `name` and `architecture`, without dropout."""
     if (name is None) == (architecture is None):
         raise UserError("Give either model.name (a folder or Hub id) or model.architecture (of a random model).")
     if name is not None:
@@ -58,6 +55,7 @@ def load_config(name: str | None, architecture: dict[str, Any] | None, trust_rem
                 raise UserError("model_type is missing or empty")
             config = AutoConfig.for_model(**(architecture or {}))
     refuse_config(config, name or "model.architecture")
+    # with dropout, policy and reference would differ, and the two passes of a step
     for part in filter(None, (config, *(getattr(config, name, None) for name in config.sub_configs))):
         for field, value in vars(part).items():
             if "drop" in field and isinstance(value, float) and value > 0:
@@ -179,10 +177,7 @@ def bare_model(config: Any, **options: Any) -> Any:
 
 @contextmanager
 def stand_ins_for_meta(model: nn.Module) -> Iterator[None]:
-    """Put zeros without memory in place of the parameters on the meta device within the block.
-
-    `peft` puts adapters on the device of their layer, which shall be real.
-    """
+    """Put zeros without memory in place of parameters on the meta device, so that `peft` adds real adapters."""
     absent = [weight for weight in model.parameters() if weight.is_meta]
     pairs = [(weight, nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape))) for weight in absent]
     for weight, zero in pairs:
@@ -201,10 +196,8 @@ def linear_weights(model: nn.Module) -> list[torch.Tensor]:
 
 
 def store_linear_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the frozen linear weights of `model` to the autocast `dtype`, in place: outputs stay bit for bit.
-
-    Biases, norms and embeddings, which some families use outside of matrix products, keep their dtype.
-    """
+    """Convert the frozen linear weights of `model` to the autocast `dtype`, in place: outputs stay bit for bit."""
+    # not biases, norms and embeddings, which some families use outside of matrix products
     for weight in linear_weights(model):
         if not weight.requires_grad:
             weight.data = weight.data.to(dtype)

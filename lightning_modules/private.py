@@ -87,11 +87,8 @@ def load_state_of_loader(trainer: Any) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Make the allocator keep freed memory for later tensors, and return whether it accepted the setting.
-
-    By default glibc returns blocks above 32 MB to the system, which clears and maps the same pages at every step
-    (docs/benchmarks.md). The user's own settings stay.
-    """
+    """Make the allocator keep freed memory, unless the user has settings; return whether it accepted."""
+    # glibc returns blocks above 32 MB to the system, which clears the same pages at every step (docs/benchmarks.md)
     own = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
     return (

@@ -78,10 +78,7 @@ def refuse_missing(name: str, found: dict[str, Any]) -> None:
 
 
 def refuse_beyond(model: Any, longest: int, largest_id: int, tokenizer: str, length: str) -> None:
-    """Raise UserError if ids or rows exceed the model's tables; warn if rows are longer than trained.
-
-    `tokenizer` and `length` are the options to blame.
-    """
+    """Raise UserError that blames the option `tokenizer` or `length` if ids or rows exceed the model's tables."""
     known = model.get_input_embeddings().num_embeddings
     if largest_id >= known:
         cure = "take the tokenizer of this model, or a larger model.architecture.vocab_size"
@@ -114,10 +111,7 @@ def check_tokens(
     option: str = "model.name",
     tokenizer: str = "data.tokenizer",
 ) -> None:
-    """Raise UserError, or warn, if the tokenizer of the model `name` has other tokens at the numbers of `ours`.
-
-    `option` and `tokenizer` are the options to blame.
-    """
+    """Raise UserError, or warn, if the tokenizer of the model `name` has other tokens at the numbers of `ours`."""
     if ours.name_or_path == name:
         return
     try:

@@ -185,11 +185,8 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule) -> Tensor:
-    """Return logits [N, V] of `hidden` [N, width] in float32 (float64 for float64 inputs), without gradient.
-
-    The product is in the dtype of `hidden`: on CUDA, the thread of the backward pass knows no autocast.
-    """
-    columns = weight.to(hidden.dtype).t()
+    """Return logits [N, V] of `hidden` [N, width] in float32 (float64 for float64 inputs), without gradient."""
+    columns = weight.to(hidden.dtype).t()  # on CUDA, the thread of the backward pass knows no autocast
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         # a GPU accumulates in float32 and can return these sums; elsewhere they are rounded to half precision
         logits = torch.mm(hidden, columns, out_dtype=torch.float32)

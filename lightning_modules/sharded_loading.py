@@ -49,17 +49,14 @@ def few(names: Sequence[str]) -> str:
 
 
 def refuse_values(name: str, model: nn.Module) -> None:
-    """Raise UserError if weights are not finite, or if the files of the folder `name` hold them as codes.
-
-    transformers would convert the integers or float8 of a quantised model to float without their scales.
-    """
+    """Raise UserError if weights are not finite, or if the files of the folder `name` hold them as codes."""
     state = {key: tensor for key, tensor in model.named_parameters() if tensor.is_floating_point()}
     tables = embedding_tables(model)
     for key, tensor in state.items():
         refuse_nonfinite(name, key, tensor.data, id(tensor) in tables)
     for path in sorted(Path(name).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for key in state.keys() & set(file.keys()):
+            for key in state.keys() & set(file.keys()):  # transformers would convert codes without their scales
                 refuse_codes(path, key, file.get_slice(key).get_dtype())
 
 

@@ -133,10 +133,7 @@ class ShardedStrategy(ModelParallelStrategy):
             shutil.rmtree(folder, ignore_errors=True)
 
     def place(self, scorer: Any, frozen: bool) -> None:
-        """Shard `scorer` in place by FSDP2: a group per transformer block; the rest, tied weights too, in the root.
-
-        Weights left out at loading are read now.
-        """
+        """Shard `scorer` in place by FSDP2, a group per block, the rest in the root; read weights not yet read."""
         for parameter in scorer.parameters():  # not buffers: rotary positions need float32
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(self.compute_dtype)
@@ -181,10 +178,7 @@ def leave_gathered(scorer: nn.Module) -> None:
 
 @contextmanager
 def gradient_sync(strategy: Any, policy: nn.Module, last: bool) -> Iterator[None]:
-    """Exchange gradients between ranks or replicas within the block only for the `last` micro-batch.
-
-    FSDP2 reduces those of earlier ones to shards as well, unless the strategy has `accumulate_whole_gradients`.
-    """
+    """Exchange gradients only for the `last` micro-batch; FSDP2 reduces all to shards by default."""
     if isinstance(policy, FSDPModule):
         policy.set_requires_gradient_sync(last or not strategy.accumulate_whole_gradients)
         policy.set_requires_all_reduce(last)
@@ -246,10 +240,8 @@ def split_plan(model: Any, size: int) -> dict[str, str]:
 
 
 def split_layers(model: Any, mesh: DeviceMesh) -> dict[str, str]:
-    """Split the layers of `split_plan` over the ranks of a one-dimensional `mesh` in place, and return the plan.
-
-    Hooks of transformers all-reduce after attention and MLP in both passes (Megatron, arXiv 1909.08053 §3).
-    """
+    """Split the layers of `split_plan` over the ranks of a one-dimensional `mesh` in place, and return the plan."""
+    # hooks of transformers all-reduce after attention and MLP in both passes (Megatron, arXiv 1909.08053, §3)
     plan = split_plan(model, mesh.size())
     modules = dict(model.named_modules())
     entries: dict[str, str] = {}

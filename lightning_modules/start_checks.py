@@ -206,10 +206,7 @@ def try_sharded_step(make_optimizer: OptimizerCallable, weights: list[nn.Paramet
 
 
 def check_steps(trainer: Any) -> float:
-    """Return the number of steps of the run, infinity for an unknown one; warn without a curve or a validation.
-
-    Raises UserError for bounds that exclude each other, or a validation rarer than epochs.
-    """
+    """Return the number of steps, or infinity; refuse wrong bounds, and warn if nothing is logged or validated."""
     for one in trainer.callbacks:
         left = one.time_remaining() if isinstance(one, lightning_callbacks.Timer) else None
         if left is not None and left <= 0:

@@ -111,10 +111,8 @@ class PairLoss(ABC):
         return other
 
     def with_sft(self, weight: float) -> Self:
-        """Return a copy with RPO's term w·−log π(y_w|x)/|y_w|, which neither β nor a confidence affects.
-
-        (arXiv 2404.19733; `rpo_alpha` in TRL, which averages over the tokens of the batch.)
-        """
+        """Return a copy with RPO's term w·−log π(y_w|x)/|y_w|, which neither β nor a confidence affects."""
+        # arXiv 2404.19733; `rpo_alpha` in TRL, which averages over the tokens of the batch
         return self.changed(_PairLoss__sft_weight=weight)
 
     def discrepancy(self, logps: PairLogps) -> Tensor:

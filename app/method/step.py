@@ -19,8 +19,7 @@ class StepDecision:
 
     It starts as plain DPO: every eligible pair is kept and β = β0. Callbacks change all but the measured fields by
     `on_reward_gaps(trainer, pl_module, decision)`, in the order of `callbacks.SLOTS`, or only read it, before the
-    weights change, by `on_step_decided`, which requires no measuring pass. Every rank makes the same changes to the
-    same numbers. All tensors are on the CPU, outside any graph.
+    weights change, by `on_step_decided`, which requires no measuring pass. Every rank makes the same changes.
     """
 
     step: int  # the number of this optimizer step, from 1
