@@ -180,7 +180,9 @@ class EndpointJudge(Judge):
         seen = np.array(self._seen)
         if self._seen and np.isnan(seen).any(axis=1).all():
             why = f" The endpoint refused: {min(self._refused.values())}." if self._refused else ""
+            unread = next((said["reply"] for said in self.verdicts.values() if said["verdict"] is None), None)
             counts = f"{np.isnan(seen).sum()} of {seen.size} replies hold none"
+            counts += "" if unread is None else f", such as {unread!r:.60}"
             raise UserError(f"No pair has a readable verdict of {self.model} in both orders: {counts}.{why}")
         return scores
 

@@ -33,7 +33,8 @@ const meets = (a, b) =>
   a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 2 && b.top < a.bottom - 2;
 const found = [];
 for (const svg of document.querySelectorAll("figure svg")) {
-  const texts = [...svg.querySelectorAll("text")];
+  // Vega hides a label that has no room
+  const texts = [...svg.querySelectorAll("text")].filter((text) => text.getAttribute("opacity") !== "0");
   const boxes = texts.map((text) => text.getBoundingClientRect());
   const outer = svg.getBoundingClientRect();
   boxes.forEach((box, i) => {
