@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -130,21 +130,21 @@ class PreferenceData(PairDataModule):
         named = self.paths["validation"] or any(source.validation_split for source in self.sources)
         return self.validation_share > 0 and not named
 
-    def sources_of(self, split: Split) -> list[tuple[Source, str]]:
-        """Return the sources of the pairs of a split, each with the name of one of its splits."""
+    def sources_of(self, split: Split) -> list[Source]:
+        """Return the sources of the pairs of a split."""
         if split in ("train", "predict") or (split == "validation" and self.held_out):
-            return [(source, source.split) for source in self.sources]
-        attribute = f"{split}_split"
-        path = self.paths[split]
+            return self.sources
+        path, option = self.paths[split], f"{split}_split"
         if path is not None:
-            alike = replace(self.options, path=path, subset=None, revision=None)
-            return [(alike, getattr(alike, attribute) or "train")]
-        return [(source, name) for source in self.sources if (name := getattr(source, attribute)) is not None]
+            named = getattr(self.options, option) or "train"
+            return [replace(self.options, path=path, split=named, subset=None, revision=None)]
+        return [replace(one, split=name) for one in self.sources if (name := getattr(one, option)) is not None]
 
-    def files(self, split: Split) -> list[Path]:
-        """Return the files that a split is read from, which no command may replace."""
-        sources = [replace(source, split=name).open() for source, name in self.sources_of(split)]
-        return [path for opened in sources if isinstance(opened, LocalFiles) for path in opened.places]
+    @property
+    def files(self) -> list[Path]:
+        """Return the files of the training pairs, which no command may replace."""
+        opened = [source.open() for source in self.sources]
+        return [path for one in opened if isinstance(one, LocalFiles) for path in one.places]
 
     def streams(self, split: Split) -> list[PairStream] | None:
         sources = self.sources_of(split)
@@ -152,8 +152,7 @@ class PreferenceData(PairDataModule):
             raise UserError("There are no test pairs: give data.test_path, or data.test_split of a Hub id.")
         if not sources and self.trainer is not None and self.trainer.state.fn == "validate":
             raise UserError("There are no validation pairs: give data.validation_path, _split or _share.")
-        read = partial(read_pairs, on_bad_row=self.on_bad_row, need_rejected=self.need_rejected)
-        return [read(replace(source, split=name)) for source, name in sources] or None
+        return [read_pairs(one, self.on_bad_row, need_rejected=self.need_rejected) for one in sources] or None
 
     def rows_of(self, table: PairTable, split: Split) -> np.ndarray:
         rows = np.arange(len(table))

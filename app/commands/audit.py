@@ -67,7 +67,7 @@ def audit(
     rows = read_audit(Path(run))
     histories = pair_histories(rows)
     pairs = PairTexts(Path(run))
-    read = [str(path) for path in pairs.data.files("train")] if hasattr(pairs.data, "files") else []
+    read = [str(path) for path in getattr(pairs.data, "files", ())]
     replaced = refuse_place("out", out, (".jsonl", ".csv"), *read)
     clean_replaced = "" if clean is None else refuse_place("clean", clean, (".jsonl",), *read)
     seen = histories.times_seen
