@@ -3,7 +3,7 @@
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from textwrap import shorten
@@ -29,7 +29,7 @@ def leave(sentence: str, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
-def suggestion(word: str, known: list[str], dashes: str = "") -> str:
+def suggestion(word: str, known: Collection[str], dashes: str = "") -> str:
     """Return ` Did you mean …?` with the nearest known word, or an empty text."""
     # trainer.num_nodes, which holds the whole word `nodes`, is nearer than a name of similar letters
     near = [one for one in known if (last := one.rpartition(".")[2]) == word or word in last.split("_")]

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from itertools import chain
 from typing import Any, Literal
 
-from app.core.errors import UserError
+from app.core.errors import UserError, suggestion
 from datamodules.records import (
     BadRow,
     LeftOut,
@@ -26,7 +26,7 @@ from datamodules.records import (
 )
 from datamodules.sources.formats import FORMATS, PROMPTS, Format, Row, refuse_unusable, rename, without
 from datamodules.sources.messages import TEMPLATE_FIELDS, split_transcript, spoken, template_fields, with_system
-from datamodules.sources.source import OF_FORMATS, Source, close
+from datamodules.sources.source import OF_FORMATS, Source
 
 OnBadRow = Literal["error", "skip"]
 _SIDES = ("chosen", "rejected")
@@ -126,8 +126,8 @@ def read_row(
     columns = source.columns or {}
     for own, theirs in columns.items():
         if theirs not in row:
-            named = f"{theirs!r}, which data.columns names for {own}{close(theirs, row)}"
-            raise BadRow("missing field", f"{named}; {_found(row)}")
+            named = f"{theirs!r}, which data.columns names for {own}; {_found(row)}"
+            raise BadRow("missing field", f"{named}.{suggestion(theirs, list(map(str, row)))}")
     row = rename(row, {theirs: own for own, theirs in columns.items()}) if columns else row
     format = _format_of(row, source.format, need_rejected, prompts_only)
     fields = format.convert(row, source)

@@ -6,13 +6,12 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from glob import glob, has_magic
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from app.core.errors import UserError
+from app.core.errors import UserError, suggestion
 from app.method.ranges import FactorFromOne, PositiveFloat, checked
 from datamodules.sources.files import ROWS_PER_BATCH, LocalFiles, arrow_rows, readable
 from datamodules.sources.formats import FIELDS, NAMES, PreferredBy
@@ -60,19 +59,17 @@ class Source:
         if not self.path:
             raise UserError("data.path is empty: give a file, folder or Hub id.")
         if self.format not in ("auto", *NAMES):
-            raise UserError(
-                f"data.format: there is no {self.format!r}{close(self.format, NAMES)}; "
-                f"known are auto, {', '.join(NAMES)}."
-            )
+            known = f"known are auto, {', '.join(NAMES)}.{suggestion(self.format, NAMES)}"
+            raise UserError(f"data.format: there is no {self.format!r}; {known}")
         for name, its in OF_FORMATS.items():
             if getattr(self, name) != getattr(Source, name) and self.format not in ("auto", its):
                 raise UserError(f"data.{name} belongs to data.format {its}, not to {self.format}: leave it out.")
         columns = self.columns or {}
         for name in columns:
             if name not in _COLUMNS:
+                how = "a column is given as `field: name in the data`, as in data.columns: {prompt: question}."
                 raise UserError(
-                    f"data.columns: there is no field {name!r}{close(name, _COLUMNS)}; a column is given as "
-                    "`field: name in the data`, as in data.columns: {prompt: question}."
+                    f"data.columns: there is no field {name!r}; {how}{suggestion(name, sorted(_COLUMNS))}"
                 )
         if len(set(columns.values())) < len(columns):
             raise UserError("data.columns names one column for two fields: give each field its own.")
@@ -96,10 +93,8 @@ class Source:
             if may_be_id and _HUB_ID.fullmatch(self.path):
                 return HubDataset(self.path, self.split, self.subset, self.revision)
             beside = [entry.name for entry in local.parent.iterdir()] if local.parent.is_dir() else []
-            raise UserError(
-                f"There is no file or folder {self.path!r}{close(local.name, beside)}: check the path that you "
-                "gave. A Hub id is `owner/name`."
-            )
+            cure = f"check the path that you gave. A Hub id is `owner/name`.{suggestion(local.name, beside)}"
+            raise UserError(f"There is no file or folder {self.path!r}: {cure}")
         if self.revision is not None:
             raise UserError(f"{self.path} is on this machine and has no revision: leave out data.revision.")
         if local.is_dir():
@@ -111,12 +106,6 @@ class Source:
                     "Hub id."
                 )
         return LocalFiles(files)
-
-
-def close(name: str, known: Iterable[object]) -> str:
-    """Return " (did you mean …?)" if the name is similar to a known one, else an empty text."""
-    near = get_close_matches(name, [str(one) for one in known], n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 class HubDataset:

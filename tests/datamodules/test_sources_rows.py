@@ -297,7 +297,7 @@ def test_paths_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
         ("./nope", "no file"),
         ("nope", "no file or folder 'nope'.*Hub id is `owner/name`"),
         (str(tmp_path / "p.xlsx"), "known kind"),
-        (str(tmp_path / "pair.csv"), "did you mean 'pairs.csv'"),
+        (str(tmp_path / "pair.csv"), "Did you mean pairs.csv"),
         (str(tmp_path / "*.parquet"), "no file or folder"),
     ):
         with pytest.raises(UserError, match=said):
