@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +56,7 @@ def judge(
     """
     if not answers or (len(answers) == 1 and by == "endpoint"):
         raise UserError("answers: give at least two files, the last of which is the rival of the others.")
-    rivals = rival_answers(answers[-1]) if answers[1:] else None
+    rivals = cache(rival_answers)  # read once, after the first of `answers`
     compared = [aligned(path, answers[-1], rivals) for path in answers[:-1]]
     last = compared[0][1] if compared else sampled_answers(answers[-1])
     names = short_names([Path(path).with_suffix("") for path in answers])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,16 @@ from datamodules.sources.messages import is_transcript_prompt, prompt_messages
 from datamodules.sources.pairs import read_pairs
 
 
-def aligned(ours: str, theirs: str, read: Sequence[Answer] | None = None) -> tuple[list[Answer], list[Answer]]:
-    """Return the answers of `ours` and, in the same order, the rival of each from `theirs`, if not `read` before.
+def aligned(
+    ours: str, theirs: str, read: Callable[[str], list[Answer]] | None = None
+) -> tuple[list[Answer], list[Answer]]:
+    """Return the answers of `ours` and, in the same order, the rival of each from `theirs`.
 
-    `theirs` may hold preference pairs, whose chosen responses are then the rivals. If all answers of `theirs` have
-    one temperature, each is the rival of `ours` at every temperature; so is the only sample of a prompt. Raises
-    UserError if `theirs` has several rivals for an answer, or if the files answer different prompts (pairs may have
-    more prompts than `ours`).
+    If all that `read` (`rival_answers`) gives have one temperature, each is a rival at every temperature; so
+    is the only sample of a prompt. Raises UserError for several rivals of an answer, and for files that answer
+    different prompts (pairs may have more prompts than `ours`).
     """
-    rows, everyone = sampled_answers(ours), rival_answers(theirs) if read is None else read
+    rows, everyone = sampled_answers(ours), (read or rival_answers)(theirs)
     told_apart = [name for name in ("temperature", "sample") if len({rival.get(name) for rival in everyone}) > 1]
 
     def meeting(row: Answer) -> tuple[Any, ...]:

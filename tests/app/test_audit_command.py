@@ -181,15 +181,9 @@ def test_a_swapped_pair_has_swapped_scores() -> None:
     labels = {"chosen_reward": 2, "rejected_reward": 1, "score_rejected": 3, "flipped": False}
     assert as_row(pair, swapped=True) == {**own, "chosen": "bad", "rejected": "good", **labels}
     asked = (Message("user", "q"),)
-    json_texts = [json.dumps({"role": "assistant", "content": said}) for said in "ab"]
-    chat = PreferencePair("1", asked, *json_texts)
+    good, bad = (json.dumps({"role": "assistant", "content": said}) for said in "ab")
+    chat = PreferencePair("1", asked, good, bad)
     assert read_row(as_row(chat, swapped=False), "", Source("x"))[0] == chat  # messages in JSON stay text
-
-
-def test_an_answer_in_a_dialogue_that_is_messages_in_json_stays_text() -> None:
-    text = json.dumps([{"role": "assistant", "content": "a"}])
-    row = as_row(PreferencePair("1", (Message("user", "q"),), text, "b"), swapped=False)
-    assert read_row(json.loads(json.dumps(row)), "", Source("pairs"), need_rejected=True)[0].chosen == text
 
 
 def test_pairs_of_a_file_as_csv(
