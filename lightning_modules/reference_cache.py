@@ -97,7 +97,7 @@ def reference_fingerprint(name: str, measurer: PairMeasurer, dtype: torch.dtype)
     kernel = [ranks.device.type, scorer.attention, str(scorer.layout)]
     if scorer.compiled:
         kernel.append("compiled")
-    # which computes more than products in bfloat16
+    # a sharded model computes more than its products in bfloat16
     if dtype == torch.bfloat16 and isinstance(ranks.strategy, ShardedStrategy):
         kernel.append(f"sharded, split {ranks.size // ranks.shares}")
     if (quantised := getattr(scorer.model.config, "quantization_config", None)) is not None:

@@ -207,7 +207,7 @@ def head_logps(
     The decoder's outputs `hidden` [N, width] predict the targets; the head has `weight` [V, width] and `bias` [V].
     Both passes hold one slice of logits [N, slice] at a time; the backward pass recomputes them. Slices of the
     vocabulary, unlike slices of the tokens, write every row of the weight's gradient [V, width] once. The backward
-    pass skips tokens without a gradient, on a GPU, whose host waits for it, only if pairs may be `dropped`.
+    pass skips tokens without a gradient; on a GPU, whose host waits for them, only if pairs may be `dropped`.
     """
     most = SLICE_LOGITS.get(hidden.device.type, SLICE_LOGITS["cuda"])
     width = min(len(weight), max(most // max(len(targets), 1), NARROWEST_SLICE))

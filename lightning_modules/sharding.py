@@ -133,7 +133,7 @@ class ShardedStrategy(ModelParallelStrategy):
             shutil.rmtree(folder, ignore_errors=True)
 
     def place(self, scorer: Any, frozen: bool) -> None:
-        """Shard `scorer` in place by FSDP2, a group per block, the rest in the root; read weights not yet read."""
+        """Shard `scorer` in place by FSDP2: a group per block, the rest in the root. Read weights left out."""
         for parameter in scorer.parameters():  # not buffers: rotary positions need float32
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(self.compute_dtype)
@@ -170,7 +170,7 @@ def transformer_blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def leave_gathered(scorer: nn.Module) -> None:
-    """Free gathered weights, which hide the shards that an update changes from `parameters()`."""
+    """Free gathered weights: `parameters()` would return them instead of the shards that an update changes."""
     for module in scorer.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

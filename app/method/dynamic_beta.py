@@ -26,12 +26,6 @@ MINIMUM_STD = 1e-6  # below this σ of M, all pairs count as equal
 FLOOR = 0.01
 
 
-def rounding_std(compute_dtype: torch.dtype) -> float:
-    """Return the σ of h, in nats, that rounding in a forward pass in `compute_dtype` can explain."""
-    # two equivalent bfloat16 kernels differed with a σ of .06 over a batch; first steps of real runs had .1 or more
-    return 0.08 if compute_dtype == torch.bfloat16 else MINIMUM_STD
-
-
 @dataclass(frozen=True)
 class Moments:
     """The M0 and σ that one step uses, in the units of the discrepancy M."""

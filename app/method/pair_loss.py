@@ -219,6 +219,6 @@ def pair_metrics(logps: PairLogps, loss: PairLoss, beta: Tensor) -> dict[str, Te
 
 
 def _ranked_right(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Return 1 where `chosen` is larger, ½ for a tie, so that an untrained policy has ½, else 0, and NaN of NaN."""
+    """Return 1 where `chosen` is larger, ½ for a tie (so an untrained policy scores ½), else 0; NaN of NaN."""
     difference = chosen - rejected
     return ((1 + torch.sign(difference)) / 2).where(~difference.isnan(), torch.nan)  # torch's sign(NaN) is 0
