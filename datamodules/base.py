@@ -110,7 +110,8 @@ class PairDataModule(LightningDataModule):
         notes = self.notes[split] = []
         rows = self.rows_of(table, split)
         if self.reward_model is not None and trained_on:
-            rows = rows_with_reward(table, rows)
+            rows, told = rows_with_reward(table, rows)
+            notes += told
         if split == "train":
             for ranking in filter(None, (self.select, self.order)):
                 rows, note = ranking.apply(table, rows)

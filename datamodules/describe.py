@@ -31,12 +31,10 @@ def describe(table: PairTable, rows: np.ndarray) -> list[str]:
 
 
 def _of_part(part: Part, count: int) -> str:
-    of_all = "" if count == part.pairs - part.unscored else f" of {part.pairs}"
+    of_all = "" if count == part.pairs else f" of {part.pairs}"
     told = [f"{count}{of_all} pairs", f"{part.report.counts['rows']} rows read", *part.report.lines()]
     if any("truncated" in reason for reason in part.report.counts):
         told.append("data.max_length and data.max_prompt_length set the limits")
-    if part.unscored:
-        told.append(f"{part.unscored} left out, the reward model's chat template refuses them or they call tools")
     return "; ".join(told)
 
 

@@ -113,20 +113,20 @@ def with_rewards(table: PairTable, rewards: pa.Table) -> PairTable:
     places = pc.index_in(table.columns.column("pair_id"), value_set=rewards.column("pair_id").combine_chunks())
     if places.null_count:
         raise ValueError(f"{places.null_count} pairs were not scored")
-    found = table.with_labels(**{name: rewards.column(name).take(places) for name in COLUMNS})
-    unscored = found.columns.column(COLUMNS[0]).null_count
-    return PairTable(found.columns, [part._replace(unscored=unscored) for part in found.parts])
+    return table.with_labels(**{name: rewards.column(name).take(places) for name in COLUMNS})
 
 
-def rows_with_reward(table: PairTable, rows: np.ndarray) -> np.ndarray:
-    """Return those `rows` that have rewards. Raises UserError if none remains."""
+def rows_with_reward(table: PairTable, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Return those `rows` that have rewards, and a note if others are left out. UserError if none remains."""
     kept = rows[table.columns.column(COLUMNS[0]).is_valid().to_numpy()[rows]]
     if len(rows) and not len(kept):
         raise UserError(
             "data.reward_model: its chat template refuses the prompts of all pairs, or their answers call tools: "
             "take another reward model."
         )
-    return kept
+    why = "its chat template refuses their prompts, or their answers call tools"
+    left_out = len(rows) - len(kept)
+    return kept, [f"data.reward_model: {left_out} of {len(rows)} pairs are left out: {why}"] * bool(left_out)
 
 
 class RewardModel:

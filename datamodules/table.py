@@ -66,7 +66,6 @@ class Part(NamedTuple):
     pairs: int
     report: RowReport
     source: str = ""  # in a mixture
-    unscored: int = 0  # pairs without rewards
 
 
 class PairTable:

@@ -144,9 +144,8 @@ def test_a_prompt_that_the_template_refuses_is_left_out_and_told(tmp_path: Path)
     data = PreferenceData(str(tmp_path / "pairs.jsonl"), tokenizer=name, reward_model=RewardScoring(name))
     table, chosen = table_of(data)
     assert table.pair_ids(chosen) == ["pairs.jsonl:1"]
-    assert describe(table, chosen)[0].endswith(
-        "2 left out, the reward model's chat template refuses them or they call tools"
-    )
+    assert describe(table, chosen)[0].startswith("1 of 3 pairs; ")
+    assert data.notes["train"][0].startswith("data.reward_model: 2 of 3 pairs are left out: its chat template")
     (tmp_path / "pairs.jsonl").write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(UserError, match="refuses the prompts of all pairs"):
         data.open_table("train")
