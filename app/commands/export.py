@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -21,9 +22,10 @@ from datamodules.tokenisation import FILE_TEXT
 from lightning_modules.checkpoint import read_for_export
 from lightning_modules.lora import MOVING, Lora
 from lightning_modules.measuring import parameter_count
-from lightning_modules.pretrained import bare_model, load_model, model_identity, quantization
+from lightning_modules.pretrained import bare_model, load_config, load_model, model_identity, quantization
 
 POLICY_PREFIX = "policy.model."
+TRUST = {"model.trust_remote_code: true": "--trust_remote_code true"}  # spelling of a run → spelling here
 LARGEST = 2_000_000_000  # parameters; a larger model would take minutes and tens of GB to read back
 TOLERANCE = 2e-3  # nats per token; merged adapters round far less, a lost tie or rotary base changes far more
 
@@ -36,6 +38,7 @@ def export(
     base: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
     temperature: PositiveFloat = 1.0,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write the policy of CHECKPOINT to the folder OUT: safetensors, tokenizer, generation config, model card.
 
@@ -47,10 +50,11 @@ def export(
         dtype: type of the weights; float32 is exact, auto is the type of the model that training started from.
         temperature: divide the logits by it, by the weights of the last norm: the model then samples at 1 as the
             policy does at this temperature, and training from it has the exact log-probabilities.
+        trust_remote_code: run the model's own code, read from model.name of the run.
     """
     if Path(out).exists():
         raise UserError(f"{out} exists already: choose another folder, or remove it first.")
-    state = read_for_export(Path(checkpoint))
+    state = read_for_export(Path(checkpoint)) | {"trust_remote_code": trust_remote_code}
     lora = state.get("lora") or {}
     if base is not None and policy_weights(state)[0]:
         raise UserError(f"--base: {checkpoint} holds the whole model: leave it out.")
@@ -123,7 +127,8 @@ def write_model(
         exported: Any = PeftModel.from_pretrained(plain_model(state, base), folder)
     else:
         state.pop("state_dict")
-        exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        trust = state["trust_remote_code"]
+        exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust)
     most = float((logps - sequence_logps(exported)).abs().max())
     if not most <= TOLERANCE:
         wrong = f"does not compute what the policy does (up to {most:.3g} nats per token apart)"
@@ -144,15 +149,22 @@ def plain_model(state: dict[str, Any], base: str | None) -> Any:
     """Return the policy without adapters, in float32; from `base` if the checkpoint has adapters alone."""
     if weights := policy_weights(state)[0]:
         settings = json.loads(state["model_config"], object_hook=number)
-        model = bare_model(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=torch.float32)
+        if "auto_map" in settings:  # code of its own
+            run = yaml.safe_load(state.get("config", "{}"))
+            name = run.get("model", {}).get("init_args", {}).get("name")
+            with renamed(TRUST | {"model.name": "the code of the model"}):
+                config = load_config(name, None, state["trust_remote_code"])
+        else:
+            config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        model = bare_model(config, dtype=torch.float32, trust_remote_code=state["trust_remote_code"])
         weights = {name.replace("base_layer.", ""): weight.float() for name, weight in weights.items()}
         model.load_state_dict(weights, assign=True)
         model.tie_weights()
         return model
     place = base or state["lora"]["base"]
     quantized = quantization(state.get("quantize"), torch.float32)
-    with renamed({"model.name": "--base: the adapters need their model"}):
-        model = load_model(place, quantized=quantized)
+    with renamed(TRUST | {"model.name": "--base: the adapters need their model"}):
+        model = load_model(place, quantized=quantized, trust_remote_code=state["trust_remote_code"])
     if model_identity(place, model.config) != state["lora"]["identity"]:
         raise UserError(f"--base: {place} is another model than the adapters belong to, or its files have changed.")
     return model if quantized is None else model.dequantize()

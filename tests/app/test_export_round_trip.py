@@ -37,6 +37,50 @@ GEMMA4 = {
 }
 
 
+CODE = {
+    "configuration_mine.py": """
+from transformers import LlamaConfig
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+""",
+    "modeling_mine.py": """
+from transformers import LlamaForCausalLM
+from .configuration_mine import MineConfig
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+""",
+}
+
+
+def test_a_model_with_code_of_its_own_is_exported_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("app.commands.export.model_card", lambda *_: "")  # of a whole configuration
+    model = Path(save_tiny_model("llama", tmp_path / "m"))
+    for file, text in CODE.items():
+        (model / file).write_text(text)
+    places = {
+        "AutoConfig": "configuration_mine.MineConfig",
+        "AutoModelForCausalLM": "modeling_mine.MineForCausalLM",
+    }
+    settings = json.loads((model / "config.json").read_text()) | {"model_type": "mine", "auto_map": places}
+    (model / "config.json").write_text(json.dumps(settings))
+    module = preference(str(model), trust_remote_code=True)
+    trainer = quiet_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, controlled(10))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    state = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    torch.save(
+        state | {"config": yaml.safe_dump({"model": {"init_args": {"name": str(model)}}})}, tmp_path / "run.ckpt"
+    )
+    with pytest.raises(UserError, match="code of its own, which is run only with --trust_remote_code true"):
+        export(str(tmp_path / "run.ckpt"), str(tmp_path / "out"))
+    export(str(tmp_path / "run.ckpt"), str(tmp_path / "out"), trust_remote_code=True)
+    assert "the exported model gives the same outputs" in capsys.readouterr().out
+    assert {file.name for file in (tmp_path / "out").glob("*_mine.py")} == CODE.keys()
+
+
 def trained(folder: Path, name: str) -> tuple[Any, Any, str]:
     """A module, its data and the checkpoint after two steps."""
     module, data = preference(name), controlled(10, batch_size=5)
