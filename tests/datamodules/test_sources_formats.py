@@ -366,7 +366,7 @@ def test_a_list_of_paths_takes_the_options_beside_it(tmp_path: Path) -> None:
         columns={"prompt": "frage"},
     )
     assert [source.columns for source in data.sources] == [{"prompt": "frage"}] * 2
-    assert data.sources_of("validation") == [(Source("v.csv", columns={"prompt": "frage"}), "train")]
+    assert data.sources_of("validation") == [Source("v.csv", columns={"prompt": "frage"})]
     assert [source.label for source in data.sources] == [source.path for source in data.sources]
 
 
