@@ -20,8 +20,8 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from app.core.cache import cached, fingerprint
-from app.core.errors import UserError, first_line
-from app.core.files import Parts, atomic_file, folder_hash
+from app.core.errors import UserError, refused
+from app.core.files import Parts, atomic_file, folder_hash, refuse_absent
 from app.method.ranges import PositiveInt, checked
 from datamodules.records import PreferencePair, Prompt
 from datamodules.sources.messages import prompt_messages
@@ -59,10 +59,9 @@ class RewardScoring:
         """Return the model's part of the cache key: a folder's content hash or a Hub commit, and `max_length`."""
         if Path(self.name).is_dir():
             return {"model": folder_hash(self.name), "max_length": self.max_length}
-        try:
+        refuse_absent("data.reward_model.name", "reward model", self.name)
+        with refused(f"data.reward_model.name: no reward model at {self.name!r}"):
             commit = AutoConfig.from_pretrained(self.name, trust_remote_code=False)._commit_hash
-        except (OSError, ValueError) as error:
-            raise UserError(f"There is no reward model at {self.name!r}: {first_line(error)}") from error
         return {"model": [self.name, commit], "max_length": self.max_length}
 
 
@@ -141,15 +140,14 @@ class RewardModel:
         if Path(name, "adapter_config.json").is_file():
             raise UserError(f"{name} holds adapters: merge them into their model by peft's merge_and_unload.")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        try:
+        refuse_absent("--model", "reward model", name)
+        with refused(f"There is no reward model at {name!r}"):
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
                 name, trust_remote_code=False, truncation_side="left"
             )
             model, missing = AutoModelForSequenceClassification.from_pretrained(
                 name, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
             )
-        except Exception as error:  # damaged files may raise anything
-            raise UserError(f"There is no reward model at {name!r}: {first_line(error)}") from error
         if model.config.num_labels != 1 or missing["missing_keys"]:
             raise UserError(f"{name} is no reward model: it needs a trained classifier with exactly one output.")
         self.model = model.eval().to(self.device)

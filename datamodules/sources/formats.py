@@ -113,10 +113,10 @@ _OTHER_TASKS = {  # fields → reason and detail
 }
 
 
-def refuse_unusable(row: Row) -> None:
+def refuse_unusable(row: Row, prompts_only: bool) -> None:
     """Raise BadRow for a row of a known form that is for another task or holds more than text."""
     refuse_media(row)
-    if has_value(row, "chosen"):
+    if prompts_only or has_value(row, "chosen"):
         return
     if has_value(row, *_ANSWERS) and str(row.get("label")).strip().lower() in _VERDICTS.split():
         raise BadRow("unpaired preference", _KTO.format("label"))

@@ -231,7 +231,7 @@ def _split(talk: str | tuple[Message, ...], side: str, given: Prompt | None) -> 
 def _format_of(row: Row, named: str, need_rejected: bool, prompts_only: bool) -> Format:
     """Return the format of a row. Raises BadRow with the nearest format and the fields that the row lacks."""
     if named == "auto":
-        refuse_unusable(row)
+        refuse_unusable(row, prompts_only)
     formats = [*PROMPTS, *FORMATS] if prompts_only else [*FORMATS]
     formats = [one for one in formats if named in ("auto", one.name)]
     if has_value(row, "rejected"):  # a pair is no demonstration, even if it is damaged

@@ -380,5 +380,8 @@ def test_the_lines_of_a_text_file_are_learnt_whole(tmp_path: Path) -> None:
     assert [pair.pair_id for pair in pairs] == ["a.txt:1", "a.txt:3"]
     asked = list(read_pairs(str(tmp_path / "a.txt"), prompts_only=True))  # for `generate` they are prompts
     assert [pair.prompt for pair in asked] == ["one\x0cline", "  ano\u2028ther  "]
+    other = [{"prompt": "hi", "completion": "a", "label": True}, {"prompt": "hi", "answers": [{"rank": 1}]}]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))  # of KTO, of Nectar
+    assert [pair.prompt for pair in read_pairs(str(tmp_path / "b.jsonl"), prompts_only=True)] == ["hi", "hi"]
     with pytest.raises(UserError, match=r"as text it is for supervised .*data\.columns: \{rejected: YOURS\}"):
         list(read_pairs(str(tmp_path / "a.txt"), need_rejected=True))
