@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from app.core.errors import UserError
@@ -30,7 +31,9 @@ class Decider(Callback):
         return ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if (loss := loss_of(pl_module)) and (reason := self.refusal(loss)):
+        if (loss := loss_of(pl_module)) is None:
+            rank_zero_info(f"{type(self).__name__} has no effect on a stage without a preference loss")
+        elif reason := self.refusal(loss):
             raise UserError(f"{type(self).__name__}: {loss} {reason}.")
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
@@ -76,6 +79,8 @@ class Scored(Decider):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the scores of all pairs, so that none stops the run in its middle. Raises UserError."""
+        if loss_of(pl_module) is None:
+            return
         loader: Any = trainer.train_dataloader
         rows = loader.table.reachable(loader.indices)
         for part in np.array_split(rows, len(rows) // 65536 + 1):  # not all labels in memory at once

@@ -22,6 +22,7 @@ from tiny_runs import (
 from transformers import AutoModelForCausalLM
 
 from app.core.errors import UserError
+from callbacks import ExplicitRewardGap, PairFilter
 from datamodules import PreferenceData
 from datamodules.controlled_task import build_tokenizer
 from lightning_modules import SupervisedFineTuning
@@ -88,6 +89,16 @@ def test_rejected_responses_shorten_no_prompt_and_drop_no_pair(tiny_llama: str, 
         assert opened is not None
         lengths.append(opened[0].side_lengths.T.tolist())
     assert lengths == [[[20, 3, 30]], [[31, 3, 0], [2, 48, 0]]]
+
+
+def test_slots_of_the_method_are_said_to_have_no_effect(
+    tiny_llama: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        trainer = quiet_trainer(tmp_path, [ExplicitRewardGap("nowhere"), PairFilter()], max_steps=1)
+        trainer.fit(sft(tiny_llama), controlled(8))
+    for name in ("ExplicitRewardGap", "PairFilter"):
+        assert f"{name} has no effect on a stage without a preference loss" in caplog.text
 
 
 def test_a_new_model_is_drawn_from_the_global_seed(tmp_path: Path) -> None:
