@@ -42,8 +42,7 @@ class ScoreWriter(Callback):
         self._tables: list[pa.Table] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        files = getattr(trainer.datamodule, "files", None)  # type: ignore[attr-defined]
-        read = [] if files is None else map(str, files("predict"))
+        read = map(str, getattr(trainer.datamodule, "files", []))  # type: ignore[attr-defined]
         self._replaced = refuse_place("scores.path", str(self.path), (".parquet",), *read)
 
     def on_predict_batch_end(
