@@ -11,7 +11,8 @@ from lightning.pytorch import Trainer
 from pandas.util import hash_pandas_object
 
 from datamodules.gap_mixture import GapMixedTable
-from datamodules.table import UNKNOWN, PairTable, Part
+from datamodules.table import PairTable, Part
+from datamodules.tokenisation import UNKNOWN
 
 ALIKE = "but for case, spaces or punctuation"
 _SCORES = ("score", "rating", "reward")  # in the names of labels that grade a response
@@ -128,7 +129,7 @@ def unknown_text(table: PairTable) -> str:
     """Return a message if more than 5 % of the pairs have text unknown to the tokenizer, else an empty text."""
     counts = table.report.counts
     share = sum(count for why, count in counts.items() if UNKNOWN in why) / max(counts["pairs"], 1)
-    cure = "each unknown word is one and the same token: take a model of this language and alphabet"
+    cure = "each unknown word becomes the same token, or none: take a model of this language and alphabet"
     return f"{share:.0%} of the pairs hold {UNKNOWN}; {cure}" if share > 0.05 else ""
 
 

@@ -31,13 +31,12 @@ from app.core.files import Parts, atomic_file, atomic_folder, file_hash
 from datamodules.records import PreferencePair, RowReport, TokenisedPair
 from datamodules.sources.messages import answer_keys, near_key, prompt_key
 from datamodules.sources.pairs import PairStream
-from datamodules.tokenisation import Tokenisation, tokenise_pairs, tokenizer_fingerprint
+from datamodules.tokenisation import UNKNOWN, Tokenisation, tokenise_pairs, tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
 
 TABLE_VERSION = 13  # raise if a change of reading, tokenising or the schema changes the content of tables
 FILES = ("pairs.arrow", "table.json")  # the rows; their checksum and what else is known of them
-UNKNOWN = "text that the tokenizer does not know"
 _FOUND = b"found"  # the metadata of a batch in a part: what became of its pairs
 _PAIRS_PER_BATCH = 1024
 _BATCHES_PER_PART = 16

@@ -9,8 +9,10 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
+from unicodedata import category
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -26,6 +28,7 @@ LAST_TURN = "prompt truncated: within the last turn"
 CONTROL_TOKENS = "{} whose text spells special tokens, which the tokenizer reads as such"
 REPEATED = "answers that begin with their prompt, and are trained with it"
 PLAIN_BESIDE_TEMPLATE = "prompts as plain text (data.chat_template: true puts them into the chat template)"
+UNKNOWN = "text that the tokenizer does not know"
 FILE_TEXT = ("utf-8", "surrogateescape")  # a vocabulary of SentencePiece is not text
 _SHORT = 10  # characters that an answer may share with its prompt by chance
 _SIDES: tuple[Side, Side] = ("chosen", "rejected")
@@ -114,6 +117,8 @@ class _Tokeniser:
         spelt = "|".join(map(re.escape, {*tokenizer.all_special_tokens, *others}))
         # at the end of an answer special tokens are in their place
         self.special, self.before_end = re.compile(spelt), re.compile(rf"(?:{spelt})(?!(?:\s|{spelt})*\Z)")
+        # asked first about a sign for private use, which no vocabulary holds
+        self.reads_all, self.reads = self._reads("\ue000"), cache(self._reads)
         mask = tokenizer("a", return_special_tokens_mask=True)
         self.leading = mask["input_ids"][: mask["special_tokens_mask"].index(0)]  # what precedes a plain prompt
 
@@ -132,6 +137,8 @@ class _Tokeniser:
         asked = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
         sides = (("prompts", self.special, asked), ("answers", self.before_end, said))
         notes = [CONTROL_TOKENS.format(side) for side, pattern, texts in sides if any(map(pattern.search, texts))]
+        if not self.reads_all and not all(map(self.reads, {*"".join((*asked, *said))})):
+            notes.append(f"with {UNKNOWN} (left out)")
         start = prompt.strip() if isinstance(prompt, str) else ""
         if said and len(start) > _SHORT and all(text.lstrip().startswith(start) for text in said):
             notes.append(REPEATED)
@@ -143,6 +150,11 @@ class _Tokeniser:
         if prompt and self.template is not None and self.settings.chat_template == "auto":
             notes.append(PLAIN_BESIDE_TEMPLATE)
         return tuple(notes)
+
+    def _reads(self, sign: str) -> bool:
+        """Return whether the tokenizer has a token for a sign; some leave out those that they do not know."""
+        ids = self.encode([sign], False)[0]
+        return category(sign) in ("Cc", "Cf", "Mn", "Zs") or bool(str(self.tokenizer.decode(ids)).strip())
 
     def rendered(self, pair: PreferencePair, talk: Talk | None = None) -> _Rendered:
         """Return the text of a pair; `talk` replaces the prompt of a chat. A response that was cut has no end."""

@@ -315,8 +315,10 @@ class PreferenceOptimization(LanguageModelTraining):
         for name, column in values.items():
             if name not in self._evaluation:
                 kind = SumMetric if name in COUNTED else MeanMetric
-                # not synchronised, because every rank adds all pairs
-                self._evaluation[name] = kind(sync_on_compute=False).set_dtype(torch.float64).cpu()
+                # not synchronised, because every rank adds all pairs; `cpu` resets the dtype
+                self._evaluation[name] = (
+                    kind(sync_on_compute=False).cpu().set_dtype(torch.float64)
+                )  # `cpu` resets it
             self._evaluation[name].update(column.double())
 
     def on_validation_epoch_end(self) -> None:

@@ -25,7 +25,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tiny_tokenizers import TEMPLATE, byte_tokenizer, tokenise_pair
+from tiny_tokenizers import TEMPLATE, byte_tokenizer, letter_tokenizer, tokenise_pair
 
 from app.core.cache import DamagedEntry, cache_root
 from app.core.errors import UserError
@@ -138,10 +138,22 @@ def test_labels_of_mixed_types_become_text(tmp_path: Path) -> None:
     assert type(table.labels([0])["number"][0]) is float
 
 
-def test_text_that_the_tokenizer_does_not_know_is_counted(tmp_path: Path) -> None:
-    stream = [PreferencePair(str(n), " the", said, " tiger") for n, said in enumerate((" xyz", " eagle"))]
-    table = built(stream, build_tokenizer(), SETTINGS, tmp_path / "t")
-    assert table.parts[0].report.counts["with text that the tokenizer does not know (<unk>)"] == 1
+@pytest.mark.parametrize(
+    ("tokenizer", "known", "partly", "how"),
+    [
+        (build_tokenizer(), " eagle", " xyz", "(<unk>)"),
+        (letter_tokenizer(), "ab\u200da\n", "aéb", "(left out)"),
+    ],
+)
+def test_text_that_the_tokenizer_does_not_know_is_counted(
+    tokenizer: Any, known: str, partly: str, how: str, tmp_path: Path
+) -> None:
+    stream = [PreferencePair(str(n), known, said, known + known) for n, said in enumerate((partly, known))]
+    table = built(stream, tokenizer, SETTINGS, tmp_path / "t")
+    counts = table.parts[0].report.counts
+    assert {why: count for why, count in counts.items() if "does not know" in why} == {
+        f"with text that the tokenizer does not know {how}": 1
+    }
     assert unknown_text(table).startswith("50% of the pairs hold text that the tokenizer does not know; each")
 
 
