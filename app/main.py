@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from app.commands import COMMANDS
 from app.core.errors import RESUME, leave, suggestion
@@ -42,11 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Exits with status 2 and one sentence if the user made a mistake."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     advice = {"fit": RESUME, "quickstart": AFRESH}.get(words[0], AGAIN)
+    before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():  # which alone handles signals
         # while a run trains, `RunCheckpoint` handles them
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                signal.signal(number, _end)
+                before[number] = signal.signal(number, _end)
     try:
         answer(words)
         sys.stdout.flush()
@@ -63,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, BrokenPipeError):
             leave(f"stopped, because nobody reads its output any more ({error})", 128 + signal.SIGPIPE)
         leave(f"stopped, because its output cannot be written ({error})")
+    finally:
+        for one, handler in before.items():  # else a signal at the interpreter's end prints a traceback
+            signal.signal(one, handler)
 
 
 def answer(words: list[str]) -> None:

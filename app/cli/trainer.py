@@ -238,6 +238,7 @@ def be_quiet() -> None:
         "isinstance.treespec, LeafSpec",
         "ModelCheckpoint with manual optimization",  # which has the weights after the step, as intended
         "It is recommended to use `self.log.*sync_dist=True",  # every logged metric is that of the global batch
+        "Checkpoint directory .* exists and is not empty",  # at every resume; `RunCheckpoint` refuses another run's
         "Total length of `list` across ranks is zero",  # in a run without validation pairs
         "does not have many workers",  # the loaders are ours and need none
         "is smaller than the logging interval",  # ours counts the steps of the run

@@ -415,11 +415,9 @@ def test_sigterm_leaves_nothing_half_written(
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(f"app.{place}", ended)
-    try:
-        with pytest.raises(SystemExit) as stop:
-            main(words.split())
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(SystemExit) as stop:
+        main(words.split())
+    assert signal.getsignal(signal.SIGTERM) == before
     assert stop.value.code == 143
     assert capsys.readouterr().err == f"beta-dpo: stopped by SIGTERM. {advice}\n"
     assert not list(tmp_path.iterdir())
