@@ -52,6 +52,8 @@ def main() -> None:
     number = options.show if options.again is None else options.again
     if number is not None and not 0 <= number < len(runs):
         sys.exit(f"there is no run {number}: --list prints those from 0 to {len(runs) - 1}")
+    if not any(options.only in str(run) for run in runs):
+        sys.exit(f"--only: no run of --list holds {options.only!r}")
     if options.plan:
         rows = table.phase.isin((plan.TUNING, plan.JUDGED)).sum()
         print(f"{plan_table()}\n\n{rows} runs of the plan have a row.")
