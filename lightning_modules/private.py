@@ -86,6 +86,11 @@ def load_state_of_loader(trainer: Any) -> None:
         loop._combined_loader._load_state_dicts(states)
 
 
+def leave_signals(trainer: Any) -> None:
+    """Take away Lightning's handlers of signals: they call collectives while ranks may be at different points."""
+    trainer._signal_connector.register_signal_handlers = lambda: None
+
+
 def keep_freed_memory() -> bool:
     """Make the allocator keep freed memory, unless the user has settings; return whether it accepted."""
     # glibc returns blocks above 32 MB to the system, which clears the same pages at every step (docs/benchmarks.md)

@@ -32,6 +32,7 @@ from app.core.files import shipped
 from app.core.log_folder import claimed_log_folder
 from callbacks import BY_NAME, SLOTS, TextProgress, in_order, refuse_listed
 from lightning_modules.checkpoint import SafeCheckpointIO
+from lightning_modules.private import leave_signals
 from lightning_modules.start_checks import refuse_precision, refuse_strategy
 
 # options of the Trainer that switch a slot, and the kind of callback in it
@@ -121,8 +122,7 @@ class BetaDPOCLI(LightningCLI):
                 raise UserError(f"trainer.accelerator: {found}: {cure}.") from error
             raise UserError(f"trainer: {reason(error)} See `beta-dpo {self.subcommand} --help`.") from error
         check_processes(trainer)
-        # its handlers of signals call collectives and requeue, while each rank may be at a different point
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        leave_signals(trainer)
         return trainer
 
     def callbacks(self, trainer: Any) -> list[Callback]:
