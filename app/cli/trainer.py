@@ -101,6 +101,8 @@ class BetaDPOCLI(LightningCLI):
         refuse_precision(options.get("precision"))  # before Lightning replaces 16-mixed on a CPU
         if options.get("barebones"):
             raise UserError("trainer.barebones has no place here: it forbids logs and checkpoints; take it out.")
+        if options.get("use_distributed_sampler") is False:
+            raise UserError("trainer.use_distributed_sampler has no effect, ranks share every batch: take it out.")
         plugins = as_list(options.get("plugins"))
         if any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             raise UserError("trainer.plugins: a CheckpointIO has no place here: writes are atomic; take it out.")

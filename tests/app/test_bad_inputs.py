@@ -164,6 +164,7 @@ OF_A_RUN: dict[str, list[tuple[str, str]]] = {
         ("--trainer.plugins=foo", "trainer.plugins: 'foo' names no class"),
         ("--trainer.val_check_interval=1.5", "trainer: You have passed invalid value 1.5 for val_check_interval"),
         ("--trainer.barebones=true", "trainer.barebones has no place here"),
+        ("--trainer.use_distributed_sampler=false", "trainer.use_distributed_sampler has no effect"),
         ("--trainer.model_registry=me/model", "trainer.model_registry has no effect here"),
         ("--trainer.plugins=lightning.pytorch.plugins.AsyncCheckpointIO", "a CheckpointIO has no place here"),
     ],
