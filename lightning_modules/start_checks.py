@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from shutil import which
 from typing import Any
 
@@ -75,6 +76,11 @@ def check_start(trainer: Any) -> None:
     """Raise UserError for settings that cannot work, before data and model are loaded."""
     strategy, precision, module = trainer.strategy, str(trainer.precision), trainer.lightning_module
     sharded = isinstance(strategy, ShardedStrategy)
+    for callback, (unsuitable, reason) in product(trainer.callbacks, UNSUITABLE.items()):
+        if isinstance(callback, unsuitable):
+            trainer.callbacks.remove(callback)  # one that acts on exceptions would act on this one
+            name = type(callback).__name__
+            raise UserError(f"trainer.callbacks: {name} does not work here: {reason}; take it out.")
     refuse_strategy(strategy)
     if (device := strategy.root_device.type) not in ("cpu", "cuda"):
         raise UserError(f"trainer.accelerator: {device} is no device with float64, which sums need: set it to cpu.")
@@ -97,11 +103,6 @@ def check_start(trainer: Any) -> None:
         raise UserError("model.compile_layers needs a C++ compiler: install g++, or name one by CXX.")
     if module.name is not None:
         refuse_path(module.name)  # before the data is read with its tokenizer
-    for callback in trainer.callbacks:
-        for unsuitable, reason in UNSUITABLE.items():
-            if isinstance(callback, unsuitable):
-                name = type(callback).__name__
-                raise UserError(f"trainer.callbacks: {name} does not work here: {reason}; take it out.")
     if trainer.state.fn == TrainerFn.FITTING:
         try_optimizer(trainer, module)
 

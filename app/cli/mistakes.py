@@ -50,7 +50,7 @@ def plain_sentence(error: BaseException) -> str | None:
     text = str(error)
     if "loading state_dict" in text or "loaded state dict" in text:
         return "--ckpt_path: the checkpoint is of another model or optimizer than the configuration names."
-    if "find_unused_parameters" in text:
+    if "find_unused_parameters=True" in text:
         return "trainer.strategy: some weights get no gradient: take ddp_find_unused_parameters_true."
     for cause in causes(error):
         if isinstance(cause, UserError):  # raised while jsonargparse built an object, and wrapped by it
