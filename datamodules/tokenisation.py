@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from app.core.errors import UserError, first_line
 from app.core.files import refuse_absent
 from datamodules.chat_template import ESSENTIAL, TEMPLATE_DATE, ChatTemplate, Rendering, Talk
-from datamodules.records import Dropped, Message, PreferencePair, Side, TokenisedPair
+from datamodules.records import Dropped, Message, PreferencePair, Side, TokenisedPair, blank
 from datamodules.sources.messages import is_transcript_prompt, transcript, transcript_turns
 
 OLD_TURNS = "prompt truncated: old turns dropped"
@@ -154,7 +154,8 @@ class _Tokeniser:
     def _reads(self, sign: str) -> bool:
         """Return whether the tokenizer has a token for a sign; some leave out those that they do not know."""
         ids = self.encode([sign], False)[0]
-        return category(sign) in ("Cc", "Cf", "Mn", "Zs") or bool(str(self.tokenizer.decode(ids)).strip())
+        shown = not blank(sign) and category(sign) != "Mn"  # a mark that a normaliser may take off its letter
+        return not shown or bool(str(self.tokenizer.decode(ids)).strip())
 
     def rendered(self, pair: PreferencePair, talk: Talk | None = None) -> _Rendered:
         """Return the text of a pair; `talk` replaces the prompt of a chat. A response that was cut has no end."""

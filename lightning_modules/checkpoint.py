@@ -48,7 +48,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Callable | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Return the contents on the CPU, whatever the arguments say."""
+        """Return the contents on the CPU; the other arguments have no effect."""
         return read_checkpoint(Path(path), mmap=False)
 
 

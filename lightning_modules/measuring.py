@@ -150,7 +150,10 @@ def reference_kl(measurer: PairMeasurer, batch: OptimizerBatch, eligible: Tensor
 def response_table(
     measurer: PairMeasurer, batch: OptimizerBatch, eligible: Tensor, compare: Comparison, size: int
 ) -> Tensor:
-    """Return `compare` (K = `size`) summed over responses, [K, G, 2] float64, CPU; NaN unless `eligible` [G]."""
+    """Return `compare` (K = `size`) summed over responses, [K, G, 2] float64, CPU; NaN unless `eligible` [G].
+
+    All ranks must call it at once.
+    """
     policy, reference, ranks = measurer.policy, measurer.reference, measurer.ranks
     assert reference is not None
     here = torch.nonzero(eligible[batch.positions]).flatten().tolist()

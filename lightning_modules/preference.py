@@ -17,9 +17,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, SumMetric
 
-from app.core.errors import StepRefused, UserError
+from app.core.errors import StepRefused, UserError, renamed
 from app.method.batch import OptimizerBatch, PackedRows, on_device
-from app.method.dynamic_beta import MINIMUM_STD
+from app.method.dynamic_beta import BFLOAT16_STD, MINIMUM_STD
 from app.method.losses import SigmoidLoss
 from app.method.pair_loss import PairLogps, PairLoss, pair_metrics
 from app.method.ranges import NonNegativeFloat, PositiveFloat, ShareBelowOne, checked
@@ -191,8 +191,7 @@ class PreferenceOptimization(LanguageModelTraining):
 
     def minimum_std(self, global_logps: PairLogps) -> float:
         """Return the σ that rounding of h explains, in the units of the loss's discrepancy."""
-        # equivalent bfloat16 kernels differed with a σ of .06 nats over a batch; real runs began with .1 or more
-        rounding = 0.08 if self.compute_dtype == torch.bfloat16 else MINIMUM_STD
+        rounding = BFLOAT16_STD if self.compute_dtype == torch.bfloat16 else MINIMUM_STD
         rounded = replace(global_logps, policy_chosen=global_logps.policy_chosen + rounding)
         change = self.loss.discrepancy(rounded) - self.loss.discrepancy(global_logps)
         return max(float(change[torch.isfinite(change)].abs().mean().nan_to_num()), MINIMUM_STD)
@@ -259,13 +258,11 @@ class PreferenceOptimization(LanguageModelTraining):
 
     def load_reference(self, name: str) -> ResponseScorer:
         """Return the model `name`, frozen and placed. Raises UserError if it cannot be read or has other tokens."""
-        try:
+        with renamed({"model.name": "model.reference_name"}):
             scorer = self.build_scorer(name, None)
             if self.data is not None:
                 check_tokens(name, self.data.tokenizer, self.trust_remote_code)
             return self.place(scorer.eval().requires_grad_(False), frozen=True)
-        except UserError as error:
-            raise UserError(str(error).replace("model.name", "model.reference_name")) from error
 
     def keep_reference(self) -> None:
         self.measurer = PairMeasurer(self.policy, self.ranks)
@@ -301,7 +298,7 @@ class PreferenceOptimization(LanguageModelTraining):
     # --- evaluation: no filter, β0, nothing of the training state is touched ------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._evaluation: dict[str, Metric] = {}
+        self._evaluation: dict[str, Metric] = {}  # also after an evaluation that was interrupted
 
     def validation_step(self, batch: OptimizerBatch, batch_idx: int) -> None:
         """Add the pairs of the global batch, which every rank has, to the means, and count those without a gap."""
@@ -315,10 +312,8 @@ class PreferenceOptimization(LanguageModelTraining):
         for name, column in values.items():
             if name not in self._evaluation:
                 kind = SumMetric if name in COUNTED else MeanMetric
-                # not synchronised, because every rank adds all pairs; `cpu` resets the dtype
-                self._evaluation[name] = (
-                    kind(sync_on_compute=False).cpu().set_dtype(torch.float64)
-                )  # `cpu` resets it
+                # not synchronised, because every rank adds all pairs; `cpu` would reset the dtype
+                self._evaluation[name] = kind(sync_on_compute=False).cpu().set_dtype(torch.float64)
             self._evaluation[name].update(column.double())
 
     def on_validation_epoch_end(self) -> None:

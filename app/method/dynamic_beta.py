@@ -21,6 +21,8 @@ from torch import Tensor
 from app.method.ranges import ShareBelowOne, checked
 
 MINIMUM_STD = 1e-6  # below this σ of M, all pairs count as equal
+# the same for h in bfloat16, in nats: equivalent kernels differed with a σ of .06; real runs began with .1 or more
+BFLOAT16_STD = 0.08
 # The default floor of β, as a multiple of β0: the paper's 1e-3 at its β0 = 0.1. A negative β would train towards
 # the rejected response; with α = 0.6, the mean of 51 gaps of σ = 10 would give one in one batch out of eight.
 FLOOR = 0.01
